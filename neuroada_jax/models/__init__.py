@@ -1,0 +1,94 @@
+"""Model families: which architectures there are and how a Hugging Face config becomes a Flax module."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from neuroada_jax.bypass import Path, Tree, kernels
+from neuroada_jax.errors import UserError
+from neuroada_jax.models import names
+from neuroada_jax.models.layers import Remat
+from neuroada_jax.models.llama import LlamaConfig, LlamaForCausalLM
+
+__all__ = ["ARCHITECTURES", "Architecture", "Model", "Remat", "from_hf_config", "match_targets"]
+
+
+class Architecture(NamedTuple):
+    """How to read a config, build a module, and where its layers are stacked."""
+
+    read_config: Callable[..., Any]
+    module: Callable[..., nn.Module]
+    stack: Path
+
+
+_LLAMA = Architecture(LlamaConfig.from_hf, LlamaForCausalLM, ("model", "layers"))
+
+# By the `model_type` of config.json. SmolLM2 and LLaMA 1 to 3.x all say "llama".
+ARCHITECTURES: dict[str, Architecture] = {"llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA}
+
+
+class Model(NamedTuple):
+    """A model without its weights: the architecture, its static config and the Hugging Face config it came from."""
+
+    architecture: Architecture
+    config: Any
+    hf_config: dict[str, Any]
+
+    @property
+    def stack(self) -> Path:
+        """The path of the layer scan in the parameter tree."""
+        return self.architecture.stack
+
+    def module(self, remat: Remat = Remat.NONE) -> nn.Module:
+        """The Flax module; the remat policy matters to training only."""
+        return self.architecture.module(self.config, remat)
+
+    def abstract_params(self) -> Tree:
+        """The parameter tree as shapes and dtypes; nothing is allocated."""
+        ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+        module = self.module()
+        init = lambda ids: module.init(jax.random.key(0), ids, method="initialise")  # noqa: E731
+        return jax.eval_shape(init, ids)["params"]
+
+
+def from_hf_config(config: Mapping[str, Any], dtype: Any = jnp.float32) -> Model:
+    """The model that a Hugging Face config.json describes, with weights and activations in `dtype`.
+
+    Raises:
+      UserError: the architecture is not supported, or its config asks for something that is not.
+    """
+    kind = config.get("model_type")
+    if kind not in ARCHITECTURES:
+        supported = ", ".join(sorted(ARCHITECTURES))
+        raise UserError(f"config.json: model_type {kind!r} is not supported; supported: {supported}")
+    if config.get("quantization_config"):
+        raise UserError(
+            "config.json: quantization_config is set; only unquantised checkpoints (or GGUF files) are supported"
+        )
+    architecture = ARCHITECTURES[kind]
+    return Model(architecture, architecture.read_config(config, dtype), dict(config))
+
+
+def match_targets(params: Mapping[str, Any], targets: list[str], stack: Path) -> list[Path]:
+    """The module paths that the names in `targets` select, in the tree's order.
+
+    A target is a module's exact path within its layer ("self_attn.q_proj"; "lm_head" outside the layers) or, where no
+    module has that path, the last component of one ("q_proj"). Never a substring.
+
+    Raises:
+      UserError: a target that matches nothing (lists what exists), or the tied output layer.
+    """
+    modules = {names.within_layer(path, stack): path for path, _ in kernels(params)}
+    chosen = set()
+    for target in targets:
+        if target in modules:
+            chosen.add(target)
+            continue
+        matches = [name for name in modules if name.rpartition(".")[2] == target]
+        if not matches:
+            raise UserError(f"bypass.targets: {target!r} matches no linear map; this model has {', '.join(modules)}")
+        chosen.update(matches)
+    return [path for name, path in modules.items() if name in chosen]

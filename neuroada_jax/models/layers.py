@@ -1,0 +1,148 @@
+"""The building blocks that the model files share: the linear map with its bypass, normalisation, attention, remat.
+
+Which form a linear map takes is decided by the collections that the caller passes to `apply`, nothing else:
+
+    params                           a plain frozen linear map (base, merged or resident weights alike)
+    params, bypass, columns          W + D formed on the fly (ops.bypass_dense without base)
+    params, bypass, columns, base    params hold W + D already, values are the gradient tap (resident; training)
+"""
+
+import enum
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float
+
+from neuroada_jax import ops
+
+BYPASS_COLLECTIONS = ("bypass", "columns", "base")
+_SAVED = "saved_output"
+
+Kernel = Float[Array, "..."]
+
+
+class Remat(enum.StrEnum):
+    """What a layer keeps for the backward pass (DESIGN.md section 5)."""
+
+    NONE = "none"  # everything
+    NAMES = "names"  # the outputs of linear maps and of attention; nothing else is recomputed than cheap elementwise work
+    FULL = "full"  # the layer's input only
+
+
+def remat_module(module: type[nn.Module], remat: Remat) -> type[nn.Module]:
+    """The module class under the given remat policy, for use as the body of a layer scan."""
+    if remat is Remat.NONE:
+        return module
+    policy = jax.checkpoint_policies.save_only_these_names(_SAVED) if remat is Remat.NAMES else None
+    # The scan already keeps XLA from merging the recomputation with the forward pass.
+    return nn.remat(module, policy=policy, prevent_cse=False)
+
+
+def saved(x: Array) -> Array:
+    """Marks an activation that `Remat.NAMES` keeps."""
+    return checkpoint_name(x, _SAVED)
+
+
+class BypassDense(nn.Module):
+    """A frozen linear map y = x W^T + b that carries a bypass where the caller passes one.
+
+    Parameters: kernel (O, I) as in a Hugging Face checkpoint, bias (O,) if `use_bias`.
+    """
+
+    features: int
+    use_bias: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
+        shape = (self.features, x.shape[-1])
+        kernel = self.param("kernel", nn.initializers.normal(0.02), shape, self.dtype)
+        if self.has_variable("bypass", "values"):
+            y = ops.bypass_dense(
+                x,
+                kernel,
+                self.get_variable("columns", "columns"),
+                self.get_variable("bypass", "values"),
+                self.get_variable("base", "base", None),
+            )
+        else:
+            y = lax.dot_general(x, kernel, (((x.ndim - 1,), (1,)), ((), ())))
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,), self.dtype)
+            y = y + jnp.broadcast_to(bias, y.shape)
+        return saved(y)
+
+
+class RMSNorm(nn.Module):
+    """Root mean square normalisation over the last axis, in float32; parameter scale (D,)."""
+
+    epsilon: float
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.dtype)
+        wide = x.astype(ops.wide_dtype(x.dtype))
+        variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        normed = (wide * lax.rsqrt(variance + self.epsilon)).astype(x.dtype)
+        return normed * jnp.broadcast_to(scale, normed.shape)
+
+
+class Embedding(nn.Module):
+    """Token embedding, parameter embedding (V, D); `attend` is the tied output layer."""
+
+    vocabulary: int
+    features: int
+    dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        shape = (self.vocabulary, self.features)
+        self.embedding = self.param("embedding", nn.initializers.normal(0.02), shape, self.dtype)
+
+    def __call__(self, ids: Array) -> Array:
+        return jnp.take(self.embedding, ids, axis=0, mode="clip")
+
+    def attend(self, x: Array) -> Array:
+        return lax.dot_general(x, self.embedding, (((x.ndim - 1,), (1,)), ((), ())))
+
+
+def attention(
+    query: Float[Array, "B T H N"],
+    key: Float[Array, "B S K N"],
+    value: Float[Array, "B S K N"],
+    *,
+    mask: Bool[Array, "B 1 T S"] | None,
+    window: int | None = None,
+) -> Float[Array, "B T H N"]:
+    """Scaled dot-product attention with grouped keys and values; the softmax is float32.
+
+    Without a mask it is causal, over at most `window` positions if given, and runs as cuDNN flash attention on a GPU in
+    half precision. With one (decoding, packing) the mask alone decides, and XLA's own form is used.
+    """
+    half = query.dtype in (jnp.bfloat16, jnp.float16)
+    fused = mask is None and half and jax.default_backend() == "gpu"
+    with jax.numpy_dtype_promotion("standard"):  # JAX's own code mixes half and float32 in there
+        return jax.nn.dot_product_attention(
+            query,
+            key,
+            value,
+            mask=mask,
+            is_causal=mask is None,
+            local_window_size=(window - 1, 0) if window is not None and mask is None else None,
+            implementation="cudnn" if fused else "xla",
+        )
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "relu": jax.nn.relu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+}

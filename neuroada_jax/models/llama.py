@@ -1,0 +1,290 @@
+"""The LLaMA family in Flax Linen with stacked layers: LLaMA 1 to 3.x, SmolLM2, Mistral, Qwen2, Qwen3.
+
+One scan body serves every depth: a stacked leaf is (L, O, I), so compile time and dispatch do not grow with the number of
+layers. Module names are those of the Hugging Face checkpoint without the layer's number.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from neuroada_jax.errors import UserError
+from neuroada_jax.models import layers
+from neuroada_jax.models.layers import BypassDense, Embedding, Remat, RMSNorm
+from neuroada_jax.models.rope import Rope, rotate, rotations
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Static description of a decoder; letters of DESIGN.md section 9 in brackets."""
+
+    vocab_size: int  # V
+    hidden_size: int  # D
+    intermediate_size: int  # F
+    num_layers: int  # L
+    num_heads: int  # H
+    num_kv_heads: int  # K
+    head_dim: int  # N
+    rope: Rope
+    norm_epsilon: float = 1e-6
+    activation: str = "silu"
+    tied: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    windows: tuple[int | None, ...] = ()  # sliding window of each layer, None where attention is full
+    max_positions: int = 2048
+    dtype: Any = jnp.float32
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any], dtype: Any = jnp.float32) -> "LlamaConfig":
+        """Reads a Hugging Face config.json of model_type llama, mistral, qwen2 or qwen3.
+
+        Raises:
+          UserError: a field is missing or holds what this implementation does not know.
+        """
+        kind = config["model_type"]
+
+        def need(field: str) -> int:
+            if not isinstance(config.get(field), int):
+                raise UserError(f"config.json: {field} must be a whole number, found {config.get(field)!r}")
+            return config[field]
+
+        activation = config.get("hidden_act", "silu")
+        if activation not in layers.ACTIVATIONS:
+            known = ", ".join(layers.ACTIVATIONS)
+            raise UserError(f"config.json: hidden_act {activation!r} is not supported; supported: {known}")
+        heads = need("num_attention_heads")
+        attention_bias = bool(config.get("attention_bias", False))
+        return cls(
+            vocab_size=need("vocab_size"),
+            hidden_size=need("hidden_size"),
+            intermediate_size=need("intermediate_size"),
+            num_layers=need("num_hidden_layers"),
+            num_heads=heads,
+            num_kv_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or (128 if kind == "qwen3" else need("hidden_size") // heads),
+            rope=Rope.from_hf(config),
+            norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
+            activation=activation,
+            tied=bool(config.get("tie_word_embeddings", False)),
+            qkv_bias=attention_bias or kind == "qwen2",
+            output_bias=attention_bias and kind != "qwen2",
+            mlp_bias=bool(config.get("mlp_bias", False)),
+            qk_norm=kind == "qwen3",
+            windows=_windows(config, need("num_hidden_layers")),
+            max_positions=int(config.get("max_position_embeddings", 2048)),
+            dtype=dtype,
+        )
+
+
+def _windows(config: Mapping[str, Any], num_layers: int) -> tuple[int | None, ...]:
+    if config["model_type"] == "mistral":
+        return (config.get("sliding_window", 4096),) * num_layers  # transformers' default; null means none
+    window = config.get("sliding_window")
+    if config["model_type"] == "llama" or not config.get("use_sliding_window") or window is None:
+        return (None,) * num_layers
+    # Qwen: newer configs list the layers, older ones say from which layer on the window holds.
+    types = config.get("layer_types") or [
+        "sliding_attention" if layer >= config.get("max_window_layers", 28) else "full_attention"
+        for layer in range(num_layers)
+    ]
+    return tuple(window if kind == "sliding_attention" else None for kind in types)
+
+
+class Cache(NamedTuple):
+    """Keys and values of the positions seen so far: two (L, B, S, K, N) arrays and the next free slot, an int32 scalar."""
+
+    keys: Array
+    values: Array
+    slot: Array
+
+
+def empty_cache(config: LlamaConfig, batch: int, slots: int) -> Cache:
+    """A cache of `slots` positions for `batch` sequences, in the model's dtype."""
+    shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
+    return Cache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype), jnp.zeros((), jnp.int32))
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query attention with rotary positions."""
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(
+        self, x: Array, cos: Array, sin: Array, mask: Array | None, cache: Cache | None, layer: Array
+    ) -> tuple[Array, Cache | None]:
+        c = self.config
+
+        def project(name: str, heads: int) -> Array:
+            y = BypassDense(heads * c.head_dim, c.qkv_bias, c.dtype, name=name)(x)
+            return y.reshape(*x.shape[:2], heads, c.head_dim)
+
+        query, key, value = (
+            project("q_proj", c.num_heads),
+            project("k_proj", c.num_kv_heads),
+            project("v_proj", c.num_kv_heads),
+        )
+        if c.qk_norm:
+            query = RMSNorm(c.norm_epsilon, c.dtype, name="q_norm")(query)
+            key = RMSNorm(c.norm_epsilon, c.dtype, name="k_norm")(key)
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        if cache is not None:
+            # The stacked cache travels as the scan's carry and is written at one layer's slot, in place under jit.
+            at = (layer, 0, cache.slot, 0, 0)
+            keys = lax.dynamic_update_slice(cache.keys, key[None], at)
+            values = lax.dynamic_update_slice(cache.values, value[None], at)
+            cache = cache._replace(keys=keys, values=values)
+            key = lax.dynamic_index_in_dim(keys, layer, keepdims=False)
+            value = lax.dynamic_index_in_dim(values, layer, keepdims=False)
+        window = c.windows[0] if mask is None else None  # one window for all layers, or a mask
+        y = layers.attention(query, key, value, mask=mask, window=window)
+        y = layers.saved(y.reshape(*x.shape[:2], c.num_heads * c.head_dim))
+        return BypassDense(c.hidden_size, c.output_bias, c.dtype, name="o_proj")(y), cache
+
+
+class FeedForward(nn.Module):
+    """The gated feed-forward block (SwiGLU)."""
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        c = self.config
+        gate = BypassDense(c.intermediate_size, c.mlp_bias, c.dtype, name="gate_proj")(x)
+        up = BypassDense(c.intermediate_size, c.mlp_bias, c.dtype, name="up_proj")(x)
+        return BypassDense(c.hidden_size, c.mlp_bias, c.dtype, name="down_proj")(
+            layers.ACTIVATIONS[c.activation](gate) * up
+        )
+
+
+class Layer(nn.Module):
+    """One decoder layer, written as the body of a scan: carry (x, cache), scanned (layer number, windowed)."""
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        carry: tuple[Array, Cache | None],
+        scanned: tuple[Array, Array],
+        cos: Array,
+        sin: Array,
+        masks: tuple[Array, Array] | None,
+    ) -> tuple[tuple[Array, Cache | None], None]:
+        c = self.config
+        x, cache = carry
+        layer, windowed = scanned
+        mask = None if masks is None else jnp.where(windowed, masks[1], masks[0])
+        normed = RMSNorm(c.norm_epsilon, c.dtype, name="input_layernorm")(x)
+        y, cache = SelfAttention(c, name="self_attn")(normed, cos, sin, mask, cache, layer)
+        x = x + y
+        normed = RMSNorm(c.norm_epsilon, c.dtype, name="post_attention_layernorm")(x)
+        return (x + FeedForward(c, name="mlp")(normed), cache), None
+
+
+class LlamaModel(nn.Module):
+    """Embedding, layers and final norm."""
+
+    config: LlamaConfig
+    remat: Remat = Remat.NONE
+
+    def setup(self) -> None:
+        c = self.config
+        self.embed_tokens = Embedding(c.vocab_size, c.hidden_size, c.dtype)
+        stack = nn.scan(
+            layers.remat_module(Layer, self.remat),
+            variable_axes={"params": 0, **dict.fromkeys(layers.BYPASS_COLLECTIONS, 0)},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            length=c.num_layers,
+        )
+        self.layers = stack(c)
+        self.norm = RMSNorm(c.norm_epsilon, c.dtype)
+
+    def __call__(self, ids: Array, positions: Array, mask: Array | None, cache: Cache | None) -> tuple[Array, Cache | None]:
+        c = self.config
+        cos, sin = rotations(c.rope, c.head_dim, positions)
+        if mask is None and len(set(c.windows)) > 1:  # layers differ: only masks can say so inside one scan body
+            mask = jnp.broadcast_to(positions[:, :, None] >= positions[:, None, :], (*positions.shape, ids.shape[1]))
+        masks = None if mask is None else self._masks(mask, positions)
+        scanned = (jnp.arange(c.num_layers, dtype=jnp.int32), jnp.asarray([w is not None for w in c.windows]))
+        (x, cache), _ = self.layers((self.embed_tokens(ids), cache), scanned, cos, sin, masks)
+        return self.norm(x), cache
+
+    def _masks(self, mask: Array, positions: Array) -> tuple[Array, Array]:
+        """The mask (B, T, S) for full and for windowed layers, each (B, 1, T, S).
+
+        Slots S hold consecutive positions, so distances follow from the slot numbers: query t of T sits in the last slot
+        that its row of the mask admits.
+        """
+        window = next((w for w in self.config.windows if w is not None), None)
+        full = mask[:, None, :, :]
+        if window is None:
+            return full, full
+        slots = jnp.arange(mask.shape[2], dtype=jnp.int32)
+        own = jnp.max(jnp.where(mask, slots[None, None, :], -1), axis=2)
+        near = own[:, :, None] - slots[None, None, :] < window
+        return full, full & near[:, None, :, :]
+
+
+class LlamaForCausalLM(nn.Module):
+    """A decoder with its output layer.
+
+    `__call__` gives hidden states; `unembed` turns the ones that matter into logits, so that a training step never forms
+    logits where there is no label.
+    """
+
+    config: LlamaConfig
+    remat: Remat = Remat.NONE
+
+    def setup(self) -> None:
+        c = self.config
+        self.model = LlamaModel(c, self.remat)
+        if not c.tied:
+            self.lm_head = BypassDense(c.vocab_size, False, c.dtype)
+
+    def __call__(
+        self,
+        ids: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        mask: Bool[Array, "B T S"] | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        """The final hidden states.
+
+        Args:
+          ids: int32 tokens.
+          positions: int32 rotary positions; where None, 0, 1, 2 ... or with a cache those of the slots.
+          mask: which of the S slots each query may see, before any sliding window. None: causal. Right padding needs
+            no mask, since nothing real attends to what comes after it.
+          cache: keys and values so far; then S is its number of slots and T new ones are written from `cache.slot` on.
+
+        Returns: hidden states in the model's dtype and the cache with T more slots filled.
+        """
+        own = jnp.arange(ids.shape[1], dtype=jnp.int32) + (0 if cache is None else cache.slot)
+        if positions is None:
+            positions = jnp.broadcast_to(own[None], ids.shape)
+        if mask is None and cache is not None:
+            slots = jnp.arange(cache.keys.shape[2], dtype=jnp.int32)
+            causal = slots[None, None, :] <= own[None, :, None]
+            mask = jnp.broadcast_to(causal, (*ids.shape, slots.size))
+        hidden, cache = self.model(ids, positions, mask, cache)
+        if cache is not None:
+            cache = cache._replace(slot=cache.slot + ids.shape[1])
+        return hidden, cache
+
+    def unembed(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """Logits in the model's dtype."""
+        return self.model.embed_tokens.attend(hidden) if self.config.tied else self.lm_head(hidden)
+
+    def initialise(self, ids: Array) -> Array:
+        """Touches every parameter; for `init` only."""
+        return self.unembed(self(ids)[0])

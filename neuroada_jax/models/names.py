@@ -1,0 +1,74 @@
+"""Hugging Face tensor names <-> the stacked parameter tree: the only file that knows both.
+
+A module keeps its Hugging Face path without the layer's number, and a leaf gets Flax's name:
+
+    model.layers.7.self_attn.q_proj.weight   <->   ("model", "layers", "self_attn", "q_proj", "kernel"), layer 7
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from neuroada_jax.bypass import Path
+
+_LEAVES_OF_WEIGHT = ("kernel", "scale", "embedding")
+
+
+class Slot(NamedTuple):
+    """Where a checkpoint tensor lives: the tree path of its (stacked) leaf and its layer, None if it is not stacked."""
+
+    path: Path
+    layer: int | None
+
+
+def flatten(tree: Mapping[str, Any], prefix: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """The (path, leaf) pairs of a nested dict in its order."""
+    for key, node in tree.items():
+        if isinstance(node, Mapping):
+            yield from flatten(node, (*prefix, key))
+        else:
+            yield (*prefix, key), node
+
+
+def module_name(path: Path, layer: int | None, stack: Path) -> str:
+    """The Hugging Face path of a module: ("model", "layers", "mlp", "up_proj"), layer 3 -> "model.layers.3.mlp.up_proj"."""
+    if layer is None:
+        return ".".join(path)
+    return ".".join((*stack, str(layer), *path[len(stack) :]))
+
+
+def is_stacked(path: Path, stack: Path) -> bool:
+    """Whether a module or leaf belongs to the layer scan that lives at `stack`."""
+    return path[: len(stack)] == stack
+
+
+def within_layer(path: Path, stack: Path) -> str:
+    """A module's path below the layer: "self_attn.q_proj"; the whole path for modules outside the stack."""
+    return ".".join(path[len(stack) :] if is_stacked(path, stack) else path)
+
+
+def checkpoint_names(params: Mapping[str, Any], stack: Path) -> dict[str, Slot]:
+    """Every tensor that a checkpoint of this (possibly abstract) tree holds, by its Hugging Face name.
+
+    Args:
+      params: nested dict of arrays or shapes; leaves below `stack` have a leading layer axis.
+      stack: path of the layer scan, such as ("model", "layers").
+    """
+    names = {}
+    for path, leaf in flatten(params):
+        *module, name = path
+        suffix = "weight" if name in _LEAVES_OF_WEIGHT else name
+        layers = range(leaf.shape[0]) if is_stacked(path, stack) else [None]
+        for layer in layers:
+            names[f"{module_name(tuple(module), layer, stack)}.{suffix}"] = Slot(path, layer)
+    return names
+
+
+def unstacked(tree: Mapping[str, Any], stack: Path) -> Iterator[tuple[str, Any]]:
+    """The (Hugging Face module name, array) pairs of a bypass tree, one per layer, in the tree's order."""
+    for path, leaf in flatten(tree):
+        module = path[:-1]
+        if is_stacked(module, stack):
+            for layer in range(leaf.shape[0]):
+                yield module_name(module, layer, stack), leaf[layer]
+        else:
+            yield module_name(module, None, stack), leaf

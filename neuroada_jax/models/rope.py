@@ -1,0 +1,169 @@
+"""Rotary position embedding of the LLaMA family: default, linear, dynamic, llama3 and yarn, as in transformers.
+
+Frequencies are (N / 2,) for a head of N dimensions, in radians per position. They are computed on the host in float32, the
+way transformers does it, so that angles agree to the last bits also at long positions.
+"""
+
+import dataclasses
+import enum
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from neuroada_jax.errors import UserError
+
+
+class RopeType(enum.StrEnum):
+    """The scaling rules, under the names that Hugging Face configs use."""
+
+    DEFAULT = "default"
+    LINEAR = "linear"
+    DYNAMIC = "dynamic"
+    LLAMA3 = "llama3"
+    YARN = "yarn"
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Static description of a rotary embedding; the fields are those of a Hugging Face config's `rope_parameters`."""
+
+    rope_type: RopeType = RopeType.DEFAULT
+    theta: float = 10000.0
+    factor: float = 1.0
+    original_max_positions: int = 2048
+    max_positions: int = 2048
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> "Rope":
+        """Reads `rope_parameters` (transformers >= 5) or `rope_theta` and `rope_scaling` (older configs).
+
+        Raises:
+          UserError: a rope type that is not in RopeType, or one without the fields it needs.
+        """
+        scaling = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        if any(isinstance(value, Mapping) for value in scaling.values()):
+            raise UserError(f"config.json: rope_parameters differ between layers ({', '.join(scaling)}), not supported")
+        name = scaling.get("rope_type", scaling.get("type", "default"))
+        known = [member.value for member in RopeType]
+        if name not in known:
+            raise UserError(f"config.json: rope type {name!r} is not supported; supported: {', '.join(known)}")
+        max_positions = int(config.get("max_position_embeddings", 2048))
+        needed = {"linear": ["factor"], "dynamic": ["factor"], "yarn": ["factor"]}
+        needed["llama3"] = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+        for field in needed.get(name, []):
+            if field not in scaling:
+                raise UserError(f"config.json: rope type {name!r} needs the field {field!r}, which is missing")
+        # A field of the config itself comes first, as in transformers.
+        original = config.get("original_max_position_embeddings") or scaling.get("original_max_position_embeddings")
+        optional = ["low_freq_factor", "high_freq_factor", "attention_factor", "mscale", "mscale_all_dim", "truncate"]
+        given = {field: scaling[field] for field in optional if scaling.get(field) is not None}
+        for field in ("beta_fast", "beta_slow"):
+            given[field] = scaling.get(field) or getattr(cls, field)
+        return cls(
+            rope_type=RopeType(name),
+            theta=float(scaling.get("rope_theta", config.get("rope_theta", 10000.0))),
+            factor=float(scaling.get("factor") or 1.0),
+            original_max_positions=int(original or max_positions),
+            max_positions=max_positions,
+            **given,
+        )
+
+
+def _plain_frequencies(theta: float, head_dim: int) -> np.ndarray:
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    return (1.0 / np.power(np.float32(theta), exponents)).astype(np.float32)
+
+
+def _llama3_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
+    plain = _plain_frequencies(rope.theta, head_dim)
+    wavelength = 2 * math.pi / plain
+    low_wavelength = rope.original_max_positions / rope.low_freq_factor
+    high_wavelength = rope.original_max_positions / rope.high_freq_factor
+    slowed = np.where(wavelength > low_wavelength, plain / rope.factor, plain)
+    smooth = (rope.original_max_positions / wavelength - rope.low_freq_factor) / (
+        rope.high_freq_factor - rope.low_freq_factor
+    )
+    smoothed = (1 - smooth) * slowed / rope.factor + smooth * slowed
+    medium = (wavelength >= high_wavelength) & (wavelength <= low_wavelength)
+    return np.where(medium, smoothed, slowed).astype(np.float32)
+
+
+def _yarn_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
+    plain = _plain_frequencies(rope.theta, head_dim)
+
+    def dimension_of(rotations: float) -> float:
+        ratio = rope.original_max_positions / (rotations * 2 * math.pi)
+        return head_dim * math.log(ratio) / (2 * math.log(rope.theta))
+
+    low, high = dimension_of(rope.beta_fast), dimension_of(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    if low == high:
+        high += 0.001  # as transformers does, against a division by zero
+    ramp = np.clip((np.arange(head_dim // 2, dtype=np.float32) - low) / (high - low), 0, 1)
+    return (plain / rope.factor * ramp + plain * (1 - ramp)).astype(np.float32)
+
+
+def _yarn_attention_factor(rope: Rope) -> float:
+    def mscale(scale: float, weight: float = 1.0) -> float:
+        return 1.0 if scale <= 1 else 0.1 * weight * math.log(scale) + 1.0
+
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    if rope.mscale and rope.mscale_all_dim:
+        return mscale(rope.factor, rope.mscale) / mscale(rope.factor, rope.mscale_all_dim)
+    return mscale(rope.factor)
+
+
+def rotations(rope: Rope, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The cosines and sines of every position.
+
+    Args:
+      rope: static description.
+      head_dim: N, even.
+      positions: int32 (B, T).
+
+    Returns: two float32 arrays (B, T, N), the second half repeating the first.
+    """
+    scale = 1.0
+    frequencies: jax.Array
+    match rope.rope_type:
+        case RopeType.DEFAULT:
+            frequencies = jnp.asarray(_plain_frequencies(rope.theta, head_dim))
+        case RopeType.LINEAR:
+            frequencies = jnp.asarray(_plain_frequencies(rope.theta, head_dim) / np.float32(rope.factor))
+        case RopeType.LLAMA3:
+            frequencies = jnp.asarray(_llama3_frequencies(rope, head_dim))
+        case RopeType.YARN:
+            frequencies = jnp.asarray(_yarn_frequencies(rope, head_dim))
+            scale = _yarn_attention_factor(rope)
+        case RopeType.DYNAMIC:
+            # NTK scaling: the base grows with the longest position of the batch, from the pretraining length on.
+            length = jnp.maximum(jnp.max(positions) + 1, rope.max_positions).astype(jnp.float32)
+            growth = rope.factor * length / rope.max_positions - (rope.factor - 1)
+            theta = rope.theta * growth ** (head_dim / (head_dim - 2))
+            frequencies = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
+    angles = positions[:, :, None].astype(jnp.float32) * frequencies[None, None, :]
+    angles = jnp.concatenate([angles, angles], axis=-1)
+    return jnp.cos(angles) * scale, jnp.sin(angles) * scale
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates queries or keys x (B, T, H, N) by the angles of `rotations`; computed and returned in the dtype of x."""
+    first, second = jnp.split(x, 2, axis=-1)
+    turned = jnp.concatenate([-second, first], axis=-1)
+    cos, sin = (a.astype(x.dtype)[:, :, None, :] for a in (cos, sin))
+    return x * cos + turned * sin

@@ -1,0 +1,239 @@
+"""The bypass op: a frozen linear map plus k trainable connections per neuron (DESIGN.md section 4).
+
+Notation (DESIGN.md section 9): T tokens, O neurons (rows of the kernel), I input connections, k connections per neuron.
+
+    y[t, o]       = sum_i W[o, i] x[t, i] + sum_j values[o, j] x[t, columns[o, j]]
+    dvalues[o, j] = sum_t dy[t, o] x[t, columns[o, j]]
+    dx            = dy @ (W + D),    D = values scattered to columns
+
+Plain autodiff through ``W.at[rows, columns].add(values)`` is right but keeps a merged copy of W for the backward pass and
+forms the dense dW, which is the price of full fine-tuning at any k. The custom VJP here keeps x, the kernel it was given
+and the columns, and computes dvalues alone.
+"""
+
+import enum
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+
+class GradientAlgorithm(enum.StrEnum):
+    """How dvalues is computed. All three give the same numbers up to rounding."""
+
+    COLUMN_GATHER = "column_gather"  # for each j: gather one column of x per neuron, multiply, sum over tokens
+    ROW_BLOCKS = "row_blocks"  # for each block of neurons: gather rows of x^T, one batched matvec
+    DENSE_CHUNKS = "dense_chunks"  # for each chunk of neurons: its dense dW, of which k entries a row are kept
+
+
+def choose_algorithm(k: int, inputs: int, backend: str | None = None) -> GradientAlgorithm:
+    """Picks the algorithm from static facts.
+
+    The crossovers are those of PROTOTYPE.md section 1.4: on a CPU the column gather wins for k <= 2, row blocks up to about
+    k = I / 30 and the dense product above; on a GPU each gathered element costs a memory sector, so that the dense product
+    wins from about k = 8 (an estimate: no GPU was timed).
+    """
+    backend = backend or jax.default_backend()
+    if backend == "cpu":
+        if k <= 2:
+            return GradientAlgorithm.COLUMN_GATHER
+        return GradientAlgorithm.ROW_BLOCKS if k <= inputs // 30 else GradientAlgorithm.DENSE_CHUNKS
+    return GradientAlgorithm.COLUMN_GATHER if k < 8 else GradientAlgorithm.DENSE_CHUNKS
+
+
+def wide_dtype(dtype: Any) -> Any:
+    """What sums over many numbers of `dtype` are taken in: float32, or float64 for float64."""
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+
+def value_gradient(
+    dy: Float[Array, "T O"], x: Float[Array, "T I"], columns: Int[Array, "O k"], algorithm: GradientAlgorithm
+) -> Float[Array, "O k"]:
+    """dvalues[o, j] = sum_t dy[t, o] x[t, columns[o, j]], summed in at least float32.
+
+    Args:
+      dy: gradient of the output, float (T, O).
+      x: input of the layer, float (T, I).
+      columns: int32 (O, k), every entry in [0, I).
+      algorithm: see GradientAlgorithm.
+
+    Returns: (O, k) in float32, or float64 where x is float64.
+    """
+    wide = wide_dtype(x.dtype)
+    outputs, k = columns.shape
+
+    if algorithm is GradientAlgorithm.COLUMN_GATHER:
+
+        def one_column(column: Array) -> Array:
+            gathered = jnp.take(x, column, axis=1, mode="clip")
+            return jnp.sum(dy.astype(wide) * gathered.astype(wide), axis=0)
+
+        # One fused reduction per j. All k in one gather makes XLA transpose dy to float32 (PROTOTYPE.md section 1.3).
+        return lax.map(one_column, columns.T).T
+
+    if algorithm is GradientAlgorithm.ROW_BLOCKS:
+        block = math.gcd(outputs, 64)
+        x_rows = x.T
+
+        def one_block(args: tuple[Array, Array]) -> Array:
+            block_columns, block_dy = args
+            gathered = jnp.take(x_rows, block_columns.reshape(-1), axis=0, mode="clip").reshape(block, k, -1)
+            return lax.dot_general(gathered, block_dy, (((2,), (1,)), ((0,), (0,))), preferred_element_type=wide)
+
+        blocks = (columns.reshape(-1, block, k), dy.T.reshape(outputs // block, block, -1))
+        return lax.map(one_block, blocks).reshape(outputs, k)
+
+    chunk = math.gcd(outputs, 512)
+
+    def one_chunk(args: tuple[Array, Array]) -> Array:
+        chunk_columns, chunk_dy = args
+        dense = lax.dot_general(chunk_dy, x, (((1,), (0,)), ((), ())), preferred_element_type=wide)
+        return jnp.take_along_axis(dense, chunk_columns, axis=1, mode="clip")
+
+    # XLA's CPU backend has no bfloat16 dot with a float32 result for a transposed operand: keep the transpose out of the dot.
+    dy_rows = lax.optimization_barrier(dy.T)
+    chunks = (columns.reshape(-1, chunk, k), dy_rows.reshape(outputs // chunk, chunk, x.shape[0]))
+    return lax.map(one_chunk, chunks).reshape(outputs, k)
+
+
+def entry_indices(columns: Int[Array, "*L O k"]) -> tuple[Array, ...]:
+    """The index arrays that address a kernel's chosen entries: ``kernel[entry_indices(columns)]`` is (*L, O, k)."""
+    leading = [
+        jnp.arange(size, dtype=columns.dtype).reshape((-1,) + (1,) * (columns.ndim - 1 - axis))
+        for axis, size in enumerate(columns.shape[:-1])
+    ]
+    return (*leading, columns)
+
+
+def read_entries(kernel: Float[Array, "*L O I"], columns: Int[Array, "*L O k"]) -> Float[Array, "*L O k"]:
+    """The kernel's entries at the chosen connections, in the kernel's dtype."""
+    return jnp.take_along_axis(kernel, columns, axis=-1, mode="clip")
+
+
+def write_entries(
+    kernel: Float[Array, "*L O I"], columns: Int[Array, "*L O k"], entries: Float[Array, "*L O k"]
+) -> Float[Array, "*L O I"]:
+    """The kernel with its chosen entries replaced (cast to the kernel's dtype); in place where the kernel is donated."""
+    return kernel.at[entry_indices(columns)].set(
+        entries.astype(kernel.dtype), unique_indices=True, mode="promise_in_bounds"
+    )
+
+
+def add_entries(
+    kernel: Float[Array, "*L O I"], columns: Int[Array, "*L O k"], values: Float[Array, "*L O k"]
+) -> Float[Array, "*L O I"]:
+    """W + D in the kernel's dtype. The sum is taken in the dtype of `values` and rounded once.
+
+    Where both dtypes agree this is one `lax` scatter-add.
+    """
+    if values.dtype == kernel.dtype:
+        return kernel.at[entry_indices(columns)].add(values, unique_indices=True, mode="promise_in_bounds")
+    base = read_entries(kernel, columns).astype(values.dtype)
+    return write_entries(kernel, columns, base + values)
+
+
+def rounding_remainder(base: Float[Array, "*L O k"], values: Float[Array, "*L O k"]) -> Float[Array, "*L O k"]:
+    """What is lost when base + values is rounded to the dtype of `base`; (O, k) in the dtype of `values`."""
+    exact = base.astype(values.dtype) + values
+    return exact - exact.astype(base.dtype).astype(values.dtype)
+
+
+def _matmul(x: Array, kernel: Array) -> Array:
+    # A plain dot in the dtype of x. Differentiating through preferred_element_type and a cast would make the transposed
+    # matmuls float32 (PROTOTYPE.md section 1.6); XLA accumulates bfloat16 dots in float32 anyway.
+    return lax.dot_general(x, kernel, (((1,), (1,)), ((), ())))
+
+
+def _forward(x: Array, kernel: Array, columns: Array, values: Array, base: Array) -> Array:
+    """y for a kernel that holds round(base + values) at the chosen entries."""
+    if values.dtype == kernel.dtype:
+        return _matmul(x, kernel)
+    remainder = rounding_remainder(base, values)
+    wide = values.dtype
+    y = lax.dot_general(x, kernel, (((1,), (1,)), ((), ())), preferred_element_type=wide)
+
+    def add_column(y: Array, column: tuple[Array, Array]) -> tuple[Array, None]:
+        indices, remainders = column
+        return y + jnp.take(x, indices, axis=1, mode="clip").astype(wide) * remainders[None, :], None
+
+    return lax.scan(add_column, y, (columns.T, remainder.T))[0].astype(x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _resident(x: Array, kernel: Array, columns: Array, values: Array, base: Array, algorithm: GradientAlgorithm) -> Array:
+    return _forward(x, kernel, columns, values, base)
+
+
+def _resident_fwd(x, kernel, columns, values, base, algorithm):
+    # Only the dtype of values is needed in the backward pass: an empty array carries it.
+    return _forward(x, kernel, columns, values, base), (x, kernel, columns, values[:0])
+
+
+def _resident_bwd(algorithm, residuals, dy):
+    x, kernel, columns, values = residuals
+    dx = lax.dot_general(dy, kernel, (((1,), (0,)), ((), ())))
+    return dx, None, None, value_gradient(dy, x, columns, algorithm).astype(values.dtype), None
+
+
+_resident.defvjp(_resident_fwd, _resident_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _on_the_fly(x: Array, kernel: Array, columns: Array, values: Array, algorithm: GradientAlgorithm) -> Array:
+    return _forward(x, add_entries(kernel, columns, values), columns, values, read_entries(kernel, columns))
+
+
+def _on_the_fly_fwd(x, kernel, columns, values, algorithm):
+    return _on_the_fly(x, kernel, columns, values, algorithm), (x, kernel, columns, values)
+
+
+def _on_the_fly_bwd(algorithm, residuals, dy):
+    x, kernel, columns, values = residuals
+    # The merged kernel is formed again: keeping it would store a copy of every target weight until here.
+    dx = lax.dot_general(dy, add_entries(kernel, columns, values), (((1,), (0,)), ((), ())))
+    return dx, None, None, value_gradient(dy, x, columns, algorithm).astype(values.dtype)
+
+
+_on_the_fly.defvjp(_on_the_fly_fwd, _on_the_fly_bwd)
+
+
+def bypass_dense(
+    x: Float[Array, "*B I"],
+    kernel: Float[Array, "O I"],
+    columns: Int[Array, "O k"],
+    values: Float[Array, "O k"],
+    base: Float[Array, "O k"] | None = None,
+    *,
+    algorithm: GradientAlgorithm | None = None,
+) -> Float[Array, "*B O"]:
+    """y = x @ (W + D)^T with a gradient for x and `values` only; the kernel is frozen and its cotangent is zero.
+
+    Without `base` the kernel holds W and the values are added on the fly, in the forward and again in the backward pass:
+    stateless, so it can be vmapped over adapters. With `base` (the entries of W at `columns`) the kernel is *resident*: it
+    already holds round(W + D), as `write_entries(kernel, columns, base + values)` leaves it, forward and dx are plain
+    matmuls, and `values` is the tap of its gradient.
+
+    Where `values` is wider than the kernel (float32 values over a bfloat16 base), the part of the sum that the kernel's
+    dtype cannot hold is added to the activations; dx leaves it out, being below half a unit in the last place of W.
+
+    Args:
+      x: float (..., I), in the kernel's dtype.
+      kernel: float (O, I).
+      columns: int32 (O, k), distinct within a row, in [0, I).
+      values: float (O, k).
+      base: float (O, k) in the kernel's dtype, or None.
+      algorithm: how dvalues is computed; None lets `choose_algorithm` decide.
+
+    Returns: (..., O) in the dtype of x.
+    """
+    algorithm = algorithm or choose_algorithm(columns.shape[1], kernel.shape[1])
+    flat = x.reshape(-1, x.shape[-1])
+    if base is None:
+        y = _on_the_fly(flat, kernel, columns, values, algorithm)
+    else:
+        y = _resident(flat, kernel, columns, values, base, algorithm)
+    return y.reshape(*x.shape[:-1], kernel.shape[0])

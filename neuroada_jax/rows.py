@@ -1,0 +1,256 @@
+"""Reading rows: a file, a directory or a hub name becomes a list of dicts that knows where each row came from."""
+
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from neuroada_jax.errors import UserError
+
+JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
+SUFFIXES = (*JSON_SUFFIXES, ".parquet")
+# File names that hold one of these words belong to that split; what holds none of them serves as "train".
+SPLIT_WORDS = {
+    "train": {"train", "training"},
+    "validation": {"validation", "valid", "val", "dev"},
+    "test": {"test", "testing", "eval", "evaluation"},
+}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows in file order.
+
+    rows: one dict a row, values as the file has them (checked when they are rendered, not here).
+    source: what the user named, for messages.
+    places: one (file, number) a row; the number is a line for JSON and a row for everything else.
+    """
+
+    rows: list[dict]
+    source: str
+    places: list[tuple[str, int]]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def where(self, index: int) -> str:
+        """'file:line' of a row, or 'file: row 3' (counted from 0) for sources without lines."""
+        file, number = self.places[index]
+        return f"{file}:{number}" if file.lower().endswith(JSON_SUFFIXES) else f"{file}: row {number}"
+
+
+def rows_from_list(rows: list[dict], source: str = "rows") -> Rows:
+    """Wrap rows that are already in memory; messages then say '<source>: row <index>'."""
+    return Rows(rows, source, [(source, index) for index in range(len(rows))])
+
+
+def load_rows(source: str, split: str = "train", limit: int | None = None) -> Rows:
+    """Read the first `limit` rows (all if None) of `source`.
+
+    source: a .json (list of objects, or JSON lines), .jsonl or .parquet file, the JSON kinds also with .gz; a directory
+    written by `datasets` (`save_to_disk`) or one that holds such files; or a hub name such as `tatsu-lab/alpaca`.
+    split: chooses the split of a hub name, of a saved DatasetDict, and the files of a directory whose names hold the
+    split's name (files that name no split count as "train"). A single file has no splits: it is read whatever it says.
+
+    Raises UserError: nothing there, unknown kind of file, unknown split, no rows, not JSON, a row that is no object.
+    """
+    source = str(source)
+    if limit is not None and limit < 1:
+        raise UserError(f"limit: found {limit}, expected a positive number of rows")
+    path = Path(source)
+    if path.is_dir():
+        if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+            pairs = _from_datasets(source, split, limit, _load_from_disk)
+        else:
+            pairs = _take((pair for file in _files_of(path, split) for pair in _read_file(file, limit)), limit)
+    elif path.exists():
+        pairs = _take(_read_file(path, limit), limit)
+    elif source.lower().endswith(SUFFIXES) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) or source[0] == ".":
+        raise UserError(f"{source}: no such file or directory")
+    else:
+        pairs = _from_datasets(source, split, limit, _load_from_hub)
+    rows, places = [], []
+    for file, number, row in pairs:
+        rows.append(row)
+        places.append((file, number))
+    if not rows:
+        raise UserError(f"{source}: no rows, expected at least one")
+    return Rows(rows, source, places)
+
+
+def _take(pairs: Iterator, limit: int | None) -> Iterator:
+    for count, pair in enumerate(pairs, start=1):
+        yield pair
+        if count == limit:
+            return
+
+
+def _files_of(directory: Path, split: str) -> list[Path]:
+    files = sorted(p for p in directory.iterdir() if p.is_file() and p.name.lower().endswith(SUFFIXES))
+    if not files:
+        raise UserError(f"{directory}: no data files in this directory, expected some of {', '.join(SUFFIXES)}")
+    words = {file: set(re.split(r"[^a-z0-9]+", file.name.lower())) for file in files}
+    chosen = [file for file in files if words[file] & SPLIT_WORDS.get(split, {split.lower()})]
+    if not chosen and split == "train":
+        others = set().union(*(names for name, names in SPLIT_WORDS.items() if name != "train"))
+        chosen = [file for file in files if not words[file] & others]
+    if not chosen:
+        names = ", ".join(file.name for file in files[:5])
+        raise UserError(f"{directory}: no file for split {split!r}, found {names}{' ...' if len(files) > 5 else ''}")
+    return chosen
+
+
+def _read_file(path: Path, limit: int | None) -> Iterator[tuple[str, int, dict]]:
+    """Yields (file, line or row number, row)."""
+    name = path.name.lower()
+    try:
+        if name.endswith(".parquet"):
+            yield from _read_parquet(path, limit)
+        elif name.endswith((".json", ".json.gz")):
+            yield from _read_json(path)
+        elif name.endswith((".jsonl", ".jsonl.gz")):
+            yield from _read_json_lines(path)
+        else:
+            raise UserError(f"{path}: unknown kind of file, expected one of {', '.join(SUFFIXES)}")
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: not a complete gzip file ({error})") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def _open(path: Path) -> Any:
+    # Bytes, not text: only "\n" ends a line, and a line that is not UTF-8 can be named.
+    return gzip.open(path, "rb") if path.name.lower().endswith(".gz") else open(path, "rb")
+
+
+def _read_json_lines(path: Path) -> Iterator[tuple[str, int, dict]]:
+    empty = True
+    with _open(path) as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            empty = False
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UserError(
+                    f"{path}:{number}: not JSON ({getattr(error, 'msg', error)}), expected one object per line"
+                ) from error
+            yield str(path), number, _object(row, path, number)
+    if empty:
+        raise UserError(f"{path}: the file is empty, expected one JSON object per line")
+
+
+def _read_json(path: Path) -> Iterator[tuple[str, int, dict]]:
+    with _open(path) as file:
+        data = file.read()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}:{line}: not UTF-8 ({error.reason}), expected JSON") from error
+    if text.lstrip()[:1] == "[":
+        yield from _read_json_list(path, text)
+    else:
+        yield from _read_json_lines(path)
+
+
+def _read_json_list(path: Path, text: str) -> Iterator[tuple[str, int, dict]]:
+    """One item at a time, because `json.loads` of the whole text forgets which line an item stood on."""
+    decoder = json.JSONDecoder()
+    at = _past_space(text, text.index("[") + 1)
+    line, counted = 1, 0
+
+    def line_of(position: int) -> int:
+        nonlocal line, counted
+        line += text.count("\n", counted, position)
+        counted = position
+        return line
+
+    more = text[at : at + 1] != "]"
+    while more:
+        number = line_of(at)
+        try:
+            row, at = decoder.raw_decode(text, at)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg}), expected a list of objects") from error
+        except RecursionError as error:
+            raise UserError(f"{path}:{number}: not JSON that can be read ({error})") from error
+        yield str(path), number, _object(row, path, number)
+        at = _past_space(text, at)
+        more = text[at : at + 1] == ","
+        if more:
+            at = _past_space(text, at + 1)
+        elif text[at : at + 1] != "]":
+            raise UserError(f"{path}:{line_of(at)}: not JSON (the list is not closed), expected a list of objects")
+    end = _past_space(text, at + 1)
+    if end != len(text):
+        raise UserError(f"{path}:{line_of(end)}: found text after the list, expected a list of objects")
+
+
+def _past_space(text: str, at: int) -> int:
+    while at < len(text) and text[at] in " \t\n\r":
+        at += 1
+    return at
+
+
+def _object(row: object, path: Path, number: int) -> dict:
+    if not isinstance(row, dict):
+        raise UserError(f"{path}:{number}: found a {type(row).__name__}, expected an object")
+    return row
+
+
+def _read_parquet(path: Path, limit: int | None) -> Iterator[tuple[str, int, dict]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches(batch_size=min(limit or 4096, 4096)):
+                for row in batch.to_pylist():
+                    yield str(path), number, row
+                    number += 1
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{path}: not a parquet file ({_first_line(error)})") from error
+
+
+def _from_datasets(source: str, split: str, limit: int | None, load: Callable) -> Iterator[tuple[str, int, dict]]:
+    dataset = load(source, split)
+    if limit is not None:
+        dataset = dataset.select(range(min(limit, len(dataset))))
+    for number, row in enumerate(dataset.to_list()):
+        yield source, number, row
+
+
+def _load_from_disk(source: str, split: str) -> Any:
+    import datasets
+
+    try:
+        dataset = datasets.load_from_disk(source)
+    except Exception as error:  # whatever Arrow, JSON or the file system says about a damaged directory
+        raise UserError(f"{source}: not a directory saved by datasets ({_first_line(error)})") from error
+    if not isinstance(dataset, datasets.DatasetDict):
+        return dataset
+    if split not in dataset:
+        raise UserError(f"{source}: no split {split!r}, found {', '.join(dataset)}")
+    return dataset[split]
+
+
+def _load_from_hub(source: str, split: str) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_dataset(source, split=split)
+    except Exception as error:  # no such set, no such split, no network: each has its own exception type
+        raise UserError(
+            f"{source}: no such file or directory, and as a hub data set it cannot be loaded ({_first_line(error)})"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

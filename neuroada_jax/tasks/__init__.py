@@ -1,0 +1,8 @@
+"""The tasks by name: how a row becomes prompt and target, and how a generation becomes an answer."""
+
+from neuroada_jax.tasks.instruct import COMMONSENSE, INSTRUCT, SST2
+from neuroada_jax.tasks.task import Task
+
+__all__ = ["TASKS", "Task"]
+
+TASKS: dict[str, Task] = {task.name: task for task in (INSTRUCT, COMMONSENSE, SST2)}

@@ -1,0 +1,56 @@
+"""Instruction tasks: generic rows, the commonsense collection, and SST-2 put as an instruction."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from neuroada_jax.errors import UserError
+from neuroada_jax.prompts import PromptStyle
+from neuroada_jax.tasks.task import Task
+
+TRIGGER = "the correct answer is "
+
+
+def _as_is(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The row itself; its answer is the `answer` column or else the whole target."""
+    answer = row.get("answer", row.get("completion", row.get("output")))
+    if answer is None and row.get("messages"):
+        last = row["messages"][-1]
+        answer = last.get("content") if isinstance(last, Mapping) and last.get("role") == "assistant" else None
+    return {**row, "answer": answer}
+
+
+INSTRUCT = Task("instruct", PromptStyle.PLAIN, _as_is, str.strip)
+
+
+def _after_trigger(text: str) -> str:
+    """The text after the first trigger phrase; the official rule (FACTS.md section 6.1)."""
+    _, found, rest = text.partition(TRIGGER)
+    return rest.strip() if found else ""
+
+
+def _commonsense(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    for column in ("instruction", "answer"):
+        if not isinstance(row.get(column), str):
+            found = ", ".join(row)
+            raise UserError(f"{where}: task 'commonsense' needs the text columns instruction and answer, found {found}")
+    return {"instruction": row["instruction"], "output": TRIGGER + row["answer"], "answer": row["answer"]}
+
+
+COMMONSENSE = Task("commonsense", PromptStyle.PLAIN, _commonsense, _after_trigger)
+
+_SST2_LABELS = ("negative", "positive")
+
+
+def _sst2(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    sentence, label = row.get("sentence"), row.get("label")
+    if not isinstance(sentence, str) or label not in (0, 1):
+        raise UserError(
+            f"{where}: task 'sst2' needs a text column sentence and a label 0 or 1, found columns {', '.join(row)} "
+            f"and label {label!r}"
+        )
+    answer = _SST2_LABELS[label]
+    instruction = f"Please choose the sentiment of the sentence: {sentence.strip()}\n\nAnswer format: positive/negative"
+    return {"instruction": instruction, "output": TRIGGER + answer, "answer": answer}
+
+
+SST2 = Task("sst2", PromptStyle.PLAIN, _sst2, _after_trigger, _SST2_LABELS, lambda answer: TRIGGER + answer)

@@ -1,0 +1,188 @@
+"""Tokenizers: a Hugging Face directory, a hub id, or the one a GGUF file carries in its metadata.
+
+transformers can build a tokenizer from a GGUF file too, but only with torch installed.  This is the same
+construction with the ``tokenizers`` library alone, held equal to it by the tests.
+"""
+
+import numpy as np
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from .errors import UserError
+from .gguf_header import read_header
+
+_CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
+
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2 = _LLAMA3.replace("{1,3}", "")  # the same rule, one digit at a time
+_TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_GPT2 = None  # the rule built into the ByteLevel pre-tokenizer
+
+# tokenizer.ggml.pre -> how text is split before merging, as transformers 5.23 reads it.  Equality with transformers won
+# where that differs from llama.cpp and from the model's own tokenizer.json:
+#   smollm   the model also isolates every digit, so spaces in front of a digit stay one piece: "\n\n2" is "\n\n" "2"
+#            there and "\n" "\n" "2" here.  Digits come out the same, since no merge has one.
+#   llama3, tekken  the model takes a piece that is a token as it stands before trying merges.
+#   qwen2    the model composes Unicode (NFC) first; llama.cpp does not either.
+#   default  llama.cpp cuts punctuation off first and numbers into threes.
+_SPLITS = {
+    "default": _GPT2,
+    "gpt-2": _GPT2,
+    "smollm": _GPT2,
+    "llama3": _LLAMA3,
+    "llama-v3": _LLAMA3,
+    "llama-bpe": _LLAMA3,
+    "falcon3": _LLAMA3,
+    "qwen2": _QWEN2,
+    "deepseek-r1-qwen": _QWEN2,
+    "megrez": _QWEN2,
+    "tekken": _TEKKEN,
+}
+# Vocabularies to which llama.cpp adds a BOS token if the file does not say, and many Llama 3 files do not.  Here the
+# model won: transformers then adds none.
+_BOS_UNLESS_TOLD = {"llama3", "llama-v3", "llama-bpe", "falcon3", "tekken"}
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
+    """The tokenizer of a local Hugging Face directory, of a hub id, or of a ``.gguf`` file; torch is never needed.
+
+    Raises UserError, naming the path, if it is missing, is not a GGUF file, or describes no tokenizer known here.
+    """
+    if str(path).lower().endswith(".gguf"):
+        return _from_gguf(str(path))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{path}: no tokenizer in this directory or hub repository ({reason})") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(f"{path}: {type(tokenizer).__name__} found, expected a tokenizer with a tokenizer.json")
+    return tokenizer
+
+
+def _from_gguf(path: str) -> PreTrainedTokenizerFast:
+    meta = read_header(path).metadata
+
+    def get(key, default=None):
+        return meta.get(f"tokenizer.ggml.{key}", default)
+
+    for key in ("model", "tokens"):
+        if get(key) is None:
+            raise UserError(f"{path}: metadata tokenizer.ggml.{key} is missing, expected a GGUF file with a tokenizer")
+    kind, tokens, types = get("model"), get("tokens"), np.asarray(get("token_type", ()))
+    if kind == "gpt2":
+        pre = get("pre", "default")
+        if pre not in _SPLITS:
+            raise UserError(f"{path}: tokenizer.ggml.pre is {pre!r}, expected one of {', '.join(sorted(_SPLITS))}")
+        backend = _byte_level(path, tokens, types, get("merges"), _SPLITS[pre])
+        add_bos = get("add_bos_token", pre in _BOS_UNLESS_TOLD)
+    elif kind == "llama":
+        backend = _sentencepiece(path, tokens, get("scores"), get("merges"), get("add_space_prefix", True))
+        add_bos = get("add_bos_token", True)
+    else:
+        raise UserError(
+            f"{path}: tokenizer.ggml.model is {kind!r}, expected gpt2 (byte-level BPE) or llama (SentencePiece)"
+        )
+    for token_type, special in ((_CONTROL, True), (_USER_DEFINED, False)):
+        added = [AddedToken(tokens[i], normalized=False, special=special) for i in np.flatnonzero(types == token_type)]
+        (backend.add_special_tokens if special else backend.add_tokens)(added)
+
+    names = {}
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        token_id = get(f"{key}_token_id")
+        if token_id is not None:
+            if not token_id < len(tokens):
+                raise UserError(
+                    f"{path}: tokenizer.ggml.{key}_token_id is {token_id}, expected one of {len(tokens)} tokens"
+                )
+            # as an AddedToken, because a bare string would be matched after normalisation
+            names[f"{name}_token"] = AddedToken(tokens[token_id], normalized=False, special=True)
+    context = meta.get(f"{meta.get('general.architecture')}.context_length")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        **names,
+        add_bos_token=add_bos,  # these two make the post-processor
+        add_eos_token=get("add_eos_token", False),
+        chat_template=meta.get("tokenizer.chat_template"),
+        clean_up_tokenization_spaces=False,
+        **({"model_max_length": context} if context else {}),
+    )
+
+
+def _byte_level(path: str, tokens: list[str], types: np.ndarray, merges: list[str] | None, split: str | None) -> Tokenizer:
+    """Byte-level BPE, as GPT-2, Llama 3 and Qwen have it."""
+    if merges is None:
+        raise UserError(f"{path}: metadata tokenizer.ggml.merges is missing, expected the merges of a gpt2 tokenizer")
+    spelling = _byte_spelling()
+    alphabet = set(spelling)
+    whole = np.isin(types, (_CONTROL, _USER_DEFINED)) if len(types) else np.zeros(len(tokens), bool)
+    vocab = {}
+    for index, token in enumerate(tokens):
+        # a few converters left ordinary tokens in plain text; added tokens are plain text by nature
+        if not whole[index] and not alphabet.issuperset(token):
+            token = "".join(spelling[byte] for byte in token.encode("utf-8"))
+        vocab[token] = index
+    backend = _bpe(path, vocab, _pairs(merges), continuing_subword_prefix="", end_of_word_suffix="")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None)
+    if split is None:
+        backend.pre_tokenizer = byte_level
+    else:
+        isolate = pre_tokenizers.Split(Regex(split), behavior="isolated")
+        backend.pre_tokenizer = pre_tokenizers.Sequence([isolate, byte_level])
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _pairs(merges: list[str]) -> list[tuple[str, str]]:
+    return [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
+
+
+def _bpe(path: str, vocab: dict[str, int], merges: list[tuple[str, str]], **options) -> Tokenizer:
+    try:
+        return Tokenizer(models.BPE(vocab=vocab, merges=merges, **options))
+    except Exception as error:  # what the Rust side raises for a merge of tokens that do not exist
+        raise UserError(f"{path}: tokenizer.ggml.merges do not fit tokenizer.ggml.tokens ({error})") from error
+
+
+def _byte_spelling() -> list[str]:
+    """GPT-2's printable character for each of the 256 bytes."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+
+
+def _sentencepiece(path: str, tokens: list[str], scores, merges: list[str] | None, prefix_space: bool) -> Tokenizer:
+    """SentencePiece BPE with byte fallback, as LLaMA 1, LLaMA 2 and Mistral have it."""
+    if merges is None and (scores is None or len(scores) != len(tokens)):
+        found = "no" if scores is None else len(scores)
+        raise UserError(f"{path}: {found} tokenizer.ggml.scores and no merges, expected a score for {len(tokens)} tokens")
+    vocab = {token: index for index, token in enumerate(tokens)}
+    pairs = _pairs(merges) if merges is not None else _merges_from_scores(vocab, scores)
+    backend = _bpe(path, vocab, pairs, fuse_unk=True, byte_fallback=True)
+    scheme = "first" if prefix_space else "never"
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=False)
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence(steps + [decoders.Strip(content=" ", left=1)] * prefix_space)
+    return backend
+
+
+def _merges_from_scores(vocab: dict[str, int], scores) -> list[tuple[str, str]]:
+    """Every way to make a token from two others, best score first, as SentencePiece would pick them.
+
+    The order of ties is transformers' own, because a different order gives different ids.
+    """
+    merges = []
+    for token, index in vocab.items():
+        cuts = [(token[:i], token[i:]) for i in range(1, len(token))]
+        known = [(left, right) for left, right in cuts if left in vocab and right in vocab]
+        known.sort(key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
+        merges += [(float(scores[index]), left, right) for left, right in known]
+    merges.sort(key=lambda m: (m[0], len(m[1]), len(m[2])), reverse=True)
+    return [(left, right) for _, left, right in merges]

@@ -1,0 +1,284 @@
+"""One YAML file per run, decoded strictly into frozen dataclasses, with `a.b=c` overrides from the command line."""
+
+import dataclasses
+import difflib
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+import yaml
+from pydantic.dataclasses import dataclass
+
+from neuroada_jax.errors import UserError
+from neuroada_jax.models import Remat
+from neuroada_jax.prompts import PromptStyle
+from neuroada_jax.tasks import TASKS
+
+_STRICT = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+# Every linear map of a LLaMA layer, as in the published scripts (FACTS.md section 4.1).
+LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ModelSection:
+    """Which frozen model. `path` is a Hugging Face directory, a hub id or a .gguf file."""
+
+    path: str
+    dtype: Literal["float32", "bfloat16", "auto"] = "auto"
+
+
+@dataclass(frozen=True, config=_STRICT)
+class BypassSection:
+    """k connections for every neuron of the linear maps in `targets` (names as in `neuroada inspect MODEL`)."""
+
+    k: int = pydantic.Field(default=1, ge=1)
+    targets: list[str] = pydantic.Field(default_factory=lambda: list(LLAMA_TARGETS), min_length=1)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class DataSection:
+    """Training rows: a file, a `datasets` directory or a hub name, read as the rows of `task`."""
+
+    train: str
+    split: str = "train"
+    task: str = "instruct"
+    style: str | None = None  # None: the task's own prompt style
+    max_length: int = pydantic.Field(default=512, gt=1)
+    buckets: list[int] | None = None  # padded lengths; None: derived from the data
+    group_by_length: bool = False
+    limit: int | None = pydantic.Field(default=None, gt=0)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class OptimizerSection:
+    """AdamW over the bypass values; the defaults are those of the published runs (FACTS.md section 4.1)."""
+
+    learning_rate: float = pydantic.Field(gt=0)
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_ratio: float = pydantic.Field(default=0.0, ge=0, le=1)
+    weight_decay: float = pydantic.Field(default=0.0, ge=0)
+    clip_norm: float | None = pydantic.Field(default=1.0, gt=0)
+    beta1: float = pydantic.Field(default=0.9, ge=0, lt=1)
+    beta2: float = pydantic.Field(default=0.999, ge=0, lt=1)
+    epsilon: float = pydantic.Field(default=1e-8, gt=0)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class TrainingSection:
+    """How long and how much at once. `batch_size` rows make one update, in `accumulation` equal parts."""
+
+    epochs: int | None = pydantic.Field(default=None, gt=0)
+    steps: int | None = pydantic.Field(default=None, gt=0)
+    batch_size: int = pydantic.Field(default=16, gt=0)
+    accumulation: int = pydantic.Field(default=1, gt=0)
+    remat: Literal["none", "names", "full"] = "full"
+    log_every: int = pydantic.Field(default=10, gt=0)
+
+    def __post_init__(self) -> None:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give either epochs or steps")
+        if self.batch_size % self.accumulation:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulation {self.accumulation}")
+
+    @property
+    def remat_policy(self) -> Remat:
+        return Remat(self.remat)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class EvaluationSet:
+    """Rows to score, read as the rows of `task`."""
+
+    name: str
+    data: str
+    task: str | None = None  # None: the task of the training data
+    style: str | None = None
+    split: str = "test"
+    limit: int | None = pydantic.Field(default=None, gt=0)
+    method: Literal["generate", "choices"] = "generate"  # choices: the likeliest of the task's answers
+    max_new_tokens: int = pydantic.Field(default=32, gt=0)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class EvaluationSection:
+    """What to score before (if asked) and after training, always with the merged weights."""
+
+    sets: list[EvaluationSet] = pydantic.Field(default_factory=list)
+    before: bool = True
+    batch_size: int = pydantic.Field(default=16, gt=0)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class RunConfig:
+    """Everything a run needs. `output` defaults to runs/<name>."""
+
+    name: str
+    model: ModelSection
+    data: DataSection
+    optimizer: OptimizerSection
+    training: TrainingSection
+    bypass: BypassSection = dataclasses.field(default_factory=BypassSection)
+    evaluation: EvaluationSection = dataclasses.field(default_factory=EvaluationSection)
+    output: str | None = None
+    merge: bool = False  # also write the merged model to <output>/merged
+    seed: int = pydantic.Field(default=42, ge=0)
+
+    def __post_init__(self) -> None:
+        for where, task, style in self._tasks():
+            if task not in TASKS:
+                raise ValueError(f"{where}.task: unknown task {task!r}{_nearest(task, list(TASKS))}")
+            styles = [member.value for member in PromptStyle]
+            if style is not None and style not in styles:
+                raise ValueError(f"{where}.style: unknown style {style!r}; known: {', '.join(styles)}")
+        names = [each.name for each in self.evaluation.sets]
+        if len(names) != len(set(names)):
+            raise ValueError("evaluation.sets: two sets have the same name")
+
+    def _tasks(self) -> list[tuple[str, str, str | None]]:
+        found: list[tuple[str, str, str | None]] = [("data", self.data.task, self.data.style)]
+        for number, each in enumerate(self.evaluation.sets):
+            found.append((f"evaluation.sets.{number}", each.task or self.data.task, each.style))
+        return found
+
+    @property
+    def directory(self) -> Path:
+        """Where the run's files go."""
+        return Path(self.output or f"runs/{self.name}")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 as PyYAML reads it, but with 9e-3 a number, as everybody expects."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the texts that `_Loader` would take for numbers."""
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """YAML text as plain Python data.
+
+    Raises:
+      UserError: not YAML; names the line.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        raise UserError(f"{where}:{line} not YAML ({getattr(error, 'problem', error)})") from error
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+
+
+def _section_fields(location: tuple[Any, ...]) -> list[str]:
+    """The field names that are valid at a path of the config."""
+    kind: Any = RunConfig
+    for key in location:
+        if isinstance(key, int):
+            kind = EvaluationSet
+        else:
+            kind = next((f.type for f in dataclasses.fields(kind) if f.name == key), RunConfig)
+    return [f.name for f in dataclasses.fields(kind)]
+
+
+# Where pydantic's own words would puzzle someone who writes YAML.
+_REASONS = {"dataclass_type": "expected a section of fields", "too_short": "expected at least one item"}
+
+
+def _message(error: pydantic.ValidationError) -> str:
+    first = error.errors()[0]
+    location = first["loc"]
+    path = ".".join(str(part) for part in location) or "config"
+    kind = first["type"]
+    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"{path}: unknown field{_nearest(str(location[-1]), _section_fields(location[:-1]))}"
+    if kind in ("missing", "missing_argument"):
+        return f"{path}: this field is required"
+    reason = first["msg"].removeprefix("Value error, ")
+    if kind == "value_error":
+        return reason if "." in reason.partition(":")[0] else f"{path}: {reason}"
+    reason = _REASONS.get(kind, reason)
+    return f"{path}: {reason[0].lower()}{reason[1:]}, found {first['input']!r}"
+
+
+def apply_override(content: dict[str, Any], override: str) -> None:
+    """Sets one `a.b=c` in nested dicts and lists; c is read as YAML.
+
+    Raises:
+      UserError: no "=", or a path through something that is no section.
+    """
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise UserError(f"override {override!r}: expected the form section.field=value")
+    *parents, last = path.split(".")
+    node: Any = content
+    for key in parents:
+        node = node.setdefault(key, {}) if isinstance(node, dict) else node[_index(node, key, override)]
+    if isinstance(node, dict):
+        node[last] = parse_yaml(text, f"override {override!r}")
+    else:
+        node[_index(node, last, override)] = parse_yaml(text, f"override {override!r}")
+
+
+def _index(node: Any, key: str, override: str) -> int:
+    if not isinstance(node, list):
+        raise UserError(f"override {override!r}: {key!r} is not inside a section")
+    if not key.isdigit() or int(key) >= len(node):
+        raise UserError(f"override {override!r}: {key!r} is no index of a list of {len(node)}")
+    return int(key)
+
+
+def from_dict(content: Any, where: str) -> RunConfig:
+    """Decodes plain data into a RunConfig.
+
+    Raises:
+      UserError: an unknown field (with the nearest valid name), a wrong type or value; one line with the field's path.
+    """
+    if not isinstance(content, dict):
+        raise UserError(f"{where}: expected a mapping of sections, found {type(content).__name__}")
+    try:
+        # Through JSON, since pydantic's strict mode takes mappings for dataclasses from there only.
+        return pydantic.TypeAdapter(RunConfig).validate_json(json.dumps(content, default=str))
+    except pydantic.ValidationError as error:
+        raise UserError(f"{where}: {_message(error)}") from error
+
+
+def load(path: str, overrides: list[str] | None = None) -> RunConfig:
+    """Reads a run's YAML file.
+
+    Args:
+      path: the file.
+      overrides: `section.field=value` strings, applied in order.
+
+    Raises:
+      UserError: see `from_dict`; also a missing file.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text file ({error})") from error
+    content = parse_yaml(text, path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a mapping of sections, found {type(content).__name__}")
+    for override in overrides or []:
+        apply_override(content, override)
+    return from_dict(content, path)
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The whole config with all defaults written out; `load` gives the same config back."""
+    return yaml.dump(dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False)

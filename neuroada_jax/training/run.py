@@ -1,0 +1,272 @@
+"""One run from config to adapter: load, select, evaluate, train, evaluate, save. The loop itself is in loop.py."""
+
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import transformers
+
+from neuroada_jax import bypass, console, data, evaluation, files, models
+from neuroada_jax.batches import Batches
+from neuroada_jax.bypass import Bypass, Tree
+from neuroada_jax.errors import UserError
+from neuroada_jax.formats import huggingface, native
+from neuroada_jax.prompts import PromptStyle
+from neuroada_jax.rows import load_rows
+from neuroada_jax.tasks import TASKS
+from neuroada_jax.tokenizer import load_tokenizer
+from neuroada_jax.training import loop, optimizer, plots, step
+from neuroada_jax.training.config import EvaluationSet, RunConfig, to_yaml
+from neuroada_jax.weights import LoadedModel, open_model, read_weights
+
+
+def open_base(source: str, dtype: str) -> tuple[LoadedModel, transformers.PreTrainedTokenizerFast]:
+    """A model without its weights yet, and its tokenizer.
+
+    Raises:
+      UserError: see `weights.open_model` and `tokenizer.load_tokenizer`; also a tokenizer that has more tokens than the
+        model has embeddings.
+    """
+    opened = open_model(source, dtype)
+    tokenizer = load_tokenizer(opened.path)
+    if len(tokenizer) > opened.model.config.vocab_size:
+        raise UserError(
+            f"{source}: the tokenizer has {len(tokenizer)} tokens, more than the {opened.model.config.vocab_size} "
+            "embeddings of the model"
+        )
+    return opened, tokenizer
+
+
+def with_weights(opened: LoadedModel) -> LoadedModel:
+    """The opened model with its weights, read under a progress bar."""
+    with console.bar("loading weights") as shown:
+        return read_weights(opened, console.reporter(shown))
+
+
+def build_bypass(base: LoadedModel, targets: list[str], k: int) -> Bypass:
+    """Selects the connections; warns where a target has fewer than k inputs.
+
+    Raises:
+      UserError: targets that match nothing, or the output layer of a model with tied embeddings.
+    """
+    if "lm_head" in targets and base.model.config.tied:
+        raise UserError("bypass.targets: 'lm_head' shares its weights with the embedding in this model (tied embeddings)")
+    paths = models.match_targets(base.params, targets, base.model.stack)
+    for path in paths:
+        inputs = bypass.get(base.params, path)["kernel"].shape[-1]
+        if k > inputs:
+            console.warn(f"bypass.k: {k} is more than the {inputs} inputs of {'.'.join(path)}; all {inputs} are used there")
+    return bypass.build(base.params, paths, k)
+
+
+def parameter_count(params: Tree) -> int:
+    """All entries of a tree."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def evaluate_sets(
+    config: RunConfig, base: LoadedModel, params: Tree, tokenizer: Any, save_to: Path | None
+) -> dict[str, evaluation.Score]:
+    """Scores every evaluation set of a config; predictions go to `save_to`/predictions-<set>.jsonl."""
+    scores = {}
+    for each in config.evaluation.sets:
+        task = TASKS[each.task or config.data.task]
+        with console.bar(f"evaluating {each.name}") as shown:
+            scores[each.name] = evaluation.evaluate(
+                base,
+                params,
+                tokenizer,
+                load_rows(each.data, each.split, each.limit),
+                task,
+                style=_style(each, config),
+                method=each.method,
+                max_new_tokens=each.max_new_tokens,
+                batch_size=config.evaluation.batch_size,
+                on_progress=console.reporter(shown),
+            )
+        score = scores[each.name]
+        console.say(f"{each.name}: accuracy {score.accuracy:.4f} of {score.n}")
+        if save_to is not None:
+            evaluation.write_predictions(save_to / f"predictions-{each.name}.jsonl", score)
+    return scores
+
+
+def _style(each: EvaluationSet, config: RunConfig) -> PromptStyle:
+    """The set's own style, else the training data's where the task is the same, else the task's."""
+    same_task = each.task in (None, config.data.task)
+    named = each.style or (config.data.style if same_task else None)
+    return PromptStyle(named or TASKS[each.task or config.data.task].style)
+
+
+def _clear_output(directory: Path) -> None:
+    """Makes the run's folder and removes what an earlier run left there under the names of this one's results."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for stale in ("adapter", "merged"):
+            shutil.rmtree(directory / stale, ignore_errors=True)
+        for stale in ("results.json", "metrics.jsonl", "loss.png"):
+            (directory / stale).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be written ({error.strerror})") from error
+
+
+def _encode(config: RunConfig, tokenizer: Any) -> tuple[Batches, list[str]]:
+    task = TASKS[config.data.task]
+    rows = evaluation.convert(load_rows(config.data.train, config.data.split, config.data.limit), task)
+    style = PromptStyle(config.data.style or task.style)
+    with console.bar("tokenising") as shown:
+        examples = data.encode(rows, style, tokenizer, config.data.max_length, console.reporter(shown))
+    console.say(
+        f"{len(examples)} examples of {len(rows)} rows, {int(examples.lengths.sum())} tokens, "
+        f"{int(examples.target_counts.sum())} of them targets; {examples.cut} cut to {config.data.max_length} tokens, "
+        f"{examples.left_out} left out since nothing of their target was left"
+    )
+    batches = Batches(examples, config.training.batch_size, config.seed, config.data.buckets, config.data.group_by_length)
+    return batches, [rows.where(i) for i in range(len(rows))]
+
+
+def train(config: RunConfig, *, overwrite: bool = False) -> dict[str, Any]:
+    """Runs a config from start to end and leaves a run's files (DESIGN.md section 7) in its directory.
+
+    Args:
+      config: the run.
+      overwrite: replace a run that is already in the output directory.
+
+    Returns: the content of results.json.
+
+    Raises:
+      UserError: anything wrong with config, model, data or output folder; a loss that becomes NaN or infinite (the
+        adapter of the last good step is kept).
+    """
+    # What is cheap to check comes before the weights are read, and the folder is touched when all of it is right.
+    directory = config.directory
+    if (directory / "config.yaml").exists() and not overwrite:
+        raise UserError(f"{directory} holds a run already; use --overwrite to replace it, or another name")
+    base, tokenizer = open_base(config.model.path, config.model.dtype)
+    batches, places = _encode(config, tokenizer)
+    base = with_weights(base)
+    built = build_bypass(base, config.bypass.targets, config.bypass.k)
+    _clear_output(directory)
+    files.write_text(directory / "config.yaml", to_yaml(config))
+
+    total_steps = config.training.steps or (config.training.epochs or 0) * batches.steps_per_epoch
+    trainable, total = bypass.count(built.values), parameter_count(base.params)
+    console.say(f"training {trainable:,} of {total:,} parameters ({100 * trainable / total:.4f} %) for {total_steps} steps")
+
+    before: dict[str, evaluation.Score] = {}
+    if config.evaluation.before:
+        before = evaluate_sets(config, base, base.params, tokenizer, None)
+
+    transformation = optimizer.build(config.optimizer, total_steps)
+    state = step.initial_state(base.params, built, transformation)
+    base = base._replace(params={})  # the state owns the weights now: its buffers are donated step by step
+
+    def save_adapter(state: step.TrainState) -> None:
+        native.save(
+            directory / "adapter",
+            state.bypass,
+            base,
+            k=config.bypass.k,
+            targets=config.bypass.targets,
+            seed=config.seed,
+            replace=True,
+        )
+
+    run_step = step.make_step(base.model.module(config.training.remat_policy), transformation, config.training.accumulation)
+    rates = optimizer.schedule(config.optimizer, total_steps)
+    began = time.perf_counter()
+    try:
+        state, report = loop.run(
+            state, run_step, batches, total_steps, rates, config.training.log_every, directory / "metrics.jsonl"
+        )
+    except loop.NotFinite as failure:
+        save_adapter(failure.state)
+        rows = ", ".join(places[row] for row in failure.rows[:8])
+        raise UserError(
+            f"the loss or its gradient became NaN or infinite at step {failure.step} (rows {rows}"
+            f"{', ...' if len(failure.rows) > 8 else ''}); the adapter of the last good step is in {directory / 'adapter'}"
+        ) from failure
+    seconds = time.perf_counter() - began
+    save_adapter(state)
+    after = evaluate_sets(config, base, state.params, tokenizer, directory)
+    if config.merge:
+        huggingface.save(directory / "merged", base, state.params, tokenizer, replace=True)
+
+    results = {
+        "name": config.name,
+        "directory": str(directory),
+        "steps": total_steps,
+        "epochs": total_steps / batches.steps_per_epoch,
+        "trainable": trainable,
+        "total_parameters": total,
+        "trainable_percent": 100 * trainable / total,
+        "train_seconds": seconds,
+        "tokens_per_second": report.tokens / seconds,
+        "first_loss": report.losses[0],
+        "last_loss": report.losses[-1],
+        "compiled_steps": report.shapes,
+        "possible_steps": len(batches.shapes),
+        "examples": len(batches.examples),
+        "cut": batches.examples.cut,
+        "left_out": batches.examples.left_out,
+        "evaluation": {
+            name: {
+                "n": score.n,
+                "accuracy_before": before[name].accuracy if name in before else None,
+                "accuracy_after": score.accuracy,
+                "interval_before": list(before[name].interval) if name in before else None,
+                "interval_after": list(score.interval),
+            }
+            for name, score in after.items()
+        },
+        **_headline(before, after),
+        "backend": jax.default_backend(),
+        "versions": native.installed_versions() | {"python": sys.version.split()[0]},
+    }
+    files.write_text(directory / "results.json", json.dumps(results, indent=2) + "\n")
+    plots.loss_curve(directory / "loss.png", report.losses, config.name)
+    return results
+
+
+def _headline(before: dict[str, evaluation.Score], after: dict[str, evaluation.Score]) -> dict[str, Any]:
+    """The first evaluation set's figures once more, where a script finds them without knowing its name."""
+    for name, score in after.items():
+        accuracy_before = before[name].accuracy if name in before else None
+        return {"accuracy_before": accuracy_before, "accuracy_after": score.accuracy, "n": score.n}
+    return {}
+
+
+def print_summary(results: dict[str, Any]) -> None:
+    """The tables that end a run: accuracies, then what was trained and how fast."""
+
+    def share(value: float | None, interval: list[float] | None) -> str:
+        if value is None or interval is None:
+            return "-"
+        return f"{100 * value:.1f} ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})"
+
+    if results["evaluation"]:
+        scores = [
+            (
+                name,
+                str(score["n"]),
+                share(score["accuracy_before"], score["interval_before"]),
+                share(score["accuracy_after"], score["interval_after"]),
+            )
+            for name, score in results["evaluation"].items()
+        ]
+        console.table("accuracy in % (95 % interval)", ("set", "n", "before", "after"), scores)
+    rows = [
+        ("trained values", f"{results['trainable']:,}"),
+        ("share of the model", f"{results['trainable_percent']:.4f} %"),
+        ("steps", str(results["steps"])),
+        ("loss, first to last step", f"{results['first_loss']:.4f} to {results['last_loss']:.4f}"),
+        ("seconds", f"{results['train_seconds']:.1f}"),
+        ("tokens per second", f"{results['tokens_per_second']:.0f}"),
+        ("compiled steps", f"{results['compiled_steps']} of at most {results['possible_steps']}"),
+        ("files", results["directory"]),
+    ]
+    console.table(results["name"], ("", ""), rows)

@@ -1,0 +1,157 @@
+"""The training step: loss at the labelled positions, gradient of the values alone, update, resident write."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from neuroada_jax import bypass
+from neuroada_jax.batches import Batch
+from neuroada_jax.bypass import Bypass, Tree
+
+LOSS_CHUNK = 1024  # targets whose logits exist at a time
+
+
+class TrainState(NamedTuple):
+    """Everything a step reads and writes; donated to it, so that nothing of it exists twice.
+
+    Attributes:
+      step: int32 scalar, updates done.
+      trainable: {"bypass": values}; the only tree that gradients and optimiser state mirror.
+      optimizer: state of the optax transformation.
+      params: the frozen weights with base + values written over the chosen entries (resident).
+      columns: int32 columns of the bypass.
+      base: the chosen entries of the original weights.
+      failed_step: int32 scalar, the first step whose loss, gradient or updated values were not finite, -1 if none. From there on the
+        state does not change any more: it stays the last good one.
+    """
+
+    step: Int[Array, ""]
+    trainable: Tree
+    optimizer: Any
+    params: Tree
+    columns: Tree
+    base: Tree
+    failed_step: Int[Array, ""]
+
+    @property
+    def bypass(self) -> Bypass:
+        """The bypass as trained so far."""
+        return Bypass(self.trainable["bypass"], self.columns)
+
+
+class StepMetrics(NamedTuple):
+    """Scalars of one step: mean loss per target token, gradient norm before clipping, and the targets counted."""
+
+    loss: Float[Array, ""]
+    gradient_norm: Float[Array, ""]
+    targets: Float[Array, ""]
+
+
+def initial_state(params: Tree, built: Bypass, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step. It takes `params` over: the step donates them."""
+    trainable = {"bypass": built.values}
+    return TrainState(
+        step=jnp.int32(0),
+        trainable=trainable,
+        optimizer=optimizer.init(trainable),
+        params=params,
+        columns=built.columns,
+        base=bypass.read(params, built.columns),
+        failed_step=jnp.int32(-1),
+    )
+
+
+def target_losses(module: nn.Module, variables: Tree, batch: Batch) -> Float[Array, "B M"]:
+    """Cross-entropy of every target in float32, 0 where the mask is 0.
+
+    The hidden states of the labelled positions are gathered first, and the vocabulary matmul runs over LOSS_CHUNK of them
+    at a time: logits of unlabelled positions never exist, nor those of all labelled ones at once.
+    """
+    hidden, _ = module.apply(variables, batch.input_ids)
+    picked = jnp.take_along_axis(hidden, batch.target_positions[:, :, None], axis=1, mode="clip")
+    shape, width = batch.target_ids.shape, picked.shape[-1]
+    picked, ids = picked.reshape(-1, width), jnp.asarray(batch.target_ids).reshape(-1)
+
+    def losses(args: tuple[Array, Array]) -> Array:
+        states, targets = args
+        logits: Any = module.apply(variables, states, method="unembed")
+        return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
+
+    count = ids.shape[0]
+    if count <= LOSS_CHUNK:
+        nll = losses((picked, ids))
+    else:
+        chunks = -(-count // LOSS_CHUNK)
+        padding = chunks * LOSS_CHUNK - count
+        picked = jnp.pad(picked, ((0, padding), (0, 0))).reshape(chunks, LOSS_CHUNK, width)
+        padded_ids = jnp.pad(ids, (0, padding)).reshape(chunks, LOSS_CHUNK)
+        nll = lax.map(jax.checkpoint(losses), (picked, padded_ids)).reshape(-1)[:count]
+    return nll.reshape(shape) * batch.target_mask
+
+
+def _split(batch: Batch, parts: int) -> Batch:
+    """The batch as `parts` micro batches along a new leading axis."""
+    return jax.tree.map(lambda leaf: leaf.reshape(parts, leaf.shape[0] // parts, *leaf.shape[1:]), batch)
+
+
+def make_step(
+    module: nn.Module, optimizer: optax.GradientTransformation, accumulation: int = 1
+) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+    """The jitted step (state, batch) -> (state, metrics); the state is donated.
+
+    Accumulation sums token losses and target counts over the micro batches and divides once, so that N parts of one
+    batch give what the whole batch gives.
+    """
+
+    def loss_sum(trainable: Tree, state: TrainState, batch: Batch) -> Array:
+        variables = {"params": state.params, "columns": state.columns, "base": state.base, **trainable}
+        return jnp.sum(target_losses(module, variables, batch))
+
+    def gradients(state: TrainState, batch: Batch) -> tuple[Array, Tree]:
+        value_and_grad = jax.value_and_grad(loss_sum)
+        if accumulation == 1:
+            return value_and_grad(state.trainable, state, batch)
+
+        def add(total: tuple[Array, Tree], part: Batch) -> tuple[tuple[Array, Tree], None]:
+            return jax.tree.map(jnp.add, total, value_and_grad(state.trainable, state, part)), None
+
+        zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.trainable))
+        return lax.scan(add, zeros, _split(batch, accumulation))[0]
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        total, summed = gradients(state, batch)
+        targets = jnp.sum(batch.target_mask)
+        divisor = jnp.maximum(targets, 1)
+        loss = total / divisor
+        gradient = jax.tree.map(lambda leaf: leaf / divisor.astype(leaf.dtype), summed)
+        norm = optax.tree.norm(gradient)
+
+        with jax.numpy_dtype_promotion("standard"):  # optax's own code mixes int32 counts and float32 in there
+            updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        # The values too: an absurd learning rate overflows them although loss and gradient are finite.
+        sound = [jnp.all(jnp.isfinite(leaf)) for leaf in [loss, norm, *jax.tree.leaves(trainable)]]
+        finite = jnp.all(jnp.stack(sound))
+        good = finite & (state.failed_step < 0)
+        # The small trees alone are chosen between: a bad step leaves the last good state behind.
+        trainable, optimizer_state = jax.tree.map(
+            lambda new, old: jnp.where(good, new, old), (trainable, optimizer_state), (state.trainable, state.optimizer)
+        )
+        new = TrainState(
+            step=state.step + good.astype(jnp.int32),
+            trainable=trainable,
+            optimizer=optimizer_state,
+            params=bypass.make_resident(state.params, Bypass(trainable["bypass"], state.columns), state.base),
+            columns=state.columns,
+            base=state.base,
+            failed_step=jnp.where((state.failed_step < 0) & ~finite, state.step, state.failed_step),
+        )
+        return new, StepMetrics(loss, norm, targets)
+
+    return jax.jit(step, donate_argnums=0)

@@ -1,0 +1,252 @@
+"""Checkpoints into parameter trees: Hugging Face directories, hub ids and GGUF files, streamed tensor by tensor.
+
+Host memory stays near one tensor above the model's size: each tensor is read from a memory map and written straight into
+the (donated) stacked buffer on the device.
+"""
+
+import functools
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path as FilePath
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import xxhash
+from jax import lax
+
+from neuroada_jax import gguf_weights, models
+from neuroada_jax.bypass import Tree
+from neuroada_jax.errors import UserError
+from neuroada_jax.models import names
+
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+
+Progress = Callable[[int, int], None]
+
+
+@runtime_checkable
+class TensorSource(Protocol):
+    """A checkpoint on disk, seen as Hugging Face tensor names."""
+
+    def names(self) -> list[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def read(self, name: str) -> np.ndarray: ...
+
+    def raw(self, name: str) -> Any: ...
+
+
+class LoadedModel(NamedTuple):
+    """A model with its weights.
+
+    Attributes:
+      model: architecture and config.
+      params: parameter tree on the default device.
+      digests: Hugging Face tensor name -> hex digest of its stored bytes; adapters use them to recognise their base.
+      path: the local directory or GGUF file that was read.
+      source: the path or hub id that was asked for.
+    """
+
+    model: models.Model
+    params: Tree
+    digests: dict[str, str]
+    path: str
+    source: str
+
+
+def resolve(source: str) -> str:
+    """The local directory or file behind `source`, downloading a hub id such as "HuggingFaceTB/SmolLM2-135M".
+
+    Raises:
+      UserError: there is no such path, and it is no hub id or the hub does not have it.
+    """
+    if os.path.exists(source):
+        return source
+    looks_like_hub_id = source.count("/") <= 1 and not source.startswith((".", "/", "~")) and not source.endswith(".gguf")
+    if not looks_like_hub_id:
+        raise UserError(f"model.path: {source} does not exist")
+    try:
+        return huggingface_hub.snapshot_download(source, allow_patterns=_HUB_FILES)
+    except Exception as error:  # the hub raises a dozen kinds: offline, gated, unknown, malformed id
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"model.path: {source!r} is neither a local path nor a model that the hub could give ({reason})"
+        ) from error
+
+
+class SafetensorsDirectory:
+    """The tensors of one or many safetensors files in a Hugging Face directory, memory-mapped."""
+
+    def __init__(self, directory: str) -> None:
+        self.directory = FilePath(directory)
+        index = self.directory / "model.safetensors.index.json"
+        single = self.directory / "model.safetensors"
+        if index.exists():
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise UserError(f"{index}: has no 'weight_map'")
+            files = sorted(set(weight_map.values()))
+        elif single.exists():
+            weight_map, files = None, [single.name]
+        else:
+            raise UserError(f"{directory}: found neither model.safetensors nor model.safetensors.index.json")
+        self._handles = {file: self._open(self.directory / file) for file in files}
+        if weight_map is None:
+            weight_map = dict.fromkeys(self._handles[single.name].keys(), single.name)
+        for name, file in weight_map.items():
+            if name not in self._handles[file].keys():  # noqa: SIM118 (a safetensors handle, not a dict)
+                raise UserError(f"{self.directory / file}: tensor {name!r} is missing, though the index places it there")
+        self._files: dict[str, str] = weight_map
+
+    def _open(self, path: FilePath) -> Any:
+        if path.parent != self.directory:
+            raise UserError(f"{self.directory}: the index names a file outside the directory: {path}")
+        if not path.exists():
+            raise UserError(f"{path}: this shard is missing, though the index names it")
+        try:
+            return safetensors.safe_open(str(path), framework="numpy")
+        except (safetensors.SafetensorError, OSError) as error:
+            raise UserError(f"{path}: not a whole safetensors file ({error})") from error
+
+    def names(self) -> list[str]:
+        return list(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._handles[self._files[name]].get_slice(name).get_shape())
+
+    def read(self, name: str) -> np.ndarray:
+        return self._handles[self._files[name]].get_tensor(name)
+
+    def raw(self, name: str) -> Any:
+        return np.ascontiguousarray(self.read(name)).view(np.uint8).data
+
+
+def read_json(path: FilePath) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+      UserError: the file is missing, is not JSON, or holds something else than an object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """The Hugging Face config of a local model directory or GGUF file."""
+    if path.endswith(".gguf"):
+        return gguf_weights.read_config(path)
+    if not os.path.isdir(path):
+        raise UserError(f"{path}: expected a model directory or a .gguf file")
+    return read_json(FilePath(path) / "config.json")
+
+
+def open_tensors(path: str) -> TensorSource:
+    """The tensors of a local model directory or GGUF file."""
+    return gguf_weights.GGUFTensors(path) if path.endswith(".gguf") else SafetensorsDirectory(path)
+
+
+def config_dtype(name: str, hf_config: dict[str, Any]) -> Any:
+    """The jnp dtype for "float32", "bfloat16" or "auto" (the checkpoint's own, float32 where it does not say)."""
+    if name == "auto":
+        declared = hf_config.get("dtype") or hf_config.get("torch_dtype")
+        name = "bfloat16" if declared in ("bfloat16", "float16") else "float32"
+    return {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[name]
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _place(buffer: jax.Array, tensor: jax.Array, layer: jax.Array) -> jax.Array:
+    return lax.dynamic_update_index_in_dim(buffer, tensor.astype(buffer.dtype), layer, 0)
+
+
+def load_params(
+    model: models.Model, tensors: TensorSource, on_progress: Progress | None = None
+) -> tuple[Tree, dict[str, str]]:
+    """The parameter tree of `model` and the digest of every tensor's stored bytes.
+
+    Args:
+      model: what to fill.
+      tensors: where from.
+      on_progress: called with (tensors done, tensors in all).
+
+    Raises:
+      UserError: a tensor that the model needs is missing or has another shape.
+    """
+    flat: dict[tuple[str, ...], Any] = dict(names.flatten(model.abstract_params()))
+    slots = names.checkpoint_names(model.abstract_params(), model.stack)
+    available = set(tensors.names())
+    digests = {}
+    filled: dict[tuple[str, ...], jax.Array] = {}
+    for done, (name, slot) in enumerate(slots.items()):
+        leaf = flat[slot.path]
+        expected = leaf.shape if slot.layer is None else leaf.shape[1:]
+        if name not in available:
+            raise UserError(f"tensor {name!r} is missing from the checkpoint; expected shape {list(expected)}")
+        if tensors.shape(name) != expected:
+            raise UserError(f"tensor {name!r} has shape {list(tensors.shape(name))}, expected {list(expected)}")
+        tensor = tensors.read(name)
+        digests[name] = xxhash.xxh3_128_hexdigest(tensors.raw(name))
+        if slot.layer is None:
+            filled[slot.path] = jnp.asarray(tensor).astype(leaf.dtype)
+        else:
+            if slot.path not in filled:
+                filled[slot.path] = jnp.zeros(leaf.shape, leaf.dtype)
+            filled[slot.path] = _place(filled[slot.path], jnp.asarray(tensor), jnp.int32(slot.layer))
+        if on_progress:
+            on_progress(done + 1, len(slots))
+    params: Tree = {}
+    for path, array in filled.items():
+        node = params
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = array
+    return params, digests
+
+
+def open_model(source: str, dtype: str = "float32") -> LoadedModel:
+    """Everything about a model but its weights: `params` and `digests` are empty until `read_weights`.
+
+    Args:
+      source: local Hugging Face directory, hub id or GGUF file.
+      dtype: "float32", "bfloat16" or "auto".
+
+    Raises:
+      UserError: the path does not exist, or its architecture or config is not supported.
+    """
+    path = resolve(source)
+    hf_config = read_config(path)
+    try:
+        model = models.from_hf_config(hf_config, config_dtype(dtype, hf_config))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    return LoadedModel(model, {}, {}, path, source)
+
+
+def read_weights(opened: LoadedModel, on_progress: Progress | None = None) -> LoadedModel:
+    """The opened model with its weights on the default device.
+
+    Raises:
+      UserError: a file or tensor that is missing, truncated or of another shape.
+    """
+    try:
+        params, digests = load_params(opened.model, open_tensors(opened.path), on_progress)
+    except UserError as error:
+        raise UserError(str(error) if opened.path in str(error) else f"{opened.path}: {error}") from error
+    return opened._replace(params=params, digests=digests)
+
+
+def load_model(source: str, dtype: str = "float32", on_progress: Progress | None = None) -> LoadedModel:
+    """Opens a model and reads its weights; see `open_model` and `read_weights`."""
+    return read_weights(open_model(source, dtype), on_progress)

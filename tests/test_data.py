@@ -1,0 +1,156 @@
+"""Rows become examples: which tokens are targets, BOS and EOS, cutting and counting."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_helpers import BYTES, CHAT, LLAMA, byte_level, decoded, message_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from neuroada_jax.data import encode, encode_prompt, load_rows
+
+COMMONSENSE = Path(__file__).parents[2] / "shared" / "data" / "train" / "commonsense_15k.jsonl.gz"
+
+
+def one(row, style="plain", tokenizer=BYTES, max_length=10_000):
+    return encode([row], style, tokenizer, max_length).example(0)
+
+
+TEXT = st.text(st.sampled_from("ab ct\nhe🙂é."), max_size=12)
+
+
+@settings(max_examples=100)
+@given(prompt=TEXT, target=TEXT, tokenizer=st.sampled_from([BYTES, CHAT, LLAMA, byte_level("<s> $A </s>")]))
+def test_targets_are_the_target_text_and_one_eos(prompt, target, tokenizer):
+    row = {"prompt": "a" + prompt, "completion": target}
+    ids, is_target = one(row, "verbatim", tokenizer)
+    assert ids.dtype == np.int32
+    assert is_target.dtype == bool
+    assert ids.shape == is_target.shape
+    assert ids[-1] == tokenizer.eos_token_id
+    assert is_target[-1]
+    assert not is_target[0]
+    assert np.count_nonzero(ids == tokenizer.eos_token_id) == 1
+    assert np.count_nonzero(ids == tokenizer.bos_token_id) == (0 if tokenizer is CHAT else 1)
+    first = int(is_target.argmax())
+    assert is_target[first:].all()  # one run to the end
+    # The joint text's own tokens, untouched, between BOS and EOS.
+    begin = 0 if tokenizer is CHAT else 1
+    assert list(ids[begin:-1]) == tokenizer(row["prompt"] + target, add_special_tokens=False)["input_ids"]
+    # No token of the prompt's text alone is a target: all before the first target fits inside the prompt ...
+    before = tokenizer.decode(ids[begin:first], clean_up_tokenization_spaces=False)
+    shown = before.lstrip() if tokenizer is LLAMA else before
+    clean = shown.rstrip("\ufffd")  # a straddling token may split a character
+    assert (row["prompt"].lstrip() if tokenizer is LLAMA else row["prompt"]).startswith(clean)
+    # ... and all of the target is in what follows.
+    rest = tokenizer.decode(ids[first:-1], clean_up_tokenization_spaces=False)
+    assert rest.endswith(target)
+
+
+def test_bos_is_never_doubled_and_eos_comes_once():
+    bos, eos = BYTES.bos_token_id, BYTES.eos_token_id
+    for prompt, target in [("<s>a", "b</s>"), ("a", "b</s></s>"), ("a", "b")]:
+        ids, is_target = one({"prompt": prompt, "completion": target}, "verbatim")
+        assert decoded(BYTES, ids) == "<s>ab</s>"
+        assert is_target.tolist() == [False, False, True, True]
+    ids, is_target = one({"prompt": "a", "completion": "<s>b"}, "verbatim")
+    assert ids.tolist().count(bos) == 2
+    assert not is_target[ids == bos].any()
+    ids, is_target = one({"prompt": "a</s>", "completion": ""}, "verbatim")  # the prompt's EOS is not the target's
+    assert ids[-2:].tolist() == [eos, eos]
+    assert is_target.tolist() == [False, False, False, True]
+    ids, is_target = one({"prompt": "", "completion": "ab"}, "verbatim", CHAT)
+    assert is_target.tolist() == [False, True, True]  # nothing predicts the first token
+
+
+def test_a_space_at_the_end_of_the_target_is_a_target():
+    ids, is_target = one({"prompt": "a", "completion": "b "}, "verbatim")
+    assert decoded(BYTES, ids[is_target]) == "b </s>"
+
+
+def test_bos_and_eos_may_be_the_same_token():
+    tokenizer = byte_level()
+    tokenizer.eos_token = "<s>"
+    ids, is_target = one({"prompt": "a", "completion": "b"}, "verbatim", tokenizer)
+    assert decoded(tokenizer, ids) == "<s>ab<s>"
+    assert is_target.tolist() == [False, False, True, True]
+
+
+def test_chat_targets_are_every_answer_with_its_end_of_turn():
+    messages = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": " the answer\n"},
+        {"role": "user", "content": "two"},
+        {"role": "assistant", "content": "option2"},
+        {"role": "user", "content": "never answered"},
+    ]
+    ids, is_target = one({"messages": messages}, "plain", CHAT)
+    assert decoded(CHAT, ids[is_target]) == " the answer\n<|im_end|>option2<|im_end|>"
+    # What comes before is as the template writes it; what follows the last target is not kept.
+    whole = CHAT.apply_chat_template(messages, tokenize=False)
+    assert decoded(CHAT, ids) == whole[: whole.index("option2<|im_end|>") + len("option2<|im_end|>")]
+
+    ids, is_target = one({"messages": messages[1:5]}, "plain", LLAMA)
+    assert decoded(LLAMA, ids[is_target]).replace("  ", " ") == " the answer\n </s> option2 </s>"
+    assert ids.tolist().count(LLAMA.bos_token_id) == 2
+    assert not is_target[ids == LLAMA.bos_token_id].any()
+
+
+def test_chat_without_an_end_of_turn_token_gets_an_eos():
+    turns = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    template = turns + "{% if add_generation_prompt %}assistant: {% endif %}"
+    tokenizer = byte_level(template=template)
+    ids, is_target = one({"instruction": "a", "output": "b"}, "chat", tokenizer)
+    assert decoded(tokenizer, ids) == "user: a\nassistant: b</s>"
+    assert decoded(tokenizer, ids[is_target]) == " b</s>"  # the token that straddles the border counts as target
+
+
+def test_mixed_rows_keep_their_order():
+    chat = {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]}
+    examples = encode(
+        [chat, {"instruction": "q", "output": "a"}, chat, {"prompt": "p", "completion": "c"}], "plain", CHAT, 100
+    )
+    starts = [decoded(CHAT, examples.example(i)[0])[:12] for i in range(4)]
+    assert [s == "<|im_start|>" for s in starts] == [True, False, True, False]
+    assert examples.row_numbers.tolist() == [0, 1, 2, 3]
+    assert len(examples) == 4
+
+
+def test_cut_and_left_out_are_counted():
+    rows = [{"prompt": "x" * n, "completion": "y" * m} for n, m in [(2, 3), (2, 9), (8, 1), (6, 2), (7, 0), (5, 1)]]
+    # With BOS and EOS: 7, 13, 11, 10, 9 and 8 tokens. At 8, rows 2 (targets at 9, 10) and 4 (at 8) lose every target.
+    tokenizer = byte_level()
+    calls = []
+    examples = encode(rows, "verbatim", tokenizer, 8, lambda done, total: calls.append((done, total)))
+    assert examples.row_numbers.tolist() == [0, 1, 3, 5]
+    assert (examples.cut, examples.left_out) == (2, 2)
+    assert examples.lengths.tolist() == [7, 8, 8, 8]
+    assert examples.lengths.dtype == np.int32
+    assert examples.target_counts.tolist() == [4, 5, 1, 2]
+    assert examples.target_counts.dtype == np.int32
+    assert calls == [(6, 6)]
+    assert tokenizer.eos_token_id not in examples.example(1)[0]  # a cut target is not said to end
+    message = message_of(encode, rows[2:3], "verbatim", tokenizer, 8)
+    assert "no example is left" in message
+    assert "max_length 8" in message
+    assert "no example is left" in message_of(encode, [], "verbatim", tokenizer, 8)
+
+
+@pytest.mark.skipif(not COMMONSENSE.exists(), reason=f"{COMMONSENSE} is not on this machine")
+def test_commonsense_15k():
+    rows = load_rows(str(COMMONSENSE))
+    assert len(rows) == 15_119
+    assert rows.where(15_118).endswith("commonsense_15k.jsonl.gz:15119")
+    some = load_rows(str(COMMONSENSE), limit=1500)
+    assert some.rows == rows.rows[:1500]
+    examples = encode(some, "plain", BYTES, 4096)
+    assert len(examples) == 1500
+    assert examples.cut == examples.left_out == 0
+    for i in (0, 700, 1499):
+        ids, is_target = examples.example(i)
+        row = some.rows[i]
+        assert decoded(BYTES, ids) == "<s>" + row["instruction"] + "\n" + row["output"] + "</s>"
+        assert decoded(BYTES, ids[is_target]) == f"the correct answer is {row['answer']}</s>"
+        assert list(ids[~is_target]) == encode_prompt(row, "plain", BYTES)

@@ -1,0 +1,303 @@
+"""bypass_dense against a dense float64 oracle, and what its custom VJP keeps and forms."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from neuroada_jax import ops
+from neuroada_jax.ops import GradientAlgorithm
+
+ALGORITHMS = list(GradientAlgorithm)
+
+
+def random_columns(rng, outputs, inputs, k):
+    """Ascending distinct columns (O, k)."""
+    return np.sort(np.argsort(rng.random((outputs, inputs)), axis=1)[:, :k], axis=1).astype(np.int32)
+
+
+def problem(seed, batch, outputs, inputs, k):
+    """Random float64 numpy arrays x, kernel, values, dy and int32 columns."""
+    rng = np.random.default_rng(seed)
+    x, dy = rng.normal(size=(*batch, inputs)), rng.normal(size=(*batch, outputs))
+    kernel, values = rng.normal(size=(outputs, inputs)), rng.normal(size=(outputs, k))
+    return x, kernel, random_columns(rng, outputs, inputs, k), values, dy
+
+
+@jax.jit
+def dense_autodiff(x, kernel, columns, values, dy):
+    """(y, dx, dvalues) by plain autodiff of the dense sum."""
+
+    def dense(x, values):
+        rows = jnp.arange(kernel.shape[0])[:, None]
+        return jnp.einsum("...i,oi->...o", x, kernel.at[rows, columns].add(values))
+
+    y, vjp = jax.vjp(dense, x, values)
+    return y, *vjp(dy)
+
+
+def oracle(x, kernel, columns, values, dy):
+    """`dense_autodiff` in float64, from and to numpy arrays."""
+    with jax.enable_x64(True):
+        wide = lambda a: np.asarray(a, np.float64)  # noqa: E731
+        return tuple(np.asarray(a) for a in dense_autodiff(wide(x), wide(kernel), columns, wide(values), wide(dy)))
+
+
+def resident_kernel(kernel, columns, values):
+    """The buffer of the resident form and the base entries that belong to it."""
+    base = ops.read_entries(kernel, columns)
+    return ops.write_entries(kernel, columns, base.astype(values.dtype) + values), base
+
+
+def actual(x, kernel, columns, values, dy, algorithm, resident, dtype, values_dtype):
+    """(y, dx, dkernel, dvalues) of bypass_dense in the given dtypes, as numpy arrays."""
+    x, kernel, dy = (jnp.asarray(a, dtype) for a in (x, kernel, dy))
+
+    @jax.jit
+    def value_and_pullback(x, kernel, columns, values, dy):
+        kernel, base = resident_kernel(kernel, columns, values) if resident else (kernel, None)
+        apply = lambda x, kernel, values: ops.bypass_dense(x, kernel, columns, values, base, algorithm=algorithm)  # noqa: E731
+        y, vjp = jax.vjp(apply, x, kernel, values)
+        return y, *vjp(dy)
+
+    y, dx, dkernel, dvalues = value_and_pullback(x, kernel, columns, jnp.asarray(values, values_dtype), dy)
+    assert (y.dtype, dx.dtype, dvalues.dtype) == (dtype, dtype, values_dtype)
+    return tuple(np.asarray(a, np.float64) for a in (y, dx, dkernel, dvalues))
+
+
+shapes = st.tuples(
+    st.sampled_from([(), (1,), (5,), (2, 3), (2, 1, 4)]),  # leading batch dimensions
+    st.sampled_from([1, 3, 64, 96]),  # O
+    st.sampled_from([1, 2, 17, 40]),  # I
+    st.sampled_from([1, 3, 20, None]),  # k, clipped to I; None: all
+    st.integers(0, 2**31),
+)
+
+
+@pytest.mark.parametrize("resident", [False, True], ids=["on_the_fly", "resident"])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@settings(max_examples=6)
+@given(shape=shapes)
+def test_float64_equals_the_dense_oracle(algorithm, resident, shape):
+    batch, outputs, inputs, k, seed = shape
+    arrays = problem(seed, batch, outputs, inputs, min(k or inputs, inputs))
+    y, dx, dvalues = oracle(*arrays)
+    with jax.enable_x64(True):
+        got_y, got_dx, got_dkernel, got_dvalues = actual(*arrays, algorithm, resident, jnp.float64, jnp.float64)
+    np.testing.assert_allclose(got_y, y, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(got_dx, dx, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(got_dvalues, dvalues, rtol=1e-12, atol=1e-12)
+    assert not got_dkernel.any()  # frozen: the kernel's cotangent is zero
+
+
+@pytest.mark.parametrize("resident", [False, True], ids=["on_the_fly", "resident"])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 2e-6), (jnp.bfloat16, 1e-2)], ids=["f32", "bf16"])
+def test_working_precision_stays_near_the_dense_oracle(algorithm, resident, dtype, tolerance):
+    arrays = problem(0, (2, 24), 64, 48, 5)
+    x, kernel, dy = (np.asarray(jnp.asarray(a, dtype), np.float64) for a in (arrays[0], arrays[1], arrays[4]))
+    columns, values = arrays[2], np.asarray(arrays[3], np.float32)
+    truth = oracle(x, kernel, columns, values, dy)
+    y, dx, _, dvalues = actual(x, kernel, columns, values, dy, algorithm, resident, dtype, jnp.float32)
+    for got, want in zip((y, dx, dvalues), truth, strict=True):
+        assert np.linalg.norm(got - want) <= tolerance * np.linalg.norm(want)
+    # The sum over tokens is float32 at least: with exact bfloat16 factors dvalues has float32 accuracy.
+    assert np.linalg.norm(dvalues - truth[2]) <= 2e-6 * np.linalg.norm(truth[2])
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_values_in_the_base_dtype_get_a_gradient_in_it(algorithm):
+    arrays = problem(1, (8,), 16, 12, 3)
+    y, dx, dvalues = oracle(*arrays)
+    got = actual(*arrays, algorithm, False, jnp.bfloat16, jnp.bfloat16)
+    np.testing.assert_allclose(got[3], dvalues, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("resident", [False, True], ids=["on_the_fly", "resident"])
+@pytest.mark.parametrize("k", [1, 4])
+def test_float32_values_survive_a_bfloat16_base(resident, k):
+    """Values of 1e-3 on weights of 0.6 round to nothing in bfloat16; the remainder brings them back.
+
+    The base part of y cancels exactly (second half of W = minus the first, x repeats itself), so that y is D x alone and the
+    rounding of y itself does not hide it.
+    """
+    rng = np.random.default_rng(3)
+    outputs, half, tokens = 64, 32, 40
+    left = rng.choice([-1, 1], size=(outputs, half)) * rng.uniform(0.52, 0.7, size=(outputs, half))
+    kernel = jnp.asarray(np.concatenate([left, -left], axis=1), jnp.bfloat16)
+    x_half = rng.normal(size=(tokens, half))
+    x = jnp.asarray(np.concatenate([x_half, x_half], axis=1), jnp.bfloat16)
+    columns = jnp.asarray(random_columns(rng, outputs, 2 * half, k))
+    values = jnp.asarray(rng.uniform(-1e-3, 1e-3, size=(outputs, k)), jnp.float32)
+    assert np.array_equal(ops.add_entries(kernel, columns, values), kernel)  # all of it is lost in the merged kernel
+
+    delta = np.zeros(kernel.shape)
+    np.put_along_axis(delta, np.asarray(columns), np.asarray(values, np.float64), axis=1)
+    truth = np.asarray(x, np.float64) @ (np.asarray(kernel, np.float64) + delta).T
+    plain = np.asarray(x @ ops.add_entries(kernel, columns, values).T, np.float64)
+    merged, base = resident_kernel(kernel, columns, values) if resident else (kernel, None)
+    y = np.asarray(ops.bypass_dense(x, merged, columns, values, base), np.float64)
+    error, plain_error = np.linalg.norm(y - truth), np.linalg.norm(plain - truth)
+    assert plain_error > 0.99 * np.linalg.norm(truth)
+    assert error < 0.01 * plain_error
+
+
+def test_rounding_remainder_is_what_the_kernel_dtype_cannot_hold():
+    rng = np.random.default_rng(4)
+    base = jnp.asarray(rng.normal(size=(6, 3)), jnp.bfloat16)
+    values = jnp.asarray(rng.normal(size=(6, 3)) * 1e-2, jnp.float32)
+    stored = (base.astype(jnp.float32) + values).astype(jnp.bfloat16)
+    remainder = ops.rounding_remainder(base, values)
+    np.testing.assert_array_equal(stored.astype(jnp.float32) + remainder, base.astype(jnp.float32) + values)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("leading", [(), (3,), (2, 3)])
+def test_read_write_and_add_entries_of_stacked_kernels(dtype, leading):
+    rng = np.random.default_rng(5)
+    kernel = jnp.asarray(rng.normal(size=(*leading, 7, 9)), dtype)
+    columns = np.stack([random_columns(rng, 7, 9, 4) for _ in range(int(np.prod(leading)))]).reshape(*leading, 7, 4)
+    values = jnp.asarray(rng.normal(size=columns.shape), jnp.float32)
+    entries = np.take_along_axis(np.asarray(kernel), columns, axis=-1)
+    np.testing.assert_array_equal(ops.read_entries(kernel, jnp.asarray(columns)), entries)
+    np.testing.assert_array_equal(kernel[ops.entry_indices(jnp.asarray(columns))], entries)
+
+    for got, new in [
+        (ops.write_entries(kernel, jnp.asarray(columns), values), values),
+        (ops.add_entries(kernel, jnp.asarray(columns), values), entries.astype(np.float32) + np.asarray(values)),
+    ]:
+        expected = np.array(kernel)
+        np.put_along_axis(expected, columns, np.asarray(jnp.asarray(new).astype(dtype)), axis=-1)
+        np.testing.assert_array_equal(got, expected)
+        assert got.dtype == dtype
+
+
+@pytest.mark.parametrize("per_adapter_columns", [False, True])
+def test_vmap_over_adapters_equals_one_by_one(per_adapter_columns):
+    rng = np.random.default_rng(6)
+    x, kernel, _, _, _ = problem(6, (5,), 12, 10, 3)
+    x, kernel = jnp.asarray(x, jnp.float32), jnp.asarray(kernel, jnp.float32)
+    columns = jnp.asarray(np.stack([random_columns(rng, 12, 10, 3) for _ in range(4)]))
+    columns = columns if per_adapter_columns else columns[0]
+    values = jnp.asarray(rng.normal(size=(4, 12, 3)), jnp.float32)
+    axes = (0 if per_adapter_columns else None, 0)
+
+    def loss(columns, values):
+        y = ops.bypass_dense(x, kernel, columns, values)
+        return jnp.sum(jnp.sin(y)), y
+
+    gradient = jax.jit(jax.grad(loss, argnums=1, has_aux=True))
+    got_gradient, got_y = jax.jit(jax.vmap(gradient, in_axes=axes))(columns, values)
+    for i in range(4):
+        want_gradient, want_y = gradient(columns[i] if per_adapter_columns else columns, values[i])
+        np.testing.assert_allclose(got_y[i], want_y, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(got_gradient[i], want_gradient, rtol=1e-4, atol=1e-4)
+
+
+# What the VJP keeps and what the gradient forms. Sizes are all different, so that a shape tells what an array is.
+T, O, I, K = 96, 128, 80, 3
+
+
+def arguments(dtype=jnp.float32):
+    arrays = problem(7, (T,), O, I, K)
+    x, kernel, dy = (jnp.asarray(a, dtype) for a in (arrays[0], arrays[1], arrays[4]))
+    columns, values = jnp.asarray(arrays[2]), jnp.asarray(arrays[3], jnp.float32)
+    return x, kernel, columns, values, dy
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("resident", [False, True], ids=["on_the_fly", "resident"])
+def test_residuals_are_the_arguments_alone(algorithm, resident, dtype):
+    x, kernel, columns, values, _ = arguments(dtype)
+    base = ops.read_entries(kernel, columns) if resident else None
+    _, vjp = jax.vjp(
+        lambda x, kernel, values: ops.bypass_dense(x, kernel, columns, values, base, algorithm=algorithm), x, kernel, values
+    )
+    residuals = [leaf for leaf in jax.tree.leaves(vjp) if leaf.size]
+    kept = {"kernel": kernel, "columns": columns} if resident else {"kernel": kernel, "columns": columns, "values": values}
+    assert sorted(r.shape for r in residuals) == sorted([x.shape, *(a.shape for a in kept.values())])
+    # The very buffers, not copies: the kernel costs nothing for being kept.
+    pointers = {r.unsafe_buffer_pointer() for r in residuals}
+    assert {a.unsafe_buffer_pointer() for a in kept.values()} <= pointers
+
+
+def equations(jaxpr):
+    """Every equation of a jaxpr and of the jaxprs inside it."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in itertools.chain.from_iterable(
+            v if isinstance(v, tuple | list) else [v] for v in equation.params.values()
+        ):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+def gradient_equations(algorithm, resident):
+    x, kernel, columns, values, _ = arguments()
+    base = ops.read_entries(kernel, columns) if resident else None
+
+    def loss(x, values, kernel):
+        return jnp.sum(jnp.sin(ops.bypass_dense(x, kernel, columns, values, base, algorithm=algorithm)))
+
+    return list(equations(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(x, values, kernel).jaxpr))
+
+
+def rows_of_dense_gradient(equations):
+    """The number of rows of every dot product that contracts the tokens into (rows, I)."""
+    outputs = [e.outvars[0].aval.shape for e in equations if e.primitive.name == "dot_general"]
+    return [shape[0] for shape in outputs if len(shape) == 2 and shape[1] == I and shape[0] != T]
+
+
+@pytest.mark.parametrize("algorithm", [GradientAlgorithm.COLUMN_GATHER, GradientAlgorithm.ROW_BLOCKS])
+@pytest.mark.parametrize("resident", [False, True], ids=["on_the_fly", "resident"])
+def test_no_dense_kernel_gradient_is_formed(algorithm, resident):
+    found = gradient_equations(algorithm, resident)
+    assert rows_of_dense_gradient(found) == []
+    weight_sized = [e.primitive.name for e in found for v in e.outvars if v.aval.size >= O * I and v.aval.shape[-1:] == (I,)]
+    # On the fly forms W + D once in the forward and once in the backward pass; resident nothing of the kind.
+    formed = [name for name in weight_sized if name not in ("pjit", "jit", "custom_vjp_call", "custom_vjp_call_jaxpr")]
+    assert formed == ([] if resident else ["scatter-add", "scatter-add"])
+
+
+def test_the_dense_algorithm_works_in_chunks():
+    assert rows_of_dense_gradient(gradient_equations(GradientAlgorithm.DENSE_CHUNKS, True)) == [128]
+    x, _, columns, _, dy = arguments()
+    tall = lambda a, axis: jnp.concatenate([a] * 12, axis=axis)  # noqa: E731 (1536 rows: three chunks)
+    jaxpr = jax.make_jaxpr(functools.partial(ops.value_gradient, algorithm=GradientAlgorithm.DENSE_CHUNKS))(
+        tall(dy, 1), x, tall(columns, 0)
+    )
+    assert rows_of_dense_gradient(equations(jaxpr.jaxpr)) == [512]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_resident_write_is_in_place(dtype):
+    kernel = jax.ShapeDtypeStruct((4, 256, 192), dtype)
+    entries, columns = jax.ShapeDtypeStruct((4, 256, 2), jnp.float32), jax.ShapeDtypeStruct((4, 256, 2), jnp.int32)
+    write = lambda kernel, columns, base, values: ops.write_entries(kernel, columns, base + values)  # noqa: E731
+    compiled = jax.jit(write, donate_argnums=0).lower(kernel, columns, entries, entries).compile()
+    memory = compiled.memory_analysis()
+    size = 4 * 256 * 192 * dtype.dtype.itemsize
+    assert memory.alias_size_in_bytes >= size
+    if dtype == jnp.float32 or jax.default_backend() != "cpu":  # XLA's CPU backend scatters bfloat16 in float32
+        assert memory.temp_size_in_bytes < size / 2
+
+
+@pytest.mark.parametrize(
+    ("k", "inputs", "backend", "expected"),
+    [
+        (1, 4096, "cpu", GradientAlgorithm.COLUMN_GATHER),
+        (20, 4096, "cpu", GradientAlgorithm.ROW_BLOCKS),
+        (200, 4096, "cpu", GradientAlgorithm.DENSE_CHUNKS),
+        (1, 4096, "gpu", GradientAlgorithm.COLUMN_GATHER),
+        (20, 4096, "gpu", GradientAlgorithm.DENSE_CHUNKS),
+    ],
+)
+def test_choose_algorithm(k, inputs, backend, expected):
+    assert ops.choose_algorithm(k, inputs, backend) is expected

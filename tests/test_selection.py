@@ -1,0 +1,74 @@
+"""selection.select against a stable argsort in numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from neuroada_jax import selection
+
+
+def oracle(kernel, k):
+    """The k largest |W| of every row, ties to the lowest column, ascending."""
+    order = np.argsort(-np.abs(np.asarray(kernel, np.float64)), axis=-1, kind="stable")
+    return np.sort(order[..., :k], axis=-1)
+
+
+def check(kernel, k):
+    columns = selection.select(selection.magnitude(kernel), k)
+    assert columns.dtype == jnp.int32
+    assert columns.shape == (*kernel.shape[:-1], min(k, kernel.shape[-1]))
+    np.testing.assert_array_equal(columns, oracle(kernel, k))
+
+
+@settings(max_examples=25)
+@given(
+    shape=st.sampled_from([(1, 1), (4, 7), (16, 33), (3, 5, 8), (2, 3, 4, 9)]),
+    k=st.sampled_from([1, 2, 3, 20]),
+    dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
+    levels=st.sampled_from([None, 2, 5]),  # few distinct magnitudes: ties everywhere
+    seed=st.integers(0, 2**31),
+)
+def test_equals_a_stable_argsort(shape, k, dtype, levels, seed):
+    rng = np.random.default_rng(seed)
+    kernel = rng.normal(size=shape) if levels is None else rng.integers(-levels, levels + 1, size=shape)
+    check(jnp.asarray(kernel, dtype), k)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_ties_go_to_the_lowest_column(k):
+    kernel = jnp.asarray([[0.5, -2.0, 2.0, -2.0, 1.0], [0.0, 0.0, 0.0, 0.0, 0.0], [-0.0, 1.0, -1.0, 0.5, 1.0]])
+    expected = {1: [[1], [0], [1]], 3: [[1, 2, 3], [0, 1, 2], [1, 2, 4]]}[k]
+    np.testing.assert_array_equal(selection.select(selection.magnitude(kernel), k), expected)
+
+
+def test_bfloat16_ties_are_ties_of_the_stored_numbers():
+    kernel = jnp.asarray([[1.0, 1.001, 0.25]]).astype(jnp.bfloat16)  # 1.001 rounds to 1
+    np.testing.assert_array_equal(selection.select(selection.magnitude(kernel), 1), [[0]])
+
+
+@pytest.mark.parametrize("k", [5, 6, 1000])
+@pytest.mark.parametrize("leading", [(), (2,)])
+def test_a_row_with_k_or_fewer_inputs_gets_all_of_them(k, leading):
+    kernel = jnp.asarray(np.random.default_rng(0).normal(size=(*leading, 3, 5)), jnp.float32)
+    columns = selection.select(selection.magnitude(kernel), k)
+    np.testing.assert_array_equal(columns, np.broadcast_to(np.arange(5), (*leading, 3, 5)))
+
+
+@pytest.mark.parametrize("k", [0, -1])
+def test_k_below_one_is_an_error(k):
+    with pytest.raises(ValueError, match=f"k must be at least 1, found {k}"):
+        selection.select(jnp.ones((2, 3)), k)
+
+
+def test_another_score_selects_by_that_score():
+    scores = jnp.asarray([[-5.0, 3.0, 4.0], [1.0, -9.0, 0.0]])
+    np.testing.assert_array_equal(selection.select(scores, 2), [[1, 2], [0, 2]])
+
+
+def test_abstract_shapes_are_enough():
+    kernel = jax.ShapeDtypeStruct((32, 4096, 4096), jnp.bfloat16)
+    columns = jax.eval_shape(lambda kernel: selection.select(selection.magnitude(kernel), 20), kernel)
+    assert (columns.shape, columns.dtype) == ((32, 4096, 20), jnp.int32)

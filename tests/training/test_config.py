@@ -1,0 +1,220 @@
+"""Run configs: strict decoding, messages that name the field, overrides, and the round trip through YAML."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import yaml
+from data_helpers import message_of
+
+from neuroada_jax.training import config
+
+ROOT = Path(__file__).resolve().parents[2]
+MINIMAL = {
+    "name": "a",
+    "model": {"path": "m"},
+    "data": {"train": "d.jsonl"},
+    "optimizer": {"learning_rate": 0.1},
+    "training": {"steps": 3},
+}
+
+
+def with_field(path: str, value: object) -> dict:
+    content = copy.deepcopy(MINIMAL)
+    *sections, last = path.split(".")
+    node = content
+    for section in sections:
+        node = node.setdefault(section, {})
+    node[last] = value
+    return content
+
+
+def write(folder: Path, text: str) -> str:
+    path = folder / "run.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_defaults_are_those_of_the_published_runs():
+    loaded = config.from_dict(MINIMAL, "here")
+    assert loaded.bypass.k == 1 and loaded.bypass.targets == list(config.LLAMA_TARGETS)
+    assert (loaded.optimizer.clip_norm, loaded.optimizer.beta1, loaded.optimizer.beta2) == (1.0, 0.9, 0.999)
+    assert loaded.directory == Path("runs/a")
+    assert loaded.training.remat_policy.value == "full"
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("trainig", "here: trainig: unknown field; did you mean 'training'?"),
+        ("optimizer.learningrate", "here: optimizer.learningrate: unknown field; did you mean 'learning_rate'?"),
+        ("bypass.K", "here: bypass.K: unknown field; known: k, targets"),
+        ("model.paths", "here: model.paths: unknown field; did you mean 'path'?"),
+    ],
+)
+def test_unknown_field_names_its_path_and_the_nearest_name(path, message):
+    assert message_of(config.from_dict, with_field(path, 1), "here") == message
+
+
+def test_unknown_field_inside_a_list():
+    content = with_field("evaluation.sets", [{"name": "t", "data": "d"}, {"name": "u", "dat": "d"}])
+    message = message_of(config.from_dict, content, "here")
+    assert message in (
+        "here: evaluation.sets.1.dat: unknown field; did you mean 'data'?",
+        "here: evaluation.sets.1.data: this field is required",
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "found"),
+    [
+        ("training.steps", "3", "'3'"),
+        ("training.batch_size", 2.5, "2.5"),
+        ("bypass.k", True, "True"),
+        ("bypass.targets", "q_proj", "'q_proj'"),
+        ("bypass.targets", [1], "1"),
+        ("optimizer.learning_rate", "fast", "'fast'"),
+        ("optimizer.schedule", "square", "'square'"),
+        ("model.dtype", "float16", "'float16'"),
+        ("model.path", None, "None"),
+        ("merge", "yes", "'yes'"),
+        ("data.buckets", [1.5], "1.5"),
+        ("model", "SmolLM2", "'SmolLM2'"),
+    ],
+)
+def test_wrong_type_names_the_field_and_what_was_found(path, value, found):
+    message = message_of(config.from_dict, with_field(path, value), "here")
+    assert message.startswith(f"here: {path}")
+    assert message.endswith(f"found {found}")
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("bypass.k", 0),
+        ("bypass.k", -3),
+        ("bypass.targets", []),
+        ("optimizer.learning_rate", 0),
+        ("optimizer.learning_rate", float("inf")),
+        ("optimizer.learning_rate", float("nan")),
+        ("optimizer.warmup_ratio", 1.5),
+        ("training.steps", 0),
+        ("training.batch_size", 0),
+        ("training.log_every", 0),
+        ("data.max_length", 1),
+        ("data.limit", 0),
+        ("seed", -1),
+    ],
+)
+def test_values_out_of_range_are_refused(path, value):
+    assert message_of(config.from_dict, with_field(path, value), "here").startswith(f"here: {path}")
+
+
+def test_required_fields():
+    for path in ("name", "model", "data", "optimizer", "training"):
+        content = {key: value for key, value in MINIMAL.items() if key != path}
+        assert message_of(config.from_dict, content, "here") == f"here: {path}: this field is required"
+    content = {**MINIMAL, "optimizer": {}}
+    assert message_of(config.from_dict, content, "here") == "here: optimizer.learning_rate: this field is required"
+
+
+def test_either_epochs_or_steps():
+    for training in ({}, {"epochs": 1, "steps": 1}):
+        content = {**MINIMAL, "training": training}
+        assert message_of(config.from_dict, content, "here") == "here: training: give either epochs or steps"
+    assert config.from_dict({**MINIMAL, "training": {"epochs": 2}}, "here").training.epochs == 2
+
+
+def test_batch_size_is_a_multiple_of_accumulation():
+    content = {**MINIMAL, "training": {"steps": 1, "batch_size": 6, "accumulation": 4}}
+    message = message_of(config.from_dict, content, "here")
+    assert message == "here: training: batch_size 6 is not a multiple of accumulation 4"
+
+
+def test_unknown_task_and_style():
+    message = message_of(config.from_dict, with_field("data.task", "sst"), "here")
+    assert message == "here: data.task: unknown task 'sst'; did you mean 'sst2'?"
+    message = message_of(config.from_dict, with_field("data.style", "fancy"), "here")
+    assert message.startswith("here: data.style: unknown style 'fancy'; known: plain")
+    sets = [{"name": "t", "data": "d"}, {"name": "u", "data": "d", "task": "what"}]
+    message = message_of(config.from_dict, with_field("evaluation.sets", sets), "here")
+    assert message.startswith("here: evaluation.sets.1.task: unknown task 'what'")
+    message = message_of(config.from_dict, with_field("evaluation.sets", [sets[0], sets[0]]), "here")
+    assert message == "here: evaluation.sets: two sets have the same name"
+
+
+@pytest.mark.parametrize("text", ["9e-3", "9.0e-3", "0.009", "9E-3"])
+def test_scientific_notation_is_a_number(text, tmp_path):
+    path = write(tmp_path, yaml.safe_dump(MINIMAL))
+    assert config.load(path, [f"optimizer.learning_rate={text}"]).optimizer.learning_rate == 0.009
+
+
+def test_overrides(tmp_path):
+    content = with_field("evaluation.sets", [{"name": "t", "data": "d"}])
+    path = write(tmp_path, yaml.safe_dump(content))
+    changes = [
+        "optimizer.learning_rate=1",
+        "bypass.k=20",
+        "bypass.targets=[q_proj, v_proj]",
+        "evaluation.sets.0.limit=5",
+        "training.steps=null",
+        "training.epochs=2",
+        "name=a=b",
+        "seed=1",
+        "seed=2",
+    ]
+    loaded = config.load(path, changes)
+    assert loaded.optimizer.learning_rate == 1.0 and loaded.bypass.k == 20
+    assert loaded.bypass.targets == ["q_proj", "v_proj"]
+    assert loaded.evaluation.sets[0].limit == 5
+    assert (loaded.training.steps, loaded.training.epochs) == (None, 2)
+    assert loaded.name == "a=b" and loaded.seed == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("bypass.k", "override 'bypass.k': expected the form section.field=value"),
+        ("=3", "override '=3': expected the form section.field=value"),
+        ("name.first=3", "override 'name.first=3': 'first' is not inside a section"),
+        ("evaluation.sets.1.limit=3", "override 'evaluation.sets.1.limit=3': '1' is no index of a list of 1"),
+        ("evaluation.sets.x.limit=3", "override 'evaluation.sets.x.limit=3': 'x' is no index of a list of 1"),
+        ("evaluation.sets.x=3", "override 'evaluation.sets.x=3': 'x' is no index of a list of 1"),
+        ("bypass.k=[1", "override 'bypass.k=[1': line 1 not YAML"),
+        ("bypass.kk=1", "run.yaml: bypass.kk: unknown field"),
+    ],
+)
+def test_bad_overrides(override, message, tmp_path):
+    path = write(tmp_path, yaml.safe_dump(with_field("evaluation.sets", [{"name": "t", "data": "d"}])))
+    assert message in message_of(config.load, path, [override])
+
+
+def test_round_trip(tmp_path):
+    content = with_field("evaluation.sets", [{"name": "t", "data": "d", "method": "choices", "task": "sst2"}])
+    content |= {"name": "1e5", "seed": 7, "output": "2024-01-01"}  # texts that look like something else
+    content["optimizer"] = {"learning_rate": 1e-5, "clip_norm": None, "epsilon": 1e-30}
+    loaded = config.from_dict(content, "here")
+    assert config.load(write(tmp_path, config.to_yaml(loaded))) == loaded
+    assert "clip_norm: null" in config.to_yaml(loaded)
+
+
+def test_yaml_errors_name_the_line(tmp_path):
+    path = write(tmp_path, "name: a\nmodel:\n  path: [m\ndata: 1\n")
+    message = message_of(config.load, path)
+    assert message.startswith(f"{path}: line ") and "not YAML" in message
+    for text in ("", "- a\n", "just words\n"):
+        assert "expected a mapping of sections" in message_of(config.load, write(tmp_path, text))
+    (tmp_path / "run.yaml").write_bytes(b"name: \xff\xfe\n")
+    assert message_of(config.load, path).startswith(path)
+
+
+def test_missing_file(tmp_path):
+    path = str(tmp_path / "none.yaml")
+    assert message_of(config.load, path) == f"{path}: cannot be read (No such file or directory)"
+    assert "cannot be read" in message_of(config.load, str(tmp_path))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_config_loads(path):
+    loaded = config.load(str(path))
+    assert config.from_dict(yaml.safe_load(config.to_yaml(loaded)), "again") == loaded

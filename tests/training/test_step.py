@@ -1,0 +1,314 @@
+"""The training step: what it computes, what it leaves alone, and parity with the official PyTorch code."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import CONFIG
+
+from neuroada_jax import bypass, models, weights
+from neuroada_jax.batches import Batch
+from neuroada_jax.models import Remat, names
+from neuroada_jax.training import config, optimizer, step
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+K = 3
+ALL = list(config.LLAMA_TARGETS)
+
+
+def random_params(model, seed=0):
+    rng = np.random.default_rng(seed)
+    draw = lambda leaf: jnp.asarray(0.3 * rng.standard_normal(leaf.shape, np.float32)).astype(leaf.dtype)
+    return jax.tree.map(draw, model.abstract_params())
+
+
+def random_batch(rows=4, time=12, targets=8, seed=0):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(4, time + 1, rows).astype(np.int32)
+    mask = (np.arange(targets)[None] < rng.integers(1, targets + 1, rows)[:, None]).astype(np.float32)
+    return Batch(
+        input_ids=rng.integers(0, CONFIG["vocab_size"], (rows, time)).astype(np.int32),
+        lengths=lengths,
+        target_positions=(rng.integers(0, time - 1, (rows, targets)) * mask).astype(np.int32),
+        target_ids=(rng.integers(0, CONFIG["vocab_size"], (rows, targets)) * mask).astype(np.int32),
+        target_mask=mask,
+    )
+
+
+def tiny(k=K, targets=ALL, dtype=jnp.float32, learning_rate=0.01, seed=0, **section):
+    """(model, params, transformation, state); `params` are NumPy copies, since the state's are donated."""
+    model = models.from_hf_config(CONFIG, dtype)
+    params = random_params(model, seed)
+    kept = jax.tree.map(lambda leaf: np.array(leaf), params)
+    built = bypass.build(params, models.match_targets(params, targets, model.stack), k)
+    section = config.OptimizerSection(learning_rate=learning_rate, schedule="constant", **section)
+    transformation = optimizer.build(section, 100)
+    return model, kept, transformation, step.initial_state(params, built, transformation)
+
+
+def test_no_base_leaf_is_in_gradients_or_optimizer_state():
+    model, params, transformation, state = tiny()
+    allowed = {leaf.shape for leaf in jax.tree.leaves(state.trainable)}
+    frozen = {leaf.shape for leaf in jax.tree.leaves(params)}
+    assert not allowed & frozen  # else the shapes would prove nothing
+    run = step.make_step(model.module(), transformation)
+
+    seen = []
+    spy = optax.GradientTransformation(
+        transformation.init,
+        lambda gradient, *rest: seen.append(gradient) or transformation.update(gradient, *rest),
+    )
+    new, _ = jax.eval_shape(step.make_step(model.module(), spy), state, random_batch())
+    (gradient,) = seen
+    assert jax.tree.structure(gradient) == jax.tree.structure(state.trainable)
+    assert {leaf.shape for leaf in jax.tree.leaves(gradient)} == allowed
+    for tree in (state.optimizer, new.optimizer):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            keys = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
+            assert leaf.ndim == 0 or (leaf.shape in allowed and keys[-1] == "values"), path
+            assert not {"kernel", "scale", "embedding", "columns", "base"} & set(keys), path
+    assert jax.tree.structure(new) == jax.tree.structure(state)
+    assert len(jax.tree.leaves(run(state, random_batch())[0].optimizer)) == len(jax.tree.leaves(new.optimizer))
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulation_equals_one_batch(parts):
+    batch = random_batch()
+    batch.target_mask[3] = 0  # parts with different numbers of targets, one of them empty
+    results = []
+    for accumulation in (1, parts):
+        model, _, transformation, state = tiny(k=1)
+        run = step.make_step(model.module(), transformation, accumulation)
+        for _ in range(2):
+            state, metrics = run(state, batch)
+        results.append((metrics, state.trainable))
+    (whole, values), (split, split_values) = results
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), whole, split)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), values, split_values)
+
+
+def dense_loss(model, params, batch):
+    """The mean loss from the logits of every position, in NumPy."""
+    hidden, _ = model.module().apply({"params": params}, jnp.asarray(batch.input_ids))
+    logits = np.asarray(model.module().apply({"params": params}, hidden, method="unembed"), np.float64)
+    log_z = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
+    rows = np.arange(len(logits))[:, None]
+    picked = logits[rows, batch.target_positions, batch.target_ids] - log_z[rows, batch.target_positions]
+    return -(picked * batch.target_mask).sum() / batch.target_mask.sum()
+
+
+@pytest.mark.parametrize("chunk", [1024, 10, 32, 1])  # of 32 targets: none, uneven, exact, one at a time
+def test_loss_equals_the_one_over_full_logits(chunk, monkeypatch):
+    monkeypatch.setattr(step, "LOSS_CHUNK", chunk)
+    model, params, transformation, state = tiny(k=1)
+    batch = random_batch()
+    want = dense_loss(model, params, batch)
+    new, metrics = step.make_step(model.module(), transformation)(state, batch)
+    assert float(metrics.loss) == pytest.approx(want, rel=1e-5)
+    assert float(metrics.targets) == batch.target_mask.sum()
+    assert float(metrics.gradient_norm) > 0
+    # The next loss is that of the updated weights, so the resident write is in place.
+    want = dense_loss(model, new.params, batch)
+    assert float(jnp.sum(step.target_losses(model.module(), {"params": new.params}, batch))) / batch.target_mask.sum() == (
+        pytest.approx(want, rel=1e-5)
+    )
+
+
+def test_chunked_losses_have_the_same_gradient(monkeypatch):
+    after = []
+    for chunk in (1024, 10):
+        monkeypatch.setattr(step, "LOSS_CHUNK", chunk)
+        model, _, transformation, state = tiny(k=1, epsilon=1.0)
+        state, metrics = step.make_step(model.module(), transformation)(state, random_batch())
+        after.append((metrics.gradient_norm, state.trainable))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-8), *after)
+
+
+@pytest.mark.parametrize("remat", list(Remat))
+def test_steps_reduce_the_loss_and_keep_the_resident_invariant(remat):
+    model, params, transformation, state = tiny(learning_rate=0.02)
+    run, batch = step.make_step(model.module(remat), transformation), random_batch()
+    losses = []
+    for _ in range(4):
+        state, metrics = run(state, batch)
+        losses.append(float(metrics.loss))
+    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 0.05
+    assert (int(state.step), int(state.failed_step)) == (4, -1)
+    check_resident(params, state)
+    # The policies agree: the losses are the same for all of them.
+    np.testing.assert_allclose(losses, test_steps_reduce_the_loss_and_keep_the_resident_invariant.losses or losses, rtol=1e-5)
+    test_steps_reduce_the_loss_and_keep_the_resident_invariant.losses = losses
+
+
+test_steps_reduce_the_loss_and_keep_the_resident_invariant.losses = None
+
+
+def check_resident(params, state):
+    """params at columns == base + values, rounded once; everything else bit for bit as it was."""
+    targets = dict(bypass.leaves(state.columns, "columns"))
+    for path, leaf in names.flatten(params):
+        now = np.asarray(bypass.get(state.params, path))
+        assert now.dtype == leaf.dtype
+        want = leaf.copy()
+        module = path[:-1]
+        if module in targets and path[-1] == "kernel":
+            chosen = np.asarray(targets[module])
+            base = np.take_along_axis(leaf, chosen, -1)
+            values = np.asarray(bypass.get(state.bypass.values, module)["values"])
+            np.testing.assert_array_equal(np.asarray(bypass.get(state.base, module)["base"]), base)
+            assert values.any(axis=(1, 2)).all()  # every layer has learnt something
+            np.put_along_axis(want, chosen, (base.astype(np.float32) + values).astype(leaf.dtype), -1)
+        assert want.tobytes() == now.tobytes(), path
+
+
+def test_bfloat16_base_trains_float32_values():
+    model, params, transformation, state = tiny(dtype=jnp.bfloat16, learning_rate=0.02)
+    run, batch = step.make_step(model.module(), transformation), random_batch()
+    losses = []
+    for _ in range(4):
+        state, metrics = run(state, batch)
+        losses.append(float(metrics.loss))
+    assert losses[-1] < losses[0] - 0.05
+    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(state.params))
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.trainable))
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim)
+    check_resident(params, state)
+
+
+def snapshot(state):
+    return jax.tree.map(lambda leaf: np.array(leaf), (state.step, state.trainable, state.optimizer, state.params))
+
+
+def test_a_step_that_is_not_finite_freezes_the_state():
+    model, _, transformation, state = tiny(k=1)
+    run = step.make_step(model.module(), transformation)
+    good, bad = random_batch(), random_batch(seed=1)
+    bad = bad._replace(target_mask=np.full_like(bad.target_mask, np.nan))
+    state, _ = run(state, good)
+    state, _ = run(state, good)
+    kept = snapshot(state)
+    state, metrics = run(state, bad)
+    assert not np.isfinite(float(metrics.loss))
+    assert int(state.failed_step) == 2  # counted from 0
+    for batch in (good, bad, good):
+        jax.tree.map(np.testing.assert_array_equal, snapshot(state), kept)
+        state, metrics = run(state, batch)
+    assert np.isfinite(float(metrics.loss))  # a later good step is seen, and changes nothing
+    jax.tree.map(np.testing.assert_array_equal, snapshot(state), kept)
+    assert int(state.failed_step) == 2
+
+
+def test_an_infinite_weight_fails_the_first_step():
+    model, _, transformation, state = tiny(k=1)
+    embedding = state.params["model"]["embed_tokens"]["embedding"].at[:, 0].set(jnp.inf)
+    state = state._replace(params=bypass.put(state.params, ("model", "embed_tokens", "embedding"), embedding))
+    state, metrics = step.make_step(model.module(), transformation)(state, random_batch())
+    assert int(state.failed_step) == 0 and int(state.step) == 0
+    assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(state.trainable))
+
+
+def test_values_never_become_infinite():
+    """A finite gradient and an absurd learning rate: the update itself overflows."""
+    model, _, _, state = tiny(k=1)
+    transformation = optax.scale(-3e38)
+    state = state._replace(optimizer=transformation.init(state.trainable))
+    run = step.make_step(model.module(), transformation)
+    for _ in range(3):
+        state, _ = run(state, random_batch())
+    assert int(state.failed_step) >= 0
+    assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(state.trainable))
+
+
+def test_the_state_is_donated():
+    model, _, transformation, state = tiny(k=1)
+    new, _ = step.make_step(model.module(), transformation)(state, random_batch())
+    for path, leaf in jax.tree_util.tree_leaves_with_path((state.params, state.trainable, state.optimizer)):
+        assert leaf.is_deleted(), path
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(new))
+
+
+def test_an_empty_batch_changes_nothing_but_the_count():
+    model, params, transformation, state = tiny(k=1)
+    batch = random_batch()
+    batch = batch._replace(target_mask=np.zeros_like(batch.target_mask))
+    state, metrics = step.make_step(model.module(), transformation)(state, batch)
+    assert (float(metrics.loss), float(metrics.gradient_norm), int(state.failed_step)) == (0, 0, -1)
+    assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(state.trainable))
+
+
+# Parity with the official PyTorch code (tests/golden/README.md).
+
+
+def load(name):
+    with np.load(GOLDEN / name) as file:
+        return dict(file)
+
+
+def golden_batch(data, number):
+    """A batch of the golden data: HF labels, where position t's label is predicted from t - 1."""
+    labels = data["labels"][number]
+    mask = np.concatenate([np.zeros((len(labels), 1), bool), labels[:, 1:] != -100], axis=1)
+    width = int(mask.sum(axis=1).max())
+    position, ids = np.zeros((len(labels), width), np.int32), np.zeros((len(labels), width), np.int32)
+    for row in range(len(labels)):
+        (where,) = mask[row].nonzero()
+        position[row, : len(where)], ids[row, : len(where)] = where - 1, labels[row, where]
+    return Batch(
+        input_ids=data["input_ids"][number],
+        lengths=data["attention_mask"][number].sum(axis=1).astype(np.int32),
+        target_positions=position,
+        target_ids=ids,
+        target_mask=(np.arange(width)[None] < mask.sum(axis=1)[:, None]).astype(np.float32),
+    )
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("name", ["llama_tied", "llama_untied"])
+def test_parity_with_the_official_code(name, k):
+    case = f"{name}_k{k}_adamw_const"
+    golden, data = load(f"{case}.npz"), load("data_causal.npz")
+    facts = json.loads((GOLDEN / "meta.json").read_text())["cases"][case]
+    loaded = weights.load_model(str(GOLDEN / name))
+    model = loaded.model
+    original = {
+        module: np.array(kernel)
+        for path, stacked in bypass.kernels(loaded.params)
+        if names.is_stacked(path, model.stack)
+        for layer, kernel in enumerate(stacked)
+        for module in [names.module_name(path, layer, model.stack)]
+    }
+    built = bypass.build(loaded.params, models.match_targets(loaded.params, ALL, model.stack), k)
+    assert bypass.count(built.values) == facts["n_trainable"]
+    section = config.OptimizerSection(learning_rate=facts["lr"], schedule="constant", clip_norm=None)
+    transformation = optimizer.build(section, 5)
+    state = step.initial_state(loaded.params, built, transformation)
+    run = step.make_step(model.module(), transformation)
+    losses, norms = [], []
+    for number in range(5):
+        state, metrics = run(state, golden_batch(data, number))
+        losses.append(float(metrics.loss))
+        norms.append(float(metrics.gradient_norm))
+    np.testing.assert_allclose(losses, facts["losses_train"], rtol=1e-5)
+    np.testing.assert_allclose(norms, facts["grad_norm"], rtol=1e-4)
+
+    columns = dict(names.unstacked(state.columns, model.stack))
+    values = dict(names.unstacked(state.bypass.values, model.stack))
+    expected = {key.removeprefix("positions/") for key in golden if key.startswith("positions/")}
+    assert {f"{module}.weight" for module in values} == expected
+    for module, trained in values.items():
+        want = golden[f"positions/{module}.weight"]
+        rows, cols = want[:, 0], want[:, 1]
+        np.testing.assert_array_equal(columns[module].reshape(-1), cols)
+        np.testing.assert_array_equal(np.arange(len(trained)).repeat(k), rows)
+        after = golden[f"param_step5/{module}.weight_new"]
+        np.testing.assert_allclose(np.asarray(trained).reshape(-1), after, rtol=1e-4, atol=1e-6, err_msg=module)
+        *path, leaf, layer = *(p for p in module.split(".") if not p.isdigit()), int(module.split(".")[2])
+        merged = np.asarray(bypass.get(state.params, (*path, leaf))["kernel"][layer])
+        np.testing.assert_allclose(merged[rows, cols], golden[f"merged_values/{module}.weight"], rtol=1e-6, atol=1e-6)
+        merged = merged.copy()
+        merged[rows, cols] = original[module][rows, cols]
+        np.testing.assert_array_equal(merged, original[module])

