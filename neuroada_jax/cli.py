@@ -53,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("config", help="YAML file of the run")
     train.add_argument("overrides", nargs="*", metavar="section.field=value", help="changes to the config")
     train.add_argument("--overwrite", action="store_true", help="replace a run that is in the output folder already")
+    train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint (training.save_every)")
     train.add_argument("--json", action="store_true", help="print results.json and nothing else on standard output")
     train.set_defaults(run=_train)
 
@@ -120,7 +121,7 @@ def _print_json(content: dict[str, Any]) -> None:
 def _train(parsed: argparse.Namespace) -> None:
     from neuroada_jax.training import config, run
 
-    results = run.train(config.load(parsed.config, parsed.overrides), overwrite=parsed.overwrite)
+    results = run.train(config.load(parsed.config, parsed.overrides), overwrite=parsed.overwrite, resume=parsed.resume)
     if parsed.json:
         _print_json(results)
     else:

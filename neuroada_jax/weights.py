@@ -5,6 +5,7 @@ the (donated) stacked buffer on the device.
 """
 
 import functools
+import importlib.util
 import json
 import os
 from collections.abc import Callable
@@ -61,11 +62,17 @@ class LoadedModel(NamedTuple):
 
 
 def resolve(source: str) -> str:
-    """The local directory or file behind `source`, downloading a hub id such as "HuggingFaceTB/SmolLM2-135M".
+    """The local directory or file behind `source`.
+
+    Args:
+      source: a path; a hub id such as "HuggingFaceTB/SmolLM2-135M", which is downloaded; or "package:NAME/FILE" for a file
+        that an installed Python package ships (the package is not imported).
 
     Raises:
-      UserError: there is no such path, and it is no hub id or the hub does not have it.
+      UserError: there is no such path, package or file, and it is no hub id or the hub does not have it.
     """
+    if source.startswith("package:"):
+        return _in_package(source)
     if os.path.exists(source):
         return source
     looks_like_hub_id = source.count("/") <= 1 and not source.startswith((".", "/", "~")) and not source.endswith(".gguf")
@@ -78,6 +85,17 @@ def resolve(source: str) -> str:
         raise UserError(
             f"model.path: {source!r} is neither a local path nor a model that the hub could give ({reason})"
         ) from error
+
+
+def _in_package(source: str) -> str:
+    package, _, file = source.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"model.path: {source}: the Python package {package!r} is not installed")
+    path = FilePath(spec.submodule_search_locations[0]) / file
+    if not path.exists():
+        raise UserError(f"model.path: {source}: the package {package!r} has no {file!r}")
+    return str(path)
 
 
 class SafetensorsDirectory:

@@ -47,7 +47,9 @@ def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarra
     return tensors
 
 
-def write_model(directory: Path, tokenizer: Any = CHAT, *, seed: int = 0, weights: dict | None = None, **fields: Any) -> Path:
+def write_model(
+    directory: Path, tokenizer: Any = CHAT, *, seed: int = 0, weights: dict | None = None, **fields: Any
+) -> Path:
     """A checkpoint directory as the hub has them; `weights` replaces single tensors, `fields` are config fields."""
     config = {**CONFIG, **fields}
     tensors = {**random_tensors(config, seed), **(weights or {})}

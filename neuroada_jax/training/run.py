@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import transformers
 
-from neuroada_jax import bypass, console, data, evaluation, files, models
+from neuroada_jax import bypass, checkpoint, console, data, evaluation, files, models
 from neuroada_jax.batches import Batches
 from neuroada_jax.bypass import Bypass, Tree
 from neuroada_jax.errors import UserError
@@ -20,7 +20,8 @@ from neuroada_jax.rows import load_rows
 from neuroada_jax.tasks import TASKS
 from neuroada_jax.tokenizer import load_tokenizer
 from neuroada_jax.training import loop, optimizer, plots, step
-from neuroada_jax.training.config import EvaluationSet, RunConfig, to_yaml
+from neuroada_jax.training.config import EvaluationSet, RunConfig, flatten_config, to_yaml
+from neuroada_jax.training.config import load as load_config
 from neuroada_jax.weights import LoadedModel, open_model, read_weights
 
 
@@ -102,11 +103,31 @@ def _style(each: EvaluationSet, config: RunConfig) -> PromptStyle:
     return PromptStyle(named or TASKS[each.task or config.data.task].style)
 
 
+def _check_output(config: RunConfig, overwrite: bool, resume: bool) -> None:
+    """Refuses a folder that holds a run, unless it is to be replaced or is this very run, to be resumed."""
+    written = config.directory / "config.yaml"
+    if overwrite and resume:
+        raise UserError("give --overwrite or --resume, not both")
+    if not written.exists():
+        if resume:
+            raise UserError(f"{config.directory} holds no run to resume")
+        return
+    if not overwrite and not resume:
+        raise UserError(
+            f"{config.directory} holds a run already; use --overwrite to replace it, --resume to go on, or another name"
+        )
+    if resume:
+        old, new = flatten_config(load_config(str(written))), flatten_config(config)
+        changed = [f"{key} ({old.get(key)} then, {new.get(key)} now)" for key in new if old.get(key) != new[key]]
+        if changed:
+            raise UserError(f"{config.directory}: cannot resume with another config; changed: {', '.join(changed)}")
+
+
 def _clear_output(directory: Path) -> None:
     """Makes the run's folder and removes what an earlier run left there under the names of this one's results."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        for stale in ("adapter", "merged"):
+        for stale in ("adapter", "merged", "checkpoints"):
             shutil.rmtree(directory / stale, ignore_errors=True)
         for stale in ("results.json", "metrics.jsonl", "loss.png"):
             (directory / stale).unlink(missing_ok=True)
@@ -129,12 +150,13 @@ def _encode(config: RunConfig, tokenizer: Any) -> tuple[Batches, list[str]]:
     return batches, [rows.where(i) for i in range(len(rows))]
 
 
-def train(config: RunConfig, *, overwrite: bool = False) -> dict[str, Any]:
+def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -> dict[str, Any]:
     """Runs a config from start to end and leaves a run's files (DESIGN.md section 7) in its directory.
 
     Args:
       config: the run.
       overwrite: replace a run that is already in the output directory.
+      resume: go on with that run from its newest checkpoint.
 
     Returns: the content of results.json.
 
@@ -144,21 +166,21 @@ def train(config: RunConfig, *, overwrite: bool = False) -> dict[str, Any]:
     """
     # What is cheap to check comes before the weights are read, and the folder is touched when all of it is right.
     directory = config.directory
-    if (directory / "config.yaml").exists() and not overwrite:
-        raise UserError(f"{directory} holds a run already; use --overwrite to replace it, or another name")
+    _check_output(config, overwrite, resume)
     base, tokenizer = open_base(config.model.path, config.model.dtype)
     batches, places = _encode(config, tokenizer)
     base = with_weights(base)
     built = build_bypass(base, config.bypass.targets, config.bypass.k)
-    _clear_output(directory)
-    files.write_text(directory / "config.yaml", to_yaml(config))
+    if not resume:
+        _clear_output(directory)
+        files.write_text(directory / "config.yaml", to_yaml(config))
 
     total_steps = config.training.steps or (config.training.epochs or 0) * batches.steps_per_epoch
     trainable, total = bypass.count(built.values), parameter_count(base.params)
     console.say(f"training {trainable:,} of {total:,} parameters ({100 * trainable / total:.4f} %) for {total_steps} steps")
 
     before: dict[str, evaluation.Score] = {}
-    if config.evaluation.before:
+    if config.evaluation.before and not resume:
         before = evaluate_sets(config, base, base.params, tokenizer, None)
 
     transformation = optimizer.build(config.optimizer, total_steps)
@@ -180,9 +202,21 @@ def train(config: RunConfig, *, overwrite: bool = False) -> dict[str, Any]:
     rates = optimizer.schedule(config.optimizer, total_steps)
     began = time.perf_counter()
     try:
-        state, report = loop.run(
-            state, run_step, batches, total_steps, rates, config.training.log_every, directory / "metrics.jsonl"
-        )
+        with checkpoint.Checkpoints(directory / "checkpoints") as checkpoints:
+            if resume:
+                state = checkpoints.restore(state)
+                console.say(f"resuming after step {int(state.step)}")
+            state, report = loop.run(
+                state,
+                run_step,
+                batches,
+                total_steps,
+                rates,
+                config.training.log_every,
+                directory / "metrics.jsonl",
+                checkpoints.save,
+                config.training.save_every,
+            )
     except loop.NotFinite as failure:
         save_adapter(failure.state)
         rows = ", ".join(places[row] for row in failure.rows[:8])

@@ -27,8 +27,8 @@ class TrainState(NamedTuple):
       params: the frozen weights with base + values written over the chosen entries (resident).
       columns: int32 columns of the bypass.
       base: the chosen entries of the original weights.
-      failed_step: int32 scalar, the first step whose loss, gradient or updated values were not finite, -1 if none. From there on the
-        state does not change any more: it stays the last good one.
+      failed_step: int32 scalar, the first step whose loss, gradient or updated values were not finite, -1 if none. From
+        there on the state does not change any more: it stays the last good one.
     """
 
     step: Int[Array, ""]

@@ -1,5 +1,7 @@
 """The LLaMA family against transformers' PyTorch models, and the forms, remat policies and caches against one another."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +17,6 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
-from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 from transformers.utils import logging
 
 from neuroada_jax import bypass, gguf_weights, models, weights
@@ -25,6 +26,10 @@ from neuroada_jax.models.llama import empty_cache
 
 logging.disable_progress_bar()
 logging.set_verbosity_error()
+
+# Compile in half the time: these functions run once.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+jit = functools.partial(jax.jit, compiler_options=QUICK if jax.default_backend() == "cpu" else None)
 
 TOKENS = 24
 SIZES = {
@@ -147,7 +152,9 @@ def test_logits_equal_transformers(name):
 
 
 @pytest.mark.parametrize(
-    "scaling", [None, {"type": "linear", "factor": 3.0}, {"rope_type": "llama3", **LLAMA3}], ids=["none", "linear", "llama3"]
+    "scaling",
+    [None, {"type": "linear", "factor": 3.0}, {"rope_type": "llama3", **LLAMA3}],
+    ids=["none", "linear", "llama3"],
 )
 def test_logits_from_an_old_style_config(scaling):
     fields = {**SIZES, "rope_theta": 500.0, "rope_scaling": scaling}
@@ -199,7 +206,7 @@ def random_model(kind="llama", dtype=jnp.float32, seed=0, **fields):
 
     def draw(path, leaf):
         centre = 1.0 if path[-1].key == "scale" else 0.0
-        return jnp.asarray(centre + 0.3 * rng.normal(size=leaf.shape), leaf.dtype)
+        return jnp.asarray((centre + 0.3 * rng.normal(size=leaf.shape)).astype(leaf.dtype))
 
     return model, jax.tree_util.tree_map_with_path(draw, model.abstract_params())
 
@@ -207,7 +214,7 @@ def random_model(kind="llama", dtype=jnp.float32, seed=0, **fields):
 def random_bypass(model, params, k, targets=("q_proj", "down_proj", "lm_head"), dtype=jnp.float32):
     built = bypass.build(params, models.match_targets(params, list(targets), model.stack), k, dtype=dtype)
     rng = np.random.default_rng(9)
-    values = jax.tree.map(lambda v: jnp.asarray(0.2 * rng.normal(size=v.shape), v.dtype), built.values)
+    values = jax.tree.map(lambda v: jnp.asarray((0.2 * rng.normal(size=v.shape)).astype(v.dtype)), built.values)
     return built._replace(values=values)
 
 
@@ -223,7 +230,7 @@ def value_and_grad(model, params, built, ids, remat=Remat.NONE, base=None):
     module = model.module(remat)
     extra = {} if base is None else {"base": base}
 
-    @jax.jit
+    @jit
     def run(params, values):
         variables = lambda values: {"params": params, "bypass": values, "columns": built.columns, **extra}  # noqa: E731
         return jax.value_and_grad(lambda values: loss_of(module, ids, variables(values)))(values)
@@ -236,7 +243,7 @@ def assert_close(a, b, rtol, atol):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), a, b)
 
 
-make_resident = jax.jit(bypass.make_resident)
+make_resident = jit(bypass.make_resident)
 
 
 @pytest.mark.parametrize(("k", "forms"), [(1, ["on_the_fly", "resident"]), (20, ["on_the_fly"])])
@@ -247,7 +254,7 @@ def test_gradient_through_the_scan_equals_the_gradient_of_merging(k, forms):
         ids = jnp.asarray(random_ids((2, 9)))
         module = model.module()
 
-        @jax.jit
+        @jit
         def dense(params, values):
             merged = lambda values: bypass.merge(params, built._replace(values=values))  # noqa: E731
             return jax.value_and_grad(lambda values: loss_of(module, ids, {"params": merged(values)}))(values)
@@ -317,7 +324,7 @@ def test_no_merged_weights_are_kept_for_the_backward_pass():
 def decode(model, params, ids, chunks, slots, **kwargs):
     """Hidden states from the cache, `chunks` tokens at a time."""
     module = model.module()
-    step = jax.jit(lambda params, ids, cache: module.apply({"params": params}, ids, cache=cache, **kwargs))
+    step = jit(lambda params, ids, cache: module.apply({"params": params}, ids, cache=cache, **kwargs))
     cache, outputs, start = empty_cache(model.config, ids.shape[0], slots), [], 0
     for size in chunks:
         hidden, cache = step(params, ids[:, start : start + size], cache)
@@ -335,7 +342,7 @@ def test_decoding_from_the_cache_equals_the_full_forward(name):
     kind, fields = CASES[name]
     model, params = random_model(kind, **fields)
     ids = jnp.asarray(random_ids((2, 12)))
-    full, _ = jax.jit(lambda params: model.module().apply({"params": params}, ids))(params)
+    full, _ = jit(lambda params: model.module().apply({"params": params}, ids))(params)
     np.testing.assert_allclose(decode(model, params, ids, [6] + [1] * 6, slots=15), full, rtol=0, atol=1e-5)
     if name == "llama":
         np.testing.assert_allclose(decode(model, params, ids, [1] * 12, slots=12), full, rtol=0, atol=1e-5)
@@ -354,7 +361,7 @@ def test_left_padding_changes_nothing(name):
     causal = np.arange(slots)[None, :] <= np.arange(12)[:, None]
     mask = jnp.asarray(real[:, None, :] & causal[None])
 
-    step = jax.jit(
+    step = jit(
         lambda params, ids, positions, mask, cache: module.apply({"params": params}, ids, positions, mask, cache)
     )
     cache, outputs = empty_cache(model.config, 2, slots), []
@@ -364,16 +371,16 @@ def test_left_padding_changes_nothing(name):
         )
         outputs.append(hidden)
     got = np.asarray(jnp.concatenate(outputs, axis=1))
-    full, _ = jax.jit(lambda params: module.apply({"params": params}, jnp.asarray(ids)))(params)
+    full, _ = jit(lambda params: module.apply({"params": params}, jnp.asarray(ids)))(params)
     for row, pad in enumerate(pads):
         np.testing.assert_allclose(got[row, pad:], full[row, : 12 - pad], rtol=0, atol=1e-5)
     assert np.isfinite(got).all()  # rows that see nothing do not become NaN
     if name != "mistral_window":
         return
     # The same without a cache, where S = T.
-    uncached, _ = jax.jit(
-        lambda params: module.apply({"params": params}, jnp.asarray(padded), positions, mask[:, :, :12])
-    )(params)
+    uncached, _ = jit(lambda params: module.apply({"params": params}, jnp.asarray(padded), positions, mask[:, :, :12]))(
+        params
+    )
     for row, pad in enumerate(pads):
         np.testing.assert_allclose(uncached[row, pad:], full[row, : 12 - pad], rtol=0, atol=1e-5)
 
@@ -386,7 +393,7 @@ def test_packed_segments_do_not_see_one_another(name):
     segment = np.array([0] * split + [1] * (15 - split))
     positions = jnp.asarray(np.where(segment == 0, np.arange(15), np.arange(15) - split), jnp.int32)[None]
     mask = jnp.asarray((segment[:, None] == segment[None]) & np.tri(15, dtype=bool))[None]
-    apply = jax.jit(lambda params, *args: model.module().apply({"params": params}, *args)[0])
+    apply = jit(lambda params, *args: model.module().apply({"params": params}, *args)[0])
     packed = apply(params, jnp.asarray(ids), positions, mask)
     np.testing.assert_allclose(packed[:, :split], apply(params, jnp.asarray(ids[:, :split])), rtol=0, atol=1e-5)
     np.testing.assert_allclose(packed[:, split:], apply(params, jnp.asarray(ids[:, split:])), rtol=0, atol=1e-5)
@@ -397,23 +404,27 @@ def test_bfloat16_activations_stay_bfloat16_and_near_float32():
     half = models.from_hf_config(model.hf_config, jnp.bfloat16)
     ids = jnp.asarray(random_ids((2, 9)))
     rounded = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
-    want, _ = model.module().apply({"params": jax.tree.map(lambda p: p.astype(jnp.float32), rounded)}, ids)
-    got, _ = half.module().apply({"params": rounded}, ids)
+    back = jax.tree.map(lambda p: p.astype(jnp.float32), rounded)
+    want = jit(lambda params: model.module().apply({"params": params}, ids)[0])(back)
+    got = jit(lambda params: half.module().apply({"params": params}, ids)[0])(rounded)
     assert got.dtype == jnp.bfloat16
     error = np.linalg.norm(np.asarray(got, np.float32) - np.asarray(want)) / np.linalg.norm(want)
     assert error < 0.05
 
 
 def test_smollm2_logits_equal_transformers(smollm2_gguf):
-    """Real weights and text: our GGUF reader and model against transformers' own, in PyTorch."""
-    loaded = weights.load_model(str(smollm2_gguf))
-    # transformers' reader itself: from_pretrained(gguf_file=...) asks for the package accelerate.
-    config = LlamaConfig(**load_gguf_checkpoint(str(smollm2_gguf))["config"])
-    reference = LlamaForCausalLM(config).eval()
-    tensors = load_gguf_checkpoint(str(smollm2_gguf), return_tensors=True, model_to_load=reference)["tensors"]
-    missing, unexpected = reference.load_state_dict(tensors, strict=False)
-    assert (missing, unexpected) == (["lm_head.weight"], [])  # tied
+    """Real weights. That our GGUF reader gives what transformers' own gives, bit for bit, is in test_gguf_weights."""
+    path = str(smollm2_gguf)
+    loaded, tensors = weights.load_model(path), gguf_weights.GGUFTensors(path)
+    with torch.device("meta"):
+        reference = LlamaForCausalLM(LlamaConfig(**gguf_weights.read_config(path))).eval()
+    state = {name: torch.tensor(tensors.read(name)) for name in tensors.names()}
+    state["lm_head.weight"] = state["model.embed_tokens.weight"]  # tied
+    reference.load_state_dict(state, assign=True)
+    reference.model.rotary_emb = type(reference.model.rotary_emb)(reference.config)  # its buffer is computed, not loaded
     ids = random_ids((1, 20), vocabulary=loaded.model.config.vocab_size)
     got, want = jax_logits(loaded.model, loaded.params, ids), torch_logits(reference, ids)
-    assert gguf_weights.read_config(str(smollm2_gguf))["tie_word_embeddings"] == loaded.model.config.tied
-    np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
+    # The logits reach 32 and PyTorch's own float32 ones are up to 1e-4 away from its float64 ones.
+    assert np.abs(got - want).max() < 2e-4
+    assert np.sqrt(np.mean((got - want) ** 2)) < 5e-5
+    np.testing.assert_array_equal(got.argmax(-1), want.argmax(-1))

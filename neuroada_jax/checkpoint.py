@@ -1,0 +1,56 @@
+"""Checkpoints of a run through Orbax: step, values, optimiser state. The only file that knows Orbax.
+
+Neither the base weights nor the columns are in a checkpoint: both follow from the model and the config, and a batch is a
+pure function of (seed, epoch, index), so that the step is the data's cursor too.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from neuroada_jax import bypass
+from neuroada_jax.errors import UserError
+from neuroada_jax.training.step import TrainState
+
+
+class Checkpoints:
+    """The checkpoints of one run's directory; the newest `keep` stay."""
+
+    def __init__(self, directory: Path, keep: int = 2) -> None:
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        self._directory = directory
+        self._manager = ocp.CheckpointManager(directory.resolve(), options=options)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._manager.close()  # waits for saves under way
+
+    def save(self, state: TrainState) -> None:
+        """Saves in the background; what is saved is copied first, so the state may be donated at once."""
+        self._manager.save(int(state.step), args=ocp.args.StandardSave(_saved(state)))
+
+    def restore(self, state: TrainState) -> TrainState:
+        """The newest checkpoint put into a state that was just initialised.
+
+        Raises:
+          UserError: there is no checkpoint, or it does not fit the state.
+        """
+        step = self._manager.latest_step()
+        if step is None:
+            raise UserError(f"{self._directory}: no checkpoint to resume from")
+        wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, _saved(state))
+        try:
+            saved = self._manager.restore(step, args=ocp.args.StandardRestore(wanted))
+        except (ValueError, KeyError, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{self._directory / str(step)}: this checkpoint cannot be resumed from ({reason})") from error
+        trained = bypass.Bypass(saved["trainable"]["bypass"], state.columns)
+        return state._replace(**saved, params=bypass.make_resident(state.params, trained, state.base))
+
+
+def _saved(state: TrainState) -> dict[str, Any]:
+    return {"step": state.step, "trainable": state.trainable, "optimizer": state.optimizer}
