@@ -94,7 +94,8 @@ def value_gradient(
         dense = lax.dot_general(chunk_dy, x, (((1,), (0,)), ((), ())), preferred_element_type=wide)
         return jnp.take_along_axis(dense, chunk_columns, axis=1, mode="clip")
 
-    # XLA's CPU backend has no bfloat16 dot with a float32 result for a transposed operand: keep the transpose out of the dot.
+    # XLA's CPU backend has no bfloat16 dot with a float32 result for a transposed operand: the barrier keeps the transpose
+    # out of the dot.
     dy_rows = lax.optimization_barrier(dy.T)
     chunks = (columns.reshape(-1, chunk, k), dy_rows.reshape(outputs // chunk, chunk, x.shape[0]))
     return lax.map(one_chunk, chunks).reshape(outputs, k)

@@ -1,7 +1,7 @@
 """Checkpoints into parameter trees: Hugging Face directories, hub ids and GGUF files, streamed tensor by tensor.
 
-Host memory stays near one tensor above the model's size: each tensor is read from a memory map and written straight into
-the (donated) stacked buffer on the device.
+Host memory stays near one tensor above the model's size: each tensor is read by itself and written straight into the
+(donated) stacked buffer on the device.
 """
 
 import functools
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import huggingface_hub
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import safetensors
 import xxhash
@@ -26,6 +27,9 @@ from neuroada_jax.errors import UserError
 from neuroada_jax.models import names
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+_HUB_COPIES = ["consolidated*", "original/*"]  # Mistral and Llama repositories hold the weights a second time
+
+_DTYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}  # as safetensors names them
 
 Progress = Callable[[int, int], None]
 
@@ -79,7 +83,7 @@ def resolve(source: str) -> str:
     if not looks_like_hub_id:
         raise UserError(f"model.path: {source} does not exist")
     try:
-        return huggingface_hub.snapshot_download(source, allow_patterns=_HUB_FILES)
+        return huggingface_hub.snapshot_download(source, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_COPIES)
     except Exception as error:  # the hub raises a dozen kinds: offline, gated, unknown, malformed id
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
@@ -98,8 +102,21 @@ def _in_package(source: str) -> str:
     return str(path)
 
 
+class _Stored(NamedTuple):
+    """Where a tensor lies in a safetensors file."""
+
+    file: FilePath
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
 class SafetensorsDirectory:
-    """The tensors of one or many safetensors files in a Hugging Face directory, memory-mapped."""
+    """The tensors of one or many safetensors files in a Hugging Face directory.
+
+    They are read, not mapped: the pages of a mapped file would count as this process's memory, a second copy of the model.
+    """
 
     def __init__(self, directory: str) -> None:
         self.directory = FilePath(directory)
@@ -107,42 +124,59 @@ class SafetensorsDirectory:
         single = self.directory / "model.safetensors"
         if index.exists():
             weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise UserError(f"{index}: has no 'weight_map'")
+            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+                raise UserError(f"{index}: has no 'weight_map' from tensor names to file names")
             files = sorted(set(weight_map.values()))
         elif single.exists():
             weight_map, files = None, [single.name]
         else:
             raise UserError(f"{directory}: found neither model.safetensors nor model.safetensors.index.json")
-        self._handles = {file: self._open(self.directory / file) for file in files}
+        headers = {file: self._header(self.directory / file) for file in files}
         if weight_map is None:
-            weight_map = dict.fromkeys(self._handles[single.name].keys(), single.name)
+            weight_map = dict.fromkeys(headers[single.name], single.name)
         for name, file in weight_map.items():
-            if name not in self._handles[file].keys():  # noqa: SIM118 (a safetensors handle, not a dict)
+            if name not in headers[file]:
                 raise UserError(f"{self.directory / file}: tensor {name!r} is missing, though the index places it there")
-        self._files: dict[str, str] = weight_map
+        self._tensors = {name: headers[file][name] for name, file in weight_map.items()}
 
-    def _open(self, path: FilePath) -> Any:
+    def _header(self, path: FilePath) -> dict[str, _Stored]:
         if path.parent != self.directory:
             raise UserError(f"{self.directory}: the index names a file outside the directory: {path}")
         if not path.exists():
             raise UserError(f"{path}: this shard is missing, though the index names it")
         try:
-            return safetensors.safe_open(str(path), framework="numpy")
+            with safetensors.safe_open(str(path), framework="numpy"):  # checks the header and the file's length
+                pass
         except (safetensors.SafetensorError, OSError) as error:
             raise UserError(f"{path}: not a whole safetensors file ({error})") from error
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            entries = json.loads(file.read(length))
+        entries.pop("__metadata__", None)
+        return {
+            name: _Stored(path, entry["dtype"], tuple(entry["shape"]), 8 + length + begin, end - begin)
+            for name, entry in entries.items()
+            for begin, end in [entry["data_offsets"]]
+        }
 
     def names(self) -> list[str]:
-        return list(self._files)
+        return list(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._handles[self._files[name]].get_slice(name).get_shape())
+        return self._tensors[name].shape
 
     def read(self, name: str) -> np.ndarray:
-        return self._handles[self._files[name]].get_tensor(name)
+        stored = self._tensors[name]
+        if stored.dtype not in _DTYPES:
+            expected = ", ".join(_DTYPES)
+            raise UserError(f"{stored.file}: tensor {name!r} is stored as {stored.dtype}, expected one of {expected}")
+        return self._bytes(stored).view(_DTYPES[stored.dtype]).reshape(stored.shape)
 
     def raw(self, name: str) -> Any:
-        return np.ascontiguousarray(self.read(name)).view(np.uint8).data
+        return self._bytes(self._tensors[name]).data
+
+    def _bytes(self, stored: _Stored) -> np.ndarray:
+        return np.fromfile(stored.file, np.uint8, stored.nbytes, offset=stored.start)
 
 
 def read_json(path: FilePath) -> dict[str, Any]:
@@ -214,14 +248,16 @@ def load_params(
             raise UserError(f"tensor {name!r} is missing from the checkpoint; expected shape {list(expected)}")
         if tensors.shape(name) != expected:
             raise UserError(f"tensor {name!r} has shape {list(tensors.shape(name))}, expected {list(expected)}")
-        tensor = tensors.read(name)
         digests[name] = xxhash.xxh3_128_hexdigest(tensors.raw(name))
+        tensor = tensors.read(name)
         if slot.layer is None:
             filled[slot.path] = jnp.asarray(tensor).astype(leaf.dtype)
         else:
             if slot.path not in filled:
                 filled[slot.path] = jnp.zeros(leaf.shape, leaf.dtype)
-            filled[slot.path] = _place(filled[slot.path], jnp.asarray(tensor), jnp.int32(slot.layer))
+            placed = _place(filled[slot.path], jnp.asarray(tensor), jnp.int32(slot.layer))
+            filled[slot.path] = placed.block_until_ready()  # else tensors queue up in host memory
+        del tensor
         if on_progress:
             on_progress(done + 1, len(slots))
     params: Tree = {}

@@ -23,8 +23,6 @@ from neuroada_jax import ops
 BYPASS_COLLECTIONS = ("bypass", "columns", "base")
 _SAVED = "saved_output"
 
-Kernel = Float[Array, "..."]
-
 
 class Remat(enum.StrEnum):
     """What a layer keeps for the backward pass (DESIGN.md section 5)."""

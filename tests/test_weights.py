@@ -1,0 +1,307 @@
+"""Safetensors directories: sharding, dtypes, digests, what is wrong with a checkpoint, and host memory while loading."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from neuroada_jax import models, weights
+from neuroada_jax.errors import UserError
+from neuroada_jax.models import names
+
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 29,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
+
+
+def random_tensors(dtype=np.float32, config=CONFIG, seed=0):
+    model = models.from_hf_config(config)
+    params = dict(names.flatten(model.abstract_params()))
+    rng = np.random.default_rng(seed)
+    shapes = {
+        name: params[slot.path].shape[0 if slot.layer is None else 1 :]
+        for name, slot in names.checkpoint_names(model.abstract_params(), model.stack).items()
+    }
+    return {name: rng.normal(size=shape).astype(dtype) for name, shape in shapes.items()}
+
+
+def write(directory, tensors, shards=1, config=CONFIG):
+    """A Hugging Face directory with one model.safetensors, or several files and their index."""
+    directory.mkdir(exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config))
+    if shards == 1:
+        save_file(tensors, directory / "model.safetensors")
+        return directory
+    weight_map = {}
+    for shard in range(shards):
+        file = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
+        part = {name: tensor for i, (name, tensor) in enumerate(tensors.items()) if i % shards == shard}
+        save_file(part, directory / file)
+        weight_map |= dict.fromkeys(part, file)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return directory
+
+
+def leaf(params, name, stack=("model", "layers")):
+    """The array that a checkpoint tensor became."""
+    slot = names.checkpoint_names(params, stack)[name]
+    for key in slot.path:
+        params = params[key]
+    return params if slot.layer is None else params[slot.layer]
+
+
+def assert_identical(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for left, right in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert left.dtype == right.dtype
+        assert np.asarray(left).tobytes() == np.asarray(right).tobytes()
+
+
+def test_every_tensor_arrives_in_its_place(tmp_path):
+    tensors = random_tensors()
+    seen = []
+    loaded = weights.load_model(str(write(tmp_path, tensors)), on_progress=lambda done, total: seen.append((done, total)))
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(leaf(loaded.params, name), tensor)
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), loaded.params) == jax.tree.map(
+        lambda a: (a.shape, a.dtype), loaded.model.abstract_params()
+    )
+    assert loaded.digests.keys() == tensors.keys()
+    assert (loaded.path, loaded.source) == (str(tmp_path), str(tmp_path))
+    assert seen == [(i + 1, len(tensors)) for i in range(len(tensors))]
+
+
+def test_shards_equal_a_single_file(tmp_path):
+    tensors = random_tensors()
+    single = weights.load_model(str(write(tmp_path / "single", tensors)))
+    sharded = weights.load_model(str(write(tmp_path / "sharded", tensors, shards=3)))
+    assert_identical(sharded.params, single.params)
+    assert sharded.digests == single.digests
+
+
+def test_tensors_that_the_model_does_not_have_are_left_alone(tmp_path):
+    tensors = random_tensors() | {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32)}
+    loaded = weights.load_model(str(write(tmp_path, tensors)))
+    assert loaded.digests.keys() == random_tensors().keys()
+
+
+@pytest.mark.parametrize("stored", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("wanted", ["float32", "bfloat16"])
+def test_dtypes(tmp_path, stored, wanted):
+    tensors = random_tensors(stored)
+    loaded = weights.load_model(str(write(tmp_path, tensors)), dtype=wanted)
+    assert {a.dtype for a in jax.tree.leaves(loaded.params)} == {jnp.dtype(wanted)}
+    assert loaded.model.config.dtype == jnp.dtype(wanted)
+    for name in (Q_PROJ, "model.norm.weight", "lm_head.weight"):
+        want = tensors[name].astype(np.float32).astype(jnp.dtype(wanted))
+        assert np.asarray(leaf(loaded.params, name)).tobytes() == want.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("declared", "expected"),
+    [
+        ({"torch_dtype": "bfloat16"}, jnp.bfloat16),
+        ({"dtype": "bfloat16"}, jnp.bfloat16),
+        ({"torch_dtype": "float16"}, jnp.bfloat16),
+        ({"dtype": "float32"}, jnp.float32),
+        ({}, jnp.float32),
+    ],
+)
+def test_auto_takes_the_dtype_that_the_config_declares(declared, expected):
+    assert weights.config_dtype("auto", declared) == expected
+    assert weights.config_dtype("float32", declared) == jnp.float32
+    assert weights.config_dtype("bfloat16", declared) == jnp.bfloat16
+
+
+def test_a_digest_changes_if_and_only_if_its_bytes_change(tmp_path):
+    tensors = random_tensors()
+    before = weights.load_model(str(write(tmp_path / "a", tensors))).digests
+    assert weights.load_model(str(write(tmp_path / "b", tensors, shards=2)), dtype="bfloat16").digests == before
+    changed = tensors | {Q_PROJ: tensors[Q_PROJ].copy()}
+    changed[Q_PROJ].view(np.uint32)[3, 5] ^= 1  # the last bit of one number
+    after = weights.load_model(str(write(tmp_path / "c", changed))).digests
+    assert {name for name in before if before[name] != after[name]} == {Q_PROJ}
+    assert len(set(before.values())) == len(before)
+
+
+def error_of(path):
+    with pytest.raises(UserError) as error:
+        weights.load_model(str(path))
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+def test_missing_shard(tmp_path):
+    write(tmp_path, random_tensors(), shards=3)
+    (tmp_path / "model-00002-of-00003.safetensors").unlink()
+    assert error_of(tmp_path) == (
+        f"{tmp_path / 'model-00002-of-00003.safetensors'}: this shard is missing, though the index names it"
+    )
+
+
+@pytest.mark.parametrize("kept", [0, 5, 200, -1])
+def test_truncated_file(tmp_path, kept):
+    write(tmp_path, random_tensors(), shards=2)
+    shard = tmp_path / "model-00002-of-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:kept])
+    assert error_of(tmp_path).startswith(f"{shard}: not a whole safetensors file (")
+
+
+def test_a_file_that_is_no_safetensors_file(tmp_path):
+    write(tmp_path, random_tensors())
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n" * 9)
+    assert error_of(tmp_path).startswith(f"{tmp_path / 'model.safetensors'}: not a whole safetensors file (")
+
+
+def test_missing_tensor(tmp_path):
+    tensors = random_tensors()
+    del tensors[Q_PROJ]
+    write(tmp_path, tensors)
+    assert error_of(tmp_path) == f"{tmp_path}: tensor {Q_PROJ!r} is missing from the checkpoint; expected shape [16, 16]"
+
+
+def test_tensor_that_the_index_promises_and_the_shard_lacks(tmp_path):
+    write(tmp_path, random_tensors(), shards=2)
+    index = tmp_path / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    wrong = next(file for file in content["weight_map"].values() if file != content["weight_map"][Q_PROJ])
+    content["weight_map"][Q_PROJ] = wrong
+    index.write_text(json.dumps(content))
+    assert error_of(tmp_path) == f"{tmp_path / wrong}: tensor {Q_PROJ!r} is missing, though the index places it there"
+
+
+def test_a_tensor_in_a_dtype_that_is_no_plain_float(tmp_path):
+    write(tmp_path, random_tensors() | {Q_PROJ: np.zeros((16, 16), ml_dtypes.float8_e4m3fn)})
+    message = f"{tmp_path / 'model.safetensors'}: tensor {Q_PROJ!r} is stored as F8_E4M3, expected one of F32, F16, BF16"
+    assert error_of(tmp_path) == message
+
+
+def test_wrong_shape(tmp_path):
+    write(tmp_path, random_tensors() | {Q_PROJ: np.zeros((16, 8), np.float32)})
+    assert error_of(tmp_path) == f"{tmp_path}: tensor {Q_PROJ!r} has shape [16, 8], expected [16, 16]"
+
+
+@pytest.mark.parametrize("escape", ["../x.safetensors", "{parent}/x.safetensors", "sub/../../x.safetensors", ".."])
+def test_an_index_that_leaves_the_directory(tmp_path, escape):
+    save_file(random_tensors(), tmp_path / "x.safetensors")
+    directory = write(tmp_path / "model", random_tensors(), shards=2)
+    (directory / "sub").mkdir()
+    index = directory / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"] = dict.fromkeys(content["weight_map"], escape.format(parent=tmp_path))
+    index.write_text(json.dumps(content))
+    message = error_of(directory)
+    assert str(directory) in message
+    assert escape == ".." or "the index names a file outside the directory" in message
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', '{"weight_map": {"a": ["b"]}}']
+)
+def test_an_index_without_a_map_of_files(tmp_path, content):
+    write(tmp_path, random_tensors(), shards=2)
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    assert str(tmp_path / "model.safetensors.index.json") in error_of(tmp_path)
+
+
+def test_missing_directory(tmp_path):
+    assert error_of(tmp_path / "nowhere") == f"model.path: {tmp_path / 'nowhere'} does not exist"
+    assert error_of(tmp_path / "nowhere.gguf") == f"model.path: {tmp_path / 'nowhere.gguf'} does not exist"
+
+
+def test_a_hub_id_that_cannot_be_had_is_one_line():
+    assert error_of("nobody/no-such-model").startswith("model.path: 'nobody/no-such-model' is neither a local path nor")
+
+
+def test_a_file_that_is_no_model(tmp_path):
+    (tmp_path / "model.bin").write_bytes(b"abc")
+    assert error_of(tmp_path / "model.bin") == f"{tmp_path / 'model.bin'}: expected a model directory or a .gguf file"
+
+
+def test_missing_weights(tmp_path):
+    write(tmp_path, random_tensors())
+    (tmp_path / "model.safetensors").unlink()
+    assert error_of(tmp_path) == f"{tmp_path}: found neither model.safetensors nor model.safetensors.index.json"
+
+
+def test_missing_config(tmp_path):
+    write(tmp_path, random_tensors())
+    (tmp_path / "config.json").unlink()
+    assert error_of(tmp_path) == f"{tmp_path / 'config.json'}: cannot be read (No such file or directory)"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{not json", "not JSON ("),
+        (b"", "not JSON ("),
+        (b"\xff\xfe{}", "not JSON ("),
+        (b"[1, 2]", "expected a JSON object, found list"),
+    ],
+)
+def test_config_that_is_no_json_object(tmp_path, content, message):
+    write(tmp_path, random_tensors())
+    (tmp_path / "config.json").write_bytes(content)
+    assert error_of(tmp_path).startswith(f"{tmp_path / 'config.json'}: {message}")
+
+
+def test_unsupported_architecture_from_a_directory(tmp_path):
+    write(tmp_path, random_tensors(), config=CONFIG | {"model_type": "mamba"})
+    assert "model_type 'mamba' is not supported" in error_of(tmp_path)
+
+
+MEASURE = """
+    import sys
+    import jax
+    jax.config.update("jax_num_cpu_devices", 1)
+    from neuroada_jax import weights
+    jax.block_until_ready(jax.jit(lambda x: x + 1)(jax.numpy.ones(8)))
+    # Not getrusage: its ru_maxrss starts at what the process that started this one held.
+    status = lambda key: next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(key)) / 1024
+    weights.load_model(sys.argv[2])  # a tiny one: compiles nothing that counts, imports everything
+    before = status("VmRSS")
+    loaded = weights.load_model(sys.argv[1])
+    jax.block_until_ready(loaded.params)
+    size = sum(a.nbytes for a in jax.tree.leaves(loaded.params)) / 2**20
+    print(f"{status('VmHWM') - before:.1f} {size:.1f}")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_host_memory_stays_near_the_size_of_the_model(tmp_path):
+    """A checkpoint of 194 MB in tensors of up to 8 MB: the peak is the model, a few tensors and what compiling takes."""
+    config = CONFIG | {"vocab_size": 1000, "hidden_size": 1024, "intermediate_size": 2000, "num_hidden_layers": 5}
+    large = write(tmp_path / "large", random_tensors(config=config), shards=3, config=config)
+    small = write(tmp_path / "small", random_tensors())
+    root = Path(__file__).parents[1]
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(MEASURE), str(large), str(small)],
+        capture_output=True,
+        text=True,
+        cwd=root,
+        timeout=120,
+        check=False,
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)},  # else glibc keeps up to 64 MB of what was freed
+    )
+    assert run.returncode == 0, run.stderr
+    growth, size = map(float, run.stdout.split())
+    print(f"peak {growth:.1f} MiB over the baseline for a model of {size:.1f} MiB: {growth / size:.2f}")
+    assert size > 180
+    assert growth < 1.3 * size
