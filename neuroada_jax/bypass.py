@@ -98,7 +98,7 @@ def build(
 
 
 def count(values: Mapping[str, Any]) -> int:
-    """The number of trainable values: k times the neurons of the targets. Abstract arrays will do."""
+    """The entries of a tree; for values, k times the neurons of the targets. Abstract arrays will do."""
     return sum(leaf.size for leaf in jax.tree.leaves(values))
 
 

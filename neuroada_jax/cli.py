@@ -220,7 +220,7 @@ def _inspect(parsed: argparse.Namespace) -> None:
         for row in [{"k": parsed.k} | row]
     ]
     title = f"{content['kind']} {content['path']}"
-    console.table(title, ("module", "neurons", "k", "values", "% of inputs", "bytes"), rows)
+    console.table(title, ("module", "neurons", "k", "values", "% of weights", "bytes"), rows)
 
 
 def _percent(row: dict[str, Any]) -> str:

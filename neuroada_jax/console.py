@@ -11,6 +11,8 @@ import rich.table
 
 _err = rich.console.Console(stderr=True, highlight=False)
 _out = rich.console.Console(highlight=False)
+if not _out.is_terminal:
+    _out = rich.console.Console(highlight=False, width=120)  # a file or a pipe: rich would assume 80 columns
 
 
 def say(message: str) -> None:

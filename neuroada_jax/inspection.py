@@ -30,10 +30,9 @@ def inspect_model(path: str, k: int) -> dict[str, Any]:
 
     def modules() -> Iterator[dict[str, Any]]:
         for where, kernel in bypass.kernels(params):
-            layers = range(kernel.shape[0]) if names.is_stacked(where, model.stack) else [None]
-            for layer in layers:
-                outputs, inputs = kernel.shape[-2:]
-                yield _row(names.module_name(where, layer, model.stack), outputs, inputs, min(k, inputs))
+            outputs, inputs = kernel.shape[-2:]
+            for module in names.module_names(where, kernel, model.stack):
+                yield _row(module, outputs, inputs, min(k, inputs))
 
     rows = list(modules())
     return {
@@ -48,21 +47,21 @@ def inspect_model(path: str, k: int) -> dict[str, Any]:
 
 
 def inspect_adapter(path: str) -> dict[str, Any]:
-    """What an adapter holds; its base is not needed, so percentages are not known.
+    """What an adapter holds. Its base is not needed: adapter.json knows the inputs of every module.
 
     Raises:
       UserError: no whole adapter there.
     """
     adapter = native.read(path)
-    rows = [_row(module, values.shape[0], None, values.shape[1]) for module, values in adapter.values.items()]
-    base = adapter.metadata.get("base", {})
+    base, inputs = adapter.metadata.get("base", {}), adapter.metadata.get("inputs", {})
+    rows = [_row(module, len(values), inputs.get(module), values.shape[1]) for module, values in adapter.values.items()]
     about = {key: adapter.metadata.get(key) for key in ("version", "k", "targets", "rule", "seed", "created", "versions")}
     return {
         "kind": "adapter",
         "path": path,
         "base": base.get("source"),
         **about,
-        **_totals(rows, None),
+        **_totals(rows, base.get("parameters")),
         "modules": rows,
     }
 

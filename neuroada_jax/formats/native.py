@@ -68,10 +68,22 @@ def save(
     stack = base.model.stack
     tensors = {f"{module}.values": np.asarray(leaf, np.float32) for module, leaf in names.unstacked(trained.values, stack)}
     tensors |= {f"{module}.columns": np.asarray(leaf, np.int32) for module, leaf in names.unstacked(trained.columns, stack)}
+    shapes = base.model.abstract_params()
+    inputs = {path: kernel.shape[-1] for path, kernel in bypass.kernels(shapes)}
     metadata = {
         "format": FORMAT,
         "version": VERSION,
-        "base": {"source": base.source, "model_type": base.model.hf_config["model_type"], "digests": base.digests},
+        "base": {
+            "source": base.source,
+            "model_type": base.model.hf_config["model_type"],
+            "parameters": bypass.count(shapes),
+            "digests": base.digests,
+        },
+        "inputs": {
+            name: inputs[path]
+            for path, leaf in bypass.leaves(trained.values, "values")
+            for name in names.module_names(path, leaf, stack)
+        },
         "k": k,
         "targets": targets,
         "rule": "magnitude",
@@ -158,8 +170,7 @@ def stack(adapter: Adapter, base: LoadedModel) -> Bypass:
     remaining = set(adapter.values)
     for path, kernel in bypass.kernels(base.model.abstract_params()):
         stacked = names.is_stacked(path, base.model.stack)
-        layers = range(kernel.shape[0]) if stacked else [None]
-        modules = [names.module_name(path, layer, base.model.stack) for layer in layers]
+        modules = names.module_names(path, kernel, base.model.stack)
         present = [module for module in modules if module in adapter.values]
         if not present:
             continue

@@ -63,12 +63,14 @@ def checkpoint_names(params: Mapping[str, Any], stack: Path) -> dict[str, Slot]:
     return names
 
 
+def module_names(path: Path, leaf: Any, stack: Path) -> list[str]:
+    """The Hugging Face names of the modules that a (stacked) leaf of the module at `path` belongs to, layer by layer."""
+    layers = range(leaf.shape[0]) if is_stacked(path, stack) else [None]
+    return [module_name(path, layer, stack) for layer in layers]
+
+
 def unstacked(tree: Mapping[str, Any], stack: Path) -> Iterator[tuple[str, Any]]:
     """The (Hugging Face module name, array) pairs of a bypass tree, one per layer, in the tree's order."""
     for path, leaf in flatten(tree):
         module = path[:-1]
-        if is_stacked(module, stack):
-            for layer in range(leaf.shape[0]):
-                yield module_name(module, layer, stack), leaf[layer]
-        else:
-            yield module_name(module, None, stack), leaf
+        yield from zip(module_names(module, leaf, stack), leaf if is_stacked(module, stack) else [leaf], strict=True)

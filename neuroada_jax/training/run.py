@@ -64,11 +64,6 @@ def build_bypass(base: LoadedModel, targets: list[str], k: int) -> Bypass:
     return bypass.build(base.params, paths, k)
 
 
-def parameter_count(params: Tree) -> int:
-    """All entries of a tree."""
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
-
-
 def evaluate_sets(
     config: RunConfig, base: LoadedModel, params: Tree, tokenizer: Any, save_to: Path | None
 ) -> dict[str, evaluation.Score]:
@@ -176,7 +171,7 @@ def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -
         files.write_text(directory / "config.yaml", to_yaml(config))
 
     total_steps = config.training.steps or (config.training.epochs or 0) * batches.steps_per_epoch
-    trainable, total = bypass.count(built.values), parameter_count(base.params)
+    trainable, total = bypass.count(built.values), bypass.count(base.params)
     console.say(f"training {trainable:,} of {total:,} parameters ({100 * trainable / total:.4f} %) for {total_steps} steps")
 
     before: dict[str, evaluation.Score] = {}

@@ -361,9 +361,7 @@ def test_left_padding_changes_nothing(name):
     causal = np.arange(slots)[None, :] <= np.arange(12)[:, None]
     mask = jnp.asarray(real[:, None, :] & causal[None])
 
-    step = jit(
-        lambda params, ids, positions, mask, cache: module.apply({"params": params}, ids, positions, mask, cache)
-    )
+    step = jit(lambda params, ids, positions, mask, cache: module.apply({"params": params}, ids, positions, mask, cache))
     cache, outputs = empty_cache(model.config, 2, slots), []
     for start, stop in [(0, prompt), *((t, t + 1) for t in range(prompt, 12))]:
         hidden, cache = step(

@@ -114,7 +114,10 @@ def test_what_a_config_leaves_out():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "rope type 'longrope' is not supported; supported: def"),
+        (
+            {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}},
+            "rope type 'longrope' is not supported; supported: def",
+        ),
         ({"rope_scaling": {"type": "su"}}, "rope type 'su' is not supported"),
         ({"rope_scaling": {"type": "linear"}}, "rope type 'linear' needs the field 'factor', which is missing"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "'llama3' needs the field 'low_freq_factor'"),
