@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quick import jit
 
 from neuroada_jax import ops
 from neuroada_jax.ops import GradientAlgorithm
@@ -29,7 +30,7 @@ def problem(seed, batch, outputs, inputs, k):
     return x, kernel, random_columns(rng, outputs, inputs, k), values, dy
 
 
-@jax.jit
+@jit
 def dense_autodiff(x, kernel, columns, values, dy):
     """(y, dx, dvalues) by plain autodiff of the dense sum."""
 
@@ -58,7 +59,7 @@ def actual(x, kernel, columns, values, dy, algorithm, resident, dtype, values_dt
     """(y, dx, dkernel, dvalues) of bypass_dense in the given dtypes, as numpy arrays."""
     x, kernel, dy = (jnp.asarray(a, dtype) for a in (x, kernel, dy))
 
-    @jax.jit
+    @jit
     def value_and_pullback(x, kernel, columns, values, dy):
         kernel, base = resident_kernel(kernel, columns, values) if resident else (kernel, None)
         apply = lambda x, kernel, values: ops.bypass_dense(x, kernel, columns, values, base, algorithm=algorithm)  # noqa: E731
@@ -191,10 +192,11 @@ def test_vmap_over_adapters_equals_one_by_one(per_adapter_columns):
         y = ops.bypass_dense(x, kernel, columns, values)
         return jnp.sum(jnp.sin(y)), y
 
-    gradient = jax.jit(jax.grad(loss, argnums=1, has_aux=True))
-    got_gradient, got_y = jax.jit(jax.vmap(gradient, in_axes=axes))(columns, values)
+    gradient = jax.grad(loss, argnums=1, has_aux=True)
+    one = jit(gradient)
+    got_gradient, got_y = jit(jax.vmap(gradient, in_axes=axes))(columns, values)
     for i in range(4):
-        want_gradient, want_y = gradient(columns[i] if per_adapter_columns else columns, values[i])
+        want_gradient, want_y = one(columns[i] if per_adapter_columns else columns, values[i])
         np.testing.assert_allclose(got_y[i], want_y, rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(got_gradient[i], want_gradient, rtol=1e-4, atol=1e-4)
 

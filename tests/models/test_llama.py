@@ -1,12 +1,11 @@
 """The LLaMA family against transformers' PyTorch models, and the forms, remat policies and caches against one another."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from quick import jit
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -26,10 +25,6 @@ from neuroada_jax.models.llama import empty_cache
 
 logging.disable_progress_bar()
 logging.set_verbosity_error()
-
-# Compile in half the time: these functions run once.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-jit = functools.partial(jax.jit, compiler_options=QUICK if jax.default_backend() == "cpu" else None)
 
 TOKENS = 24
 SIZES = {
@@ -119,12 +114,12 @@ def random_ids(shape, vocabulary=SIZES["vocab_size"], seed=0):
     return np.random.default_rng(seed).integers(0, vocabulary, size=shape).astype(np.int32)
 
 
-def jax_logits(model, params, ids, **kwargs):
+def jax_logits(model, params, ids, jit=jit):
     module = model.module()
 
-    @jax.jit
+    @jit
     def forward(params, ids):
-        hidden, _ = module.apply({"params": params}, ids, **kwargs)
+        hidden, _ = module.apply({"params": params}, ids)
         return module.apply({"params": params}, hidden, method="unembed")
 
     return np.asarray(forward(params, jnp.asarray(ids)))
@@ -421,7 +416,7 @@ def test_smollm2_logits_equal_transformers(smollm2_gguf):
     reference.load_state_dict(state, assign=True)
     reference.model.rotary_emb = type(reference.model.rotary_emb)(reference.config)  # its buffer is computed, not loaded
     ids = random_ids((1, 20), vocabulary=loaded.model.config.vocab_size)
-    got, want = jax_logits(loaded.model, loaded.params, ids), torch_logits(reference, ids)
+    got, want = jax_logits(loaded.model, loaded.params, ids, jax.jit), torch_logits(reference, ids)
     # The logits reach 32 and PyTorch's own float32 ones are up to 1e-4 away from its float64 ones.
     assert np.abs(got - want).max() < 2e-4
     assert np.sqrt(np.mean((got - want) ** 2)) < 5e-5

@@ -1,0 +1,76 @@
+"""Resuming a run: what comes after the newest checkpoint is what would have come without the stop."""
+
+import json
+
+import numpy as np
+import pytest
+from helpers import run_config, write_model, write_rows
+
+from neuroada_jax import checkpoint
+from neuroada_jax.errors import UserError
+from neuroada_jax.formats import native
+from neuroada_jax.training import config, run
+
+SETTINGS = {"targets": ["q_proj"], "k": 2}
+TRAINING = {"steps": 6, "save_every": 2, "log_every": 3, "batch_size": 4, "remat": "none"}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    return write_model(folder / "model"), write_rows(folder / "rows.jsonl")
+
+
+def settings(folder, inputs, **training):
+    return config.from_dict(run_config(folder, *inputs, bypass=SETTINGS, training=TRAINING | training), "test")
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
+
+
+def stop_after(monkeypatch, step):
+    save = checkpoint.Checkpoints.save
+
+    def save_and_stop(self, state):
+        save(self, state)
+        if int(state.step) == step:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", save_and_stop)
+
+
+def test_stop_and_resume_equals_one_run(tmp_path, inputs, monkeypatch):
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    results = run.train(settings(whole, inputs))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_after(patch, 4)
+        run.train(settings(parted, inputs))
+    assert not (parted / "out" / "adapter").exists()
+    resumed = run.train(settings(parted, inputs), resume=True)
+
+    assert lines(parted) == lines(whole) and [line["step"] for line in lines(parted)] == [1, 2, 3, 4, 5, 6]
+    assert resumed["last_loss"] == results["last_loss"] and resumed["first_loss"] == results["first_loss"]
+    a, b = (native.read(str(folder / "out" / "adapter")) for folder in (whole, parted))
+    assert all(np.array_equal(a.values[module], b.values[module]) for module in a.values)
+    assert any(leaf.any() for leaf in a.values.values())
+
+
+def test_what_cannot_be_resumed_is_refused(tmp_path, inputs, monkeypatch):
+    with pytest.raises(UserError, match="holds no run to resume"):
+        run.train(settings(tmp_path, inputs), resume=True)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_after(patch, 2)
+        run.train(settings(tmp_path, inputs))
+    with pytest.raises(UserError, match=r"use --overwrite to replace it, --resume to go on"):
+        run.train(settings(tmp_path, inputs))
+    with pytest.raises(UserError, match=r"changed: training\.batch_size \(4 then, 8 now\)"):
+        run.train(settings(tmp_path, inputs, batch_size=8), resume=True)
+    with pytest.raises(UserError, match="not both"):
+        run.train(settings(tmp_path, inputs), overwrite=True, resume=True)
+
+
+def test_a_run_without_checkpoints_says_so(tmp_path, inputs):
+    run.train(settings(tmp_path, inputs, save_every=None, steps=1))
+    with pytest.raises(UserError, match="no checkpoint to resume from"):
+        run.train(settings(tmp_path, inputs, save_every=None, steps=1), resume=True)
