@@ -15,7 +15,13 @@ from neuroada_jax.errors import UserError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0, 2 for an error that is the user's to mend, 130 when interrupted."""
-    parsed = _parser().parse_args(arguments)
+    parser = _parser()
+    parsed, rest = parser.parse_known_args(arguments)
+    # argparse takes no more overrides once an option came between: `train run.yaml --overwrite bypass.k=2`.
+    if rest and hasattr(parsed, "overrides") and all("=" in word and not word.startswith("-") for word in rest):
+        parsed.overrides += rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return one_line_errors(lambda: parsed.run(parsed))
 
 
@@ -36,7 +42,7 @@ def one_line_errors(work: Callable[[], None]) -> int:
 @contextlib.contextmanager
 def _one_line_warnings() -> Iterator[None]:
     def show(message: Any, category: Any, filename: str, *_: Any, **__: Any) -> None:
-        if "neuroada" in filename:
+        if Path(filename).is_relative_to(Path(__file__).parent):  # the others are not for the person
             sys.stderr.write(f"neuroada: warning: {message}\n")
 
     with warnings.catch_warnings():
@@ -84,18 +90,17 @@ def _parser() -> argparse.ArgumentParser:
     inspect.set_defaults(run=_inspect)
 
     merge = commands.add_parser("merge", help="write base + adapter as a Hugging Face model directory")
-    _model_options(merge, json_flag=False, adapter_required=True)
+    _model_options(merge, adapter_required=True)
     merge.add_argument("--out", required=True, help="the directory to make")
     merge.set_defaults(run=_merge)
     return parser
 
 
-def _model_options(parser: argparse.ArgumentParser, *, json_flag: bool = True, adapter_required: bool = False) -> None:
+def _model_options(parser: argparse.ArgumentParser, *, adapter_required: bool = False) -> None:
     parser.add_argument("--model", help="model directory, hub id or .gguf file (default: the adapter's base)")
     parser.add_argument("--adapter", required=adapter_required, help="adapter directory")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "auto"], default="auto", help="of the weights")
-    if json_flag:
-        parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
 
 
 def _load(parsed: argparse.Namespace) -> tuple[Any, Any, Any]:
@@ -235,7 +240,10 @@ def _merge(parsed: argparse.Namespace) -> None:
         raise UserError(f"--out: {out} exists already; choose another folder or remove it")
     base, params, tokenizer = _load(parsed)
     huggingface.save(out, base, params, tokenizer)
-    console.say(f"wrote {out}")
+    if parsed.json:
+        _print_json({"model": str(out), "files": sorted(path.name for path in out.iterdir())})
+    else:
+        console.say(f"wrote {out}")
 
 
 if __name__ == "__main__":

@@ -64,6 +64,21 @@ def convert(rows: Rows, task: Task) -> Rows:
     return Rows([task.convert(row, rows.where(i)) for i, row in enumerate(rows.rows)], rows.source, rows.places)
 
 
+def check_rows(rows: Rows, task: Task, method: str) -> Rows:
+    """The rows in the task's own form, each with its answer.
+
+    Raises:
+      UserError: rows that do not fit the task or have no answer, or "choices" for a task without fixed answers.
+    """
+    if method == "choices" and not task.choices:
+        raise UserError(f"evaluation method 'choices': task {task.name!r} has no fixed answers; use 'generate'")
+    converted = convert(rows, task)
+    for i, row in enumerate(converted.rows):
+        if not isinstance(row["answer"], str):
+            raise UserError(f"{converted.where(i)}: no answer to compare with (columns {', '.join(rows.rows[i])})")
+    return converted
+
+
 def evaluate(
     base: LoadedModel,
     params: Tree,
@@ -92,12 +107,9 @@ def evaluate(
       on_progress: called with (done, in all).
 
     Raises:
-      UserError: rows that do not fit the task or have no answer, or "choices" for a task without fixed answers.
+      UserError: see `check_rows`; also prompts that do not fit the model.
     """
-    converted = convert(rows, task)
-    for i, row in enumerate(converted.rows):
-        if not isinstance(row["answer"], str):
-            raise UserError(f"{converted.where(i)}: no answer to compare with (columns {', '.join(rows.rows[i])})")
+    converted = check_rows(rows, task, method)
     if method == "choices":
         predictions = _choose(base, params, tokenizer, converted, task, style, batch_size, on_progress)
     else:
@@ -138,11 +150,9 @@ def _choose(
     on_progress: Progress | None,
 ) -> list[dict[str, Any]]:
     """The answer whose target text has the highest likelihood, for every row."""
-    if not task.choices:
-        raise UserError(f"evaluation method 'choices': task {task.name!r} has no fixed answers; use 'generate'")
     candidates = [{**row, "output": task.target(choice)} for row in rows.rows for choice in task.choices]
     examples = data.encode(rows_from_list(candidates, rows.source), style, tokenizer, base.model.config.max_positions)
-    if len(examples) != len(candidates):
+    if examples.cut or examples.left_out:  # part of an answer would be compared with the whole of another
         raise UserError(f"{rows.source}: a prompt is longer than the model's {base.model.config.max_positions} positions")
     batches = Batches(examples, batch_size, seed=0, group_by_length=True, shuffle=False)
     module = base.model.module()

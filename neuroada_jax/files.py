@@ -15,7 +15,7 @@ def new_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """A temporary directory beside `target` that takes its name when the block ends well, and vanishes when it does not.
 
     Raises:
-      UserError: the target exists and `replace` is not set, or its parent cannot be written.
+      UserError: the target exists and `replace` is not set, or cannot be written.
     """
     if target.exists() and not replace:
         raise UserError(f"{target} exists already; choose another folder or remove it")
@@ -24,14 +24,20 @@ def new_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     except OSError as error:
         raise UserError(f"{target}: cannot be written ({error.strerror})") from error
+    old = temporary.with_name(f"{temporary.name}.old")
     try:
         yield temporary
         temporary.chmod(0o755)  # mkdtemp makes it private
         if target.exists():
-            shutil.rmtree(target)
+            target.rename(old)  # a whole directory has the name, or for a moment none has it; never half of one
         temporary.rename(target)
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written ({error.strerror or error})") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if old.exists() and not target.exists():
+            old.rename(target)
+        for leftover in (temporary, old):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -41,5 +47,6 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise UserError(f"{path}: cannot be written ({error.strerror})") from error

@@ -89,8 +89,10 @@ def generate(
     Returns: the new ids of each prompt, in the order given.
 
     Raises:
-      UserError: an empty prompt, or one that with its continuation exceeds the model's positions.
+      UserError: max_new_tokens below 1, an empty prompt, or one that with its continuation exceeds the model's positions.
     """
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens: expected at least 1, found {max_new_tokens}")
     for number, prompt in enumerate(prompts):
         if not prompt:
             raise UserError(f"prompt {number} has no tokens")

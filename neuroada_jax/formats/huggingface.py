@@ -57,12 +57,12 @@ def save(
         slot = slots[name]
         return np.asarray(leaves[slot.path] if slot.layer is None else leaves[slot.path][slot.layer])
 
-    def size(name: str) -> int:
-        leaf = leaves[slots[name].path]
-        return leaf.nbytes if slots[name].layer is None else leaf.nbytes // leaf.shape[0]
+    def size(slot: names.Slot) -> int:
+        leaf = leaves[slot.path]
+        return leaf.nbytes if slot.layer is None else leaf.nbytes // leaf.shape[0]
 
     plan = huggingface_hub.split_state_dict_into_shards_factory(
-        {name: name for name in slots},
+        slots,  # stand for their tensors, so that one shard at a time is on the host
         get_storage_size=size,
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=SHARD_BYTES,

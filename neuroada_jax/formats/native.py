@@ -116,6 +116,9 @@ def read(directory: str) -> Adapter:
         raise UserError(f"{root / 'adapter.json'}: format {metadata.get('format')!r}, expected {FORMAT!r}")
     if metadata.get("version") != VERSION:
         raise UserError(f"{root / 'adapter.json'}: version {metadata.get('version')!r}, this release reads {VERSION}")
+    base, inputs = metadata.get("base"), metadata.get("inputs", {})
+    if not isinstance(base, dict) or not isinstance(base.get("digests"), dict) or not isinstance(inputs, dict):
+        raise UserError(f"{root / 'adapter.json'}: 'base', its 'digests' or 'inputs' is missing or no object")
     path = root / "adapter.safetensors"
     try:
         with safetensors.safe_open(str(path), framework="numpy") as handle:

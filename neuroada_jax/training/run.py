@@ -16,7 +16,7 @@ from neuroada_jax.bypass import Bypass, Tree
 from neuroada_jax.errors import UserError
 from neuroada_jax.formats import huggingface, native
 from neuroada_jax.prompts import PromptStyle
-from neuroada_jax.rows import load_rows
+from neuroada_jax.rows import Rows, load_rows
 from neuroada_jax.tasks import TASKS
 from neuroada_jax.tokenizer import load_tokenizer
 from neuroada_jax.training import loop, optimizer, plots, step
@@ -64,8 +64,21 @@ def build_bypass(base: LoadedModel, targets: list[str], k: int) -> Bypass:
     return bypass.build(base.params, paths, k)
 
 
+def evaluation_rows(config: RunConfig) -> dict[str, Rows]:
+    """The rows of every evaluation set, read and checked.
+
+    Raises:
+      UserError: a file that is missing, or rows that do not fit their task.
+    """
+    found = {}
+    for each in config.evaluation.sets:
+        found[each.name] = load_rows(each.data, each.split, each.limit)
+        evaluation.check_rows(found[each.name], TASKS[each.task or config.data.task], each.method)
+    return found
+
+
 def evaluate_sets(
-    config: RunConfig, base: LoadedModel, params: Tree, tokenizer: Any, save_to: Path | None
+    config: RunConfig, rows: dict[str, Rows], base: LoadedModel, params: Tree, tokenizer: Any, save_to: Path | None
 ) -> dict[str, evaluation.Score]:
     """Scores every evaluation set of a config; predictions go to `save_to`/predictions-<set>.jsonl."""
     scores = {}
@@ -76,7 +89,7 @@ def evaluate_sets(
                 base,
                 params,
                 tokenizer,
-                load_rows(each.data, each.split, each.limit),
+                rows[each.name],
                 task,
                 style=_style(each, config),
                 method=each.method,
@@ -164,6 +177,7 @@ def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -
     _check_output(config, overwrite, resume)
     base, tokenizer = open_base(config.model.path, config.model.dtype)
     batches, places = _encode(config, tokenizer)
+    held_out = evaluation_rows(config)
     base = with_weights(base)
     built = build_bypass(base, config.bypass.targets, config.bypass.k)
     if not resume:
@@ -176,7 +190,7 @@ def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -
 
     before: dict[str, evaluation.Score] = {}
     if config.evaluation.before and not resume:
-        before = evaluate_sets(config, base, base.params, tokenizer, None)
+        before = evaluate_sets(config, held_out, base, base.params, tokenizer, None)
 
     transformation = optimizer.build(config.optimizer, total_steps)
     state = step.initial_state(base.params, built, transformation)
@@ -221,7 +235,7 @@ def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -
         ) from failure
     seconds = time.perf_counter() - began
     save_adapter(state)
-    after = evaluate_sets(config, base, state.params, tokenizer, directory)
+    after = evaluate_sets(config, held_out, base, state.params, tokenizer, directory)
     if config.merge:
         huggingface.save(directory / "merged", base, state.params, tokenizer, replace=True)
 

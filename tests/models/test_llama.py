@@ -241,11 +241,10 @@ def assert_close(a, b, rtol, atol):
 make_resident = jit(bypass.make_resident)
 
 
-@pytest.mark.parametrize(("k", "forms"), [(1, ["on_the_fly", "resident"]), (20, ["on_the_fly"])])
-def test_gradient_through_the_scan_equals_the_gradient_of_merging(k, forms):
+def test_gradient_through_the_scan_equals_the_gradient_of_merging():
     with jax.enable_x64(True):
         model, params = random_model(dtype=jnp.float64)
-        built = random_bypass(model, params, k, ["q_proj", "v_proj", "o_proj", "down_proj", "lm_head"], jnp.float64)
+        built = random_bypass(model, params, 2, ["q_proj", "v_proj", "o_proj", "down_proj", "lm_head"], jnp.float64)
         ids = jnp.asarray(random_ids((2, 9)))
         module = model.module()
 
@@ -255,11 +254,10 @@ def test_gradient_through_the_scan_equals_the_gradient_of_merging(k, forms):
             return jax.value_and_grad(lambda values: loss_of(module, ids, {"params": merged(values)}))(values)
 
         want = dense(params, built.values)
-        for form in forms:
-            base = bypass.read(params, built.columns) if form == "resident" else None
-            kernels = params if base is None else make_resident(params, built, base)
-            got = value_and_grad(model, kernels, built, ids, base=base)
-            assert_close(got, want, 1e-6, 1e-7)  # the loss itself is float32
+        assert_close(value_and_grad(model, params, built, ids), want, 1e-6, 1e-7)  # the loss itself is float32
+        base = bypass.read(params, built.columns)
+        resident = make_resident(params, built, base)
+        assert_close(value_and_grad(model, resident, built, ids, base=base), want, 1e-6, 1e-7)
 
 
 def test_resident_equals_on_the_fly_with_a_bfloat16_base():

@@ -1,0 +1,279 @@
+"""The native adapter: what is in it, that it comes back bit for bit, and everything that is refused."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+from data_helpers import message_of
+from helpers import CONFIG, random_tensors, write_model
+
+from neuroada_jax import bypass, inspection, models, weights
+from neuroada_jax.bypass import Bypass
+from neuroada_jax.formats import native
+
+TARGETS = ["q_proj", "down_proj"]
+MODULES = [f"model.layers.{layer}.{name}" for layer in range(2) for name in ("mlp.down_proj", "self_attn.q_proj")]
+Q = "model.layers.0.self_attn.q_proj"
+
+
+def trained(base, targets=TARGETS, k=3, seed=0):
+    """A bypass with random values, as after training."""
+    built = bypass.build(base.params, models.match_targets(base.params, targets, base.model.stack), k)
+    rng = np.random.default_rng(seed)
+    values = jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape, np.float32)), built.values)
+    return Bypass(values, built.columns)
+
+
+def save(directory, base, bypass_=None, targets=TARGETS, **options):
+    native.save(directory, bypass_ or trained(base, targets), base, k=3, targets=targets, seed=7, **options)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return weights.load_model(str(write_model(tmp_path_factory.mktemp("model") / "m", None)))
+
+
+@pytest.fixture(scope="module")
+def pristine(base, tmp_path_factory):
+    return save(tmp_path_factory.mktemp("adapter") / "a", base)
+
+
+@pytest.fixture
+def adapter(pristine, tmp_path):
+    """A copy to spoil."""
+    return shutil.copytree(pristine, tmp_path / "a")
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+def test_round_trip_bit_for_bit(base, pristine):
+    assert_same(native.load(str(pristine), base), trained(base))
+
+
+def test_round_trip_of_an_untied_head(tmp_path):
+    directory = write_model(tmp_path / "m", None, tie_word_embeddings=False)
+    base = weights.load_model(str(directory))
+    made = trained(base, ["lm_head", "k_proj"])
+    save(tmp_path / "a", base, made, ["lm_head", "k_proj"])
+    assert_same(native.load(str(tmp_path / "a"), base), made)
+    assert native.read(str(tmp_path / "a")).values["lm_head"].shape == (CONFIG["vocab_size"], 3)
+
+
+def test_what_is_in_it(base, pristine):
+    tensors = safetensors.numpy.load_file(str(pristine / "adapter.safetensors"))
+    assert sorted(tensors) == sorted(f"{module}.{leaf}" for module in MODULES for leaf in ("values", "columns"))
+    assert tensors[f"{Q}.values"].shape == (16, 3) and tensors[f"{Q}.values"].dtype == np.float32
+    assert tensors[f"{Q}.columns"].dtype == np.int32
+    # No base weights: nothing but k values and k columns a neuron, and no tensor of a weight's shape.
+    shapes = {tensor.shape for tensor in random_tensors(CONFIG).values()}
+    assert not shapes & {tensor.shape for tensor in tensors.values()}
+    assert sum(tensor.size for tensor in tensors.values()) == 2 * 3 * 2 * (16 + 16)
+    metadata = json.loads((pristine / "adapter.json").read_text())
+    assert (metadata["format"], metadata["version"]) == ("neuroada-adapter", 1)
+    assert (metadata["k"], metadata["targets"], metadata["rule"], metadata["seed"]) == (3, TARGETS, "magnitude", 7)
+    assert metadata["base"]["source"] == base.source and metadata["base"]["model_type"] == "llama"
+    assert metadata["base"]["digests"] == base.digests and len(base.digests) == len(random_tensors(CONFIG))
+    assert metadata["inputs"][Q] == 16
+    assert {"jax", "neuroada-jax"} <= set(metadata["versions"]) and metadata["created"].endswith("+00:00")
+    assert sorted(path.name for path in pristine.iterdir()) == ["adapter.json", "adapter.safetensors"]
+    assert native.is_adapter(str(pristine)) and not native.is_adapter(base.path)
+
+
+def test_merging_equals_the_bypass_on_the_fly(base, pristine):
+    loaded = native.load(str(pristine), base)
+    merged = bypass.merge(base.params, loaded)
+    ids, module = jnp.arange(8, dtype=jnp.int32)[None], base.model.module()
+    plain, _ = jax.jit(module.apply)({"params": merged}, ids)
+    on_the_fly, _ = jax.jit(module.apply)({"params": base.params, "bypass": loaded.values, "columns": loaded.columns}, ids)
+    np.testing.assert_allclose(plain, on_the_fly, atol=1e-5)
+    assert np.abs(np.asarray(plain) - np.asarray(jax.jit(module.apply)({"params": base.params}, ids)[0])).max() > 0.1
+
+
+def test_another_base_is_refused(base, pristine, tmp_path):
+    name = "model.layers.1.mlp.up_proj.weight"  # not even a target
+    changed = random_tensors(CONFIG)[name].copy()
+    changed[3, 5] = np.nextafter(changed[3, 5], 9, dtype=np.float32)
+    other = weights.load_model(str(write_model(tmp_path / "other", None, weights={name: changed})))
+    message = message_of(native.load, str(pristine), other)
+    assert message == f"{other.source} is not the base of this adapter ({base.source}): tensor {name!r} differs"
+    untied = weights.load_model(str(write_model(tmp_path / "untied", None, tie_word_embeddings=False)))
+    save(tmp_path / "u", untied)
+    message = message_of(native.load, str(tmp_path / "u"), base)
+    assert message.endswith("tensor 'lm_head.weight' is missing")
+    copy = weights.load_model(str(write_model(tmp_path / "copy", None)))  # the same weights elsewhere will do
+    assert_same(native.load(str(pristine), copy), native.load(str(pristine), base))
+
+
+def rewrite_metadata(adapter, **fields):
+    path = adapter / "adapter.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"format": "peft"}, "format 'peft', expected 'neuroada-adapter'"),
+        ({"version": 2}, "version 2, this release reads 1"),
+        ({"version": None}, "version None, this release reads 1"),
+        ({"base": "SmolLM2"}, "'base', its 'digests' or 'inputs' is missing or no object"),
+        ({"base": {"digests": [1]}}, "'base', its 'digests' or 'inputs' is missing or no object"),
+        ({"base": {}}, "'base', its 'digests' or 'inputs' is missing or no object"),
+    ],
+)
+def test_wrong_metadata(adapter, base, fields, message):
+    rewrite_metadata(adapter, **fields)
+    found = message_of(native.load, str(adapter), base)
+    assert found.startswith(str(adapter / "adapter.json")) and message in found
+
+
+def test_files_that_are_missing_or_not_whole(adapter, base, tmp_path):
+    path = adapter / "adapter.safetensors"
+    whole = path.read_bytes()
+    for size in (0, 5, 100, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        assert message_of(native.load, str(adapter), base).startswith(f"{path}: not a whole safetensors file (")
+    path.unlink()
+    assert message_of(native.load, str(adapter), base).startswith(f"{path}: not a whole safetensors file (")
+    (adapter / "adapter.json").write_text("{")
+    assert message_of(native.load, str(adapter), base).startswith(f"{adapter / 'adapter.json'}: not JSON")
+    (adapter / "adapter.json").unlink()
+    assert message_of(native.read, str(adapter)) == f"{adapter}: no adapter here (adapter.json is missing)"
+
+
+def spoil(tensors, spoiled):
+    """The change under test, by name, in a dict of tensors."""
+    values, columns = f"{Q}.values", f"{Q}.columns"
+    match spoiled:
+        case "nan":
+            tensors[values][2, 1] = np.nan
+        case "infinite":
+            tensors[values][2, 1] = -np.inf
+        case "unsorted":
+            tensors[columns] = np.ascontiguousarray(tensors[columns][:, ::-1])
+        case "twice":
+            tensors[columns][4, 1] = tensors[columns][4, 0]
+        case "negative":
+            tensors[columns][4, 0] = -1
+        case "beyond":
+            tensors[columns][4, 2] = 16
+        case "float64":
+            tensors[values] = tensors[values].astype(np.float64)
+        case "bfloat16":
+            tensors[values] = tensors[values].astype(ml_dtypes.bfloat16)
+        case "int64":
+            tensors[columns] = tensors[columns].astype(np.int64)
+        case "no columns":
+            del tensors[columns]
+        case "no values":
+            del tensors[values]
+        case "nothing":
+            tensors.clear()
+            tensors["x"] = np.zeros(2, np.float32)
+        case "stranger":
+            tensors["model.layers.0.self_attn.q_proj.weight"] = np.zeros((16, 16), np.float32)
+        case "shape":
+            tensors[values] = tensors[values][:, :2].copy()
+        case "rank":
+            tensors[values], tensors[columns] = tensors[values][0], tensors[columns][0]
+        case "neurons":
+            tensors[values], tensors[columns] = tensors[values][:8].copy(), tensors[columns][:8].copy()
+        case "module":
+            tensors["model.layers.9.self_attn.q_proj.values"] = tensors[values]
+            tensors["model.layers.9.self_attn.q_proj.columns"] = tensors[columns]
+        case "layer":
+            del tensors[values], tensors[columns]
+        case "other k":
+            tensors[values], tensors[columns] = tensors[values][:, :2].copy(), tensors[columns][:, :2].copy()
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "message"),
+    [
+        ("nan", f"{Q}.values holds NaN or infinite entries"),
+        ("infinite", f"{Q}.values holds NaN or infinite entries"),
+        ("unsorted", f"{Q}.columns must be ascending and distinct within a row"),
+        ("twice", f"{Q}.columns must be ascending and distinct within a row"),
+        ("negative", f"{Q}.columns must be ascending and distinct within a row, from 0 on"),
+        ("beyond", f"{Q} has 16 neurons or columns that do not fit (16, 16)"),
+        ("float64", f"{Q} has values float64 and columns int32, expected float32 and int32"),
+        ("bfloat16", f"{Q} has values bfloat16 and columns int32, expected float32 and int32"),
+        ("int64", f"{Q} has values float32 and columns int64, expected float32 and int32"),
+        ("no columns", "expected pairs of .values and .columns"),
+        ("no values", "expected pairs of .values and .columns"),
+        ("nothing", "expected pairs of .values and .columns, found x"),
+        ("stranger", "expected pairs of .values and .columns"),
+        ("shape", f"{Q} has values (16, 2) and columns (16, 3), expected (O, k) for both"),
+        ("rank", f"{Q} has values (3,) and columns (3,), expected (O, k) for both"),
+        ("neurons", f"{Q} has 8 neurons or columns that do not fit (16, 16)"),
+        ("module", "the base has no module 'model.layers.9.self_attn.q_proj'"),
+        ("layer", "model.layers.1.self_attn.q_proj has values but other layers' q_proj have none"),
+        ("other k", "model.layers.1.self_attn.q_proj has another k than model.layers.0.self_attn.q_proj"),
+    ],
+)
+def test_tensors_that_are_no_adapter(adapter, base, spoiled, message):
+    path = str(adapter / "adapter.safetensors")
+    tensors = safetensors.numpy.load_file(path)
+    spoil(tensors, spoiled)
+    safetensors.numpy.save_file(tensors, path)
+    assert message in message_of(native.load, str(adapter), base)
+
+
+def test_a_failed_save_leaves_nothing_and_keeps_the_old_one(base, tmp_path, monkeypatch):
+    old = save(tmp_path / "a", base)
+    before = {path.name: path.read_bytes() for path in old.iterdir()}
+    assert message_of(save, old, base) == f"{old} exists already; choose another folder or remove it"
+
+    def fill(tensors, path, **_):
+        with open(path, "wb") as file:
+            file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(safetensors.numpy, "save_file", fill)
+        message = message_of(save, old, base, replace=True)
+        assert message == f"{old}: cannot be written (No space left on device)"
+        message_of(save, tmp_path / "b", base)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert {path.name: path.read_bytes() for path in old.iterdir()} == before
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(native.json, "dumps", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            save(old, base, replace=True)
+    assert {path.name: path.read_bytes() for path in old.iterdir()} == before
+
+    save(old, base, trained(base, seed=1), replace=True)
+    assert_same(native.load(str(old), base), trained(base, seed=1))
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_place_that_cannot_be_written(base, tmp_path):
+    (tmp_path / "file").write_text("")
+    message = message_of(save, tmp_path / "file" / "a", base)
+    assert message.startswith(f"{tmp_path / 'file' / 'a'}: cannot be written (")
+
+
+def test_inspection(base, pristine):
+    found = inspection.inspect_adapter(str(pristine))
+    assert found["values"] == 2 * 3 * (16 + 16) and found["bytes"] == 8 * found["values"]
+    assert {row["module"] for row in found["modules"]} == set(MODULES)
+    model = inspection.inspect_model(base.path, 3)
+    assert model["parameters"] == bypass.count(base.params)
+    row = next(row for row in model["modules"] if row["module"] == "model.layers.1.mlp.down_proj")
+    assert (row["neurons"], row["inputs"], row["values"], row["bytes"]) == (16, 24, 48, 384)
+    assert row["percent"] == pytest.approx(12.5)
+    clamped = inspection.inspect_model(base.path, 20)["modules"]
+    assert {row["k"] for row in clamped} == {16, 20}

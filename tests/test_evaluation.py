@@ -1,0 +1,133 @@
+"""Scores: the interval, exact match, choices by likelihood, and rows that cannot be scored."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from data_helpers import CHAT, message_of
+from helpers import write_model
+
+from neuroada_jax import data, evaluation, weights
+from neuroada_jax.prompts import PromptStyle
+from neuroada_jax.rows import load_rows, rows_from_list
+from neuroada_jax.tasks import TASKS
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return weights.load_model(str(write_model(tmp_path_factory.mktemp("model") / "m", seed=3)))
+
+
+# The Wilson intervals in R. G. Newcombe, Two-sided confidence intervals for the single proportion, 1998, table I.
+@pytest.mark.parametrize(
+    ("correct", "n", "low", "high"),
+    [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+        (20, 20, 0.8389, 1.0),
+    ],
+)
+def test_wilson_interval(correct, n, low, high):
+    got = evaluation.wilson_interval(correct, n)
+    # The bounds p are where (share - p)^2 = z^2 p (1 - p) / n.
+    for bound in got:
+        if 0 < bound < 1:
+            assert (correct / n - bound) ** 2 == pytest.approx(1.959964**2 * bound * (1 - bound) / n, rel=1e-6)
+    assert got == pytest.approx((low, high), abs=5e-5)
+
+
+def score(base, rows, task="instruct", **options):
+    rows = rows_from_list(rows) if isinstance(rows, list) else rows
+    options = {"style": PromptStyle.PLAIN, "max_new_tokens": 8, **options}
+    return evaluation.evaluate(base, base.params, CHAT, rows, TASKS[task], **options)
+
+
+def test_exact_match_and_predictions(base, tmp_path):
+    rows = [{"prompt": f"{word} and", "completion": "?"} for word in ("the", "answer", "choose", "option", "a question")]
+    first = score(base, rows)
+    assert first.accuracy == 0 and first.n == 5 and first.interval[0] == 0
+    texts = [prediction["prediction"] for prediction in first.predictions]
+    assert texts == [prediction["generation"].strip() for prediction in first.predictions]
+    # The answers are now what the model says, with white space around it: those rows are right, and one is not.
+    said = [{**row, "answer": f" {text}\n"} for row, text in zip(rows, texts, strict=True)]
+    said[3]["answer"] += "x"
+    second = score(base, said, batch_size=2)
+    assert second.accuracy == 0.8
+    assert [prediction["correct"] for prediction in second.predictions] == [True, True, True, False, True]
+    assert second.predictions[0]["prompt"] == "the and\n"
+    assert second.interval == evaluation.wilson_interval(4, 5)
+    evaluation.write_predictions(tmp_path / "p.jsonl", second)
+    lines = (tmp_path / "p.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == second.predictions
+
+
+def test_the_trigger_phrase_comes_before_the_answer():
+    extract = TASKS["commonsense"].extract
+    assert extract("so the correct answer is true") == "true"
+    assert extract("the correct answer is a\nthe correct answer is b") == "a\nthe correct answer is b"
+    assert extract("true") == "" == extract("The Correct Answer Is true")
+
+
+def test_choices_picks_the_likelier_answer(base):
+    sentences = ("the question", "a correct answer", "option1", "please", "the correct answer to the question", "d")
+    rows = [{"sentence": sentence, "label": i % 2} for i, sentence in enumerate(sentences)]
+    got = score(base, rows, "sst2", method="choices", batch_size=4)
+    likeliest = []
+
+    @jax.jit
+    def log_probabilities(ids):
+        hidden, _ = base.model.module().apply({"params": base.params}, ids[None])
+        logits = base.model.module().apply({"params": base.params}, hidden, method="unembed")
+        return jax.nn.log_softmax(logits[0])
+
+    for row in rows:
+        losses = {}
+        for label, answer in enumerate(("negative", "positive")):
+            example = TASKS["sst2"].convert({**row, "label": label}, "here")
+            encoded = data.encode([example], "plain", CHAT, 128)
+            ids, is_target = encoded.example(0)
+            padded = jnp.asarray(np.pad(ids, (0, 128 - len(ids))))
+            picked = np.asarray(log_probabilities(padded))[np.arange(len(ids) - 1), ids[1:]]
+            losses[answer] = -picked[is_target[1:]].sum()
+        likeliest.append(min(losses, key=losses.get))
+    assert [prediction["prediction"] for prediction in got.predictions] == likeliest
+    right = sum(choice == ("negative", "positive")[row["label"]] for choice, row in zip(likeliest, rows, strict=True))
+    assert got.accuracy == right / len(rows)
+
+
+def test_end_tokens_come_from_everywhere(base, tmp_path):
+    directory = write_model(tmp_path / "m", eos_token_id=[5, 6])
+    (directory / "generation_config.json").write_text('{"eos_token_id": 7}')
+    other = weights.open_model(str(directory))
+    assert evaluation.end_tokens(other, CHAT) == sorted({5, 6, 7, CHAT.eos_token_id})
+    assert evaluation.end_tokens(base, CHAT) == [CHAT.eos_token_id]
+
+
+def test_rows_that_cannot_be_scored(base, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "c"}\n')
+    message = message_of(score, base, load_rows(str(path)))
+    assert message == f"{path}:2: no answer to compare with (columns prompt)"
+    message = message_of(score, base, [{"sentence": "s", "label": 2}], "sst2")
+    assert message.startswith("rows: row 0: task 'sst2' needs") and message.endswith("and label 2")
+    message = message_of(score, base, [{"instruction": "i"}], "commonsense")
+    assert message == "rows: row 0: task 'commonsense' needs the text columns instruction and answer, found instruction"
+    message = message_of(score, base, [{"prompt": "a", "completion": "b"}], method="choices")
+    assert message == "evaluation method 'choices': task 'instruct' has no fixed answers; use 'generate'"
+    for length in (58, 69, 90):  # the answer is cut, or nothing of it is left
+        rows = [{"sentence": "ok", "label": 1}, {"sentence": "7" * length, "label": 1}]
+        message = message_of(score, base, rows, "sst2", method="choices")
+        assert "longer than the model's 128 positions" in message
+    message = message_of(score, base, [{"prompt": "the question " * 90, "completion": "b"}])
+    assert "exceeds the model's 128 positions" in message
+
+
+def test_chat_rows_are_scored_against_the_last_assistant_turn(base):
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "answer"}]
+    assert score(base, [{"messages": chat}]).predictions[0]["answer"] == "answer"
+    message = message_of(score, base, [{"messages": chat[:1]}])
+    assert message == "rows: row 0: no answer to compare with (columns messages)"
