@@ -4,6 +4,7 @@ Neither the base weights nor the columns are in a checkpoint: both follow from t
 pure function of (seed, epoch, index), so that the step is the data's cursor too.
 """
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,20 @@ class Checkpoints:
     """The checkpoints of one run's directory; the newest `keep` stay."""
 
     def __init__(self, directory: Path, keep: int = 2) -> None:
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-        self._directory = directory
-        self._manager = ocp.CheckpointManager(directory.resolve(), options=options)
+        self._directory, self._keep = directory, keep
+
+    @functools.cached_property
+    def _manager(self) -> ocp.CheckpointManager:
+        """Made when first needed: a run that saves nothing has no folder of checkpoints."""
+        options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=True)
+        return ocp.CheckpointManager(self._directory.resolve(), options=options)
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._manager.close()  # waits for saves under way
+        if "_manager" in vars(self):
+            self._manager.close()  # waits for saves under way
 
     def save(self, state: TrainState) -> None:
         """Saves in the background; what is saved is copied first, so the state may be donated at once."""

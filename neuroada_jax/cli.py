@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from neuroada_jax import __version__, console
-from neuroada_jax.errors import UserError
+from neuroada_jax.errors import NeuroadaWarning, UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,8 +41,8 @@ def one_line_errors(work: Callable[[], None]) -> int:
 
 @contextlib.contextmanager
 def _one_line_warnings() -> Iterator[None]:
-    def show(message: Any, category: Any, filename: str, *_: Any, **__: Any) -> None:
-        if Path(filename).is_relative_to(Path(__file__).parent):  # the others are not for the person
+    def show(message: Any, category: Any, *_: Any, **__: Any) -> None:
+        if issubclass(category, NeuroadaWarning):  # other libraries' are not for the person
             sys.stderr.write(f"neuroada: warning: {message}\n")
 
     with warnings.catch_warnings():
@@ -107,14 +107,14 @@ def _load(parsed: argparse.Namespace) -> tuple[Any, Any, Any]:
     """The model of --model, or of the adapter, with the adapter merged in: (base, params, tokenizer)."""
     from neuroada_jax import bypass
     from neuroada_jax.formats import native
-    from neuroada_jax.training import run
+    from neuroada_jax.weights import open_base, with_weights
 
     adapter = native.read(parsed.adapter) if parsed.adapter else None
     source = parsed.model or (adapter.metadata.get("base", {}).get("source") if adapter else None)
     if not source:
         raise UserError("give --model, or an --adapter that names its base")
-    opened, tokenizer = run.open_base(source, parsed.dtype)
-    base = run.with_weights(opened)
+    opened, tokenizer = open_base(source, parsed.dtype)
+    base = with_weights(opened)
     params = base.params if adapter is None else bypass.merge(base.params, native.stack(adapter, base))
     return base, params, tokenizer
 
@@ -124,13 +124,13 @@ def _print_json(content: dict[str, Any]) -> None:
 
 
 def _train(parsed: argparse.Namespace) -> None:
-    from neuroada_jax.training import config, run
+    from neuroada_jax.training import config, report, run
 
     results = run.train(config.load(parsed.config, parsed.overrides), overwrite=parsed.overwrite, resume=parsed.resume)
     if parsed.json:
         _print_json(results)
     else:
-        run.print_summary(results)
+        report.print_summary(results)
 
 
 def _evaluate(parsed: argparse.Namespace) -> None:

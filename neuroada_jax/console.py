@@ -9,6 +9,8 @@ import rich.console
 import rich.progress
 import rich.table
 
+from neuroada_jax.errors import NeuroadaWarning
+
 _err = rich.console.Console(stderr=True, highlight=False)
 _out = rich.console.Console(highlight=False)
 if not _out.is_terminal:
@@ -22,7 +24,7 @@ def say(message: str) -> None:
 
 def warn(message: str) -> None:
     """A warning that code can also catch; the CLI shows it as one line."""
-    warnings.warn(message, stacklevel=2)
+    warnings.warn(message, NeuroadaWarning, stacklevel=2)
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -73,7 +75,7 @@ def is_terminal() -> bool:
     return _err.is_terminal
 
 
-def size(number: float) -> str:
+def size(number: int | float) -> str:
     """Bytes in decimal units: 1.23 MB."""
     for unit in ("B", "kB", "MB", "GB"):
         if number < 1000:

@@ -22,7 +22,7 @@ from neuroada_jax.prompts import PromptStyle
 from neuroada_jax.rows import Rows, rows_from_list
 from neuroada_jax.tasks import Task
 from neuroada_jax.training.step import target_losses
-from neuroada_jax.weights import LoadedModel, read_json
+from neuroada_jax.weights import LoadedModel
 
 Progress = Callable[[int, int], None]
 
@@ -49,7 +49,7 @@ def end_tokens(base: LoadedModel, tokenizer: transformers.PreTrainedTokenizerBas
     """The tokens that end a generation: the checkpoint's generation config, its config, the tokenizer's EOS."""
     found: list[int] = []
     generation = Path(base.path) / "generation_config.json"
-    sources = [read_json(generation)] if generation.is_file() else []
+    sources = [files.read_json(generation)] if generation.is_file() else []
     for value in [*(source.get("eos_token_id") for source in [*sources, base.model.hf_config]), tokenizer.eos_token_id]:
         found += value if isinstance(value, list) else [] if value is None else [value]
     return sorted(set(found))

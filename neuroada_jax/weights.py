@@ -6,7 +6,6 @@ Host memory stays near one tensor above the model's size: each tensor is read by
 
 import functools
 import importlib.util
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path as FilePath
@@ -15,21 +14,21 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import huggingface_hub
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
-import safetensors
+import transformers
 import xxhash
 from jax import lax
 
-from neuroada_jax import gguf_weights, models
+from neuroada_jax import console, gguf_weights, models
 from neuroada_jax.bypass import Tree
 from neuroada_jax.errors import UserError
+from neuroada_jax.files import read_json
 from neuroada_jax.models import names
+from neuroada_jax.safetensors_weights import SafetensorsDirectory
+from neuroada_jax.tokenizer import load_tokenizer
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 _HUB_COPIES = ["consolidated*", "original/*"]  # Mistral and Llama repositories hold the weights a second time
-
-_DTYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}  # as safetensors names them
 
 Progress = Callable[[int, int], None]
 
@@ -100,100 +99,6 @@ def _in_package(source: str) -> str:
     if not path.exists():
         raise UserError(f"model.path: {source}: the package {package!r} has no {file!r}")
     return str(path)
-
-
-class _Stored(NamedTuple):
-    """Where a tensor lies in a safetensors file."""
-
-    file: FilePath
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    nbytes: int
-
-
-class SafetensorsDirectory:
-    """The tensors of one or many safetensors files in a Hugging Face directory.
-
-    They are read, not mapped: the pages of a mapped file would count as this process's memory, a second copy of the model.
-    """
-
-    def __init__(self, directory: str) -> None:
-        self.directory = FilePath(directory)
-        index = self.directory / "model.safetensors.index.json"
-        single = self.directory / "model.safetensors"
-        if index.exists():
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-                raise UserError(f"{index}: has no 'weight_map' from tensor names to file names")
-            files = sorted(set(weight_map.values()))
-        elif single.exists():
-            weight_map, files = None, [single.name]
-        else:
-            raise UserError(f"{directory}: found neither model.safetensors nor model.safetensors.index.json")
-        headers = {file: self._header(self.directory / file) for file in files}
-        if weight_map is None:
-            weight_map = dict.fromkeys(headers[single.name], single.name)
-        for name, file in weight_map.items():
-            if name not in headers[file]:
-                raise UserError(f"{self.directory / file}: tensor {name!r} is missing, though the index places it there")
-        self._tensors = {name: headers[file][name] for name, file in weight_map.items()}
-
-    def _header(self, path: FilePath) -> dict[str, _Stored]:
-        if path.parent != self.directory:
-            raise UserError(f"{self.directory}: the index names a file outside the directory: {path}")
-        if not path.exists():
-            raise UserError(f"{path}: this shard is missing, though the index names it")
-        try:
-            with safetensors.safe_open(str(path), framework="numpy"):  # checks the header and the file's length
-                pass
-        except (safetensors.SafetensorError, OSError) as error:
-            raise UserError(f"{path}: not a whole safetensors file ({error})") from error
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            entries = json.loads(file.read(length))
-        entries.pop("__metadata__", None)
-        return {
-            name: _Stored(path, entry["dtype"], tuple(entry["shape"]), 8 + length + begin, end - begin)
-            for name, entry in entries.items()
-            for begin, end in [entry["data_offsets"]]
-        }
-
-    def names(self) -> list[str]:
-        return list(self._tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._tensors[name].shape
-
-    def read(self, name: str) -> np.ndarray:
-        stored = self._tensors[name]
-        if stored.dtype not in _DTYPES:
-            expected = ", ".join(_DTYPES)
-            raise UserError(f"{stored.file}: tensor {name!r} is stored as {stored.dtype}, expected one of {expected}")
-        return self._bytes(stored).view(_DTYPES[stored.dtype]).reshape(stored.shape)
-
-    def raw(self, name: str) -> Any:
-        return self._bytes(self._tensors[name]).data
-
-    def _bytes(self, stored: _Stored) -> np.ndarray:
-        return np.fromfile(stored.file, np.uint8, stored.nbytes, offset=stored.start)
-
-
-def read_json(path: FilePath) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-      UserError: the file is missing, is not JSON, or holds something else than an object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content
 
 
 def read_config(path: str) -> dict[str, Any]:
@@ -304,3 +209,26 @@ def read_weights(opened: LoadedModel, on_progress: Progress | None = None) -> Lo
 def load_model(source: str, dtype: str = "float32", on_progress: Progress | None = None) -> LoadedModel:
     """Opens a model and reads its weights; see `open_model` and `read_weights`."""
     return read_weights(open_model(source, dtype), on_progress)
+
+
+def open_base(source: str, dtype: str) -> tuple[LoadedModel, transformers.PreTrainedTokenizerFast]:
+    """A model without its weights yet, and its tokenizer.
+
+    Raises:
+      UserError: see `open_model` and `tokenizer.load_tokenizer`; also a tokenizer that has more tokens than the
+        model has embeddings.
+    """
+    opened = open_model(source, dtype)
+    tokenizer = load_tokenizer(opened.path)
+    if len(tokenizer) > opened.model.config.vocab_size:
+        raise UserError(
+            f"{source}: the tokenizer has {len(tokenizer)} tokens, more than the {opened.model.config.vocab_size} "
+            "embeddings of the model"
+        )
+    return opened, tokenizer
+
+
+def with_weights(opened: LoadedModel) -> LoadedModel:
+    """The opened model with its weights, read under a progress bar."""
+    with console.bar("loading weights") as shown:
+        return read_weights(opened, console.reporter(shown))

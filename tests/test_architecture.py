@@ -10,7 +10,19 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "neuroada_jax"
 LEVELS = [
     {"errors", "ops", "selection", "bypass"},
-    {"models", "files", "console", "rows", "prompts", "data", "batches", "gguf_header", "gguf_weights", "tokenizer"},
+    {
+        "models",
+        "files",
+        "console",
+        "rows",
+        "prompts",
+        "data",
+        "batches",
+        "gguf_header",
+        "gguf_weights",
+        "tokenizer",
+        "safetensors_weights",
+    },
     {"weights", "tasks", "generation", "inspection", "formats"},
     {"training", "evaluation", "checkpoint"},
     {"cli"},

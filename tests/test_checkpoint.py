@@ -29,7 +29,8 @@ def lines(folder):
     return [json.loads(line) for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
 
 
-def stop_after(monkeypatch, step):
+def train_until(step, settings, monkeypatch):
+    """A run that is interrupted right after the checkpoint of `step`."""
     save = checkpoint.Checkpoints.save
 
     def save_and_stop(self, state):
@@ -37,15 +38,16 @@ def stop_after(monkeypatch, step):
         if int(state.step) == step:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint.Checkpoints, "save", save_and_stop)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.Checkpoints, "save", save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            run.train(settings)
 
 
 def test_stop_and_resume_equals_one_run(tmp_path, inputs, monkeypatch):
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     results = run.train(settings(whole, inputs))
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_after(patch, 4)
-        run.train(settings(parted, inputs))
+    train_until(4, settings(parted, inputs), monkeypatch)
     assert not (parted / "out" / "adapter").exists()
     resumed = run.train(settings(parted, inputs), resume=True)
 
@@ -59,9 +61,7 @@ def test_stop_and_resume_equals_one_run(tmp_path, inputs, monkeypatch):
 def test_what_cannot_be_resumed_is_refused(tmp_path, inputs, monkeypatch):
     with pytest.raises(UserError, match="holds no run to resume"):
         run.train(settings(tmp_path, inputs), resume=True)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_after(patch, 2)
-        run.train(settings(tmp_path, inputs))
+    train_until(2, settings(tmp_path, inputs), monkeypatch)
     with pytest.raises(UserError, match=r"use --overwrite to replace it, --resume to go on"):
         run.train(settings(tmp_path, inputs))
     with pytest.raises(UserError, match=r"changed: training\.batch_size \(4 then, 8 now\)"):

@@ -14,7 +14,7 @@ from pathlib import Path
 from neuroada_jax import console
 from neuroada_jax.cli import one_line_errors
 from neuroada_jax.errors import UserError
-from neuroada_jax.training import config, run
+from neuroada_jax.training import config, report, run
 
 TASK = "family_relationships"
 TRAIN_ROWS, TRAIN_SEED = 4000, 1
@@ -52,7 +52,7 @@ def main() -> None:
     root = Path(__file__).resolve().parents[1]
     settings = config.load(str(root / "configs" / "quickstart.yaml"), sys.argv[1:])
     write_data(settings.directory / "data")
-    run.print_summary(run.train(settings, overwrite=True))
+    report.print_summary(run.train(settings, overwrite=True))
     out, test = settings.directory, settings.evaluation.sets[0]
     question = json.loads(Path(test.data).read_text(encoding="utf-8").splitlines()[0])["prompt"]
     print(

@@ -22,7 +22,7 @@ from neuroada_jax import bypass, files
 from neuroada_jax.bypass import Bypass, Tree
 from neuroada_jax.errors import UserError
 from neuroada_jax.models import names
-from neuroada_jax.weights import LoadedModel, read_json
+from neuroada_jax.weights import LoadedModel
 
 FORMAT = "neuroada-adapter"
 VERSION = 1
@@ -111,7 +111,7 @@ def read(directory: str) -> Adapter:
     root = Path(directory)
     if not is_adapter(directory):
         raise UserError(f"{directory}: no adapter here (adapter.json is missing)")
-    metadata = read_json(root / "adapter.json")
+    metadata = files.read_json(root / "adapter.json")
     if metadata.get("format") != FORMAT:
         raise UserError(f"{root / 'adapter.json'}: format {metadata.get('format')!r}, expected {FORMAT!r}")
     if metadata.get("version") != VERSION:

@@ -2,13 +2,9 @@
 
 import json
 import shutil
-import sys
 import time
 from pathlib import Path
 from typing import Any
-
-import jax
-import transformers
 
 from neuroada_jax import bypass, checkpoint, console, data, evaluation, files, models
 from neuroada_jax.batches import Batches
@@ -18,34 +14,10 @@ from neuroada_jax.formats import huggingface, native
 from neuroada_jax.prompts import PromptStyle
 from neuroada_jax.rows import Rows, load_rows
 from neuroada_jax.tasks import TASKS
-from neuroada_jax.tokenizer import load_tokenizer
-from neuroada_jax.training import loop, optimizer, plots, step
+from neuroada_jax.training import loop, optimizer, plots, report, step
 from neuroada_jax.training.config import EvaluationSet, RunConfig, flatten_config, to_yaml
 from neuroada_jax.training.config import load as load_config
-from neuroada_jax.weights import LoadedModel, open_model, read_weights
-
-
-def open_base(source: str, dtype: str) -> tuple[LoadedModel, transformers.PreTrainedTokenizerFast]:
-    """A model without its weights yet, and its tokenizer.
-
-    Raises:
-      UserError: see `weights.open_model` and `tokenizer.load_tokenizer`; also a tokenizer that has more tokens than the
-        model has embeddings.
-    """
-    opened = open_model(source, dtype)
-    tokenizer = load_tokenizer(opened.path)
-    if len(tokenizer) > opened.model.config.vocab_size:
-        raise UserError(
-            f"{source}: the tokenizer has {len(tokenizer)} tokens, more than the {opened.model.config.vocab_size} "
-            "embeddings of the model"
-        )
-    return opened, tokenizer
-
-
-def with_weights(opened: LoadedModel) -> LoadedModel:
-    """The opened model with its weights, read under a progress bar."""
-    with console.bar("loading weights") as shown:
-        return read_weights(opened, console.reporter(shown))
+from neuroada_jax.weights import LoadedModel, open_base, with_weights
 
 
 def build_bypass(base: LoadedModel, targets: list[str], k: int) -> Bypass:
@@ -215,7 +187,7 @@ def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -
             if resume:
                 state = checkpoints.restore(state)
                 console.say(f"resuming after step {int(state.step)}")
-            state, report = loop.run(
+            state, done = loop.run(
                 state,
                 run_step,
                 batches,
@@ -239,77 +211,7 @@ def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -
     if config.merge:
         huggingface.save(directory / "merged", base, state.params, tokenizer, replace=True)
 
-    results = {
-        "name": config.name,
-        "directory": str(directory),
-        "steps": total_steps,
-        "epochs": total_steps / batches.steps_per_epoch,
-        "trainable": trainable,
-        "total_parameters": total,
-        "trainable_percent": 100 * trainable / total,
-        "train_seconds": seconds,
-        "tokens_per_second": report.tokens / seconds,
-        "first_loss": report.losses[0],
-        "last_loss": report.losses[-1],
-        "compiled_steps": report.shapes,
-        "possible_steps": len(batches.shapes),
-        "examples": len(batches.examples),
-        "cut": batches.examples.cut,
-        "left_out": batches.examples.left_out,
-        "evaluation": {
-            name: {
-                "n": score.n,
-                "accuracy_before": before[name].accuracy if name in before else None,
-                "accuracy_after": score.accuracy,
-                "interval_before": list(before[name].interval) if name in before else None,
-                "interval_after": list(score.interval),
-            }
-            for name, score in after.items()
-        },
-        **_headline(before, after),
-        "backend": jax.default_backend(),
-        "versions": native.installed_versions() | {"python": sys.version.split()[0]},
-    }
+    results = report.results(config, batches, total_steps, (trainable, total), done, seconds, before, after)
     files.write_text(directory / "results.json", json.dumps(results, indent=2) + "\n")
-    plots.loss_curve(directory / "loss.png", report.losses, config.name)
+    plots.loss_curve(directory / "loss.png", done.losses, config.name)
     return results
-
-
-def _headline(before: dict[str, evaluation.Score], after: dict[str, evaluation.Score]) -> dict[str, Any]:
-    """The first evaluation set's figures once more, where a script finds them without knowing its name."""
-    for name, score in after.items():
-        accuracy_before = before[name].accuracy if name in before else None
-        return {"accuracy_before": accuracy_before, "accuracy_after": score.accuracy, "n": score.n}
-    return {}
-
-
-def print_summary(results: dict[str, Any]) -> None:
-    """The tables that end a run: accuracies, then what was trained and how fast."""
-
-    def share(value: float | None, interval: list[float] | None) -> str:
-        if value is None or interval is None:
-            return "-"
-        return f"{100 * value:.1f} ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})"
-
-    if results["evaluation"]:
-        scores = [
-            (
-                name,
-                str(score["n"]),
-                share(score["accuracy_before"], score["interval_before"]),
-                share(score["accuracy_after"], score["interval_after"]),
-            )
-            for name, score in results["evaluation"].items()
-        ]
-        console.table("accuracy in % (95 % interval)", ("set", "n", "before", "after"), scores)
-    rows = [
-        ("trained values", f"{results['trainable']:,}"),
-        ("share of the model", f"{results['trainable_percent']:.4f} %"),
-        ("steps", str(results["steps"])),
-        ("loss, first to last step", f"{results['first_loss']:.4f} to {results['last_loss']:.4f}"),
-        ("seconds", f"{results['train_seconds']:.1f}"),
-        ("tokens per second", f"{results['tokens_per_second']:.0f}"),
-        ("compiled steps", f"{results['compiled_steps']} of at most {results['possible_steps']}"),
-        ("files", results["directory"]),
-    ]
-    console.table(results["name"], ("", ""), rows)

@@ -133,7 +133,7 @@ def test_the_tokenizer_comes_along(saved):
 @pytest.mark.parametrize("name", ["untied", "bfloat16"])
 def test_shards(name, saved, tmp_path, monkeypatch, caplog, capfd):
     base, params, whole = saved[name]
-    monkeypatch.setattr(huggingface, "SHARD_BYTES", 12_000)
+    monkeypatch.setattr(huggingface, "SHARD_BYTES", 5_000)
     huggingface.save(tmp_path / "m", base, params, CHAT)
     files = sorted(path.name for path in tmp_path.glob("m/*.safetensors"))
     assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"

@@ -1,0 +1,109 @@
+"""What a finished run says: results.json and the tables that end it."""
+
+import sys
+from typing import Any
+
+import jax
+
+from neuroada_jax import console
+from neuroada_jax.batches import Batches
+from neuroada_jax.evaluation import Score
+from neuroada_jax.formats import native
+from neuroada_jax.training.config import RunConfig
+from neuroada_jax.training.loop import Report
+
+
+def results(
+    config: RunConfig,
+    batches: Batches,
+    total_steps: int,
+    parameters: tuple[int, int],
+    done: Report,
+    seconds: float,
+    before: dict[str, Score],
+    after: dict[str, Score],
+) -> dict[str, Any]:
+    """The content of results.json.
+
+    Args:
+      config: the run.
+      batches: what it trained on.
+      total_steps: updates of the whole run.
+      parameters: (trained values, all parameters of the model).
+      done: what the loop reports.
+      seconds: of the loop.
+      before: scores of the base model by set, empty where they were not asked for.
+      after: scores of the merged model by set.
+    """
+    trainable, total = parameters
+    return {
+        "name": config.name,
+        "directory": str(config.directory),
+        "steps": total_steps,
+        "epochs": total_steps / batches.steps_per_epoch,
+        "trainable": trainable,
+        "total_parameters": total,
+        "trainable_percent": 100 * trainable / total,
+        "train_seconds": seconds,
+        "tokens_per_second": done.tokens / seconds,
+        "first_loss": done.losses[0],
+        "last_loss": done.losses[-1],
+        "compiled_steps": done.shapes,
+        "possible_steps": len(batches.shapes),
+        "examples": len(batches.examples),
+        "cut": batches.examples.cut,
+        "left_out": batches.examples.left_out,
+        "evaluation": {
+            name: {
+                "n": score.n,
+                "accuracy_before": before[name].accuracy if name in before else None,
+                "accuracy_after": score.accuracy,
+                "interval_before": list(before[name].interval) if name in before else None,
+                "interval_after": list(score.interval),
+            }
+            for name, score in after.items()
+        },
+        **_headline(before, after),
+        "backend": jax.default_backend(),
+        "versions": native.installed_versions() | {"python": sys.version.split()[0]},
+    }
+
+
+def _headline(before: dict[str, Score], after: dict[str, Score]) -> dict[str, Any]:
+    """The first evaluation set's figures once more, where a script finds them without knowing its name."""
+    for name, score in after.items():
+        accuracy_before = before[name].accuracy if name in before else None
+        return {"accuracy_before": accuracy_before, "accuracy_after": score.accuracy, "n": score.n}
+    return {}
+
+
+def print_summary(results: dict[str, Any]) -> None:
+    """The tables that end a run: accuracies, then what was trained and how fast."""
+
+    def share(value: float | None, interval: list[float] | None) -> str:
+        if value is None or interval is None:
+            return "-"
+        return f"{100 * value:.1f} ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})"
+
+    if results["evaluation"]:
+        scores = [
+            (
+                name,
+                str(score["n"]),
+                share(score["accuracy_before"], score["interval_before"]),
+                share(score["accuracy_after"], score["interval_after"]),
+            )
+            for name, score in results["evaluation"].items()
+        ]
+        console.table("accuracy in % (95 % interval)", ("set", "n", "before", "after"), scores)
+    rows = [
+        ("trained values", f"{results['trainable']:,}"),
+        ("share of the model", f"{results['trainable_percent']:.4f} %"),
+        ("steps", str(results["steps"])),
+        ("loss, first to last step", f"{results['first_loss']:.4f} to {results['last_loss']:.4f}"),
+        ("seconds", f"{results['train_seconds']:.1f}"),
+        ("tokens per second", f"{results['tokens_per_second']:.0f}"),
+        ("compiled steps", f"{results['compiled_steps']} of at most {results['possible_steps']}"),
+        ("files", results["directory"]),
+    ]
+    console.table(results["name"], ("", ""), rows)
