@@ -52,6 +52,7 @@ def scatter_dense(x: Any, kernel: Any, columns: Any, values: Any, base: Any = No
 
 def ours(module: Any, params: Tree, built: Bypass) -> Callable[[Batch], Any]:
     """The library's own training step, AdamW and resident write included."""
+    built = jax.tree.map(jnp.copy, built)  # the step donates its state
     transformation = optimizer.build(OptimizerSection(learning_rate=1e-3), 1000)
     run_step = step.make_step(module, transformation)
     holder = [step.initial_state(jax.tree.map(jnp.copy, params), built, transformation)]

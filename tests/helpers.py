@@ -71,7 +71,7 @@ def write_rows(path: Path, count: int = 24) -> Path:
     return path
 
 
-def run_config(folder: Path, model: Path, rows: Path, **sections: dict) -> dict[str, Any]:
+def run_config(folder: Path, model: Path, rows: Path, /, **sections: dict) -> dict[str, Any]:
     """The content of a config that trains a few steps; `sections` are merged into it."""
     content: dict[str, Any] = {
         "name": "tiny",

@@ -158,9 +158,9 @@ def test_overwrite_replaces_a_run_and_json_prints_its_results(tmp_path, inputs, 
 
 
 def test_a_run_prints_tables(trained, capsys):
-    from neuroada_jax.training import run
+    from neuroada_jax.training import report
 
-    run.print_summary(json.loads((trained / "results.json").read_text()))
+    report.print_summary(json.loads((trained / "results.json").read_text()))
     out = capsys.readouterr().out
     assert "held out" in out and "128" in out and "7" in out and "before" in out
 

@@ -1,7 +1,7 @@
-"""`make quickstart`: SmolLM2-135M learns who is related to whom, on this machine, in minutes.
+"""`make quickstart`: SmolLM2-135M learns to look things up in what it was told, on this machine, in minutes.
 
-The task is reasoning-gym's `family_relationships`: a few sentences about a family, and the question how one member is
-related to another. Problems are generated and verifiable; those for training and those for testing come from disjoint
+The task is reasoning-gym's `needle_haystack` with a small haystack: four sentences on who likes what, and the question who
+likes one of the things. Problems are generated and verifiable; those for training and those for testing come from disjoint
 seeds, and no prompt is in both.
 """
 
@@ -16,7 +16,8 @@ from neuroada_jax.cli import one_line_errors
 from neuroada_jax.errors import UserError
 from neuroada_jax.training import config, report, run
 
-TASK = "family_relationships"
+TASK = "needle_haystack"
+SETTINGS = {"min_num_statements": 4, "max_num_statements": 4}
 TRAIN_ROWS, TRAIN_SEED = 4000, 1
 TEST_ROWS, TEST_SEED = 250, 1_000_000
 
@@ -31,7 +32,7 @@ def problems(rows: int, seed: int) -> Iterator[dict[str, str]]:
         # A SAT solver that one other puzzle needs. It has no wheel, and the quickstart asks for no C compiler.
         sys.modules["pycosat"] = types.ModuleType("pycosat")
         import reasoning_gym
-    for entry in reasoning_gym.create_dataset(TASK, size=rows, seed=seed):
+    for entry in reasoning_gym.create_dataset(TASK, size=rows, seed=seed, **SETTINGS):
         yield {"prompt": entry["question"], "completion": entry["answer"], "answer": entry["answer"]}
 
 
