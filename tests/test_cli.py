@@ -116,7 +116,7 @@ def test_the_other_files_of_a_run(trained):
     assert (trained / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     written = yaml.safe_load((trained / "config.yaml").read_text())
     assert written["seed"] == 3 and written["data"]["style"] == "verbatim" and written["bypass"]["k"] == 2
-    predictions = [json.loads(line) for line in (trained / "predictions-held out.jsonl").read_text().splitlines()]
+    predictions = [json.loads(line) for line in (trained / "predictions-held out-after.jsonl").read_text().splitlines()]
     assert len(predictions) == 6 and predictions[0]["prompt"] == "after a," and predictions[0]["answer"] == "b"
     adapter = native.read(str(trained / "adapter"))
     assert len(adapter.values) == 4 and all(values.any() for values in adapter.values.values())
@@ -183,7 +183,7 @@ def test_evaluate(trained, inputs, neuroada, tmp_path):
     out = tmp_path / "predictions.jsonl"
     adapted = one_object(neuroada(*arguments, "--json", "--adapter", trained / "adapter", "--out", out))
     assert (adapted["value"], adapted["interval"]) == (results["accuracy_after"], results["interval_after"])
-    assert out.read_text() == (trained / "predictions-held out.jsonl").read_text()
+    assert out.read_text() == (trained / "predictions-held out-after.jsonl").read_text()
     code, table, _ = neuroada(*arguments)
     assert code == 0 and "instruct" in table and "accuracy" in table
 

@@ -58,7 +58,7 @@ def main() -> None:
     question = json.loads(Path(test.data).read_text(encoding="utf-8").splitlines()[0])["prompt"]
     print(
         f"""
-Look at    {out}/loss.png, {out}/predictions-{test.name}.jsonl
+Look at    {out}/loss.png, {out}/predictions-{test.name}-after.jsonl
 Ask it     .venv/bin/neuroada generate --model {out}/merged --style plain --prompt {json.dumps(question)}
 In PyTorch transformers.AutoModelForCausalLM.from_pretrained("{out}/merged")
 Your data  cp configs/quickstart.yaml my.yaml, set model.path and data.train, then .venv/bin/neuroada train my.yaml

@@ -50,9 +50,9 @@ def evaluation_rows(config: RunConfig) -> dict[str, Rows]:
 
 
 def evaluate_sets(
-    config: RunConfig, rows: dict[str, Rows], base: LoadedModel, params: Tree, tokenizer: Any, save_to: Path | None
+    config: RunConfig, rows: dict[str, Rows], base: LoadedModel, params: Tree, tokenizer: Any, when: str
 ) -> dict[str, evaluation.Score]:
-    """Scores every evaluation set of a config; predictions go to `save_to`/predictions-<set>.jsonl."""
+    """Scores every evaluation set of a config; predictions go to predictions-<set>-<when>.jsonl in its folder."""
     scores = {}
     for each in config.evaluation.sets:
         task = TASKS[each.task or config.data.task]
@@ -71,8 +71,7 @@ def evaluate_sets(
             )
         score = scores[each.name]
         console.say(f"{each.name}: accuracy {score.accuracy:.4f} of {score.n}")
-        if save_to is not None:
-            evaluation.write_predictions(save_to / f"predictions-{each.name}.jsonl", score)
+        evaluation.write_predictions(config.directory / f"predictions-{each.name}-{when}.jsonl", score)
     return scores
 
 
@@ -162,7 +161,7 @@ def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -
 
     before: dict[str, evaluation.Score] = {}
     if config.evaluation.before and not resume:
-        before = evaluate_sets(config, held_out, base, base.params, tokenizer, None)
+        before = evaluate_sets(config, held_out, base, base.params, tokenizer, "before")
 
     transformation = optimizer.build(config.optimizer, total_steps)
     state = step.initial_state(base.params, built, transformation)
@@ -207,7 +206,7 @@ def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -
         ) from failure
     seconds = time.perf_counter() - began
     save_adapter(state)
-    after = evaluate_sets(config, held_out, base, state.params, tokenizer, directory)
+    after = evaluate_sets(config, held_out, base, state.params, tokenizer, "after")
     if config.merge:
         huggingface.save(directory / "merged", base, state.params, tokenizer, replace=True)
 
