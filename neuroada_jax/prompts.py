@@ -179,4 +179,5 @@ def _columns(row: Mapping) -> str:
 
 
 def _kind(value: object) -> str:
-    return "null" if value is None else f"a {type(value).__name__}"
+    known = {int: "a number", float: "a number", bool: "true or false", list: "a list", dict: "an object", str: "a string"}
+    return "null" if value is None else known.get(type(value), f"a {type(value).__name__}")

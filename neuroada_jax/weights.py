@@ -80,13 +80,13 @@ def resolve(source: str) -> str:
         return source
     looks_like_hub_id = source.count("/") <= 1 and not source.startswith((".", "/", "~")) and not source.endswith(".gguf")
     if not looks_like_hub_id:
-        raise UserError(f"model.path: {source} does not exist")
+        raise UserError(f"model {source} does not exist")
     try:
         return huggingface_hub.snapshot_download(source, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_COPIES)
     except Exception as error:  # the hub raises a dozen kinds: offline, gated, unknown, malformed id
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"model.path: {source!r} is neither a local path nor a model that the hub could give ({reason})"
+            f"model {source!r} is neither a local path nor a model that the hub could give; check the spelling and the network ({reason})"
         ) from error
 
 
@@ -94,10 +94,10 @@ def _in_package(source: str) -> str:
     package, _, file = source.removeprefix("package:").partition("/")
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"model.path: {source}: the Python package {package!r} is not installed")
+        raise UserError(f"model {source}: the Python package {package!r} is not installed")
     path = FilePath(spec.submodule_search_locations[0]) / file
     if not path.exists():
-        raise UserError(f"model.path: {source}: the package {package!r} has no {file!r}")
+        raise UserError(f"model {source}: the package {package!r} has no {file!r}")
     return str(path)
 
 

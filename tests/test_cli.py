@@ -293,9 +293,9 @@ def test_k_above_the_inputs_is_clamped_with_a_warning(tmp_path, inputs, neuroada
 def test_missing_models(tmp_path, inputs, neuroada):
     for path in (tmp_path / "none", "./none", "none.gguf", "no/such/thing/at-all"):
         message = bad_run(neuroada, tmp_path, config(tmp_path, (path, inputs[1])))
-        assert message == f"model.path: {path} does not exist"
+        assert message == f"model {path} does not exist"
     message = bad_run(neuroada, tmp_path, config(tmp_path, ("nobody/nothing", inputs[1])))
-    assert message.startswith("model.path: 'nobody/nothing' is neither a local path nor a model that the hub could give")
+    assert message.startswith("model 'nobody/nothing' is neither a local path nor a model that the hub could give")
     (tmp_path / "empty").mkdir()
     message = bad_run(neuroada, tmp_path, config(tmp_path, (tmp_path / "empty", inputs[1])))
     assert message == f"{tmp_path / 'empty' / 'config.json'}: cannot be read (No such file or directory)"

@@ -222,12 +222,12 @@ def test_an_index_without_a_map_of_files(tmp_path, content):
 
 
 def test_missing_directory(tmp_path):
-    assert error_of(tmp_path / "nowhere") == f"model.path: {tmp_path / 'nowhere'} does not exist"
-    assert error_of(tmp_path / "nowhere.gguf") == f"model.path: {tmp_path / 'nowhere.gguf'} does not exist"
+    assert error_of(tmp_path / "nowhere") == f"model {tmp_path / 'nowhere'} does not exist"
+    assert error_of(tmp_path / "nowhere.gguf") == f"model {tmp_path / 'nowhere.gguf'} does not exist"
 
 
 def test_a_hub_id_that_cannot_be_had_is_one_line():
-    assert error_of("nobody/no-such-model").startswith("model.path: 'nobody/no-such-model' is neither a local path nor")
+    assert error_of("nobody/no-such-model").startswith("model 'nobody/no-such-model' is neither a local path nor")
 
 
 def test_a_file_that_is_no_model(tmp_path):

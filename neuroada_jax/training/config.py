@@ -195,7 +195,11 @@ def _section_fields(location: tuple[Any, ...]) -> list[str]:
 
 
 # Where pydantic's own words would puzzle someone who writes YAML.
-_REASONS = {"dataclass_type": "expected a section of fields", "too_short": "expected at least one item"}
+_REASONS = {
+    "dataclass_type": "expected a section of fields",
+    "too_short": "expected at least one item",
+    "list_type": "input should be a list",
+}
 
 
 def _message(error: pydantic.ValidationError) -> str:

@@ -147,6 +147,9 @@ def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -
     directory = config.directory
     _check_output(config, overwrite, resume)
     base, tokenizer = open_base(config.model.path, config.model.dtype)
+    positions = base.model.config.max_positions
+    if config.data.max_length > positions:
+        raise UserError(f"data.max_length: {config.data.max_length} is more than the model's {positions} positions")
     batches, places = _encode(config, tokenizer)
     held_out = evaluation_rows(config)
     base = with_weights(base)
