@@ -86,7 +86,8 @@ def resolve(source: str) -> str:
     except Exception as error:  # the hub raises a dozen kinds: offline, gated, unknown, malformed id
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"model {source!r} is neither a local path nor a model that the hub could give; check the spelling and the network ({reason})"
+            f"model {source!r} is neither a local path nor a model that the hub could give; check the spelling and the "
+            f"network ({reason})"
         ) from error
 
 

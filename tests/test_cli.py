@@ -341,7 +341,7 @@ def test_weights_that_are_missing_or_not_whole(tmp_path, inputs, neuroada):
         ('{"prompt": "a", "completion": "b"}\nnot json\n', "{path}:2: not JSON"),
         ('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n', "{path}:2: no field 'completion', found columns prompt"),
         ('{"question": "a"}\n', "{path}:1: found columns question"),
-        ('{"prompt": "a", "completion": 3}\n', "{path}:1: field 'completion' is a int"),
+        ('{"prompt": "a", "completion": 3}\n', "{path}:1: field 'completion' is a number"),
         ("[1]\n", "{path}:1: "),
     ],
 )
