@@ -42,7 +42,9 @@ def wilson_interval(correct: int, n: int) -> tuple[float, float]:
     share = correct / n
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    low = 0.0 if correct == 0 else centre - half  # exactly, where rounding would leave 1e-19
+    high = 1.0 if correct == n else centre + half
+    return low, high
 
 
 def end_tokens(base: LoadedModel, tokenizer: transformers.PreTrainedTokenizerBase) -> list[int]:

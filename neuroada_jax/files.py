@@ -29,7 +29,9 @@ def new_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
     old = temporary.with_name(f"{temporary.name}.old")
     try:
         yield temporary
-        temporary.chmod(0o755)  # mkdtemp makes it private
+        temporary.chmod(0o755)  # mkdtemp makes it private, and so does safetensors with its files
+        for file in temporary.iterdir():
+            file.chmod(0o644)
         if target.exists():
             target.rename(old)  # a whole directory has the name, or for a moment none has it; never half of one
         temporary.rename(target)
