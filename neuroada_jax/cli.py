@@ -97,9 +97,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _model_options(parser: argparse.ArgumentParser, *, adapter_required: bool = False) -> None:
-    parser.add_argument("--model", help="model directory, hub id or .gguf file (default: the adapter's base)")
+    parser.add_argument(
+        "--model", help="model directory, hub id, .gguf file or package:NAME/FILE (default: the adapter's base)"
+    )
     parser.add_argument("--adapter", required=adapter_required, help="adapter directory")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "auto"], default="auto", help="of the weights")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "auto"], help="of the weights (default: the adapter's, else auto)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
 
 
@@ -113,7 +117,8 @@ def _load(parsed: argparse.Namespace) -> tuple[Any, Any, Any]:
     source = parsed.model or (adapter.metadata.get("base", {}).get("source") if adapter else None)
     if not source:
         raise UserError("give --model, or an --adapter that names its base")
-    opened, tokenizer = open_base(source, parsed.dtype)
+    trained_in = adapter.metadata["base"].get("dtype") if adapter else None
+    opened, tokenizer = open_base(source, parsed.dtype or trained_in or "auto")
     base = with_weights(opened)
     params = base.params if adapter is None else bypass.merge(base.params, native.stack(adapter, base))
     return base, params, tokenizer

@@ -30,8 +30,8 @@ def new_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o755)  # mkdtemp makes it private, and so does safetensors with its files
-        for file in temporary.iterdir():
-            file.chmod(0o644)
+        for file in temporary.rglob("*"):
+            file.chmod(0o755 if file.is_dir() else 0o644)
         if target.exists():
             target.rename(old)  # a whole directory has the name, or for a moment none has it; never half of one
         temporary.rename(target)

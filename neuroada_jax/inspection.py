@@ -26,7 +26,7 @@ def inspect_model(path: str, k: int) -> dict[str, Any]:
     """
     model = weights.open_model(path).model
     params = model.abstract_params()
-    total = sum(leaf.size for _, leaf in names.flatten(params))
+    total = bypass.count(params)
 
     def modules() -> Iterator[dict[str, Any]]:
         for where, kernel in bypass.kernels(params):

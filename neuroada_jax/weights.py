@@ -117,7 +117,7 @@ def open_tensors(path: str) -> TensorSource:
 
 
 def config_dtype(name: str, hf_config: dict[str, Any]) -> Any:
-    """The jnp dtype for "float32", "bfloat16" or "auto" (the checkpoint's own, float32 where it does not say)."""
+    """The jnp dtype for "float32", "bfloat16" or "auto": the checkpoint's own, bfloat16 for float16, else float32."""
     if name == "auto":
         declared = hf_config.get("dtype") or hf_config.get("torch_dtype")
         name = "bfloat16" if declared in ("bfloat16", "float16") else "float32"

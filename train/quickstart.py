@@ -51,8 +51,11 @@ def write_data(directory: Path) -> None:
 def main() -> None:
     """Writes the data, runs configs/quickstart.yaml and says what to do next."""
     root = Path(__file__).resolve().parents[1]
-    settings = config.load(str(root / "configs" / "quickstart.yaml"), sys.argv[1:])
-    write_data(settings.directory / "data")
+    path = str(root / "configs" / "quickstart.yaml")
+    data = config.load(path, sys.argv[1:]).directory / "data"
+    files = [f"data.train={data}/train.jsonl", f"evaluation.sets.0.data={data}/test.jsonl"]
+    settings = config.load(path, [*sys.argv[1:], *files])
+    write_data(data)
     report.print_summary(run.train(settings, overwrite=True))
     out, test = settings.directory, settings.evaluation.sets[0]
     question = json.loads(Path(test.data).read_text(encoding="utf-8").splitlines()[0])["prompt"]
@@ -61,7 +64,8 @@ def main() -> None:
 Look at    {out}/loss.png, {out}/predictions-{test.name}-after.jsonl
 Ask it     .venv/bin/neuroada generate --model {out}/merged --style plain --prompt {json.dumps(question)}
 In PyTorch transformers.AutoModelForCausalLM.from_pretrained("{out}/merged")
-Your data  cp configs/quickstart.yaml my.yaml, set model.path and data.train, then .venv/bin/neuroada train my.yaml
+Your data  cp configs/quickstart.yaml my.yaml, set name, model.path, data and evaluation;
+           .venv/bin/neuroada train my.yaml
 """
     )
 

@@ -75,6 +75,7 @@ def save(
         "version": VERSION,
         "base": {
             "source": base.source,
+            "dtype": jnp.dtype(base.model.config.dtype).name,
             "model_type": base.model.hf_config["model_type"],
             "parameters": bypass.count(shapes),
             "digests": base.digests,

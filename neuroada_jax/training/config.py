@@ -24,7 +24,7 @@ LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 
 @dataclass(frozen=True, config=_STRICT)
 class ModelSection:
-    """Which frozen model. `path` is a Hugging Face directory, a hub id or a .gguf file."""
+    """Which frozen model. `path` is a Hugging Face directory, a hub id, a .gguf file or package:NAME/FILE."""
 
     path: str
     dtype: Literal["float32", "bfloat16", "auto"] = "auto"
@@ -137,6 +137,9 @@ class RunConfig:
         names = [each.name for each in self.evaluation.sets]
         if len(names) != len(set(names)):
             raise ValueError("evaluation.sets: two sets have the same name")
+        for name in names:
+            if not name or "/" in name:
+                raise ValueError(f"evaluation.sets: {name!r} becomes part of a file name; it must be text without '/'")
 
     def _tasks(self) -> list[tuple[str, str, str | None]]:
         found: list[tuple[str, str, str | None]] = [("data", self.data.task, self.data.style)]

@@ -1,4 +1,4 @@
-"""Schedules and the partitioned optimiser: only the deltas train."""
+"""Schedules and the partitioned optimiser: only the bypass values train."""
 
 import math
 from typing import Any

@@ -108,8 +108,9 @@ def _clear_output(directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         for stale in ("adapter", "merged", "checkpoints"):
             shutil.rmtree(directory / stale, ignore_errors=True)
-        for stale in ("results.json", "metrics.jsonl", "loss.png"):
-            (directory / stale).unlink(missing_ok=True)
+        for stale in ("results.json", "metrics.jsonl", "loss.png", "predictions-*.jsonl"):
+            for file in directory.glob(stale):
+                file.unlink()
     except OSError as error:
         raise UserError(f"{directory}: cannot be written ({error.strerror})") from error
 
