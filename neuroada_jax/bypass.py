@@ -52,17 +52,13 @@ def put(tree: Mapping[str, Any], path: Path, node: Any) -> Tree:
     return {**tree, path[0]: put(tree.get(path[0], {}), path[1:], node)}
 
 
-def _leaves(tree: Mapping[str, Any], leaf: str, prefix: Path = ()) -> Iterator[tuple[Path, Any]]:
+def leaves(tree: Mapping[str, Any], leaf: str, prefix: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """The (module path, array) of every node that holds `leaf` ("values", "columns" or "base")."""
     for key, node in tree.items():
         if key == leaf:
             yield prefix, node
         elif isinstance(node, Mapping):
-            yield from _leaves(node, leaf, (*prefix, key))
-
-
-def leaves(tree: Mapping[str, Any], leaf: str) -> Iterator[tuple[Path, Any]]:
-    """The (module path, array) of every node that holds `leaf` ("values", "columns" or "base")."""
-    return _leaves(tree, leaf)
+            yield from leaves(node, leaf, (*prefix, key))
 
 
 def build(
