@@ -1,6 +1,6 @@
 """The Bypass tree: which linear maps carry a bypass, its values, its columns, merging and exact unmerging.
 
-Trees are plain nested dicts that mirror the parameters (DESIGN.md section 3). A linear map is a node that holds a
+Trees are plain nested dicts that mirror the parameters (docs/design.md). A linear map is a node that holds a
 `kernel` (*L, O, I), L being the stacked layers if there are any. At the same path the bypass trees hold
 
     values   {"values":  (*L, O, k)}   trainable, float32, zero at the start

@@ -1,6 +1,6 @@
-"""The bypass op: a frozen linear map plus k trainable connections per neuron (DESIGN.md section 4).
+"""The bypass op: a frozen linear map plus k trainable connections per neuron, after NeuroAda (arXiv 2510.18940).
 
-Notation (DESIGN.md section 9): T tokens, O neurons (rows of the kernel), I input connections, k connections per neuron.
+Notation (docs/design.md): T tokens, O neurons (rows of the kernel), I input connections, k connections per neuron.
 
     y[t, o]       = sum_i W[o, i] x[t, i] + sum_j values[o, j] x[t, columns[o, j]]
     dvalues[o, j] = sum_t dy[t, o] x[t, columns[o, j]]
@@ -13,13 +13,17 @@ and the columns, and computes dvalues alone.
 
 import enum
 import functools
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
+
+# Both limits are measured, see docs/performance.md: the gathered rows of a block should stay in a core's L2 cache, and a
+# chunk of a dense dW is all of it where that is small.
+_ROW_BLOCK_BYTES = 3 << 18  # 768 KiB
+_DENSE_CHUNK_BYTES = 16 << 20
 
 
 class GradientAlgorithm(enum.StrEnum):
@@ -33,7 +37,7 @@ class GradientAlgorithm(enum.StrEnum):
 def choose_algorithm(k: int, inputs: int, backend: str | None = None) -> GradientAlgorithm:
     """Picks the algorithm from static facts.
 
-    The crossovers are those of PROTOTYPE.md section 1.4: on a CPU the column gather wins for k <= 2, row blocks up to about
+    The crossovers are measured (docs/performance.md): on a CPU the column gather wins for k <= 2, row blocks up to about
     k = I / 30 and the dense product above; on a GPU each gathered element costs a memory sector, so that the dense product
     wins from about k = 8 (an estimate: no GPU was timed).
     """
@@ -72,11 +76,11 @@ def value_gradient(
             gathered = jnp.take(x, column, axis=1, mode="clip")
             return jnp.sum(dy.astype(wide) * gathered.astype(wide), axis=0)
 
-        # One fused reduction per j. All k in one gather makes XLA transpose dy to float32 (PROTOTYPE.md section 1.3).
+        # One fused reduction per j. All k in one gather makes XLA transpose dy to float32.
         return lax.map(one_column, columns.T).T
 
     if algorithm is GradientAlgorithm.ROW_BLOCKS:
-        block = math.gcd(outputs, 64)
+        block = _block_size(outputs, k * x.shape[0] * x.dtype.itemsize, _ROW_BLOCK_BYTES)
         x_rows = x.T
 
         def one_block(args: tuple[Array, Array]) -> Array:
@@ -84,10 +88,9 @@ def value_gradient(
             gathered = jnp.take(x_rows, block_columns.reshape(-1), axis=0, mode="clip").reshape(block, k, -1)
             return lax.dot_general(gathered, block_dy, (((2,), (1,)), ((0,), (0,))), preferred_element_type=wide)
 
-        blocks = (columns.reshape(-1, block, k), dy.T.reshape(outputs // block, block, -1))
-        return lax.map(one_block, blocks).reshape(outputs, k)
+        return lax.map(one_block, (_in_blocks(columns, block), _in_blocks(dy.T, block))).reshape(-1, k)[:outputs]
 
-    chunk = math.gcd(outputs, 512)
+    chunk = _block_size(outputs, x.shape[-1] * jnp.dtype(wide).itemsize, _DENSE_CHUNK_BYTES)
 
     def one_chunk(args: tuple[Array, Array]) -> Array:
         chunk_columns, chunk_dy = args
@@ -96,9 +99,23 @@ def value_gradient(
 
     # XLA's CPU backend has no bfloat16 dot with a float32 result for a transposed operand: the barrier keeps the transpose
     # out of the dot.
-    dy_rows = lax.optimization_barrier(dy.T)
-    chunks = (columns.reshape(-1, chunk, k), dy_rows.reshape(outputs // chunk, chunk, x.shape[0]))
-    return lax.map(one_chunk, chunks).reshape(outputs, k)
+    dy_rows = lax.optimization_barrier(dy.T) if x.dtype == jnp.bfloat16 else dy.T
+    if chunk >= outputs:
+        return one_chunk((columns, dy_rows))
+    return lax.map(one_chunk, (_in_blocks(columns, chunk), _in_blocks(dy_rows, chunk))).reshape(-1, k)[:outputs]
+
+
+def _block_size(rows: int, row_bytes: int, limit: int) -> int:
+    """The largest power of two of rows that fits into `limit` bytes, or all of them."""
+    fitting = max(limit // max(row_bytes, 1), 1)
+    return rows if fitting >= rows else 1 << (fitting.bit_length() - 1)
+
+
+def _in_blocks(rows: Array, block: int) -> Array:
+    """(O, n) as (ceil(O / block), block, n); zeros fill the last block."""
+    padding = -rows.shape[0] % block
+    padded = jnp.pad(rows, ((0, padding), (0, 0))) if padding else rows
+    return padded.reshape(-1, block, rows.shape[1])
 
 
 def entry_indices(columns: Int[Array, "*L O k"]) -> tuple[Array, ...]:
@@ -143,10 +160,10 @@ def rounding_remainder(base: Float[Array, "*L O k"], values: Float[Array, "*L O 
     return exact - exact.astype(base.dtype).astype(values.dtype)
 
 
-def _matmul(x: Array, kernel: Array) -> Array:
+def _matmul(x: Array, kernel: Array, wide: Any = None) -> Array:
     # A plain dot in the dtype of x. Differentiating through preferred_element_type and a cast would make the transposed
-    # matmuls float32 (PROTOTYPE.md section 1.6); XLA accumulates bfloat16 dots in float32 anyway.
-    return lax.dot_general(x, kernel, (((1,), (1,)), ((), ())))
+    # matmuls float32; XLA accumulates bfloat16 dots in float32 anyway.
+    return lax.dot_general(x, kernel, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=wide)
 
 
 def _forward(x: Array, kernel: Array, columns: Array, values: Array, base: Array) -> Array:
@@ -155,15 +172,26 @@ def _forward(x: Array, kernel: Array, columns: Array, values: Array, base: Array
         return _matmul(x, kernel)
     remainder = rounding_remainder(base, values)
     wide = values.dtype
-    y = lax.dot_general(x, kernel, (((1,), (1,)), ((), ())), preferred_element_type=wide)
+    y = _matmul(x, kernel, wide)
 
     def add_column(y: Array, column: tuple[Array, Array]) -> tuple[Array, None]:
         indices, remainders = column
-        return y + jnp.take(x, indices, axis=1, mode="clip").astype(wide) * remainders[None, :], None
+        gathered = jnp.take(x, indices, axis=-1, mode="clip").astype(wide)
+        return y + gathered * jnp.broadcast_to(remainders, gathered.shape), None
 
     return lax.scan(add_column, y, (columns.T, remainder.T))[0].astype(x.dtype)
 
 
+def _backward(
+    dy: Array, x: Array, kernel: Array, columns: Array, values_dtype: Any, algorithm: GradientAlgorithm
+) -> tuple[Array, Array]:
+    """dx and dvalues; the kernel holds W + D."""
+    dx = lax.dot_general(dy, kernel, (((dy.ndim - 1,), (0,)), ((), ())))
+    flat_dy, flat_x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+    return dx, value_gradient(flat_dy, flat_x, columns, algorithm).astype(values_dtype)
+
+
+# Both forms take x of any rank and keep it as it came: maps that read the same x then keep one array between them.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _resident(x: Array, kernel: Array, columns: Array, values: Array, base: Array, algorithm: GradientAlgorithm) -> Array:
     return _forward(x, kernel, columns, values, base)
@@ -176,8 +204,8 @@ def _resident_fwd(x, kernel, columns, values, base, algorithm):
 
 def _resident_bwd(algorithm, residuals, dy):
     x, kernel, columns, values = residuals
-    dx = lax.dot_general(dy, kernel, (((1,), (0,)), ((), ())))
-    return dx, None, None, value_gradient(dy, x, columns, algorithm).astype(values.dtype), None
+    dx, dvalues = _backward(dy, x, kernel, columns, values.dtype, algorithm)
+    return dx, None, None, dvalues, None
 
 
 _resident.defvjp(_resident_fwd, _resident_bwd)
@@ -195,8 +223,8 @@ def _on_the_fly_fwd(x, kernel, columns, values, algorithm):
 def _on_the_fly_bwd(algorithm, residuals, dy):
     x, kernel, columns, values = residuals
     # The merged kernel is formed again: keeping it would store a copy of every target weight until here.
-    dx = lax.dot_general(dy, add_entries(kernel, columns, values), (((1,), (0,)), ((), ())))
-    return dx, None, None, value_gradient(dy, x, columns, algorithm).astype(values.dtype)
+    dx, dvalues = _backward(dy, x, add_entries(kernel, columns, values), columns, values.dtype, algorithm)
+    return dx, None, None, dvalues
 
 
 _on_the_fly.defvjp(_on_the_fly_fwd, _on_the_fly_bwd)
@@ -232,9 +260,6 @@ def bypass_dense(
     Returns: (..., O) in the dtype of x.
     """
     algorithm = algorithm or choose_algorithm(columns.shape[1], kernel.shape[1])
-    flat = x.reshape(-1, x.shape[-1])
     if base is None:
-        y = _on_the_fly(flat, kernel, columns, values, algorithm)
-    else:
-        y = _resident(flat, kernel, columns, values, base, algorithm)
-    return y.reshape(*x.shape[:-1], kernel.shape[0])
+        return _on_the_fly(x, kernel, columns, values, algorithm)
+    return _resident(x, kernel, columns, values, base, algorithm)

@@ -1,4 +1,4 @@
-"""Which connections of each neuron get a bypass: a score, and the k best entries of every row (DESIGN.md section 1)."""
+"""Which connections of each neuron get a bypass: a score, and the k best entries of every row."""
 
 import functools
 

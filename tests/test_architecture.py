@@ -1,4 +1,4 @@
-"""Import directions (DESIGN.md section 2): the core is arrays and trees only, and arrows point down."""
+"""Import directions: the core is arrays and trees only, and arrows point down."""
 
 import ast
 import subprocess

@@ -185,7 +185,7 @@ def test_other_leaves_are_the_same_objects():
     assert all(bypass.get(params, path)["kernel"] is kernels[path] for path in TARGETS)  # the input tree is untouched
 
 
-# Published sizes (FACTS.md section 1.4 of the project's notes): total parameters, trainable at k = 1 and 20 in percent.
+# Published sizes: total parameters, trainable at k = 1 and 20 in percent.
 _LLAMA = {"model_type": "llama", "vocab_size": 32000}
 PUBLISHED = {
     "llama-7b": (

@@ -1,6 +1,5 @@
 """bypass_dense against a dense float64 oracle, and what its custom VJP keeps and forms."""
 
-import functools
 import itertools
 
 import jax
@@ -270,14 +269,21 @@ def test_no_dense_kernel_gradient_is_formed(algorithm, resident):
     assert formed == ([] if resident else ["scatter-add", "scatter-add"])
 
 
-def test_the_dense_algorithm_works_in_chunks():
-    assert rows_of_dense_gradient(gradient_equations(GradientAlgorithm.DENSE_CHUNKS, True)) == [128]
-    x, _, columns, _, dy = arguments()
-    tall = lambda a, axis: jnp.concatenate([a] * 12, axis=axis)  # noqa: E731 (1536 rows: three chunks)
-    jaxpr = jax.make_jaxpr(functools.partial(ops.value_gradient, algorithm=GradientAlgorithm.DENSE_CHUNKS))(
-        tall(dy, 1), x, tall(columns, 0)
-    )
-    assert rows_of_dense_gradient(equations(jaxpr.jaxpr)) == [512]
+def test_the_dense_algorithm_works_in_chunks(monkeypatch):
+    assert rows_of_dense_gradient(gradient_equations(GradientAlgorithm.DENSE_CHUNKS, True)) == [O]
+    monkeypatch.setattr(ops, "_DENSE_CHUNK_BYTES", 33 * I * 4)
+    assert rows_of_dense_gradient(gradient_equations(GradientAlgorithm.DENSE_CHUNKS, True)) == [32]
+
+
+@pytest.mark.parametrize("algorithm", [GradientAlgorithm.ROW_BLOCKS, GradientAlgorithm.DENSE_CHUNKS])
+@pytest.mark.parametrize("outputs", [64, 67])
+def test_blocks_need_not_divide_the_neurons(algorithm, outputs, monkeypatch):
+    monkeypatch.setattr(ops, "_ROW_BLOCK_BYTES", 16 * 5 * 48 * 8)
+    monkeypatch.setattr(ops, "_DENSE_CHUNK_BYTES", 16 * 48 * 8)
+    arrays = problem(3, (2, 24), outputs, 48, 5)
+    with jax.enable_x64(True):
+        *_, dvalues = actual(*arrays, algorithm, True, jnp.float64, jnp.float64)
+    np.testing.assert_allclose(dvalues, oracle(*arrays)[2], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -1,4 +1,4 @@
-"""The native adapter: adapter.safetensors and adapter.json (DESIGN.md section 7). It never contains base weights.
+"""The native adapter: adapter.safetensors and adapter.json. It never contains base weights.
 
 Tensors are unstacked and named by Hugging Face module path:
 

@@ -8,6 +8,7 @@ Which form a linear map takes is decided by the collections that the caller pass
 """
 
 import enum
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,20 +26,34 @@ _SAVED = "saved_output"
 
 
 class Remat(enum.StrEnum):
-    """What a layer keeps for the backward pass (DESIGN.md section 5)."""
+    """What a layer keeps for the backward pass.
 
-    NONE = "none"  # everything
-    NAMES = "names"  # the outputs of linear maps and of attention; nothing else is recomputed than cheap elementwise work
-    FULL = "full"  # the layer's input only
+    Norms, gated products and attention probabilities are computed a second time under all three: cheaper than keeping them.
+    """
+
+    NONE = "none"  # the inputs and outputs of linear maps, and what fused attention wants to keep
+    NAMES = "names"  # the outputs of linear maps and of attention
+    FULL = "full"  # the layer's input only: one more forward pass
+
+
+_KEEP_NAMED = jax.checkpoint_policies.save_only_these_names(_SAVED)
 
 
 def remat_module(module: type[nn.Module], remat: Remat) -> type[nn.Module]:
     """The module class under the given remat policy, for use as the body of a layer scan."""
     if remat is Remat.NONE:
         return module
-    policy = jax.checkpoint_policies.save_only_these_names(_SAVED) if remat is Remat.NAMES else None
+    policy = _KEEP_NAMED if remat is Remat.NAMES else None
     # The scan already keeps XLA from merging the recomputation with the forward pass.
     return nn.remat(module, policy=policy, prevent_cse=False)
+
+
+def keep_outputs_of_maps(block: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
+    """`block` (a function of a module and arrays), keeping under `Remat.NONE` its input and its linear maps' outputs alone.
+
+    The other policies wrap the whole layer, see `remat_module`.
+    """
+    return nn.remat(block, policy=_KEEP_NAMED, prevent_cse=False) if remat is Remat.NONE else block
 
 
 def saved(x: Array) -> Array:
@@ -85,10 +100,15 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.dtype)
-        wide = x.astype(ops.wide_dtype(x.dtype))
-        variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-        normed = (wide * lax.rsqrt(variance + self.epsilon)).astype(x.dtype)
-        return normed * jnp.broadcast_to(scale, normed.shape)
+
+        def normalise(x: Array, scale: Array) -> Array:
+            wide = x.astype(ops.wide_dtype(x.dtype))
+            variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+            normed = (wide * lax.rsqrt(variance + self.epsilon)).astype(x.dtype)
+            return normed * jnp.broadcast_to(scale, normed.shape)
+
+        # Else the backward pass keeps x in float32, and its normalised form a second time.
+        return jax.checkpoint(normalise, prevent_cse=False)(x, scale)
 
 
 class Embedding(nn.Module):
@@ -124,16 +144,19 @@ def attention(
     """
     half = query.dtype in (jnp.bfloat16, jnp.float16)
     fused = mask is None and half and jax.default_backend() == "gpu"
+    attend: Callable[..., Array] = functools.partial(
+        jax.nn.dot_product_attention,
+        mask=mask,
+        is_causal=mask is None,
+        local_window_size=(window - 1, 0) if window is not None and mask is None else None,
+        implementation="cudnn" if fused else "xla",
+    )
+    # As flash attention does: the T x T probabilities are formed again in the backward pass. On a CPU that is faster than
+    # keeping them, too.
+    if not fused:
+        attend = jax.checkpoint(attend, prevent_cse=False)
     with jax.numpy_dtype_promotion("standard"):  # JAX's own code mixes half and float32 in there
-        return jax.nn.dot_product_attention(
-            query,
-            key,
-            value,
-            mask=mask,
-            is_causal=mask is None,
-            local_window_size=(window - 1, 0) if window is not None and mask is None else None,
-            implementation="cudnn" if fused else "xla",
-        )
+        return attend(query, key, value)
 
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {

@@ -21,7 +21,7 @@ from neuroada_jax.models.rope import Rope, rotate, rotations
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """Static description of a decoder; letters of DESIGN.md section 9 in brackets."""
+    """Static description of a decoder; letters of docs/design.md in brackets."""
 
     vocab_size: int  # V
     hidden_size: int  # D
@@ -169,6 +169,7 @@ class Layer(nn.Module):
     """One decoder layer, written as the body of a scan: carry (x, cache), scanned (layer number, windowed)."""
 
     config: LlamaConfig
+    remat: Remat = Remat.NONE
 
     @nn.compact
     def __call__(
@@ -186,8 +187,12 @@ class Layer(nn.Module):
         normed = RMSNorm(c.norm_epsilon, c.dtype, name="input_layernorm")(x)
         y, cache = SelfAttention(c, name="self_attn")(normed, cos, sin, mask, cache, layer)
         x = x + y
-        normed = RMSNorm(c.norm_epsilon, c.dtype, name="post_attention_layernorm")(x)
-        return (x + FeedForward(c, name="mlp")(normed), cache), None
+
+        def feed_forward(_: nn.Module, x: Array) -> Array:
+            normed = RMSNorm(c.norm_epsilon, c.dtype, name="post_attention_layernorm")(x)
+            return FeedForward(c, name="mlp")(normed)
+
+        return (x + layers.keep_outputs_of_maps(feed_forward, self.remat)(self, x), cache), None
 
 
 class LlamaModel(nn.Module):
@@ -206,7 +211,7 @@ class LlamaModel(nn.Module):
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.num_layers,
         )
-        self.layers = stack(c)
+        self.layers = stack(c, self.remat)
         self.norm = RMSNorm(c.norm_epsilon, c.dtype)
 
     def __call__(self, ids: Array, positions: Array, mask: Array | None, cache: Cache | None) -> tuple[Array, Cache | None]:

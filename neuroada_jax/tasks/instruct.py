@@ -23,7 +23,7 @@ INSTRUCT = Task("instruct", PromptStyle.PLAIN, _as_is, str.strip)
 
 
 def _after_trigger(text: str) -> str:
-    """The text after the first trigger phrase; the official rule (FACTS.md section 6.1)."""
+    """The text after the first trigger phrase; the rule of the official code."""
     _, found, rest = text.partition(TRIGGER)
     return rest.strip() if found else ""
 

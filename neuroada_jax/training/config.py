@@ -18,7 +18,7 @@ from neuroada_jax.tasks import TASKS
 
 _STRICT = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-# Every linear map of a LLaMA layer, as in the published scripts (FACTS.md section 4.1).
+# Every linear map of a LLaMA layer, as in the published scripts.
 LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -54,7 +54,7 @@ class DataSection:
 
 @dataclass(frozen=True, config=_STRICT)
 class OptimizerSection:
-    """AdamW over the bypass values; the defaults are those of the published runs (FACTS.md section 4.1)."""
+    """AdamW over the bypass values; the defaults are those of the published runs."""
 
     learning_rate: float = pydantic.Field(gt=0)
     schedule: Literal["linear", "cosine", "constant"] = "linear"

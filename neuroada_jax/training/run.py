@@ -8,7 +8,7 @@ from typing import Any
 
 from neuroada_jax import bypass, checkpoint, console, data, evaluation, files, models
 from neuroada_jax.batches import Batches
-from neuroada_jax.bypass import Bypass, Tree
+from neuroada_jax.bypass import Tree
 from neuroada_jax.errors import UserError
 from neuroada_jax.formats import huggingface, native
 from neuroada_jax.prompts import PromptStyle
@@ -20,20 +20,21 @@ from neuroada_jax.training.config import load as load_config
 from neuroada_jax.weights import LoadedModel, open_base, with_weights
 
 
-def build_bypass(base: LoadedModel, targets: list[str], k: int) -> Bypass:
-    """Selects the connections; warns where a target has fewer than k inputs.
+def target_paths(model: models.Model, targets: list[str], k: int) -> list[bypass.Path]:
+    """The linear maps that carry a bypass; warns where one has fewer than k inputs. Needs no weights.
 
     Raises:
       UserError: targets that match nothing, or the output layer of a model with tied embeddings.
     """
-    if "lm_head" in targets and base.model.config.tied:
+    if "lm_head" in targets and model.config.tied:
         raise UserError("bypass.targets: 'lm_head' shares its weights with the embedding in this model (tied embeddings)")
-    paths = models.match_targets(base.params, targets, base.model.stack)
+    shapes = model.abstract_params()
+    paths = models.match_targets(shapes, targets, model.stack)
     for path in paths:
-        inputs = bypass.get(base.params, path)["kernel"].shape[-1]
+        inputs = bypass.get(shapes, path)["kernel"].shape[-1]
         if k > inputs:
             console.warn(f"bypass.k: {k} is more than the {inputs} inputs of {'.'.join(path)}; all {inputs} are used there")
-    return bypass.build(base.params, paths, k)
+    return paths
 
 
 def evaluation_rows(config: RunConfig) -> dict[str, Rows]:
@@ -131,7 +132,7 @@ def _encode(config: RunConfig, tokenizer: Any) -> tuple[Batches, list[str]]:
 
 
 def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -> dict[str, Any]:
-    """Runs a config from start to end and leaves a run's files (DESIGN.md section 7) in its directory.
+    """Runs a config from start to end and leaves a run's files (docs/design.md) in its directory.
 
     Args:
       config: the run.
@@ -151,10 +152,11 @@ def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -
     positions = base.model.config.max_positions
     if config.data.max_length > positions:
         raise UserError(f"data.max_length: {config.data.max_length} is more than the model's {positions} positions")
+    paths = target_paths(base.model, config.bypass.targets, config.bypass.k)
     batches, places = _encode(config, tokenizer)
     held_out = evaluation_rows(config)
     base = with_weights(base)
-    built = build_bypass(base, config.bypass.targets, config.bypass.k)
+    built = bypass.build(base.params, paths, config.bypass.k)
     if not resume:
         _clear_output(directory)
         files.write_text(directory / "config.yaml", to_yaml(config))
