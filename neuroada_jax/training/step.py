@@ -74,7 +74,7 @@ def target_losses(module: nn.Module, variables: Tree, batch: Batch) -> Float[Arr
     The hidden states of the labelled positions are gathered first, and the vocabulary matmul runs over LOSS_CHUNK of them
     at a time: logits of unlabelled positions never exist, nor those of all labelled ones at once.
     """
-    mask = None if batch.positions is None else layers.packed_mask(batch.positions)
+    mask = None if batch.positions is None else layers.packed_mask(jnp.asarray(batch.positions))
     hidden, _ = module.apply(variables, batch.input_ids, batch.positions, mask)
     picked = jnp.take_along_axis(hidden, batch.target_positions[:, :, None], axis=1, mode="clip")
     shape, width = batch.target_ids.shape, picked.shape[-1]
