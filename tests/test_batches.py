@@ -8,7 +8,7 @@ from data_helpers import byte_level, message_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from neuroada_jax.batches import Batches, default_buckets
+from neuroada_jax.batches import Batches, default_buckets, pack
 from neuroada_jax.data import Examples, encode
 
 
@@ -40,8 +40,9 @@ def test_an_epoch_has_every_example_once_in_few_shapes(lengths, batch_size, grou
         batch, rows = batches.batch(1, index), batches.rows(1, index)
         shape = batch.input_ids.shape[1], batch.target_ids.shape[1]
         assert shape in batches.shapes
-        assert {len(part) for part in batch} == {batch_size}
-        assert [part.dtype for part in batch] == [np.int32] * 4 + [np.float32]
+        assert batch.positions is None
+        assert {len(part) for part in batch[:5]} == {batch_size}
+        assert [part.dtype for part in batch[:5]] == [np.int32] * 4 + [np.float32]
         longest = batch.lengths.max()
         assert not any(longest <= time < shape[0] for time, _ in batches.shapes)  # the smallest that holds it
         full = index < batches.steps_per_epoch - 1
@@ -66,21 +67,109 @@ def test_an_epoch_has_every_example_once_in_few_shapes(lengths, batch_size, grou
     assert sorted(seen) == [2 * i for i in range(len(lengths))]
 
 
-@pytest.mark.parametrize("group", [False, True])
-def test_batches_are_pure_and_may_be_asked_for_in_any_order(group):
+@settings(max_examples=60)
+@given(
+    lengths=st.lists(st.integers(2, 70), min_size=1, max_size=200),
+    batch_size=st.integers(1, 5),
+    shuffle=st.booleans(),
+    length=st.sampled_from([70, 75, 200]),
+)
+def test_a_packed_epoch_has_every_example_once(lengths, batch_size, shuffle, length):
+    examples = examples_of(lengths, np.random.default_rng(len(lengths)).integers(1, lengths))
+    batches = Batches(examples, batch_size, 3, shuffle=shuffle, packed_length=length)
+    assert batches.steps_per_epoch == -(-batches.row_count // batch_size)
+    ((time, most),) = batches.shapes  # one shape, so one compiled step
+    assert time == length
+    seen, rows_seen, fullest = [], 0, 0
+    for index in range(batches.steps_per_epoch):
+        batch, numbers = batches.batch(2, index), batches.rows(2, index) // 2
+        assert batch.input_ids.shape == batch.positions.shape == (batch_size, length)
+        assert batch.target_ids.shape == (batch_size, most)
+        assert batch.positions.dtype == np.int32
+        rows_seen += np.count_nonzero(batch.lengths)
+        fullest = max(fullest, batch.target_mask.sum(axis=1).max())
+        expected = iter(numbers.tolist())
+        for b in range(batch_size):
+            slot = target = 0
+            while slot < batch.lengths[b]:
+                number = next(expected)
+                ids, is_target = examples.example(number)
+                own = slice(slot, slot + len(ids))
+                assert np.array_equal(batch.input_ids[b, own], ids)  # whole: examples never share an id here
+                assert np.array_equal(batch.positions[b, own], np.arange(len(ids)))
+                count = is_target.sum()
+                labelled = slice(target, target + count)
+                assert np.array_equal(batch.target_positions[b, labelled], slot + is_target.nonzero()[0] - 1)
+                assert np.array_equal(batch.target_ids[b, labelled], ids[is_target])
+                slot, target = own.stop, labelled.stop
+            assert slot == batch.lengths[b] <= length
+            assert not batch.input_ids[b, slot:].any()
+            assert not batch.positions[b, slot:].any()
+            assert np.array_equal(batch.target_mask[b], np.arange(most) < target)
+            assert not batch.target_positions[b, target:].any()
+            assert not batch.target_ids[b, target:].any()
+        assert next(expected, None) is None
+        seen.extend(numbers)
+    assert sorted(seen) == list(range(len(lengths)))
+    assert rows_seen == batches.row_count
+    assert most - 8 < fullest <= most
+
+
+@settings(max_examples=60)
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=60), room=st.integers(0, 60))
+def test_packing_is_best_fit_decreasing(lengths, room):
+    capacity = max(lengths) + room
+    rows: list[list[int]] = []
+    for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        free = [(capacity - sum(lengths[i] for i in row), at) for at, row in enumerate(rows)]
+        fits = [(space, at) for space, at in free if space >= lengths[number]]
+        if fits:
+            rows[min(fits)[1]].append(number)
+        else:
+            rows.append([number])
+    packed = pack(np.array(lengths), capacity)
+    assert [[i for i in row if i >= 0] for row in packed.tolist()] == rows
+    assert packed.shape[1] == max(map(len, rows))
+
+
+def test_packing_fills_nearly_all_slots():
+    lengths = np.random.default_rng(0).integers(20, 200, 2000)
+    rows = pack(lengths, 512)
+    assert lengths.sum() / (len(rows) * 512) > 0.98
+
+
+def test_packing_mixes_a_file_that_comes_in_blocks():
+    blocks = examples_of([16] * 400)
+    kinds = [set((Batches(blocks, 1, 0, packed_length=64).rows(0, i) // 400).tolist()) for i in range(100)]
+    assert sum(len(kind) > 1 for kind in kinds) > 50
+    unshuffled = Batches(blocks, 1, 0, shuffle=False, packed_length=64)
+    assert np.concatenate([unshuffled.rows(7, i) for i in range(100)]).tolist() == list(range(0, 800, 2))
+
+
+def test_packing_refuses_what_it_cannot_do():
+    examples = examples_of([10, 30])
+    assert "packed_length: found 29, expected at least the longest example, 30" in message_of(
+        Batches, examples, 2, 0, packed_length=29
+    )
+    for other in ({"buckets": [64]}, {"group_by_length": True}):
+        assert message_of(Batches, examples, 2, 0, packed_length=64, **other).startswith("packed_length: ")
+
+
+@pytest.mark.parametrize("options", [{}, {"group_by_length": True}, {"packed_length": 96}])
+def test_batches_are_pure_and_may_be_asked_for_in_any_order(options):
     examples = examples_of(np.random.default_rng(0).integers(2, 90, 203))
-    forward = Batches(examples, 8, 5, None, group)
+    forward = Batches(examples, 8, 5, **options)
     wanted = [(epoch, index) for epoch in range(3) for index in range(forward.steps_per_epoch)]
     first = {key: forward.batch(*key) for key in wanted}
     for key in np.random.default_rng(1).permutation(wanted)[:40]:
         epoch, index = key.tolist()
-        again = Batches(examples, 8, 5, None, group).batch(epoch, index)
+        again = Batches(examples, 8, 5, **options).batch(epoch, index)
         for a, b, c in zip(first[epoch, index], again, forward.batch(epoch, index), strict=True):
-            assert np.array_equal(a, b)
+            assert np.array_equal(a, b)  # of None and None too
             assert np.array_equal(a, c)
     orders = [np.concatenate([forward.rows(e, i) for i in range(forward.steps_per_epoch)]) for e in range(2)]
     assert not np.array_equal(*orders)  # epochs differ
-    other = Batches(examples, 8, 6, None, group)
+    other = Batches(examples, 8, 6, **options)
     assert not np.array_equal(orders[0][:8], other.rows(0, 0))  # seeds differ
 
 

@@ -17,6 +17,7 @@ from helpers import CONFIG, NEURONS, random_tensors, run_config, write_config, w
 from transformers import AutoModelForCausalLM
 
 from neuroada_jax import cli, console, data
+from neuroada_jax.batches import Batches
 from neuroada_jax.formats import native
 from neuroada_jax.training import loop
 
@@ -165,6 +166,25 @@ def test_a_run_prints_tables(trained, capsys):
     assert "held out" in out and "128" in out and "7" in out and "before" in out
 
 
+def test_a_packed_run_trains_on_every_example_once_an_epoch(tmp_path, inputs, neuroada):
+    sections = {"data": {"packing": True, "max_length": 40}, "training": {"steps": None, "epochs": 3, "accumulation": 2}}
+    code, out, err = neuroada("train", config(tmp_path, inputs, **sections), "--json")
+    assert code == 0
+    results, out = json.loads(out), tmp_path / "out"
+    examples = data.encode(rows(out), "plain", CHAT, 40)
+    packed = Batches(examples, 4, 42, packed_length=40)
+    assert f"packed into {packed.row_count} rows of 40 tokens: {24 / packed.row_count:.1f} examples a row, " in err
+    steps = packed.steps_per_epoch
+    assert 1 < steps < 24 / 4 and results["steps"] == 3 * steps and results["epochs"] == 3
+    assert results["compiled_steps"] == results["possible_steps"] == 1
+    assert results["last_loss"] < results["first_loss"]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    for first in range(0, 3 * steps, steps):
+        epoch = lines[first : first + steps]
+        assert sum(line["targets"] for line in epoch) == examples.target_counts.sum()
+        assert sum(line["tokens"] for line in epoch) == examples.lengths.sum()
+
+
 # The other commands.
 
 
@@ -256,6 +276,10 @@ def bad_run(neuroada, folder, path, *arguments):
         ("training.steps=many", "training.steps: input should be a valid integer, found 'many'"),
         ("bypass.k=0", "bypass.k: input should be greater than or equal to 1, found 0"),
         ("data.task=sst", "data.task: unknown task 'sst'; did you mean 'sst2'?"),
+        (
+            "data={train: x, packing: true, buckets: [64]}",
+            "data.packing: packed rows all have data.max_length tokens; leave out data.group_by_length and data.buckets",
+        ),
     ],
 )
 def test_bad_config(override, message, tmp_path, inputs, neuroada):

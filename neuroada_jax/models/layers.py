@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from neuroada_jax import ops
 
@@ -140,7 +140,8 @@ def attention(
     """Scaled dot-product attention with grouped keys and values; the softmax is float32.
 
     Without a mask it is causal, over at most `window` positions if given, and runs as cuDNN flash attention on a GPU in
-    half precision. With one (decoding, packing) the mask alone decides, and XLA's own form is used.
+    half precision. With one (decoding, packing) the mask alone decides and XLA's own form is used, on a GPU too: it
+    forms the float32 logits (B, H, T, S), so packed rows should be no longer than the examples need.
     """
     half = query.dtype in (jnp.bfloat16, jnp.float16)
     fused = mask is None and half and jax.default_backend() == "gpu"
@@ -157,6 +158,18 @@ def attention(
         attend = jax.checkpoint(attend, prevent_cse=False)
     with jax.numpy_dtype_promotion("standard"):  # JAX's own code mixes half and float32 in there
         return attend(query, key, value)
+
+
+def packed_mask(positions: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
+    """Which slots each query may see where rows hold several examples end to end: its own example's, up to itself.
+
+    Args:
+      positions: int32, counted from 0 in every example. A token sees as many slots before its own as its position says,
+        so a slot with position 0 between or behind the examples sees itself alone, and its softmax is finite.
+    """
+    slots = jnp.arange(positions.shape[1], dtype=positions.dtype)
+    distance = slots[:, None] - slots[None, :]
+    return (distance >= 0)[None] & (distance[None] <= positions[:, :, None])
 
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {

@@ -40,7 +40,10 @@ class BypassSection:
 
 @dataclass(frozen=True, config=_STRICT)
 class DataSection:
-    """Training rows: a file, a `datasets` directory or a hub name, read as the rows of `task`."""
+    """Training rows: a file, a `datasets` directory or a hub name, read as the rows of `task`.
+
+    With `packing`, a row of a batch is `max_length` tokens that hold as many whole examples as fit, each by itself.
+    """
 
     train: str
     split: str = "train"
@@ -49,7 +52,14 @@ class DataSection:
     max_length: int = pydantic.Field(default=512, gt=1)
     buckets: list[int] | None = None  # padded lengths; None: derived from the data
     group_by_length: bool = False
+    packing: bool = False
     limit: int | None = pydantic.Field(default=None, gt=0)
+
+    def __post_init__(self) -> None:
+        if self.packing and (self.group_by_length or self.buckets is not None):
+            raise ValueError(
+                "data.packing: packed rows all have data.max_length tokens; leave out data.group_by_length and data.buckets"
+            )
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -68,7 +78,10 @@ class OptimizerSection:
 
 @dataclass(frozen=True, config=_STRICT)
 class TrainingSection:
-    """How long and how much at once. `batch_size` rows make one update, in `accumulation` equal parts."""
+    """How long and how much at once. `batch_size` rows make one update, in `accumulation` equal parts.
+
+    A row is an example, or with `data.packing` several.
+    """
 
     epochs: int | None = pydantic.Field(default=None, gt=0)
     steps: int | None = pydantic.Field(default=None, gt=0)

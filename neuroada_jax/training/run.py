@@ -127,7 +127,20 @@ def _encode(config: RunConfig, tokenizer: Any) -> tuple[Batches, list[str]]:
         f"{int(examples.target_counts.sum())} of them targets; {examples.cut} cut to {config.data.max_length} tokens, "
         f"{examples.left_out} left out since nothing of their target was left"
     )
-    batches = Batches(examples, config.training.batch_size, config.seed, config.data.buckets, config.data.group_by_length)
+    batches = Batches(
+        examples,
+        config.training.batch_size,
+        config.seed,
+        config.data.buckets,
+        config.data.group_by_length,
+        packed_length=config.data.max_length if config.data.packing else None,
+    )
+    if config.data.packing:
+        filled = int(examples.lengths.sum()) / (batches.row_count * config.data.max_length)
+        console.say(
+            f"packed into {batches.row_count} rows of {config.data.max_length} tokens: "
+            f"{len(examples) / batches.row_count:.1f} examples a row, {100 * filled:.1f} % of it tokens"
+        )
     return batches, [rows.where(i) for i in range(len(rows))]
 
 

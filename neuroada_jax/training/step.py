@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from neuroada_jax import bypass
 from neuroada_jax.batches import Batch
 from neuroada_jax.bypass import Bypass, Tree
+from neuroada_jax.models import layers
 
 LOSS_CHUNK = 1024  # targets whose logits exist at a time
 
@@ -73,7 +74,8 @@ def target_losses(module: nn.Module, variables: Tree, batch: Batch) -> Float[Arr
     The hidden states of the labelled positions are gathered first, and the vocabulary matmul runs over LOSS_CHUNK of them
     at a time: logits of unlabelled positions never exist, nor those of all labelled ones at once.
     """
-    hidden, _ = module.apply(variables, batch.input_ids)
+    mask = None if batch.positions is None else layers.packed_mask(jnp.asarray(batch.positions))
+    hidden, _ = module.apply(variables, batch.input_ids, batch.positions, mask)
     picked = jnp.take_along_axis(hidden, batch.target_positions[:, :, None], axis=1, mode="clip")
     shape, width = batch.target_ids.shape, picked.shape[-1]
     picked, ids = picked.reshape(-1, width), jnp.asarray(batch.target_ids).reshape(-1)

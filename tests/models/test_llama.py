@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from neuroada_jax import bypass, gguf_weights, models, weights
 from neuroada_jax.errors import UserError
-from neuroada_jax.models import Remat
+from neuroada_jax.models import Remat, layers
 from neuroada_jax.models.llama import empty_cache
 
 logging.disable_progress_bar()
@@ -380,14 +380,17 @@ def test_left_padding_changes_nothing(name):
 def test_packed_segments_do_not_see_one_another(name):
     kind, fields = CASES[name]
     model, params = random_model(kind, **fields)
-    ids, split = random_ids((1, 15)), 8
-    segment = np.array([0] * split + [1] * (15 - split))
-    positions = jnp.asarray(np.where(segment == 0, np.arange(15), np.arange(15) - split), jnp.int32)[None]
-    mask = jnp.asarray((segment[:, None] == segment[None]) & np.tri(15, dtype=bool))[None]
+    ids, split, end = random_ids((1, 17)), 8, 15  # two examples, then two slots of filling
+    slots = np.arange(17)
+    positions = np.where(slots < split, slots, np.where(slots < end, slots - split, 0)).astype(np.int32)
+    segment = np.concatenate([[0] * split, [1] * (end - split), [2, 3]])
+    mask = layers.packed_mask(jnp.asarray(positions)[None])
+    np.testing.assert_array_equal(mask[0], (segment[:, None] == segment[None]) & np.tri(17, dtype=bool))
     apply = jit(lambda params, *args: model.module().apply({"params": params}, *args)[0])
-    packed = apply(params, jnp.asarray(ids), positions, mask)
-    np.testing.assert_allclose(packed[:, :split], apply(params, jnp.asarray(ids[:, :split])), rtol=0, atol=1e-5)
-    np.testing.assert_allclose(packed[:, split:], apply(params, jnp.asarray(ids[:, split:])), rtol=0, atol=1e-5)
+    packed = apply(params, jnp.asarray(ids), jnp.asarray(positions)[None], mask)
+    for own in (slice(0, split), slice(split, end)):
+        np.testing.assert_allclose(packed[:, own], apply(params, jnp.asarray(ids[:, own])), rtol=0, atol=1e-5)
+    assert np.isfinite(packed).all()
 
 
 def test_bfloat16_activations_stay_bfloat16_and_near_float32():

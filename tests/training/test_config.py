@@ -110,6 +110,15 @@ def test_values_out_of_range_are_refused(path, value):
     assert message_of(config.from_dict, with_field(path, value), "here").startswith(f"here: {path}")
 
 
+@pytest.mark.parametrize(("field", "value"), [("group_by_length", True), ("buckets", [64])])
+def test_packing_leaves_nothing_to_group(field, value):
+    content = with_field(f"data.{field}", value)
+    content["data"]["packing"] = True
+    message = message_of(config.from_dict, content, "here")
+    assert message.startswith("here: data.packing: packed rows all have data.max_length tokens; leave out ")
+    assert f"data.{field}" in message
+
+
 def test_required_fields():
     for path in ("name", "model", "data", "optimizer", "training"):
         content = {key: value for key, value in MINIMAL.items() if key != path}

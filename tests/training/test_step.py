@@ -12,7 +12,8 @@ import pytest
 from helpers import CONFIG
 
 from neuroada_jax import bypass, models, weights
-from neuroada_jax.batches import Batch
+from neuroada_jax.batches import Batch, Batches
+from neuroada_jax.data import Examples
 from neuroada_jax.models import Remat, names
 from neuroada_jax.training import config, optimizer, step
 
@@ -83,10 +84,13 @@ def test_no_base_leaf_is_in_gradients_or_optimizer_state():
     assert jax.tree.structure(new) == jax.tree.structure(state)
 
 
-@pytest.mark.parametrize("parts", [2, 4])
-def test_accumulation_equals_one_batch(parts):
+@pytest.mark.parametrize(("parts", "packed"), [(2, False), (4, False), (2, True)])
+def test_accumulation_equals_one_batch(parts, packed):
     batch = random_batch()
     batch.target_mask[3] = 0  # parts with different numbers of targets, one of them empty
+    if packed:
+        positions = [[*range(split), *range(12 - split)] for split in (5, 1, 8, 12)]
+        batch = batch._replace(positions=np.array(positions, np.int32))
     results = []
     for accumulation in (1, parts):
         model, transformation, run = compiled(accumulation=accumulation)
@@ -141,6 +145,48 @@ def test_losses_in_chunks_equal_those_in_one(chunk, monkeypatch):
     chunked_gradient, chunked = losses(params, chunk)
     np.testing.assert_allclose(chunked, whole, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), chunked_gradient, gradient)
+
+
+WINDOWS = {"use_sliding_window": True, "sliding_window": 3}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"model_type": "mistral", "sliding_window": 3}, {"model_type": "qwen2", "max_window_layers": 1, **WINDOWS}],
+    ids=["full", "windows", "mixed windows"],
+)
+def test_packed_losses_and_gradients_equal_unpacked_ones(fields):
+    model = models.from_hf_config({**CONFIG, **fields})
+    params, module = random_params(model), model.module()
+    built = bypass.build(params, models.match_targets(params, list(SOME), model.stack), 2)
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(4, 15, 9)
+    ids = rng.integers(0, CONFIG["vocab_size"], lengths.sum()).astype(np.int32)
+    is_target = rng.random(len(ids)) < 0.4
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    is_target[offsets[:-1]], is_target[offsets[1:] - 1] = False, True
+    examples = Examples(ids, is_target, np.arange(9, dtype=np.int32), offsets, 0, 0)
+
+    @jax.jit
+    def losses(values, batch):
+        def total(values):
+            each = step.target_losses(module, {"params": params, "bypass": values, "columns": built.columns}, batch)
+            return jnp.sum(each), each
+
+        return jax.grad(total, has_aux=True)(values)
+
+    results = []
+    for batches in (Batches(examples, 9, 0, [16]), Batches(examples, 6, 0, packed_length=24)):  # an empty row at the end
+        batch = batches.batch(0, 0)
+        gradient, each = losses(built.values, batch)
+        counts = examples.target_counts[batches.rows(0, 0)]
+        per_example = np.split(np.asarray(each)[batch.target_mask == 1], np.cumsum(counts)[:-1])
+        results.append((gradient, dict(zip(batches.rows(0, 0).tolist(), per_example, strict=True))))
+    (gradient, unpacked), (packed_gradient, packed) = results
+    assert not batch.lengths[-1] and batch.positions[0].tolist().count(0) > 1
+    for number in range(9):
+        np.testing.assert_allclose(packed[number], unpacked[number], rtol=1e-5, atol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), packed_gradient, gradient)
 
 
 def train(run, state, batch, steps=4):
