@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from neuroada_jax import bypass, console, files, models, ops
+from neuroada_jax import bypass, console, files, losses, models, ops
 from neuroada_jax.batches import Batch
 from neuroada_jax.bypass import Bypass, Tree
 from neuroada_jax.formats.native import installed_versions
@@ -69,7 +69,7 @@ def scatter(module: Any, params: Tree, built: Bypass) -> Callable[[Batch], Any]:
 
     def loss(values: Tree, params: Tree, batch: Batch) -> Any:
         variables = {"params": params, "bypass": values, "columns": built.columns}
-        return jnp.sum(step.target_losses(module, variables, batch))
+        return jnp.sum(losses.target_losses(module, variables, batch))
 
     gradient = jax.jit(jax.value_and_grad(loss))
 
@@ -85,7 +85,7 @@ def floor(module: Any, params: Tree) -> Callable[[Batch], Any]:
 
     def loss(scale: Any, params: Tree, batch: Batch) -> Any:
         params = bypass.put(params, ("model", "layers", "input_layernorm", "scale"), scale)
-        return jnp.sum(step.target_losses(module, {"params": params}, batch))
+        return jnp.sum(losses.target_losses(module, {"params": params}, batch))
 
     gradient = jax.jit(jax.value_and_grad(loss))
     scale = params["model"]["layers"]["input_layernorm"]["scale"]

@@ -18,10 +18,10 @@ from neuroada_jax.batches import Batch, Batches
 from neuroada_jax.bypass import Tree
 from neuroada_jax.errors import UserError
 from neuroada_jax.generation import generate
+from neuroada_jax.losses import target_losses
 from neuroada_jax.prompts import PromptStyle
 from neuroada_jax.rows import Rows, rows_from_list
 from neuroada_jax.tasks import Task
-from neuroada_jax.training.step import target_losses
 from neuroada_jax.weights import LoadedModel
 
 Progress = Callable[[int, int], None]

@@ -23,7 +23,7 @@ LEVELS = [
         "tokenizer",
         "safetensors_weights",
     },
-    {"weights", "tasks", "generation", "inspection", "formats"},
+    {"losses", "weights", "tasks", "generation", "inspection", "formats"},
     {"training", "evaluation", "checkpoint"},
     {"cli"},
 ]

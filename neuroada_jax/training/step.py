@@ -13,9 +13,7 @@ from jaxtyping import Array, Float, Int
 from neuroada_jax import bypass
 from neuroada_jax.batches import Batch
 from neuroada_jax.bypass import Bypass, Tree
-from neuroada_jax.models import layers
-
-LOSS_CHUNK = 1024  # targets whose logits exist at a time
+from neuroada_jax.losses import target_losses
 
 
 class TrainState(NamedTuple):
@@ -66,35 +64,6 @@ def initial_state(params: Tree, built: Bypass, optimizer: optax.GradientTransfor
         base=bypass.read(params, built.columns),
         failed_step=jnp.int32(-1),
     )
-
-
-def target_losses(module: nn.Module, variables: Tree, batch: Batch) -> Float[Array, "B M"]:
-    """Cross-entropy of every target in float32, 0 where the mask is 0.
-
-    The hidden states of the labelled positions are gathered first, and the vocabulary matmul runs over LOSS_CHUNK of them
-    at a time: logits of unlabelled positions never exist, nor those of all labelled ones at once.
-    """
-    mask = None if batch.positions is None else layers.packed_mask(jnp.asarray(batch.positions))
-    hidden, _ = module.apply(variables, batch.input_ids, batch.positions, mask)
-    picked = jnp.take_along_axis(hidden, batch.target_positions[:, :, None], axis=1, mode="clip")
-    shape, width = batch.target_ids.shape, picked.shape[-1]
-    picked, ids = picked.reshape(-1, width), jnp.asarray(batch.target_ids).reshape(-1)
-
-    def losses(args: tuple[Array, Array]) -> Array:
-        states, targets = args
-        logits: Any = module.apply(variables, states, method="unembed")
-        return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
-
-    count = ids.shape[0]
-    if count <= LOSS_CHUNK:
-        nll = losses((picked, ids))
-    else:
-        chunks = -(-count // LOSS_CHUNK)
-        padding = chunks * LOSS_CHUNK - count
-        picked = jnp.pad(picked, ((0, padding), (0, 0))).reshape(chunks, LOSS_CHUNK, width)
-        padded_ids = jnp.pad(ids, (0, padding)).reshape(chunks, LOSS_CHUNK)
-        nll = lax.map(jax.checkpoint(losses), (picked, padded_ids)).reshape(-1)[:count]
-    return nll.reshape(shape) * batch.target_mask
 
 
 def _split(batch: Batch, parts: int) -> Batch:

@@ -11,7 +11,7 @@ import optax
 import pytest
 from helpers import CONFIG
 
-from neuroada_jax import bypass, models, weights
+from neuroada_jax import bypass, losses, models, weights
 from neuroada_jax.batches import Batch, Batches
 from neuroada_jax.data import Examples
 from neuroada_jax.models import Remat, names
@@ -127,26 +127,6 @@ def test_loss_equals_the_one_over_full_logits():
     assert float(run(new, batch)[1].loss) == pytest.approx(want, rel=1e-5)
 
 
-@pytest.mark.parametrize("chunk", [1, 10, 32])  # of 32 targets: one at a time, uneven, exactly full
-def test_losses_in_chunks_equal_those_in_one(chunk, monkeypatch):
-    model = models.from_hf_config({**CONFIG, "num_hidden_layers": 1})
-    params, batch, module = random_params(model), jax.tree.map(jnp.asarray, random_batch()), model.module()
-
-    @functools.partial(jax.jit, static_argnames="chunk")
-    def losses(params, chunk):
-        def total(params):
-            each = step.target_losses(module, {"params": params}, batch)
-            return jnp.sum(each), each
-
-        return jax.grad(total, has_aux=True)(params)
-
-    gradient, whole = losses(params, step.LOSS_CHUNK)
-    monkeypatch.setattr(step, "LOSS_CHUNK", chunk)
-    chunked_gradient, chunked = losses(params, chunk)
-    np.testing.assert_allclose(chunked, whole, rtol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), chunked_gradient, gradient)
-
-
 WINDOWS = {"use_sliding_window": True, "sliding_window": 3}
 
 
@@ -168,9 +148,9 @@ def test_packed_losses_and_gradients_equal_unpacked_ones(fields):
     examples = Examples(ids, is_target, np.arange(9, dtype=np.int32), offsets, 0, 0)
 
     @jax.jit
-    def losses(values, batch):
+    def gradient_and_losses(values, batch):
         def total(values):
-            each = step.target_losses(module, {"params": params, "bypass": values, "columns": built.columns}, batch)
+            each = losses.target_losses(module, {"params": params, "bypass": values, "columns": built.columns}, batch)
             return jnp.sum(each), each
 
         return jax.grad(total, has_aux=True)(values)
@@ -178,7 +158,7 @@ def test_packed_losses_and_gradients_equal_unpacked_ones(fields):
     results = []
     for batches in (Batches(examples, 9, 0, [16]), Batches(examples, 6, 0, packed_length=24)):  # an empty row at the end
         batch = batches.batch(0, 0)
-        gradient, each = losses(built.values, batch)
+        gradient, each = gradient_and_losses(built.values, batch)
         counts = examples.target_counts[batches.rows(0, 0)]
         per_example = np.split(np.asarray(each)[batch.target_mask == 1], np.cumsum(counts)[:-1])
         results.append((gradient, dict(zip(batches.rows(0, 0).tolist(), per_example, strict=True))))

@@ -1,0 +1,73 @@
+"""The loss, only where labels are: cross-entropy of the target tokens, without the logits of a whole batch."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from neuroada_jax.batches import Batch
+from neuroada_jax.bypass import Tree
+from neuroada_jax.models import layers
+
+# How many bytes the float32 logits that exist at a time may take.
+LOGIT_BYTES = 1 << 27
+
+
+def target_losses(module: nn.Module, variables: Tree, batch: Batch) -> Float[Array, "B M"]:
+    """Cross-entropy of every target in float32, 0 where the mask is 0.
+
+    The hidden states of the labelled positions are gathered first, and the vocabulary matmul runs over a chunk of them at a
+    time: logits of unlabelled positions never exist, nor those of all labelled ones at once.
+
+    The output layer counts as frozen unless it carries a bypass: with respect to its weights the gradient is zero.
+    """
+    mask = None if batch.positions is None else layers.packed_mask(jnp.asarray(batch.positions))
+    hidden, _ = module.apply(variables, batch.input_ids, batch.positions, mask)
+    picked = jnp.take_along_axis(hidden, batch.target_positions[:, :, None], axis=1, mode="clip")
+    states, ids = picked.reshape(-1, picked.shape[-1]), jnp.asarray(batch.target_ids).reshape(-1)
+
+    def losses(states: Array, ids: Array) -> Array:
+        logits: Any = module.apply(variables, states, method="unembed")
+        return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), ids)
+
+    vocabulary = jax.eval_shape(lambda states: module.apply(variables, states, method="unembed"), states).shape[-1]
+    chunk = max(LOGIT_BYTES // (4 * vocabulary), 1)
+    if "lm_head" in variables.get("bypass", {}):
+        nll = _in_chunks(jax.checkpoint(losses), states, ids, chunk)
+    else:
+        nll = _with_gradient_at_once(losses, states, ids, chunk)
+    return nll.reshape(batch.target_ids.shape) * batch.target_mask
+
+
+def _with_gradient_at_once(losses: Any, states: Float[Array, "n D"], ids: Int[Array, "n"], chunk: int) -> Float[Array, "n"]:
+    """losses(states, ids), with the gradient for `states` computed while a chunk's logits are there.
+
+    Two vocabulary matmuls instead of the three that forming the logits again would take, and no logits are kept.
+    """
+
+    def value_and_gradient(states: Array, ids: Array) -> tuple[Array, Array]:
+        nll, pullback = jax.vjp(lambda states: losses(states, ids), states)
+        return nll, pullback(jnp.ones_like(nll))[0]
+
+    nll, gradient = lax.stop_gradient(_in_chunks(value_and_gradient, lax.stop_gradient(states), ids, chunk))
+    # Zero, whose derivative is the gradient.
+    change = (states - lax.stop_gradient(states)).astype(nll.dtype)
+    return nll + jnp.sum(gradient.astype(nll.dtype) * change, axis=-1)
+
+
+def _in_chunks(function: Any, states: Float[Array, "n D"], ids: Int[Array, "n"], chunk: int) -> Any:
+    """function(states, ids), whose results have a leading axis n, over about equal chunks of at most `chunk` rows."""
+    count = ids.shape[0]
+    chunks = -(-count // chunk)
+    if chunks == 1:
+        return function(states, ids)
+    size = -(-count // chunks)
+    padding = chunks * size - count
+    states = jnp.pad(states, ((0, padding), (0, 0))).reshape(chunks, size, -1)
+    ids = jnp.pad(ids, (0, padding)).reshape(chunks, size)
+    results = lax.map(lambda each: function(*each), (states, ids))
+    return jax.tree.map(lambda leaf: leaf.reshape(chunks * size, *leaf.shape[2:])[:count], results)
