@@ -27,11 +27,12 @@ _DENSE_CHUNK_BYTES = 16 << 20
 
 
 class GradientAlgorithm(enum.StrEnum):
-    """How dvalues is computed. All three give the same numbers up to rounding."""
+    """How dvalues is computed. All of them give the same numbers up to rounding."""
 
     COLUMN_GATHER = "column_gather"  # for each j: gather one column of x per neuron, multiply, sum over tokens
     ROW_BLOCKS = "row_blocks"  # for each block of neurons: gather rows of x^T, one batched matvec
     DENSE_CHUNKS = "dense_chunks"  # for each chunk of neurons: its dense dW, of which k entries a row are kept
+    PALLAS = "pallas"  # one GPU kernel that gathers rows of x^T; interpreted on a CPU. Never timed: chosen by name only
 
 
 def choose_algorithm(k: int, inputs: int, backend: str | None = None) -> GradientAlgorithm:
@@ -69,6 +70,12 @@ def value_gradient(
     """
     wide = wide_dtype(x.dtype)
     outputs, k = columns.shape
+
+    if algorithm is GradientAlgorithm.PALLAS:
+        # Imported where it is chosen: JAX marks Pallas for Triton as deprecated from 0.11 on.
+        from neuroada_jax.pallas_kernels import gathered_rows_gradient
+
+        return gathered_rows_gradient(dy, x, columns, wide)
 
     if algorithm is GradientAlgorithm.COLUMN_GATHER:
 

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "neuroada_jax"
 LEVELS = [
-    {"errors", "ops", "selection", "bypass"},
+    {"errors", "pallas_kernels", "ops", "selection", "bypass"},
     {
         "models",
         "files",
