@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 # Both limits are measured, see docs/performance.md: the gathered rows of a block should stay in a core's L2 cache, and a
 # chunk of a dense dW is all of it where that is small.
 _ROW_BLOCK_BYTES = 3 << 18  # 768 KiB
-_DENSE_CHUNK_BYTES = 16 << 20
+_DENSE_CHUNK_BYTES = 32 << 20
 
 
 class GradientAlgorithm(enum.StrEnum):
@@ -38,16 +38,17 @@ class GradientAlgorithm(enum.StrEnum):
 def choose_algorithm(k: int, inputs: int, backend: str | None = None) -> GradientAlgorithm:
     """Picks the algorithm from static facts.
 
-    The crossovers are measured (docs/performance.md): on a CPU the column gather wins for k <= 2, row blocks up to about
-    k = I / 30 and the dense product above; on a GPU each gathered element costs a memory sector, so that the dense product
-    wins from about k = 8 (an estimate: no GPU was timed).
+    The crossovers on a CPU are measured (docs/performance.md): the column gather wins for k <= 2, row blocks up to about
+    k = I / 30 and the dense product above. Those on a GPU are estimates, since none was timed: gathering a connection costs
+    about 200 us where the dense product costs 280 us (an H100, bfloat16, 8,192 tokens, 4096 x 4096), and the product grows
+    with I.
     """
     backend = backend or jax.default_backend()
     if backend == "cpu":
         if k <= 2:
             return GradientAlgorithm.COLUMN_GATHER
         return GradientAlgorithm.ROW_BLOCKS if k <= inputs // 30 else GradientAlgorithm.DENSE_CHUNKS
-    return GradientAlgorithm.COLUMN_GATHER if k < 8 else GradientAlgorithm.DENSE_CHUNKS
+    return GradientAlgorithm.COLUMN_GATHER if k <= max(1, inputs // 2048) else GradientAlgorithm.DENSE_CHUNKS
 
 
 def wide_dtype(dtype: Any) -> Any:
@@ -97,19 +98,20 @@ def value_gradient(
 
         return lax.map(one_block, (_in_blocks(columns, block), _in_blocks(dy.T, block))).reshape(-1, k)[:outputs]
 
-    chunk = _block_size(outputs, x.shape[-1] * jnp.dtype(wide).itemsize, _DENSE_CHUNK_BYTES)
-
-    def one_chunk(args: tuple[Array, Array]) -> Array:
-        chunk_columns, chunk_dy = args
-        dense = lax.dot_general(chunk_dy, x, (((1,), (0,)), ((), ())), preferred_element_type=wide)
-        return jnp.take_along_axis(dense, chunk_columns, axis=1, mode="clip")
-
-    # XLA's CPU backend has no bfloat16 dot with a float32 result for a transposed operand: the barrier keeps the transpose
-    # out of the dot.
-    dy_rows = lax.optimization_barrier(dy.T) if x.dtype == jnp.bfloat16 else dy.T
-    if chunk >= outputs:
-        return one_chunk((columns, dy_rows))
-    return lax.map(one_chunk, (_in_blocks(columns, chunk), _in_blocks(dy_rows, chunk))).reshape(-1, k)[:outputs]
+    # A loop over slices that XLA sees: no transposed copy of dy, none of its chunks.
+    rows, tokens_axis = dy, 0
+    if x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+        # XLA's CPU backend has no bfloat16 dot with a float32 result for a transposed operand: the barrier keeps the
+        # transpose out of the dot.
+        rows, tokens_axis = lax.optimization_barrier(dy.T), 1
+    chunk = _block_size(outputs, x.shape[1] * jnp.dtype(wide).itemsize, _DENSE_CHUNK_BYTES)
+    chosen = []
+    for first in range(0, outputs, chunk):
+        last = min(first + chunk, outputs)
+        chunk_dy = lax.slice_in_dim(rows, first, last, axis=1 - tokens_axis)
+        dense = lax.dot_general(chunk_dy, x, (((tokens_axis,), (0,)), ((), ())), preferred_element_type=wide)
+        chosen.append(jnp.take_along_axis(dense, columns[first:last], axis=1, mode="clip"))
+    return jnp.concatenate(chosen)
 
 
 def _block_size(rows: int, row_bytes: int, limit: int) -> int:
