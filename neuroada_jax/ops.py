@@ -21,6 +21,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from neuroada_jax import tracing
+
 
 class GradientAlgorithm(enum.StrEnum):
     """How dvalues is computed. All three give the same numbers up to rounding."""
@@ -37,7 +39,7 @@ def choose_algorithm(k: int, inputs: int, backend: str | None = None) -> Gradien
     k = I / 30 and the dense product above; on a GPU each gathered element costs a memory sector, so that the dense product
     wins from about k = 8 (an estimate: no GPU was timed).
     """
-    backend = backend or jax.default_backend()
+    backend = backend or tracing.platform()
     if backend == "cpu":
         if k <= 2:
             return GradientAlgorithm.COLUMN_GATHER

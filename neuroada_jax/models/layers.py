@@ -18,7 +18,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
-from neuroada_jax import ops
+from neuroada_jax import ops, tracing
 
 BYPASS_COLLECTIONS = ("bypass", "columns", "base")
 _SAVED = "saved_output"
@@ -123,7 +123,7 @@ def attention(
     half precision. With one (decoding, packing) the mask alone decides, and XLA's own form is used.
     """
     half = query.dtype in (jnp.bfloat16, jnp.float16)
-    fused = mask is None and half and jax.default_backend() == "gpu"
+    fused = mask is None and half and tracing.has_flash_attention()
     with jax.numpy_dtype_promotion("standard"):  # JAX's own code mixes half and float32 in there
         return jax.nn.dot_product_attention(
             query,
