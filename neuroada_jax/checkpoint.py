@@ -37,7 +37,7 @@ class Checkpoints:
 
     def save(self, state: TrainState) -> None:
         """Saves in the background; what is saved is copied first, so the state may be donated at once."""
-        self._manager.save(int(state.step), args=ocp.args.StandardSave(_saved(state)))
+        self._manager.save(int(state.step), args=ocp.args.StandardSave(saved(state)))
 
     def restore(self, state: TrainState) -> TrainState:
         """The newest checkpoint put into a state that was just initialised.
@@ -48,15 +48,16 @@ class Checkpoints:
         step = self._manager.latest_step()
         if step is None:
             raise UserError(f"{self._directory}: no checkpoint to resume from")
-        wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, _saved(state))
+        wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, saved(state))
         try:
-            saved = self._manager.restore(step, args=ocp.args.StandardRestore(wanted))
+            found = self._manager.restore(step, args=ocp.args.StandardRestore(wanted))
         except (ValueError, KeyError, OSError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"{self._directory / str(step)}: this checkpoint cannot be resumed from ({reason})") from error
-        trained = bypass.Bypass(saved["trainable"]["bypass"], state.columns)
-        return state._replace(**saved, params=bypass.make_resident(state.params, trained, state.base))
+        trained = bypass.Bypass(found["trainable"]["bypass"], state.columns)
+        return state._replace(**found, params=bypass.make_resident(state.params, trained, state.base))
 
 
-def _saved(state: TrainState) -> dict[str, Any]:
+def saved(state: TrainState) -> dict[str, Any]:
+    """What a checkpoint holds of a state, abstract or real."""
     return {"step": state.step, "trainable": state.trainable, "optimizer": state.optimizer}

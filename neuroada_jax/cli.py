@@ -1,4 +1,4 @@
-"""The command line: neuroada train | evaluate | generate | inspect | merge."""
+"""The command line: neuroada train | evaluate | generate | plan | inspect | merge."""
 
 import argparse
 import contextlib
@@ -83,6 +83,14 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--max-new-tokens", type=int, default=64, help="longest continuation (default: 64)")
     generate.set_defaults(run=_generate)
 
+    plan = commands.add_parser("plan", help="what a config would need of a machine; reads no weights, runs nothing")
+    plan.add_argument("config", help="YAML file of the run")
+    plan.add_argument("overrides", nargs="*", metavar="section.field=value", help="changes to the config")
+    plan.add_argument("--target", default="cpu", help="cpu (this machine), h100, h200, a100, l40s, rtx4090 (default: cpu)")
+    plan.add_argument("--devices", type=int, default=1, help="how many share a batch, data parallel (default: 1)")
+    plan.add_argument("--json", action="store_true", help="print one JSON object and nothing else on standard output")
+    plan.set_defaults(run=_plan)
+
     inspect = commands.add_parser("inspect", help="neurons, values and bytes of every module of a model or adapter")
     inspect.add_argument("path", help="model directory, hub id, .gguf file or adapter directory")
     inspect.add_argument("--k", type=int, default=1, help="connections per neuron, for a model (default: 1)")
@@ -136,6 +144,21 @@ def _train(parsed: argparse.Namespace) -> None:
         _print_json(results)
     else:
         report.print_summary(results)
+
+
+def _plan(parsed: argparse.Namespace) -> None:
+    import jax
+
+    # Before anything else asks JAX for a device: a described GPU is compiled for without taking a real one.
+    jax.config.update("jax_platforms", "cpu")
+    from neuroada_jax import planning
+    from neuroada_jax.training import config
+
+    plan = planning.plan(config.load(parsed.config, parsed.overrides), parsed.target, parsed.devices)
+    if parsed.json:
+        _print_json(plan)
+    else:
+        planning.print_plan(plan)
 
 
 def _evaluate(parsed: argparse.Namespace) -> None:

@@ -20,6 +20,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from neuroada_jax import tracing
+
 # Both limits are measured, see docs/performance.md: the gathered rows of a block should stay in a core's L2 cache, and a
 # chunk of a dense dW is all of it where that is small.
 _ROW_BLOCK_BYTES = 3 << 18  # 768 KiB
@@ -43,7 +45,7 @@ def choose_algorithm(k: int, inputs: int, backend: str | None = None) -> Gradien
     about 200 us where the dense product costs 280 us (an H100, bfloat16, 8,192 tokens, 4096 x 4096), and the product grows
     with I.
     """
-    backend = backend or jax.default_backend()
+    backend = backend or tracing.platform()
     if backend == "cpu":
         if k <= 2:
             return GradientAlgorithm.COLUMN_GATHER
@@ -100,7 +102,7 @@ def value_gradient(
 
     # A loop over slices that XLA sees: no transposed copy of dy, none of its chunks.
     rows, tokens_axis = dy, 0
-    if x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+    if x.dtype == jnp.bfloat16 and tracing.platform() == "cpu":
         # XLA's CPU backend has no bfloat16 dot with a float32 result for a transposed operand: the barrier keeps the
         # transpose out of the dot.
         rows, tokens_axis = lax.optimization_barrier(dy.T), 1

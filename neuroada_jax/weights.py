@@ -64,12 +64,13 @@ class LoadedModel(NamedTuple):
     source: str
 
 
-def resolve(source: str) -> str:
+def resolve(source: str, files: list[str] = _HUB_FILES) -> str:
     """The local directory or file behind `source`.
 
     Args:
       source: a path; a hub id such as "HuggingFaceTB/SmolLM2-135M", which is downloaded; or "package:NAME/FILE" for a file
         that an installed Python package ships (the package is not imported).
+      files: patterns of the files that are downloaded from the hub.
 
     Raises:
       UserError: there is no such path, package or file, and it is no hub id or the hub does not have it.
@@ -82,7 +83,7 @@ def resolve(source: str) -> str:
     if not looks_like_hub_id:
         raise UserError(f"model {source} does not exist")
     try:
-        return huggingface_hub.snapshot_download(source, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_COPIES)
+        return huggingface_hub.snapshot_download(source, allow_patterns=files, ignore_patterns=_HUB_COPIES)
     except Exception as error:  # the hub raises a dozen kinds: offline, gated, unknown, malformed id
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
@@ -175,17 +176,18 @@ def load_params(
     return params, digests
 
 
-def open_model(source: str, dtype: str = "float32") -> LoadedModel:
+def open_model(source: str, dtype: str = "float32", *, config_only: bool = False) -> LoadedModel:
     """Everything about a model but its weights: `params` and `digests` are empty until `read_weights`.
 
     Args:
       source: local Hugging Face directory, hub id or GGUF file.
       dtype: "float32", "bfloat16" or "auto".
+      config_only: download no weights, where the source is a hub id; they cannot be read afterwards.
 
     Raises:
       UserError: the path does not exist, or its architecture or config is not supported.
     """
-    path = resolve(source)
+    path = resolve(source, ["config.json"] if config_only else _HUB_FILES)
     hf_config = read_config(path)
     try:
         model = models.from_hf_config(hf_config, config_dtype(dtype, hf_config))

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "neuroada_jax"
 LEVELS = [
-    {"errors", "pallas_kernels", "ops", "selection", "bypass"},
+    {"errors", "tracing", "pallas_kernels", "ops", "selection", "bypass"},
     {
         "models",
         "files",
@@ -22,9 +22,11 @@ LEVELS = [
         "gguf_weights",
         "tokenizer",
         "safetensors_weights",
+        "targets",
+        "roofline",
     },
     {"losses", "weights", "tasks", "generation", "inspection", "formats"},
-    {"training", "evaluation", "checkpoint"},
+    {"training", "evaluation", "checkpoint", "planning"},
     {"cli"},
 ]
 LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}

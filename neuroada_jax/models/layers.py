@@ -19,7 +19,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from neuroada_jax import ops
+from neuroada_jax import ops, tracing
 
 BYPASS_COLLECTIONS = ("bypass", "columns", "base")
 _SAVED = "saved_output"
@@ -144,7 +144,7 @@ def attention(
     forms the float32 logits (B, H, T, S), so packed rows should be no longer than the examples need.
     """
     half = query.dtype in (jnp.bfloat16, jnp.float16)
-    fused = mask is None and half and jax.default_backend() == "gpu"
+    fused = mask is None and half and tracing.has_flash_attention()
     attend: Callable[..., Array] = functools.partial(
         jax.nn.dot_product_attention,
         mask=mask,

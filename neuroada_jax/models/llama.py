@@ -52,8 +52,8 @@ class LlamaConfig:
         kind = config["model_type"]
 
         def need(field: str) -> int:
-            if not isinstance(config.get(field), int):
-                raise UserError(f"config.json: {field} must be a whole number, found {config.get(field)!r}")
+            if not isinstance(config.get(field), int) or config[field] < 1:
+                raise UserError(f"config.json: {field} must be a whole number above 0, found {config.get(field)!r}")
             return config[field]
 
         activation = config.get("hidden_act", "silu")
@@ -61,6 +61,12 @@ class LlamaConfig:
             known = ", ".join(layers.ACTIVATIONS)
             raise UserError(f"config.json: hidden_act {activation!r} is not supported; supported: {known}")
         heads = need("num_attention_heads")
+        kv_heads = need("num_key_value_heads") if config.get("num_key_value_heads") is not None else heads
+        if heads % kv_heads:
+            raise UserError(f"config.json: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
+        head_dim = config.get("head_dim") or (128 if kind == "qwen3" else need("hidden_size") // heads)
+        if head_dim % 2:
+            raise UserError(f"config.json: head_dim must be even, found {head_dim}")
         attention_bias = bool(config.get("attention_bias", False))
         return cls(
             vocab_size=need("vocab_size"),
@@ -68,8 +74,8 @@ class LlamaConfig:
             intermediate_size=need("intermediate_size"),
             num_layers=need("num_hidden_layers"),
             num_heads=heads,
-            num_kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or (128 if kind == "qwen3" else need("hidden_size") // heads),
+            num_kv_heads=kv_heads,
+            head_dim=head_dim,
             rope=Rope.from_hf(config),
             norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
             activation=activation,

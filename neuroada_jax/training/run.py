@@ -20,6 +20,13 @@ from neuroada_jax.training.config import load as load_config
 from neuroada_jax.weights import LoadedModel, open_base, with_weights
 
 
+def check_length(config: RunConfig, model: models.Model) -> None:
+    """Raises UserError where rows may be longer than the model's positions."""
+    positions = model.config.max_positions
+    if config.data.max_length > positions:
+        raise UserError(f"data.max_length: {config.data.max_length} is more than the model's {positions} positions")
+
+
 def target_paths(model: models.Model, targets: list[str], k: int) -> list[bypass.Path]:
     """The linear maps that carry a bypass; warns where one has fewer than k inputs. Needs no weights.
 
@@ -162,9 +169,7 @@ def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -
     directory = config.directory
     _check_output(config, overwrite, resume)
     base, tokenizer = open_base(config.model.path, config.model.dtype)
-    positions = base.model.config.max_positions
-    if config.data.max_length > positions:
-        raise UserError(f"data.max_length: {config.data.max_length} is more than the model's {positions} positions")
+    check_length(config, base.model)
     paths = target_paths(base.model, config.bypass.targets, config.bypass.k)
     batches, places = _encode(config, tokenizer)
     held_out = evaluation_rows(config)

@@ -1,0 +1,308 @@
+"""What a run will need, before there are weights or a GPU: the run's own step, compiled from shapes alone."""
+
+import dataclasses
+import importlib.util
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from neuroada_jax import bypass, checkpoint, console, roofline, targets, tracing
+from neuroada_jax.batches import Batch
+from neuroada_jax.bypass import Tree
+from neuroada_jax.errors import UserError
+from neuroada_jax.roofline import nbytes
+from neuroada_jax.targets import Target
+from neuroada_jax.training import optimizer, run, step
+from neuroada_jax.training.config import RunConfig, apply_override, from_dict
+from neuroada_jax.weights import open_model
+
+# JAX takes this share of a GPU's memory for itself when it starts, and no more, unless it is told otherwise.
+JAX_SHARE = 0.75
+
+
+class Compiler(NamedTuple):
+    """What compiles the step: a device to place its arrays on, and what the step is traced for.
+
+    Attributes:
+      device: of this process, or of a described topology.
+      platform: "cpu" or "gpu".
+      flash_attention: whether cuDNN is there, so that attention can be compiled as it will run.
+      name: what the plan says it was compiled for.
+      options: of XLA.
+    """
+
+    device: Any
+    platform: str
+    flash_attention: bool
+    name: str
+    options: dict[str, Any] | None = None
+
+
+# The code is never run: LLVM need not make it fast, which is most of the time that it takes.
+_HASTY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+def plan(config: RunConfig, target: str = "cpu", devices: int = 1) -> dict[str, Any]:
+    """What one step of a run takes on each of `devices` machines of a kind, data parallel. Reads the model's config only.
+
+    The batch is the longest there can be: every row as long as `data.max_length` lets it be, every position labelled.
+
+    Args:
+      config: the run.
+      target: one of `targets.NAMES`.
+      devices: how many share the rows of a batch.
+
+    Returns: plain data, in the order in which `neuroada plan` shows it. All bytes and FLOPs are those of one device.
+
+      trainable, parameters, trainable_percent  values of the bypass, numbers in the model
+      bytes           by kind: weights, bypass (values, columns and base entries), optimizer, batch, temporaries (compiled)
+      total_bytes     their sum
+      device_memory_bytes, fits
+      change_first    the setting to change first where it does not fit, as `section.field=value`; else None
+      changes         all that it takes, compiled again to see; with the total in `changed_total_bytes`
+      flops           of the matrix products of a step
+      bytes_moved     the least that a step moves: weights once for every matrix product that reads them, saved activations
+                      out and in, what is trained in and out
+      floor_seconds   no step is faster: the longer of flops and bytes_moved at the target's best rates
+      collective_bytes  sent by each device to sum the gradients: 4 for every value; computed, not compiled
+      adapter_bytes, checkpoint_bytes  of the tensors in these files
+      compiled_for    the target, or "cpu" where the compiler for it is missing
+      notes           what a reader should know of these numbers
+
+    Raises:
+      UserError: an unknown target, rows that the devices cannot share, a model or target module that is not there, rows
+        longer than the model allows.
+    """
+    return with_changes(
+        _measure(config, target, devices), lambda changes: _measure(_with(config, changes), target, devices)
+    )
+
+
+def longest_batch(config: RunConfig, devices: int) -> Batch:
+    """The shapes of the longest batch that a device can be given, with a label at every position.
+
+    Raises:
+      UserError: the rows cannot be shared equally.
+    """
+    rows, parts = config.training.batch_size, config.training.accumulation * devices
+    if devices < 1:
+        raise UserError(f"--devices: expected at least 1, found {devices}")
+    if rows % parts:
+        raise UserError(
+            f"training.batch_size: {rows} rows cannot be shared by {devices} devices "
+            f"in {config.training.accumulation} parts each (training.accumulation)"
+        )
+    if config.data.buckets:
+        # Rows are cut to max_length, so that longer buckets than the first that holds it stay empty.
+        fitting = [size for size in config.data.buckets if size >= config.data.max_length]
+        length = min(fitting, default=max(config.data.buckets))
+    else:
+        length = -(-config.data.max_length // 8) * 8
+
+    def shape(*sizes: int, dtype: Any = jnp.int32) -> Any:
+        return jax.ShapeDtypeStruct((rows // devices, *sizes), dtype)
+
+    return Batch(
+        input_ids=shape(length),
+        lengths=shape(),
+        target_positions=shape(length),
+        target_ids=shape(length),
+        target_mask=shape(length, dtype=jnp.float32),
+    )
+
+
+def compiler_for(target: Target) -> Compiler:
+    """The compiler of a target; the CPU's for a GPU where JAX's CUDA plugin is not installed."""
+    if target.gpu is not None:
+        options = {"target_config": targets.xla_description(target), "topology": "1x1x1"}
+        try:
+            described = topologies.get_topology_desc(platform="cuda", **options)
+        except NotImplementedError:  # no plugin
+            pass
+        else:
+            cudnn = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.cudnn")
+            name = f"{target.name} ({target.gpu.architecture})"
+            return Compiler(described.devices[0], "gpu", cudnn is not None, name)
+    return Compiler(jax.devices("cpu")[0], "cpu", False, "cpu", _HASTY)
+
+
+def _measure(config: RunConfig, target_name: str, devices: int) -> dict[str, Any]:
+    """The plan of a config as it stands."""
+    base = open_model(config.model.path, config.model.dtype, config_only=True)
+    run.check_length(config, base.model)
+    dtype = jnp.dtype(base.model.config.dtype).name
+    target = targets.find(target_name, dtype)
+    compiler = compiler_for(target)
+    batch = longest_batch(config, devices)
+    # The number of steps is a constant in the schedule: it takes no room.
+    transformation = optimizer.build(config.optimizer, 1)
+
+    paths = run.target_paths(base.model, config.bypass.targets, config.bypass.k)
+
+    def initial_state(params: Tree) -> step.TrainState:
+        return step.initial_state(params, bypass.build(params, paths, config.bypass.k), transformation)
+
+    state = jax.eval_shape(initial_state, base.model.abstract_params())
+
+    def trace(flash_attention: bool) -> Any:
+        module = base.model.module(config.training.remat_policy)
+        run_step: Any = step.make_step(module, transformation, config.training.accumulation)
+        device = jax.sharding.SingleDeviceSharding(compiler.device)
+        with tracing.planned_for(compiler.platform, flash_attention=flash_attention):
+            return run_step.trace(*jax.tree.map(lambda leaf: leaf.update(sharding=device), (state, batch)))
+
+    began = time.perf_counter()
+    traced = trace(compiler.flash_attention)
+    try:
+        memory = traced.lower().compile(compiler.options).memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{config.model.path}: its step cannot be compiled for {compiler.name} ({reason})") from error
+    seconds = time.perf_counter() - began
+    by_kind = {
+        "weights": nbytes(state.params),
+        "bypass": nbytes((state.trainable, state.columns, state.base)),
+        "optimizer": nbytes(state.optimizer),
+        "batch": nbytes(batch),
+        "temporaries": memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
+    }
+    total = sum(by_kind.values())
+
+    none = jax.tree.map(lambda _: False, (state, batch))
+    frozen = (none[0]._replace(params=jax.tree.map(lambda _: True, state.params)), none[1])
+    # XLA's attention spells its matrix products out, cuDNN's is one call.
+    counted = trace(flash_attention=False) if compiler.flash_attention else traced
+    work = roofline.work(counted.jaxpr, jax.tree.leaves(frozen))
+    in_and_out = work.stacked_bytes + nbytes((state.trainable, state.optimizer))
+    moved = work.weight_bytes + 2 * in_and_out + nbytes((state.columns, state.base))
+
+    trainable, parameters = bypass.count(state.trainable), bypass.count(state.params)
+    return {
+        "name": config.name,
+        "model": config.model.path,
+        "target": target.name,
+        "devices": devices,
+        "dtype": dtype,
+        "remat": config.training.remat,
+        "accumulation": config.training.accumulation,
+        "rows": batch.input_ids.shape[0],
+        "tokens_per_row": batch.input_ids.shape[1],
+        "labelled_per_row": batch.target_ids.shape[1],
+        "trainable": trainable,
+        "parameters": parameters,
+        "trainable_percent": 100 * trainable / parameters,
+        "bytes": by_kind,
+        "total_bytes": total,
+        "device_memory_bytes": target.memory,
+        "fits": total <= target.memory,
+        "flops": work.flops,
+        "bytes_moved": moved,
+        "floor_seconds": max(work.flops / target.flops[dtype], moved / target.bandwidth),
+        "collective_bytes": nbytes(state.trainable) if devices > 1 else 0,
+        "adapter_bytes": nbytes((state.trainable, state.columns)),
+        "checkpoint_bytes": nbytes(checkpoint.saved(state)),
+        "compiled_for": compiler.name,
+        "compile_seconds": seconds,
+        "attention": "cudnn" if compiler.flash_attention and dtype == "bfloat16" else "xla",
+        "notes": list(_notes(target, compiler, dtype, devices, total)),
+    }
+
+
+def _notes(target: Target, compiler: Compiler, dtype: str, devices: int, total: int) -> Iterator[str]:
+    if target.gpu and compiler.platform == "cpu":
+        yield (
+            "compiled for this CPU, since JAX's CUDA plugin is not installed (pip install 'neuroada-jax[cuda]'): the "
+            f"temporaries on {target.name} will differ, and in bfloat16 be smaller"
+        )
+    elif target.gpu and dtype == "bfloat16" and not compiler.flash_attention:
+        yield (
+            "cuDNN is not installed (nvidia-cudnn-cu12): attention is compiled in XLA's own form, which keeps all scores "
+            "of a layer; the flash attention that a run uses needs less"
+        )
+    if target.gpu and JAX_SHARE * target.memory < total <= target.memory:
+        yield (
+            f"JAX takes {JAX_SHARE:.0%} of a GPU's memory: set XLA_PYTHON_CLIENT_MEM_FRACTION to "
+            f"{min(total / target.memory + 0.03, 0.98):.2f} or more"
+        )
+    if devices > 1:
+        yield "one all-reduce of the gradients, computed, not compiled; `neuroada train` uses one device so far"
+
+
+def with_changes(plan: dict[str, Any], measure: Callable[[list[str]], dict[str, Any]]) -> dict[str, Any]:
+    """The plan with what to change where it does not fit: what costs least first, and only what can help.
+
+    Args:
+      plan: of a config as it stands.
+      measure: the plan of the config with some `section.field=value` applied.
+    """
+    current, changes = plan, {}
+    while not current["fits"] and (change := _next_change(current)):
+        changes[change.partition("=")[0]] = change
+        current = measure(list(changes.values()))
+        console.say(f"with {' '.join(changes.values())}: {console.size(current['total_bytes'])}")
+    first = next(iter(changes.values()), None)
+    if not current["fits"]:
+        first = "model.path" if _state_alone_is_too_much(current) else first or "data.max_length"
+    changed_total = current["total_bytes"] if changes else None
+    return plan | {"change_first": first, "changes": list(changes.values()), "changed_total_bytes": changed_total}
+
+
+def _state_alone_is_too_much(plan: dict[str, Any]) -> bool:
+    return plan["total_bytes"] - plan["bytes"]["temporaries"] > plan["device_memory_bytes"]
+
+
+def _next_change(plan: dict[str, Any]) -> str | None:
+    narrower = "model.dtype=bfloat16" if plan["dtype"] == "float32" else None
+    if _state_alone_is_too_much(plan):
+        return narrower
+    if plan["remat"] != "full":
+        return "training.remat=full"
+    finer = [parts for parts in range(2 * plan["accumulation"], plan["rows"] + 1) if plan["rows"] % parts == 0]
+    return f"training.accumulation={finer[0]}" if finer else narrower
+
+
+def _with(config: RunConfig, changes: list[str]) -> RunConfig:
+    content = dataclasses.asdict(config)
+    for change in changes:
+        apply_override(content, change)
+    return from_dict(content, "plan")
+
+
+def print_plan(plan: dict[str, Any]) -> None:
+    """The plan as a table, with its notes below."""
+    size, by_kind = console.size, plan["bytes"]
+    per = " per device" if plan["devices"] > 1 else ""
+    rows = [
+        ("parameters", f"{plan['parameters']:,}"),
+        ("trained values", f"{plan['trainable']:,} ({plan['trainable_percent']:.4f} %)"),
+        (f"batch{per}", f"{plan['rows']} rows in {plan['accumulation']} part(s), {plan['tokens_per_row']} tokens each"),
+        ("labelled positions, assumed", f"{plan['labelled_per_row']} a row (all)"),
+        (f"weights, {plan['dtype']}", size(by_kind["weights"])),
+        ("bypass: values, columns, base entries", size(by_kind["bypass"])),
+        ("optimiser", size(by_kind["optimizer"])),
+        ("batch", size(by_kind["batch"])),
+        (f"activations and temporaries, remat {plan['remat']}", size(by_kind["temporaries"])),
+        (f"total{per}", size(plan["total_bytes"])),
+        (f"memory of {plan['target']}", size(plan["device_memory_bytes"])),
+        ("fits", "yes" if plan["fits"] else "no"),
+    ]
+    if plan["change_first"]:
+        rows.append(("change first", plan["change_first"]))
+    if plan["changes"]:
+        rows.append((f"total with {' '.join(plan['changes'])}", size(plan["changed_total_bytes"])))
+    rows += [
+        ("matrix products", f"{plan['flops'] / 1e12:.3f} TFLOP"),
+        ("least traffic", size(plan["bytes_moved"])),
+        ("no step is faster than", f"{plan['floor_seconds']:.4g} s"),
+        ("all-reduced between devices", size(plan["collective_bytes"])),
+        ("adapter on disk", size(plan["adapter_bytes"])),
+        ("checkpoint on disk", size(plan["checkpoint_bytes"])),
+        ("compiled for", f"{plan['compiled_for']}, in {plan['compile_seconds']:.0f} s"),
+    ]
+    console.table(f"one step of {plan['name']} on {plan['devices']} x {plan['target']}", ("", ""), rows)
+    for note in plan["notes"]:
+        console.say(f"note: {note}")

@@ -1,0 +1,94 @@
+"""What a traced program must at least compute and move, counted from its jaxpr: the same on every backend.
+
+XLA's own cost analysis counts the body of a loop once, however often it runs, and is not to be had for a program that is
+compiled for a GPU that is not there.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+from jax.extend import core
+
+# Primitives whose result holds the same numbers as their first operand, or a part of them.
+_VIEWS = {"convert_element_type", "dynamic_slice", "optimization_barrier", "reshape", "slice", "squeeze", "transpose"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What one call does.
+
+    Attributes:
+      flops: of the matrix products, two for each multiplication; elementwise work and gathers are not counted.
+      weight_bytes: of frozen weights that matrix products read, once for each product.
+      stacked_bytes: of the arrays that loops stack up for later: saved activations, above all.
+    """
+
+    flops: int = 0
+    weight_bytes: int = 0
+    stacked_bytes: int = 0
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(
+            self.flops + other.flops,
+            self.weight_bytes + other.weight_bytes,
+            self.stacked_bytes + other.stacked_bytes,
+        )
+
+    def __mul__(self, times: int) -> "Work":
+        return Work(times * self.flops, times * self.weight_bytes, times * self.stacked_bytes)
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes of a tree of arrays or shapes."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def work(jaxpr: Any, frozen: Sequence[bool]) -> Work:
+    """The work of a (closed) jaxpr.
+
+    Args:
+      jaxpr: as `jax.jit(f).trace(...)` or `jax.make_jaxpr` give it. A loop without a fixed length counts once.
+      frozen: for every flat argument, whether it is a frozen weight.
+    """
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    weights = {variable for variable, is_weight in zip(jaxpr.invars, frozen, strict=True) if is_weight}
+    total = Work()
+    for equation in jaxpr.eqns:
+        # A literal cannot be looked up in a set, and is no weight.
+        read = [isinstance(operand, core.Var) and operand in weights for operand in equation.invars]
+        name = equation.primitive.name
+        if name == "dot_general":
+            operands = zip(equation.invars, read, strict=True)
+            total += Work(_dot_flops(equation), sum(nbytes(operand.aval) for operand, is_weight in operands if is_weight))
+        elif name in _VIEWS and read[0]:
+            weights.add(equation.outvars[0])
+        elif name == "scan":
+            stacked = equation.outvars[equation.params["num_carry"] :]
+            total += work(equation.params["jaxpr"], read) * equation.params["length"]
+            total += Work(stacked_bytes=nbytes([variable.aval for variable in stacked]))
+        elif name == "cond":
+            branches = (work(branch, read[1:]) for branch in equation.params["branches"])
+            total += max(branches, key=lambda branch: branch.flops)
+        else:
+            for inner in _jaxprs(equation.params.values()):
+                # A loop's condition and body take parts of its operands: no weight is looked for in there.
+                same = len(inner.invars) == len(read)
+                total += work(inner, read if same else [False] * len(inner.invars))
+    return total
+
+
+def _dot_flops(equation: Any) -> int:
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    shape = equation.invars[0].aval.shape
+    return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(shape[axis] for axis in contracted)
+
+
+def _jaxprs(values: Iterable[Any]) -> Iterator[Any]:
+    """The jaxprs among an equation's parameters."""
+    for value in values:
+        value = getattr(value, "jaxpr", value)
+        if hasattr(value, "eqns"):
+            yield value

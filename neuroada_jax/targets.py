@@ -1,0 +1,154 @@
+"""Machines that a run can be planned for, and what their makers say of them."""
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from neuroada_jax.errors import UserError
+
+GB = 10**9
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """One machine, with the figures that a plan and the compiler need.
+
+    Attributes:
+      name: what `--target` says.
+      memory: bytes. For a GPU the data sheet's GB as 10^9: the card has about 5 % more, which the driver, the CUDA context
+        and libraries take.
+      bandwidth: of its memory, bytes per second.
+      flops: matrix products, FLOP per second, dense, by the dtype of the weights. For float32 on a GPU the rate of TF32,
+        in which JAX multiplies float32 there by default.
+      gpu: how XLA knows it; None for a CPU.
+    """
+
+    name: str
+    memory: int
+    bandwidth: float
+    flops: dict[str, float]
+    gpu: "GPU | None" = None
+
+
+@dataclasses.dataclass(frozen=True)
+class GPU:
+    """The facts of a GPU from which XLA's compiler makes its choices.
+
+    Attributes:
+      model: as the driver names it.
+      capability: CUDA compute capability, major and minor.
+      cores: streaming multiprocessors.
+      cache: bytes of the L2 cache.
+      clock: GHz at boost.
+    """
+
+    model: str
+    capability: tuple[int, int]
+    cores: int
+    cache: int
+    clock: float
+
+    @property
+    def architecture(self) -> str:
+        """The name of the instruction set, such as sm_89; Hopper is compiled for with its own extensions, sm_90a."""
+        major, minor = self.capability
+        return f"sm_{major}{minor}{'a' if major == 9 else ''}"
+
+
+# Per multiprocessor, from the tables of compute capabilities in NVIDIA's CUDA programming guide: float32 units, threads,
+# bytes of shared memory, and how many of these a block may ask for.
+_PER_CORE = {
+    (8, 0): (64, 2048, 167936, 166912),
+    (8, 9): (128, 1536, 102400, 101376),
+    (9, 0): (128, 2048, 233472, 232448),
+}
+
+# From NVIDIA's data sheets of the SXM boards of H100, H200 and A100 (80 GB) and of the L40S, and for the RTX 4090 from its
+# white paper on the Ada architecture. Rates are those without sparsity.
+_HOPPER = {"bfloat16": 989.4e12, "float32": 494.7e12}
+_GPUS = [
+    Target("h100", 80 * GB, 3.35e12, _HOPPER, GPU("NVIDIA H100 80GB HBM3", (9, 0), 132, 50 << 20, 1.98)),
+    Target("h200", 141 * GB, 4.8e12, _HOPPER, GPU("NVIDIA H200", (9, 0), 132, 50 << 20, 1.98)),
+    Target(
+        "a100",
+        80 * GB,
+        2.039e12,
+        {"bfloat16": 312e12, "float32": 156e12},
+        GPU("NVIDIA A100-SXM4-80GB", (8, 0), 108, 40 << 20, 1.41),
+    ),
+    Target(
+        "l40s", 48 * GB, 0.864e12, {"bfloat16": 362e12, "float32": 183e12}, GPU("NVIDIA L40S", (8, 9), 142, 96 << 20, 2.52)
+    ),
+    Target(
+        "rtx4090",
+        24 * GB,
+        1.008e12,
+        {"bfloat16": 165.2e12, "float32": 82.6e12},
+        GPU("NVIDIA GeForce RTX 4090", (8, 9), 128, 72 << 20, 2.52),
+    ),
+]
+_BY_NAME = {target.name: target for target in _GPUS}
+NAMES = ("cpu", *_BY_NAME)
+
+
+def find(name: str, dtype: Any) -> Target:
+    """The target of that name; "cpu" is this machine, whose speed with `dtype` is measured here and now.
+
+    Raises:
+      UserError: an unknown name; lists the known ones.
+    """
+    if name == "cpu":
+        return this_machine(dtype)
+    if name not in _BY_NAME:
+        raise UserError(f"--target: unknown target {name!r}; known: {', '.join(NAMES)}")
+    return _BY_NAME[name]
+
+
+def this_machine(dtype: Any) -> Target:
+    """This machine's CPU: its memory, and the best of three short timings of a matrix product and of a copy."""
+    cpu = jax.devices("cpu")[0]
+    size, long = 1024, 1 << 26
+    with jax.default_device(cpu):
+        line = jnp.ones(long, jnp.float32)
+        products = _best(jax.jit(lambda x: x @ x), jnp.ones((size, size), dtype))
+        copies = _best(jax.jit(lambda x: x + 1), line)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Target("cpu", memory, 2 * line.nbytes / copies, {jnp.dtype(dtype).name: 2 * size**3 / products})
+
+
+def _best(work: Callable[[jax.Array], jax.Array], x: jax.Array) -> float:
+    """Seconds of the fastest of three calls, after one that compiles."""
+    work(x).block_until_ready()
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        work(x).block_until_ready()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
+
+
+def xla_description(target: Target) -> str:
+    """A GPU target as XLA's GpuTargetConfigProto in text form, for `jax.experimental.topologies`."""
+    assert target.gpu
+    units, threads, shared, shared_by_block = _PER_CORE[target.gpu.capability]
+    major, minor = target.gpu.capability
+    features = "ACCELERATED_FEATURES" if target.gpu.architecture.endswith("a") else "NONE"
+    return f"""
+        gpu_device_info {{
+          threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: {threads}
+          shared_memory_per_block: 49152 shared_memory_per_core: {shared} shared_memory_per_block_optin: {shared_by_block}
+          registers_per_core_limit: 65536 registers_per_block_limit: 65536
+          core_count: {target.gpu.cores} fpus_per_core: {units} clock_rate_ghz: {target.gpu.clock}
+          block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+          l2_cache_size: {target.gpu.cache} memory_bandwidth: {target.bandwidth:.0f}
+          device_memory_size: {target.memory}
+          cuda_compute_capability {{ major: {major} minor: {minor} feature_extension: {features} }}
+        }}
+        platform_name: "CUDA" device_description_str: "{target.gpu.model}"
+        dnn_version_info {{ major: 9 minor: 10 patch: 0 }} runtime_version {{ major: 12 minor: 9 patch: 0 }}
+        """

@@ -1,0 +1,276 @@
+"""Plans from a config.json alone: what they count, what they add up to, what they suggest, and bad input."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+from data_helpers import message_of
+from helpers import CONFIG, NEURONS, run_config, write_config
+
+from neuroada_jax import cli, planning, roofline, targets
+from neuroada_jax.targets import Target, this_machine
+from neuroada_jax.training import config
+
+LAYERS, WIDTH, FEED, HEADS, HEAD, VOCABULARY = 2, 16, 24, 2, 8, 304
+ROWS, LENGTH = 4, 64
+HAS_PLUGIN = planning.compiler_for(targets.find("h100", "bfloat16")).platform == "gpu"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where runs are planned, with a model directory that has nothing but a config.json."""
+    made = tmp_path_factory.mktemp("planning")
+    (made / "bare").mkdir()
+    (made / "bare" / "config.json").write_text(json.dumps(CONFIG))
+    return made
+
+
+@pytest.fixture(scope="module")
+def bare(folder):
+    """Builds a run of that model with a bypass on one linear map; keywords are sections of the run."""
+    return lambda **sections: run_config(
+        folder, folder / "bare", folder / "no-rows.jsonl", **{"bypass": {"targets": ["q_proj"]}, **sections}
+    )
+
+
+@pytest.fixture(scope="module")
+def planned():
+    """`planning.plan` of a run's content; the same content is compiled once."""
+    known = {}
+
+    def plan(content, *arguments):
+        key = json.dumps([content, arguments])
+        if key not in known:
+            known[key] = planning.plan(config.from_dict(content, "test"), *arguments)
+        return known[key]
+
+    return plan
+
+
+@pytest.fixture
+def neuroada_plan(tmp_path, capsys):
+    """Runs `neuroada plan` and returns (exit code, standard output, standard error)."""
+
+    def run(content, *arguments):
+        path = write_config(tmp_path / "run.yaml", content)
+        capsys.readouterr()
+        return cli.main(["plan", str(path), *arguments]), *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def quick_cpu(monkeypatch):
+    """This machine as a target without its timings."""
+    monkeypatch.setattr(targets, "this_machine", lambda dtype: cpu())
+
+
+def cpu(memory=16 * 10**9):
+    return Target("cpu", memory, 1e10, {"float32": 1e11, "bfloat16": 1e11})
+
+
+def test_one_object_on_standard_output_and_nothing_else(bare, neuroada_plan):
+    code, out, err = neuroada_plan(bare(bypass={}), "--json", "bypass.k=2")
+    assert code == 0 and err == "" and out.count("\n") == 1
+    plan = json.loads(out)
+    assert plan["trainable"] == LAYERS * NEURONS * 2
+    assert plan["parameters"] == VOCABULARY * WIDTH + LAYERS * (2 * WIDTH + 3 * WIDTH * FEED + 3 * WIDTH * WIDTH) + WIDTH
+    assert plan["trainable_percent"] == pytest.approx(100 * plan["trainable"] / plan["parameters"])
+    assert set(plan["bytes"]) == {"weights", "bypass", "optimizer", "batch", "temporaries"}
+    assert plan["total_bytes"] == sum(plan["bytes"].values())
+    assert plan["bytes"]["weights"] == 4 * plan["parameters"]
+    assert plan["bytes"]["bypass"] == 3 * 4 * plan["trainable"]  # values, columns and base entries
+    assert plan["bytes"]["batch"] == 4 * (4 * ROWS * LENGTH + ROWS)
+    assert plan["adapter_bytes"] == 8 * plan["trainable"]
+    # AdamW's two moments in float32, and counters beside them.
+    assert 8 * plan["trainable"] < plan["bytes"]["optimizer"] < 8 * plan["trainable"] + 64
+    assert plan["checkpoint_bytes"] == 4 * plan["trainable"] + plan["bytes"]["optimizer"] + 4
+    assert plan["fits"] and plan["change_first"] is None and plan["changes"] == []
+    assert plan["compiled_for"] == "cpu" and plan["device_memory_bytes"] == 16e9 and plan["collective_bytes"] == 0
+    assert plan["floor_seconds"] == max(plan["flops"] / 1e11, plan["bytes_moved"] / 1e10)
+
+
+def test_table(bare, planned, capsys):
+    planning.print_plan(planned(bare()))
+    out = capsys.readouterr().out
+    for row in ("trained values", "weights, float32", "remat none", "fits", "no step is faster than", "compiled for"):
+        assert row in out
+    assert f"{LAYERS * WIDTH} (" in out
+
+
+def hand_counted_flops(rows, forwards):
+    """2 for every multiplication of every matrix product, with a forward pass through the layers `forwards` times."""
+    tokens = rows * LENGTH
+    kernels = WIDTH * (16 + 8 + 8 + 16) + 3 * WIDTH * FEED
+    scores = rows * HEADS * LENGTH * LENGTH * HEAD
+    # Backward: one product for the gradient of each linear map's input, two for each of attention's two products.
+    # Attention forms its scores once more there.
+    layer = forwards * (tokens * kernels + 2 * scores) + tokens * kernels + 5 * scores
+    return 2 * (LAYERS * layer + 2 * tokens * WIDTH * VOCABULARY)
+
+
+def test_flops_are_those_counted_by_hand(bare, planned):
+    """k = 1 on a CPU sums products elementwise for the values' gradient, so that nothing but the frozen model is left."""
+    assert planned(bare(training={"remat": "none"}))["flops"] == hand_counted_flops(ROWS, 1)
+    # The backward pass needs no output of a layer's last linear map again, so that full remat leaves that product out.
+    again = 2 * LAYERS * ROWS * LENGTH * WIDTH * FEED
+    assert planned(bare(training={"remat": "full"}))["flops"] == hand_counted_flops(ROWS, 2) - again
+    assert planned(bare(training={"accumulation": 2}))["flops"] == hand_counted_flops(ROWS, 1)
+
+
+def test_bytes_moved_by_hand(bare, planned):
+    """Every kernel is read forward, again but for the last one, and backward; and all that for each micro batch."""
+    one, two = (planned(bare(training={"remat": "full", "accumulation": parts})) for parts in (1, 2))
+    kernels = WIDTH * (16 + 8 + 8 + 16) + 3 * WIDTH * FEED
+    read = 4 * (LAYERS * (3 * kernels - WIDTH * FEED) + 2 * VOCABULARY * WIDTH)
+    trained = 2 * (one["checkpoint_bytes"] - 4) + one["adapter_bytes"]  # in and out; then columns and base entries
+    inputs = 2 * 4 * LAYERS * ROWS * LENGTH * WIDTH  # of the layers, saved and read
+    # Beyond these, gradients of the values, which loops stack up too.
+    gradients = 2 * 4 * one["trainable"]
+    assert read + trained + inputs < one["bytes_moved"] <= read + trained + inputs + 4 * gradients
+    assert read < two["bytes_moved"] - one["bytes_moved"] <= read + 4 * gradients
+
+
+def test_work_of_loops_branches_and_views():
+    kernel, x = jnp.ones((3, 5)), jnp.ones((2, 3))
+
+    def program(kernel, x, flag):
+        once = x @ kernel.T.T.reshape(3, 5)
+        looped = jax.lax.map(lambda row: row @ kernel, x)  # stacks (2, 5) up
+        return jax.lax.cond(flag, lambda: once @ kernel.T, lambda: x), looped
+
+    work = roofline.work(jax.make_jaxpr(program)(kernel, x, True), [True, False, False])
+    product = 2 * 2 * 3 * 5
+    assert work == roofline.Work(flops=3 * product, weight_bytes=(1 + 2 + 1) * 60, stacked_bytes=4 * 2 * 5)
+
+
+def test_more_rows_need_more(bare, planned):
+    two, four = (planned(bare(training={"batch_size": rows})) for rows in (2, 4))
+    for key in ("flops", "bytes_moved", "total_bytes"):
+        assert two[key] < four[key]
+    split = planned(bare(training={"accumulation": 2}))
+    assert split["bytes"]["temporaries"] < four["bytes"]["temporaries"]
+
+
+@pytest.mark.parametrize(
+    ("data", "length"),
+    [
+        ({"max_length": 60}, 64),  # buckets that follow from the data are multiples of 8
+        ({"max_length": 60, "buckets": [96, 16, 61]}, 61),
+        ({"max_length": 60, "buckets": [32, 48]}, 48),
+    ],
+)
+def test_length_of_the_longest_batch(bare, data, length):
+    batch = planning.longest_batch(config.from_dict(bare(data=data), "test"), 1)
+    assert batch.input_ids.shape == batch.target_ids.shape == (ROWS, length)
+
+
+def test_devices_share_the_rows_and_sum_the_gradients(bare, planned):
+    alone, shared = planned(bare()), planned(bare(), "cpu", 2)
+    assert (alone["rows"], shared["rows"]) == (4, 2)
+    assert shared["flops"] * 2 == alone["flops"]
+    assert shared["collective_bytes"] == 4 * shared["trainable"]
+    assert "computed" in shared["notes"][0]
+    assert message_of(planned, bare(), "cpu", 3) == (
+        "training.batch_size: 4 rows cannot be shared by 3 devices in 1 parts each (training.accumulation)"
+    )
+    assert message_of(planned, bare(), "cpu", 0) == "--devices: expected at least 1, found 0"
+
+
+def test_what_to_change_is_found_by_planning_again(bare, planned, monkeypatch):
+    total, full = (planned(bare(training={"remat": remat}))["total_bytes"] for remat in ("none", "full"))
+    monkeypatch.setattr(targets, "this_machine", lambda dtype: cpu(memory=full))
+    plan = planning.plan(config.from_dict(bare(), "test"))
+    assert not plan["fits"] and plan["total_bytes"] == total > full
+    assert (plan["change_first"], plan["changes"]) == ("training.remat=full", ["training.remat=full"])
+    assert plan["changed_total_bytes"] == full
+
+
+def fake_plan(changes, memory, dtype="float32", remat="none"):
+    """A plan whose weights take 100 bytes in float32, and a batch of 12 rows as much per row, a fifth with full remat."""
+    changed = dict(change.split("=") for change in changes)
+    dtype, remat = changed.get("model.dtype", dtype), changed.get("training.remat", remat)
+    parts = int(changed.get("training.accumulation", 1))
+    weights = 100 if dtype == "float32" else 50
+    activations = weights * 12 // parts // (5 if remat == "full" else 1)
+    total = weights + activations
+    settings = {"dtype": dtype, "remat": remat, "rows": 12, "accumulation": parts, "device_memory_bytes": memory}
+    return settings | {"bytes": {"temporaries": activations}, "total_bytes": total, "fits": total <= memory}
+
+
+@pytest.mark.parametrize(
+    ("memory", "settings", "first", "changes"),
+    [
+        (1300, {}, None, []),
+        (340, {}, "training.remat=full", ["training.remat=full"]),
+        (200, {}, "training.remat=full", ["training.remat=full", "training.accumulation=4"]),
+        (220, {"remat": "full"}, "training.accumulation=2", ["training.accumulation=2"]),
+        (
+            110,
+            {},
+            "training.remat=full",
+            ["training.remat=full", "training.accumulation=12", "model.dtype=bfloat16"],
+        ),
+        (90, {}, "model.dtype=bfloat16", ["model.dtype=bfloat16", "training.remat=full", "training.accumulation=4"]),
+        (40, {}, "model.path", ["model.dtype=bfloat16"]),
+        (40, {"dtype": "bfloat16"}, "model.path", []),
+        (55, {"dtype": "bfloat16"}, "training.remat=full", ["training.remat=full", "training.accumulation=12"]),
+    ],
+)
+def test_order_of_what_to_change(memory, settings, first, changes):
+    """What costs nothing but time first, the dtype then; only the dtype helps where the weights alone are too many."""
+    plan = planning.with_changes(fake_plan([], memory, **settings), lambda tried: fake_plan(tried, memory, **settings))
+    assert (plan["change_first"], plan["changes"]) == (first, changes)
+
+
+def test_a_row_that_is_too_long_however_it_is_computed():
+    alone = fake_plan([], 60, dtype="bfloat16", remat="full") | {"rows": 1}
+    assert planning.with_changes(alone, fake_plan)["change_first"] == "data.max_length"
+
+
+@pytest.mark.parametrize(
+    ("sections", "fields", "message"),
+    [
+        ({"data": {"max_length": 500}}, {}, "data.max_length: 500 is more than the model's 128 positions"),
+        ({"bypass": {"targets": ["q_prj"]}}, {}, "bypass.targets: 'q_prj' matches no linear map"),
+        ({"bypass": {"targets": ["lm_head"]}}, {}, "bypass.targets: 'lm_head' shares its weights with the embedding"),
+        ({}, {"hidden_size": None}, "config.json: hidden_size must be a whole number above 0, found None"),
+        ({}, {"num_hidden_layers": 0}, "config.json: num_hidden_layers must be a whole number above 0, found 0"),
+        ({}, {"num_attention_heads": 3, "num_key_value_heads": 2}, "config.json: num_attention_heads 3 is no multiple of"),
+        ({}, {"head_dim": 7}, "config.json: head_dim must be even, found 7"),
+        ({}, {"model_type": "mamba"}, "config.json: model_type 'mamba' is not supported"),
+        ({"model": {"path": "/nowhere/at/all"}}, {}, "model /nowhere/at/all does not exist"),
+    ],
+)
+def test_bad_input_is_one_line_that_names_the_field(tmp_path, bare, neuroada_plan, sections, fields, message):
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, **fields}))
+    code, out, err = neuroada_plan(bare(**{"model": {"path": str(tmp_path)}, **sections}))
+    assert code == 2 and out == ""
+    assert message in err.splitlines()[-1] and "Traceback" not in err
+
+
+def test_an_unknown_target_lists_the_known_ones(bare, neuroada_plan):
+    code, out, err = neuroada_plan(bare(), "--target", "tpu")
+    assert code == 2 and out == ""
+    assert err == "neuroada: error: --target: unknown target 'tpu'; known: cpu, h100, h200, a100, l40s, rtx4090\n"
+
+
+@pytest.mark.skipif(HAS_PLUGIN, reason="JAX's CUDA plugin is installed")
+def test_a_gpu_without_the_plugin_is_compiled_for_the_cpu_and_says_so(bare, planned):
+    plan = planned(bare(), "rtx4090")
+    assert plan["compiled_for"] == "cpu" and plan["device_memory_bytes"] == 24e9
+    assert "CUDA plugin is not installed" in plan["notes"][0]
+    assert plan["floor_seconds"] == max(plan["flops"] / 82.6e12, plan["bytes_moved"] / 1.008e12)
+
+
+@pytest.mark.skipif(not HAS_PLUGIN, reason="JAX's CUDA plugin is not installed")
+@pytest.mark.parametrize("name", [name for name in targets.NAMES if name != "cpu"])
+def test_every_gpu_is_compiled_for(bare, planned, name):
+    plan = planned(bare(model={"dtype": "bfloat16"}), name)
+    assert plan["compiled_for"].startswith(f"{name} (sm_") and plan["bytes"]["temporaries"] > 0
+
+
+def test_this_machine_is_measured():
+    cpu = this_machine("float32")
+    assert min(cpu.memory, cpu.bandwidth, cpu.flops["float32"]) > 1e8
