@@ -25,6 +25,7 @@ from neuroada_jax import tracing
 # Both limits are measured, see docs/performance.md: the gathered rows of a block should stay in a core's L2 cache, and a
 # chunk of a dense dW is all of it where that is small.
 _ROW_BLOCK_BYTES = 3 << 18  # 768 KiB
+_ROW_TOKENS = 256  # transposed at a time
 _DENSE_CHUNK_BYTES = 32 << 20
 
 
@@ -41,7 +42,7 @@ def choose_algorithm(k: int, inputs: int, backend: str | None = None) -> Gradien
     """Picks the algorithm from static facts.
 
     The crossovers on a CPU are measured (docs/performance.md): the column gather wins for k <= 2, row blocks up to about
-    k = I / 30 and the dense product above. Those on a GPU are estimates, since none was timed: gathering a connection costs
+    k = I / 28 and the dense product above. Those on a GPU are estimates, since none was timed: gathering a connection costs
     about 200 us where the dense product costs 280 us (an H100, bfloat16, 8,192 tokens, 4096 x 4096), and the product grows
     with I.
     """
@@ -49,7 +50,7 @@ def choose_algorithm(k: int, inputs: int, backend: str | None = None) -> Gradien
     if backend == "cpu":
         if k <= 2:
             return GradientAlgorithm.COLUMN_GATHER
-        return GradientAlgorithm.ROW_BLOCKS if k <= inputs // 30 else GradientAlgorithm.DENSE_CHUNKS
+        return GradientAlgorithm.ROW_BLOCKS if k <= inputs // 28 else GradientAlgorithm.DENSE_CHUNKS
     return GradientAlgorithm.COLUMN_GATHER if k <= max(1, inputs // 2048) else GradientAlgorithm.DENSE_CHUNKS
 
 
@@ -90,15 +91,17 @@ def value_gradient(
         return lax.map(one_column, columns.T).T
 
     if algorithm is GradientAlgorithm.ROW_BLOCKS:
-        block = _block_size(outputs, k * x.shape[0] * x.dtype.itemsize, _ROW_BLOCK_BYTES)
-        x_rows = x.T
+        # What a loop reads is in memory first. Outside of one, XLA's CPU backend computes dy again, element by element, in
+        # the order of its transpose, which takes longer than all else here.
+        parts = max(-(-x.shape[0] // _ROW_TOKENS), 2)
 
-        def one_block(args: tuple[Array, Array]) -> Array:
-            block_columns, block_dy = args
-            gathered = jnp.take(x_rows, block_columns.reshape(-1), axis=0, mode="clip").reshape(block, k, -1)
-            return lax.dot_general(gathered, block_dy, (((2,), (1,)), ((0,), (0,))), preferred_element_type=wide)
+        def add_part(total: Array, part: tuple[Array, Array]) -> tuple[Array, None]:
+            return total + _row_blocks(*part, columns, wide), None
 
-        return lax.map(one_block, (_in_blocks(columns, block), _in_blocks(dy.T, block))).reshape(-1, k)[:outputs]
+        zeros = jnp.zeros((outputs, k), wide)
+        return lax.scan(
+            add_part, zeros, (_in_blocks(dy, -(-dy.shape[0] // parts)), _in_blocks(x, -(-x.shape[0] // parts)))
+        )[0]
 
     # A loop over slices that XLA sees: no transposed copy of dy, none of its chunks.
     rows, tokens_axis = dy, 0
@@ -114,6 +117,20 @@ def value_gradient(
         dense = lax.dot_general(chunk_dy, x, (((tokens_axis,), (0,)), ((), ())), preferred_element_type=wide)
         chosen.append(jnp.take_along_axis(dense, columns[first:last], axis=1, mode="clip"))
     return jnp.concatenate(chosen)
+
+
+def _row_blocks(dy: Array, x: Array, columns: Array, wide: Any) -> Array:
+    """The value gradient of some tokens: rows of x^T gathered for one block of neurons after another."""
+    (outputs, k), (tokens, _) = columns.shape, x.shape
+    block = _block_size(outputs, k * tokens * x.dtype.itemsize, _ROW_BLOCK_BYTES)
+    x_rows = x.T
+
+    def one_block(args: tuple[Array, Array]) -> Array:
+        block_columns, block_dy = args
+        gathered = jnp.take(x_rows, block_columns.reshape(-1), axis=0, mode="clip").reshape(block, k, tokens)
+        return lax.dot_general(gathered, block_dy, (((2,), (1,)), ((0,), (0,))), preferred_element_type=wide)
+
+    return lax.map(one_block, (_in_blocks(columns, block), _in_blocks(dy.T, block))).reshape(-1, k)[:outputs]
 
 
 def _block_size(rows: int, row_bytes: int, limit: int) -> int:
