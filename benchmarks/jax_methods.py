@@ -1,0 +1,170 @@
+"""The JAX side of the step benchmark: the library's own step, the frozen floor, plain autodiff and LoRA.
+
+The last two are the model's own layers with another formula in them (flax's method interceptors), so that everything else
+is the same.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+
+from benchmarks.methods import FLOOR, OURS, Method, Running, Tokens, lora_rank, targets
+from neuroada_jax import bypass, losses, ops
+from neuroada_jax.batches import Batch
+from neuroada_jax.bypass import Tree
+from neuroada_jax.models import Remat
+from neuroada_jax.models.layers import BypassDense
+from neuroada_jax.training import optimizer, step
+from neuroada_jax.training.config import OptimizerSection
+from neuroada_jax.weights import LoadedModel, load_model
+
+LEARNING_RATE = 1e-4
+
+
+load = load_model
+
+
+def own(loaded: LoadedModel) -> LoadedModel:
+    """The model with weights of its own, for a method that writes to them."""
+    return loaded._replace(params=jax.tree.map(jnp.copy, loaded.params))
+
+
+def methods(ks: Sequence[int], remats: Iterable[Remat]) -> list[Method]:
+    """The rows of the table, the floor first; what costs the same at every k appears at the first one only."""
+    found = [Method("JAX", FLOOR, None, _floor)]
+    for k in ks:
+        found.append(Method("JAX", OURS, k, lambda base, k=k: _ours(base, k, Remat.NONE), owns_weights=True))
+        found.append(Method("JAX", "LoRA", k, lambda base, k=k: _lora(base, k), core=False))
+    first = ks[0]
+    for remat in remats:
+        if remat is not Remat.NONE:
+            build = lambda base, remat=remat: _ours(base, first, remat)  # noqa: E731
+            found.append(Method("JAX", f"{OURS}, remat {remat.value}", first, build, owns_weights=True, core=False))
+    found.append(Method("JAX", "autodiff scatter", first, lambda base: _scatter(base, first), core=False))
+    return found
+
+
+def to_batch(tokens: Tokens) -> Batch:
+    """The library's form of the tokens: positions and ids of the labelled ones, filled up to a multiple of 8."""
+    counts = tokens.labelled.sum(axis=1)
+    rows, most = len(counts), -(-int(counts.max()) // 8) * 8
+    batch = Batch(
+        input_ids=tokens.ids,
+        lengths=np.full(rows, tokens.ids.shape[1], np.int32),
+        target_positions=np.zeros((rows, most), np.int32),
+        target_ids=np.zeros((rows, most), np.int32),
+        target_mask=np.zeros((rows, most), np.float32),
+    )
+    for row, count in enumerate(counts):
+        where = tokens.labelled[row].nonzero()[0]
+        batch.target_positions[row, :count] = where - 1
+        batch.target_ids[row, :count] = tokens.ids[row, where]
+        batch.target_mask[row, :count] = 1
+    return batch
+
+
+def _ours(base: LoadedModel, k: int, remat: Remat) -> Running:
+    """The library's training step as the training loop runs it: AdamW, clipping and the resident write included."""
+    built = bypass.build(base.params, targets(base.params, base.model), k)
+    transformation = optimizer.build(OptimizerSection(learning_rate=LEARNING_RATE), 1000)
+    run_step = step.make_step(base.model.module(remat), transformation)
+    trained = bypass.count(built.values)
+    state = step.initial_state(base.params, built, transformation)
+
+    def run(tokens: Tokens) -> float:
+        nonlocal state
+        state, metrics = run_step(state, to_batch(tokens))
+        return float(jax.block_until_ready((state, metrics))[1].loss)
+
+    return Running(run, trained)
+
+
+def _mean_loss(base: LoadedModel, variables: Tree, batch: Batch) -> Any:
+    return jnp.sum(losses.target_losses(base.model.module(), variables, batch)) / jnp.sum(batch.target_mask)
+
+
+def _floor(base: LoadedModel) -> Running:
+    """The gradient of the layer norms' scales: it needs the input gradient of every layer, and costs a sum over tokens."""
+    path = (*base.model.stack, "input_layernorm")
+
+    @jax.jit
+    def gradient(norm: Tree, params: Tree, batch: Batch) -> Any:
+        return jax.value_and_grad(lambda norm: _mean_loss(base, {"params": bypass.put(params, path, norm)}, batch))(norm)
+
+    def run(tokens: Tokens) -> float:
+        return float(jax.block_until_ready(gradient(bypass.get(base.params, path), base.params, to_batch(tokens)))[0])
+
+    return Running(run, 0)
+
+
+def _scatter(base: LoadedModel, k: int) -> Running:
+    """The published formulation: a merged kernel under plain autodiff."""
+    built = bypass.build(base.params, targets(base.params, base.model), k)
+
+    def formula(module: BypassDense, x: Any, kernel: Any) -> Any:
+        columns, values = module.get_variable("columns", "columns"), module.get_variable("bypass", "values")
+        return _product(x, ops.add_entries(kernel, columns, values))
+
+    return _trained(base, {"bypass": built.values}, {"columns": built.columns}, formula)
+
+
+def _lora(base: LoadedModel, k: int) -> Running:
+    """y = x W^T + (x A^T) B^T with B = 0 at the start. A and B live where a bypass has its columns and values."""
+    rank = lora_rank(base.model, k)
+    down: Tree = {}
+    up: Tree = {}
+    for path in targets(base.params, base.model):
+        kernel = bypass.get(base.params, path)["kernel"]
+        layers, outputs, inputs = kernel.shape
+        first = jax.random.normal(jax.random.key(0), (layers, rank, inputs), kernel.dtype) * inputs**-0.5
+        down = bypass.put(down, path, {"columns": first})
+        up = bypass.put(up, path, {"values": jnp.zeros((layers, outputs, rank), kernel.dtype)})
+
+    def formula(module: BypassDense, x: Any, kernel: Any) -> Any:
+        first, second = module.get_variable("columns", "columns"), module.get_variable("bypass", "values")
+        return _product(x, kernel) + _product(_product(x, first), second)
+
+    return _trained(base, {"bypass": up, "columns": down}, {}, formula)
+
+
+def _product(x: Any, kernel: Any) -> Any:
+    """x W^T."""
+    return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (1,)), ((), ())))
+
+
+def _trained(base: LoadedModel, trainable: Tree, static: Tree, formula: Callable[[BypassDense, Any, Any], Any]) -> Running:
+    """A step with `formula` in place of every adapted linear map, and the same clipping and AdamW as the library's."""
+    transformation = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(LEARNING_RATE, weight_decay=0.0))
+
+    def intercept(next_function: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        module = context.module
+        adapted = isinstance(module, BypassDense) and context.method_name == "__call__"
+        if not adapted or not module.has_variable("bypass", "values"):
+            return next_function(*args, **kwargs)
+        return formula(module, args[0], module.get_variable("params", "kernel"))
+
+    def loss(trainable: Tree, params: Tree, batch: Batch) -> Any:
+        with nn.intercept_methods(intercept):
+            return _mean_loss(base, {"params": params, **static, **trainable}, batch)
+
+    def update(trainable: Tree, state: Any, params: Tree, batch: Batch) -> Any:
+        value, gradient = jax.value_and_grad(loss)(trainable, params, batch)
+        updates, state = transformation.update(gradient, state, trainable)
+        return optax.apply_updates(trainable, updates), state, value
+
+    run_step = jax.jit(update, donate_argnums=(0, 1))
+    trained = bypass.count(trainable)
+    state = transformation.init(trainable)
+
+    def run(tokens: Tokens) -> float:
+        nonlocal trainable, state
+        with jax.numpy_dtype_promotion("standard"):  # optax's own code mixes int32 counts and float32
+            trainable, state, value = run_step(trainable, state, base.params, to_batch(tokens))
+        return float(jax.block_until_ready((trainable, value))[1])
+
+    return Running(run, trained)

@@ -1,0 +1,107 @@
+"""What the step benchmark compares: a method by name, the tokens it trains on, and the budgets that make methods equal."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int32
+
+from neuroada_jax import data, models
+from neuroada_jax.bypass import Path, kernels
+from neuroada_jax.models import Model
+from neuroada_jax.tasks import TASKS
+from neuroada_jax.training.config import LLAMA_TARGETS
+
+# The names that other rows are compared with.
+OURS = "neuroada-jax"
+FLOOR = "frozen floor"  # forward and input gradient
+RELEASED = "released NeuroAda"
+PEFT_LORA = "PEFT LoRA"  # at equal budget, as every method with a k
+
+
+class Tokens(NamedTuple):
+    """A batch that both frameworks understand; `labelled` marks the tokens to predict, never a row's first."""
+
+    ids: Int32[np.ndarray, "B T"]
+    labelled: Bool[np.ndarray, "B T"]
+
+
+class Running(NamedTuple):
+    """A method on a loaded model: one call of `step` is one training step and returns the mean loss before it."""
+
+    step: Callable[[Tokens], float]
+    trained: int  # parameters that the step changes; 0 for a floor
+
+
+class Method(NamedTuple):
+    """One row of the table.
+
+    `build` takes a loaded model of the framework (see `load` in jax_methods.py and torch_methods.py) and may take its
+    weights over where `owns_weights` is set: it writes to them.
+    """
+
+    framework: str
+    name: str
+    k: int | None
+    build: Callable[[Any], Running]
+    owns_weights: bool = False
+    core: bool = True  # also runs with the answers alone labelled
+
+    @property
+    def label(self) -> str:
+        """See `label_of`."""
+        return label_of(self.framework, self.name, self.k)
+
+
+def label_of(framework: str, name: str, k: int | None) -> str:
+    """A method in one line, for progress bars and for picking methods on the command line."""
+    return f"{framework}: {name}" + ("" if k is None else f", k={k}")
+
+
+def targets(params: Mapping[str, Any], model: Model) -> list[Path]:
+    """The linear maps that every method adapts: q k v o gate up down."""
+    return models.match_targets(params, list(LLAMA_TARGETS), model.stack)
+
+
+def target_shapes(model: Model) -> Iterator[tuple[int, int, int]]:
+    """(layers, O, I) of every target."""
+    params = model.abstract_params()
+    chosen = set(targets(params, model))
+    for path, kernel in kernels(params):
+        if path in chosen:
+            layers, outputs, inputs = kernel.shape
+            yield layers, outputs, inputs
+
+
+def lora_rank(model: Model, k: int) -> int:
+    """The rank at which LoRA trains about as many parameters as k connections per neuron."""
+    shapes = list(target_shapes(model))
+    budget = sum(layers * outputs * min(k, inputs) for layers, outputs, inputs in shapes)
+    return max(1, round(budget / sum(layers * (outputs + inputs) for layers, outputs, inputs in shapes)))
+
+
+def random_tokens(batch: int, length: int, vocabulary: int) -> Tokens:
+    """Random ids, every token labelled that can be."""
+    ids = np.random.default_rng(0).integers(0, vocabulary, (batch, length), dtype=np.int32)
+    return Tokens(ids, _every(ids))
+
+
+def real_tokens(source: str, tokenizer: Any, batch: int, length: int) -> tuple[Tokens, Tokens]:
+    """Commonsense rows end to end, without padding: once with every token labelled, once with the answers alone.
+
+    Raises:
+      UserError: the file is missing or damaged, or its rows are too few to fill the batch.
+    """
+    task = TASKS["commonsense"]
+    rows = data.load_rows(source, limit=batch * length // 8)  # no commonsense row is shorter than 8 tokens
+    converted = [task.convert(row, rows.where(index)) for index, row in enumerate(rows.rows)]
+    examples = data.encode(converted, task.style, tokenizer, length)
+    if len(examples.token_ids) < batch * length:
+        raise data.UserError(f"{source}: {len(examples.token_ids)} tokens, expected at least {batch * length}")
+    ids = examples.token_ids[: batch * length].reshape(batch, length).astype(np.int32)
+    answers = examples.is_target[: batch * length].reshape(batch, length)
+    return Tokens(ids, _every(ids)), Tokens(ids, answers & _every(ids))
+
+
+def _every(ids: Int32[np.ndarray, "B T"]) -> Bool[np.ndarray, "B T"]:
+    return np.broadcast_to(np.arange(ids.shape[1]) > 0, ids.shape)

@@ -1,0 +1,201 @@
+"""The PyTorch side of the step benchmark: a Hugging Face model with the same weights, the same tokens and AdamW.
+
+Two formulations are written here from their formulas: the released NeuroAda (a scatter-add into a copy of the weight, under
+autograd) and its mask-based baseline (dense gradients, masked). LoRA, SHiRA and Super-Tuning are PEFT's own.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import peft
+import torch
+import transformers
+from torch import nn
+from transformers.initialization import no_init_weights
+
+from benchmarks.methods import FLOOR, PEFT_LORA, RELEASED, Method, Running, Tokens, lora_rank, target_shapes
+from neuroada_jax import weights
+from neuroada_jax.models import Model, names
+from neuroada_jax.training.config import LLAMA_TARGETS
+
+LEARNING_RATE = 1e-4
+
+
+class Weights(NamedTuple):
+    """A model's weights by Hugging Face name, on the host; frozen methods share them."""
+
+    model: Model
+    tensors: dict[str, torch.Tensor]
+
+
+def load(source: str, dtype: str) -> Weights:
+    """The weights of a checkpoint, read by the library's own readers without JAX arrays."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    opened = weights.open_model(source, dtype)
+    stored = weights.open_tensors(opened.path)
+    wanted = names.checkpoint_names(opened.model.abstract_params(), opened.model.stack)
+    to_torch = lambda name: torch.from_numpy(np.array(stored.read(name), np.float32)).to(getattr(torch, dtype))  # noqa: E731
+    return Weights(opened.model, {name: to_torch(name) for name in wanted})
+
+
+def own(loaded: Weights) -> Weights:
+    """The model with weights of its own, for a method that writes to them."""
+    return loaded._replace(tensors={name: tensor.clone() for name, tensor in loaded.tensors.items()})
+
+
+def methods(ks: Sequence[int]) -> list[Method]:
+    """The rows of the table, the floor first; what costs the same at every k appears at the first one only."""
+    found = [Method("PyTorch", FLOOR, None, _floor)]
+    for k in ks:
+        found += [
+            Method("PyTorch", RELEASED, k, lambda loaded, k=k: _released(loaded, k)),
+            Method("PyTorch", PEFT_LORA, k, lambda loaded, k=k: _lora(loaded, k)),
+            Method("PyTorch", "PEFT SHiRA", k, lambda loaded, k=k: _shira(loaded, k), core=False),
+            Method("PyTorch", "PEFT Super-Tuning", k, lambda loaded, k=k: _supertuning(loaded, k), core=False),
+        ]
+    masked = lambda loaded: _masked(loaded, ks[0])  # noqa: E731
+    found.append(Method("PyTorch", "mask-based NeuroAda", ks[0], masked, owns_weights=True, core=False))
+    found.append(Method("PyTorch", "full fine-tuning", None, _full, owns_weights=True, core=False))
+    return found
+
+
+def build_model(loaded: Weights) -> nn.Module:
+    """LlamaForCausalLM (or its like) on the given tensors, nothing of it trainable yet."""
+    config = transformers.AutoConfig.for_model(**loaded.model.hf_config)
+    with no_init_weights():
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=next(iter(loaded.tensors.values())).dtype)
+    absent, unknown = model.load_state_dict(loaded.tensors, strict=False, assign=True)
+    model.tie_weights()
+    if unknown or set(absent) - {"lm_head.weight"}:
+        raise ValueError(f"transformers' model has other tensors: {absent}, {unknown}")
+    model.config.use_cache = False
+    return model.train().requires_grad_(False)
+
+
+def _mean_loss(model: nn.Module, tokens: Tokens) -> torch.Tensor:
+    ids = torch.from_numpy(tokens.ids.astype(np.int64))
+    labels = torch.where(torch.from_numpy(tokens.labelled.copy()), ids, -100)
+    return model(input_ids=ids, labels=labels).loss
+
+
+def _trained(
+    model: nn.Module,
+    parameters: Iterable[nn.Parameter],
+    after_backward: Callable[[], None] = lambda: None,
+    trained: int | None = None,
+) -> Running:
+    """Loss, gradient, clipping and AdamW (fused, as transformers' Trainer has it) over `parameters`."""
+    parameters = list(parameters)
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+
+    def run(tokens: Tokens) -> float:
+        optimizer.zero_grad()
+        loss = _mean_loss(model, tokens)
+        loss.backward()
+        after_backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        return loss.item()
+
+    return Running(run, sum(parameter.numel() for parameter in parameters) if trained is None else trained)
+
+
+def _floor(loaded: Weights) -> Running:
+    """All weights frozen; the embeddings ask for a gradient, so that it passes through every layer."""
+    model = build_model(loaded)
+    model.enable_input_require_grads()
+
+    def run(tokens: Tokens) -> float:
+        loss = _mean_loss(model, tokens)
+        loss.backward()
+        return loss.item()
+
+    return Running(run, 0)
+
+
+def _targets(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
+    """(parent, attribute, linear map) of everything that is adapted."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if name in LLAMA_TARGETS:
+                yield parent, name, child
+
+
+def _largest(weight: torch.Tensor, k: int) -> torch.Tensor:
+    """int64 (O, k): the columns of the k largest |W| of every row, ascending."""
+    return weight.detach().abs().topk(min(k, weight.shape[1]), dim=1).indices.sort(dim=1).values
+
+
+class _MergedByScatter(nn.Module):
+    """y = x (W + D)^T + b, with W + D formed by a scatter-add that autograd sees; values in the weight's dtype."""
+
+    def __init__(self, linear: nn.Linear, k: int):
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        columns = _largest(linear.weight, k)
+        starts = torch.arange(linear.weight.shape[0])[:, None] * linear.weight.shape[1]
+        self.register_buffer("positions", (columns + starts).flatten())
+        self.values = nn.Parameter(torch.zeros(self.positions.numel(), dtype=linear.weight.dtype))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        merged = self.weight.flatten().scatter_add(0, self.positions, self.values)
+        return nn.functional.linear(x, merged.view_as(self.weight), self.bias)
+
+
+def _released(loaded: Weights, k: int) -> Running:
+    model = build_model(loaded)
+    values = []
+    for parent, name, linear in _targets(model):
+        adapted = _MergedByScatter(linear, k)
+        setattr(parent, name, adapted)
+        values.append(adapted.values)
+    return _trained(model, values)
+
+
+def _masked(loaded: Weights, k: int) -> Running:
+    """Whole weights train; after the backward pass their gradients are zeroed outside the mask. The mask is boolean."""
+    model = build_model(loaded)
+    linears = [linear.requires_grad_(True) for _, _, linear in _targets(model)]
+    masks = [
+        torch.zeros_like(each.weight, dtype=torch.bool).scatter_(1, _largest(each.weight, k), True) for each in linears
+    ]
+
+    def mask_gradients() -> None:
+        for linear, mask in zip(linears, masks, strict=True):
+            linear.weight.grad.mul_(mask)
+
+    trained = sum(int(mask.sum()) for mask in masks)
+    return _trained(model, [each.weight for each in linears], mask_gradients, trained)
+
+
+def _full(loaded: Weights) -> Running:
+    model = build_model(loaded).requires_grad_(True)
+    return _trained(model, model.parameters())
+
+
+def _peft(loaded: Weights, config: Any) -> Running:
+    model = peft.get_peft_model(build_model(loaded), config)
+    return _trained(model, [parameter for parameter in model.parameters() if parameter.requires_grad])
+
+
+def _lora(loaded: Weights, k: int) -> Running:
+    rank = lora_rank(loaded.model, k)
+    return _peft(
+        loaded, peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=list(LLAMA_TARGETS), task_type="CAUSAL_LM")
+    )
+
+
+def _shira(loaded: Weights, k: int) -> Running:
+    rank = lora_rank(loaded.model, k)
+    return _peft(loaded, peft.ShiraConfig(r=rank, random_seed=0, target_modules=list(LLAMA_TARGETS), task_type="CAUSAL_LM"))
+
+
+def _supertuning(loaded: Weights, k: int) -> Running:
+    shapes = list(target_shapes(loaded.model))
+    budget = sum(layers * outputs * min(k, inputs) for layers, outputs, inputs in shapes)
+    share = budget / sum(layers * outputs * inputs for layers, outputs, inputs in shapes)
+    return _peft(
+        loaded, peft.SupertuningConfig(sparsity=1 - share, target_modules=list(LLAMA_TARGETS), task_type="CAUSAL_LM")
+    )
