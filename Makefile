@@ -37,7 +37,7 @@ test-slow: $(VENV)/.installed-test  ## run the end-to-end tests, which take minu
 bench-step: $(VENV)/.installed-quickstart  ## one training step against its floor, measured on this machine
 	$(BIN)/python benchmarks/step.py
 
-check-h100: $(H100)/.installed  ## compile LLaMA-7B's step for an H100, without having one, and check its bytes (2.6 GB)
+check-h100: $(H100)/.installed  ## compile LLaMA-7B's step for an H100, without having one, and check its bytes (installs 2.8 GB)
 	$(H100)/bin/python benchmarks/check_h100.py
 
 lint: $(VENV)/.installed-test  ## check style, format and types, changing nothing
