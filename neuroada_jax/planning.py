@@ -1,49 +1,25 @@
 """What a run will need, before there are weights or a GPU: the run's own step, compiled from shapes alone."""
 
 import dataclasses
-import importlib.util
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 
 from neuroada_jax import bypass, checkpoint, console, roofline, targets, tracing
 from neuroada_jax.batches import Batch
 from neuroada_jax.bypass import Tree
 from neuroada_jax.errors import UserError
 from neuroada_jax.roofline import nbytes
-from neuroada_jax.targets import Target
+from neuroada_jax.targets import Compiler, Target
 from neuroada_jax.training import optimizer, run, step
 from neuroada_jax.training.config import RunConfig, apply_override, from_dict
 from neuroada_jax.weights import open_model
 
 # JAX takes this share of a GPU's memory for itself when it starts, and no more, unless it is told otherwise.
 JAX_SHARE = 0.75
-
-
-class Compiler(NamedTuple):
-    """What compiles the step: a device to place its arrays on, and what the step is traced for.
-
-    Attributes:
-      device: of this process, or of a described topology.
-      platform: "cpu" or "gpu".
-      flash_attention: whether cuDNN is there, so that attention can be compiled as it will run.
-      name: what the plan says it was compiled for.
-      options: of XLA.
-    """
-
-    device: Any
-    platform: str
-    flash_attention: bool
-    name: str
-    options: dict[str, Any] | None = None
-
-
-# The code is never run: LLVM need not make it fast, which is most of the time that it takes.
-_HASTY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def plan(config: RunConfig, target: str = "cpu", devices: int = 1) -> dict[str, Any]:
@@ -65,9 +41,9 @@ def plan(config: RunConfig, target: str = "cpu", devices: int = 1) -> dict[str, 
       change_first    the setting to change first where it does not fit, as `section.field=value`; else None
       changes         all that it takes, compiled again to see; with the total in `changed_total_bytes`
       flops           of the matrix products of a step
-      bytes_moved     the least that a step moves: weights once for every matrix product that reads them, saved activations
-                      out and in, what is trained in and out
-      floor_seconds   no step is faster: the longer of flops and bytes_moved at the target's best rates
+      bytes_moved     what a step cannot but move: weights once for every matrix product that reads them, the activations
+                      that are saved out and in, what is trained in and out
+      floor_seconds   the roofline: the longer of flops and bytes_moved at the target's best rates; without the all-reduce
       collective_bytes  sent by each device to sum the gradients: 4 for every value; computed, not compiled
       adapter_bytes, checkpoint_bytes  of the tensors in these files
       compiled_for    the target, or "cpu" where the compiler for it is missing
@@ -115,28 +91,13 @@ def longest_batch(config: RunConfig, devices: int) -> Batch:
     )
 
 
-def compiler_for(target: Target) -> Compiler:
-    """The compiler of a target; the CPU's for a GPU where JAX's CUDA plugin is not installed."""
-    if target.gpu is not None:
-        options = {"target_config": targets.xla_description(target), "topology": "1x1x1"}
-        try:
-            described = topologies.get_topology_desc(platform="cuda", **options)
-        except NotImplementedError:  # no plugin
-            pass
-        else:
-            cudnn = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.cudnn")
-            name = f"{target.name} ({target.gpu.architecture})"
-            return Compiler(described.devices[0], "gpu", cudnn is not None, name)
-    return Compiler(jax.devices("cpu")[0], "cpu", False, "cpu", _HASTY)
-
-
 def _measure(config: RunConfig, target_name: str, devices: int) -> dict[str, Any]:
     """The plan of a config as it stands."""
     base = open_model(config.model.path, config.model.dtype, config_only=True)
     run.check_length(config, base.model)
     dtype = jnp.dtype(base.model.config.dtype).name
     target = targets.find(target_name, dtype)
-    compiler = compiler_for(target)
+    compiler = targets.compiler_for(target)
     batch = longest_batch(config, devices)
     # The number of steps is a constant in the schedule: it takes no room.
     transformation = optimizer.build(config.optimizer, 1)
@@ -213,6 +174,9 @@ def _measure(config: RunConfig, target_name: str, devices: int) -> dict[str, Any
 
 
 def _notes(target: Target, compiler: Compiler, dtype: str, devices: int, total: int) -> Iterator[str]:
+    if not target.gpu:
+        rate, bandwidth = target.flops[dtype] / 1e9, target.bandwidth / 1e9
+        yield f"the floor is at this machine's speed just now: {rate:.0f} GFLOP/s in {dtype}, {bandwidth:.1f} GB/s"
     if target.gpu and compiler.platform == "cpu":
         yield (
             "compiled for this CPU, since JAX's CUDA plugin is not installed (pip install 'neuroada-jax[cuda]'): the "
@@ -296,8 +260,8 @@ def print_plan(plan: dict[str, Any]) -> None:
         rows.append((f"total with {' '.join(plan['changes'])}", size(plan["changed_total_bytes"])))
     rows += [
         ("matrix products", f"{plan['flops'] / 1e12:.3f} TFLOP"),
-        ("least traffic", size(plan["bytes_moved"])),
-        ("no step is faster than", f"{plan['floor_seconds']:.4g} s"),
+        ("memory traffic, at least", size(plan["bytes_moved"])),
+        ("floor of a step (roofline)", f"{plan['floor_seconds']:.4g} s"),
         ("all-reduced between devices", size(plan["collective_bytes"])),
         ("adapter on disk", size(plan["adapter_bytes"])),
         ("checkpoint on disk", size(plan["checkpoint_bytes"])),

@@ -1,13 +1,15 @@
-"""Machines that a run can be planned for, and what their makers say of them."""
+"""Machines that a run can be planned for: what their makers say of them, and what compiles for them."""
 
 import dataclasses
+import importlib.util
 import os
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import topologies
 
 from neuroada_jax.errors import UserError
 
@@ -152,3 +154,40 @@ def xla_description(target: Target) -> str:
         platform_name: "CUDA" device_description_str: "{target.gpu.model}"
         dnn_version_info {{ major: 9 minor: 10 patch: 0 }} runtime_version {{ major: 12 minor: 9 patch: 0 }}
         """
+
+
+class Compiler(NamedTuple):
+    """What compiles the step: a device to place its arrays on, and what the step is traced for.
+
+    Attributes:
+      device: of this process, or of a described topology.
+      platform: "cpu" or "gpu".
+      flash_attention: whether cuDNN is there, so that attention can be compiled as it will run.
+      name: what the plan says it was compiled for.
+      options: of XLA.
+    """
+
+    device: Any
+    platform: str
+    flash_attention: bool
+    name: str
+    options: dict[str, Any] | None = None
+
+
+# The code is never run: LLVM need not make it fast, which is most of the time that it takes.
+_HASTY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+def compiler_for(target: Target) -> Compiler:
+    """The compiler of a target; the CPU's for a GPU where JAX's CUDA plugin is not installed."""
+    if target.gpu is not None:
+        options = {"target_config": xla_description(target), "topology": "1x1x1"}
+        try:
+            described = topologies.get_topology_desc(platform="cuda", **options)
+        except NotImplementedError:  # no plugin
+            pass
+        else:
+            cudnn = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.cudnn")
+            name = f"{target.name} ({target.gpu.architecture})"
+            return Compiler(described.devices[0], "gpu", cudnn is not None, name)
+    return Compiler(jax.devices("cpu")[0], "cpu", False, "cpu", _HASTY)
