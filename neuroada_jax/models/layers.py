@@ -23,6 +23,7 @@ from neuroada_jax import ops, tracing
 
 BYPASS_COLLECTIONS = ("bypass", "columns", "base")
 _SAVED = "saved_output"
+_PART_TOKENS = 2048  # fewer would leave a GPU idle
 
 
 class Remat(enum.StrEnum):
@@ -54,6 +55,34 @@ def keep_outputs_of_maps(block: Callable[..., Any], remat: Remat) -> Callable[..
     The other policies wrap the whole layer, see `remat_module`.
     """
     return nn.remat(block, policy=_KEEP_NAMED, prevent_cse=False) if remat is Remat.NONE else block
+
+
+def in_parts(block: Callable[..., Any], remat: Remat, shape: tuple[int, ...]) -> Callable[..., Any]:
+    """`block` (a function of a module and an array), which treats every token by itself, over parts of the batch.
+
+    Under `Remat.FULL` memory goes into weights, the layers' inputs and one layer's recomputation: of that, a part at a time
+    is enough. Nothing is computed more often for it.
+
+    Args:
+      block: maps (module, (B, T, D)) to (B, T, D).
+      remat: the layer's policy.
+      shape: (B, T, D).
+    """
+    rows, tokens = shape[0], shape[0] * shape[1]
+    fitting = [parts for parts in range(1, rows + 1) if rows % parts == 0 and tokens // parts <= _PART_TOKENS]
+    parts = min(fitting, default=rows)
+    if remat is not Remat.FULL or parts == 1:
+        return block
+
+    def one_part(module: nn.Module, carry: None, part: Array) -> tuple[None, Array]:
+        return carry, block(module, part)
+
+    run = nn.scan(
+        nn.remat(one_part, prevent_cse=False),
+        variable_broadcast=("params", *BYPASS_COLLECTIONS),
+        split_rngs={"params": False},
+    )
+    return lambda module, x: run(module, None, x.reshape(parts, rows // parts, *shape[1:]))[1].reshape(shape)
 
 
 def saved(x: Array) -> Array:

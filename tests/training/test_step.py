@@ -14,7 +14,7 @@ from helpers import CONFIG
 from neuroada_jax import bypass, losses, models, weights
 from neuroada_jax.batches import Batch, Batches
 from neuroada_jax.data import Examples
-from neuroada_jax.models import Remat, names
+from neuroada_jax.models import Remat, layers, names
 from neuroada_jax.training import config, optimizer, step
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
@@ -193,6 +193,21 @@ def test_remat_policies_agree(remat):
         model, transformation, run = compiled(remat=policy)
         results.append(train(run, fresh(model, transformation)[1], random_batch())[1])
     np.testing.assert_allclose(*results, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("tokens", "parts"), [(24, 2), (1, 4), (48, 1)])  # of 4 x 12
+def test_full_remat_in_parts_of_the_batch_agrees(tokens, parts, monkeypatch):
+    model, transformation, run = compiled()
+    whole = train(run, fresh(model, transformation)[1], random_batch())
+    monkeypatch.setattr(layers, "_PART_TOKENS", tokens)
+    run = step.make_step(model.module(Remat.FULL), transformation)
+    split = train(run, fresh(model, transformation)[1], random_batch())
+    np.testing.assert_allclose(split[1], whole[1], rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), split[0].trainable, whole[0].trainable
+    )
+    jaxpr = str(jax.make_jaxpr(run)(fresh(model, transformation)[1], random_batch()))
+    assert (f"f32[{parts},{4 // parts},12,{CONFIG['hidden_size']}]" in jaxpr) == (parts > 1)
 
 
 def check_resident(params, state):
