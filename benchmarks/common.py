@@ -119,9 +119,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def report(name: str, title: str, columns: Sequence[Column], rows: Sequence[Row], settings: argparse.Namespace) -> None:
-    """Prints the table, one line a row, and writes `name`.json with everything."""
-    about = {key: value for key, value in vars(settings).items() if key != "out"}
+def save(name: str, rows: Sequence[Row], settings: argparse.Namespace) -> Path:
+    """Writes `name`.json and returns where."""
+    about = {key: value for key, value in vars(settings).items() if key not in ("out", "peak_of")}
     about |= {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": machine(),
@@ -130,8 +130,13 @@ def report(name: str, title: str, columns: Sequence[Column], rows: Sequence[Row]
     settings.out.mkdir(parents=True, exist_ok=True)
     target = settings.out / f"{name}.json"
     files.write_text(target, json.dumps({"settings": about, "rows": list(rows)}, indent=1) + "\n")
+    return target
+
+
+def report(name: str, title: str, columns: Sequence[Column], rows: Sequence[Row], settings: argparse.Namespace) -> None:
+    """Prints the table, one line a row, and writes `name`.json with everything."""
     texts = [
         ["-" if row.get(column.field) is None else column.write(row[column.field]) for column in columns] for row in rows
     ]
     console.table(title, [column.head for column in columns], texts)
-    console.say(f"written to {target}")
+    console.say(f"written to {save(name, rows, settings)}")

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from flax import linen as nn
 
-from benchmarks.methods import FLOOR, OURS, Method, Running, Tokens, lora_rank, targets
+from benchmarks.methods import FLOOR, LEARNING_RATE, OURS, Method, Running, Tokens, lora_rank, targets
 from neuroada_jax import bypass, losses, ops
 from neuroada_jax.batches import Batch
 from neuroada_jax.bypass import Tree
@@ -22,9 +22,6 @@ from neuroada_jax.models.layers import BypassDense
 from neuroada_jax.training import optimizer, step
 from neuroada_jax.training.config import OptimizerSection
 from neuroada_jax.weights import LoadedModel, load_model
-
-LEARNING_RATE = 1e-4
-
 
 load = load_model
 
@@ -37,14 +34,13 @@ def own(loaded: LoadedModel) -> LoadedModel:
 def methods(ks: Sequence[int], remats: Iterable[Remat]) -> list[Method]:
     """The rows of the table, the floor first; what costs the same at every k appears at the first one only."""
     found = [Method("JAX", FLOOR, None, _floor)]
-    for k in ks:
-        found.append(Method("JAX", OURS, k, lambda base, k=k: _ours(base, k, Remat.NONE), owns_weights=True))
-        found.append(Method("JAX", "LoRA", k, lambda base, k=k: _lora(base, k), core=False))
+    found += [Method("JAX", OURS, k, lambda base, k=k: _ours(base, k, Remat.NONE), owns_weights=True) for k in ks]
     first = ks[0]
     for remat in remats:
         if remat is not Remat.NONE:
             build = lambda base, remat=remat: _ours(base, first, remat)  # noqa: E731
-            found.append(Method("JAX", f"{OURS}, remat {remat.value}", first, build, owns_weights=True, core=False))
+            found.append(Method("JAX", f"{OURS}, remat {remat.value}", first, build, owns_weights=True))
+    found.append(Method("JAX", "LoRA", first, lambda base: _lora(base, first), core=False))
     found.append(Method("JAX", "autodiff scatter", first, lambda base: _scatter(base, first), core=False))
     return found
 

@@ -12,6 +12,8 @@ from neuroada_jax.models import Model
 from neuroada_jax.tasks import TASKS
 from neuroada_jax.training.config import LLAMA_TARGETS
 
+LEARNING_RATE = 1e-4
+
 # The names that other rows are compared with.
 OURS = "neuroada-jax"
 FLOOR = "frozen floor"  # forward and input gradient

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 
 from benchmarks import common, process_memory
 from benchmarks.common import Column, Row
-from benchmarks.jax_methods import LEARNING_RATE, to_batch
-from benchmarks.methods import random_tokens, targets
+from benchmarks.jax_methods import to_batch
+from benchmarks.methods import LEARNING_RATE, random_tokens, targets
 from neuroada_jax import bypass, console
 from neuroada_jax.bypass import Path
 from neuroada_jax.models import Remat
@@ -88,7 +88,7 @@ def _first_step(settings: argparse.Namespace) -> tuple[LoadedModel, list[Row]]:
     """The loaded model, and what a user waits for until the first step is done, each stage once."""
     k, remat = settings.k[0], Remat.NONE
     seconds: dict[str, float] = {}
-    stages = ("load", "select, compilation included", "compile the step", "first step", "second step")
+    stages = ("load", "select and its compilation", "compile the step", "first step", "second step")
     with console.bar("start-up", len(stages)) as shown:
 
         def stage(function: Callable[[], Any]) -> Any:

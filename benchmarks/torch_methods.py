@@ -5,6 +5,7 @@ autograd) and its mask-based baseline (dense gradients, masked). LoRA, SHiRA and
 """
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -15,12 +16,14 @@ import transformers
 from torch import nn
 from transformers.initialization import no_init_weights
 
-from benchmarks.methods import FLOOR, PEFT_LORA, RELEASED, Method, Running, Tokens, lora_rank, target_shapes
+from benchmarks.methods import FLOOR, LEARNING_RATE, PEFT_LORA, RELEASED, Method, Running, Tokens, lora_rank, target_shapes
 from neuroada_jax import weights
 from neuroada_jax.models import Model, names
 from neuroada_jax.training.config import LLAMA_TARGETS
 
-LEARNING_RATE = 1e-4
+# peft 0.21 on transformers 5.23, whenever it wraps a model, and its SHiRA whenever it runs
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+warnings.filterwarnings("ignore", "Sparse invariant checks are implicitly disabled", UserWarning)
 
 
 class Weights(NamedTuple):
@@ -49,16 +52,17 @@ def methods(ks: Sequence[int]) -> list[Method]:
     """The rows of the table, the floor first; what costs the same at every k appears at the first one only."""
     found = [Method("PyTorch", FLOOR, None, _floor)]
     for k in ks:
-        found += [
-            Method("PyTorch", RELEASED, k, lambda loaded, k=k: _released(loaded, k)),
-            Method("PyTorch", PEFT_LORA, k, lambda loaded, k=k: _lora(loaded, k)),
-            Method("PyTorch", "PEFT SHiRA", k, lambda loaded, k=k: _shira(loaded, k), core=False),
-            Method("PyTorch", "PEFT Super-Tuning", k, lambda loaded, k=k: _supertuning(loaded, k), core=False),
-        ]
-    masked = lambda loaded: _masked(loaded, ks[0])  # noqa: E731
-    found.append(Method("PyTorch", "mask-based NeuroAda", ks[0], masked, owns_weights=True, core=False))
-    found.append(Method("PyTorch", "full fine-tuning", None, _full, owns_weights=True, core=False))
-    return found
+        found.append(Method("PyTorch", RELEASED, k, lambda loaded, k=k: _released(loaded, k)))
+        found.append(Method("PyTorch", PEFT_LORA, k, lambda loaded, k=k: _lora(loaded, k)))
+    first = ks[0]
+    masked = lambda loaded: _masked(loaded, first)  # noqa: E731
+    return [
+        *found,
+        Method("PyTorch", "PEFT SHiRA", first, lambda loaded: _shira(loaded, first), core=False),
+        Method("PyTorch", "PEFT Super-Tuning", first, lambda loaded: _supertuning(loaded, first), core=False),
+        Method("PyTorch", "mask-based NeuroAda", first, masked, owns_weights=True, core=False),
+        Method("PyTorch", "full fine-tuning", None, _full, owns_weights=True, core=False),
+    ]
 
 
 def build_model(loaded: Weights) -> nn.Module:

@@ -19,7 +19,7 @@ def test_stages_and_selections_have_rows(model, tmp_path, capsys):
     startup.main(["--model", model, "--out", str(tmp_path), *shape])
     _, rows = contract.read(tmp_path, "startup")
     stages = [row["method"] for row in rows[:5]]
-    assert stages == ["load", "select, compilation included", "compile the step", "first step", "second step"]
+    assert stages == ["load", "select and its compilation", "compile the step", "first step", "second step"]
     assert [(row["method"], row["k"], row["dtype"]) for row in rows[5:]] == [
         (method, k, dtype)
         for dtype in ("float32", "float32", "bfloat16")
