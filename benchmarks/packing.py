@@ -72,10 +72,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--data", default="data/train/commonsense_15k.jsonl.gz")
-    parser.add_argument("--tokens", type=int, default=4096, help="padded tokens a step")
+    parser.add_argument("--tokens", type=int, default=2048, help="padded tokens a step")
     parser.add_argument("--packed", type=int, nargs="+", default=[512], help="lengths of packed rows")
-    parser.add_argument("--batches", type=int, default=5, help="batches of each method that are run")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--batches", type=int, default=3, help="batches of each method that are run")
+    parser.add_argument("--repeats", type=int, default=2)
     settings = parser.parse_args()
 
     base, tokenizer = open_base(settings.model, "float32")
@@ -110,6 +110,8 @@ def main() -> None:
                     if repeat:  # the first compiles
                         times.setdefault((name, place), []).append(time.perf_counter() - began)
                     shown.update((repeat * settings.batches + place) * len(methods) + number + 1, total)
+            if not console.is_terminal():
+                console.say(f"round {repeat + 1} of {settings.repeats + 1} done")
 
     rows: list[dict[str, Any]] = []
     for name, batches in methods.items():

@@ -128,11 +128,13 @@ def test_loss_equals_the_one_over_full_logits():
 
 
 WINDOWS = {"use_sliding_window": True, "sliding_window": 3}
+# Rotary distances are relative, so that only this kind, whose base grows with the longest position, shows a missing reset.
+DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}, "max_position_embeddings": 16}
 
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"model_type": "mistral", "sliding_window": 3}, {"model_type": "qwen2", "max_window_layers": 1, **WINDOWS}],
+    [DYNAMIC, {"model_type": "mistral", "sliding_window": 3}, {"model_type": "qwen2", "max_window_layers": 1, **WINDOWS}],
     ids=["full", "windows", "mixed windows"],
 )
 def test_packed_losses_and_gradients_equal_unpacked_ones(fields):
