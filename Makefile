@@ -44,7 +44,7 @@ bench-startup: $(VENV)/.installed-quickstart  ## measure loading, selection, com
 	$(BIN)/python -m benchmarks.startup
 
 bench-packing: $(VENV)/.installed-quickstart  ## examples per second, padded, grouped and packed; needs commonsense_15k in data/
-	$(BIN)/python benchmarks/packing.py
+	$(BIN)/python -m benchmarks.packing
 
 check-h100: $(H100)/.installed  ## compile LLaMA-7B's step for an H100, without having one, and check its bytes (installs 2.8 GB)
 	$(H100)/bin/python benchmarks/check_h100.py
