@@ -15,7 +15,7 @@ import transformers
 from torch import nn
 from transformers.initialization import no_init_weights
 
-from benchmarks.methods import FLOOR, PEFT_LORA, RELEASED, Method, Running, Tokens, lora_rank, target_shapes
+from benchmarks.methods import FLOOR, FULL, MASKED, PEFT_LORA, RELEASED, Method, Running, Tokens, lora_rank, target_shapes
 from neuroada_jax import weights
 from neuroada_jax.models import Model, names
 from neuroada_jax.training.config import LLAMA_TARGETS
@@ -56,8 +56,8 @@ def methods(ks: Sequence[int]) -> list[Method]:
             Method("PyTorch", "PEFT Super-Tuning", k, lambda loaded, k=k: _supertuning(loaded, k), core=False),
         ]
     masked = lambda loaded: _masked(loaded, ks[0])  # noqa: E731
-    found.append(Method("PyTorch", "mask-based NeuroAda", ks[0], masked, owns_weights=True, core=False))
-    found.append(Method("PyTorch", "full fine-tuning", None, _full, owns_weights=True, core=False))
+    found.append(Method("PyTorch", MASKED, ks[0], masked, owns_weights=True, core=False))
+    found.append(Method("PyTorch", FULL, None, _full, owns_weights=True, core=False))
     return found
 
 
