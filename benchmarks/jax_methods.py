@@ -13,16 +13,23 @@ import numpy as np
 import optax
 from flax import linen as nn
 
-from benchmarks.methods import FLOOR, LEARNING_RATE, OURS, Method, Running, Tokens, lora_rank, targets
+from benchmarks.methods import FLOOR, LEARNING_RATE, OURS, SCATTER, Method, Running, Tokens, lora_rank, targets
 from neuroada_jax import bypass, losses, ops
 from neuroada_jax.batches import Batch
-from neuroada_jax.bypass import Tree
+from neuroada_jax.bypass import Path, Tree
 from neuroada_jax.models import Model, Remat
 from neuroada_jax.models.layers import BypassDense
 from neuroada_jax.training import optimizer, step
 from neuroada_jax.training.config import OptimizerSection
 from neuroada_jax.training.step import TrainState
 from neuroada_jax.weights import LoadedModel, load_model
+
+ADAMW = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(LEARNING_RATE, weight_decay=0.0))
+
+# (module, x, its kernel) -> y of an adapted linear map.
+Formula = Callable[[BypassDense, Any, Any], Any]
+# (trainable, frozen, batch) -> the mean loss.
+Loss = Callable[[Tree, Tree, Batch], Any]
 
 load = load_model
 
@@ -42,7 +49,7 @@ def methods(ks: Sequence[int], remats: Iterable[Remat]) -> list[Method]:
             build = lambda base, remat=remat: _ours(base, first, remat)  # noqa: E731
             found.append(Method("JAX", f"{OURS}, remat {remat.value}", first, build, owns_weights=True))
     found.append(Method("JAX", "LoRA", first, lambda base: _lora(base, first), core=False))
-    found.append(Method("JAX", "autodiff scatter", first, lambda base: _scatter(base, first), core=False))
+    found.append(Method("JAX", SCATTER, first, lambda base: _scatter(base, first), core=False))
     return found
 
 
@@ -88,7 +95,9 @@ def floor_gradient(model: Model) -> tuple[Callable[[Tree], Tree], Any]:
 
     @jax.jit
     def gradient(norm: Tree, params: Tree, batch: Batch) -> Any:
-        return jax.value_and_grad(lambda norm: _mean_loss(model, {"params": bypass.put(params, path, norm)}, batch))(norm)
+        return jax.value_and_grad(
+            lambda norm: mean_loss(model.module(), {"params": bypass.put(params, path, norm)}, batch)
+        )(norm)
 
     return lambda params: bypass.get(params, path), gradient
 
@@ -106,8 +115,9 @@ def _ours(base: LoadedModel, k: int, remat: Remat) -> Running:
     return Running(run, trained)
 
 
-def _mean_loss(model: Model, variables: Tree, batch: Batch) -> Any:
-    return jnp.sum(losses.target_losses(model.module(), variables, batch)) / jnp.sum(batch.target_mask)
+def mean_loss(module: nn.Module, variables: Tree, batch: Batch) -> Any:
+    """Of the labelled tokens."""
+    return jnp.sum(losses.target_losses(module, variables, batch)) / jnp.sum(batch.target_mask)
 
 
 def _floor(base: LoadedModel) -> Running:
@@ -120,33 +130,42 @@ def _floor(base: LoadedModel) -> Running:
 
 
 def _scatter(base: LoadedModel, k: int) -> Running:
-    """The published formulation: a merged kernel under plain autodiff."""
-    built = bypass.build(base.params, targets(base.params, base.model), k)
-
-    def formula(module: BypassDense, x: Any, kernel: Any) -> Any:
-        columns, values = module.get_variable("columns", "columns"), module.get_variable("bypass", "values")
-        return _product(x, ops.add_entries(kernel, columns, values))
-
-    return _trained(base, {"bypass": built.values}, {"columns": built.columns}, formula)
+    return _adapted(base, scatter_trees(base.params, targets(base.params, base.model), k), scatter)
 
 
 def _lora(base: LoadedModel, k: int) -> Running:
-    """y = x W^T + (x A^T) B^T with B = 0 at the start. A and B live where a bypass has its columns and values."""
-    rank = lora_rank(base.model, k)
+    return _adapted(base, lora_trees(base.params, targets(base.params, base.model), lora_rank(base.model, k)), lora)
+
+
+def scatter_trees(params: Tree, paths: Sequence[Path], k: int) -> tuple[Tree, Tree]:
+    """What `scatter` trains, and what it keeps beside the weights."""
+    built = bypass.build(params, paths, k)
+    return {"bypass": built.values}, {"columns": built.columns}
+
+
+def scatter(module: BypassDense, x: Any, kernel: Any) -> Any:
+    """The published formulation: a merged kernel under plain autodiff."""
+    columns, values = module.get_variable("columns", "columns"), module.get_variable("bypass", "values")
+    return _product(x, ops.add_entries(kernel, columns, values))
+
+
+def lora_trees(params: Tree, paths: Sequence[Path], rank: int) -> tuple[Tree, Tree]:
+    """What `lora` trains, in the kernels' dtype, A and B where a bypass has columns and values; it keeps nothing else."""
     down: Tree = {}
     up: Tree = {}
-    for path in targets(base.params, base.model):
-        kernel = bypass.get(base.params, path)["kernel"]
+    for path in paths:
+        kernel = bypass.get(params, path)["kernel"]
         layers, outputs, inputs = kernel.shape
         first = jax.random.normal(jax.random.key(0), (layers, rank, inputs), kernel.dtype) * inputs**-0.5
         down = bypass.put(down, path, {"columns": first})
         up = bypass.put(up, path, {"values": jnp.zeros((layers, outputs, rank), kernel.dtype)})
+    return {"bypass": up, "columns": down}, {}
 
-    def formula(module: BypassDense, x: Any, kernel: Any) -> Any:
-        first, second = module.get_variable("columns", "columns"), module.get_variable("bypass", "values")
-        return _product(x, kernel) + _product(_product(x, first), second)
 
-    return _trained(base, {"bypass": up, "columns": down}, {}, formula)
+def lora(module: BypassDense, x: Any, kernel: Any) -> Any:
+    """y = x W^T + (x A^T) B^T with B = 0 at the start."""
+    first, second = module.get_variable("columns", "columns"), module.get_variable("bypass", "values")
+    return _product(x, kernel) + _product(_product(x, first), second)
 
 
 def _product(x: Any, kernel: Any) -> Any:
@@ -154,9 +173,8 @@ def _product(x: Any, kernel: Any) -> Any:
     return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (1,)), ((), ())))
 
 
-def _trained(base: LoadedModel, trainable: Tree, static: Tree, formula: Callable[[BypassDense, Any, Any], Any]) -> Running:
-    """A step with `formula` in place of every adapted linear map, and the same clipping and AdamW as the library's."""
-    transformation = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(LEARNING_RATE, weight_decay=0.0))
+def adapted_loss(module: nn.Module, formula: Formula) -> Loss:
+    """The mean loss with `formula` in place of every adapted linear map."""
 
     def intercept(next_function: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module
@@ -165,23 +183,43 @@ def _trained(base: LoadedModel, trainable: Tree, static: Tree, formula: Callable
             return next_function(*args, **kwargs)
         return formula(module, args[0], module.get_variable("params", "kernel"))
 
-    def loss(trainable: Tree, params: Tree, batch: Batch) -> Any:
+    def loss(trainable: Tree, frozen: Tree, batch: Batch) -> Any:
         with nn.intercept_methods(intercept):
-            return _mean_loss(base.model, {"params": params, **static, **trainable}, batch)
+            return mean_loss(module, {**frozen, **trainable}, batch)
 
-    def update(trainable: Tree, state: Any, params: Tree, batch: Batch) -> Any:
-        value, gradient = jax.value_and_grad(loss)(trainable, params, batch)
-        updates, state = transformation.update(gradient, state, trainable)
+    return loss
+
+
+def make_update(loss: Loss, change: Callable[[Tree, Tree], Tree] = lambda gradient, frozen: gradient) -> Any:
+    """The jitted step (trainable, optimiser state, frozen, batch) -> (trainable, optimiser state, loss).
+
+    Clipping and AdamW as the library's; the first two arguments are donated. To be traced and compiled under JAX's standard
+    dtype promotion, since optax's own code mixes int32 counts and floats.
+
+    Args:
+      loss: to train.
+      change: (gradient, frozen) -> the gradient to use.
+    """
+
+    def update(trainable: Tree, state: Any, frozen: Tree, batch: Batch) -> Any:
+        value, gradient = jax.value_and_grad(loss)(trainable, frozen, batch)
+        updates, state = ADAMW.update(change(gradient, frozen), state, trainable)
         return optax.apply_updates(trainable, updates), state, value
 
-    run_step = jax.jit(update, donate_argnums=(0, 1))
+    return jax.jit(update, donate_argnums=(0, 1))
+
+
+def _adapted(base: LoadedModel, trees: tuple[Tree, Tree], formula: Formula) -> Running:
+    """The step with `formula` on a loaded model, from what it trains and what it keeps beside the weights."""
+    trainable, static = trees
+    run_step = make_update(adapted_loss(base.model.module(), formula))
     trained = bypass.count(trainable)
-    state = transformation.init(trainable)
+    state = ADAMW.init(trainable)
 
     def run(tokens: Tokens) -> float:
         nonlocal trainable, state
-        with jax.numpy_dtype_promotion("standard"):  # optax's own code mixes int32 counts and float32
-            trainable, state, value = run_step(trainable, state, base.params, to_batch(tokens))
+        with jax.numpy_dtype_promotion("standard"):
+            trainable, state, value = run_step(trainable, state, {"params": base.params, **static}, to_batch(tokens))
         return float(jax.block_until_ready((trainable, value))[1])
 
     return Running(run, trained)

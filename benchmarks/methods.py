@@ -17,7 +17,10 @@ LEARNING_RATE = 1e-4
 # The names that other rows are compared with.
 OURS = "neuroada-jax"
 FLOOR = "frozen floor"  # forward and input gradient
+SCATTER = "autodiff scatter"  # the published formulation in JAX
 RELEASED = "released NeuroAda"
+MASKED = "mask-based NeuroAda"
+FULL = "full fine-tuning"
 PEFT_LORA = "PEFT LoRA"  # at equal budget, as every method with a k
 
 

@@ -16,7 +16,19 @@ import transformers
 from torch import nn
 from transformers.initialization import no_init_weights
 
-from benchmarks.methods import FLOOR, LEARNING_RATE, PEFT_LORA, RELEASED, Method, Running, Tokens, lora_rank, target_shapes
+from benchmarks.methods import (
+    FLOOR,
+    FULL,
+    LEARNING_RATE,
+    MASKED,
+    PEFT_LORA,
+    RELEASED,
+    Method,
+    Running,
+    Tokens,
+    lora_rank,
+    target_shapes,
+)
 from neuroada_jax import weights
 from neuroada_jax.models import Model, names
 from neuroada_jax.training.config import LLAMA_TARGETS
@@ -60,8 +72,8 @@ def methods(ks: Sequence[int]) -> list[Method]:
         *found,
         Method("PyTorch", "PEFT SHiRA", first, lambda loaded: _shira(loaded, first), core=False),
         Method("PyTorch", "PEFT Super-Tuning", first, lambda loaded: _supertuning(loaded, first), core=False),
-        Method("PyTorch", "mask-based NeuroAda", first, masked, owns_weights=True, core=False),
-        Method("PyTorch", "full fine-tuning", None, _full, owns_weights=True, core=False),
+        Method("PyTorch", MASKED, first, masked, owns_weights=True, core=False),
+        Method("PyTorch", FULL, None, _full, owns_weights=True, core=False),
     ]
 
 

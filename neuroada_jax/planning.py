@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from neuroada_jax import bypass, checkpoint, console, roofline, targets, tracing
+from neuroada_jax import bypass, checkpoint, console, roofline, targets
 from neuroada_jax.batches import Batch
 from neuroada_jax.bypass import Tree
 from neuroada_jax.errors import UserError
@@ -79,8 +79,14 @@ def longest_batch(config: RunConfig, devices: int) -> Batch:
     else:
         length = -(-config.data.max_length // 8) * 8
 
+    return abstract_batch(rows // devices, length)
+
+
+def abstract_batch(rows: int, length: int) -> Batch:
+    """The shapes of a batch with a label at every position."""
+
     def shape(*sizes: int, dtype: Any = jnp.int32) -> Any:
-        return jax.ShapeDtypeStruct((rows // devices, *sizes), dtype)
+        return jax.ShapeDtypeStruct((rows, *sizes), dtype)
 
     return Batch(
         input_ids=shape(length),
@@ -109,17 +115,14 @@ def _measure(config: RunConfig, target_name: str, devices: int) -> dict[str, Any
 
     state = jax.eval_shape(initial_state, base.model.abstract_params())
 
-    def trace(flash_attention: bool) -> Any:
+    def trace(compiler: Compiler) -> Any:
         module = base.model.module(config.training.remat_policy)
-        run_step: Any = step.make_step(module, transformation, config.training.accumulation)
-        device = jax.sharding.SingleDeviceSharding(compiler.device)
-        with tracing.planned_for(compiler.platform, flash_attention=flash_attention):
-            return run_step.trace(*jax.tree.map(lambda leaf: leaf.update(sharding=device), (state, batch)))
+        return compiler.trace(step.make_step(module, transformation, config.training.accumulation), state, batch)
 
     began = time.perf_counter()
-    traced = trace(compiler.flash_attention)
+    traced = trace(compiler)
     try:
-        memory = traced.lower().compile(compiler.options).memory_analysis()
+        temporaries = compiler.temporaries(traced)
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{config.model.path}: its step cannot be compiled for {compiler.name} ({reason})") from error
@@ -129,14 +132,14 @@ def _measure(config: RunConfig, target_name: str, devices: int) -> dict[str, Any
         "bypass": nbytes((state.trainable, state.columns, state.base)),
         "optimizer": nbytes(state.optimizer),
         "batch": nbytes(batch),
-        "temporaries": memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        "temporaries": temporaries,
     }
     total = sum(by_kind.values())
 
     none = jax.tree.map(lambda _: False, (state, batch))
     frozen = (none[0]._replace(params=jax.tree.map(lambda _: True, state.params)), none[1])
     # XLA's attention spells its matrix products out, cuDNN's is one call.
-    counted = trace(flash_attention=False) if compiler.flash_attention else traced
+    counted = trace(compiler._replace(flash_attention=False)) if compiler.flash_attention else traced
     work = roofline.work(counted.jaxpr, jax.tree.leaves(frozen))
     in_and_out = work.stacked_bytes + nbytes((state.trainable, state.optimizer))
     moved = work.weight_bytes + 2 * in_and_out + nbytes((state.columns, state.base))

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
+from neuroada_jax import tracing
 from neuroada_jax.errors import UserError
 
 GB = 10**9
@@ -172,6 +173,24 @@ class Compiler(NamedTuple):
     flash_attention: bool
     name: str
     options: dict[str, Any] | None = None
+
+    def trace(self, function: Any, *arguments: Any) -> Any:
+        """The trace of a jitted function on trees of shapes, as it would be on the device.
+
+        To be called once for each jitted function: a second trace may be the first one again, whatever it was made for.
+        """
+        place = jax.sharding.SingleDeviceSharding(self.device)
+        with tracing.planned_for(self.platform, flash_attention=self.flash_attention):
+            return function.trace(*jax.tree.map(lambda leaf: leaf.update(sharding=place), arguments))
+
+    def temporaries(self, traced: Any) -> int:
+        """Bytes that the compiled function needs beyond its arguments: its results that are not aliased to some, and room.
+
+        Raises:
+          jax.errors.JaxRuntimeError: it cannot be compiled.
+        """
+        memory = traced.lower().compile(self.options).memory_analysis()
+        return memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
 
 
 # The code is never run: LLVM need not make it fast, which is most of the time that it takes.

@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 
-def read(folder: Path, name: str) -> tuple[dict, list[dict]]:
+def read(folder: Path, name: str, *, timed: bool = True) -> tuple[dict, list[dict]]:
     """Settings and rows of a result, checked."""
     content = json.loads((folder / f"{name}.json").read_text())
     settings, rows = content["settings"], content["rows"]
-    assert {"date", "machine", "versions", "repeats"} <= settings.keys()
+    assert {"date", "machine", "versions"} | ({"repeats"} if timed else set()) <= settings.keys()
     assert {"cpu", "cores"} <= settings["machine"].keys()
     assert {"jax", "neuroada-jax", "python"} <= settings["versions"].keys()
     assert rows
