@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -147,6 +148,7 @@ def _train(parsed: argparse.Namespace) -> None:
 
 
 def _plan(parsed: argparse.Namespace) -> None:
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's own words on a GPU that is missing, or on memory
     import jax
 
     # Before anything else asks JAX for a device: a described GPU is compiled for without taking a real one.
