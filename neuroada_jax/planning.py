@@ -133,10 +133,11 @@ def _measure(config: RunConfig, target_name: str, devices: int) -> dict[str, Any
     total = sum(by_kind.values())
 
     none = jax.tree.map(lambda _: False, (state, batch))
-    frozen = (none[0]._replace(params=jax.tree.map(lambda _: True, state.params)), none[1])
+    frozen = jax.tree.leaves((none[0]._replace(params=jax.tree.map(lambda _: True, state.params)), none[1]))
+    work = roofline.work(traced.jaxpr, frozen)
     # XLA's attention spells its matrix products out, cuDNN's is one call.
-    counted = trace(flash_attention=False) if compiler.flash_attention else traced
-    work = roofline.work(counted.jaxpr, jax.tree.leaves(frozen))
+    spelt_out = trace(flash_attention=False) if compiler.flash_attention else traced
+    flops = roofline.work(spelt_out.jaxpr, frozen).flops
     in_and_out = work.stacked_bytes + nbytes((state.trainable, state.optimizer))
     moved = work.weight_bytes + 2 * in_and_out + nbytes((state.columns, state.base))
 
@@ -159,9 +160,9 @@ def _measure(config: RunConfig, target_name: str, devices: int) -> dict[str, Any
         "total_bytes": total,
         "device_memory_bytes": target.memory,
         "fits": total <= target.memory,
-        "flops": work.flops,
+        "flops": flops,
         "bytes_moved": moved,
-        "floor_seconds": max(work.flops / target.flops[dtype], moved / target.bandwidth),
+        "floor_seconds": max(flops / target.flops[dtype], moved / target.bandwidth),
         "collective_bytes": nbytes(state.trainable) if devices > 1 else 0,
         "adapter_bytes": nbytes((state.trainable, state.columns)),
         "checkpoint_bytes": nbytes(checkpoint.saved(state)),
