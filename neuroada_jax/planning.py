@@ -184,7 +184,7 @@ def _notes(target: Target, compiler: Compiler, dtype: str, devices: int, total: 
     if target.gpu and compiler.platform == "cpu":
         yield (
             "compiled for this CPU, since JAX's CUDA plugin is not installed (pip install 'neuroada-jax[cuda]'): the "
-            f"temporaries on {target.name} will differ, and in bfloat16 be smaller"
+            f"temporaries on {target.name} will differ, and be several times smaller in bfloat16, which a CPU widens"
         )
     elif target.gpu and dtype == "bfloat16" and not compiler.flash_attention:
         yield (
