@@ -18,7 +18,7 @@ from neuroada_jax import bypass, losses, ops
 from neuroada_jax.batches import Batch
 from neuroada_jax.bypass import Path, Tree
 from neuroada_jax.models import Model, Remat
-from neuroada_jax.models.layers import BypassDense
+from neuroada_jax.models.layers import BypassDense, saved
 from neuroada_jax.training import optimizer, step
 from neuroada_jax.training.config import OptimizerSection
 from neuroada_jax.training.step import TrainState
@@ -181,7 +181,8 @@ def adapted_loss(module: nn.Module, formula: Formula) -> Loss:
         adapted = isinstance(module, BypassDense) and context.method_name == "__call__"
         if not adapted or not module.has_variable("bypass", "values"):
             return next_function(*args, **kwargs)
-        return formula(module, args[0], module.get_variable("params", "kernel"))
+        # Marked as the layer's own output is, or remat would compute it again.
+        return saved(formula(module, args[0], module.get_variable("params", "kernel")))
 
     def loss(trainable: Tree, frozen: Tree, batch: Batch) -> Any:
         with nn.intercept_methods(intercept):
