@@ -5,7 +5,7 @@
 All methods run in one process and take turns. They train on the same batch of real commonsense tokens, rows end to end,
 under two settings: every position labelled, and the answers alone, as in a real run. Peak memory over the loaded model is
 that of a fresh process for each method: until its first step is done, compilation included, and during the second. It
-takes about ten minutes on two quiet cores; --no-memory and --methods make it shorter.
+takes about fifteen minutes on two quiet cores; --no-memory and --methods make it shorter.
 """
 
 import argparse
