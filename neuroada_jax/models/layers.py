@@ -49,29 +49,24 @@ def remat_module(module: type[nn.Module], remat: Remat) -> type[nn.Module]:
     return nn.remat(module, policy=policy, prevent_cse=False)
 
 
-def keep_outputs_of_maps(block: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
-    """`block` (a function of a module and arrays), keeping under `Remat.NONE` its input and its linear maps' outputs alone.
+def token_wise(block: Callable[..., Any], remat: Remat, shape: tuple[int, ...]) -> Callable[..., Any]:
+    """A layer's block that treats every token by itself, under what its policy asks beyond `remat_module`.
 
-    The other policies wrap the whole layer, see `remat_module`.
-    """
-    return nn.remat(block, policy=_KEEP_NAMED, prevent_cse=False) if remat is Remat.NONE else block
-
-
-def in_parts(block: Callable[..., Any], remat: Remat, shape: tuple[int, ...]) -> Callable[..., Any]:
-    """`block` (a function of a module and an array), which treats every token by itself, over parts of the batch.
-
-    Under `Remat.FULL` memory goes into weights, the layers' inputs and one layer's recomputation: of that, a part at a time
-    is enough. Nothing is computed more often for it.
+    Under `Remat.NONE` it keeps its input and its linear maps' outputs alone. Under `Remat.FULL` memory goes into weights, the
+    layers' inputs and one layer's recomputation: of that, a part of the batch at a time is enough, and nothing is computed
+    more often for it.
 
     Args:
       block: maps (module, (B, T, D)) to (B, T, D).
       remat: the layer's policy.
       shape: (B, T, D).
     """
+    if remat is Remat.NONE:
+        return nn.remat(block, policy=_KEEP_NAMED, prevent_cse=False)
     rows, tokens = shape[0], shape[0] * shape[1]
     fitting = [parts for parts in range(1, rows + 1) if rows % parts == 0 and tokens // parts <= _PART_TOKENS]
     parts = min(fitting, default=rows)
-    if remat is not Remat.FULL or parts == 1:
+    if remat is Remat.NAMES or parts == 1:
         return block
 
     def one_part(module: nn.Module, carry: None, part: Array) -> tuple[None, Array]:
@@ -86,7 +81,7 @@ def in_parts(block: Callable[..., Any], remat: Remat, shape: tuple[int, ...]) ->
 
 
 def saved(x: Array) -> Array:
-    """Marks an activation that `Remat.NAMES` keeps."""
+    """Marks an activation that the policies other than `Remat.FULL` keep."""
     return checkpoint_name(x, _SAVED)
 
 

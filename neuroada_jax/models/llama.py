@@ -198,8 +198,7 @@ class Layer(nn.Module):
             normed = RMSNorm(c.norm_epsilon, c.dtype, name="post_attention_layernorm")(x)
             return FeedForward(c, name="mlp")(normed)
 
-        block = layers.keep_outputs_of_maps(layers.in_parts(feed_forward, self.remat, x.shape), self.remat)
-        return (x + block(self, x), cache), None
+        return (x + layers.token_wise(feed_forward, self.remat, x.shape)(self, x), cache), None
 
 
 class LlamaModel(nn.Module):
