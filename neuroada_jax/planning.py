@@ -72,17 +72,19 @@ def longest_batch(config: RunConfig, devices: int) -> Batch:
             f"training.batch_size: {rows} rows cannot be shared by {devices} devices "
             f"in {config.training.accumulation} parts each (training.accumulation)"
         )
-    if config.data.buckets:
+    if config.data.packing:
+        length = config.data.max_length
+    elif config.data.buckets:
         # Rows are cut to max_length, so that longer buckets than the first that holds it stay empty.
         fitting = [size for size in config.data.buckets if size >= config.data.max_length]
         length = min(fitting, default=max(config.data.buckets))
     else:
         length = -(-config.data.max_length // 8) * 8
 
-    return abstract_batch(rows // devices, length)
+    return abstract_batch(rows // devices, length, config.data.packing)
 
 
-def abstract_batch(rows: int, length: int) -> Batch:
+def abstract_batch(rows: int, length: int, packed: bool = False) -> Batch:
     """The shapes of a batch with a label at every position."""
 
     def shape(*sizes: int, dtype: Any = jnp.int32) -> Any:
@@ -94,6 +96,7 @@ def abstract_batch(rows: int, length: int) -> Batch:
         target_positions=shape(length),
         target_ids=shape(length),
         target_mask=shape(length, dtype=jnp.float32),
+        positions=shape(length) if packed else None,
     )
 
 
@@ -102,6 +105,7 @@ def _measure(config: RunConfig, target_name: str, devices: int) -> dict[str, Any
     base = open_model(config.model.path, config.model.dtype, config_only=True)
     run.check_length(config, base.model)
     dtype = jnp.dtype(base.model.config.dtype).name
+    may_be_fused = dtype == "bfloat16" and not config.data.packing  # packed rows need a mask, and cuDNN takes none
     target = targets.find(target_name, dtype)
     compiler = targets.compiler_for(target)
     batch = longest_batch(config, devices)
@@ -172,12 +176,12 @@ def _measure(config: RunConfig, target_name: str, devices: int) -> dict[str, Any
         "checkpoint_bytes": nbytes(checkpoint.saved(state)),
         "compiled_for": compiler.name,
         "compile_seconds": seconds,
-        "attention": "cudnn" if compiler.flash_attention and dtype == "bfloat16" else "xla",
-        "notes": list(_notes(target, compiler, dtype, devices, total)),
+        "attention": "cudnn" if compiler.flash_attention and may_be_fused else "xla",
+        "notes": list(_notes(target, compiler, dtype, may_be_fused, devices, total)),
     }
 
 
-def _notes(target: Target, compiler: Compiler, dtype: str, devices: int, total: int) -> Iterator[str]:
+def _notes(target: Target, compiler: Compiler, dtype: str, may_be_fused: bool, devices: int, total: int) -> Iterator[str]:
     if not target.gpu:
         rate, bandwidth = target.flops[dtype] / 1e9, target.bandwidth / 1e9
         yield f"the floor is at this machine's speed just now: {rate:.0f} GFLOP/s in {dtype}, {bandwidth:.1f} GB/s"
@@ -186,7 +190,7 @@ def _notes(target: Target, compiler: Compiler, dtype: str, devices: int, total: 
             "compiled for this CPU, since JAX's CUDA plugin is not installed (pip install 'neuroada-jax[cuda]'): the "
             f"temporaries on {target.name} will differ, and be several times smaller in bfloat16, which a CPU widens"
         )
-    elif target.gpu and dtype == "bfloat16" and not compiler.flash_attention:
+    elif target.gpu and may_be_fused and not compiler.flash_attention:
         yield (
             "cuDNN is not installed (nvidia-cudnn-cu12): attention is compiled in XLA's own form, which keeps all scores "
             "of a layer; the flash attention that a run uses needs less"

@@ -166,6 +166,15 @@ def test_length_of_the_longest_batch(bare, data, length):
     assert batch.input_ids.shape == batch.target_ids.shape == (ROWS, length)
 
 
+def test_a_packed_run_is_planned_with_its_positions(bare, planned):
+    packed = bare(data={"max_length": 60, "packing": True})
+    batch = planning.longest_batch(config.from_dict(packed, "test"), 1)
+    assert batch.input_ids.shape == batch.positions.shape == (ROWS, 60)
+    plan = planned(packed)
+    assert plan["attention"] == "xla"
+    assert plan["bytes"]["batch"] == 4 * ROWS * (5 * 60 + 1)  # ids, three arrays of targets, positions; and lengths
+
+
 def test_devices_share_the_rows_and_sum_the_gradients(bare, planned):
     alone, shared = planned(bare()), planned(bare(), "cpu", 2)
     assert (alone["rows"], shared["rows"]) == (4, 2)

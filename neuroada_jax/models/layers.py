@@ -52,9 +52,9 @@ def remat_module(module: type[nn.Module], remat: Remat) -> type[nn.Module]:
 def token_wise(block: Callable[..., Any], remat: Remat, shape: tuple[int, ...]) -> Callable[..., Any]:
     """A layer's block that treats every token by itself, under what its policy asks beyond `remat_module`.
 
-    Under `Remat.NONE` it keeps its input and its linear maps' outputs alone. Under `Remat.FULL` memory goes into weights, the
-    layers' inputs and one layer's recomputation: of that, a part of the batch at a time is enough, and nothing is computed
-    more often for it.
+    Under `Remat.NONE` it keeps its input and its linear maps' outputs alone. Under `Remat.FULL` memory goes into weights,
+    the layers' inputs and one layer's recomputation: of that, a part of the batch at a time is enough, and nothing is
+    computed more often for it.
 
     Args:
       block: maps (module, (B, T, D)) to (B, T, D).
