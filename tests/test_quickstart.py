@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -32,3 +33,12 @@ def test_train_and_test_share_no_prompt(quickstart, tmp_path):
 
 def test_problems_follow_from_the_seed(quickstart):
     assert list(quickstart.problems(5, 1)) == list(quickstart.problems(5, 1)) != list(quickstart.problems(5, 2))
+
+
+def test_the_question_to_ask_survives_the_shell(quickstart, tmp_path):
+    prompt = 'It\'s $5.\nWho "pays"? `Name` only.'
+    (tmp_path / "test.jsonl").write_text(json.dumps({"prompt": prompt}) + "\n")
+    sets = f"evaluation.sets.0.data={tmp_path / 'test.jsonl'}"
+    settings = quickstart.config.load(str(SCRIPT.parents[1] / "configs" / "quickstart.yaml"), ["data.train=unused", sets])
+    command = quickstart.next_steps(settings).partition("Ask it")[2].partition("In PyTorch")[0]
+    assert shlex.split(command)[-1] == prompt

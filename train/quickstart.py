@@ -6,6 +6,7 @@ seeds, and no prompt is in both.
 """
 
 import json
+import shlex
 import sys
 import types
 from collections.abc import Iterator
@@ -57,17 +58,20 @@ def main() -> None:
     settings = config.load(path, [*sys.argv[1:], *files])
     write_data(data)
     report.print_summary(run.train(settings, overwrite=True))
+    print(next_steps(settings))
+
+
+def next_steps(settings: config.RunConfig) -> str:
+    """What to look at and to run after the quickstart; the commands can be pasted into a shell."""
     out, test = settings.directory, settings.evaluation.sets[0]
     question = json.loads(Path(test.data).read_text(encoding="utf-8").splitlines()[0])["prompt"]
-    print(
-        f"""
+    return f"""
 Look at    {out}/loss.png, {out}/predictions-{test.name}-after.jsonl
-Ask it     .venv/bin/neuroada generate --model {out}/merged --style plain --prompt {json.dumps(question)}
+Ask it     .venv/bin/neuroada generate --model {out}/merged --style plain --prompt {shlex.quote(question)}
 In PyTorch transformers.AutoModelForCausalLM.from_pretrained("{out}/merged")
 Your data  cp configs/quickstart.yaml my.yaml, set name, model.path, data and evaluation;
            .venv/bin/neuroada train my.yaml
 """
-    )
 
 
 if __name__ == "__main__":
