@@ -4,6 +4,7 @@ Tensors are unstacked and named by Hugging Face module path:
 
     "<path>.values"   float32 (O, k)
     "<path>.columns"  int32 (O, k), ascending within a row
+    "<parameter>"     float32, a densely trained head's tensor under its own name; adapter.json lists them in `heads`
 """
 
 import datetime
@@ -36,11 +37,13 @@ class Adapter(NamedTuple):
       metadata: the content of adapter.json.
       values: Hugging Face module path -> float32 (O, k).
       columns: Hugging Face module path -> int32 (O, k).
+      heads: Hugging Face parameter name -> float32 array of any shape; what was trained densely, whole.
     """
 
     metadata: dict[str, Any]
     values: dict[str, np.ndarray]
     columns: dict[str, np.ndarray]
+    heads: dict[str, np.ndarray]
 
 
 def installed_versions() -> dict[str, str]:
@@ -48,28 +51,35 @@ def installed_versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 
-def save(
-    directory: Path, trained: Bypass, base: LoadedModel, *, k: int, targets: list[str], seed: int, replace: bool = False
-) -> None:
-    """Writes an adapter directory, whole or not at all.
+def assemble(
+    base: LoadedModel,
+    values: Mapping[str, Any],
+    columns: Mapping[str, Any],
+    *,
+    k: int,
+    targets: list[str],
+    seed: int | None = None,
+    rule: str | None = "magnitude",
+    heads: Mapping[str, Any] | None = None,
+) -> Adapter:
+    """An adapter of `base` from arrays that are named by Hugging Face module path.
 
     Args:
-      directory: where; must not exist unless `replace`.
-      trained: stacked values (*L, O, k) and columns.
-      base: the model that it was trained on; its digests go into adapter.json.
-      k: connections per neuron that were asked for.
-      targets: the config's target names.
-      seed: the run's seed.
-      replace: overwrite an adapter that is there.
-
-    Raises:
-      UserError: the directory exists or cannot be written.
+      base: the model that it was trained on; its digests go into the metadata. Its weights are not read.
+      values: module path -> (O, k).
+      columns: module path -> (O, k), ascending within a row.
+      k: connections per neuron that were asked for; maps with fewer inputs have fewer.
+      targets: the target names that were asked for.
+      seed: the run's seed, None if it is not known.
+      rule: how the columns were chosen, None if it is not known.
+      heads: Hugging Face parameter name -> array, for what was trained densely (whole tensors, no differences).
     """
-    stack = base.model.stack
-    tensors = {f"{module}.values": np.asarray(leaf, np.float32) for module, leaf in names.unstacked(trained.values, stack)}
-    tensors |= {f"{module}.columns": np.asarray(leaf, np.int32) for module, leaf in names.unstacked(trained.columns, stack)}
     shapes = base.model.abstract_params()
-    inputs = {path: kernel.shape[-1] for path, kernel in bypass.kernels(shapes)}
+    inputs = {
+        module: kernel.shape[-1]
+        for path, kernel in bypass.kernels(shapes)
+        for module in names.module_names(path, kernel, base.model.stack)
+    }
     metadata = {
         "format": FORMAT,
         "version": VERSION,
@@ -80,22 +90,57 @@ def save(
             "parameters": bypass.count(shapes),
             "digests": base.digests,
         },
-        "inputs": {
-            name: inputs[path]
-            for path, leaf in bypass.leaves(trained.values, "values")
-            for name in names.module_names(path, leaf, stack)
-        },
+        "inputs": {module: inputs[module] for module in values},
         "k": k,
         "targets": targets,
-        "rule": "magnitude",
+        "rule": rule,
         "seed": seed,
-        "heads": [],
+        "heads": sorted(heads or {}),
         "versions": installed_versions(),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+    return Adapter(
+        metadata,
+        {module: np.asarray(leaf, np.float32) for module, leaf in values.items()},
+        {module: np.asarray(leaf, np.int32) for module, leaf in columns.items()},
+        {name: np.asarray(leaf, np.float32) for name, leaf in (heads or {}).items()},
+    )
+
+
+def write(directory: Path, adapter: Adapter, *, replace: bool = False) -> None:
+    """Writes an adapter directory, whole or not at all.
+
+    Raises:
+      UserError: the directory exists (unless `replace`) or cannot be written.
+    """
+    tensors = {f"{module}.values": leaf for module, leaf in adapter.values.items()}
+    tensors |= {f"{module}.columns": leaf for module, leaf in adapter.columns.items()}
+    tensors |= adapter.heads
     with files.new_directory(directory, replace=replace) as temporary:
         safetensors.numpy.save_file(tensors, str(temporary / "adapter.safetensors"), metadata={"format": FORMAT})
-        (temporary / "adapter.json").write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")
+        (temporary / "adapter.json").write_text(json.dumps(adapter.metadata, indent=1) + "\n", encoding="utf-8")
+
+
+def save(
+    directory: Path, trained: Bypass, base: LoadedModel, *, k: int, targets: list[str], seed: int, replace: bool = False
+) -> None:
+    """Writes what was trained as an adapter directory, whole or not at all.
+
+    Args:
+      directory: where; must not exist unless `replace`.
+      trained: stacked values (*L, O, k) and columns.
+      base: the model that it was trained on.
+      k: connections per neuron that were asked for.
+      targets: the config's target names.
+      seed: the run's seed.
+      replace: overwrite an adapter that is there.
+
+    Raises:
+      UserError: the directory exists or cannot be written.
+    """
+    stack = base.model.stack
+    values, columns = (dict(names.unstacked(tree, stack)) for tree in trained)
+    write(directory, assemble(base, values, columns, k=k, targets=targets, seed=seed), replace=replace)
 
 
 def is_adapter(path: str) -> bool:
@@ -126,13 +171,20 @@ def read(directory: str) -> Adapter:
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{path}: not a whole safetensors file ({error})") from error
+    listed = metadata.get("heads", [])
+    if not isinstance(listed, list) or not set(listed) <= set(tensors):
+        raise UserError(f"{path}: adapter.json lists the heads {listed}, which are not all there")
+    heads = {name: tensors.pop(name) for name in listed}
+    for name, leaf in heads.items():
+        if leaf.dtype != np.float32 or not np.isfinite(leaf).all():
+            raise UserError(f"{path}: head {name!r} is {leaf.dtype}, or not finite; expected finite float32")
     values = {name.removesuffix(".values"): leaf for name, leaf in tensors.items() if name.endswith(".values")}
     columns = {name.removesuffix(".columns"): leaf for name, leaf in tensors.items() if name.endswith(".columns")}
     if not values or len(values) + len(columns) != len(tensors) or set(values) != set(columns):
         raise UserError(f"{path}: expected pairs of .values and .columns, found {', '.join(sorted(tensors)[:4])} ...")
     for module in values:
         _check(path, module, values[module], columns[module])
-    return Adapter(metadata, values, columns)
+    return Adapter(metadata, values, columns, heads)
 
 
 def _check(path: Path, module: str, values: np.ndarray, columns: np.ndarray) -> None:
