@@ -42,7 +42,7 @@ def choose_algorithm(k: int, inputs: int, backend: str | None = None) -> Gradien
     """Picks the algorithm from static facts.
 
     The crossovers on a CPU are measured (docs/performance.md): the column gather wins for k <= 2, row blocks up to about
-    k = I / 28 and the dense product above. Those on a GPU are estimates, since none was timed: gathering a connection costs
+    k = I / 48 and the dense product above. Those on a GPU are estimates, since none was timed: gathering a connection costs
     about 200 us where the dense product costs 280 us (an H100, bfloat16, 8,192 tokens, 4096 x 4096), and the product grows
     with I.
     """
@@ -50,7 +50,7 @@ def choose_algorithm(k: int, inputs: int, backend: str | None = None) -> Gradien
     if backend == "cpu":
         if k <= 2:
             return GradientAlgorithm.COLUMN_GATHER
-        return GradientAlgorithm.ROW_BLOCKS if k <= inputs // 28 else GradientAlgorithm.DENSE_CHUNKS
+        return GradientAlgorithm.ROW_BLOCKS if k <= inputs // 48 else GradientAlgorithm.DENSE_CHUNKS
     return GradientAlgorithm.COLUMN_GATHER if k <= max(1, inputs // 2048) else GradientAlgorithm.DENSE_CHUNKS
 
 
