@@ -71,7 +71,8 @@ def put(tree: Mapping[str, Any], path: Path, node: Any) -> Tree:
     """A copy of `tree` (shared but for the nodes on the way) with `node` at `path`."""
     if not path:
         return node
-    return {**tree, path[0]: put(tree.get(path[0], {}), path[1:], node)}
+    key, *rest = path
+    return {**tree, key: put(tree.get(key, {}), tuple(rest), node) if rest else node}
 
 
 def leaves(tree: Mapping[str, Any], leaf: str, prefix: Path = ()) -> Iterator[tuple[Path, Any]]:
