@@ -5,8 +5,8 @@
     logits = apply({"params": params, "bypass": bypass.values, "columns": bypass.columns}, images)
     merged = merge(params, bypass, layout=Layout.IO)
 
-Kernels stay as Flax has them, inputs first: (I, O) for `nn.Dense`, (D, H, N) and (H, N, D) in Flax's attention, with leading
-axes for stacked layers. Values and columns are (*L, O, k), where several axes of inputs or neurons are flattened.
+Kernels stay as Flax has them, inputs first: (I, O) for `nn.Dense`, (D, H, N) and (H, N, D) in Flax's attention, the axes of
+stacked layers in front. Values and columns are (*L, O, k), where several axes of inputs or neurons are flattened.
 """
 
 import functools
@@ -46,7 +46,7 @@ def build(
       module: any Linen module.
       variables: its variables; the kernels are those of "params".
       args: as for `module.apply`, such as one batch.
-      targets: exact module paths ("encoder.block_0.attention.query") or last components of some ("query"); never substrings.
+      targets: exact module paths ("encoder.block_0.query") or last components of some ("query"); never substrings.
       k: connections per neuron; a map with fewer inputs gets all of them.
       score: elementwise, kernel -> scores of the same shape.
       dtype: of the values.
@@ -62,8 +62,8 @@ def build(
     refused: dict[Path, str] = {}
 
     def record(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        module = context.module
-        if _is_linear(context):
+        module: Any = context.module
+        if isinstance(module, nn.Dense | nn.DenseGeneral) and context.method_name == "__call__":
             axes[module.path] = _count(getattr(module, "axis", -1)), _count(module.features)
             if reason := _obstacle(module):
                 refused[module.path] = reason
@@ -92,12 +92,12 @@ def with_bypass(apply: Callable[..., Any]) -> Callable[..., Any]:
 
     The function that comes back is called as `apply` is. Where its variables hold the collections "bypass" and "columns",
     the linear maps at their paths are bypass layers, W + D being formed on the fly: gradients for the values need no dense
-    one. Without these collections it does what `apply` does. It works under jit, grad, `nn.remat`, and `nn.scan` or `nn.vmap`
-    over stacked layers whose parameters have the layer axis in front.
+    one. Without these collections it does what `apply` does. It works under jit, grad and `nn.remat`, and with `nn.scan` or
+    `nn.vmap` over stacked layers whose parameters have the layer axis in front.
 
     Raises (the function that comes back):
       UserError: one of the two collections is missing, a "base" collection (a resident kernel holds the values already), or
-        a path whose linear map cannot carry a bypass.
+        a path whose module cannot carry a bypass.
       KeyError: a path without a kernel.
       ValueError: columns that do not fit their kernel.
     """
@@ -121,17 +121,15 @@ def with_bypass(apply: Callable[..., Any]) -> Callable[..., Any]:
     return applied
 
 
-def _is_linear(context: nn.module.InterceptorContext) -> bool:
-    return isinstance(context.module, nn.Dense | nn.DenseGeneral) and context.method_name == "__call__"
-
-
-def _obstacle(module: nn.Dense | nn.DenseGeneral) -> str | None:
-    """Why a linear map cannot carry a bypass, None if it can."""
+def _obstacle(module: Any) -> str | None:
+    """Why a module cannot carry a bypass, None if it can."""
+    if not isinstance(module, nn.Dense | nn.DenseGeneral):
+        return f"a {type(module).__name__} cannot carry a bypass, only a Dense or DenseGeneral"
     if module.dot_general is not None or module.dot_general_cls is not None:
         return "a linear map with a dot_general of its own cannot carry a bypass"
     if module.precision is not None:
         return f"precision {module.precision} cannot be kept; set jax.default_matmul_precision instead"
-    if getattr(module, "batch_dims", ()):
+    if getattr(module, "batch_dims", ()) not in ((), []):
         return "a DenseGeneral with batch_dims cannot carry a bypass"
     return None
 
@@ -141,8 +139,8 @@ def _count(axes: Any) -> int:
 
 
 def _intercept(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-    module = context.module
-    if not _is_linear(context) or not module.has_variable("params", _VALUES):
+    module: Any = context.module
+    if context.method_name != "__call__" or not module.has_variable("params", _VALUES):
         return call(*args, **kwargs)
     if reason := _obstacle(module):
         raise UserError(f"{'.'.join(module.path)}: {reason}")
@@ -159,9 +157,9 @@ def _intercept(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.mod
 def _dot_general(
     x: jax.Array, kernel: jax.Array, dimension_numbers: Any, precision: None, *, columns: jax.Array, values: jax.Array
 ) -> jax.Array:
-    """`lax.dot_general` as Dense and DenseGeneral call it: a kernel (*I, *O) whose leading axes meet the given axes of x."""
+    """`lax.dot_general` as Dense and DenseGeneral call it: a kernel (*I, *O), its first axes against some of x."""
     (axes, inputs), _ = dimension_numbers
-    x = jnp.moveaxis(x, axes, range(-len(axes), 0))
+    x = jnp.moveaxis(x, axes, tuple(range(-len(axes), 0)))
     batch, features = x.shape[: x.ndim - len(axes)], kernel.shape[len(inputs) :]
     matrix = kernel.reshape(-1, math.prod(features))
     y = bypass_dense(x.reshape(*batch, matrix.shape[0]), matrix, columns, values, layout=Layout.IO)
