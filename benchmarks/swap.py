@@ -2,9 +2,9 @@
 
     make bench-swap        (or: python -m benchmarks.swap --model MODEL --k 1 20)
 
-All but the merge work in place, on donated parameters. A full merge makes a new tree: every target kernel is copied, what
-carries no bypass is shared. A swap is between two adapters of the same k that were chosen by different rules; where columns
-are equal, overwriting is enough. `allocated_bytes` is what the compiled call needs besides its arguments.
+All but the merge work in place, on donated parameters. A full merge makes a new tree, a copy of all parameters. A swap is
+between two adapters of the same k that were chosen by different rules; where columns are equal, overwriting is enough.
+`allocated_bytes` is what the compiled call needs besides its arguments.
 """
 
 import argparse
