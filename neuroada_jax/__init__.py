@@ -3,9 +3,21 @@
 The names here are the core: arrays and trees only. Models, data, training and file formats live in the submodules.
 """
 
-from neuroada_jax.bypass import Bypass, build, count, kernels, make_resident, merge, read, unmerge
+from neuroada_jax.bypass import (
+    Bypass,
+    average,
+    build,
+    count,
+    interpolate,
+    kernels,
+    make_resident,
+    merge,
+    read,
+    swap,
+    unmerge,
+)
 from neuroada_jax.errors import UserError
-from neuroada_jax.ops import GradientAlgorithm, bypass_dense, choose_algorithm
+from neuroada_jax.ops import GradientAlgorithm, Layout, bypass_dense, choose_algorithm
 from neuroada_jax.selection import magnitude, select
 
 __version__ = "0.1.0"
@@ -13,16 +25,20 @@ __version__ = "0.1.0"
 __all__ = [
     "Bypass",
     "GradientAlgorithm",
+    "Layout",
     "UserError",
+    "average",
     "build",
     "bypass_dense",
     "choose_algorithm",
     "count",
+    "interpolate",
     "kernels",
     "magnitude",
     "make_resident",
     "merge",
     "read",
     "select",
+    "swap",
     "unmerge",
 ]

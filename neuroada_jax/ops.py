@@ -29,6 +29,13 @@ _ROW_TOKENS = 256  # transposed at a time
 _DENSE_CHUNK_BYTES = 32 << 20
 
 
+class Layout(enum.StrEnum):
+    """Where a kernel has its neurons. Columns, values and base entries are (*L, O, k) under both."""
+
+    OI = "OI"  # (*L, O, I), a row each: PyTorch, Hugging Face checkpoints, this package's models
+    IO = "IO"  # (*L, I, O), a column each: Flax's nn.Dense, and most code that writes x @ kernel
+
+
 class GradientAlgorithm(enum.StrEnum):
     """How dvalues is computed. All of them give the same numbers up to rounding."""
 
@@ -145,40 +152,65 @@ def _in_blocks(rows: Array, block: int) -> Array:
     return padded.reshape(-1, block, rows.shape[1])
 
 
-def entry_indices(columns: Int[Array, "*L O k"]) -> tuple[Array, ...]:
-    """The index arrays that address a kernel's chosen entries: ``kernel[entry_indices(columns)]`` is (*L, O, k)."""
-    leading = [
+def entry_indices(columns: Int[Array, "*L O k"], layout: Layout = Layout.OI) -> tuple[Array, ...]:
+    """The index arrays that address a kernel's chosen entries: ``kernel[entry_indices(columns, layout)]`` is (*L, O, k)."""
+    *leading, neurons = [
         jnp.arange(size, dtype=columns.dtype).reshape((-1,) + (1,) * (columns.ndim - 1 - axis))
         for axis, size in enumerate(columns.shape[:-1])
     ]
-    return (*leading, columns)
+    return (*leading, neurons, columns) if layout is Layout.OI else (*leading, columns, neurons)
 
 
-def read_entries(kernel: Float[Array, "*L O I"], columns: Int[Array, "*L O k"]) -> Float[Array, "*L O k"]:
-    """The kernel's entries at the chosen connections, in the kernel's dtype."""
-    return jnp.take_along_axis(kernel, columns, axis=-1, mode="clip")
+def _check_layout(kernel: Array, columns: Array, layout: Layout) -> None:
+    # Scatters promise to stay in bounds: a kernel in the other layout must not get as far as that.
+    neurons = kernel.shape[-2] if layout is Layout.OI else kernel.shape[-1]
+    if (*kernel.shape[:-2], neurons) != columns.shape[:-1]:
+        raise ValueError(f"a kernel {kernel.shape} in layout {layout} does not go with columns {columns.shape} (*L, O, k)")
+
+
+def read_entries(
+    kernel: Float[Array, "*L _ _"], columns: Int[Array, "*L O k"], layout: Layout = Layout.OI
+) -> Float[Array, "*L O k"]:
+    """The kernel's entries at the chosen connections, in the kernel's dtype.
+
+    Raises:
+      ValueError: kernel and columns do not belong together in this layout; so do the functions below.
+    """
+    _check_layout(kernel, columns, layout)
+    if layout is Layout.OI:
+        return jnp.take_along_axis(kernel, columns, axis=-1, mode="clip")
+    entries = jnp.take_along_axis(kernel, columns.swapaxes(-1, -2), axis=-2, mode="clip")
+    return entries.swapaxes(-1, -2)
 
 
 def write_entries(
-    kernel: Float[Array, "*L O I"], columns: Int[Array, "*L O k"], entries: Float[Array, "*L O k"]
-) -> Float[Array, "*L O I"]:
+    kernel: Float[Array, "*L _ _"],
+    columns: Int[Array, "*L O k"],
+    entries: Float[Array, "*L O k"],
+    layout: Layout = Layout.OI,
+) -> Float[Array, "*L _ _"]:
     """The kernel with its chosen entries replaced (cast to the kernel's dtype); in place where the kernel is donated."""
-    return kernel.at[entry_indices(columns)].set(
+    _check_layout(kernel, columns, layout)
+    return kernel.at[entry_indices(columns, layout)].set(
         entries.astype(kernel.dtype), unique_indices=True, mode="promise_in_bounds"
     )
 
 
 def add_entries(
-    kernel: Float[Array, "*L O I"], columns: Int[Array, "*L O k"], values: Float[Array, "*L O k"]
-) -> Float[Array, "*L O I"]:
+    kernel: Float[Array, "*L _ _"],
+    columns: Int[Array, "*L O k"],
+    values: Float[Array, "*L O k"],
+    layout: Layout = Layout.OI,
+) -> Float[Array, "*L _ _"]:
     """W + D in the kernel's dtype. The sum is taken in the dtype of `values` and rounded once.
 
     Where both dtypes agree this is one `lax` scatter-add.
     """
     if values.dtype == kernel.dtype:
-        return kernel.at[entry_indices(columns)].add(values, unique_indices=True, mode="promise_in_bounds")
-    base = read_entries(kernel, columns).astype(values.dtype)
-    return write_entries(kernel, columns, base + values)
+        _check_layout(kernel, columns, layout)
+        return kernel.at[entry_indices(columns, layout)].add(values, unique_indices=True, mode="promise_in_bounds")
+    base = read_entries(kernel, columns, layout).astype(values.dtype)
+    return write_entries(kernel, columns, base + values, layout)
 
 
 def rounding_remainder(base: Float[Array, "*L O k"], values: Float[Array, "*L O k"]) -> Float[Array, "*L O k"]:
@@ -187,19 +219,20 @@ def rounding_remainder(base: Float[Array, "*L O k"], values: Float[Array, "*L O 
     return exact - exact.astype(base.dtype).astype(values.dtype)
 
 
-def _matmul(x: Array, kernel: Array, wide: Any = None) -> Array:
+def _matmul(x: Array, kernel: Array, layout: Layout, wide: Any = None) -> Array:
     # A plain dot in the dtype of x. Differentiating through preferred_element_type and a cast would make the transposed
     # matmuls float32; XLA accumulates bfloat16 dots in float32 anyway.
-    return lax.dot_general(x, kernel, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=wide)
+    inputs = 1 if layout is Layout.OI else 0
+    return lax.dot_general(x, kernel, (((x.ndim - 1,), (inputs,)), ((), ())), preferred_element_type=wide)
 
 
-def _forward(x: Array, kernel: Array, columns: Array, values: Array, base: Array) -> Array:
+def _forward(x: Array, kernel: Array, columns: Array, values: Array, base: Array, layout: Layout) -> Array:
     """y for a kernel that holds round(base + values) at the chosen entries."""
     if values.dtype == kernel.dtype:
-        return _matmul(x, kernel)
+        return _matmul(x, kernel, layout)
     remainder = rounding_remainder(base, values)
     wide = values.dtype
-    y = _matmul(x, kernel, wide)
+    y = _matmul(x, kernel, layout, wide)
 
     def add_column(y: Array, column: tuple[Array, Array]) -> tuple[Array, None]:
         indices, remainders = column
@@ -210,47 +243,54 @@ def _forward(x: Array, kernel: Array, columns: Array, values: Array, base: Array
 
 
 def _backward(
-    dy: Array, x: Array, kernel: Array, columns: Array, values_dtype: Any, algorithm: GradientAlgorithm
+    dy: Array, x: Array, kernel: Array, columns: Array, values_dtype: Any, algorithm: GradientAlgorithm, layout: Layout
 ) -> tuple[Array, Array]:
     """dx and dvalues; the kernel holds W + D."""
-    dx = lax.dot_general(dy, kernel, (((dy.ndim - 1,), (0,)), ((), ())))
+    neurons = 0 if layout is Layout.OI else 1
+    dx = lax.dot_general(dy, kernel, (((dy.ndim - 1,), (neurons,)), ((), ())))
     flat_dy, flat_x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
     return dx, value_gradient(flat_dy, flat_x, columns, algorithm).astype(values_dtype)
 
 
 # Both forms take x of any rank and keep it as it came: maps that read the same x then keep one array between them.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _resident(x: Array, kernel: Array, columns: Array, values: Array, base: Array, algorithm: GradientAlgorithm) -> Array:
-    return _forward(x, kernel, columns, values, base)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _resident(
+    x: Array, kernel: Array, columns: Array, values: Array, base: Array, algorithm: GradientAlgorithm, layout: Layout
+) -> Array:
+    return _forward(x, kernel, columns, values, base, layout)
 
 
-def _resident_fwd(x, kernel, columns, values, base, algorithm):
+def _resident_fwd(x, kernel, columns, values, base, algorithm, layout):
     # Only the dtype of values is needed in the backward pass: an empty array carries it.
-    return _forward(x, kernel, columns, values, base), (x, kernel, columns, values[:0])
+    return _forward(x, kernel, columns, values, base, layout), (x, kernel, columns, values[:0])
 
 
-def _resident_bwd(algorithm, residuals, dy):
+def _resident_bwd(algorithm, layout, residuals, dy):
     x, kernel, columns, values = residuals
-    dx, dvalues = _backward(dy, x, kernel, columns, values.dtype, algorithm)
+    dx, dvalues = _backward(dy, x, kernel, columns, values.dtype, algorithm, layout)
     return dx, None, None, dvalues, None
 
 
 _resident.defvjp(_resident_fwd, _resident_bwd)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _on_the_fly(x: Array, kernel: Array, columns: Array, values: Array, algorithm: GradientAlgorithm) -> Array:
-    return _forward(x, add_entries(kernel, columns, values), columns, values, read_entries(kernel, columns))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _on_the_fly(
+    x: Array, kernel: Array, columns: Array, values: Array, algorithm: GradientAlgorithm, layout: Layout
+) -> Array:
+    merged, base = add_entries(kernel, columns, values, layout), read_entries(kernel, columns, layout)
+    return _forward(x, merged, columns, values, base, layout)
 
 
-def _on_the_fly_fwd(x, kernel, columns, values, algorithm):
-    return _on_the_fly(x, kernel, columns, values, algorithm), (x, kernel, columns, values)
+def _on_the_fly_fwd(x, kernel, columns, values, algorithm, layout):
+    return _on_the_fly(x, kernel, columns, values, algorithm, layout), (x, kernel, columns, values)
 
 
-def _on_the_fly_bwd(algorithm, residuals, dy):
+def _on_the_fly_bwd(algorithm, layout, residuals, dy):
     x, kernel, columns, values = residuals
     # The merged kernel is formed again: keeping it would store a copy of every target weight until here.
-    dx, dvalues = _backward(dy, x, add_entries(kernel, columns, values), columns, values.dtype, algorithm)
+    merged = add_entries(kernel, columns, values, layout)
+    dx, dvalues = _backward(dy, x, merged, columns, values.dtype, algorithm, layout)
     return dx, None, None, dvalues
 
 
@@ -259,12 +299,13 @@ _on_the_fly.defvjp(_on_the_fly_fwd, _on_the_fly_bwd)
 
 def bypass_dense(
     x: Float[Array, "*B I"],
-    kernel: Float[Array, "O I"],
+    kernel: Float[Array, "_ _"],
     columns: Int[Array, "O k"],
     values: Float[Array, "O k"],
     base: Float[Array, "O k"] | None = None,
     *,
     algorithm: GradientAlgorithm | None = None,
+    layout: Layout = Layout.OI,
 ) -> Float[Array, "*B O"]:
     """y = x @ (W + D)^T with a gradient for x and `values` only; the kernel is frozen and its cotangent is zero.
 
@@ -278,15 +319,20 @@ def bypass_dense(
 
     Args:
       x: float (..., I), in the kernel's dtype.
-      kernel: float (O, I).
+      kernel: float (O, I), or (I, O) as `layout` says.
       columns: int32 (O, k), distinct within a row, in [0, I).
       values: float (O, k).
       base: float (O, k) in the kernel's dtype, or None.
       algorithm: how dvalues is computed; None lets `choose_algorithm` decide.
+      layout: where the kernel has its neurons.
 
     Returns: (..., O) in the dtype of x.
+
+    Raises:
+      ValueError: kernel and columns do not belong together in this layout.
     """
-    algorithm = algorithm or choose_algorithm(columns.shape[1], kernel.shape[1])
+    _check_layout(kernel, columns, layout)
+    algorithm = algorithm or choose_algorithm(columns.shape[1], x.shape[-1])
     if base is None:
-        return _on_the_fly(x, kernel, columns, values, algorithm)
-    return _resident(x, kernel, columns, values, base, algorithm)
+        return _on_the_fly(x, kernel, columns, values, algorithm, layout)
+    return _resident(x, kernel, columns, values, base, algorithm, layout)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from neuroada_jax.ops import wide_dtype
+from neuroada_jax.ops import Layout, wide_dtype
 
 _BLOCK = 8  # entries of a match: the most whose maximum XLA computes in one vectorised pass on a CPU
 _FINAL = 16  # entries that the last round may leave over
@@ -28,17 +28,21 @@ def magnitude(kernel: Float[Array, "*L O I"]) -> Float[Array, "*L O I"]:
     return jnp.abs(kernel)
 
 
-@functools.partial(jax.jit, static_argnames=("k", "score"))
-def select(kernel: Float[Array, "*L O I"], k: int, score: Score = magnitude) -> Int[Array, "*L O k"]:
-    """The columns of the k largest scores of every row, ascending within a row.
+@functools.partial(jax.jit, static_argnames=("k", "score", "layout"))
+def select(
+    kernel: Float[Array, "*L _ _"], k: int, score: Score = magnitude, *, layout: Layout = Layout.OI
+) -> Int[Array, "*L O k"]:
+    """The columns of the k largest scores of every neuron, ascending.
 
-    Ties go to the lowest column, as in `jax.lax.top_k`. Rows with k or fewer inputs get all of them: the last axis of the
-    result is min(k, I). Temporaries are a fraction of one layer's kernel where I is a multiple of 8.
+    Ties go to the lowest column, as in `jax.lax.top_k`. Neurons with k or fewer inputs get all of them: the last axis of
+    the result is min(k, I). Temporaries are a fraction of one layer's kernel where I is a multiple of 8; for (I, O) kernels
+    add one layer's kernel, transposed.
 
     Args:
-      kernel: float (..., O, I), one row per neuron.
+      kernel: float (..., O, I), one row per neuron, or (..., I, O) as `layout` says.
       k: connections per neuron, at least 1.
       score: elementwise, array -> finite scores of the same shape; it sees pieces of the kernel, in float32 at least.
+      layout: where the kernel has its neurons.
 
     Returns: int32 (..., O, min(k, I)).
 
@@ -47,13 +51,16 @@ def select(kernel: Float[Array, "*L O I"], k: int, score: Score = magnitude) -> 
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, found {k}")
-    *leading, outputs, inputs = kernel.shape
+    *leading, outputs, inputs = kernel.shape if layout is Layout.OI else kernel.swapaxes(-1, -2).shape
     if k >= inputs:
-        return jnp.broadcast_to(jnp.arange(inputs, dtype=jnp.int32), kernel.shape)
-    rows = kernel.reshape(-1, inputs)
+        return jnp.broadcast_to(jnp.arange(inputs, dtype=jnp.int32), (*leading, outputs, inputs))
+    rows = kernel.reshape(-1, kernel.shape[-1])
 
     def select_layer(layer: Array) -> Array:
-        return _select(rows, layer * outputs, outputs, k, score)
+        if layout is Layout.OI:
+            return _select(rows, layer * outputs, outputs, k, score)
+        of_layer = lax.dynamic_slice(rows, (layer * inputs, jnp.int32(0)), (inputs, outputs))
+        return _select(of_layer.T, jnp.int32(0), outputs, k, score)
 
     layers = jnp.arange(math.prod(leading), dtype=jnp.int32)
     return lax.map(select_layer, layers).reshape(*leading, outputs, k)

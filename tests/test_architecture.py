@@ -24,6 +24,7 @@ LEVELS = [
         "safetensors_weights",
         "targets",
         "roofline",
+        "linen",
     },
     {"losses", "weights", "tasks", "generation", "inspection", "formats"},
     {"training", "evaluation", "checkpoint", "planning"},

@@ -1,4 +1,6 @@
-"""The Bypass tree: build, count, merge, resident writes and exact unmerging."""
+"""The Bypass tree: build, count, merge, resident writes and exact unmerging; adapters swapped and mixed."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,8 @@ import pytest
 from quick import jit
 
 from neuroada_jax import bypass, models, selection
+from neuroada_jax.errors import UserError
+from neuroada_jax.ops import Layout
 
 # Compiled whole: operation by operation they take three times as long.
 merge, read, unmerge, make_resident = map(jit, (bypass.merge, bypass.read, bypass.unmerge, bypass.make_resident))
@@ -36,6 +40,20 @@ def random_values(built, seed=1, scale=0.1):
     return built._replace(
         values=jax.tree.map(lambda v: jnp.asarray(rng.normal(size=v.shape) * scale, v.dtype), built.values)
     )
+
+
+def adapter(params, targets, k, seed, *, chosen=0, dtype=jnp.float32, layout=Layout.OI):
+    """Random values at random columns; equal `chosen` give equal columns."""
+    rng = np.random.default_rng(chosen)
+    values, columns = {}, {}
+    for path in targets:
+        *leading, outputs, inputs = bypass.kernel_at(params, path).shape
+        if layout is Layout.IO:
+            outputs, inputs = inputs, outputs
+        order = np.argsort(rng.random((*leading, outputs, inputs)), axis=-1)[..., :k]
+        columns = bypass.put(columns, path, {"columns": jnp.asarray(np.sort(order, axis=-1), jnp.int32)})
+        values = bypass.put(values, path, {"values": np.zeros(order.shape, dtype)})
+    return random_values(bypass.Bypass(values, columns), seed=seed, scale=1.0)
 
 
 def dense_sum(kernel, columns, values):
@@ -89,9 +107,12 @@ def test_build_clips_k_to_the_inputs_and_takes_another_score_and_dtype():
     np.testing.assert_array_equal(columns["columns"], selection.select(kernel, 8, lambda kernel: -jnp.abs(kernel)))
 
 
-@pytest.mark.parametrize("path", [("nowhere",), ("model", "layers", "deep", "norm"), ("model", "layers", "deep")])
+NO_KERNELS = [("nowhere",), ("model", "layers", "deep", "norm"), ("model", "layers", "deep"), ("head", "kernel", "x")]
+
+
+@pytest.mark.parametrize("path", [*NO_KERNELS, ("model", "layers", "deep", "norm", "bias")])
 def test_build_refuses_a_path_without_a_kernel(path):
-    with pytest.raises(KeyError):
+    with pytest.raises(KeyError, match=".".join(path)):
         bypass.build(tree(jnp.float32), [path], 1)
 
 
@@ -183,6 +204,212 @@ def test_other_leaves_are_the_same_objects():
         assert after.keys() == before.keys()
         assert all(after[path] is before[path] for path in before)
     assert all(bypass.get(params, path)["kernel"] is kernels[path] for path in TARGETS)  # the input tree is untouched
+
+
+# Any tree: other layouts, other names, several axes.
+
+
+def own_tree(dtype, layout, seed=0):
+    """What somebody else's code keeps: weights under names of its own, with other leaves beside them."""
+    rng = np.random.default_rng(seed)
+
+    def weights(*shape):
+        rows = jnp.asarray(rng.normal(size=shape) * 0.3, dtype)
+        return rows if layout is Layout.OI else rows.swapaxes(-1, -2)
+
+    return {
+        "embedding": jnp.asarray(rng.normal(size=(11, 6)), dtype),
+        "blocks": {"w_in": weights(3, 8, 6), "w_out": weights(3, 6, 8), "scale": jnp.ones((3, 6), dtype)},
+        "head": {"kernel": weights(11, 6), "bias": jnp.zeros(11, dtype)},
+        "plain": weights(5, 7),
+    }
+
+
+OWN = [("blocks", "w_in"), ("blocks", "w_out"), ("head",), ("plain",)]
+
+
+@pytest.mark.parametrize("layout", Layout)
+def test_any_tree_merges_to_the_dense_sum_in_float64(layout):
+    rows = lambda kernel: kernel if layout is Layout.OI else kernel.swapaxes(-1, -2)  # noqa: E731
+    with jax.enable_x64(True):
+        params = own_tree(jnp.float64, layout)
+        built = random_values(bypass.build(params, OWN, 3, dtype=jnp.float64, layout=layout))
+        merged = jit(functools.partial(bypass.merge, layout=layout))(params, built)
+        chosen = {path: selection.select(rows(bypass.kernel_at(params, path)), 3) for path in OWN}
+    assert jax.tree.structure(merged) == jax.tree.structure(params)
+    for path in OWN:
+        kernel, columns = rows(np.asarray(bypass.kernel_at(params, path))), bypass.get(built.columns, path)["columns"]
+        np.testing.assert_array_equal(columns, chosen[path])
+        want = dense_sum(kernel, columns, bypass.get(built.values, path)["values"])
+        np.testing.assert_array_equal(rows(np.asarray(bypass.kernel_at(merged, path))), want)
+    for path in [("embedding",), ("blocks", "scale"), ("head", "bias")]:
+        assert_identical(bypass.get(merged, path), bypass.get(params, path))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("layout", Layout)
+def test_any_tree_comes_back_bit_for_bit(layout, dtype):
+    params = own_tree(dtype, layout)
+    built = adapter(params, OWN, 3, 0, layout=layout)
+    base = bypass.read(params, built.columns, layout=layout)
+    merged = bypass.merge(params, built, layout=layout)
+    assert_identical(bypass.make_resident(params, built, base, layout=layout), merged)
+    assert_identical(bypass.unmerge(merged, built.columns, base, layout=layout), params)
+
+
+@pytest.mark.parametrize("layout", Layout)
+def test_a_kernel_may_have_its_inputs_and_neurons_over_several_axes(layout):
+    """As Flax's attention: (D, H, N) for the queries, (H, N, D) for the output; three layers of each."""
+    rng = np.random.default_rng(3)
+    inputs, neurons = (4, 3), (2, 5)
+    axes = (*neurons, *inputs) if layout is Layout.OI else (*inputs, *neurons)
+    flat = (10, 12) if layout is Layout.OI else (12, 10)
+    wide = {"map": {"kernel": jnp.asarray(rng.normal(size=(3, *axes)), jnp.float32)}}
+    matrix = {"map": {"kernel": wide["map"]["kernel"].reshape(3, *flat)}}
+    built = random_values(bypass.build(matrix, [("map",)], 4, layout=layout))
+    base = bypass.read(wide, built.columns, layout=layout)
+    assert_identical(base, bypass.read(matrix, built.columns, layout=layout))
+    merged = bypass.merge(wide, built, layout=layout)
+    want = bypass.merge(matrix, built, layout=layout)["map"]["kernel"]
+    np.testing.assert_array_equal(merged["map"]["kernel"], want.reshape(3, *axes))
+    assert_identical(bypass.unmerge(merged, built.columns, base, layout=layout), wide)
+
+
+def test_a_tree_in_the_other_layout_is_refused():
+    params = own_tree(jnp.float32, Layout.OI)
+    built = bypass.build(params, [("head",)], 2)
+    with pytest.raises(ValueError, match=r"\(11, 6\) in layout IO does not go with columns \(11, 2\)"):
+        bypass.merge(params, built, layout=Layout.IO)
+
+
+# Adapters as arrays.
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_swaps_between_different_columns_k_and_targets_lose_nothing(dtype):
+    params = tree(dtype)
+    adapters = [
+        adapter(params, TARGETS[:2], 1, 0, chosen=0),
+        adapter(params, TARGETS[1:], 4, 1, chosen=1),
+        adapter(params, TARGETS, 6, 2, chosen=2),
+    ]
+    swap = jit(bypass.swap, donate_argnums=0)
+    live, columns, base = jax.tree.map(jnp.copy, params), {}, {}
+    for new in adapters:
+        live, base = swap(live, columns, base, new)
+        columns = new.columns
+        assert_identical(live, merge(params, new))
+        assert_identical(base, read(params, columns))
+    assert_identical(unmerge(live, columns, base), params)
+
+
+def test_equal_columns_only_need_overwriting():
+    params = tree(jnp.float32)
+    one, two = adapter(params, TARGETS, 3, 0), adapter(params, TARGETS, 3, 1)
+    base = read(params, one.columns)
+    overwritten = make_resident(make_resident(params, one, base), two, base)
+    swapped, new_base = bypass.swap(make_resident(params, one, base), one.columns, base, two)
+    assert_identical(overwritten, swapped)
+    assert_identical(new_base, base)
+
+
+def test_swap_in_the_other_layout():
+    params = own_tree(jnp.float32, Layout.IO)
+    one = adapter(params, OWN[:2], 2, 0, layout=Layout.IO)
+    two = adapter(params, OWN[1:], 4, 1, layout=Layout.IO, chosen=1)
+    swap = jit(functools.partial(bypass.swap, layout=Layout.IO))
+    live, base = swap(params, {}, {}, one)
+    live, base = swap(live, one.columns, base, two)
+    assert_identical(live, bypass.merge(params, two, layout=Layout.IO))
+    assert_identical(bypass.unmerge(live, two.columns, base, layout=Layout.IO), params)
+
+
+def test_swap_refuses_a_path_without_a_kernel():
+    params = tree(jnp.float32)
+    new = adapter({"other": params["head"]}, [("other",)], 2, 0)
+    with pytest.raises(KeyError, match="other holds no kernel"):
+        bypass.swap(params, {}, {}, new)
+
+
+@pytest.mark.parametrize("layout", Layout)
+def test_a_swap_allocates_nothing_weight_sized(layout):
+    size = 4 * 256 * 192 * 4
+    shape = (4, 256, 192) if layout is Layout.OI else (4, 192, 256)
+    params = {"layers": {"q_proj": {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)}}}
+
+    def abstract(k):
+        leaf = lambda name, dtype: {"layers": {"q_proj": {name: jax.ShapeDtypeStruct((4, 256, k), dtype)}}}  # noqa: E731
+        return bypass.Bypass(leaf("values", jnp.float32), leaf("columns", jnp.int32)), leaf("base", jnp.float32)
+
+    (old, base), (new, _) = abstract(1), abstract(3)
+    swap = jax.jit(functools.partial(bypass.swap, layout=layout), donate_argnums=0)
+    memory = swap.lower(params, old.columns, base, new).compile().memory_analysis()
+    assert memory.alias_size_in_bytes >= size
+    assert memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes < size / 8
+
+
+def test_average_and_interpolation_are_those_of_the_dense_differences():
+    with jax.enable_x64(True):
+        params = tree(jnp.float64)
+        one, two, three = (adapter(params, TARGETS, 3, seed, dtype=jnp.float64) for seed in range(3))
+        mixes = {
+            (1 / 6, 1 / 3, 1 / 2): bypass.average([one, two, three], [1.0, 2.0, 3.0]),
+            (1 / 3, 1 / 3, 1 / 3): bypass.average([one, two, three]),
+            (0.75, 0.25, 0.0): bypass.interpolate(one, two, 0.25),
+            (1.5, -0.5, 0.0): bypass.interpolate(one, two, -0.5),
+        }
+        merged = {weights: merge(params, mix) for weights, mix in mixes.items()}
+        for weights, got in merged.items():
+            for path in TARGETS:
+                deltas = [
+                    dense_sum(*_arrays(params, each, path)) - bypass.get(params, path)["kernel"]
+                    for each in (one, two, three)
+                ]
+                want = bypass.get(params, path)["kernel"] + sum(w * d for w, d in zip(weights, deltas, strict=True))
+                np.testing.assert_allclose(bypass.get(got, path)["kernel"], want, rtol=1e-12, atol=1e-12)
+
+
+def test_the_ends_of_an_interpolation_are_the_adapters_themselves():
+    params = tree(jnp.float32)
+    one, two = adapter(params, TARGETS, 3, 0), adapter(params, TARGETS, 3, 1)
+    for got, want in [
+        (bypass.interpolate(one, two, 0.0), one),
+        (bypass.interpolate(one, two, 1.0), two),
+        (bypass.average([one]), one),
+    ]:
+        assert_identical(got, want)
+
+
+def test_an_average_keeps_the_dtype_and_sums_in_float32():
+    params = tree(jnp.bfloat16)
+    ones = [adapter(params, TARGETS, 2, 0, dtype=jnp.bfloat16) for _ in range(3)]
+    ones = [one._replace(values=jax.tree.map(jnp.ones_like, one.values)) for one in ones]
+    for leaf in jax.tree.leaves(bypass.average(ones, [1.0, 1.0, 1.0]).values):
+        assert leaf.dtype == jnp.bfloat16
+        assert (leaf == 1).all()
+
+
+def test_mixing_names_the_module_whose_columns_differ():
+    params = tree(jnp.float32)
+    one = adapter(params, TARGETS, 1, 0)
+    with pytest.raises(UserError, match=r"^model.layers.q_proj: .*\(3, 8, 1\), another \(3, 8, 4\).*smaller k"):
+        bypass.average([one, one, adapter(params, TARGETS, 4, 1)])
+    with pytest.raises(UserError, match=r"^only one of two adapters has columns at head"):
+        bypass.interpolate(one, adapter(params, TARGETS[:2], 1, 1), 0.5)
+    columns = bypass.put(one.columns, ("head",), {"columns": one.columns["head"]["columns"].at[7, 0].add(1)})
+    found = one.columns["head"]["columns"][7].tolist()
+    with pytest.raises(UserError, match=rf"^head: .*neuron \(7,\): \[{found[0]}\] and \[{found[0] + 1}\]"):
+        bypass.interpolate(one, one._replace(columns=columns), 0.5)
+
+
+@pytest.mark.parametrize(
+    ("count", "weights", "message"),
+    [(0, None, "0 adapters and 0 weights"), (2, [1.0], "2 adapters and 1 weights"), (2, [1.0, -1.0], "add up to 0")],
+)
+def test_an_average_wants_weights_that_fit(count, weights, message):
+    params = tree(jnp.float32)
+    with pytest.raises(UserError, match=message):
+        bypass.average([adapter(params, TARGETS, 1, 0)] * count, weights)
 
 
 # Published sizes: total parameters, trainable at k = 1 and 20 in percent.

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from quick import jit
 
 from neuroada_jax import ops
-from neuroada_jax.ops import GradientAlgorithm
+from neuroada_jax.ops import GradientAlgorithm, Layout
 
 ALGORITHMS = list(GradientAlgorithm)
+LAYOUTS = list(Layout)
 
 
 def random_columns(rng, outputs, inputs, k):
@@ -48,20 +49,28 @@ def oracle(x, kernel, columns, values, dy):
         return tuple(np.asarray(a) for a in dense_autodiff(wide(x), wide(kernel), columns, wide(values), wide(dy)))
 
 
-def resident_kernel(kernel, columns, values):
+def resident_kernel(kernel, columns, values, layout=Layout.OI):
     """The buffer of the resident form and the base entries that belong to it."""
-    base = ops.read_entries(kernel, columns)
-    return ops.write_entries(kernel, columns, base.astype(values.dtype) + values), base
+    base = ops.read_entries(kernel, columns, layout)
+    return ops.write_entries(kernel, columns, base.astype(values.dtype) + values, layout), base
 
 
-def actual(x, kernel, columns, values, dy, algorithm, resident, dtype, values_dtype):
+def laid_out(kernel, layout):
+    """A kernel (*L, O, I) in the given layout."""
+    return kernel if layout is Layout.OI else kernel.swapaxes(-1, -2)
+
+
+def actual(x, kernel, columns, values, dy, algorithm, resident, dtype, values_dtype, layout=Layout.OI):
     """(y, dx, dkernel, dvalues) of bypass_dense in the given dtypes, as numpy arrays."""
-    x, kernel, dy = (jnp.asarray(a, dtype) for a in (x, kernel, dy))
+    x, kernel, dy = (jnp.asarray(a, dtype) for a in (x, laid_out(kernel, layout), dy))
 
     @jit
     def value_and_pullback(x, kernel, columns, values, dy):
-        kernel, base = resident_kernel(kernel, columns, values) if resident else (kernel, None)
-        apply = lambda x, kernel, values: ops.bypass_dense(x, kernel, columns, values, base, algorithm=algorithm)  # noqa: E731
+        kernel, base = resident_kernel(kernel, columns, values, layout) if resident else (kernel, None)
+
+        def apply(x, kernel, values):
+            return ops.bypass_dense(x, kernel, columns, values, base, algorithm=algorithm, layout=layout)
+
         y, vjp = jax.vjp(apply, x, kernel, values)
         return y, *vjp(dy)
 
@@ -82,13 +91,13 @@ shapes = st.tuples(
 @pytest.mark.parametrize("resident", [False, True], ids=["on_the_fly", "resident"])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @settings(max_examples=6)
-@given(shape=shapes)
-def test_float64_equals_the_dense_oracle(algorithm, resident, shape):
+@given(shape=shapes, layout=st.sampled_from(LAYOUTS))
+def test_float64_equals_the_dense_oracle(algorithm, resident, shape, layout):
     batch, outputs, inputs, k, seed = shape
     arrays = problem(seed, batch, outputs, inputs, min(k or inputs, inputs))
     y, dx, dvalues = oracle(*arrays)
     with jax.enable_x64(True):
-        got_y, got_dx, got_dkernel, got_dvalues = actual(*arrays, algorithm, resident, jnp.float64, jnp.float64)
+        got_y, got_dx, got_dkernel, got_dvalues = actual(*arrays, algorithm, resident, jnp.float64, jnp.float64, layout)
     np.testing.assert_allclose(got_y, y, rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(got_dx, dx, rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(got_dvalues, dvalues, rtol=1e-12, atol=1e-12)
@@ -99,11 +108,21 @@ def test_float64_equals_the_dense_oracle(algorithm, resident, shape):
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 2e-6), (jnp.bfloat16, 1e-2)], ids=["f32", "bf16"])
 def test_working_precision_stays_near_the_dense_oracle(algorithm, resident, dtype, tolerance):
+    near_the_dense_oracle(algorithm, resident, dtype, tolerance, Layout.OI)
+
+
+@pytest.mark.parametrize("resident", [False, True], ids=["on_the_fly", "resident"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 2e-6), (jnp.bfloat16, 1e-2)], ids=["f32", "bf16"])
+def test_working_precision_in_the_other_layout(resident, dtype, tolerance):
+    near_the_dense_oracle(GradientAlgorithm.COLUMN_GATHER, resident, dtype, tolerance, Layout.IO)
+
+
+def near_the_dense_oracle(algorithm, resident, dtype, tolerance, layout):
     arrays = problem(0, (2, 24), 64, 48, 5)
     x, kernel, dy = (np.asarray(jnp.asarray(a, dtype), np.float64) for a in (arrays[0], arrays[1], arrays[4]))
     columns, values = arrays[2], np.asarray(arrays[3], np.float32)
     truth = oracle(x, kernel, columns, values, dy)
-    y, dx, _, dvalues = actual(x, kernel, columns, values, dy, algorithm, resident, dtype, jnp.float32)
+    y, dx, _, dvalues = actual(x, kernel, columns, values, dy, algorithm, resident, dtype, jnp.float32, layout)
     for got, want in zip((y, dx, dvalues), truth, strict=True):
         assert np.linalg.norm(got - want) <= tolerance * np.linalg.norm(want)
     # The sum over tokens is float32 at least: with exact bfloat16 factors dvalues has float32 accuracy.
@@ -156,25 +175,44 @@ def test_rounding_remainder_is_what_the_kernel_dtype_cannot_hold():
     np.testing.assert_array_equal(stored.astype(jnp.float32) + remainder, base.astype(jnp.float32) + values)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("leading", [(), (3,), (2, 3)])
-def test_read_write_and_add_entries_of_stacked_kernels(dtype, leading):
+def test_read_write_and_add_entries_of_stacked_kernels(dtype, leading, layout):
     rng = np.random.default_rng(5)
-    kernel = jnp.asarray(rng.normal(size=(*leading, 7, 9)), dtype)
+    rows = jnp.asarray(rng.normal(size=(*leading, 7, 9)), dtype)
+    kernel = laid_out(rows, layout)
     columns = np.stack([random_columns(rng, 7, 9, 4) for _ in range(int(np.prod(leading)))]).reshape(*leading, 7, 4)
     values = jnp.asarray(rng.normal(size=columns.shape), jnp.float32)
-    entries = np.take_along_axis(np.asarray(kernel), columns, axis=-1)
-    np.testing.assert_array_equal(ops.read_entries(kernel, jnp.asarray(columns)), entries)
-    np.testing.assert_array_equal(kernel[ops.entry_indices(jnp.asarray(columns))], entries)
+    entries = np.take_along_axis(np.asarray(rows), columns, axis=-1)
+    np.testing.assert_array_equal(ops.read_entries(kernel, jnp.asarray(columns), layout), entries)
+    np.testing.assert_array_equal(kernel[ops.entry_indices(jnp.asarray(columns), layout)], entries)
 
     for got, new in [
-        (ops.write_entries(kernel, jnp.asarray(columns), values), values),
-        (ops.add_entries(kernel, jnp.asarray(columns), values), entries.astype(np.float32) + np.asarray(values)),
+        (ops.write_entries(kernel, jnp.asarray(columns), values, layout), values),
+        (ops.add_entries(kernel, jnp.asarray(columns), values, layout), entries.astype(np.float32) + np.asarray(values)),
     ]:
-        expected = np.array(kernel)
+        expected = np.array(rows)
         np.put_along_axis(expected, columns, np.asarray(jnp.asarray(new).astype(dtype)), axis=-1)
-        np.testing.assert_array_equal(got, expected)
+        np.testing.assert_array_equal(got, laid_out(expected, layout))
         assert got.dtype == dtype
+
+
+def test_a_kernel_in_the_other_layout_is_refused():
+    """Scatters promise to stay in bounds: nothing may reach them that does not."""
+    _, kernel, columns, values, _ = problem(8, (2,), 12, 5, 3)
+    calls = [
+        lambda kernel, layout: ops.read_entries(kernel, columns, layout),
+        lambda kernel, layout: ops.write_entries(kernel, columns, values, layout),
+        lambda kernel, layout: ops.add_entries(kernel, columns, values, layout),
+        lambda kernel, layout: ops.add_entries(kernel, columns, values.astype(jnp.bfloat16), layout),
+        lambda kernel, layout: ops.bypass_dense(jnp.ones((2, 5)), kernel, columns, values, values, layout=layout),
+    ]
+    kernel, columns, values = jnp.asarray(kernel, jnp.float32), jnp.asarray(columns), jnp.asarray(values, jnp.float32)
+    for call in calls:
+        for right, wrong in (Layout.OI, Layout.IO), (Layout.IO, Layout.OI):
+            with pytest.raises(ValueError, match=rf"in layout {wrong} does not go with columns \(12, 3\)"):
+                call(laid_out(kernel, right), wrong)
 
 
 @pytest.mark.parametrize("per_adapter_columns", [False, True])
@@ -240,12 +278,13 @@ def equations(jaxpr):
                 yield from equations(inner)
 
 
-def gradient_equations(algorithm, resident):
+def gradient_equations(algorithm, resident, layout=Layout.OI):
     x, kernel, columns, values, _ = arguments()
     base = ops.read_entries(kernel, columns) if resident else None
+    kernel = laid_out(kernel, layout)
 
     def loss(x, values, kernel):
-        return jnp.sum(jnp.sin(ops.bypass_dense(x, kernel, columns, values, base, algorithm=algorithm)))
+        return jnp.sum(jnp.sin(ops.bypass_dense(x, kernel, columns, values, base, algorithm=algorithm, layout=layout)))
 
     return list(equations(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(x, values, kernel).jaxpr))
 
@@ -269,6 +308,15 @@ def test_no_dense_kernel_gradient_is_formed(algorithm, resident):
     assert formed == ([] if resident else ["scatter-add", "scatter-add"])
 
 
+@pytest.mark.parametrize("resident", [False, True], ids=["on_the_fly", "resident"])
+def test_the_other_layout_transposes_no_kernel(resident):
+    found = gradient_equations(GradientAlgorithm.COLUMN_GATHER, resident, Layout.IO)
+    assert rows_of_dense_gradient(found) == []
+    of_kernel = [e.primitive.name for e in found for v in e.outvars if sorted(v.aval.shape) == sorted((O, I))]
+    formed = [name for name in of_kernel if name not in ("pjit", "jit", "custom_vjp_call", "custom_vjp_call_jaxpr")]
+    assert formed == ([] if resident else ["scatter-add", "scatter-add"])
+
+
 def test_the_dense_algorithm_works_in_chunks(monkeypatch):
     assert rows_of_dense_gradient(gradient_equations(GradientAlgorithm.DENSE_CHUNKS, True)) == [O]
     monkeypatch.setattr(ops, "_DENSE_CHUNK_BYTES", 33 * I * 4)
@@ -286,11 +334,12 @@ def test_blocks_need_not_divide_the_neurons(algorithm, outputs, monkeypatch):
     np.testing.assert_allclose(dvalues, oracle(*arrays)[2], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_the_resident_write_is_in_place(dtype):
-    kernel = jax.ShapeDtypeStruct((4, 256, 192), dtype)
+def test_the_resident_write_is_in_place(dtype, layout):
+    kernel = jax.ShapeDtypeStruct((4, 256, 192) if layout is Layout.OI else (4, 192, 256), dtype)
     entries, columns = jax.ShapeDtypeStruct((4, 256, 2), jnp.float32), jax.ShapeDtypeStruct((4, 256, 2), jnp.int32)
-    write = lambda kernel, columns, base, values: ops.write_entries(kernel, columns, base + values)  # noqa: E731
+    write = lambda kernel, columns, base, values: ops.write_entries(kernel, columns, base + values, layout)  # noqa: E731
     compiled = jax.jit(write, donate_argnums=0).lower(kernel, columns, entries, entries).compile()
     memory = compiled.memory_analysis()
     size = 4 * 256 * 192 * dtype.dtype.itemsize

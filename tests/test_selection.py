@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neuroada_jax import selection
+from neuroada_jax.ops import Layout
 
 
 def oracle(kernel, k):
@@ -38,6 +39,16 @@ def test_equals_a_stable_argsort(shape, k, dtype, levels, seed):
     check(jnp.asarray(kernel, dtype), k)
 
 
+@pytest.mark.parametrize("shape", [(4, 7), (16, 33), (3, 5, 8), (2, 3, 4, 9), (2, 2, 4, 328)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("k", [1, 3, 8])
+def test_the_other_layout_gives_the_same_columns(shape, dtype, k):
+    kernel = jnp.asarray(np.random.default_rng(1).normal(size=shape), dtype)
+    columns = selection.select(kernel.swapaxes(-1, -2), k, layout=Layout.IO)
+    assert columns.dtype == jnp.int32
+    np.testing.assert_array_equal(columns, oracle(kernel, k))
+
+
 @pytest.mark.parametrize("k", [1, 3, 20])
 def test_blocks_of_equal_maxima_count_from_the_left(k):
     kernel = np.zeros((2, 1728), np.float32)
@@ -52,6 +63,13 @@ def test_temporaries_are_less_than_one_layer(k, dtype):
     kernel = jax.ShapeDtypeStruct((6, 256, 1024), dtype)
     memory = selection.select.lower(kernel, k).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 256 * 1024 * jnp.dtype(dtype).itemsize
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_temporaries_of_the_other_layout_are_less_than_two_layers(dtype):
+    kernel = jax.ShapeDtypeStruct((6, 1024, 256), dtype)
+    memory = selection.select.lower(kernel, 4, layout=Layout.IO).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 2 * 256 * 1024 * jnp.dtype(dtype).itemsize
 
 
 @pytest.mark.parametrize("k", [1, 3])

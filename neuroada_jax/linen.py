@@ -1,0 +1,166 @@
+"""Bypass layers in any Flax Linen model that uses `nn.Dense` or `nn.DenseGeneral`, with no change to the model.
+
+    bypass = linen.build(model, variables, images, targets=["query", "value"], k=1)
+    apply = linen.with_bypass(model.apply)
+    logits = apply({"params": params, "bypass": bypass.values, "columns": bypass.columns}, images)
+    merged = merge(params, bypass, layout=Layout.IO)
+
+Kernels stay as Flax has them, inputs first: (I, O) for `nn.Dense`, (D, H, N) and (H, N, D) in Flax's attention, the axes of
+stacked layers in front. Values and columns are (*L, O, k), where several axes of inputs or neurons are flattened.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from neuroada_jax import bypass, models, selection
+from neuroada_jax.bypass import Bypass, Path, Tree
+from neuroada_jax.errors import UserError
+from neuroada_jax.ops import Layout, bypass_dense
+
+# Leaves beside the kernel: whatever Flax does to it, such as slicing by nn.scan, is done to them as well.
+_VALUES, _COLUMNS = "bypass_values", "bypass_columns"
+
+
+def build(
+    module: nn.Module,
+    variables: Mapping[str, Any],
+    *args: Any,
+    targets: list[str],
+    k: int,
+    score: Callable[[jax.Array], jax.Array] = selection.magnitude,
+    dtype: Any = jnp.float32,
+    **kwargs: Any,
+) -> Bypass:
+    """Zero values and selected columns for the linear maps of a model that `targets` name.
+
+    The linear maps are those that ``module.apply(variables, *args, **kwargs)`` goes through. The call is traced; nothing of
+    it is computed.
+
+    Args:
+      module: any Linen module.
+      variables: its variables; the kernels are those of "params".
+      args: as for `module.apply`, such as one batch.
+      targets: exact module paths ("encoder.block_0.query") or last components of some ("query"); never substrings.
+      k: connections per neuron; a map with fewer inputs gets all of them.
+      score: elementwise, kernel -> scores of the same shape.
+      dtype: of the values.
+      kwargs: as for `module.apply`.
+
+    Returns: values (*L, O, min(k, I)) and int32 columns of the same shape, at the modules' paths.
+
+    Raises:
+      UserError: a target that no linear map has (lists them), or one that cannot carry a bypass (says why).
+      ValueError: k < 1.
+    """
+    axes: dict[Path, tuple[int, int]] = {}
+    refused: dict[Path, str] = {}
+
+    def record(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        module: Any = context.module
+        if isinstance(module, nn.Dense | nn.DenseGeneral) and context.method_name == "__call__":
+            axes[module.path] = _count(getattr(module, "axis", -1)), _count(module.features)
+            if reason := _obstacle(module):
+                refused[module.path] = reason
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(record):
+        jax.eval_shape(lambda variables: module.apply(variables, *args, **kwargs), variables)
+
+    found: Tree = {}
+    for path in axes:
+        found = bypass.put(found, path, {"kernel": bypass.kernel_at(variables["params"], path)})
+    paths = models.match_targets(found, targets, ())
+    matrices: Tree = {}
+    for path in paths:
+        if path in refused:
+            raise UserError(f"{'.'.join(path)}: {refused[path]}")
+        kernel, (inputs, neurons) = bypass.kernel_at(found, path), axes[path]
+        stacked = kernel.ndim - inputs - neurons
+        shape = (*kernel.shape[:stacked], -1, math.prod(kernel.shape[kernel.ndim - neurons :]))
+        matrices = bypass.put(matrices, path, {"kernel": kernel.reshape(shape)})
+    return bypass.build(matrices, paths, k, score=score, dtype=dtype, layout=Layout.IO)
+
+
+def with_bypass(apply: Callable[..., Any]) -> Callable[..., Any]:
+    """`module.apply`, or any function of variables, that takes a bypass among them.
+
+    The function that comes back is called as `apply` is. Where its variables hold the collections "bypass" and "columns",
+    the linear maps at their paths are bypass layers, W + D being formed on the fly: gradients for the values need no dense
+    one. Without these collections it does what `apply` does. It works under jit, grad and `nn.remat`, and with `nn.scan` or
+    `nn.vmap` over stacked layers whose parameters have the layer axis in front.
+
+    Raises (the function that comes back):
+      UserError: one of the two collections is missing, a "base" collection (a resident kernel holds the values already), or
+        a path whose module cannot carry a bypass.
+      KeyError: a path without a kernel.
+      ValueError: columns that do not fit their kernel.
+    """
+
+    @functools.wraps(apply)
+    def applied(variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        rest = dict(variables)
+        values, columns = rest.pop("bypass", None), rest.pop("columns", None)
+        if values is None and columns is None:
+            return apply(variables, *args, **kwargs)
+        if values is None or columns is None or "base" in rest:
+            raise UserError(f"a bypass needs the collections bypass and columns, and no base; found {', '.join(variables)}")
+        params: Tree = dict(rest["params"])
+        for path, chosen in bypass.leaves(columns, "columns"):
+            bypass.kernel_at(params, path)
+            leaves = {_VALUES: bypass.get(values, path)["values"], _COLUMNS: chosen}
+            params = bypass.put(params, path, {**bypass.get(params, path), **leaves})
+        with nn.intercept_methods(_intercept):
+            return apply({**rest, "params": params}, *args, **kwargs)
+
+    return applied
+
+
+def _obstacle(module: Any) -> str | None:
+    """Why a module cannot carry a bypass, None if it can."""
+    if not isinstance(module, nn.Dense | nn.DenseGeneral):
+        return f"a {type(module).__name__} cannot carry a bypass, only a Dense or DenseGeneral"
+    if module.dot_general is not None or module.dot_general_cls is not None:
+        return "a linear map with a dot_general of its own cannot carry a bypass"
+    if module.precision is not None:
+        return f"precision {module.precision} cannot be kept; set jax.default_matmul_precision instead"
+    if getattr(module, "batch_dims", ()) not in ((), []):
+        return "a DenseGeneral with batch_dims cannot carry a bypass"
+    return None
+
+
+def _count(axes: Any) -> int:
+    return len(axes) if isinstance(axes, tuple | list) else 1
+
+
+def _intercept(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+    module: Any = context.module
+    if context.method_name != "__call__" or not module.has_variable("params", _VALUES):
+        return call(*args, **kwargs)
+    if reason := _obstacle(module):
+        raise UserError(f"{'.'.join(module.path)}: {reason}")
+    columns, values = (module.get_variable("params", name) for name in (_COLUMNS, _VALUES))
+    # Flax does all else: dtypes, axes, bias. A bound module is frozen and lives for one call of apply; a clone of it would
+    # show up in captured intermediates.
+    object.__setattr__(module, "dot_general", functools.partial(_dot_general, columns=columns, values=values))
+    try:
+        return call(*args, **kwargs)
+    finally:
+        object.__setattr__(module, "dot_general", None)
+
+
+def _dot_general(
+    x: jax.Array, kernel: jax.Array, dimension_numbers: Any, precision: None, *, columns: jax.Array, values: jax.Array
+) -> jax.Array:
+    """`lax.dot_general` as Dense and DenseGeneral call it: a kernel (*I, *O), its first axes against some of x."""
+    (axes, inputs), _ = dimension_numbers
+    x = jnp.moveaxis(x, axes, tuple(range(-len(axes), 0)))
+    batch, features = x.shape[: x.ndim - len(axes)], kernel.shape[len(inputs) :]
+    matrix = kernel.reshape(-1, math.prod(features))
+    y = bypass_dense(x.reshape(*batch, matrix.shape[0]), matrix, columns, values, layout=Layout.IO)
+    return y.reshape(*batch, *features)
