@@ -1,7 +1,8 @@
-"""Checkpoints of a run through Orbax: step, values, optimiser state. The only file that knows Orbax.
+"""Checkpoints of a run through Orbax: step, values, columns, optimiser state. The only file that knows Orbax.
 
-Neither the base weights nor the columns are in a checkpoint: both follow from the model and the config, and a batch is a
-pure function of (seed, epoch, index), so that the step is the data's cursor too.
+The base weights are not in a checkpoint, and a batch is a pure function of (seed, epoch, index), so that the step is the
+data's cursor too. The columns are: those chosen by a gradient cost a pass over the data, and may differ where a GPU sums in
+another order.
 """
 
 import functools
@@ -40,7 +41,7 @@ class Checkpoints:
         self._manager.save(int(state.step), args=ocp.args.StandardSave(saved(state)))
 
     def restore(self, state: TrainState) -> TrainState:
-        """The newest checkpoint put into a state that was just initialised.
+        """The newest checkpoint put into a state that was just initialised, on whatever columns of the same shapes.
 
         Raises:
           UserError: there is no checkpoint, or it does not fit the state.
@@ -54,10 +55,12 @@ class Checkpoints:
         except (ValueError, KeyError, OSError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"{self._directory / str(step)}: this checkpoint cannot be resumed from ({reason})") from error
-        trained = bypass.Bypass(found["trainable"]["bypass"], state.columns)
-        return state._replace(**found, params=bypass.make_resident(state.params, trained, state.base))
+        trained = bypass.Bypass(found["trainable"]["bypass"], found["columns"])
+        base = bypass.read(state.params, trained.columns)  # no step was taken: these are the original weights
+        return state._replace(**found, base=base, params=bypass.make_resident(state.params, trained, base))
 
 
 def saved(state: TrainState) -> dict[str, Any]:
     """What a checkpoint holds of a state, abstract or real."""
-    return {"step": state.step, "trainable": state.trainable, "optimizer": state.optimizer}
+    kept = ("step", "trainable", "columns", "optimizer")
+    return {field: getattr(state, field) for field in kept}

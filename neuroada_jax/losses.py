@@ -17,13 +17,14 @@ from neuroada_jax.models import layers
 LOGIT_BYTES = 1 << 27
 
 
-def target_losses(module: nn.Module, variables: Tree, batch: Batch) -> Float[Array, "B M"]:
+def target_losses(module: nn.Module, variables: Tree, batch: Batch, *, output_trains: bool = False) -> Float[Array, "B M"]:
     """Cross-entropy of every target in float32, 0 where the mask is 0.
 
     The hidden states of the labelled positions are gathered first, and the vocabulary matmul runs over a chunk of them at a
     time: logits of unlabelled positions never exist, nor those of all labelled ones at once.
 
-    The output layer counts as frozen unless it carries a bypass: with respect to its weights the gradient is zero.
+    The output layer counts as frozen unless it carries a bypass or `output_trains` says otherwise: with respect to its
+    weights the gradient is zero.
     """
     mask = None if batch.positions is None else layers.packed_mask(jnp.asarray(batch.positions))
     hidden, _ = module.apply(variables, batch.input_ids, batch.positions, mask)
@@ -36,7 +37,7 @@ def target_losses(module: nn.Module, variables: Tree, batch: Batch) -> Float[Arr
 
     vocabulary = jax.eval_shape(lambda states: module.apply(variables, states, method="unembed"), states).shape[-1]
     chunk = max(LOGIT_BYTES // (4 * vocabulary), 1)
-    if "lm_head" in variables.get("bypass", {}):
+    if output_trains or "lm_head" in variables.get("bypass", {}):
         nll = _in_chunks(jax.checkpoint(losses), states, ids, chunk)
     else:
         nll = _with_gradient_at_once(losses, states, ids, chunk)

@@ -14,7 +14,7 @@ from neuroada_jax.bypass import Tree
 from neuroada_jax.errors import UserError
 from neuroada_jax.roofline import nbytes
 from neuroada_jax.targets import Compiler, Target
-from neuroada_jax.training import optimizer, run, step
+from neuroada_jax.training import connections, optimizer, run, step
 from neuroada_jax.training.config import RunConfig, apply_override, from_dict
 from neuroada_jax.weights import open_model
 
@@ -115,7 +115,8 @@ def _measure(config: RunConfig, target_name: str, devices: int) -> dict[str, Any
     paths = run.target_paths(base.model, config.bypass.targets, config.bypass.k)
 
     def initial_state(params: Tree) -> step.TrainState:
-        return step.initial_state(params, bypass.build(params, paths, config.bypass.k), transformation)
+        built = bypass.build(params, paths, config.bypass.k, dtype=connections.value_dtype(config, base.model))
+        return step.initial_state(params, built, transformation)
 
     state = jax.eval_shape(initial_state, base.model.abstract_params())
 

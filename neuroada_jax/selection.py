@@ -28,6 +28,11 @@ def magnitude(kernel: Float[Array, "*L O I"]) -> Float[Array, "*L O I"]:
     return jnp.abs(kernel)
 
 
+def reverse(kernel: Float[Array, "*L O I"]) -> Float[Array, "*L O I"]:
+    """-|W|, which selects the smallest entries: the ablation that shows what magnitude is worth."""
+    return -jnp.abs(kernel)
+
+
 @functools.partial(jax.jit, static_argnames=("k", "score", "layout"))
 def select(
     kernel: Float[Array, "*L _ _"], k: int, score: Score = magnitude, *, layout: Layout = Layout.OI

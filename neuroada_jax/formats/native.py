@@ -122,7 +122,15 @@ def write(directory: Path, adapter: Adapter, *, replace: bool = False) -> None:
 
 
 def save(
-    directory: Path, trained: Bypass, base: LoadedModel, *, k: int, targets: list[str], seed: int, replace: bool = False
+    directory: Path,
+    trained: Bypass,
+    base: LoadedModel,
+    *,
+    k: int,
+    targets: list[str],
+    seed: int,
+    rule: str = "magnitude",
+    replace: bool = False,
 ) -> None:
     """Writes what was trained as an adapter directory, whole or not at all.
 
@@ -133,6 +141,7 @@ def save(
       k: connections per neuron that were asked for.
       targets: the config's target names.
       seed: the run's seed.
+      rule: how the columns were chosen.
       replace: overwrite an adapter that is there.
 
     Raises:
@@ -140,7 +149,7 @@ def save(
     """
     stack = base.model.stack
     values, columns = (dict(names.unstacked(tree, stack)) for tree in trained)
-    write(directory, assemble(base, values, columns, k=k, targets=targets, seed=seed), replace=replace)
+    write(directory, assemble(base, values, columns, k=k, targets=targets, seed=seed, rule=rule), replace=replace)
 
 
 def is_adapter(path: str) -> bool:

@@ -32,9 +32,14 @@ class ModelSection:
 
 @dataclass(frozen=True, config=_STRICT)
 class BypassSection:
-    """k connections for every neuron of the linear maps in `targets` (names as in `neuroada inspect MODEL`)."""
+    """k connections for every neuron of the linear maps in `targets` (names as in `neuroada inspect MODEL`).
+
+    `score` says which k of each neuron: those with the largest |weight| (the method), with the smallest (reverse), with the
+    largest |gradient| over the training data, or random ones.
+    """
 
     k: int = pydantic.Field(default=1, ge=1)
+    score: Literal["magnitude", "reverse", "gradient", "random"] = "magnitude"
     targets: list[str] = pydantic.Field(default_factory=lambda: list(LLAMA_TARGETS), min_length=1)
 
 
@@ -125,9 +130,18 @@ class EvaluationSection:
     batch_size: int = pydantic.Field(default=16, gt=0)
 
 
+# What transformers' Trainer does unless it is told otherwise, and the published code tells it nothing of these.
+_TRAINER = {"beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8, "clip_norm": 1.0}
+
+
 @dataclass(frozen=True, config=_STRICT)
 class RunConfig:
-    """Everything a run needs. `output` defaults to runs/<name>."""
+    """Everything a run needs. `output` defaults to runs/<name>.
+
+    `fidelity` says in which numbers it is done. recommended: values and moments of AdamW in float32 on any base. official:
+    in the dtype of the base, as the published code does it, so that a bfloat16 base is summed with its values in bfloat16;
+    and AdamW and clipping as transformers' Trainer has them by default. On a float32 base there is no difference.
+    """
 
     name: str
     model: ModelSection
@@ -135,12 +149,17 @@ class RunConfig:
     optimizer: OptimizerSection
     training: TrainingSection
     bypass: BypassSection = dataclasses.field(default_factory=BypassSection)
+    fidelity: Literal["recommended", "official"] = "recommended"
     evaluation: EvaluationSection = dataclasses.field(default_factory=EvaluationSection)
     output: str | None = None
     merge: bool = False  # also write the merged model to <output>/merged
     seed: int = pydantic.Field(default=42, ge=0)
 
     def __post_init__(self) -> None:
+        for field, default in _TRAINER.items() if self.fidelity == "official" else ():
+            found = getattr(self.optimizer, field)
+            if found != default:
+                raise ValueError(f"optimizer.{field}: found {found}, but fidelity: official needs {default}; leave one out")
         for where, task, style in self._tasks():
             if task not in TASKS:
                 raise ValueError(f"{where}.task: unknown task {task!r}{_nearest(task, list(TASKS))}")

@@ -14,7 +14,7 @@ from neuroada_jax.formats import huggingface, native
 from neuroada_jax.prompts import PromptStyle
 from neuroada_jax.rows import Rows, load_rows
 from neuroada_jax.tasks import TASKS
-from neuroada_jax.training import loop, optimizer, plots, report, step
+from neuroada_jax.training import connections, loop, optimizer, plots, report, step
 from neuroada_jax.training.config import EvaluationSet, RunConfig, flatten_config, to_yaml
 from neuroada_jax.training.config import load as load_config
 from neuroada_jax.weights import LoadedModel, open_base, with_weights
@@ -174,7 +174,11 @@ def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -
     batches, places = _encode(config, tokenizer)
     held_out = evaluation_rows(config)
     base = with_weights(base)
-    built = bypass.build(base.params, paths, config.bypass.k)
+    if resume:  # the columns of its checkpoint will take the place of these
+        built = bypass.build(base.params, paths, config.bypass.k, dtype=connections.value_dtype(config, base.model))
+    else:
+        first_epoch = (batches.batch(0, index) for index in range(batches.steps_per_epoch))
+        built = connections.choose(config, base.model, base.params, paths, first_epoch)
     if not resume:
         _clear_output(directory)
         files.write_text(directory / "config.yaml", to_yaml(config))
@@ -199,6 +203,7 @@ def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -
             k=config.bypass.k,
             targets=config.bypass.targets,
             seed=config.seed,
+            rule=config.bypass.score,
             replace=True,
         )
 

@@ -66,7 +66,7 @@ def initial_state(params: Tree, built: Bypass, optimizer: optax.GradientTransfor
     )
 
 
-def _split(batch: Batch, parts: int) -> Batch:
+def split(batch: Batch, parts: int) -> Batch:
     """The batch as `parts` micro batches along a new leading axis."""
     return jax.tree.map(lambda leaf: leaf.reshape(parts, leaf.shape[0] // parts, *leaf.shape[1:]), batch)
 
@@ -93,7 +93,7 @@ def make_step(
             return jax.tree.map(jnp.add, total, value_and_grad(state.trainable, state, part)), None
 
         zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.trainable))
-        return lax.scan(add, zeros, _split(batch, accumulation))[0]
+        return lax.scan(add, zeros, split(batch, accumulation))[0]
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         total, summed = gradients(state, batch)

@@ -1,8 +1,6 @@
-"""The training step: what it computes, what it leaves alone, and parity with the official PyTorch code."""
+"""The training step: what it computes and what it leaves alone. Parity with the official code is in test_parity.py."""
 
 import functools
-import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +9,12 @@ import optax
 import pytest
 from helpers import CONFIG
 
-from neuroada_jax import bypass, losses, models, weights
+from neuroada_jax import bypass, losses, models
 from neuroada_jax.batches import Batch, Batches
 from neuroada_jax.data import Examples
 from neuroada_jax.models import Remat, layers, names
 from neuroada_jax.training import config, optimizer, step
 
-GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 ALL = list(config.LLAMA_TARGETS)
 SOME = ("q_proj", "down_proj")  # two targets compile in a third of the time
 
@@ -302,78 +299,3 @@ def test_an_empty_batch_changes_nothing_but_the_count():
     state, metrics = run(state, batch)
     assert (float(metrics.loss), float(metrics.gradient_norm), int(state.failed_step)) == (0, 0, -1)
     assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(state.trainable))
-
-
-# Parity with the official PyTorch code (tests/golden/README.md).
-
-
-def load(name):
-    with np.load(GOLDEN / name) as file:
-        return dict(file)
-
-
-def golden_batch(data, number):
-    """A batch of the golden data: HF labels, where position t's label is predicted from t - 1."""
-    labels = data["labels"][number]
-    mask = np.concatenate([np.zeros((len(labels), 1), bool), labels[:, 1:] != -100], axis=1)
-    width = labels.shape[1]  # the same for all batches: one compiled step
-    position, ids = np.zeros((len(labels), width), np.int32), np.zeros((len(labels), width), np.int32)
-    for row in range(len(labels)):
-        (where,) = mask[row].nonzero()
-        position[row, : len(where)], ids[row, : len(where)] = where - 1, labels[row, where]
-    return Batch(
-        input_ids=data["input_ids"][number],
-        lengths=data["attention_mask"][number].sum(axis=1).astype(np.int32),
-        target_positions=position,
-        target_ids=ids,
-        target_mask=(np.arange(width)[None] < mask.sum(axis=1)[:, None]).astype(np.float32),
-    )
-
-
-@pytest.mark.parametrize("k", [1, 3])
-@pytest.mark.parametrize("name", ["llama_tied", "llama_untied"])
-def test_parity_with_the_official_code(name, k):
-    case = f"{name}_k{k}_adamw_const"
-    golden, data = load(f"{case}.npz"), load("data_causal.npz")
-    facts = json.loads((GOLDEN / "meta.json").read_text())["cases"][case]
-    loaded = weights.load_model(str(GOLDEN / name))
-    model = loaded.model
-    original = {
-        module: kernel
-        for path, stacked in bypass.kernels(loaded.params)
-        if names.is_stacked(path, model.stack)
-        for layer, kernel in enumerate(np.array(stacked))
-        for module in [names.module_name(path, layer, model.stack)]
-    }
-    built = bypass.build(loaded.params, models.match_targets(loaded.params, ALL, model.stack), k)
-    assert bypass.count(built.values) == facts["n_trainable"]
-    section = config.OptimizerSection(learning_rate=facts["lr"], schedule="constant", clip_norm=None)
-    transformation = optimizer.build(section, 5)
-    state = step.initial_state(loaded.params, built, transformation)
-    run = step.make_step(model.module(), transformation)
-    losses, norms = [], []
-    for number in range(5):
-        state, metrics = run(state, golden_batch(data, number))
-        losses.append(float(metrics.loss))
-        norms.append(float(metrics.gradient_norm))
-    np.testing.assert_allclose(losses, facts["losses_train"], rtol=1e-5)
-    np.testing.assert_allclose(norms, facts["grad_norm"], rtol=1e-4)
-
-    state = jax.tree.map(np.asarray, state)
-    columns = dict(names.unstacked(state.columns, model.stack))
-    values = dict(names.unstacked(state.bypass.values, model.stack))
-    expected = {key.removeprefix("positions/") for key in golden if key.startswith("positions/")}
-    assert {f"{module}.weight" for module in values} == expected
-    for module, trained in values.items():
-        want = golden[f"positions/{module}.weight"]
-        rows, cols = want[:, 0], want[:, 1]
-        np.testing.assert_array_equal(columns[module].reshape(-1), cols)
-        np.testing.assert_array_equal(np.arange(len(trained)).repeat(k), rows)
-        after = golden[f"param_step5/{module}.weight_new"]
-        np.testing.assert_allclose(trained.reshape(-1), after, rtol=1e-4, atol=1e-6, err_msg=module)
-        *path, leaf, layer = *(p for p in module.split(".") if not p.isdigit()), int(module.split(".")[2])
-        merged = bypass.get(state.params, (*path, leaf))["kernel"][layer]
-        np.testing.assert_allclose(merged[rows, cols], golden[f"merged_values/{module}.weight"], rtol=1e-6, atol=1e-6)
-        merged = merged.copy()
-        merged[rows, cols] = original[module][rows, cols]
-        np.testing.assert_array_equal(merged, original[module])

@@ -1,0 +1,214 @@
+"""The published PyTorch code's adapters: what its loader reads, and what its runs leave.
+
+    tunable_para/state_dict_tunable.pt   torch.save of {"<path>.weight_new": (O * k,)}, and of the densely trained
+                                         parameters under their own names
+    positions.npy                        np.save of {"<path>.weight": int64 (O * k, 2)}: row and column of every value
+
+Both are row-major, columns ascending within a row. The published forward pass is
+``W.flatten().scatter_add(0, row * I + column, weight_new)``.
+"""
+
+import re
+import types
+import zipfile
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from neuroada_jax import bypass, files, models
+from neuroada_jax.errors import UserError
+from neuroada_jax.formats import inert_pickle, native
+from neuroada_jax.formats.imported import Imported
+from neuroada_jax.models import names
+
+VALUES = Path("tunable_para") / "state_dict_tunable.pt"
+POSITIONS = Path("positions.npy")
+
+# The order of the maps in a layer of the models that the published code trains: that of its files.
+_ORDER = (
+    *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    *("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"),
+)
+
+
+def _torch() -> types.ModuleType:
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError('the official format needs PyTorch: pip install "neuroada-jax[torch]"') from error
+    return torch
+
+
+def _place(module: str) -> tuple[Any, ...]:
+    """Sorts module names as PyTorch lists them: by layer, then by the order within one."""
+    numbers = tuple(int(part) for part in re.findall(r"\.(\d+)\.", module))
+    known = next((rank for rank, name in enumerate(_ORDER) if module.endswith(f".{name}")), len(_ORDER))
+    return not numbers, numbers, known, module
+
+
+def export(
+    adapter: native.Adapter,
+    directory: Path,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    *,
+    replace: bool = False,
+) -> list[str]:
+    """Writes an adapter as the published code's loader reads it, whole or not at all.
+
+    Args:
+      adapter: what to write.
+      directory: where; must not exist unless `replace`.
+      dtype: of the values and heads. None for the base's: the loader puts them beside the base weights as they are, and
+        its scatter_add takes one dtype only.
+      replace: overwrite what is there.
+
+    Returns: lines that say what was converted.
+
+    Raises:
+      UserError: the directory exists or cannot be written, or PyTorch is not installed.
+    """
+    torch = _torch()
+    chosen = dtype or adapter.metadata["base"]["dtype"]
+    content: dict[str, Any] = {}
+    positions: dict[str, Any] = {}
+    changed = 0
+    for module in sorted(adapter.values, key=_place):
+        values, columns = adapter.values[module], adapter.columns[module]
+        tensor = torch.from_numpy(values.reshape(-1).copy()).to(getattr(torch, chosen))
+        changed += int((tensor.float().numpy() != values.reshape(-1)).sum())
+        content[f"{module}.weight_new"] = torch.nn.Parameter(tensor)
+        rows = np.arange(len(values), dtype=np.int64).repeat(values.shape[1])
+        # Transposed, as torch.nonzero leaves it.
+        positions[f"{module}.weight"] = torch.from_numpy(np.stack([rows, columns.reshape(-1).astype(np.int64)])).T
+    for name, head in adapter.heads.items():
+        content[name] = torch.nn.Parameter(torch.from_numpy(head.copy()).to(getattr(torch, chosen)))
+    with files.new_directory(directory, replace=replace) as temporary:
+        (temporary / VALUES).parent.mkdir()
+        torch.save(content, temporary / VALUES)
+        np.save(temporary / POSITIONS, np.array(positions, dtype=object), allow_pickle=True)
+    count = sum(values.size for values in adapter.values.values())
+    return [f"{changed} of {count} values rounded to {chosen}, the base's dtype"] if changed else []
+
+
+def read(directory: Path, base: models.Model, *, allow_pickle: bool) -> Imported:
+    """Reads what a run of the published code left.
+
+    Args:
+      directory: its output folder, with `VALUES` and `POSITIONS` in it.
+      base: the model that it was trained on; its shapes are what the files are checked against.
+      allow_pickle: read `POSITIONS`, which is a pickled file; `inert_pickle` takes it apart and runs nothing of it.
+
+    Raises:
+      UserError: `allow_pickle` is not set, PyTorch is not installed, a file is missing or is not what the published code
+        writes, or an entry does not fit the base; names the tensor.
+    """
+    path = directory / POSITIONS
+    if not allow_pickle:
+        raise UserError(
+            f"{path} is a pickled file, a kind that can run code when Python loads it; --allow-pickle reads it with a "
+            "parser of our own, which runs nothing and takes a dict of integer tensors only"
+        )
+    params = base.abstract_params()
+    shapes = _kernels(params, base.stack)
+    positions = inert_pickle.read_tensors(path)
+    tensors = _load(directory / VALUES)
+    trained = {name: tensor for name, tensor in tensors.items() if name.endswith(".weight_new")}
+    expected = {f"{name}_new" for name in positions}
+    if not trained or set(trained) != expected:
+        odd = min(set(trained) ^ expected, default="<module>.weight_new")
+        raise UserError(f"{directory}: {odd!r} is not both in {VALUES} and in {POSITIONS}")
+    values, columns, k = {}, {}, 0
+    for name, where in positions.items():
+        module = name.removesuffix(".weight")
+        if module not in shapes or module == name:
+            raise UserError(f"{path}: the base has no linear map {name!r}")
+        columns[module] = _columns(f"{path}: {name!r}", where, *shapes[module])
+        values[module] = _numbers(directory / VALUES, f"{name}_new", trained[f"{name}_new"], (columns[module].size,))
+        values[module] = values[module].reshape(columns[module].shape)
+        k = max(k, columns[module].shape[1])
+    for module, chosen in columns.items():
+        if chosen.shape[1] != min(k, shapes[module][1]):
+            raise UserError(f"{path}: '{module}.weight' has {chosen.shape[1]} entries a row, and others have {k}")
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()} - {"float32"})
+    notes = [f"{' and '.join(dtypes)} in the file, float32 from here on; that holds the same numbers"] if dtypes else []
+    leaves, slots = dict(names.flatten(params)), names.checkpoint_names(params, base.stack)
+    heads = {}
+    for name, tensor in tensors.items():
+        if name in trained:
+            continue
+        if name not in slots or name.removesuffix(".weight") in values:
+            raise UserError(f"{directory / VALUES}: the base has no parameter {name!r}, or one that carries a bypass")
+        leaf, layer = leaves[slots[name].path], slots[name].layer
+        heads[name] = _numbers(directory / VALUES, name, tensor, leaf.shape if layer is None else leaf.shape[1:])
+    return Imported(values, columns, heads, notes)
+
+
+def _kernels(params: bypass.Tree, stack: bypass.Path) -> dict[str, tuple[int, int]]:
+    """Module path -> (O, I) of every linear map of a parameter tree."""
+    return {
+        module: tuple(kernel.shape[-2:])
+        for path, kernel in bypass.kernels(params)
+        for module in names.module_names(path, kernel, stack)
+    }
+
+
+def _load(path: Path) -> dict[str, Any]:
+    """The tensors of a .pt file, read with PyTorch's `weights_only`."""
+    torch = _torch()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # torch.save compresses nothing: an archive that unpacks to more than it is was made to fill the memory.
+            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+                raise UserError(f"{path}: refused, since it unpacks to more than its own size")
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise UserError(f"{path}: {damaged!r} in it is damaged (its checksum differs)")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except Exception as error:  # PyTorch raises half a dozen kinds for what is damaged or not plain tensors
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: no file of plain tensors as torch.save writes it ({reason[:200]})") from error
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise UserError(f"{path}: expected a dict of named tensors, found {type(content).__name__}")
+    for name, tensor in content.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise UserError(f"{path}: {name!r} is {type(tensor).__name__}, expected a tensor")
+    return content
+
+
+def _columns(what: str, where: np.ndarray, outputs: int, inputs: int) -> np.ndarray:
+    """int32 (O, k) from int64 (O * k, 2) pairs of row and column."""
+    count = len(where)
+    if where.shape[1] != 2 or count % outputs or count > outputs * inputs:
+        raise UserError(
+            f"{what} is {list(where.shape)}, expected a pair for each of k connections "
+            f"of {outputs} neurons, k up to {inputs}"
+        )
+    k = count // outputs
+    if (where[:, 0].reshape(outputs, k) != np.arange(outputs)[:, None]).any():
+        raise UserError(f"{what} must have the same number of entries in each of {outputs} rows, row after row")
+    columns = where[:, 1].reshape(outputs, k)
+    if columns.min() < 0 or columns.max() >= inputs:
+        raise UserError(f"{what} has columns from {columns.min()} to {columns.max()}, expected 0 to {inputs - 1}")
+    if (np.diff(columns, axis=1) <= 0).any():
+        raise UserError(f"{what} must have ascending and distinct columns in every row")
+    return columns.astype(np.int32)
+
+
+def _numbers(path: Path, name: str, tensor: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """A tensor of that shape as float32."""
+    torch = _torch()
+    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise UserError(f"{path}: {name!r} is {tensor.dtype}, expected float32, bfloat16 or float16")
+    if tuple(tensor.shape) != shape:
+        raise UserError(f"{path}: {name!r} has shape {list(tensor.shape)}, expected {list(shape)}")
+    if tensor.layout is not torch.strided or tensor.device.type != "cpu":
+        raise UserError(f"{path}: {name!r} holds no plain numbers ({tensor.layout}, {tensor.device})")
+    numbers = tensor.detach().to(torch.float32).contiguous().numpy()
+    if not np.isfinite(numbers).all():
+        raise UserError(f"{path}: {name!r} holds NaN or infinite entries")
+    return numbers

@@ -1,0 +1,100 @@
+"""Which connections a run trains: its config's score, applied to weights, gradients or chance."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+from neuroada_jax import bypass, models, selection
+from neuroada_jax.batches import Batch
+from neuroada_jax.bypass import Bypass, Path, Tree
+from neuroada_jax.losses import target_losses
+from neuroada_jax.training.config import RunConfig
+from neuroada_jax.training.step import split
+
+
+def value_dtype(config: RunConfig, model: models.Model) -> Any:
+    """The dtype of values and moments: float32, or the base's own under `fidelity: official`."""
+    return model.config.dtype if config.fidelity == "official" else jnp.float32
+
+
+def choose(
+    config: RunConfig, model: models.Model, params: Tree, paths: list[Path], batches: Iterable[Batch] | None = None
+) -> Bypass:
+    """The bypass of a run before its first step: zero values, and columns by the score of its config.
+
+    Args:
+      config: the run.
+      model: its base.
+      params: the base's weights.
+      paths: the linear maps that carry a bypass.
+      batches: one pass over the training data; read for the score "gradient" only, which cannot do without.
+    """
+    k, dtype = config.bypass.k, value_dtype(config, model)
+    match config.bypass.score:
+        case "magnitude":
+            return bypass.build(params, paths, k, dtype=dtype)
+        case "reverse":
+            return bypass.build(params, paths, k, score=selection.reverse, dtype=dtype)
+        case "gradient":
+            module = model.module(config.training.remat_policy)
+            assert batches is not None
+            sums = gradient_sums(module, params, paths, batches, config.training.accumulation)
+            return bypass.build(sums, paths, k, dtype=dtype)
+    key = jax.random.key(config.seed)
+    values: Tree = {}
+    columns: Tree = {}
+    for number, path in enumerate(paths):  # one map's scores at a time
+        kernel = bypass.get(params, path)["kernel"]
+        scores = jax.random.uniform(jax.random.fold_in(key, number), kernel.shape)
+        built = bypass.build(bypass.put({}, path, {"kernel": scores}), [path], k, dtype=dtype)
+        values = bypass.put(values, path, bypass.get(built.values, path))
+        columns = bypass.put(columns, path, bypass.get(built.columns, path))
+    return Bypass(values, columns)
+
+
+def gradient_sums(
+    module: nn.Module, params: Tree, paths: list[Path], batches: Iterable[Batch], accumulation: int = 1
+) -> Tree:
+    """The gradient of the mean loss with respect to the target kernels, summed over batches; no weight changes meanwhile.
+
+    As the published code sums it (one mean loss for each batch), but in float32 on any base. It costs a forward and a
+    backward pass of full fine-tuning for each batch, and in memory a float32 array of the shape of every target kernel,
+    beside one of the kernel's dtype while a batch is under way.
+
+    Args:
+      module: the model; its remat policy counts.
+      params: its weights.
+      paths: the target kernels (*L, O, I).
+      batches: what to sum over.
+      accumulation: equal parts that a batch is computed in.
+
+    Returns: a tree with float32 (*L, O, I) under "kernel" at each of the paths.
+    """
+    chosen: Tree = {}
+    for path in paths:
+        chosen = bypass.put(chosen, path, {"kernel": bypass.get(params, path)["kernel"]})
+
+    def loss_sum(kernels: Tree, params: Tree, batch: Batch) -> jax.Array:
+        for path in paths:
+            node = {**bypass.get(params, path), **bypass.get(kernels, path)}
+            params = bypass.put(params, path, node)
+        return jnp.sum(target_losses(module, {"params": params}, batch, output_trains=("lm_head",) in paths))
+
+    def add(sums: Tree, params: Tree, kernels: Tree, batch: Batch) -> Tree:
+        targets = jnp.maximum(jnp.sum(batch.target_mask), 1)
+
+        def add_part(sums: Tree, part: Batch) -> tuple[Tree, None]:
+            gradient = jax.grad(loss_sum)(kernels, params, part)
+            return jax.tree.map(lambda total, leaf: total + leaf.astype(jnp.float32) / targets, sums, gradient), None
+
+        return lax.scan(add_part, sums, split(batch, accumulation))[0]
+
+    step = jax.jit(add, donate_argnums=0)
+    sums = jax.tree.map(lambda kernel: jnp.zeros(kernel.shape, jnp.float32), chosen)
+    for batch in batches:
+        sums = step(sums, params, chosen, batch)
+    return sums
