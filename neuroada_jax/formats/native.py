@@ -14,15 +14,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 import safetensors.numpy
+import xxhash
 
 from neuroada_jax import bypass, files
 from neuroada_jax.bypass import Bypass, Tree
 from neuroada_jax.errors import UserError
 from neuroada_jax.models import names
+from neuroada_jax.safetensors_weights import read_whole
 from neuroada_jax.weights import LoadedModel
 
 FORMAT = "neuroada-adapter"
@@ -117,8 +119,15 @@ def write(directory: Path, adapter: Adapter, *, replace: bool = False) -> None:
     tensors |= {f"{module}.columns": leaf for module, leaf in adapter.columns.items()}
     tensors |= adapter.heads
     with files.new_directory(directory, replace=replace) as temporary:
-        safetensors.numpy.save_file(tensors, str(temporary / "adapter.safetensors"), metadata={"format": FORMAT})
-        (temporary / "adapter.json").write_text(json.dumps(adapter.metadata, indent=1) + "\n", encoding="utf-8")
+        path = temporary / "adapter.safetensors"
+        safetensors.numpy.save_file(tensors, str(path), metadata={"format": FORMAT})
+        metadata = adapter.metadata | {"digest": _digest(path)}
+        (temporary / "adapter.json").write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")
+
+
+def _digest(path: Path) -> str:
+    """Of a file's bytes: notices a flipped bit, not somebody who changes both files."""
+    return xxhash.xxh3_128_hexdigest(path.read_bytes())
 
 
 def save(
@@ -166,11 +175,7 @@ def read(directory: str) -> Adapter:
     if not isinstance(base, dict) or not isinstance(base.get("digests"), dict) or not isinstance(inputs, dict):
         raise UserError(f"{root / 'adapter.json'}: 'base', its 'digests' or 'inputs' is missing or no object")
     path = root / "adapter.safetensors"
-    try:
-        with safetensors.safe_open(str(path), framework="numpy") as handle:
-            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error})") from error
+    tensors = read_whole(path)
     listed = metadata.get("heads", [])
     if not isinstance(listed, list) or not set(listed) <= set(tensors):
         raise UserError(f"{path}: adapter.json lists the heads {listed}, which are not all there")
@@ -184,6 +189,8 @@ def read(directory: str) -> Adapter:
         raise UserError(f"{path}: expected pairs of .values and .columns, found {', '.join(sorted(tensors)[:4])} ...")
     for module in values:
         _check(path, module, values[module], columns[module])
+    if metadata.get("digest") not in (None, _digest(path)):  # adapters of the first releases have none
+        raise UserError(f"{path}: not the file that adapter.json's digest describes; it was damaged or changed")
     return Adapter(metadata, values, columns, heads)
 
 
@@ -247,6 +254,31 @@ def stack(adapter: Adapter, base: LoadedModel) -> Bypass:
     if remaining:
         raise UserError(f"adapter: the base has no module {min(remaining)!r}")
     return Bypass(values, columns)
+
+
+def merge(adapter: Adapter, base: LoadedModel, round_first: Any = jnp.float32) -> Tree:
+    """The base's parameters with the adapter merged in: W + values, summed in float32 and rounded once, and its heads.
+
+    Args:
+      adapter: for this base.
+      base: with its weights.
+      round_first: round the values to this dtype before they are added; PyTorch's libraries that hold values in the base's
+        dtype do so.
+
+    Raises:
+      UserError: see `stack`; also a head that the base does not have, or of another shape.
+    """
+    trained = stack(adapter, base)
+    values = jax.tree.map(lambda leaf: leaf.astype(round_first).astype(jnp.float32), trained.values)
+    params = bypass.merge(base.params, Bypass(values, trained.columns))
+    slots = names.checkpoint_names(params, base.model.stack)
+    for name, head in adapter.heads.items():
+        slot = slots.get(name)
+        leaf = None if slot is None else bypass.get(params, slot.path)
+        if slot is None or leaf is None or slot.layer is not None or leaf.shape != head.shape:
+            raise UserError(f"adapter: the base has no head {name!r} of shape {list(head.shape)}")
+        params = bypass.put(params, slot.path, jnp.asarray(head).astype(leaf.dtype))
+    return params
 
 
 def load(directory: str, base: LoadedModel) -> Bypass:
