@@ -277,7 +277,9 @@ def merge(adapter: Adapter, base: LoadedModel, round_first: Any = jnp.float32) -
         leaf = None if slot is None else bypass.get(params, slot.path)
         if slot is None or leaf is None or slot.layer is not None or leaf.shape != head.shape:
             raise UserError(f"adapter: the base has no head {name!r} of shape {list(head.shape)}")
-        params = bypass.put(params, slot.path, jnp.asarray(head).astype(leaf.dtype))
+        *module, key = slot.path
+        node = {**bypass.get(params, tuple(module)), key: jnp.asarray(head).astype(leaf.dtype)}
+        params = bypass.put(params, tuple(module), node)
     return params
 
 
