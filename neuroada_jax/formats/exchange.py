@@ -120,10 +120,12 @@ def import_adapter(
     adapter = native.assemble(
         loaded, imported.values, imported.columns, k=k, targets=targets, rule=None, heads=imported.heads
     )
-    native.stack(adapter, loaded)  # refuses what does not fit
+    native.stack(adapter, loaded)  # this and the next refuse what does not fit
+    native.head_slots(adapter, loaded)
     native.write(Path(out), adapter)
     total = sum(values.size for values in imported.values.values())
-    return {"out": out, "values": total, "k": k, "notes": imported.notes}
+    summary = f"{len(imported.values)} modules, {len(imported.heads)} head tensors, k={k}, {total:,} values"
+    return {"out": out, "values": total, "k": k, "notes": [summary, *imported.notes]}
 
 
 def _open_base(adapter: Adapter, source: str, target: str, model: str | None, dtype: str | None) -> tuple[LoadedModel, Any]:
