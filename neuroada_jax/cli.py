@@ -1,4 +1,4 @@
-"""The command line: neuroada train | evaluate | generate | plan | inspect | merge."""
+"""The command line: neuroada train | evaluate | generate | plan | inspect | merge | export | import."""
 
 import argparse
 import contextlib
@@ -102,6 +102,38 @@ def _parser() -> argparse.ArgumentParser:
     _model_options(merge, adapter_required=True)
     merge.add_argument("--out", required=True, help="the directory to make")
     merge.set_defaults(run=_merge)
+
+    export = commands.add_parser(
+        "export", help="write an adapter for PyTorch libraries: PEFT, transformers, the official code"
+    )
+    export.add_argument("adapter", help="adapter directory")
+    export.add_argument(
+        "--to", required=True, choices=["official", "peft-supertuning", "peft-shira", "huggingface"], help="the format"
+    )
+    export.add_argument("--out", required=True, help="the directory to make")
+    export.add_argument("--model", help="the base (default: the one that the adapter names)")
+    export.add_argument("--dtype", choices=["float32", "bfloat16", "auto"], help="of the base (default: the adapter's)")
+    export.add_argument("--verify", action="store_true", help="load the export in its library; fail if it differs")
+    export.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    export.set_defaults(run=_export)
+
+    imports = commands.add_parser("import", help="turn an adapter of another library into one of this library")
+    imports.add_argument("directory", help="the adapter")
+    imports.add_argument(
+        "--from",
+        dest="source_format",
+        required=True,
+        choices=["official", "peft-supertuning", "peft-shira"],
+        help="the format",
+    )
+    imports.add_argument("--base", required=True, help="the model it belongs to: directory, hub id or .gguf file")
+    imports.add_argument("--out", required=True, help="the adapter directory to make")
+    imports.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "auto"], default="auto", help="of the base (default: auto)"
+    )
+    imports.add_argument("--allow-pickle", action="store_true", help="read the official format's pickled positions")
+    imports.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    imports.set_defaults(run=_import)
     return parser
 
 
@@ -118,7 +150,6 @@ def _model_options(parser: argparse.ArgumentParser, *, adapter_required: bool = 
 
 def _load(parsed: argparse.Namespace) -> tuple[Any, Any, Any]:
     """The model of --model, or of the adapter, with the adapter merged in: (base, params, tokenizer)."""
-    from neuroada_jax import bypass
     from neuroada_jax.formats import native
     from neuroada_jax.weights import open_base, with_weights
 
@@ -129,7 +160,7 @@ def _load(parsed: argparse.Namespace) -> tuple[Any, Any, Any]:
     trained_in = adapter.metadata["base"].get("dtype") if adapter else None
     opened, tokenizer = open_base(source, parsed.dtype or trained_in or "auto")
     base = with_weights(opened)
-    params = base.params if adapter is None else bypass.merge(base.params, native.stack(adapter, base))
+    params = base.params if adapter is None else native.merge(adapter, base)
     return base, params, tokenizer
 
 
@@ -228,52 +259,34 @@ def _generate(parsed: argparse.Namespace) -> None:
 
 def _inspect(parsed: argparse.Namespace) -> None:
     from neuroada_jax import inspection
-    from neuroada_jax.formats import native
 
     if parsed.k < 1:
         raise UserError(f"--k: expected at least 1, found {parsed.k}")
-    if native.is_adapter(parsed.path):
-        content = inspection.inspect_adapter(parsed.path)
-    else:
-        content = inspection.inspect_model(parsed.path, parsed.k)
-    if parsed.json:
-        _print_json(content)
-        return
-    rows = [
-        (
-            row["module"],
-            f"{row['neurons']:,}",
-            str(row["k"]),
-            f"{row['values']:,}",
-            _percent(row),
-            console.size(row["bytes"]),
-        )
-        for row in [
-            *content["modules"],
-            {"module": "all", "neurons": sum(r["neurons"] for r in content["modules"])} | content,
-        ]
-        for row in [{"k": parsed.k} | row]
-    ]
-    title = f"{content['kind']} {content['path']}"
-    console.table(title, ("module", "neurons", "k", "values", "% of weights", "bytes"), rows)
-
-
-def _percent(row: dict[str, Any]) -> str:
-    return "-" if row["percent"] is None else f"{row['percent']:.4f}"
+    content = inspection.inspect(parsed.path, parsed.k)
+    _print_json(content) if parsed.json else inspection.print_inspection(content)
 
 
 def _merge(parsed: argparse.Namespace) -> None:
-    from neuroada_jax.formats import huggingface
+    from neuroada_jax.formats import exchange
 
-    out = Path(parsed.out)
-    if out.exists():
-        raise UserError(f"--out: {out} exists already; choose another folder or remove it")
-    base, params, tokenizer = _load(parsed)
-    huggingface.save(out, base, params, tokenizer)
-    if parsed.json:
-        _print_json({"model": str(out), "files": sorted(path.name for path in out.iterdir())})
-    else:
-        console.say(f"wrote {out}")
+    made = exchange.export_adapter(parsed.adapter, "huggingface", parsed.out, model=parsed.model, dtype=parsed.dtype)
+    _print_json({"model": made["out"], "files": made["files"]}) if parsed.json else exchange.print_result(made)
+
+
+def _export(parsed: argparse.Namespace) -> None:
+    from neuroada_jax.formats import exchange
+
+    options = {"model": parsed.model, "dtype": parsed.dtype, "verify": parsed.verify}
+    made = exchange.export_adapter(parsed.adapter, parsed.to, parsed.out, **options)
+    _print_json(made) if parsed.json else exchange.print_result(made)
+
+
+def _import(parsed: argparse.Namespace) -> None:
+    from neuroada_jax.formats import exchange
+
+    options = {"dtype": parsed.dtype, "allow_pickle": parsed.allow_pickle}
+    made = exchange.import_adapter(parsed.directory, parsed.source_format, parsed.base, parsed.out, **options)
+    _print_json(made) if parsed.json else exchange.print_result(made)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,25 @@ from neuroada_jax.files import read_json
 _DTYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}  # as safetensors names them
 
 
+def read_whole(path: Path) -> dict[str, np.ndarray]:
+    """All tensors of a small safetensors file, whose header is checked against the file's length first.
+
+    Raises:
+      UserError: the file is missing, truncated or no safetensors file.
+    """
+    try:
+        with safetensors.safe_open(str(path), framework="numpy") as handle:
+            return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    except (
+        OSError,
+        safetensors.SafetensorError,
+        ValueError,
+        TypeError,
+        AttributeError,
+    ) as error:  # the last three: a dtype
+        raise UserError(f"{path}: not a whole safetensors file ({error})") from error  # or shape that numpy does not have
+
+
 class _Stored(NamedTuple):
     """Where a tensor lies in a safetensors file."""
 

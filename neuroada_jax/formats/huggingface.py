@@ -20,20 +20,12 @@ from neuroada_jax.weights import LoadedModel
 
 SHARD_BYTES = 5 * 10**9
 
-# The class that transformers' Auto classes look for, where the checkpoint's config does not name one.
-_CLASSES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
-
 
 def save(
     directory: Path,
     base: LoadedModel,
     params: Tree,
-    tokenizer: transformers.PreTrainedTokenizerBase,
+    tokenizer: transformers.PreTrainedTokenizerBase | None,
     *,
     replace: bool = False,
 ) -> None:
@@ -43,7 +35,7 @@ def save(
       directory: where; must not exist unless `replace`.
       base: the model whose architecture and config it is.
       params: merged parameters; their dtype is the checkpoint's.
-      tokenizer: saved beside the weights.
+      tokenizer: saved beside the weights; None leaves it out.
       replace: overwrite what is there.
 
     Raises:
@@ -76,7 +68,8 @@ def save(
             _write_json(temporary / "model.safetensors.index.json", index)
         _write_json(temporary / "config.json", _config(base, dtype))
         _copy_generation_config(base, temporary)
-        tokenizer.save_pretrained(str(temporary))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(temporary))
 
 
 def _write_json(path: Path, content: Any) -> None:
@@ -87,7 +80,7 @@ def _config(base: LoadedModel, dtype: np.dtype) -> dict[str, Any]:
     config = dict(base.model.hf_config)
     config.pop("torch_dtype", None)
     config["dtype"] = "bfloat16" if dtype == jnp.bfloat16 else str(dtype)
-    config.setdefault("architectures", [_CLASSES[config["model_type"]]])
+    config.setdefault("architectures", [base.model.architecture.transformers_class])
     return config
 
 

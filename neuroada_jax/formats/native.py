@@ -14,15 +14,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 import safetensors.numpy
+import xxhash
 
 from neuroada_jax import bypass, files
 from neuroada_jax.bypass import Bypass, Tree
 from neuroada_jax.errors import UserError
 from neuroada_jax.models import names
+from neuroada_jax.safetensors_weights import read_whole
 from neuroada_jax.weights import LoadedModel
 
 FORMAT = "neuroada-adapter"
@@ -117,8 +119,15 @@ def write(directory: Path, adapter: Adapter, *, replace: bool = False) -> None:
     tensors |= {f"{module}.columns": leaf for module, leaf in adapter.columns.items()}
     tensors |= adapter.heads
     with files.new_directory(directory, replace=replace) as temporary:
-        safetensors.numpy.save_file(tensors, str(temporary / "adapter.safetensors"), metadata={"format": FORMAT})
-        (temporary / "adapter.json").write_text(json.dumps(adapter.metadata, indent=1) + "\n", encoding="utf-8")
+        path = temporary / "adapter.safetensors"
+        safetensors.numpy.save_file(tensors, str(path), metadata={"format": FORMAT})
+        metadata = adapter.metadata | {"digest": _digest(path)}
+        (temporary / "adapter.json").write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")
+
+
+def _digest(path: Path) -> str:
+    """Of a file's bytes: notices a flipped bit, not somebody who changes both files."""
+    return xxhash.xxh3_128_hexdigest(path.read_bytes())
 
 
 def save(
@@ -171,17 +180,11 @@ def read(directory: str) -> Adapter:
         raise UserError(f"{root / 'adapter.json'}: format {metadata.get('format')!r}, expected {FORMAT!r}")
     if metadata.get("version") != VERSION:
         raise UserError(f"{root / 'adapter.json'}: version {metadata.get('version')!r}, this release reads {VERSION}")
-    base, inputs = metadata.get("base"), metadata.get("inputs", {})
-    if not isinstance(base, dict) or not isinstance(base.get("digests"), dict) or not isinstance(inputs, dict):
-        raise UserError(f"{root / 'adapter.json'}: 'base', its 'digests' or 'inputs' is missing or no object")
+    _check_metadata(root / "adapter.json", metadata)
     path = root / "adapter.safetensors"
-    try:
-        with safetensors.safe_open(str(path), framework="numpy") as handle:
-            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error})") from error
+    tensors = read_whole(path)
     listed = metadata.get("heads", [])
-    if not isinstance(listed, list) or not set(listed) <= set(tensors):
+    if not set(listed) <= set(tensors):
         raise UserError(f"{path}: adapter.json lists the heads {listed}, which are not all there")
     heads = {name: tensors.pop(name) for name in listed}
     for name, leaf in heads.items():
@@ -193,7 +196,24 @@ def read(directory: str) -> Adapter:
         raise UserError(f"{path}: expected pairs of .values and .columns, found {', '.join(sorted(tensors)[:4])} ...")
     for module in values:
         _check(path, module, values[module], columns[module])
+    if metadata.get("digest") not in (None, _digest(path)):  # adapters of the first releases have none
+        raise UserError(f"{path}: not the file that adapter.json's digest describes; it was damaged or changed")
     return Adapter(metadata, values, columns, heads)
+
+
+def _check_metadata(path: Path, metadata: dict[str, Any]) -> None:
+    """Refuses fields that later code could not take; what the first releases did not write may be missing."""
+    base, inputs, heads = metadata.get("base"), metadata.get("inputs", {}), metadata.get("heads", [])
+    if not isinstance(base, dict) or not isinstance(base.get("digests"), dict) or not isinstance(inputs, dict):
+        raise UserError(f"{path}: 'base', its 'digests' or 'inputs' is missing or no object")
+    if not isinstance(base.get("source", ""), str) or base.get("dtype", "float32") not in ("float32", "bfloat16"):
+        found = f"source {base.get('source')!r} and dtype {base.get('dtype')!r}"
+        raise UserError(f"{path}: base has {found}, expected text, and float32 or bfloat16")
+    for name, number in {"base.parameters": base.get("parameters", 1), **inputs}.items():
+        if not isinstance(number, int) or number < 1:
+            raise UserError(f"{path}: {name} is {number!r}, expected a whole number above 0")
+    if not isinstance(heads, list) or not all(isinstance(name, str) for name in heads):
+        raise UserError(f"{path}: heads is {heads!r}, expected a list of names")
 
 
 def _check(path: Path, module: str, values: np.ndarray, columns: np.ndarray) -> None:
@@ -256,6 +276,50 @@ def stack(adapter: Adapter, base: LoadedModel) -> Bypass:
     if remaining:
         raise UserError(f"adapter: the base has no module {min(remaining)!r}")
     return Bypass(values, columns)
+
+
+def merge(adapter: Adapter, base: LoadedModel, round_first: Any = jnp.float32) -> Tree:
+    """The base's parameters with the adapter merged in: W + values, summed in float32 and rounded once, and its heads.
+
+    Args:
+      adapter: for this base.
+      base: with its weights.
+      round_first: round the values to this dtype before they are added; PyTorch's libraries that hold values in the base's
+        dtype do so.
+
+    Raises:
+      UserError: see `stack`; also a head that the base does not have, or of another shape.
+    """
+    trained = stack(adapter, base)
+    slots = head_slots(adapter, base)
+    values = jax.tree.map(lambda leaf: leaf.astype(round_first).astype(jnp.float32), trained.values)
+    params = bypass.merge(base.params, Bypass(values, trained.columns))
+    for name, head in adapter.heads.items():
+        *module, key = slots[name].path
+        node = bypass.get(params, tuple(module))
+        params = bypass.put(params, tuple(module), {**node, key: jnp.asarray(head).astype(node[key].dtype)})
+    return params
+
+
+def head_slots(adapter: Adapter, base: LoadedModel) -> dict[str, names.Slot]:
+    """Where the adapter's densely trained parameters are in the base's tree.
+
+    Raises:
+      UserError: the base has no such parameter outside its layers, it has another shape, or it carries a bypass too.
+    """
+    shapes = base.model.abstract_params()
+    leaves = dict(names.flatten(shapes))
+    slots = {name: slot for name, slot in names.checkpoint_names(shapes, base.model.stack).items() if slot.layer is None}
+    for name, head in adapter.heads.items():
+        if (
+            name not in slots
+            or leaves[slots[name].path].shape != head.shape
+            or name.removesuffix(".weight") in adapter.values
+        ):
+            raise UserError(
+                f"adapter: the base has no head {name!r} of shape {list(head.shape)}, or it carries a bypass too"
+            )
+    return {name: slots[name] for name in adapter.heads}
 
 
 def load(directory: str, base: LoadedModel) -> Bypass:

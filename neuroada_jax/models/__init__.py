@@ -1,5 +1,6 @@
 """Model families: which architectures there are and how a Hugging Face config becomes a Flax module."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -17,17 +18,32 @@ __all__ = ["ARCHITECTURES", "Architecture", "Model", "Remat", "from_hf_config", 
 
 
 class Architecture(NamedTuple):
-    """How to read a config, build a module, and where its layers are stacked."""
+    """How to read a config, build a module, where its layers are stacked, and what PyTorch's libraries call it.
+
+    Attributes:
+      read_config: Hugging Face config and dtype -> static config.
+      module: static config and remat policy -> Flax module.
+      stack: the path of the layer scan in the parameter tree.
+      transformers_class: the class in transformers, as config.json's `architectures` names it.
+      task: its kind of head, by PEFT's name for it (`task_type`).
+    """
 
     read_config: Callable[..., Any]
     module: Callable[..., nn.Module]
     stack: Path
+    transformers_class: str
+    task: str = "CAUSAL_LM"
 
 
-_LLAMA = Architecture(LlamaConfig.from_hf, LlamaForCausalLM, ("model", "layers"))
+_LLAMA = functools.partial(Architecture, LlamaConfig.from_hf, LlamaForCausalLM, ("model", "layers"))
 
 # By the `model_type` of config.json. SmolLM2 and LLaMA 1 to 3.x all say "llama".
-ARCHITECTURES: dict[str, Architecture] = {"llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA}
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": _LLAMA("LlamaForCausalLM"),
+    "mistral": _LLAMA("MistralForCausalLM"),
+    "qwen2": _LLAMA("Qwen2ForCausalLM"),
+    "qwen3": _LLAMA("Qwen3ForCausalLM"),
+}
 
 
 class Model(NamedTuple):
@@ -48,10 +64,14 @@ class Model(NamedTuple):
 
     def abstract_params(self) -> Tree:
         """The parameter tree as shapes and dtypes; nothing is allocated."""
-        ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-        module = self.module()
-        init = lambda ids: module.init(jax.random.key(0), ids, method="initialise")  # noqa: E731
-        return jax.eval_shape(init, ids)["params"]
+        return _abstract_params(self.architecture, self.config)
+
+
+@functools.lru_cache(maxsize=16)  # tracing the model takes a tenth of a second, and half a dozen callers ask
+def _abstract_params(architecture: Architecture, config: Any) -> Tree:
+    module = architecture.module(config, Remat.NONE)
+    init = lambda ids: module.init(jax.random.key(0), ids, method="initialise")  # noqa: E731
+    return jax.eval_shape(init, jax.ShapeDtypeStruct((1, 2), jnp.int32))["params"]
 
 
 def from_hf_config(config: Mapping[str, Any], dtype: Any = jnp.float32) -> Model:

@@ -225,7 +225,22 @@ def test_tensors_that_are_no_adapter(adapter, base, spoiled, message):
     tensors = safetensors.numpy.load_file(path)
     spoil(tensors, spoiled)
     safetensors.numpy.save_file(tensors, path)
+    rewrite_metadata(adapter, digest=None)
     assert message in message_of(native.load, str(adapter), base)
+
+
+def test_a_flipped_bit_in_the_values_is_noticed(adapter, base):
+    path = adapter / "adapter.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1  # still finite float32, or a column in range
+    path.write_bytes(content)
+    message = message_of(native.load, str(adapter), base)
+    assert message == f"{path}: not the file that adapter.json's digest describes; it was damaged or changed"
+
+
+def test_an_adapter_without_a_digest_is_read(adapter, base):
+    rewrite_metadata(adapter, digest=None)
+    assert_same(native.load(str(adapter), base), trained(base))
 
 
 def test_a_failed_save_leaves_nothing_and_keeps_the_old_one(base, tmp_path, monkeypatch):

@@ -1,0 +1,157 @@
+"""Adapters to and from other libraries: which module reads or writes which format, and whether the result holds."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from neuroada_jax import bypass, console, weights
+from neuroada_jax.bypass import Tree
+from neuroada_jax.errors import UserError
+from neuroada_jax.formats import huggingface, native, peft, verification
+from neuroada_jax.formats.native import Adapter
+from neuroada_jax.models import names
+from neuroada_jax.tokenizer import load_tokenizer
+from neuroada_jax.weights import LoadedModel
+
+_PEFT = {"peft-supertuning": peft.Kind.SUPERTUNING, "peft-shira": peft.Kind.SHIRA}
+
+
+def export_adapter(
+    source: str, target: str, out: str, *, model: str | None = None, dtype: str | None = None, verify: bool = False
+) -> dict[str, Any]:
+    """Writes a native adapter for another library, and loads it there if asked.
+
+    Args:
+      source: directory of a native adapter.
+      target: "official", "peft-supertuning", "peft-shira", or "huggingface" for the merged model.
+      out: the directory to make.
+      model: the base, where the adapter's own note of it is out of date.
+      dtype: "float32", "bfloat16" or "auto", of the base (so of a merged model); by default as it was in training.
+      verify: compare with our merged model, see `verification.verify`.
+
+    Returns: `out`, `files`, `notes`, and what verifying found.
+
+    Raises:
+      UserError: what cannot be read or written, what the format cannot hold, or an export that fails its check.
+    """
+    directory = Path(out)
+    if directory.exists():
+        raise UserError(f"--out: {out} exists already; choose another folder or remove it")
+    if verify:
+        verification.require_torch()
+    adapter = native.read(source)
+    base, merged_dtype = _open_base(adapter, source, target, model, dtype)
+    if verify or target == "huggingface":
+        base = weights.with_weights(base)
+
+    # The official code and SuperTuning round the values to the weights' dtype before they add; SHiRA and we add in float32.
+    round_first = merged_dtype if target in ("official", "peft-supertuning") else jnp.float32
+    params: Tree = {}
+    if base.params:
+        merged = native.merge(adapter, base, round_first)
+        params = jax.tree.map(lambda leaf: leaf.astype(merged_dtype), merged)
+
+    reload: Callable[[], verification.Reloaded]
+    if target == "huggingface":
+        huggingface.save(directory, base, params, load_tokenizer(base.path))
+        notes = [f"merged in float32, saved as {merged_dtype.name}"]
+        reload = functools.partial(verification.reload_huggingface, base, directory, merged_dtype)
+    elif target in _PEFT:
+        notes = peft.export(adapter, directory, _PEFT[target], base)
+        reload = functools.partial(verification.reload_peft, base, directory)
+    else:
+        from neuroada_jax.formats import official
+
+        notes = official.export(adapter, directory, merged_dtype.name)
+        reload = lambda: verification.reload_official(base, official.read(directory, base.model, allow_pickle=True))  # noqa: E731
+
+    result: dict[str, Any] = {"out": out, "files": _files(directory), "notes": notes}
+    if not verify:
+        return result
+    result |= verification.verify(base, params, reload)
+    if not (result["merged_bit_equal"] and result["max_logit_difference"] <= verification.TOLERANCE):
+        raise UserError(
+            f"{out} does not hold what the adapter holds: logits differ by up to {result['max_logit_difference']:.3g} "
+            f"(at most {verification.TOLERANCE:g} is right), merged weights are "
+            f"{'equal' if result['merged_bit_equal'] else 'different'}"
+        )
+    return result
+
+
+def import_adapter(
+    directory: str, source_format: str, base: str, out: str, *, dtype: str | None = None, allow_pickle: bool = False
+) -> dict[str, Any]:
+    """Writes an adapter of another library as a native adapter of `base`.
+
+    Args:
+      directory: the adapter.
+      source_format: "official", "peft-supertuning" or "peft-shira".
+      base: the model it belongs to.
+      out: the directory to make.
+      dtype: "float32", "bfloat16" or "auto" (the default), in which the adapter's base is loaded from then on.
+      allow_pickle: for the official format, whose positions are pickled; they are taken apart, not executed.
+
+    Returns: `out`, `values`, `k`, and `notes` that say what was removed or converted.
+
+    Raises:
+      UserError: what cannot be read or written, is no such adapter, or does not fit the base.
+    """
+    if Path(out).exists():
+        raise UserError(f"--out: {out} exists already; choose another folder or remove it")
+    opened = weights.open_model(base, dtype or "auto")
+    if source_format in _PEFT:
+        imported = peft.read(Path(directory), opened.model, _PEFT[source_format])
+    else:
+        from neuroada_jax.formats import official
+
+        imported = official.read(Path(directory), opened.model, allow_pickle=allow_pickle)
+    loaded = weights.with_weights(opened)
+    model = loaded.model
+    targets = [
+        names.within_layer(path, model.stack)
+        for path, kernel in bypass.kernels(model.abstract_params())
+        if set(names.module_names(path, kernel, model.stack)) & set(imported.columns)
+    ]
+    k = max(columns.shape[1] for columns in imported.columns.values())
+    adapter = native.assemble(
+        loaded, imported.values, imported.columns, k=k, targets=targets, rule=None, heads=imported.heads
+    )
+    native.stack(adapter, loaded)  # this and the next refuse what does not fit
+    native.head_slots(adapter, loaded)
+    native.write(Path(out), adapter)
+    total = sum(values.size for values in imported.values.values())
+    summary = f"{len(imported.values)} modules, {len(imported.heads)} head tensors, k={k}, {total:,} values"
+    return {"out": out, "values": total, "k": k, "notes": [summary, *imported.notes]}
+
+
+def _open_base(adapter: Adapter, source: str, target: str, model: str | None, dtype: str | None) -> tuple[LoadedModel, Any]:
+    """The adapter's base without its weights, and the dtype that its merged weights are to have."""
+    trained_on = adapter.metadata["base"]
+    where = model or trained_on.get("source")
+    if not where:
+        raise UserError(f"{source}: adapter.json names no base; give --model")
+    base = weights.open_model(where, dtype or trained_on.get("dtype") or "auto")
+    merged_dtype = jnp.dtype(base.model.config.dtype)
+    stored = base.model.hf_config.get("dtype") or base.model.hf_config.get("torch_dtype")
+    if target == "huggingface" and stored != "bfloat16":
+        base = weights.open_model(where, "float32")  # nothing is rounded before the merge
+    return base, merged_dtype
+
+
+def _files(directory: Path) -> list[str]:
+    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """What an export or import did, for a person."""
+    for note in result["notes"]:
+        console.say(note)
+    if "max_logit_difference" in result:
+        console.say(
+            f"verified: merged weights equal bit for bit, logits differ by at most {result['max_logit_difference']:.3g}"
+        )
+    console.say(f"wrote {result['out']}")

@@ -1,0 +1,290 @@
+"""Adapters as Hugging Face PEFT's sparse tuners read them: SuperTuning (peft 0.21 or later) and SHiRA.
+
+A directory of adapter_config.json and adapter_model.safetensors. Tensors are named `base_model.model.<module>.<name>`:
+
+    SuperTuning   supertuning_values   float32 (n,),  n = int(O * I * (1 - sparsity)), one sparsity for all modules
+                  supertuning_indices  int32 (n,),    row * I + column
+    SHiRA         shira_weight         float32 (n,),  n = r * (I + O), one r for all modules
+                  shira_indices        int32 (2, n),  rows and columns
+
+PEFT fixes n, so what the adapter does not need is padding: value -0.0 at row 0, column 0, behind the real entries. Both
+tuners add their values to the weight, and adding -0.0 leaves every float as it is, -0.0 among them.
+
+Nothing here imports peft, and nothing that a config names is imported.
+"""
+
+import enum
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors.numpy
+
+from neuroada_jax import bypass, files, models
+from neuroada_jax.errors import UserError
+from neuroada_jax.formats.imported import Imported
+from neuroada_jax.formats.native import Adapter
+from neuroada_jax.formats.scattered import Entries, rows_of
+from neuroada_jax.models import names
+from neuroada_jax.safetensors_weights import read_whole
+from neuroada_jax.weights import LoadedModel
+
+_PREFIX = "base_model.model."
+_MODULE = re.compile(r"\w+(\.\w+)*", re.ASCII)
+_LAST = 2**31 - 1  # positions are int32
+
+
+class Kind(enum.Enum):
+    """The tuners, by their names in adapter_config.json."""
+
+    SUPERTUNING = "SUPERTUNING"
+    SHIRA = "SHIRA"
+
+
+_VALUES = {Kind.SUPERTUNING: "supertuning_values", Kind.SHIRA: "shira_weight"}
+_INDICES = {Kind.SUPERTUNING: "supertuning_indices", Kind.SHIRA: "shira_indices"}
+
+
+class Stored(NamedTuple):
+    """A PEFT adapter as far as it can be understood and checked without its base.
+
+    Attributes:
+      kind: which tuner's.
+      config: the content of adapter_config.json.
+      values: module path -> float32 (n,), padding included.
+      indices: module path -> int64 (n,) for SuperTuning, (2, n) for SHiRA.
+      entries: module path -> how many of the n are not padding.
+      heads: parameter name -> float32 array, from `modules_to_save`.
+    """
+
+    kind: Kind
+    config: dict[str, Any]
+    values: dict[str, np.ndarray]
+    indices: dict[str, np.ndarray]
+    entries: dict[str, int]
+    heads: dict[str, np.ndarray]
+
+
+def supertuning_length(outputs: int, inputs: int, sparsity: float) -> int:
+    """The entries that SuperTuning has on a weight (O, I), by the float expression that PEFT evaluates."""
+    return int(outputs * inputs * (1 - sparsity))
+
+
+def _sparsity(shapes: dict[str, tuple[int, int, int]]) -> float:
+    """The largest sparsity in [0, 1) that leaves k * O entries or more on every (O, I, k)."""
+    sparsity = max(0.0, 1 - max(k / inputs for _, inputs, k in shapes.values()))
+    while any(supertuning_length(outputs, inputs, sparsity) < outputs * k for outputs, inputs, k in shapes.values()):
+        sparsity = math.nextafter(sparsity, 0.0)  # the quotient was rounded down: a step or two mends it
+    return sparsity
+
+
+def _rank(shapes: dict[str, tuple[int, int, int]]) -> int:
+    """The smallest r of SHiRA that leaves k * O entries or more on every (O, I, k)."""
+    rank = max(math.ceil(outputs * k / (inputs + outputs)) for outputs, inputs, k in shapes.values())
+    for module, (outputs, inputs, _) in shapes.items():
+        if rank * (inputs + outputs) > outputs * inputs:
+            raise UserError(
+                f"PEFT SHiRA cannot hold this adapter: it needs r={rank}, which is more entries than {module} has "
+                f"weights ({outputs}, {inputs}); peft-supertuning can"
+            )
+    return rank
+
+
+def export(adapter: Adapter, directory: Path, kind: Kind, base: LoadedModel) -> list[str]:
+    """Writes a directory that `PeftModel.from_pretrained` loads.
+
+    Args:
+      adapter: what to write.
+      directory: where; must not exist.
+      kind: for which tuner.
+      base: the model it belongs to; its weights are not needed.
+
+    Returns: lines that say what was padded.
+
+    Raises:
+      UserError: the adapter does not fit the base or the format, or the directory exists or cannot be written.
+    """
+    shapes = {}
+    for module, (outputs, inputs) in _shapes(base.model, list(adapter.values)).items():
+        columns = adapter.columns[module]
+        if len(columns) != outputs or columns.max() >= inputs:
+            raise UserError(
+                f"adapter: {module} has {len(columns)} neurons or columns that do not fit ({outputs}, {inputs})"
+            )
+        if outputs * inputs > _LAST:
+            raise UserError(f"{module} has {outputs * inputs:,} weights; PEFT's positions end at {_LAST:,}")
+        shapes[module] = (outputs, inputs, columns.shape[1])
+    sparsity = _sparsity(shapes) if kind is Kind.SUPERTUNING else 0.0
+    rank = _rank(shapes) if kind is Kind.SHIRA else 0
+    tensors: dict[str, np.ndarray] = {f"{_PREFIX}{name}": leaf for name, leaf in adapter.heads.items()}
+    padding = 0
+    for module, (outputs, inputs, k) in shapes.items():
+        length = supertuning_length(outputs, inputs, sparsity) if kind is Kind.SUPERTUNING else rank * (inputs + outputs)
+        padding += length - outputs * k
+        values = np.full(length, -0.0, np.float32)
+        values[: outputs * k] = adapter.values[module].reshape(-1)
+        indices = np.zeros((2, length), np.int32)
+        indices[0, : outputs * k] = np.repeat(np.arange(outputs, dtype=np.int32), k)
+        indices[1, : outputs * k] = adapter.columns[module].reshape(-1)
+        tensors[f"{_PREFIX}{module}.{_VALUES[kind]}"] = values
+        tensors[f"{_PREFIX}{module}.{_INDICES[kind]}"] = (
+            indices[0] * np.int32(inputs) + indices[1] if kind is Kind.SUPERTUNING else indices
+        )
+    config: dict[str, Any] = {
+        "peft_type": kind.value,
+        "task_type": base.model.architecture.task,
+        "base_model_name_or_path": base.source,
+        "target_modules": sorted(shapes),
+        "modules_to_save": sorted({name.partition(".")[0] for name in adapter.heads}) or None,
+        "inference_mode": True,
+    }
+    if kind is Kind.SUPERTUNING:
+        config |= {"sparsity": sparsity, "save_precomputed_indices": True}
+    else:
+        config |= {"r": rank, "mask_type": "neuroada"}  # any word but "random": PEFT draws no mask over the saved indices
+    with files.new_directory(directory) as temporary:
+        safetensors.numpy.save_file(tensors, str(temporary / "adapter_model.safetensors"), metadata={"format": "pt"})
+        (temporary / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    total = sum(outputs * k for outputs, _, k in shapes.values())
+    setting = f"sparsity {sparsity!r}" if kind is Kind.SUPERTUNING else f"r={rank}"
+    return [f"{setting}: {total:,} values, and {padding:,} that only pad (value -0.0 at row 0, column 0)"]
+
+
+def _shapes(base: models.Model, modules: list[str]) -> dict[str, tuple[int, int]]:
+    """The (O, I) of modules of the base."""
+    known = {
+        module: kernel.shape[-2:]
+        for path, kernel in bypass.kernels(base.abstract_params())
+        for module in names.module_names(path, kernel, base.stack)
+    }
+    for module in modules:
+        if module not in known:
+            raise UserError(f"the base has no linear map {module!r}")
+    return {module: known[module] for module in modules}
+
+
+def is_adapter(path: str) -> bool:
+    """Whether a directory looks like a PEFT adapter."""
+    return (Path(path) / "adapter_config.json").is_file()
+
+
+def open_stored(directory: Path) -> Stored:
+    """Reads and checks a PEFT adapter of either kind as far as that needs no base.
+
+    Raises:
+      UserError: files that are missing or not whole, another tuner's, or tensors that are no such adapter's.
+    """
+    where = directory / "adapter_config.json"
+    if not where.is_file():
+        raise UserError(f"{directory}: no PEFT adapter here (adapter_config.json is missing)")
+    config = files.read_json(where)
+    kind = _check_config(where, config)
+    path = directory / "adapter_model.safetensors"
+    if not path.is_file() and (directory / "adapter_model.bin").is_file():
+        raise UserError(f"{directory}: adapter_model.bin is a pickle and is not read; save it again as safetensors")
+    values, indices, heads = {}, {}, {}
+    for name, leaf in read_whole(path).items():
+        if not name.startswith(_PREFIX) or not _MODULE.fullmatch(name):
+            raise UserError(f"{path}: tensor {name!r}, expected names like {_PREFIX}<module>.{_VALUES[kind]}")
+        module, _, last = name.removeprefix(_PREFIX).rpartition(".")
+        if last == _VALUES[kind]:
+            values[module] = leaf
+        elif last == _INDICES[kind]:
+            indices[module] = leaf
+        else:
+            heads[f"{module}.{last}"] = leaf
+    if not values or set(values) != set(indices):
+        raise UserError(f"{path}: expected pairs of {_VALUES[kind]} and {_INDICES[kind]}")
+    saved = config.get("modules_to_save") or []
+    for name, leaf in heads.items():
+        if not any(name.startswith(f"{module}.") for module in saved):
+            raise UserError(f"{path}: tensor {name!r} belongs to no tuner and to none of modules_to_save {saved}")
+        if leaf.dtype != np.float32 or not np.isfinite(leaf).all():
+            raise UserError(f"{path}: head {name!r} is {leaf.dtype}, or not finite; expected finite float32")
+    for module, leaf in values.items():
+        _check_tensors(f"{path}: {module}", kind, leaf, indices[module])
+    indices = {module: leaf.astype(np.int64) for module, leaf in indices.items()}
+    entries = {module: _without_padding(values[module], indices[module]) for module in values}
+    return Stored(kind, config, values, indices, entries, heads)
+
+
+def _check_config(where: Path, config: dict[str, Any]) -> Kind:
+    kinds = [kind.value for kind in Kind]
+    if config.get("peft_type") not in kinds:
+        raise UserError(f"{where}: peft_type {config.get('peft_type')!r}, expected {' or '.join(kinds)}")
+    kind = Kind(config["peft_type"])
+    sparsity, rank = config.get("sparsity"), config.get("r")
+    if kind is Kind.SUPERTUNING:
+        if rank is not None:
+            raise UserError(f"{where}: r is {rank!r}: SuperTuning's low-rank part has no place in a sparse adapter")
+        if not isinstance(sparsity, float | int) or not 0 <= sparsity < 1:
+            raise UserError(f"{where}: sparsity {sparsity!r}, expected a number from 0 to below 1")
+    elif not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise UserError(f"{where}: r {rank!r}, expected a positive whole number")
+    if config.get("fan_in_fan_out"):
+        raise UserError(f"{where}: fan_in_fan_out is set; only weights of (outputs, inputs) are supported")
+    saved = config.get("modules_to_save")
+    if saved is not None and not (isinstance(saved, list) and all(isinstance(name, str) for name in saved)):
+        raise UserError(f"{where}: modules_to_save {saved!r}, expected a list of names or null")
+    return kind
+
+
+def _check_tensors(where: str, kind: Kind, values: np.ndarray, indices: np.ndarray) -> None:
+    expected = (2, values.size) if kind is Kind.SHIRA else (values.size,)
+    if values.ndim != 1 or indices.shape != expected or not values.size:
+        raise UserError(f"{where} has values {values.shape} and indices {indices.shape}, expected (n,) and {expected}")
+    if values.dtype != np.float32 or indices.dtype not in (np.int32, np.int64):
+        raise UserError(f"{where} has values {values.dtype} and indices {indices.dtype}, expected float32 and int32")
+    if not np.isfinite(values).all():
+        raise UserError(f"{where} holds NaN or infinite values")
+    if indices.min() < 0 or indices.max() > _LAST:
+        raise UserError(f"{where} has indices outside 0 to {_LAST}")
+
+
+def _without_padding(values: np.ndarray, indices: np.ndarray) -> int:
+    """How many entries are left once the zeros at row 0, column 0 are taken off the end; one at least."""
+    pads = (values == 0) & (np.atleast_2d(indices) == 0).all(axis=0)
+    real = np.flatnonzero(~pads)
+    return int(real[-1]) + 1 if len(real) else 1
+
+
+def read(directory: Path, base: models.Model, kind: Kind) -> Imported:
+    """Reads a PEFT adapter of `base`, without its padding. Nothing in it is executed.
+
+    Entries may lie anywhere, as PEFT's own training leaves them; rows that have fewer than others are filled with zeros.
+
+    Raises:
+      UserError: see `open_stored`; also another tuner than `kind`, modules that the base does not have, another number of
+        entries than PEFT's config asks for, positions outside the weights or twice.
+    """
+    stored = open_stored(directory)
+    if stored.kind is not kind:
+        raise UserError(f"{directory}: this is a {stored.kind.value} adapter, not {kind.value}")
+    entries = {}
+    shapes = _shapes(base, list(stored.values))
+    for module, (outputs, inputs) in shapes.items():
+        found = len(stored.values[module])
+        if kind is Kind.SUPERTUNING:
+            expected = supertuning_length(outputs, inputs, stored.config["sparsity"])
+        else:
+            expected = stored.config["r"] * (inputs + outputs)
+        if found != expected:
+            raise UserError(
+                f"{directory}: {module} has {found:,} entries, but the config means {expected:,} on ({outputs}, {inputs})"
+            )
+        indices = stored.indices[module][..., : stored.entries[module]]
+        if kind is Kind.SHIRA and indices[1].max() >= inputs:  # else it would wrap into the next row
+            raise UserError(f"{directory}: {module} has a column {indices[1].max()}, but {inputs} inputs")
+        flat = indices[0] * inputs + indices[1] if kind is Kind.SHIRA else indices
+        entries[module] = Entries(stored.values[module][: stored.entries[module]], flat, (outputs, inputs))
+    try:
+        values, columns, notes = rows_of(entries)
+    except UserError as error:
+        raise UserError(f"{directory}: {error}") from error
+    padding = sum(leaf.size for leaf in stored.values.values()) - sum(stored.entries.values())
+    if padding:
+        notes = [f"removed {padding:,} padding entries (value 0 at row 0, column 0, behind the others)", *notes]
+    return Imported(values, columns, stored.heads, notes)

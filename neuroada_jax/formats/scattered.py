@@ -1,0 +1,65 @@
+"""Entries scattered over a weight as rows of k: other libraries let each row have as many as it likes."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from neuroada_jax.errors import UserError
+
+
+class Entries(NamedTuple):
+    """The entries of one weight matrix in any order: values (n,) at flat positions `row * I + column` (n,) of (O, I)."""
+
+    values: np.ndarray
+    positions: np.ndarray
+    shape: tuple[int, int]
+
+
+def rows_of(entries: dict[str, Entries]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], list[str]]:
+    """Entries as rows of k, by module: values (O, k), columns (O, k) ascending within a row, and notes.
+
+    k is the largest number of entries that any row has, one k for all modules (min(k, I) where there are fewer inputs).
+    Rows with fewer get zeros at their lowest free columns, which changes no weight.
+
+    Raises:
+      UserError: positions outside the matrix, or one position twice.
+    """
+    counts = {module: _count(module, *each) for module, each in entries.items()}
+    k = max(int(count.max()) for count in counts.values())
+    values, columns = {}, {}
+    padded = 0
+    for module, (found, positions, (outputs, inputs)) in entries.items():
+        width = min(k, inputs)
+        free = np.ones((outputs, width), bool)  # among a row's first `width` columns as many are free as it lacks, or more
+        rows, taken = np.divmod(positions, inputs)
+        low = taken < width
+        free[rows[low], taken[low]] = False
+        lacks = (width - counts[module])[:, None]
+        spare_rows, spare = np.nonzero(free & (np.cumsum(free, axis=1) <= lacks))
+        padded += len(spare)
+        everywhere = np.concatenate([positions, spare_rows * inputs + spare])
+        order = np.argsort(everywhere)
+        with_zeros = np.concatenate([found, np.zeros(len(spare), np.float32)])
+        values[module] = with_zeros[order].reshape(outputs, width)
+        columns[module] = (everywhere[order] % inputs).astype(np.int32).reshape(outputs, width)
+    if not padded:
+        return values, columns, []
+    fewest = min(int(count.min()) for count in counts.values())
+    total = sum(leaf.size for leaf in values.values())
+    note = (
+        f"rows have {fewest} to {k} entries: filled up to {k} with zero values ({100 * padded / total:.1f} % of the result)"
+    )
+    return values, columns, [note]
+
+
+def _count(module: str, values: np.ndarray, positions: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """The number of entries in every row (O,), once the positions are known to be good."""
+    outputs, inputs = shape
+    if len(positions) and (positions.min() < 0 or positions.max() >= outputs * inputs):
+        raise UserError(f"{module} has entries outside its weight ({outputs}, {inputs})")
+    ordered = np.sort(positions)
+    twice = ordered[1:][np.diff(ordered) == 0]
+    if len(twice):
+        row, column = divmod(int(twice[0]), inputs)
+        raise UserError(f"{module} has several entries at row {row}, column {column}; expected one at most")
+    return np.bincount(positions // inputs, minlength=outputs)

@@ -1,0 +1,179 @@
+"""Loads an export in the library it is for (PyTorch, PEFT, transformers) and compares weights and logits with ours."""
+
+import contextlib
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import transformers
+
+from neuroada_jax import models
+from neuroada_jax.bypass import Tree
+from neuroada_jax.errors import UserError
+from neuroada_jax.formats import huggingface
+from neuroada_jax.formats.imported import Imported
+from neuroada_jax.models import names
+from neuroada_jax.weights import LoadedModel
+
+TOLERANCE = 1e-4  # of logits, absolute
+_TOKENS = (2, 24)  # rows and length of the text that is compared
+
+
+class Reloaded(NamedTuple):
+    """An export in PyTorch: the model as its users call it, and how its weights get merged (in place, afterwards)."""
+
+    model: Any
+    merge: Callable[[], Any]
+
+
+def require_torch() -> None:
+    """Raises a UserError where PyTorch or PEFT is not installed."""
+    try:
+        import peft  # noqa: F401
+        import torch  # noqa: F401
+    except ImportError as error:
+        raise UserError(f'--verify needs PyTorch and PEFT ({error}): pip install "neuroada-jax[torch]"') from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Other libraries' progress bars and warnings are not for the person."""
+    level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        if bars:
+            transformers.logging.enable_progress_bar()
+
+
+def load_torch(model: models.Model, directory: str, dtype: Any) -> Any:
+    """A Hugging Face directory in transformers, with weights in `dtype`."""
+    import torch
+
+    load = getattr(transformers, model.architecture.transformers_class).from_pretrained  # a name of ours, not the file's
+    return load(directory, dtype=getattr(torch, jnp.dtype(dtype).name)).eval()
+
+
+def _torch_base(base: LoadedModel) -> Any:
+    if Path(base.path).is_dir():
+        return load_torch(base.model, base.path, base.model.config.dtype)
+    with tempfile.TemporaryDirectory() as folder:  # a GGUF file, which transformers does not read as we do
+        directory = Path(folder) / "base"
+        huggingface.save(directory, base, base.params, None)
+        return load_torch(base.model, str(directory), base.model.config.dtype)
+
+
+def reload_huggingface(base: LoadedModel, directory: Path, dtype: Any) -> Reloaded:
+    """A merged model."""
+    model = load_torch(base.model, str(directory), dtype)
+    return Reloaded(model, lambda: model)
+
+
+def reload_peft(base: LoadedModel, directory: Path) -> Reloaded:
+    """The base with a PEFT adapter attached."""
+    import peft
+
+    model = peft.PeftModel.from_pretrained(_torch_base(base), directory)
+    return Reloaded(model, model.merge_and_unload)
+
+
+def reload_official(base: LoadedModel, adapter: Imported) -> Reloaded:
+    """The base with an official adapter's entries added by the official formula, a scatter-add on the flat weight."""
+    import torch
+
+    model = _torch_base(base)
+    with torch.no_grad():
+        for module, columns in adapter.columns.items():
+            weight = model.get_submodule(module).weight
+            flat = np.arange(columns.shape[0], dtype=np.int64)[:, None] * weight.shape[1] + columns
+            values = torch.from_numpy(adapter.values[module]).reshape(-1).to(weight.dtype)
+            merged = weight.flatten().scatter_add(0, torch.from_numpy(flat).reshape(-1), values)
+            weight.copy_(merged.reshape(weight.shape))
+        for name, head in adapter.heads.items():
+            model.get_parameter(name).copy_(torch.from_numpy(head))
+    return Reloaded(model, lambda: model)
+
+
+def verify(base: LoadedModel, params: Tree, reload: Callable[[], Reloaded]) -> dict[str, Any]:
+    """Compares an export with our own merged model.
+
+    The merged weights are compared bit for bit. In float32 the logits of the reloaded model and of its merged form are
+    compared with ours; in bfloat16, where two libraries' roundings differ from layer to layer, those that the merged
+    weights give in float32.
+
+    Args:
+      base: the model's architecture and config.
+      params: our merged parameters, in the dtype of the export.
+      reload: loads the export.
+
+    Returns: `max_logit_difference`, `merged_bit_equal`, `logit_tolerance` and `compared_in`.
+
+    Raises:
+      UserError: PyTorch or PEFT is not installed.
+    """
+    require_torch()
+    import torch
+
+    vocabulary = base.model.config.vocab_size
+    ids = np.random.default_rng(0).integers(min(8, vocabulary - 1), vocabulary, _TOKENS)  # above the usual special tokens
+    leaves = dict(names.flatten(params))
+    as_stored = next(iter(leaves.values())).dtype
+
+    def theirs(model: Any) -> np.ndarray:
+        with torch.no_grad():
+            return model(input_ids=torch.from_numpy(ids)).logits.numpy()
+
+    with _quiet():
+        reloaded = reload()
+        found = [theirs(reloaded.model)] if as_stored == jnp.float32 else []
+        merged = reloaded.merge()
+        state = merged.state_dict()
+        slots = names.checkpoint_names(params, base.model.stack)
+        equal = all(
+            _same_bits(state[name], leaves[slot.path] if slot.layer is None else leaves[slot.path][slot.layer])
+            for name, slot in slots.items()
+        )
+        found.append(theirs(merged.float()))
+    ours = _logits(base, params, ids)
+    return {
+        "max_logit_difference": max(float(np.abs(each - ours).max()) for each in found),
+        "merged_bit_equal": equal,
+        "logit_tolerance": TOLERANCE,
+        "compared_in": jnp.dtype(as_stored).name,
+    }
+
+
+def _same_bits(theirs: Any, ours: jax.Array) -> bool:
+    import torch
+
+    host = np.asarray(ours)
+    bits = {2: (torch.int16, np.int16), 4: (torch.int32, np.int32)}
+    if theirs.element_size() != host.dtype.itemsize:
+        return False
+    for_torch, for_numpy = bits[host.dtype.itemsize]
+    return np.array_equal(theirs.contiguous().view(for_torch).numpy(), host.view(for_numpy))
+
+
+def _logits(base: LoadedModel, params: Tree, ids: np.ndarray) -> np.ndarray:
+    """The logits (B, T, V) of `params` in float32 arithmetic, whatever their dtype."""
+    module = models.from_hf_config(base.model.hf_config, jnp.float32).module()
+
+    @jax.jit
+    def forward(params: Tree, ids: jax.Array) -> jax.Array:
+        variables = {"params": jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)}
+        hidden: Any = module.apply(variables, ids)[0]
+        logits: Any = module.apply(variables, hidden, method="unembed")
+        return logits
+
+    with jax.default_matmul_precision("highest"):
+        return np.asarray(forward(params, jnp.asarray(ids, jnp.int32)))
