@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from neuroada_jax.bypass import Path
 
 _LEAVES_OF_WEIGHT = ("kernel", "scale", "embedding")
+_FIRST_BERTS = (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta"))
 
 
 class Slot(NamedTuple):
@@ -61,6 +62,18 @@ def checkpoint_names(params: Mapping[str, Any], stack: Path) -> dict[str, Slot]:
         for layer in layers:
             names[f"{module_name(tuple(module), layer, stack)}.{suffix}"] = Slot(path, layer)
     return names
+
+
+def spellings(name: str, prefix: str) -> list[str]:
+    """The names that a checkpoint may give to a tensor, the usual one first.
+
+    Args:
+      name: as in a checkpoint of the whole model.
+      prefix: what the names lack in one of the bare model, such as "bert.".
+    """
+    found = [name, name.removeprefix(prefix)]
+    # The first BERT checkpoints, converted from TensorFlow.
+    return found + [each.replace(new, old) for each in found for new, old in _FIRST_BERTS if each.endswith(new)]
 
 
 def module_names(path: Path, leaf: Any, stack: Path) -> list[str]:
