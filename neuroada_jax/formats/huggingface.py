@@ -20,14 +20,6 @@ from neuroada_jax.weights import LoadedModel
 
 SHARD_BYTES = 5 * 10**9
 
-# The class that transformers' Auto classes look for, where the checkpoint's config does not name one.
-_CLASSES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
-
 
 def save(
     directory: Path,
@@ -75,7 +67,8 @@ def save(
             index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
             _write_json(temporary / "model.safetensors.index.json", index)
         _write_json(temporary / "config.json", _config(base, dtype))
-        _copy_generation_config(base, temporary)
+        if base.model.architecture.is_decoder:
+            _copy_generation_config(base, temporary)
         tokenizer.save_pretrained(str(temporary))
 
 
@@ -87,7 +80,8 @@ def _config(base: LoadedModel, dtype: np.dtype) -> dict[str, Any]:
     config = dict(base.model.hf_config)
     config.pop("torch_dtype", None)
     config["dtype"] = "bfloat16" if dtype == jnp.bfloat16 else str(dtype)
-    config.setdefault("architectures", [_CLASSES[config["model_type"]]])
+    # The class of what is written, which may be more than what was read: a bare encoder has got a head.
+    config["architectures"] = [base.model.architecture.transformers_class]
     return config
 
 

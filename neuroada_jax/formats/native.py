@@ -22,6 +22,7 @@ import safetensors.numpy
 from neuroada_jax import bypass, files
 from neuroada_jax.bypass import Bypass, Tree
 from neuroada_jax.errors import UserError
+from neuroada_jax.models import heads as model_heads
 from neuroada_jax.models import names
 from neuroada_jax.weights import LoadedModel
 
@@ -87,6 +88,7 @@ def assemble(
             "source": base.source,
             "dtype": jnp.dtype(base.model.config.dtype).name,
             "model_type": base.model.hf_config["model_type"],
+            "labels": _labels(base),
             "parameters": bypass.count(shapes),
             "digests": base.digests,
         },
@@ -107,6 +109,14 @@ def assemble(
     )
 
 
+def _labels(base: LoadedModel) -> list[str] | None:
+    """What the head of an encoder tells apart; a base without a head cannot say it again."""
+    if base.model.architecture.is_decoder:
+        return None
+    named = {str(number): label for number, label in (base.model.hf_config.get("id2label") or {}).items()}
+    return [named.get(str(number), f"LABEL_{number}") for number in range(base.model.config.num_labels)]
+
+
 def write(directory: Path, adapter: Adapter, *, replace: bool = False) -> None:
     """Writes an adapter directory, whole or not at all.
 
@@ -122,7 +132,15 @@ def write(directory: Path, adapter: Adapter, *, replace: bool = False) -> None:
 
 
 def save(
-    directory: Path, trained: Bypass, base: LoadedModel, *, k: int, targets: list[str], seed: int, replace: bool = False
+    directory: Path,
+    trained: Bypass,
+    base: LoadedModel,
+    *,
+    k: int,
+    targets: list[str],
+    seed: int,
+    head: Tree | None = None,
+    replace: bool = False,
 ) -> None:
     """Writes what was trained as an adapter directory, whole or not at all.
 
@@ -133,6 +151,7 @@ def save(
       k: connections per neuron that were asked for.
       targets: the config's target names.
       seed: the run's seed.
+      head: the modules that trained whole, as in the training state; None for none.
       replace: overwrite an adapter that is there.
 
     Raises:
@@ -140,7 +159,8 @@ def save(
     """
     stack = base.model.stack
     values, columns = (dict(names.unstacked(tree, stack)) for tree in trained)
-    write(directory, assemble(base, values, columns, k=k, targets=targets, seed=seed), replace=replace)
+    named = model_heads.to_names(head or {})
+    write(directory, assemble(base, values, columns, k=k, targets=targets, seed=seed, heads=named), replace=replace)
 
 
 def is_adapter(path: str) -> bool:
@@ -165,6 +185,9 @@ def read(directory: str) -> Adapter:
     base, inputs = metadata.get("base"), metadata.get("inputs", {})
     if not isinstance(base, dict) or not isinstance(base.get("digests"), dict) or not isinstance(inputs, dict):
         raise UserError(f"{root / 'adapter.json'}: 'base', its 'digests' or 'inputs' is missing or no object")
+    labels = base.get("labels")
+    if labels is not None and not (isinstance(labels, list) and labels and all(isinstance(each, str) for each in labels)):
+        raise UserError(f"{root / 'adapter.json'}: 'labels' of the base must be a list of names, found {labels!r}")
     path = root / "adapter.safetensors"
     try:
         with safetensors.safe_open(str(path), framework="numpy") as handle:
@@ -252,3 +275,33 @@ def stack(adapter: Adapter, base: LoadedModel) -> Bypass:
 def load(directory: str, base: LoadedModel) -> Bypass:
     """Reads an adapter for `base`; see `read` and `stack` for what is refused."""
     return stack(read(directory), base)
+
+
+def head(adapter: Adapter, base: LoadedModel) -> Tree:
+    """The densely trained head as a tree of whole float32 parameters, empty where the adapter has none.
+
+    Raises:
+      UserError: a tensor that the base has no place for, or one that the base needs and the adapter lacks.
+    """
+    params = base.model.abstract_params()
+    leaves, slots = dict(names.flatten(params)), names.checkpoint_names(params, base.model.stack)
+    found: Tree = {}
+    for name, array in adapter.heads.items():
+        slot = slots.get(name)
+        if slot is None or slot.layer is not None or leaves[slot.path].shape != array.shape:
+            expected = "no such tensor" if slot is None or slot.layer is not None else list(leaves[slot.path].shape)
+            raise UserError(f"adapter: head {name!r} has shape {list(array.shape)}, the base has {expected}")
+        found = bypass.put(found, slot.path, jnp.asarray(array))
+    lacking = sorted(set(base.drawn) - set(adapter.heads))
+    if lacking:
+        raise UserError(f"adapter: neither {base.source} nor the adapter has {lacking[0]!r}")
+    return found
+
+
+def merge(adapter: Adapter, base: LoadedModel) -> Tree:
+    """The base's parameters with the adapter in them: bypass values added, the head put in place.
+
+    Raises:
+      UserError: see `stack` and `head`.
+    """
+    return model_heads.join(bypass.merge(base.params, stack(adapter, base)), head(adapter, base))

@@ -37,6 +37,9 @@ def module_name(path: Path, layer: int | None, stack: Path) -> str:
     return ".".join((*stack, str(layer), *path[len(stack) :]))
 
 
+NO_STACK: Path = ("",)  # where no layer scan lives, for trees without one
+
+
 def is_stacked(path: Path, stack: Path) -> bool:
     """Whether a module or leaf belongs to the layer scan that lives at `stack`."""
     return path[: len(stack)] == stack

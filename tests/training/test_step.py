@@ -18,7 +18,7 @@ from neuroada_jax.models import Remat, layers, names
 from neuroada_jax.training import config, optimizer, step
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
-ALL = list(config.LLAMA_TARGETS)
+ALL = list(models.LLAMA_TARGETS)
 SOME = ("q_proj", "down_proj")  # two targets compile in a third of the time
 
 
