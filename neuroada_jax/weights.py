@@ -191,13 +191,7 @@ def load_params(
         del tensor
         if on_progress:
             on_progress(done + 1, len(slots))
-    params: Tree = {}
-    for path, array in filled.items():
-        node = params
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = array
-    return params, digests
+    return names.unflatten(filled), digests
 
 
 def open_model(

@@ -285,17 +285,17 @@ def head(adapter: Adapter, base: LoadedModel) -> Tree:
     """
     params = base.model.abstract_params()
     leaves, slots = dict(names.flatten(params)), names.checkpoint_names(params, base.model.stack)
-    found: Tree = {}
+    found = {}
     for name, array in adapter.heads.items():
         slot = slots.get(name)
         if slot is None or slot.layer is not None or leaves[slot.path].shape != array.shape:
             expected = "no such tensor" if slot is None or slot.layer is not None else list(leaves[slot.path].shape)
             raise UserError(f"adapter: head {name!r} has shape {list(array.shape)}, the base has {expected}")
-        found = bypass.put(found, slot.path, jnp.asarray(array))
+        found[slot.path] = jnp.asarray(array)
     lacking = sorted(set(base.drawn) - set(adapter.heads))
     if lacking:
         raise UserError(f"adapter: neither {base.source} nor the adapter has {lacking[0]!r}")
-    return found
+    return names.unflatten(found)
 
 
 def merge(adapter: Adapter, base: LoadedModel) -> Tree:

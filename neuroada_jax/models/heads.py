@@ -30,12 +30,12 @@ def _without(tree: Mapping[str, Any], path: Path) -> Tree:
 
 def join(params: Mapping[str, Any], head: Mapping[str, Any]) -> Tree:
     """The parameters with the head's leaves put in, in the dtype of the parameters."""
-    joined = dict(params)
-    if head:
-        dtype = jax.tree.leaves(params)[0].dtype
-        for path, leaf in names.flatten(head):
-            joined = bypass.put(joined, path, leaf.astype(dtype))
-    return joined
+    if not head:
+        return dict(params)
+    dtype = jax.tree.leaves(params)[0].dtype
+    return names.unflatten(
+        {**dict(names.flatten(params)), **{path: leaf.astype(dtype) for path, leaf in names.flatten(head)}}
+    )
 
 
 def to_names(head: Mapping[str, Any]) -> dict[str, Any]:

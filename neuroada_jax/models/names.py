@@ -30,6 +30,17 @@ def flatten(tree: Mapping[str, Any], prefix: Path = ()) -> Iterator[tuple[Path, 
             yield (*prefix, key), node
 
 
+def unflatten(leaves: Mapping[Path, Any]) -> dict[str, Any]:
+    """The nested dict of the leaves at their paths; what `flatten` takes apart."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = leaf
+    return tree
+
+
 def module_name(path: Path, layer: int | None, stack: Path) -> str:
     """The Hugging Face path of a module: ("model", "layers", "mlp", "up_proj"), layer 3 -> "model.layers.3.mlp.up_proj"."""
     if layer is None:
