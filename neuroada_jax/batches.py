@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, Int32, Int64, Integer
+from jaxtyping import Float32, Int32, Int64, Integer, Num
 
 from neuroada_jax.data import Examples
 from neuroada_jax.errors import UserError
@@ -39,6 +39,23 @@ class Batch(NamedTuple):
     target_ids: Int32[np.ndarray, "B M"]
     target_mask: Float32[np.ndarray, "B M"]
     positions: Int32[np.ndarray, "B T"] | None = None
+
+
+class ClassificationBatch(NamedTuple):
+    """One step's data for an encoder, as NumPy arrays. As in `Batch`, no token id is special.
+
+    input_ids: int32 (B, T), padded on the right.
+    lengths: int32 (B,), the tokens in a row, 0 for rows that only fill the batch.
+    token_types: int32 (B, T), 0 for the first and 1 for the second text of a pair.
+    labels: (B,), int32 classes, or float32 numbers for regression.
+    target_mask: float32 (B,), 1 for examples, 0 for filling.
+    """
+
+    input_ids: Int32[np.ndarray, "B T"]
+    lengths: Int32[np.ndarray, "B"]
+    token_types: Int32[np.ndarray, "B T"]
+    labels: Num[np.ndarray, "B"]
+    target_mask: Float32[np.ndarray, "B"]
 
 
 class Batches:

@@ -148,8 +148,11 @@ def _model_options(parser: argparse.ArgumentParser, *, adapter_required: bool = 
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
 
 
-def _load(parsed: argparse.Namespace) -> tuple[Any, Any, Any]:
-    """The model of --model, or of the adapter, with the adapter merged in: (base, params, tokenizer)."""
+def _load(parsed: argparse.Namespace, *, decoder: bool = True) -> tuple[Any, Any, Any]:
+    """The model of --model, or of the adapter, with the adapter merged in: (base, params, tokenizer).
+
+    With `decoder`, only a model that continues texts will do.
+    """
     from neuroada_jax.formats import native
     from neuroada_jax.weights import open_base, with_weights
 
@@ -158,7 +161,11 @@ def _load(parsed: argparse.Namespace) -> tuple[Any, Any, Any]:
     if not source:
         raise UserError("give --model, or an --adapter that names its base")
     trained_in = adapter.metadata["base"].get("dtype") if adapter else None
-    opened, tokenizer = open_base(source, parsed.dtype or trained_in or "auto")
+    labels = adapter.metadata["base"].get("labels") if adapter else None
+    opened, tokenizer = open_base(source, parsed.dtype or trained_in or "auto", labels)
+    if decoder and not opened.model.architecture.is_decoder:
+        kind = opened.model.hf_config["model_type"]
+        raise UserError(f"{source}: {kind} is an encoder, which cannot continue a text; this command needs a decoder")
     base = with_weights(opened)
     params = base.params if adapter is None else native.merge(adapter, base)
     return base, params, tokenizer

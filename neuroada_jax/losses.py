@@ -1,4 +1,4 @@
-"""The loss, only where labels are: cross-entropy of the target tokens, without the logits of a whole batch."""
+"""The losses, one for each thing to be predicted: a target token of a text, or the label of a whole one."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from neuroada_jax.batches import Batch
+from neuroada_jax.batches import Batch, ClassificationBatch
 from neuroada_jax.bypass import Tree
 from neuroada_jax.models import layers
 
@@ -72,3 +72,26 @@ def _in_chunks(function: Any, states: Float[Array, "n D"], ids: Int[Array, "n"],
     ids = jnp.pad(ids, (0, padding)).reshape(chunks, size)
     results = lax.map(lambda each: function(*each), (states, ids))
     return jax.tree.map(lambda leaf: leaf.reshape(chunks * size, *leaf.shape[2:])[:count], results)
+
+
+def classification_losses(
+    module: nn.Module, variables: Tree, batch: ClassificationBatch, dropout: Array | None = None
+) -> Float[Array, "B"]:
+    """Cross-entropy of every label in float32, or the squared error where the head gives one number; 0 for filling.
+
+    Args:
+      module: an encoder with a head.
+      variables: its collections.
+      batch: what to predict.
+      dropout: a PRNG key; without one nothing is dropped.
+    """
+    ids, labels = jnp.asarray(batch.input_ids), jnp.asarray(batch.labels)
+    mask = jnp.arange(ids.shape[1], dtype=jnp.int32)[None, :] < jnp.asarray(batch.lengths)[:, None]
+    rngs = None if dropout is None else {"dropout": dropout}
+    logits: Any = module.apply(variables, ids, mask, jnp.asarray(batch.token_types), rngs=rngs)
+    logits = logits.astype(jnp.float32)
+    if logits.shape[-1] == 1:
+        losses = jnp.square(logits[:, 0] - labels.astype(jnp.float32))
+    else:
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return losses * batch.target_mask

@@ -14,7 +14,7 @@ from neuroada_jax.bypass import Tree
 from neuroada_jax.errors import UserError
 from neuroada_jax.roofline import nbytes
 from neuroada_jax.targets import Compiler, Target
-from neuroada_jax.training import connections, optimizer, run, step
+from neuroada_jax.training import connections, modules, optimizer, step
 from neuroada_jax.training.config import RunConfig, apply_override, from_dict
 from neuroada_jax.weights import open_model
 
@@ -103,16 +103,17 @@ def abstract_batch(rows: int, length: int, packed: bool = False) -> Batch:
 def _measure(config: RunConfig, target_name: str, devices: int) -> dict[str, Any]:
     """The plan of a config as it stands."""
     base = open_model(config.model.path, config.model.dtype, config_only=True)
-    run.check_length(config, base.model)
+    modules.check_kind(config, base.model)
+    modules.check_length(config, base.model)
     dtype = jnp.dtype(base.model.config.dtype).name
     may_be_fused = dtype == "bfloat16" and not config.data.packing  # packed rows need a mask, and cuDNN takes none
     target = targets.find(target_name, dtype)
     compiler = targets.compiler_for(target)
     batch = longest_batch(config, devices)
     # The number of steps is a constant in the schedule: it takes no room.
-    transformation = optimizer.build(config.optimizer, 1)
+    transformation = optimizer.build(config.optimizer, 1, config.head)
 
-    paths = run.target_paths(base.model, config.bypass.targets, config.bypass.k)
+    paths = modules.target_paths(config, base.model)
 
     def initial_state(params: Tree) -> step.TrainState:
         built = bypass.build(params, paths, config.bypass.k, dtype=connections.value_dtype(config, base.model))

@@ -7,7 +7,7 @@ Host memory stays near one tensor above the model's size: each tensor is read by
 import functools
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path as FilePath
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -20,7 +20,7 @@ import xxhash
 from jax import lax
 
 from neuroada_jax import console, gguf_weights, models
-from neuroada_jax.bypass import Tree
+from neuroada_jax.bypass import Path, Tree
 from neuroada_jax.errors import UserError
 from neuroada_jax.files import read_json
 from neuroada_jax.models import names
@@ -62,6 +62,17 @@ class LoadedModel(NamedTuple):
     digests: dict[str, str]
     path: str
     source: str
+
+    @property
+    def drawn(self) -> list[str]:
+        """The Hugging Face names of the tensors that the checkpoint lacks: a head that starts from a seed."""
+        optional = self.model.architecture.optional
+        slots = names.checkpoint_names(self.model.abstract_params(), self.model.stack)
+        return [name for name, slot in slots.items() if _is_below(slot.path, optional) and name not in self.digests]
+
+
+def _is_below(path: Path, modules: tuple[Path, ...]) -> bool:
+    return any(path[: len(module)] == module for module in modules)
 
 
 def resolve(source: str, files: list[str] = _HUB_FILES) -> str:
@@ -130,8 +141,16 @@ def _place(buffer: jax.Array, tensor: jax.Array, layer: jax.Array) -> jax.Array:
     return lax.dynamic_update_index_in_dim(buffer, tensor.astype(buffer.dtype), layer, 0)
 
 
+def _draw(name: str, shape: tuple[int, ...], spread: float, seed: int) -> np.ndarray:
+    """A new tensor of a head, float32: a normal weight or a zero bias, as transformers has them."""
+    if name.endswith(".bias"):
+        return np.zeros(shape, np.float32)
+    random = np.random.default_rng([seed, xxhash.xxh32_intdigest(name.encode())])  # the same whatever else is drawn
+    return spread * random.standard_normal(shape, np.float32)
+
+
 def load_params(
-    model: models.Model, tensors: TensorSource, on_progress: Progress | None = None
+    model: models.Model, tensors: TensorSource, on_progress: Progress | None = None, seed: int = 0
 ) -> tuple[Tree, dict[str, str]]:
     """The parameter tree of `model` and the digest of every tensor's stored bytes.
 
@@ -139,24 +158,29 @@ def load_params(
       model: what to fill.
       tensors: where from.
       on_progress: called with (tensors done, tensors in all).
+      seed: where a head comes from that the checkpoint lacks; such tensors have no digest.
 
     Raises:
       UserError: a tensor that the model needs is missing or has another shape.
     """
     flat: dict[tuple[str, ...], Any] = dict(names.flatten(model.abstract_params()))
     slots = names.checkpoint_names(model.abstract_params(), model.stack)
-    available = set(tensors.names())
+    available, architecture = set(tensors.names()), model.architecture
     digests = {}
     filled: dict[tuple[str, ...], jax.Array] = {}
     for done, (name, slot) in enumerate(slots.items()):
         leaf = flat[slot.path]
         expected = leaf.shape if slot.layer is None else leaf.shape[1:]
-        if name not in available:
+        stored = next((each for each in names.spellings(name, architecture.prefix) if each in available), None)
+        if stored is not None:
+            if tensors.shape(stored) != expected:
+                raise UserError(f"tensor {stored!r} has shape {list(tensors.shape(stored))}, expected {list(expected)}")
+            digests[name] = xxhash.xxh3_128_hexdigest(tensors.raw(stored))
+            tensor = tensors.read(stored)
+        elif _is_below(slot.path, architecture.optional):
+            tensor = _draw(name, expected, model.hf_config.get("initializer_range", 0.02), seed)
+        else:
             raise UserError(f"tensor {name!r} is missing from the checkpoint; expected shape {list(expected)}")
-        if tensors.shape(name) != expected:
-            raise UserError(f"tensor {name!r} has shape {list(tensors.shape(name))}, expected {list(expected)}")
-        digests[name] = xxhash.xxh3_128_hexdigest(tensors.raw(name))
-        tensor = tensors.read(name)
         if slot.layer is None:
             filled[slot.path] = jnp.asarray(tensor).astype(leaf.dtype)
         else:
@@ -167,22 +191,19 @@ def load_params(
         del tensor
         if on_progress:
             on_progress(done + 1, len(slots))
-    params: Tree = {}
-    for path, array in filled.items():
-        node = params
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = array
-    return params, digests
+    return names.unflatten(filled), digests
 
 
-def open_model(source: str, dtype: str = "float32", *, config_only: bool = False) -> LoadedModel:
+def open_model(
+    source: str, dtype: str = "float32", *, config_only: bool = False, labels: Sequence[str] | None = None
+) -> LoadedModel:
     """Everything about a model but its weights: `params` and `digests` are empty until `read_weights`.
 
     Args:
       source: local Hugging Face directory, hub id or GGUF file.
       dtype: "float32", "bfloat16" or "auto".
       config_only: download no weights, where the source is a hub id; they cannot be read afterwards.
+      labels: of an encoder's head, one for regression; None: as the model's config says.
 
     Raises:
       UserError: the path does not exist, or its architecture or config is not supported.
@@ -190,38 +211,47 @@ def open_model(source: str, dtype: str = "float32", *, config_only: bool = False
     path = resolve(source, ["config.json"] if config_only else _HUB_FILES)
     hf_config = read_config(path)
     try:
-        model = models.from_hf_config(hf_config, config_dtype(dtype, hf_config))
+        model = models.from_hf_config(hf_config, config_dtype(dtype, hf_config), labels)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     return LoadedModel(model, {}, {}, path, source)
 
 
-def read_weights(opened: LoadedModel, on_progress: Progress | None = None) -> LoadedModel:
-    """The opened model with its weights on the default device.
+def read_weights(opened: LoadedModel, on_progress: Progress | None = None, seed: int = 0) -> LoadedModel:
+    """The opened model with its weights on the default device; `seed` is for a head that the checkpoint lacks.
 
     Raises:
       UserError: a file or tensor that is missing, truncated or of another shape.
     """
     try:
-        params, digests = load_params(opened.model, open_tensors(opened.path), on_progress)
+        params, digests = load_params(opened.model, open_tensors(opened.path), on_progress, seed)
     except UserError as error:
         raise UserError(str(error) if opened.path in str(error) else f"{opened.path}: {error}") from error
     return opened._replace(params=params, digests=digests)
 
 
-def load_model(source: str, dtype: str = "float32", on_progress: Progress | None = None) -> LoadedModel:
+def load_model(
+    source: str,
+    dtype: str = "float32",
+    on_progress: Progress | None = None,
+    *,
+    labels: Sequence[str] | None = None,
+    seed: int = 0,
+) -> LoadedModel:
     """Opens a model and reads its weights; see `open_model` and `read_weights`."""
-    return read_weights(open_model(source, dtype), on_progress)
+    return read_weights(open_model(source, dtype, labels=labels), on_progress, seed)
 
 
-def open_base(source: str, dtype: str) -> tuple[LoadedModel, transformers.PreTrainedTokenizerFast]:
+def open_base(
+    source: str, dtype: str, labels: Sequence[str] | None = None
+) -> tuple[LoadedModel, transformers.PreTrainedTokenizerFast]:
     """A model without its weights yet, and its tokenizer.
 
     Raises:
       UserError: see `open_model` and `tokenizer.load_tokenizer`; also a tokenizer that has more tokens than the
         model has embeddings.
     """
-    opened = open_model(source, dtype)
+    opened = open_model(source, dtype, labels=labels)
     tokenizer = load_tokenizer(opened.path)
     if len(tokenizer) > opened.model.config.vocab_size:
         raise UserError(
@@ -231,7 +261,12 @@ def open_base(source: str, dtype: str) -> tuple[LoadedModel, transformers.PreTra
     return opened, tokenizer
 
 
-def with_weights(opened: LoadedModel) -> LoadedModel:
-    """The opened model with its weights, read under a progress bar."""
+def with_weights(opened: LoadedModel, seed: int = 0) -> LoadedModel:
+    """The opened model with its weights, read under a progress bar; says which of them come from `seed`."""
     with console.bar("loading weights") as shown:
-        return read_weights(opened, console.reporter(shown))
+        loaded = read_weights(opened, console.reporter(shown), seed)
+    if loaded.drawn:
+        console.say(
+            f"{opened.path} has no {', '.join(loaded.drawn)}: drawn from seed {seed}, to be trained or to be an adapter's"
+        )
+    return loaded

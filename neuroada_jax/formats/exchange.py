@@ -121,7 +121,7 @@ def import_adapter(
         loaded, imported.values, imported.columns, k=k, targets=targets, rule=None, heads=imported.heads
     )
     native.stack(adapter, loaded)  # this and the next refuse what does not fit
-    native.head_slots(adapter, loaded)
+    native.head(adapter, loaded)
     native.write(Path(out), adapter)
     total = sum(values.size for values in imported.values.values())
     summary = f"{len(imported.values)} modules, {len(imported.heads)} head tensors, k={k}, {total:,} values"

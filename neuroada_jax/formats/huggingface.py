@@ -67,7 +67,8 @@ def save(
             index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
             _write_json(temporary / "model.safetensors.index.json", index)
         _write_json(temporary / "config.json", _config(base, dtype))
-        _copy_generation_config(base, temporary)
+        if base.model.architecture.is_decoder:
+            _copy_generation_config(base, temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(temporary))
 
@@ -80,7 +81,8 @@ def _config(base: LoadedModel, dtype: np.dtype) -> dict[str, Any]:
     config = dict(base.model.hf_config)
     config.pop("torch_dtype", None)
     config["dtype"] = "bfloat16" if dtype == jnp.bfloat16 else str(dtype)
-    config.setdefault("architectures", [base.model.architecture.transformers_class])
+    # The class of what is written, which may be more than what was read: a bare encoder has got a head.
+    config["architectures"] = [base.model.architecture.transformers_class]
     return config
 
 

@@ -23,6 +23,7 @@ import xxhash
 from neuroada_jax import bypass, files
 from neuroada_jax.bypass import Bypass, Tree
 from neuroada_jax.errors import UserError
+from neuroada_jax.models import heads as model_heads
 from neuroada_jax.models import names
 from neuroada_jax.safetensors_weights import read_whole
 from neuroada_jax.weights import LoadedModel
@@ -89,6 +90,7 @@ def assemble(
             "source": base.source,
             "dtype": jnp.dtype(base.model.config.dtype).name,
             "model_type": base.model.hf_config["model_type"],
+            "labels": _labels(base),
             "parameters": bypass.count(shapes),
             "digests": base.digests,
         },
@@ -107,6 +109,14 @@ def assemble(
         {module: np.asarray(leaf, np.int32) for module, leaf in columns.items()},
         {name: np.asarray(leaf, np.float32) for name, leaf in (heads or {}).items()},
     )
+
+
+def _labels(base: LoadedModel) -> list[str] | None:
+    """What the head of an encoder tells apart; a base without a head cannot say it again."""
+    if base.model.architecture.is_decoder:
+        return None
+    named = {str(number): label for number, label in (base.model.hf_config.get("id2label") or {}).items()}
+    return [named.get(str(number), f"LABEL_{number}") for number in range(base.model.config.num_labels)]
 
 
 def write(directory: Path, adapter: Adapter, *, replace: bool = False) -> None:
@@ -139,6 +149,7 @@ def save(
     targets: list[str],
     seed: int,
     rule: str = "magnitude",
+    head: Tree | None = None,
     replace: bool = False,
 ) -> None:
     """Writes what was trained as an adapter directory, whole or not at all.
@@ -151,6 +162,7 @@ def save(
       targets: the config's target names.
       seed: the run's seed.
       rule: how the columns were chosen.
+      head: the modules that trained whole, as in the training state; None for none.
       replace: overwrite an adapter that is there.
 
     Raises:
@@ -158,7 +170,9 @@ def save(
     """
     stack = base.model.stack
     values, columns = (dict(names.unstacked(tree, stack)) for tree in trained)
-    write(directory, assemble(base, values, columns, k=k, targets=targets, seed=seed, rule=rule), replace=replace)
+    named = model_heads.to_names(head or {})
+    adapter = assemble(base, values, columns, k=k, targets=targets, seed=seed, rule=rule, heads=named)
+    write(directory, adapter, replace=replace)
 
 
 def is_adapter(path: str) -> bool:
@@ -212,6 +226,9 @@ def _check_metadata(path: Path, metadata: dict[str, Any]) -> None:
     for name, number in {"base.parameters": base.get("parameters", 1), **inputs}.items():
         if not isinstance(number, int) or number < 1:
             raise UserError(f"{path}: {name} is {number!r}, expected a whole number above 0")
+    labels = base.get("labels")
+    if labels is not None and not (isinstance(labels, list) and labels and all(isinstance(each, str) for each in labels)):
+        raise UserError(f"{path}: 'labels' of the base must be a list of names, found {labels!r}")
     if not isinstance(heads, list) or not all(isinstance(name, str) for name in heads):
         raise UserError(f"{path}: heads is {heads!r}, expected a list of names")
 
@@ -278,8 +295,36 @@ def stack(adapter: Adapter, base: LoadedModel) -> Bypass:
     return Bypass(values, columns)
 
 
+def load(directory: str, base: LoadedModel) -> Bypass:
+    """Reads an adapter for `base`; see `read` and `stack` for what is refused."""
+    return stack(read(directory), base)
+
+
+def head(adapter: Adapter, base: LoadedModel) -> Tree:
+    """The densely trained head as a tree of whole float32 parameters, empty where the adapter has none.
+
+    Raises:
+      UserError: a tensor that the base has no place for, or one that the base needs and the adapter lacks.
+    """
+    params = base.model.abstract_params()
+    leaves, slots = dict(names.flatten(params)), names.checkpoint_names(params, base.model.stack)
+    found = {}
+    for name, array in adapter.heads.items():
+        slot = slots.get(name)
+        if slot is None or slot.layer is not None or leaves[slot.path].shape != array.shape:
+            expected = "no such tensor" if slot is None or slot.layer is not None else list(leaves[slot.path].shape)
+            raise UserError(f"adapter: head {name!r} has shape {list(array.shape)}, the base has {expected}")
+        if name.removesuffix(".weight") in adapter.values:
+            raise UserError(f"adapter: {name!r} is both a head and the weight of a bypass")
+        found[slot.path] = jnp.asarray(array)
+    lacking = sorted(set(base.drawn) - set(adapter.heads))
+    if lacking:
+        raise UserError(f"adapter: neither {base.source} nor the adapter has {lacking[0]!r}")
+    return names.unflatten(found)
+
+
 def merge(adapter: Adapter, base: LoadedModel, round_first: Any = jnp.float32) -> Tree:
-    """The base's parameters with the adapter merged in: W + values, summed in float32 and rounded once, and its heads.
+    """The base's parameters with the adapter merged in: W + values, summed in float32 and rounded once, and its head.
 
     Args:
       adapter: for this base.
@@ -288,40 +333,8 @@ def merge(adapter: Adapter, base: LoadedModel, round_first: Any = jnp.float32) -
         dtype do so.
 
     Raises:
-      UserError: see `stack`; also a head that the base does not have, or of another shape.
+      UserError: see `stack` and `head`.
     """
     trained = stack(adapter, base)
-    slots = head_slots(adapter, base)
     values = jax.tree.map(lambda leaf: leaf.astype(round_first).astype(jnp.float32), trained.values)
-    params = bypass.merge(base.params, Bypass(values, trained.columns))
-    for name, head in adapter.heads.items():
-        *module, key = slots[name].path
-        node = bypass.get(params, tuple(module))
-        params = bypass.put(params, tuple(module), {**node, key: jnp.asarray(head).astype(node[key].dtype)})
-    return params
-
-
-def head_slots(adapter: Adapter, base: LoadedModel) -> dict[str, names.Slot]:
-    """Where the adapter's densely trained parameters are in the base's tree.
-
-    Raises:
-      UserError: the base has no such parameter outside its layers, it has another shape, or it carries a bypass too.
-    """
-    shapes = base.model.abstract_params()
-    leaves = dict(names.flatten(shapes))
-    slots = {name: slot for name, slot in names.checkpoint_names(shapes, base.model.stack).items() if slot.layer is None}
-    for name, head in adapter.heads.items():
-        if (
-            name not in slots
-            or leaves[slots[name].path].shape != head.shape
-            or name.removesuffix(".weight") in adapter.values
-        ):
-            raise UserError(
-                f"adapter: the base has no head {name!r} of shape {list(head.shape)}, or it carries a bypass too"
-            )
-    return {name: slots[name] for name in adapter.heads}
-
-
-def load(directory: str, base: LoadedModel) -> Bypass:
-    """Reads an adapter for `base`; see `read` and `stack` for what is refused."""
-    return stack(read(directory), base)
+    return model_heads.join(bypass.merge(base.params, Bypass(values, trained.columns)), head(adapter, base))

@@ -1,7 +1,7 @@
 """Model families: which architectures there are and how a Hugging Face config becomes a Flax module."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,38 +11,94 @@ from flax import linen as nn
 from neuroada_jax.bypass import Path, Tree, kernels
 from neuroada_jax.errors import UserError
 from neuroada_jax.models import names
+from neuroada_jax.models.encoder import BertForSequenceClassification, RobertaForSequenceClassification
+from neuroada_jax.models.encoder_config import ENCODER_TARGETS, EncoderConfig, with_labels
 from neuroada_jax.models.layers import Remat
-from neuroada_jax.models.llama import LlamaConfig, LlamaForCausalLM
+from neuroada_jax.models.llama import LLAMA_TARGETS, LlamaConfig, LlamaForCausalLM
 
-__all__ = ["ARCHITECTURES", "Architecture", "Model", "Remat", "from_hf_config", "match_targets"]
+__all__ = [
+    "ARCHITECTURES",
+    "ENCODER_TARGETS",
+    "LLAMA_TARGETS",
+    "Architecture",
+    "Model",
+    "Remat",
+    "from_hf_config",
+    "match_targets",
+]
 
 
 class Architecture(NamedTuple):
-    """How to read a config, build a module, where its layers are stacked, and what PyTorch's libraries call it.
+    """One `model_type` of config.json.
 
     Attributes:
-      read_config: Hugging Face config and dtype -> static config.
-      module: static config and remat policy -> Flax module.
+      read_config: (Hugging Face config, dtype) -> static config.
+      module: (static config, remat policy) -> Flax module.
       stack: the path of the layer scan in the parameter tree.
-      transformers_class: the class in transformers, as config.json's `architectures` names it.
-      task: its kind of head, by PEFT's name for it (`task_type`).
+      targets: the bypass targets where a run names none.
+      transformers_class: the class whose checkpoints have this parameter tree.
+      prefix: what the tensor names of a checkpoint of the bare model lack, "" where there is no such checkpoint.
+      head: the modules that a task brings and that train whole, empty for a decoder.
+      optional: the modules that a checkpoint may lack; they start from a seed.
     """
 
     read_config: Callable[..., Any]
     module: Callable[..., nn.Module]
     stack: Path
+    targets: tuple[str, ...]
     transformers_class: str
-    task: str = "CAUSAL_LM"
+    prefix: str = ""
+    head: tuple[Path, ...] = ()
+    optional: tuple[Path, ...] = ()
+
+    @property
+    def is_decoder(self) -> bool:
+        """Whether the model continues texts, rather than judging them."""
+        return not self.head
+
+    @property
+    def task(self) -> str:
+        """PEFT's name (`task_type`) for what the model does."""
+        return "CAUSAL_LM" if self.is_decoder else "SEQ_CLS"
 
 
-_LLAMA = functools.partial(Architecture, LlamaConfig.from_hf, LlamaForCausalLM, ("model", "layers"))
+def _llama(transformers_class: str) -> Architecture:
+    return Architecture(LlamaConfig.from_hf, LlamaForCausalLM, ("model", "layers"), LLAMA_TARGETS, transformers_class)
+
+
+def _roberta(transformers_class: str) -> Architecture:
+    return Architecture(
+        EncoderConfig.from_hf,
+        RobertaForSequenceClassification,
+        ("roberta", "encoder", "layer"),
+        ENCODER_TARGETS,
+        transformers_class,
+        prefix="roberta.",
+        head=(("classifier",),),
+        optional=(("classifier",),),
+    )
+
+
+_BERT = Architecture(
+    EncoderConfig.from_hf,
+    BertForSequenceClassification,
+    ("bert", "encoder", "layer"),
+    ENCODER_TARGETS,
+    "BertForSequenceClassification",
+    prefix="bert.",
+    head=(("classifier",),),
+    optional=(("classifier",), ("bert", "pooler")),
+)
 
 # By the `model_type` of config.json. SmolLM2 and LLaMA 1 to 3.x all say "llama".
 ARCHITECTURES: dict[str, Architecture] = {
-    "llama": _LLAMA("LlamaForCausalLM"),
-    "mistral": _LLAMA("MistralForCausalLM"),
-    "qwen2": _LLAMA("Qwen2ForCausalLM"),
-    "qwen3": _LLAMA("Qwen3ForCausalLM"),
+    "llama": _llama("LlamaForCausalLM"),
+    "mistral": _llama("MistralForCausalLM"),
+    "qwen2": _llama("Qwen2ForCausalLM"),
+    "qwen3": _llama("Qwen3ForCausalLM"),
+    "bert": _BERT,
+    "roberta": _roberta("RobertaForSequenceClassification"),
+    "xlm-roberta": _roberta("XLMRobertaForSequenceClassification"),
 }
 
 
@@ -74,8 +130,13 @@ def _abstract_params(architecture: Architecture, config: Any) -> Tree:
     return jax.eval_shape(init, jax.ShapeDtypeStruct((1, 2), jnp.int32))["params"]
 
 
-def from_hf_config(config: Mapping[str, Any], dtype: Any = jnp.float32) -> Model:
+def from_hf_config(config: Mapping[str, Any], dtype: Any = jnp.float32, labels: Sequence[str] | None = None) -> Model:
     """The model that a Hugging Face config.json describes, with weights and activations in `dtype`.
+
+    Args:
+      config: the content of config.json.
+      dtype: float32 or bfloat16.
+      labels: the classes that an encoder's head tells apart, or one name for regression. None: as the config says.
 
     Raises:
       UserError: the architecture is not supported, or its config asks for something that is not.
@@ -89,6 +150,10 @@ def from_hf_config(config: Mapping[str, Any], dtype: Any = jnp.float32) -> Model
             "config.json: quantization_config is set; only unquantised checkpoints (or GGUF files) are supported"
         )
     architecture = ARCHITECTURES[kind]
+    if labels is not None:
+        if architecture.is_decoder:
+            raise UserError(f"config.json: model_type {kind!r} is a decoder: it has no head that could tell labels apart")
+        config = with_labels(config, labels)
     return Model(architecture, architecture.read_config(config, dtype), dict(config))
 
 

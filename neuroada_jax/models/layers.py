@@ -75,7 +75,7 @@ def token_wise(block: Callable[..., Any], remat: Remat, shape: tuple[int, ...]) 
     run = nn.scan(
         nn.remat(one_part, prevent_cse=False),
         variable_broadcast=("params", *BYPASS_COLLECTIONS),
-        split_rngs={"params": False},
+        split_rngs={"params": False, "dropout": True},
     )
     return lambda module, x: run(module, None, x.reshape(parts, rows // parts, *shape[1:]))[1].reshape(shape)
 
@@ -135,6 +135,46 @@ class RMSNorm(nn.Module):
         return jax.checkpoint(normalise, prevent_cse=False)(x, scale)
 
 
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last axis, in float32; parameters scale (D,) and bias (D,)."""
+
+    epsilon: float
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), self.dtype)
+
+        def normalise(x: Array, scale: Array, bias: Array) -> Array:
+            wide = x.astype(ops.wide_dtype(x.dtype))
+            centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+            variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+            scale, bias = (jnp.broadcast_to(leaf.astype(wide.dtype), wide.shape) for leaf in (scale, bias))
+            return (centred * lax.rsqrt(variance + self.epsilon) * scale + bias).astype(x.dtype)
+
+        # As in RMSNorm: else the backward pass keeps x in float32.
+        return jax.checkpoint(normalise, prevent_cse=False)(x, scale, bias)
+
+
+class Dropout(nn.Module):
+    """Zeroes entries at random, where the caller of `apply` passes a "dropout" key; otherwise there is none."""
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        if not self.rate or not self.has_rng("dropout"):
+            return x
+        return dropped(x, self.rate, self.make_rng("dropout"))
+
+
+def dropped(x: Float[Array, "*B D"], rate: float, key: Array) -> Float[Array, "*B D"]:
+    """x with a share `rate` of its entries zero and the others divided by 1 - rate."""
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros_like(x))
+
+
 class Embedding(nn.Module):
     """Token embedding, parameter embedding (V, D); `attend` is the tied output layer."""
 
@@ -182,6 +222,27 @@ def attention(
         attend = jax.checkpoint(attend, prevent_cse=False)
     with jax.numpy_dtype_promotion("standard"):  # JAX's own code mixes half and float32 in there
         return attend(query, key, value)
+
+
+def attention_with_dropout(
+    query: Float[Array, "B T H N"],
+    key: Float[Array, "B S H N"],
+    value: Float[Array, "B S H N"],
+    *,
+    mask: Bool[Array, "B 1 T S"],
+    rate: float,
+    rng: Array,
+) -> Float[Array, "B T H N"]:
+    """As `attention`, with a share `rate` of the probabilities dropped; `rng` says which."""
+
+    def attend(query: Array, key: Array, value: Array, rng: Array) -> Array:
+        wide = ops.wide_dtype(query.dtype)
+        logits = jnp.einsum("bthn,bshn->bhts", query, key).astype(wide) * query.shape[-1] ** -0.5
+        logits = jnp.where(mask, logits, jnp.finfo(wide).min)
+        probabilities = dropped(jax.nn.softmax(logits, axis=-1).astype(query.dtype), rate, rng)
+        return jnp.einsum("bhts,bshn->bthn", probabilities, value)
+
+    return jax.checkpoint(attend, prevent_cse=False)(query, key, value, rng)
 
 
 def packed_mask(positions: Int[Array, "B T"]) -> Bool[Array, "B T T"]:

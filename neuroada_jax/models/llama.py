@@ -18,6 +18,9 @@ from neuroada_jax.models import layers
 from neuroada_jax.models.layers import BypassDense, Embedding, Remat, RMSNorm
 from neuroada_jax.models.rope import Rope, rotate, rotations
 
+# Every linear map of a layer, as in the published scripts.
+LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from neuroada_jax.bypass import Path
 
 _LEAVES_OF_WEIGHT = ("kernel", "scale", "embedding")
+_FIRST_BERTS = (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta"))
 
 
 class Slot(NamedTuple):
@@ -29,11 +30,25 @@ def flatten(tree: Mapping[str, Any], prefix: Path = ()) -> Iterator[tuple[Path, 
             yield (*prefix, key), node
 
 
+def unflatten(leaves: Mapping[Path, Any]) -> dict[str, Any]:
+    """The nested dict of the leaves at their paths; what `flatten` takes apart."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = leaf
+    return tree
+
+
 def module_name(path: Path, layer: int | None, stack: Path) -> str:
     """The Hugging Face path of a module: ("model", "layers", "mlp", "up_proj"), layer 3 -> "model.layers.3.mlp.up_proj"."""
     if layer is None:
         return ".".join(path)
     return ".".join((*stack, str(layer), *path[len(stack) :]))
+
+
+NO_STACK: Path = ("",)  # where no layer scan lives, for trees without one
 
 
 def is_stacked(path: Path, stack: Path) -> bool:
@@ -61,6 +76,18 @@ def checkpoint_names(params: Mapping[str, Any], stack: Path) -> dict[str, Slot]:
         for layer in layers:
             names[f"{module_name(tuple(module), layer, stack)}.{suffix}"] = Slot(path, layer)
     return names
+
+
+def spellings(name: str, prefix: str) -> list[str]:
+    """The names that a checkpoint may give to a tensor, the usual one first.
+
+    Args:
+      name: as in a checkpoint of the whole model.
+      prefix: what the names lack in one of the bare model, such as "bert.".
+    """
+    found = [name, name.removeprefix(prefix)]
+    # The first BERT checkpoints, converted from TensorFlow.
+    return found + [each.replace(new, old) for each in found for new, old in _FIRST_BERTS if each.endswith(new)]
 
 
 def module_names(path: Path, leaf: Any, stack: Path) -> list[str]:

@@ -18,9 +18,6 @@ from neuroada_jax.tasks import TASKS
 
 _STRICT = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-# Every linear map of a LLaMA layer, as in the published scripts.
-LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
 
 @dataclass(frozen=True, config=_STRICT)
 class ModelSection:
@@ -40,7 +37,20 @@ class BypassSection:
 
     k: int = pydantic.Field(default=1, ge=1)
     score: Literal["magnitude", "reverse", "gradient", "random"] = "magnitude"
-    targets: list[str] = pydantic.Field(default_factory=lambda: list(LLAMA_TARGETS), min_length=1)
+    targets: list[str] | None = pydantic.Field(default=None, min_length=1)  # None: every linear map of a layer
+
+
+@dataclass(frozen=True, config=_STRICT)
+class HeadSection:
+    """How an encoder's head trains, whole, beside the bypass. Its biases do not decay."""
+
+    train: bool = True
+    learning_rate: float | None = pydantic.Field(default=None, gt=0)  # None: that of the optimizer section
+    weight_decay: float | None = pydantic.Field(default=None, ge=0)  # None: that of the optimizer section
+
+    def __post_init__(self) -> None:
+        if not self.train and (self.learning_rate is not None or self.weight_decay is not None):
+            raise ValueError("head.train: a head that does not train has no learning_rate or weight_decay")
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -150,6 +160,7 @@ class RunConfig:
     training: TrainingSection
     bypass: BypassSection = dataclasses.field(default_factory=BypassSection)
     fidelity: Literal["recommended", "official"] = "recommended"
+    head: HeadSection = dataclasses.field(default_factory=HeadSection)
     evaluation: EvaluationSection = dataclasses.field(default_factory=EvaluationSection)
     output: str | None = None
     merge: bool = False  # also write the merged model to <output>/merged

@@ -1,23 +1,26 @@
-"""Schedules and the partitioned optimiser: only the bypass values train."""
+"""Schedules and the partitioned optimiser: only the bypass values and a head train."""
 
 import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from neuroada_jax.training.config import OptimizerSection
+from neuroada_jax.training.config import HeadSection, OptimizerSection
 
-TRAINED = ("bypass",)
+TRAINED = ("bypass", "head")
 
 
-def schedule(config: OptimizerSection, total_steps: int) -> optax.Schedule:
+def schedule(config: OptimizerSection, total_steps: int, learning_rate: float | None = None) -> optax.Schedule:
     """Learning rate by step (0 is the first update): warm-up from 0, then linear, cosine or constant.
 
     The steps are those of transformers' Trainer: ceil(warmup_ratio * total) warm-up steps, and 0 at `total_steps`.
+    The highest rate is `learning_rate`, where None is given that of `config`.
     """
     warmup = math.ceil(config.warmup_ratio * total_steps)
-    rate, rest = config.learning_rate, max(total_steps - warmup, 1)
+    rate = config.learning_rate if learning_rate is None else learning_rate
+    rest = max(total_steps - warmup, 1)
     after: optax.Schedule
     match config.schedule:
         case "linear":
@@ -42,22 +45,51 @@ def labels(tree: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def build(config: OptimizerSection, total_steps: int) -> optax.GradientTransformation:
-    """AdamW with clipping by the global norm; moments in the values' dtype (float32)."""
-    adamw = optax.adamw(
-        schedule(config, total_steps),
-        b1=config.beta1,
-        b2=config.beta2,
-        eps=config.epsilon,
-        weight_decay=config.weight_decay,
-    )
-    transforms = {**dict.fromkeys(TRAINED, adamw), "frozen": optax.set_to_zero()}
+def build(config: OptimizerSection, total_steps: int, head: HeadSection | None = None) -> optax.GradientTransformation:
+    """AdamW with clipping by the global norm; moments in the values' dtype (float32).
+
+    The head has its own learning rate and weight decay where `head` says so; biases do not decay, as in transformers'
+    Trainer.
+    """
+    head = head or HeadSection()
+
+    def adamw(learning_rate: float | None, weight_decay: float | None) -> optax.GradientTransformation:
+        return optax.chain(
+            optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
+            optax.scale_by_schedule(_bias_correction_error(config.beta1, config.beta2)),
+            optax.add_decayed_weights(config.weight_decay if weight_decay is None else weight_decay, _decaying),
+            optax.scale_by_learning_rate(schedule(config, total_steps, learning_rate)),
+        )
+
+    transforms = {
+        "bypass": adamw(None, None),
+        "head": adamw(head.learning_rate, head.weight_decay),
+        "frozen": optax.set_to_zero(),
+    }
     partitioned = optax.partition(transforms, labels)
     if config.clip_norm is None:
         return partitioned
     # Masked, so that the norm is that of what trains, in a combined tree too.
     clip = optax.masked(optax.clip_by_global_norm(config.clip_norm), _trained)
     return optax.chain(clip, partitioned)
+
+
+def _bias_correction_error(beta1: float, beta2: float) -> optax.Schedule:
+    """What optax's updates must be multiplied by to be those of PyTorch, whose bias corrections are exact.
+
+    optax forms 1 - beta^t in float32. For beta2 = 0.999 that is off by 1.3e-5 at the first steps, which would be most of
+    the difference between our losses and those of the published code.
+    """
+
+    def share(beta: float, t: jax.Array) -> jax.Array:
+        """The correction as optax forms it, by what it should be."""
+        return (1 - beta**t) / -jnp.expm1(t * (math.log(beta) if beta else -math.inf))
+
+    return lambda count: share(beta1, count + 1) / jnp.sqrt(share(beta2, count + 1))
+
+
+def _decaying(tree: dict[str, Any]) -> dict[str, Any]:
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "bias", tree)
 
 
 def _trained(tree: dict[str, Any]) -> dict[str, Any]:

@@ -41,6 +41,7 @@ def results(
         "directory": str(config.directory),
         "steps": total_steps,
         "epochs": total_steps / batches.steps_per_epoch,
+        "targets": config.bypass.targets,
         "trainable": trainable,
         "total_parameters": total,
         "trainable_percent": 100 * trainable / total,

@@ -6,42 +6,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-from neuroada_jax import bypass, checkpoint, console, data, evaluation, files, models
+from neuroada_jax import bypass, checkpoint, console, data, evaluation, files
 from neuroada_jax.batches import Batches
 from neuroada_jax.bypass import Tree
 from neuroada_jax.errors import UserError
 from neuroada_jax.formats import huggingface, native
+from neuroada_jax.models import heads
 from neuroada_jax.prompts import PromptStyle
 from neuroada_jax.rows import Rows, load_rows
 from neuroada_jax.tasks import TASKS
-from neuroada_jax.training import connections, loop, optimizer, plots, report, step
+from neuroada_jax.training import connections, loop, modules, optimizer, plots, report, step
 from neuroada_jax.training.config import EvaluationSet, RunConfig, flatten_config, to_yaml
 from neuroada_jax.training.config import load as load_config
 from neuroada_jax.weights import LoadedModel, open_base, with_weights
-
-
-def check_length(config: RunConfig, model: models.Model) -> None:
-    """Raises UserError where rows may be longer than the model's positions."""
-    positions = model.config.max_positions
-    if config.data.max_length > positions:
-        raise UserError(f"data.max_length: {config.data.max_length} is more than the model's {positions} positions")
-
-
-def target_paths(model: models.Model, targets: list[str], k: int) -> list[bypass.Path]:
-    """The linear maps that carry a bypass; warns where one has fewer than k inputs. Needs no weights.
-
-    Raises:
-      UserError: targets that match nothing, or the output layer of a model with tied embeddings.
-    """
-    if "lm_head" in targets and model.config.tied:
-        raise UserError("bypass.targets: 'lm_head' shares its weights with the embedding in this model (tied embeddings)")
-    shapes = model.abstract_params()
-    paths = models.match_targets(shapes, targets, model.stack)
-    for path in paths:
-        inputs = bypass.get(shapes, path)["kernel"].shape[-1]
-        if k > inputs:
-            console.warn(f"bypass.k: {k} is more than the {inputs} inputs of {'.'.join(path)}; all {inputs} are used there")
-    return paths
 
 
 def evaluation_rows(config: RunConfig) -> dict[str, Rows]:
@@ -91,7 +68,7 @@ def _style(each: EvaluationSet, config: RunConfig) -> PromptStyle:
 
 
 def _check_output(config: RunConfig, overwrite: bool, resume: bool) -> None:
-    """Refuses a folder that holds a run, unless it is to be replaced or is this very run, to be resumed."""
+    """Refuses a folder that holds a run, unless it is to be replaced or resumed."""
     written = config.directory / "config.yaml"
     if overwrite and resume:
         raise UserError("give --overwrite or --resume, not both")
@@ -103,11 +80,14 @@ def _check_output(config: RunConfig, overwrite: bool, resume: bool) -> None:
         raise UserError(
             f"{config.directory} holds a run already; use --overwrite to replace it, --resume to go on, or another name"
         )
-    if resume:
-        old, new = flatten_config(load_config(str(written))), flatten_config(config)
-        changed = [f"{key} ({old.get(key)} then, {new.get(key)} now)" for key in new if old.get(key) != new[key]]
-        if changed:
-            raise UserError(f"{config.directory}: cannot resume with another config; changed: {', '.join(changed)}")
+
+
+def _check_unchanged(config: RunConfig) -> None:
+    """Refuses to resume a run with another config than it began with."""
+    old, new = flatten_config(load_config(str(config.directory / "config.yaml"))), flatten_config(config)
+    changed = [f"{key} ({old.get(key)} then, {new.get(key)} now)" for key in new if old.get(key) != new[key]]
+    if changed:
+        raise UserError(f"{config.directory}: cannot resume with another config; changed: {', '.join(changed)}")
 
 
 def _clear_output(directory: Path) -> None:
@@ -169,11 +149,16 @@ def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -
     directory = config.directory
     _check_output(config, overwrite, resume)
     base, tokenizer = open_base(config.model.path, config.model.dtype)
-    check_length(config, base.model)
-    paths = target_paths(base.model, config.bypass.targets, config.bypass.k)
+    config = modules.resolved(config, base.model)
+    if resume:
+        _check_unchanged(config)
+    modules.check_kind(config, base.model)
+    modules.check_length(config, base.model)
+    paths = modules.target_paths(config, base.model)
     batches, places = _encode(config, tokenizer)
     held_out = evaluation_rows(config)
-    base = with_weights(base)
+    base = with_weights(base, config.seed)
+    head = modules.head_paths(config, base, paths)
     if resume:  # the columns of its checkpoint will take the place of these
         built = bypass.build(base.params, paths, config.bypass.k, dtype=connections.value_dtype(config, base.model))
     else:
@@ -184,15 +169,16 @@ def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -
         files.write_text(directory / "config.yaml", to_yaml(config))
 
     total_steps = config.training.steps or (config.training.epochs or 0) * batches.steps_per_epoch
-    trainable, total = bypass.count(built.values), bypass.count(base.params)
+    trainable = bypass.count(built.values) + bypass.count(heads.split(base.params, head)[1])
+    total = bypass.count(base.params)
     console.say(f"training {trainable:,} of {total:,} parameters ({100 * trainable / total:.4f} %) for {total_steps} steps")
 
     before: dict[str, evaluation.Score] = {}
     if config.evaluation.before and not resume:
         before = evaluate_sets(config, held_out, base, base.params, tokenizer, "before")
 
-    transformation = optimizer.build(config.optimizer, total_steps)
-    state = step.initial_state(base.params, built, transformation)
+    transformation = optimizer.build(config.optimizer, total_steps, config.head)
+    state = step.initial_state(base.params, built, transformation, head)
     base = base._replace(params={})  # the state owns the weights now: its buffers are donated step by step
 
     def save_adapter(state: step.TrainState) -> None:
@@ -201,9 +187,10 @@ def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -
             state.bypass,
             base,
             k=config.bypass.k,
-            targets=config.bypass.targets,
+            targets=config.bypass.targets or [],
             seed=config.seed,
             rule=config.bypass.score,
+            head=state.head,
             replace=True,
         )
 
@@ -235,9 +222,9 @@ def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -
         ) from failure
     seconds = time.perf_counter() - began
     save_adapter(state)
-    after = evaluate_sets(config, held_out, base, state.params, tokenizer, "after")
+    after = evaluate_sets(config, held_out, base, state.merged, tokenizer, "after")
     if config.merge:
-        huggingface.save(directory / "merged", base, state.params, tokenizer, replace=True)
+        huggingface.save(directory / "merged", base, state.merged, tokenizer, replace=True)
 
     results = report.results(config, batches, total_steps, (trainable, total), done, seconds, before, after)
     files.write_text(directory / "results.json", json.dumps(results, indent=2) + "\n")

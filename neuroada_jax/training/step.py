@@ -1,6 +1,6 @@
-"""The training step: loss at the labelled positions, gradient of the values alone, update, resident write."""
+"""The training step: loss at the labels, gradient of what trains alone, update, resident write."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,9 +11,11 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from neuroada_jax import bypass
-from neuroada_jax.batches import Batch
-from neuroada_jax.bypass import Bypass, Tree
+from neuroada_jax.bypass import Bypass, Path, Tree
 from neuroada_jax.losses import target_losses
+from neuroada_jax.models import heads
+
+AnyBatch = Any  # Batch or ClassificationBatch: a tuple of arrays (B, ...) with a `target_mask`
 
 
 class TrainState(NamedTuple):
@@ -21,9 +23,11 @@ class TrainState(NamedTuple):
 
     Attributes:
       step: int32 scalar, updates done.
-      trainable: {"bypass": values}; the only tree that gradients and optimiser state mirror.
+      trainable: {"bypass": values}, and with a head that trains {"head": modules}, float32; the only tree that gradients
+        and optimiser state mirror.
       optimizer: state of the optax transformation.
-      params: the frozen weights with base + values written over the chosen entries (resident).
+      params: the frozen weights with base + values written over the chosen entries (resident), without the head that
+        trains.
       columns: int32 columns of the bypass.
       base: the chosen entries of the original weights.
       failed_step: int32 scalar, the first step whose loss, gradient or updated values were not finite, -1 if none. From
@@ -43,18 +47,40 @@ class TrainState(NamedTuple):
         """The bypass as trained so far."""
         return Bypass(self.trainable["bypass"], self.columns)
 
+    @property
+    def head(self) -> Tree:
+        """The head as trained so far, empty where none trains."""
+        return self.trainable.get("head", {})
+
+    @property
+    def merged(self) -> Tree:
+        """The parameters of the whole model as trained so far."""
+        return heads.join(self.params, self.head)
+
 
 class StepMetrics(NamedTuple):
-    """Scalars of one step: mean loss per target token, gradient norm before clipping, and the targets counted."""
+    """Scalars of one step: mean loss per target, gradient norm before clipping, and the targets counted."""
 
     loss: Float[Array, ""]
     gradient_norm: Float[Array, ""]
     targets: Float[Array, ""]
 
 
-def initial_state(params: Tree, built: Bypass, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step. It takes `params` over: the step donates them."""
+def initial_state(
+    params: Tree, built: Bypass, optimizer: optax.GradientTransformation, head: Sequence[Path] = ()
+) -> TrainState:
+    """The state before the first step. It takes `params` over: the step donates them.
+
+    Args:
+      params: of the whole model.
+      built: zero values and the columns.
+      optimizer: what updates the trainable tree.
+      head: the modules that train whole; none of them carries a bypass.
+    """
+    params, modules = heads.split(params, head)
     trainable = {"bypass": built.values}
+    if modules:
+        trainable["head"] = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), modules)
     return TrainState(
         step=jnp.int32(0),
         trainable=trainable,
@@ -66,36 +92,53 @@ def initial_state(params: Tree, built: Bypass, optimizer: optax.GradientTransfor
     )
 
 
-def split(batch: Batch, parts: int) -> Batch:
+def split(batch: AnyBatch, parts: int) -> AnyBatch:
     """The batch as `parts` micro batches along a new leading axis."""
     return jax.tree.map(lambda leaf: leaf.reshape(parts, leaf.shape[0] // parts, *leaf.shape[1:]), batch)
 
 
 def make_step(
-    module: nn.Module, optimizer: optax.GradientTransformation, accumulation: int = 1
-) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+    module: nn.Module,
+    optimizer: optax.GradientTransformation,
+    accumulation: int = 1,
+    losses: Callable[..., Array] = target_losses,
+    dropout_seed: int | None = None,
+) -> Callable[[TrainState, AnyBatch], tuple[TrainState, StepMetrics]]:
     """The jitted step (state, batch) -> (state, metrics); the state is donated.
 
-    Accumulation sums token losses and target counts over the micro batches and divides once, so that N parts of one
-    batch give what the whole batch gives.
+    Accumulation sums losses and target counts over the micro batches and divides once, so that N parts of one batch give
+    what the whole batch gives (but for dropout, which differs from part to part).
+
+    Args:
+      module: the model.
+      optimizer: what updates the trainable tree.
+      accumulation: the micro batches of a batch.
+      losses: (module, variables, batch) -> the loss of every target, of the shape of `batch.target_mask`.
+      dropout_seed: `losses` also gets `dropout=key`, which follows from this seed, the step and the micro batch alone, so
+        that a resumed run drops what the whole run drops. None: it gets no key.
     """
 
-    def loss_sum(trainable: Tree, state: TrainState, batch: Batch) -> Array:
-        variables = {"params": state.params, "columns": state.columns, "base": state.base, **trainable}
-        return jnp.sum(target_losses(module, variables, batch))
+    def loss_sum(trainable: Tree, state: TrainState, batch: AnyBatch, part: Array) -> Array:
+        params = heads.join(state.params, trainable.get("head", {}))
+        variables = {"params": params, "columns": state.columns, "base": state.base, "bypass": trainable["bypass"]}
+        if dropout_seed is None:
+            return jnp.sum(losses(module, variables, batch))
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(dropout_seed), state.step), part)
+        return jnp.sum(losses(module, variables, batch, dropout=key))
 
-    def gradients(state: TrainState, batch: Batch) -> tuple[Array, Tree]:
+    def gradients(state: TrainState, batch: AnyBatch) -> tuple[Array, Tree]:
         value_and_grad = jax.value_and_grad(loss_sum)
         if accumulation == 1:
-            return value_and_grad(state.trainable, state, batch)
+            return value_and_grad(state.trainable, state, batch, jnp.int32(0))
 
-        def add(total: tuple[Array, Tree], part: Batch) -> tuple[tuple[Array, Tree], None]:
-            return jax.tree.map(jnp.add, total, value_and_grad(state.trainable, state, part)), None
+        def add(total: tuple[Array, Tree], part: tuple[AnyBatch, Array]) -> tuple[tuple[Array, Tree], None]:
+            return jax.tree.map(jnp.add, total, value_and_grad(state.trainable, state, *part)), None
 
         zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.trainable))
-        return lax.scan(add, zeros, split(batch, accumulation))[0]
+        parts = (split(batch, accumulation), jnp.arange(accumulation, dtype=jnp.int32))
+        return lax.scan(add, zeros, parts)[0]
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+    def step(state: TrainState, batch: AnyBatch) -> tuple[TrainState, StepMetrics]:
         total, summed = gradients(state, batch)
         targets = jnp.sum(batch.target_mask)
         divisor = jnp.maximum(targets, 1)

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from neuroada_jax import bypass, models, weights
 from neuroada_jax.bypass import Bypass
 from neuroada_jax.formats import huggingface, native
+from neuroada_jax.models import LLAMA_TARGETS
 from neuroada_jax.tokenizer import load_tokenizer
-from neuroada_jax.training.config import LLAMA_TARGETS
 
 PROMPTS = [
     "The capital of France is",

@@ -47,12 +47,12 @@ def saved(tmp_path_factory):
     return made
 
 
-def load(directory, caplog, capfd):
+def load(directory, caplog, capfd, auto=AutoModelForCausalLM):
     """The directory in PyTorch, without a word from transformers."""
     logging.enable_propagation()
     try:
         with caplog.at_level("WARNING"):
-            model = AutoModelForCausalLM.from_pretrained(directory).eval()
+            model = auto.from_pretrained(directory).eval()
     finally:
         logging.disable_propagation()
     assert [record.getMessage() for record in caplog.records] == []

@@ -55,7 +55,7 @@ class Golden(NamedTuple):
     rows: int  # of a batch
 
 
-CAUSAL = Golden(list(config.LLAMA_TARGETS), "data_causal.npz", causal_batch, 2)
+CAUSAL = Golden(list(models.LLAMA_TARGETS), "data_causal.npz", causal_batch, 2)
 MODELS = {"llama_tied": CAUSAL, "llama_untied": CAUSAL}
 
 

@@ -15,7 +15,7 @@ from neuroada_jax.data import Examples
 from neuroada_jax.models import Remat, layers, names
 from neuroada_jax.training import config, optimizer, step
 
-ALL = list(config.LLAMA_TARGETS)
+ALL = list(models.LLAMA_TARGETS)
 SOME = ("q_proj", "down_proj")  # two targets compile in a third of the time
 
 

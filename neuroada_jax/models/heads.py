@@ -1,0 +1,44 @@
+"""Heads: the modules that train whole, out of the parameter tree and back in, and their Hugging Face names."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+
+from neuroada_jax import bypass
+from neuroada_jax.bypass import Path, Tree
+from neuroada_jax.models import names
+
+
+def split(params: Mapping[str, Any], modules: Iterable[Path]) -> tuple[Tree, Tree]:
+    """(the parameters without the modules, the modules alone); both are nested dicts, and nothing is in both.
+
+    Raises:
+      KeyError: a module that is not there.
+    """
+    rest, head = dict(params), dict[str, Any]()
+    for path in modules:
+        head = bypass.put(head, path, bypass.get(params, path))
+        rest = _without(rest, path)
+    return rest, head
+
+
+def _without(tree: Mapping[str, Any], path: Path) -> Tree:
+    kept = {key: node for key, node in tree.items() if key != path[0]}
+    return kept if len(path) == 1 else {**kept, path[0]: _without(tree[path[0]], path[1:])}
+
+
+def join(params: Mapping[str, Any], head: Mapping[str, Any]) -> Tree:
+    """The parameters with the head's leaves put in, in the dtype of the parameters."""
+    if not head:
+        return dict(params)
+    dtype = jax.tree.leaves(params)[0].dtype
+    return names.unflatten(
+        {**dict(names.flatten(params)), **{path: leaf.astype(dtype) for path, leaf in names.flatten(head)}}
+    )
+
+
+def to_names(head: Mapping[str, Any]) -> dict[str, Any]:
+    """The head's leaves by Hugging Face parameter name."""
+    leaves = dict(names.flatten(head))
+    return {name: leaves[slot.path] for name, slot in names.checkpoint_names(head, names.NO_STACK).items()}

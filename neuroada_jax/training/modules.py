@@ -1,0 +1,80 @@
+"""Which modules of a model a config trains, and whether the two fit at all. Needs no weights but for a missing head."""
+
+import dataclasses
+
+from neuroada_jax import bypass, console, models
+from neuroada_jax.errors import UserError
+from neuroada_jax.training.config import HeadSection, RunConfig
+from neuroada_jax.weights import LoadedModel
+
+
+def check_kind(config: RunConfig, model: models.Model) -> None:
+    """Raises UserError where the config asks of a decoder what only an encoder does, or the reverse."""
+    kind = model.hf_config["model_type"]
+    if model.architecture.is_decoder:
+        if config.head != HeadSection():
+            raise UserError(f"head: {kind} is a decoder, which has no head to train; leave this section out")
+        return
+    if config.data.packing:
+        raise UserError(f"data.packing: {kind} is an encoder, which reads one example a row; set it to false")
+    raise UserError(
+        f"data.task: {config.data.task!r} trains a decoder to continue texts, and {kind} is an encoder; take another model"
+    )
+
+
+def resolved(config: RunConfig, model: models.Model) -> RunConfig:
+    """The config with the defaults that depend on the model written out."""
+    targets = config.bypass.targets or list(model.architecture.targets)
+    return dataclasses.replace(config, bypass=dataclasses.replace(config.bypass, targets=targets))
+
+
+def head_paths(config: RunConfig, base: LoadedModel, targets: list[bypass.Path]) -> list[bypass.Path]:
+    """The modules that train whole: an encoder's head, and whatever else the checkpoint lacks. None of a decoder.
+
+    Args:
+      config: the run.
+      base: the model with its weights, since only then it is known what the checkpoint lacks.
+      targets: the linear maps that carry a bypass.
+
+    Raises:
+      UserError: the head is not to be trained, and the checkpoint has none; or a part of it is to carry a bypass.
+    """
+    architecture = base.model.architecture
+    drawn = base.drawn
+    if drawn and not config.head.train:
+        raise UserError(f"head.train: {base.source} has no {drawn[0]}, so that the head must be trained")
+    lacking = {tuple(name.split(".")) for name in drawn}
+    paths = [
+        path
+        for path in architecture.optional
+        if (path in architecture.head and config.head.train) or any(name[: len(path)] == path for name in lacking)
+    ]
+    for target in targets:
+        if any(target[: len(path)] == path for path in paths):
+            raise UserError(f"bypass.targets: {'.'.join(target)} belongs to the head, which trains whole; leave it out")
+    return paths
+
+
+def check_length(config: RunConfig, model: models.Model) -> None:
+    """Raises UserError where rows may be longer than the model's positions."""
+    positions = model.config.max_positions
+    if config.data.max_length > positions:
+        raise UserError(f"data.max_length: {config.data.max_length} is more than the model's {positions} positions")
+
+
+def target_paths(config: RunConfig, model: models.Model) -> list[bypass.Path]:
+    """The linear maps that carry a bypass; warns where one has fewer than k inputs. Needs no weights.
+
+    Raises:
+      UserError: targets that match nothing, or the output layer of a model with tied embeddings.
+    """
+    k, targets = config.bypass.k, config.bypass.targets or list(model.architecture.targets)
+    if "lm_head" in targets and model.architecture.is_decoder and model.config.tied:
+        raise UserError("bypass.targets: 'lm_head' shares its weights with the embedding in this model (tied embeddings)")
+    shapes = model.abstract_params()
+    paths = models.match_targets(shapes, targets, model.stack)
+    for path in paths:
+        inputs = bypass.get(shapes, path)["kernel"].shape[-1]
+        if k > inputs:
+            console.warn(f"bypass.k: {k} is more than the {inputs} inputs of {'.'.join(path)}; all {inputs} are used there")
+    return paths

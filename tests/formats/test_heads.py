@@ -1,0 +1,187 @@
+"""Encoders with a trained head: through the native adapter, as transformers directories, and on the command line."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+from data_helpers import CHAT, message_of
+from helpers import CONFIG, random_tensors, run_config, write_config, write_model, write_rows
+from test_huggingface import load
+from transformers import AutoModelForSequenceClassification
+
+from neuroada_jax import bypass, cli, models, weights
+from neuroada_jax.bypass import Bypass
+from neuroada_jax.formats import huggingface, native
+from neuroada_jax.models import heads
+from neuroada_jax.training import modules
+from neuroada_jax.training.config import from_dict
+
+SIZES = {
+    "vocab_size": CONFIG["vocab_size"],
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 40,
+    "type_vocab_size": 2,
+    "pad_token_id": 1,
+    "dtype": "float32",
+}
+LABELS = ["no", "perhaps", "yes"]
+TARGETS = ["query", "output.dense"]
+
+
+def write_encoder(directory, kind, bare=False):
+    """A checkpoint directory with a tokenizer; `bare`: of the model without head and pooler, names without prefix."""
+    config = {"model_type": kind, **SIZES}
+    config |= {"architectures": [f"{kind.capitalize()}Model"]} if bare else {}
+    tensors = random_tensors(config)
+    if bare:
+        kept = {name: tensor for name, tensor in tensors.items() if not name.startswith("classifier")}
+        tensors = {name.removeprefix(f"{kind}."): kept[name] for name in kept if "pooler" not in name}
+    directory.mkdir(parents=True)
+    safetensors.numpy.save_file(tensors, str(directory / "model.safetensors"), metadata={"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(config))
+    CHAT.save_pretrained(str(directory))
+    return directory
+
+
+def trained(base, paths=None):
+    """A bypass with random values and a random head, as after training."""
+    params = base.params
+    built = bypass.build(params, models.match_targets(params, TARGETS, base.model.stack), 2)
+    rng = np.random.default_rng(0)
+    noise = lambda leaf: jnp.asarray(0.3 * rng.standard_normal(leaf.shape, np.float32))  # noqa: E731
+    _, head = heads.split(params, base.model.architecture.head if paths is None else paths)
+    return Bypass(jax.tree.map(noise, built.values), built.columns), jax.tree.map(noise, head)
+
+
+@pytest.fixture(scope="module", params=["bert", "roberta"])
+def bare(request, tmp_path_factory):
+    """(base with a head drawn for three labels, trained bypass, trained head, adapter directory)."""
+    folder = tmp_path_factory.mktemp(request.param)
+    directory = write_encoder(folder / "model", request.param, bare=True)
+    base = weights.load_model(str(directory), labels=LABELS)
+    paths = base.model.architecture.optional
+    values, head = trained(base, paths)
+    native.save(folder / "adapter", values, base, k=2, targets=TARGETS, seed=0, head=head)
+    return base, values, head, folder / "adapter"
+
+
+def test_a_head_comes_back_bit_for_bit(bare):
+    base, values, head, directory = bare
+    adapter = native.read(str(directory))
+    assert set(adapter.heads) == set(base.drawn) and adapter.metadata["base"]["labels"] == LABELS
+    again = weights.load_model(base.source, labels=adapter.metadata["base"]["labels"], seed=9)  # another head to begin with
+    jax.tree.map(np.testing.assert_array_equal, native.head(adapter, again), head)
+    want = heads.join(bypass.merge(base.params, values), head)
+    jax.tree.map(np.testing.assert_array_equal, native.merge(adapter, again), want)
+
+
+def test_the_merged_model_loads_in_transformers_with_the_same_logits(bare, tmp_path, caplog, capfd):
+    base, *_, directory = bare
+    params = native.merge(native.read(str(directory)), base)
+    huggingface.save(tmp_path / "merged", base, params, CHAT)
+    reference = load(tmp_path / "merged", caplog, capfd, AutoModelForSequenceClassification)
+    assert type(reference).__name__ == base.model.architecture.transformers_class
+    assert [reference.config.id2label[number] for number in range(3)] == LABELS
+    assert not (tmp_path / "merged" / "generation_config.json").exists()
+    ids = np.random.default_rng(0).integers(5, SIZES["vocab_size"], (3, 9)).astype(np.int32)
+    mask = np.arange(9)[None] < np.array([9, 5, 2])[:, None]
+    ids = np.where(mask, ids, SIZES["pad_token_id"]).astype(np.int32)
+    with torch.no_grad():
+        want = reference(torch.from_numpy(ids).long(), torch.from_numpy(mask).long()).logits.numpy()
+    found = base.model.module().apply({"params": params}, jnp.asarray(ids), jnp.asarray(mask))
+    np.testing.assert_allclose(found, want, atol=1e-4)
+    assert np.ptp(want) > 0.1
+    again = weights.load_model(str(tmp_path / "merged"))
+    assert again.drawn == []
+    jax.tree.map(np.testing.assert_array_equal, again.params, params)
+
+
+def test_heads_that_do_not_fit_or_are_missing(bare):
+    base, *_, directory = bare
+    adapter = native.read(str(directory))
+    name = min(adapter.heads)
+    without = adapter._replace(heads={key: leaf for key, leaf in adapter.heads.items() if key != name})
+    assert message_of(native.head, without, base) == f"adapter: neither {base.source} nor the adapter has {name!r}"
+    wide = adapter._replace(heads={**adapter.heads, name: np.zeros(7, np.float32)})
+    assert message_of(native.head, wide, base).startswith(f"adapter: head {name!r} has shape [7], the base has [")
+    layer = f"{base.model.architecture.prefix}encoder.layer.0.output.dense.bias"
+    stacked = adapter._replace(heads={**adapter.heads, layer: np.zeros(16, np.float32)})
+    assert message_of(native.head, stacked, base).endswith("the base has no such tensor")
+
+
+def test_labels_of_an_adapter_are_checked(bare, tmp_path):
+    metadata = json.loads((bare[3] / "adapter.json").read_text())
+    for labels in ("yes", [], [1]):
+        metadata["base"]["labels"] = labels
+        (tmp_path / "adapter.json").write_text(json.dumps(metadata))
+        assert "'labels' of the base must be a list of names" in message_of(native.read, str(tmp_path))
+
+
+def run(folder, model, **sections):
+    return from_dict(run_config(folder, model, write_rows(folder / "rows.jsonl"), **sections), "here")
+
+
+def test_which_modules_train_whole(bare, tmp_path):
+    base, _, head, _ = bare
+    config = run(tmp_path, base.source)
+    assert config.bypass.targets is None
+    assert modules.resolved(config, base.model).bypass.targets == list(models.ENCODER_TARGETS)
+    targets = modules.target_paths(config, base.model)
+    assert len(targets) == 6
+    paths = modules.head_paths(config, base, targets)
+    assert jax.tree.structure(heads.split(base.params, paths)[1]) == jax.tree.structure(head)
+    message = message_of(modules.head_paths, run(tmp_path, base.source, head={"train": False}), base, targets)
+    assert message.startswith(f"head.train: {base.source} has no ")
+    message = message_of(modules.head_paths, config, base, [("classifier",)])
+    assert message == "bypass.targets: classifier belongs to the head, which trains whole; leave it out"
+
+    whole = weights.load_model(str(write_encoder(tmp_path / "whole", "bert")))
+    assert whole.drawn == [] and modules.head_paths(config, whole, targets) == [("classifier",)]
+    assert modules.head_paths(run(tmp_path, base.source, head={"train": False}), whole, targets) == []
+
+
+def test_the_command_line_on_an_encoder(bare, tmp_path, capsys):
+    base, *_, directory = bare
+    kind = base.model.hf_config["model_type"]
+
+    def neuroada(*arguments):
+        capsys.readouterr()
+        code = cli.main([str(argument) for argument in arguments])
+        return code, *capsys.readouterr()
+
+    code, out, _ = neuroada("inspect", base.source, "--json")
+    names = [row["module"] for row in json.loads(out)["modules"]]
+    assert code == 0 and f"{kind}.encoder.layer.1.attention.self.query" in names
+    code, out, _ = neuroada("inspect", directory, "--json")
+    assert code == 0 and len(json.loads(out)["modules"]) == 4
+
+    code, _, err = neuroada("merge", "--adapter", directory, "--out", tmp_path / "merged")
+    assert code == 0 and "drawn from seed 0" in err
+    merged = weights.load_model(str(tmp_path / "merged"))
+    jax.tree.map(np.testing.assert_array_equal, merged.params, native.merge(native.read(str(directory)), base))
+
+    rows = write_rows(tmp_path / "rows.jsonl")
+    for command in ("train", "plan"):
+        path = write_config(tmp_path / "run.yaml", run_config(tmp_path, base.source, rows))
+        code, _, err = neuroada(command, path)
+        assert code == 2 and f"error: data.task: 'instruct' trains a decoder to continue texts, and {kind} is" in err
+        code, _, err = neuroada(command, path, "data.packing=true")
+        assert code == 2 and f"error: data.packing: {kind} is an encoder" in err
+        assert not (tmp_path / "out").exists()
+    code, _, err = neuroada("generate", "--adapter", directory, "--prompt", "a")
+    assert code == 2 and f"{kind} is an encoder, which cannot continue a text" in err
+
+
+def test_a_decoder_has_no_head_to_train(tmp_path, capsys):
+    model = write_model(tmp_path / "model")
+    content = run_config(tmp_path, model, write_rows(tmp_path / "rows.jsonl"), head={"learning_rate": 0.1})
+    path = write_config(tmp_path / "run.yaml", content)
+    assert cli.main(["train", str(path)]) == 2
+    assert "head: llama is a decoder, which has no head to train" in capsys.readouterr().err

