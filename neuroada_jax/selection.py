@@ -41,7 +41,7 @@ def select(
 
     Ties go to the lowest column, as in `jax.lax.top_k`. Neurons with k or fewer inputs get all of them: the last axis of
     the result is min(k, I). Temporaries are a fraction of one layer's kernel where I is a multiple of 8; for (I, O) kernels
-    add one layer's kernel, transposed.
+    add two copies of one layer's kernel, to transpose it.
 
     Args:
       kernel: float (..., O, I), one row per neuron, or (..., I, O) as `layout` says.
@@ -64,7 +64,7 @@ def select(
     def select_layer(layer: Array) -> Array:
         if layout is Layout.OI:
             return _select(rows, layer * outputs, outputs, k, score)
-        of_layer = lax.dynamic_slice(rows, (layer * inputs, jnp.int32(0)), (inputs, outputs))
+        of_layer = lax.dynamic_slice(_bound(rows, layer), (layer * inputs, jnp.int32(0)), (inputs, outputs))
         return _select(of_layer.T, jnp.int32(0), outputs, k, score)
 
     layers = jnp.arange(math.prod(leading), dtype=jnp.int32)

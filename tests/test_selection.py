@@ -66,10 +66,10 @@ def test_temporaries_are_less_than_one_layer(k, dtype):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_temporaries_of_the_other_layout_are_less_than_two_layers(dtype):
+def test_temporaries_of_the_other_layout_are_less_than_three_layers(dtype):
     kernel = jax.ShapeDtypeStruct((6, 1024, 256), dtype)
     memory = selection.select.lower(kernel, 4, layout=Layout.IO).compile().memory_analysis()
-    assert memory.temp_size_in_bytes < 2 * 256 * 1024 * jnp.dtype(dtype).itemsize
+    assert memory.temp_size_in_bytes < 3 * 256 * 1024 * jnp.dtype(dtype).itemsize
 
 
 @pytest.mark.parametrize("k", [1, 3])
