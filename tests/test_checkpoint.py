@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 from helpers import run_config, write_model, write_rows
 
-from neuroada_jax import checkpoint
+from neuroada_jax import bypass, checkpoint, weights
 from neuroada_jax.errors import UserError
 from neuroada_jax.formats import native
-from neuroada_jax.training import config, run
+from neuroada_jax.models import names
+from neuroada_jax.training import config, connections, run
 
 SETTINGS = {"targets": ["q_proj"], "k": 2}
+PATHS = [("model", "layers", "self_attn", "q_proj")]
 TRAINING = {"steps": 6, "save_every": 2, "log_every": 3, "batch_size": 4, "remat": "none"}
 
 
@@ -76,3 +78,24 @@ def test_a_run_without_checkpoints_says_so(tmp_path, inputs):
     run.train(settings(tmp_path, inputs, save_every=None, steps=1))
     with pytest.raises(UserError, match="no checkpoint to resume from"):
         run.train(settings(tmp_path, inputs, save_every=None, steps=1), resume=True)
+
+
+def test_resuming_keeps_the_connections_that_were_chosen(tmp_path, inputs, monkeypatch):
+    """Those of a gradient pass are not computed again: the sums might round another way."""
+    content = run_config(tmp_path, *inputs, bypass=SETTINGS | {"score": "gradient"}, training=TRAINING)
+    chosen = config.from_dict(content, "test")
+    train_until(4, chosen, monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(connections, "gradient_sums", None)
+        run.train(chosen, resume=True)
+    resumed = native.read(str(tmp_path / "out" / "adapter"))
+    results = run.train(chosen, overwrite=True)
+    whole = native.read(str(tmp_path / "out" / "adapter"))
+    assert whole.metadata["rule"] == resumed.metadata["rule"] == "gradient"
+    base = weights.load_model(str(inputs[0]))
+    by_magnitude = dict(names.unstacked(bypass.build(base.params, PATHS, 2).columns, base.model.stack))
+    assert any((whole.columns[module] != by_magnitude[module]).any() for module in whole.columns)
+    for module, columns in whole.columns.items():
+        np.testing.assert_array_equal(resumed.columns[module], columns)
+        np.testing.assert_array_equal(resumed.values[module], whole.values[module])
+    assert results["first_loss"] != results["last_loss"]

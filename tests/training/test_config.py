@@ -48,7 +48,7 @@ def test_defaults_are_those_of_the_published_runs():
     [
         ("trainig", "here: trainig: unknown field; did you mean 'training'?"),
         ("optimizer.learningrate", "here: optimizer.learningrate: unknown field; did you mean 'learning_rate'?"),
-        ("bypass.K", "here: bypass.K: unknown field; known: k, targets"),
+        ("bypass.K", "here: bypass.K: unknown field; known: k, score, targets"),
         ("model.paths", "here: model.paths: unknown field; did you mean 'path'?"),
     ],
 )
@@ -75,6 +75,8 @@ def test_unknown_field_inside_a_list():
         ("bypass.targets", [1], "1"),
         ("optimizer.learning_rate", "fast", "'fast'"),
         ("optimizer.schedule", "square", "'square'"),
+        ("bypass.score", "gradients", "'gradients'"),
+        ("fidelity", "exact", "'exact'"),
         ("model.dtype", "float16", "'float16'"),
         ("model.path", None, "None"),
         ("merge", "yes", "'yes'"),
@@ -117,6 +119,18 @@ def test_packing_leaves_nothing_to_group(field, value):
     message = message_of(config.from_dict, content, "here")
     assert message.startswith("here: data.packing: packed rows all have data.max_length tokens; leave out ")
     assert f"data.{field}" in message
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "needed"),
+    [("beta2", 0.95, 0.999), ("beta1", 0.8, 0.9), ("epsilon", 1e-6, 1e-8), ("clip_norm", None, 1.0)],
+)
+def test_official_fidelity_leaves_no_choice_of_the_optimiser(field, value, needed):
+    content = with_field(f"optimizer.{field}", value)
+    assert config.from_dict(content, "here").fidelity == "recommended"
+    message = message_of(config.from_dict, content | {"fidelity": "official"}, "here")
+    assert message == f"here: optimizer.{field}: found {value}, but fidelity: official needs {needed}; leave one out"
+    config.from_dict(with_field(f"optimizer.{field}", needed) | {"fidelity": "official"}, "here")
 
 
 def test_required_fields():

@@ -289,27 +289,34 @@ def published_run(run, begun, data, rate):
     return losses, {module: values.detach().float().numpy() for module, values in trained.items()}
 
 
-@pytest.mark.parametrize("k", [1, 3])
-def test_a_bfloat16_base_under_official_fidelity(k):
-    run = settings("llama_untied", k, {"schedule": "constant"}, fidelity="official")
+def test_a_bfloat16_base_under_official_fidelity():
+    run = settings("llama_untied", 3, {"schedule": "constant"}, fidelity="official")
     begun = start(run, "bfloat16")
-    data = load("data_causal.npz")
-    expected, values = published_run(run, begun, data, 0.01)
+    expected, published = published_run(run, begun, load("data_causal.npz"), 0.01)
     with jax.numpy_dtype_promotion("standard"):  # JAX transposes its own attention in mixed precision
         state, losses, _ = train(run, begun, batches("llama_untied"))
-    assert {leaf.dtype for leaf in jax.tree.leaves((state.bypass.values, state.optimizer)) if leaf.ndim} == {
-        jnp.dtype("bfloat16")
-    }
-    print(np.array(losses) / expected - 1)
-    after = flat(begun.model, state.bypass.values)
-    a = np.concatenate([v.astype(np.float32).reshape(-1) for v in after.values()])
-    c = np.concatenate([values[m] for m in after])
-    print(
-        "rel rms",
-        np.sqrt(((a - c) ** 2).mean() / (c**2).mean()),
-        "corr",
-        np.corrcoef(a, c)[0, 1],
-        (a == c).mean(),
-        np.quantile(np.abs(a - c), [0.5, 0.9, 0.99, 1]),
-        np.abs(c).mean(),
+    small = jax.tree.leaves((state.bypass.values, state.optimizer))
+    assert {leaf.dtype for leaf in small if leaf.ndim} == {jnp.dtype("bfloat16")}
+    np.testing.assert_allclose(losses, expected, rtol=2e-3)
+    values = flat(begun.model, state.bypass.values)
+    ours, theirs = (
+        np.concatenate([np.asarray(tree[module], np.float32).reshape(-1) for module in values])
+        for tree in (values, published)
     )
+    # The libraries round the same sums in another order, and AdamW turns the smallest gradients into whole steps.
+    assert np.linalg.norm(ours - theirs) < 0.1 * np.linalg.norm(theirs)
+    assert np.median(np.abs(ours - theirs)) < 0.02 * np.abs(theirs).mean()
+
+    # The sum is the published one bit for bit, and nothing of it is kept elsewhere.
+    columns, merged = flat(begun.model, state.columns), kernels(begun.model, state.params)
+    for module, kernel in begun.kernels.items():
+        want = torch.from_numpy(kernel.astype(np.float32)).bfloat16()
+        if module in values:
+            places = np.arange(len(kernel))[:, None] * kernel.shape[1] + columns[module]
+            trained = torch.from_numpy(values[module].astype(np.float32)).bfloat16().flatten()
+            want = want.flatten().scatter_add(0, torch.from_numpy(places).long().flatten(), trained).view_as(want)
+        np.testing.assert_array_equal(merged[module].astype(np.float32), want.float().numpy())
+    ids, module = jnp.asarray(load("data_causal.npz")["input_ids"][0]), begun.model.module()
+    variables = {"params": state.params, "columns": state.columns, "base": state.base, **state.trainable}
+    resident, plain = (jax.jit(module.apply)(tree, ids)[0] for tree in (variables, {"params": state.params}))
+    np.testing.assert_array_equal(resident.astype(jnp.float32), plain.astype(jnp.float32))
