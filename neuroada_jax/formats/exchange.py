@@ -12,10 +12,7 @@ from neuroada_jax import bypass, console, weights
 from neuroada_jax.bypass import Tree
 from neuroada_jax.errors import UserError
 from neuroada_jax.formats import huggingface, native, peft, verification
-from neuroada_jax.formats.native import Adapter
 from neuroada_jax.models import names
-from neuroada_jax.tokenizer import load_tokenizer
-from neuroada_jax.weights import LoadedModel
 
 _PEFT = {"peft-supertuning": peft.Kind.SUPERTUNING, "peft-shira": peft.Kind.SHIRA}
 
@@ -44,8 +41,19 @@ def export_adapter(
     if verify:
         verification.require_torch()
     adapter = native.read(source)
-    base, merged_dtype = _open_base(adapter, source, target, model, dtype)
-    if verify or target == "huggingface":
+    trained_on = adapter.metadata["base"]
+    where = model or trained_on.get("source")
+    if not where:
+        raise UserError(f"{source}: adapter.json names no base; give --model")
+    merges = verify or target == "huggingface"
+    base = weights.open_model(where, dtype or trained_on.get("dtype") or "auto", config_only=not merges)
+    merged_dtype = jnp.dtype(base.model.config.dtype)
+    tokenizer = None
+    if target == "huggingface":
+        stored = base.model.hf_config.get("dtype") or base.model.hf_config.get("torch_dtype")
+        # Nothing is rounded before the merge: bfloat16 weights are loaded as such only where they are stored so.
+        base, tokenizer = weights.open_base(where, merged_dtype.name if stored == "bfloat16" else "float32")
+    if merges:
         base = weights.with_weights(base)
 
     # The official code and SuperTuning round the values to the weights' dtype before they add; SHiRA and we add in float32.
@@ -57,7 +65,7 @@ def export_adapter(
 
     reload: Callable[[], verification.Reloaded]
     if target == "huggingface":
-        huggingface.save(directory, base, params, load_tokenizer(base.path))
+        huggingface.save(directory, base, params, tokenizer)
         notes = [f"merged in float32, saved as {merged_dtype.name}"]
         reload = functools.partial(verification.reload_huggingface, base, directory, merged_dtype)
     elif target in _PEFT:
@@ -73,10 +81,10 @@ def export_adapter(
     if not verify:
         return result
     result |= verification.verify(base, params, reload)
-    if not (result["merged_bit_equal"] and result["max_logit_difference"] <= verification.TOLERANCE):
+    if not (result["merged_bit_equal"] and result["max_logit_difference"] <= result["logit_tolerance"]):
         raise UserError(
             f"{out} does not hold what the adapter holds: logits differ by up to {result['max_logit_difference']:.3g} "
-            f"(at most {verification.TOLERANCE:g} is right), merged weights are "
+            f"(at most {result['logit_tolerance']:.3g} is right), merged weights are "
             f"{'equal' if result['merged_bit_equal'] else 'different'}"
         )
     return result
@@ -126,20 +134,6 @@ def import_adapter(
     total = sum(values.size for values in imported.values.values())
     summary = f"{len(imported.values)} modules, {len(imported.heads)} head tensors, k={k}, {total:,} values"
     return {"out": out, "values": total, "k": k, "notes": [summary, *imported.notes]}
-
-
-def _open_base(adapter: Adapter, source: str, target: str, model: str | None, dtype: str | None) -> tuple[LoadedModel, Any]:
-    """The adapter's base without its weights, and the dtype that its merged weights are to have."""
-    trained_on = adapter.metadata["base"]
-    where = model or trained_on.get("source")
-    if not where:
-        raise UserError(f"{source}: adapter.json names no base; give --model")
-    base = weights.open_model(where, dtype or trained_on.get("dtype") or "auto")
-    merged_dtype = jnp.dtype(base.model.config.dtype)
-    stored = base.model.hf_config.get("dtype") or base.model.hf_config.get("torch_dtype")
-    if target == "huggingface" and stored != "bfloat16":
-        base = weights.open_model(where, "float32")  # nothing is rounded before the merge
-    return base, merged_dtype
 
 
 def _files(directory: Path) -> list[str]:

@@ -20,7 +20,7 @@ from neuroada_jax.formats.imported import Imported
 from neuroada_jax.models import names
 from neuroada_jax.weights import LoadedModel
 
-TOLERANCE = 1e-4  # of logits, absolute
+TOLERANCE = 1e-4  # of logits, as a part of the largest one, or of 1 where all are smaller
 _TOKENS = (2, 24)  # rows and length of the text that is compared
 
 
@@ -116,7 +116,8 @@ def verify(base: LoadedModel, params: Tree, reload: Callable[[], Reloaded]) -> d
       params: our merged parameters, in the dtype of the export.
       reload: loads the export.
 
-    Returns: `max_logit_difference`, `merged_bit_equal`, `logit_tolerance` and `compared_in`.
+    Returns: `max_logit_difference`, `merged_bit_equal`, `logit_tolerance` (1e-4 of the largest logit, or 1e-4) and
+      `compared_in`, the dtype of the weights.
 
     Raises:
       UserError: PyTorch or PEFT is not installed.
@@ -148,7 +149,7 @@ def verify(base: LoadedModel, params: Tree, reload: Callable[[], Reloaded]) -> d
     return {
         "max_logit_difference": max(float(np.abs(each - ours).max()) for each in found),
         "merged_bit_equal": equal,
-        "logit_tolerance": TOLERANCE,
+        "logit_tolerance": TOLERANCE * max(1.0, float(np.abs(ours).max())),
         "compared_in": jnp.dtype(as_stored).name,
     }
 
