@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from neuroada_jax import bypass, console, weights
 from neuroada_jax.bypass import Tree
 from neuroada_jax.errors import UserError
-from neuroada_jax.formats import huggingface, native, peft, verification
+from neuroada_jax.formats import huggingface, native, official, peft, verification
 from neuroada_jax.models import names
 
 _PEFT = {"peft-supertuning": peft.Kind.SUPERTUNING, "peft-shira": peft.Kind.SHIRA}
@@ -46,13 +46,14 @@ def export_adapter(
     if not where:
         raise UserError(f"{source}: adapter.json names no base; give --model")
     merges = verify or target == "huggingface"
-    base = weights.open_model(where, dtype or trained_on.get("dtype") or "auto", config_only=not merges)
+    labels = trained_on.get("labels")
+    base = weights.open_model(where, dtype or trained_on.get("dtype") or "auto", config_only=not merges, labels=labels)
     merged_dtype = jnp.dtype(base.model.config.dtype)
     tokenizer = None
     if target == "huggingface":
         stored = base.model.hf_config.get("dtype") or base.model.hf_config.get("torch_dtype")
         # Nothing is rounded before the merge: bfloat16 weights are loaded as such only where they are stored so.
-        base, tokenizer = weights.open_base(where, merged_dtype.name if stored == "bfloat16" else "float32")
+        base, tokenizer = weights.open_base(where, merged_dtype.name if stored == "bfloat16" else "float32", labels)
     if merges:
         base = weights.with_weights(base)
 
@@ -72,8 +73,6 @@ def export_adapter(
         notes = peft.export(adapter, directory, _PEFT[target], base)
         reload = functools.partial(verification.reload_peft, base, directory)
     else:
-        from neuroada_jax.formats import official
-
         notes = official.export(adapter, directory, merged_dtype.name)
         reload = lambda: verification.reload_official(base, official.read(directory, base.model, allow_pickle=True))  # noqa: E731
 
@@ -114,8 +113,6 @@ def import_adapter(
     if source_format in _PEFT:
         imported = peft.read(Path(directory), opened.model, _PEFT[source_format])
     else:
-        from neuroada_jax.formats import official
-
         imported = official.read(Path(directory), opened.model, allow_pickle=allow_pickle)
     loaded = weights.with_weights(opened)
     model = loaded.model

@@ -65,9 +65,10 @@ def load_torch(model: models.Model, directory: str, dtype: Any) -> Any:
 
 
 def _torch_base(base: LoadedModel) -> Any:
-    if Path(base.path).is_dir():
+    if Path(base.path).is_dir() and not base.drawn:
         return load_torch(base.model, base.path, base.model.config.dtype)
-    with tempfile.TemporaryDirectory() as folder:  # a GGUF file, which transformers does not read as we do
+    # A GGUF file, which transformers does not read as we do, or an encoder to which it would give another head.
+    with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "base"
         huggingface.save(directory, base, base.params, None)
         return load_torch(base.model, str(directory), base.model.config.dtype)
@@ -166,12 +167,16 @@ def _same_bits(theirs: Any, ours: jax.Array) -> bool:
 
 
 def _logits(base: LoadedModel, params: Tree, ids: np.ndarray) -> np.ndarray:
-    """The logits (B, T, V) of `params` in float32 arithmetic, whatever their dtype."""
+    """The logits of `params` in float32 arithmetic, whatever their dtype: (B, T, V), of an encoder (B, labels)."""
     module = models.from_hf_config(base.model.hf_config, jnp.float32).module()
+    is_decoder = base.model.architecture.is_decoder
 
     @jax.jit
     def forward(params: Tree, ids: jax.Array) -> jax.Array:
         variables = {"params": jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)}
+        if not is_decoder:
+            judged: Any = module.apply(variables, ids)
+            return judged
         hidden: Any = module.apply(variables, ids)[0]
         logits: Any = module.apply(variables, hidden, method="unembed")
         return logits
