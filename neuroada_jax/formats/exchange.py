@@ -128,8 +128,7 @@ def import_adapter(
     adapter = native.assemble(
         loaded, imported.values, imported.columns, k=k, targets=targets, rule=None, heads=imported.heads
     )
-    native.stack(adapter, loaded)  # this and the next refuse what does not fit
-    native.head_slots(adapter, loaded)
+    native.stack(adapter, loaded)  # refuses what does not fit
     native.write(Path(out), adapter)
     total = sum(values.size for values in imported.values.values())
     summary = f"{len(imported.values)} modules, {len(imported.heads)} head tensors, k={k}, {total:,} values"

@@ -10,7 +10,7 @@ Tensors are unstacked and named by Hugging Face module path:
 import datetime
 import importlib.metadata
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ import numpy as np
 import safetensors.numpy
 import xxhash
 
-from neuroada_jax import bypass, files
+from neuroada_jax import bypass, files, models
 from neuroada_jax.bypass import Bypass, Tree
 from neuroada_jax.errors import UserError
 from neuroada_jax.models import names
@@ -282,7 +282,7 @@ def merge(adapter: Adapter, base: LoadedModel, round_first: Any = jnp.float32) -
       UserError: see `stack`; also a head that the base does not have, or of another shape.
     """
     trained = stack(adapter, base)
-    slots = head_slots(adapter, base)
+    slots = head_slots(base.model, adapter.heads, adapter.values)
     values = jax.tree.map(lambda leaf: leaf.astype(round_first).astype(jnp.float32), trained.values)
     params = bypass.merge(base.params, Bypass(values, trained.columns))
     for name, head in adapter.heads.items():
@@ -292,25 +292,26 @@ def merge(adapter: Adapter, base: LoadedModel, round_first: Any = jnp.float32) -
     return params
 
 
-def head_slots(adapter: Adapter, base: LoadedModel) -> dict[str, names.Slot]:
-    """Where the adapter's densely trained parameters are in the base's tree.
+def head_slots(base: models.Model, heads: Mapping[str, np.ndarray], targets: Collection[str]) -> dict[str, names.Slot]:
+    """Where densely trained parameters are in the base's tree.
+
+    Args:
+      base: the model.
+      heads: Hugging Face parameter name -> array.
+      targets: the modules that carry a bypass.
 
     Raises:
       UserError: the base has no such parameter outside its layers, it has another shape, or it carries a bypass too.
     """
-    shapes = base.model.abstract_params()
+    shapes = base.abstract_params()
     leaves = dict(names.flatten(shapes))
-    slots = {name: slot for name, slot in names.checkpoint_names(shapes, base.model.stack).items() if slot.layer is None}
-    for name, head in adapter.heads.items():
-        if (
-            name not in slots
-            or leaves[slots[name].path].shape != head.shape
-            or name.removesuffix(".weight") in adapter.values
-        ):
+    slots = {name: slot for name, slot in names.checkpoint_names(shapes, base.stack).items() if slot.layer is None}
+    for name, head in heads.items():
+        if name not in slots or leaves[slots[name].path].shape != head.shape or name.removesuffix(".weight") in targets:
             raise UserError(
                 f"adapter: the base has no head {name!r} of shape {list(head.shape)}, or it carries a bypass too"
             )
-    return {name: slots[name] for name in adapter.heads}
+    return {name: slots[name] for name in heads}
 
 
 def load(directory: str, base: LoadedModel) -> Bypass:
