@@ -10,7 +10,7 @@ Tensors are unstacked and named by Hugging Face module path:
 import datetime
 import importlib.metadata
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ import numpy as np
 import safetensors.numpy
 import xxhash
 
-from neuroada_jax import bypass, files
+from neuroada_jax import bypass, files, models
 from neuroada_jax.bypass import Bypass, Tree
 from neuroada_jax.errors import UserError
 from neuroada_jax.models import heads as model_heads
@@ -300,27 +300,40 @@ def load(directory: str, base: LoadedModel) -> Bypass:
     return stack(read(directory), base)
 
 
+def head_slots(base: models.Model, heads: Mapping[str, np.ndarray], targets: Collection[str]) -> dict[str, names.Slot]:
+    """Where densely trained parameters are in the base's tree.
+
+    Args:
+      base: the model.
+      heads: Hugging Face parameter name -> array.
+      targets: the modules that carry a bypass.
+
+    Raises:
+      UserError: the base has no such parameter outside its layers, it has another shape, or it carries a bypass too.
+    """
+    shapes = base.abstract_params()
+    leaves = dict(names.flatten(shapes))
+    slots = {name: slot for name, slot in names.checkpoint_names(shapes, base.stack).items() if slot.layer is None}
+    for name, head in heads.items():
+        expected = list(leaves[slots[name].path].shape) if name in slots else "no such tensor"
+        if list(head.shape) != expected:
+            raise UserError(f"adapter: head {name!r} has shape {list(head.shape)}, the base has {expected}")
+        if name.removesuffix(".weight") in targets:
+            raise UserError(f"adapter: {name!r} is both a head and the weight of a bypass")
+    return {name: slots[name] for name in heads}
+
+
 def head(adapter: Adapter, base: LoadedModel) -> Tree:
     """The densely trained head as a tree of whole float32 parameters, empty where the adapter has none.
 
     Raises:
-      UserError: a tensor that the base has no place for, or one that the base needs and the adapter lacks.
+      UserError: see `head_slots`; also a tensor that the base lacks, and the adapter too.
     """
-    params = base.model.abstract_params()
-    leaves, slots = dict(names.flatten(params)), names.checkpoint_names(params, base.model.stack)
-    found = {}
-    for name, array in adapter.heads.items():
-        slot = slots.get(name)
-        if slot is None or slot.layer is not None or leaves[slot.path].shape != array.shape:
-            expected = "no such tensor" if slot is None or slot.layer is not None else list(leaves[slot.path].shape)
-            raise UserError(f"adapter: head {name!r} has shape {list(array.shape)}, the base has {expected}")
-        if name.removesuffix(".weight") in adapter.values:
-            raise UserError(f"adapter: {name!r} is both a head and the weight of a bypass")
-        found[slot.path] = jnp.asarray(array)
+    slots = head_slots(base.model, adapter.heads, adapter.values)
     lacking = sorted(set(base.drawn) - set(adapter.heads))
     if lacking:
         raise UserError(f"adapter: neither {base.source} nor the adapter has {lacking[0]!r}")
-    return names.unflatten(found)
+    return names.unflatten({slots[name].path: jnp.asarray(array) for name, array in adapter.heads.items()})
 
 
 def merge(adapter: Adapter, base: LoadedModel, round_first: Any = jnp.float32) -> Tree:

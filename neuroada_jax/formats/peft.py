@@ -26,7 +26,7 @@ import safetensors.numpy
 from neuroada_jax import bypass, files, models
 from neuroada_jax.errors import UserError
 from neuroada_jax.formats.imported import Imported
-from neuroada_jax.formats.native import Adapter
+from neuroada_jax.formats.native import Adapter, head_slots
 from neuroada_jax.formats.scattered import Entries, rows_of
 from neuroada_jax.models import names
 from neuroada_jax.safetensors_weights import read_whole
@@ -204,6 +204,11 @@ def open_stored(directory: Path) -> Stored:
             heads[f"{module}.{last}"] = leaf
     if not values or set(values) != set(indices):
         raise UserError(f"{path}: expected pairs of {_VALUES[kind]} and {_INDICES[kind]}")
+    targets = config.get("target_modules")
+    if isinstance(targets, list):  # else a regular expression, which is not run
+        for module in values:  # PEFT would leave out what is not named
+            if not any(f".{module}".endswith(f".{target}") for target in targets):
+                raise UserError(f"{where}: target_modules does not name {module}, which has values")
     saved = config.get("modules_to_save") or []
     for name, leaf in heads.items():
         if not any(name.startswith(f"{module}.") for module in saved):
@@ -274,7 +279,7 @@ def read(directory: Path, base: models.Model, kind: Kind) -> Imported:
     for module, (outputs, inputs) in shapes.items():
         found = len(stored.values[module])
         if kind is Kind.SUPERTUNING:
-            expected = supertuning_length(outputs, inputs, stored.config["sparsity"])
+            expected = supertuning_length(outputs, inputs, float(stored.config["sparsity"]))
         else:
             expected = stored.config["r"] * (inputs + outputs)
         if found != expected:
@@ -287,6 +292,7 @@ def read(directory: Path, base: models.Model, kind: Kind) -> Imported:
         flat = indices[0] * inputs + indices[1] if kind is Kind.SHIRA else indices
         entries[module] = Entries(stored.values[module][: stored.entries[module]], flat, (outputs, inputs))
     try:
+        head_slots(base, stored.heads, stored.values)
         values, columns, notes = rows_of(entries)
     except UserError as error:
         raise UserError(f"{directory}: {error}") from error

@@ -49,7 +49,7 @@ class Native:
     def read(directory, base):
         found = native.read(str(directory))
         native.stack(found, base)
-        native.head(found, base)
+        native.head_slots(base.model, found.heads, found.values)
         return found
 
 

@@ -330,7 +330,7 @@ TENSOR_MESSAGES = {
     "no values": "expected pairs of",
     "nothing": "expected pairs of",
     "stranger": "belongs to no tuner and to none of modules_to_save []",
-    "module": "the base has no linear map 'model.layers.0.mlp.x'",
+    "module": "target_modules does not name model.layers.0.mlp.x, which has values",
     "parent": "expected names like base_model.model.<module>.",
     "absolute": "expected names like base_model.model.<module>.",
 }
@@ -372,6 +372,8 @@ def test_tensors_that_are_no_adapter(untied, pristine, kind, spoiled, tmp_path):
         (Kind.SUPERTUNING, {"sparsity": 0.5}, "but the config means"),
         (Kind.SUPERTUNING, {"r": 8}, "r is 8: SuperTuning's low-rank part has no place"),
         (Kind.SUPERTUNING, {"modules_to_save": "classifier"}, "modules_to_save 'classifier', expected a list of names"),
+        (Kind.SUPERTUNING, {"target_modules": ["k_proj", 3]}, "target_modules does not name model.layers.0.mlp.down_proj"),
+        (Kind.SUPERTUNING, {"target_modules": TARGETS}, None),
         (Kind.SUPERTUNING, {"auto_mapping": {"base_model_class": "os.system", "parent_library": "os"}}, None),
     ],
 )
@@ -383,6 +385,21 @@ def test_configs_that_are_no_adapters(untied, pristine, kind, fields, message, t
         assert_same_arrays(peft.read(directory, untied.base.model, kind), trained(untied))
     else:
         assert message in message_of(peft.read, directory, untied.base.model, kind)
+
+
+@KINDS
+def test_modules_and_heads_that_the_base_does_not_have(untied, kind, tmp_path):
+    adapter = trained(untied, heads=["lm_head.weight"])
+    peft.export(adapter, tmp_path / "x", kind, untied.base)
+    path = tmp_path / "x" / "adapter_model.safetensors"
+    tensors = safetensors.numpy.load_file(str(path))
+    tensors["base_model.model.lm_head.bias"] = np.zeros(304, np.float32)
+    safetensors.numpy.save_file(tensors, str(path))
+    message = message_of(peft.read, tmp_path / "x", untied.base.model, kind)
+    assert "head 'lm_head.bias' has shape [304], the base has no such tensor" in message
+    tied = weights.open_model(str(write_model(tmp_path / "tied", None, num_hidden_layers=1, **WIDE)))
+    message = message_of(peft.read, tmp_path / "x", tied.model, kind)
+    assert message.startswith("the base has no linear map 'model.layers.1.")
 
 
 def test_files_that_are_missing_or_another_kind(untied, pristine, tmp_path):
