@@ -348,7 +348,7 @@ def sapiens_tensors():
         pytest.skip("sapiens is not installed (make test installs it)")
     path = Path(spec.submodule_search_locations[0]) / "models" / "v1" / "checkpoint_vh.pt"
     with torch.serialization.safe_globals([argparse.Namespace]):
-        stored = torch.load(path, weights_only=True)["model"]
+        stored = torch.load(path, map_location="cpu", weights_only=True)["model"]
     encoder, head = {}, {}
     for name, tensor in stored.items():
         if name.startswith("decoder.lm_head."):
@@ -393,7 +393,7 @@ def test_hidden_states_of_sapiens():
     np.testing.assert_allclose(found[mask], want[mask], rtol=0, atol=1e-4)
 
     # Its own language modelling head knows most residues: so the names above are right.
-    hidden = torch.nn.functional.linear(torch.from_numpy(found[0]), head["dense.weight"], head["dense.bias"])
+    hidden = torch.nn.functional.linear(torch.tensor(found[0]), head["dense.weight"], head["dense.bias"])
     hidden = torch.nn.functional.layer_norm(
         torch.nn.functional.gelu(hidden), (128,), head["layer_norm.weight"], head["layer_norm.bias"]
     )
