@@ -116,7 +116,7 @@ def inspect_official(path: str) -> dict[str, Any]:
     """
     from neuroada_jax.formats import official
 
-    tensors = official._load(Path(path) / official.VALUES)
+    tensors = official.load_tensors(Path(path) / official.VALUES)
     suffix = ".weight_new"
     rows = [
         _foreign_row(name.removesuffix(suffix), None, None, tensor.numel())

@@ -112,7 +112,7 @@ def read(directory: Path, base: models.Model, *, allow_pickle: bool) -> Imported
     params = base.abstract_params()
     shapes = _kernels(params, base.stack)
     positions = inert_pickle.read_tensors(path)
-    tensors = _load(directory / VALUES)
+    tensors = load_tensors(directory / VALUES)
     trained = {name: tensor for name, tensor in tensors.items() if name.endswith(".weight_new")}
     expected = {f"{name}_new" for name in positions}
     if not trained or set(trained) != expected:
@@ -153,7 +153,7 @@ def _kernels(params: bypass.Tree, stack: bypass.Path) -> dict[str, tuple[int, in
     }
 
 
-def _load(path: Path) -> dict[str, Any]:
+def load_tensors(path: Path) -> dict[str, Any]:
     """The tensors of a .pt file, read with PyTorch's `weights_only`."""
     torch = _torch()
     try:
