@@ -138,7 +138,8 @@ def export(adapter: Adapter, directory: Path, kind: Kind, base: LoadedModel) -> 
         "task_type": base.model.architecture.task,
         "base_model_name_or_path": base.source,
         "target_modules": sorted(shapes),
-        "modules_to_save": _modules_of(base.model, list(adapter.heads)) or None,
+        # Module by module: PEFT's merge_and_unload fails on a head of several, such as RoBERTa's `classifier`.
+        "modules_to_save": sorted({name.rpartition(".")[0] for name in adapter.heads}) or None,
         "inference_mode": True,
     }
     if kind is Kind.SUPERTUNING:
@@ -151,12 +152,6 @@ def export(adapter: Adapter, directory: Path, kind: Kind, base: LoadedModel) -> 
     total = sum(outputs * k for outputs, _, k in shapes.values())
     setting = f"sparsity {sparsity!r}" if kind is Kind.SUPERTUNING else f"r={rank}"
     return [f"{setting}: {total:,} values, and {padding:,} that only pad (value -0.0 at row 0, column 0)"]
-
-
-def _modules_of(base: models.Model, heads: list[str]) -> list[str]:
-    """The modules that densely trained parameters belong to, as PEFT replaces them: whole."""
-    known = [".".join(path) for path in base.architecture.optional]
-    return sorted({next((m for m in known if name.startswith(f"{m}.")), name.rpartition(".")[0]) for name in heads})
 
 
 def _shapes(base: models.Model, modules: list[str]) -> dict[str, tuple[int, int]]:

@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification
 
 from neuroada_jax import bypass, cli, models, weights
 from neuroada_jax.bypass import Bypass
-from neuroada_jax.formats import huggingface, native
+from neuroada_jax.formats import exchange, huggingface, native
 from neuroada_jax.models import heads
 from neuroada_jax.training import modules
 from neuroada_jax.training.config import from_dict
@@ -35,9 +35,10 @@ LABELS = ["no", "perhaps", "yes"]
 TARGETS = ["query", "output.dense"]
 
 
-def write_encoder(directory, kind, bare=False):
+def write_encoder(directory, kind, bare=False, dtype="float32"):
     """A checkpoint directory with a tokenizer; `bare`: of the model without head and pooler, names without prefix."""
-    config = {"model_type": kind, **SIZES}
+    config = {"model_type": kind, **SIZES, "dtype": dtype}
+    config |= {} if bare else {"id2label": {str(number): label for number, label in enumerate(LABELS)}}
     config |= {"architectures": [f"{kind.capitalize()}Model"]} if bare else {}
     tensors = random_tensors(config)
     if bare:
@@ -50,10 +51,10 @@ def write_encoder(directory, kind, bare=False):
     return directory
 
 
-def trained(base, paths=None):
+def trained(base, paths=None, k=2):
     """A bypass with random values and a random head, as after training."""
     params = base.params
-    built = bypass.build(params, models.match_targets(params, TARGETS, base.model.stack), 2)
+    built = bypass.build(params, models.match_targets(params, TARGETS, base.model.stack), k)
     rng = np.random.default_rng(0)
     noise = lambda leaf: jnp.asarray(0.3 * rng.standard_normal(leaf.shape, np.float32))  # noqa: E731
     _, head = heads.split(params, base.model.architecture.head if paths is None else paths)
@@ -185,3 +186,32 @@ def test_a_decoder_has_no_head_to_train(tmp_path, capsys):
     path = write_config(tmp_path / "run.yaml", content)
     assert cli.main(["train", str(path)]) == 2
     assert "head: llama is a decoder, which has no head to train" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("target", ["peft-supertuning", "peft-shira", "official", "huggingface"])
+@pytest.mark.parametrize(
+    ("kind", "dtype", "k"),
+    [("bert", "float32", 1), ("bert", "bfloat16", 20), ("roberta", "float32", 5), ("roberta", "bfloat16", 2)],
+)
+def test_a_trained_head_in_pytorch_and_back(kind, dtype, k, target, tmp_path, capsys):
+    directory = write_encoder(tmp_path / "model", kind, dtype=dtype)
+    base = weights.load_model(str(directory), "auto", labels=LABELS)
+    values, head = trained(base, k=k)
+    native.save(tmp_path / "adapter", values, base, k=k, targets=TARGETS, seed=0, head=head)
+
+    made = exchange.export_adapter(str(tmp_path / "adapter"), target, str(tmp_path / "x"), verify=True)
+    assert made["merged_bit_equal"] is True and made["max_logit_difference"] <= 1e-4
+    if target == "huggingface":
+        assert len(json.loads((tmp_path / "x" / "config.json").read_text())["id2label"]) == len(LABELS)
+        return
+    arguments = (str(tmp_path / "x"), target, str(directory), str(tmp_path / "back"))
+    exchange.import_adapter(*arguments, allow_pickle=target == "official")
+    before, after = native.read(str(tmp_path / "adapter")), native.read(str(tmp_path / "back"))
+    assert before.heads.keys() == after.heads.keys() and before.values.keys() == after.values.keys()
+    rounds = target == "official" and dtype == "bfloat16"
+    for ours, theirs in ((before.values, after.values), (before.heads, after.heads)):
+        for name in ours:
+            expected = ours[name].astype(jnp.bfloat16).astype(np.float32) if rounds else ours[name]
+            np.testing.assert_array_equal(theirs[name], expected, err_msg=name)
+    for name in before.columns:
+        np.testing.assert_array_equal(after.columns[name], before.columns[name], err_msg=name)
