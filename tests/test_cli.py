@@ -331,7 +331,8 @@ def test_unsupported_architecture_lists_the_supported(tmp_path, inputs, neuroada
     model = write_model(tmp_path / "m")
     (model / "config.json").write_text(json.dumps({**CONFIG, "model_type": "gpt2"}))
     message = bad_run(neuroada, tmp_path, config(tmp_path, (model, inputs[1])))
-    assert message == (f"{model}: config.json: model_type 'gpt2' is not supported; supported: llama, mistral, qwen2, qwen3")
+    supported = "bert, llama, mistral, qwen2, qwen3, roberta, xlm-roberta"
+    assert message == f"{model}: config.json: model_type 'gpt2' is not supported; supported: {supported}"
 
 
 def test_weights_that_are_missing_or_not_whole(tmp_path, inputs, neuroada):
