@@ -135,10 +135,11 @@ def export(adapter: Adapter, directory: Path, kind: Kind, base: LoadedModel) -> 
         )
     config: dict[str, Any] = {
         "peft_type": kind.value,
-        "task_type": base.model.architecture.task,
+        # PEFT's class for sequence classification would make one module of RoBERTa's head, and its merge_and_unload fails on
+        # a saved module that has parts: heads go module by module, without a task.
+        "task_type": "CAUSAL_LM" if base.model.architecture.is_decoder else None,
         "base_model_name_or_path": base.source,
         "target_modules": sorted(shapes),
-        # Module by module: PEFT's merge_and_unload fails on a head of several, such as RoBERTa's `classifier`.
         "modules_to_save": sorted({name.rpartition(".")[0] for name in adapter.heads}) or None,
         "inference_mode": True,
     }

@@ -56,11 +56,6 @@ class Architecture(NamedTuple):
         """Whether the model continues texts, rather than judging them."""
         return not self.head
 
-    @property
-    def task(self) -> str:
-        """PEFT's name (`task_type`) for what the model does."""
-        return "CAUSAL_LM" if self.is_decoder else "SEQ_CLS"
-
 
 def _llama(transformers_class: str) -> Architecture:
     return Architecture(LlamaConfig.from_hf, LlamaForCausalLM, ("model", "layers"), LLAMA_TARGETS, transformers_class)
