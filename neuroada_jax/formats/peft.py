@@ -135,8 +135,8 @@ def export(adapter: Adapter, directory: Path, kind: Kind, base: LoadedModel) -> 
         )
     config: dict[str, Any] = {
         "peft_type": kind.value,
-        # PEFT's class for sequence classification would make one module of RoBERTa's head, and its merge_and_unload fails on
-        # a saved module that has parts: heads go module by module, without a task.
+        # PEFT's class for sequence classification would make one module of RoBERTa's head, and its merge_and_unload fails
+        # on a saved module that has parts: heads go module by module, without a task.
         "task_type": "CAUSAL_LM" if base.model.architecture.is_decoder else None,
         "base_model_name_or_path": base.source,
         "target_modules": sorted(shapes),
