@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import warnings
@@ -459,7 +458,7 @@ def test_an_absurd_learning_rate_keeps_the_last_good_adapter(tmp_path, inputs, n
 
 def test_an_interrupt_returns_130(tmp_path, inputs, neuroada, monkeypatch):
     def interrupt(*_, **__):
-        signal.raise_signal(signal.SIGINT)
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(loop, "run", interrupt)
     code, out, err = neuroada("train", config(tmp_path, inputs))

@@ -41,7 +41,7 @@ def test_rows_and_table(tmp_path, capsys):
     assert [row["bytes"]["adapter"] for row in rows[:5]] == [0, chosen * (4 + 4 + 2), chosen * 8, MAPS, 2 * 2 * FACTORS]
     moments = [2 * 2 * (MAPS + OTHERS), 8 * chosen, 8 * chosen, 2 * 2 * MAPS, 2 * 2 * 2 * FACTORS]
     for row, expected in zip(rows[:5], moments, strict=True):
-        assert expected <= row["bytes"]["optimizer"] <= expected + 16, row["method"]  # and counters
+        assert expected <= row["bytes"]["optimizer"] <= expected + 32, row["method"]  # and counters
 
 
 def test_the_compiled_steps_train():
