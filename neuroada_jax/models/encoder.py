@@ -56,7 +56,7 @@ class SelfAttention(nn.Module):
             rng = self.make_rng("dropout")
             y = layers.attention_with_dropout(query, key, value, mask=mask, rate=c.attention_dropout, rng=rng)
         else:
-            y = layers.attention(query, key, value, mask=mask)
+            y = layers.attention(query, key, value, mask=mask, causal=False)
         return layers.saved(y.reshape(x.shape))
 
 

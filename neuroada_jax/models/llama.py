@@ -154,7 +154,7 @@ class SelfAttention(nn.Module):
             key = lax.dynamic_index_in_dim(keys, layer, keepdims=False)
             value = lax.dynamic_index_in_dim(values, layer, keepdims=False)
         window = c.windows[0] if mask is None else None  # one window for all layers, or a mask
-        y = layers.attention(query, key, value, mask=mask, window=window)
+        y = layers.attention(query, key, value, mask=mask, causal=cache is None, window=window)
         y = layers.saved(y.reshape(*x.shape[:2], c.num_heads * c.head_dim))
         return BypassDense(c.hidden_size, c.output_bias, c.dtype, name="o_proj")(y), cache
 
@@ -277,8 +277,8 @@ class LlamaForCausalLM(nn.Module):
         Args:
           ids: int32 tokens.
           positions: int32 rotary positions; where None, 0, 1, 2 ... or with a cache those of the slots.
-          mask: which of the S slots each query may see, before any sliding window. None: causal. Right padding needs
-            no mask, since nothing real attends to what comes after it.
+          mask: which of the S slots each query may see, before any sliding window; without a cache, of those up to its
+            own. None: all of these. Right padding needs no mask, since nothing real attends to what comes after it.
           cache: keys and values so far; then S is its number of slots and T new ones are written from `cache.slot` on.
 
         Returns: hidden states in the model's dtype and the cache with T more slots filled.

@@ -1,0 +1,43 @@
+"""Attention in blocks of queries against the plain formula."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from neuroada_jax.models import layers
+
+
+def dense(query, key, value, seen):
+    """Softmax attention with grouped keys; `seen` (B, T, T) says which slots each query sees."""
+    group = query.shape[2] // key.shape[2]
+    logits = jnp.einsum("bthn,bshn->bhts", query, jnp.repeat(key, group, axis=2)) * query.shape[-1] ** -0.5
+    weights = jax.nn.softmax(jnp.where(seen[:, None], logits, -jnp.inf), axis=-1)
+    return jnp.einsum("bhts,bshn->bthn", weights, jnp.repeat(value, group, axis=2))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("tokens", "window"), [(5, None), (96, 40), (131, None), (131, 7), (1100, None), (1100, 300)])
+def test_causal_attention_and_its_gradient_equal_the_plain_formula(tokens, window, packed):
+    keys = jax.random.split(jax.random.key(tokens), 4)
+    query, key, value, upstream = (
+        jax.random.normal(each, (2, tokens, heads, 4)) for each, heads in zip(keys, (4, 2, 2, 4), strict=True)
+    )
+    slots = np.arange(tokens)
+    distance = slots[:, None] - slots[None, :]
+    seen = np.broadcast_to((distance >= 0) & (distance < (window or tokens)), (2, tokens, tokens))
+    mask = None
+    if packed:  # two examples a row, and a mask that would let queries see later slots of their own example
+        example = np.stack([slots >= tokens // 3, slots >= tokens // 2])
+        mask = example[:, :, None] == example[:, None, :]
+        seen = seen & mask
+
+    def ours(query, key, value):
+        wide = None if mask is None else jnp.asarray(mask[:, None])
+        return layers.attention(query, key, value, mask=wide, causal=True, window=window)
+
+    found, pull_back = jax.vjp(ours, query, key, value)
+    expected, expected_pull_back = jax.vjp(lambda *inputs: dense(*inputs, jnp.asarray(seen)), query, key, value)
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+    for mine, theirs in zip(pull_back(upstream), expected_pull_back(upstream), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=5e-5)
