@@ -14,8 +14,8 @@ from neuroada_jax import cli
 from neuroada_jax.errors import UserError
 from neuroada_jax.weights import load_model
 
-WORDS = "please choose the correct answer to question option1 a b c of in and then is was not very little day night".split()
-MISSING = 'lm-eval is not installed: pip install "neuroada-jax[eval]" (kept out of the extra `test`: 360 MB, 16,000 files)'
+WORDS = [*"abcdehinostu", "the", "day", "night", "answer", "question", "option1", "please choose", "correct"]
+MISSING = 'lm-eval is not installed: pip install "neuroada-jax[eval]" (kept out of the extra `test`: 190 MB, 16,000 files)'
 
 
 @pytest.fixture(scope="module")
