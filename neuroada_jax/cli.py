@@ -1,4 +1,4 @@
-"""The command line: neuroada train | evaluate | generate | plan | inspect | merge | export | import."""
+"""The command line: neuroada train | evaluate | lm-eval | generate | plan | inspect | merge | export | import."""
 
 import argparse
 import contextlib
@@ -76,6 +76,17 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--batch-size", type=int, default=16, help="prompts at a time (default: 16)")
     evaluate.add_argument("--out", help="file for every prediction, as JSON lines")
     evaluate.set_defaults(run=_evaluate)
+
+    lm_eval = commands.add_parser("lm-eval", help="score a model on tasks of the lm-evaluation-harness (extra `eval`)")
+    _model_options(lm_eval)
+    lm_eval.add_argument("--tasks", required=True, help="names or patterns, with commas between them, or YAML files")
+    lm_eval.add_argument("--include-path", help="folder of further task YAML files")
+    lm_eval.add_argument("--num-fewshot", type=int, help="examples in front of a question (default: the task's)")
+    lm_eval.add_argument("--limit", type=int, help="score the first rows of each task only")
+    lm_eval.add_argument("--batch-size", type=int, default=16, help="texts at a time (default: 16)")
+    lm_eval.add_argument("--apply-chat-template", action="store_true", help="ask as the tokenizer's chat template does")
+    lm_eval.add_argument("--out", help="JSON file for results, task configs and every row's answer")
+    lm_eval.set_defaults(run=_lm_eval)
 
     generate = commands.add_parser("generate", help="continue a prompt greedily")
     _model_options(generate)
@@ -241,6 +252,30 @@ def _evaluate(parsed: argparse.Namespace) -> None:
         low, high = (f"{100 * bound:.1f}" for bound in score.interval)
         row = (parsed.task, str(score.n), f"{100 * score.accuracy:.1f}", f"{low} to {high}")
         console.table("accuracy in %", ("task", "n", "accuracy", "95 % interval"), [row])
+
+
+def _lm_eval(parsed: argparse.Namespace) -> None:
+    from neuroada_jax import harness
+
+    for option in ("batch_size", "limit", "num_fewshot"):
+        value, least = getattr(parsed, option), 0 if option == "num_fewshot" else 1
+        if value is not None and value < least:
+            raise UserError(f"--{option.replace('_', '-')}: expected at least {least}, found {value}")
+    if parsed.out and not Path(parsed.out).parent.is_dir():
+        raise UserError(f"--out: the folder {Path(parsed.out).parent} does not exist")
+    tasks = harness.find_tasks(parsed.tasks.split(","), parsed.include_path)  # before the weights, which take longer
+    base, params, tokenizer = _load(parsed)
+    with console.bar("scoring") as shown:
+        results = harness.evaluate(
+            harness.NeuroAdaLM(base, params, tokenizer, parsed.batch_size, console.reporter(shown)),
+            tasks,
+            num_fewshot=parsed.num_fewshot,
+            limit=parsed.limit,
+            apply_chat_template=parsed.apply_chat_template,
+        )
+    if parsed.out:
+        harness.write_results(Path(parsed.out), results)
+    print(harness.summary_json(results) if parsed.json else harness.summary_table(results))
 
 
 def _generate(parsed: argparse.Namespace) -> None:

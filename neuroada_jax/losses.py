@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from neuroada_jax.batches import Batch, ClassificationBatch
 from neuroada_jax.bypass import Tree
@@ -26,22 +26,48 @@ def target_losses(module: nn.Module, variables: Tree, batch: Batch, *, output_tr
     The output layer counts as frozen unless it carries a bypass or `output_trains` says otherwise: with respect to its
     weights the gradient is zero.
     """
-    mask = None if batch.positions is None else layers.packed_mask(jnp.asarray(batch.positions))
-    hidden, _ = module.apply(variables, batch.input_ids, batch.positions, mask)
-    picked = jnp.take_along_axis(hidden, batch.target_positions[:, :, None], axis=1, mode="clip")
-    states, ids = picked.reshape(-1, picked.shape[-1]), jnp.asarray(batch.target_ids).reshape(-1)
+    states, ids, chunk = _targets(module, variables, batch)
 
     def losses(states: Array, ids: Array) -> Array:
-        logits: Any = module.apply(variables, states, method="unembed")
-        return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), ids)
+        return optax.softmax_cross_entropy_with_integer_labels(_logits(module, variables, states), ids)
 
-    vocabulary = jax.eval_shape(lambda states: module.apply(variables, states, method="unembed"), states).shape[-1]
-    chunk = max(LOGIT_BYTES // (4 * vocabulary), 1)
     if output_trains or "lm_head" in variables.get("bypass", {}):
         nll = _in_chunks(jax.checkpoint(losses), states, ids, chunk)
     else:
         nll = _with_gradient_at_once(losses, states, ids, chunk)
     return nll.reshape(batch.target_ids.shape) * batch.target_mask
+
+
+def target_scores(module: nn.Module, variables: Tree, batch: Batch) -> tuple[Float[Array, "B M"], Bool[Array, "B M"]]:
+    """The losses of `target_losses`, and whether each target is the likeliest token; (0, True) where the mask is 0.
+
+    For scoring: the same gathering and chunks, and no gradient.
+    """
+    states, ids, chunk = _targets(module, variables, batch)
+
+    def scores(states: Array, ids: Array) -> tuple[Array, Array]:
+        logits = _logits(module, variables, states)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, ids)
+        return losses, jnp.argmax(logits, axis=-1).astype(ids.dtype) == ids
+
+    losses, likeliest = _in_chunks(scores, states, ids, chunk)
+    shape = batch.target_ids.shape
+    return losses.reshape(shape) * batch.target_mask, likeliest.reshape(shape) | (jnp.asarray(batch.target_mask) == 0)
+
+
+def _targets(module: nn.Module, variables: Tree, batch: Batch) -> tuple[Float[Array, "n D"], Int[Array, "n"], int]:
+    """Hidden states and ids of all targets, and how many of them may have their logits at a time."""
+    mask = None if batch.positions is None else layers.packed_mask(jnp.asarray(batch.positions))
+    hidden, _ = module.apply(variables, batch.input_ids, batch.positions, mask)
+    picked = jnp.take_along_axis(hidden, batch.target_positions[:, :, None], axis=1, mode="clip")
+    states, ids = picked.reshape(-1, picked.shape[-1]), jnp.asarray(batch.target_ids).reshape(-1)
+    vocabulary = jax.eval_shape(lambda states: _logits(module, variables, states), states).shape[-1]
+    return states, ids, max(LOGIT_BYTES // (4 * vocabulary), 1)
+
+
+def _logits(module: nn.Module, variables: Tree, states: Float[Array, "n D"]) -> Float[Array, "n V"]:
+    logits: Any = module.apply(variables, states, method="unembed")
+    return logits.astype(jnp.float32)
 
 
 def _with_gradient_at_once(losses: Any, states: Float[Array, "n D"], ids: Int[Array, "n"], chunk: int) -> Float[Array, "n"]:

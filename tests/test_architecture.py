@@ -27,7 +27,7 @@ LEVELS = [
         "linen",
     },
     {"losses", "weights", "tasks", "generation", "inspection", "formats"},
-    {"training", "evaluation", "checkpoint", "planning"},
+    {"training", "evaluation", "checkpoint", "planning", "harness"},
     {"cli"},
 ]
 LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}

@@ -1,0 +1,305 @@
+"""The lm-evaluation-harness: its tasks, its prompts and its metrics, with the model run here."""
+
+import difflib
+import functools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import transformers
+from flax import linen as nn
+
+from neuroada_jax import files
+from neuroada_jax.batches import Batch, default_buckets
+from neuroada_jax.bypass import Tree
+from neuroada_jax.errors import UserError
+from neuroada_jax.evaluation import end_tokens
+from neuroada_jax.generation import generate
+from neuroada_jax.losses import target_scores
+from neuroada_jax.weights import LoadedModel
+
+try:
+    import lm_eval
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import get_rolling_token_windows, handle_non_serializable, make_disjoint_window, make_table
+except ModuleNotFoundError as error:
+    raise UserError(f'lm-eval needs {error.name}, which is missing: pip install "neuroada-jax[eval]"') from error
+
+Progress = Callable[[int, int], None]
+
+# What a task may ask of a generation; sampling's settings count for nothing as long as it does not ask for sampling.
+_GENERATION = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k", "num_beams"}
+
+
+class _Row(NamedTuple):
+    """One text to run and what to look up in it: the requests whose continuation follows from these very tokens."""
+
+    tokens: tuple[int, ...]
+    requests: list[int]
+
+
+@functools.partial(jax.jit, static_argnames="module")
+def _scores(module: nn.Module, params: Tree, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    return target_scores(module, {"params": params}, batch)
+
+
+class NeuroAdaLM(TemplateLM):
+    """A base or merged model as lm-eval asks it; texts become tokens as in lm-eval's own `HFLM`.
+
+    Log-likelihoods are natural logarithms, computed from float32 logits whatever the model's dtype.
+    """
+
+    def __init__(
+        self,
+        base: LoadedModel,
+        params: Tree,
+        tokenizer: transformers.PreTrainedTokenizerBase,
+        batch_size: int = 16,
+        on_progress: Progress | None = None,
+    ) -> None:
+        """base: architecture and config. params: plain parameters, merged where an adapter is wanted.
+
+        batch_size: texts at a time. on_progress: called with (done, in all) of the requests of one kind.
+        """
+        super().__init__()
+        self.base, self.params, self.tokenizer = base, params, tokenizer
+        self.batch_size, self.on_progress = batch_size, on_progress
+        self.max_length: int = base.model.config.max_positions
+
+    @property
+    def eot_token_id(self) -> int:
+        """The tokenizer's EOS."""
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands in front of a text without context: BOS, or EOS where there is none."""
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else bos
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Names lm-eval's caches."""
+        return self.tokenizer.name_or_path.replace("/", "__")
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The text of a conversation, for `--apply-chat-template`."""
+        text: Any = self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+        return text
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Tokens, with the tokenizer's special ones unless told otherwise or the text begins with BOS already."""
+        if add_special_tokens is None:
+            add_special_tokens = not has_bos_prefix(string, self.tokenizer.decode([self.prefix_token_id]))
+        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
+    ) -> list[tuple[float, bool]]:
+        """(log-likelihood, whether greedy decoding would give it) of every continuation, in the order given.
+
+        Contexts that are too long lose tokens on the left. Requests that differ in the last token alone share a text.
+        """
+        rows: dict[tuple[int, ...], _Row] = {}
+        for number, (texts, context, continuation) in enumerate(requests):
+            if not 0 < len(continuation) <= self.max_length:
+                told = f" ({texts[1][:60]!r})" if texts else ""
+                raise UserError(
+                    f"a continuation{told} has {len(continuation)} tokens, expected 1 to {self.max_length} (the positions)"
+                )
+            tokens = tuple([*context, *continuation][-(self.max_length + 1) : -1])
+            rows.setdefault(tokens, _Row(tokens, [])).requests.append(number)
+        continuations = [continuation for _, _, continuation in requests]
+        module = self.base.model.module()
+        results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        done = 0
+        for chosen, batch in _batches(list(rows.values()), continuations, self.batch_size):
+            losses, likeliest = (np.asarray(each) for each in _scores(module, self.params, batch))
+            for place, row in enumerate(chosen):
+                first = 0
+                for number in row.requests:
+                    own = slice(first, first := first + len(continuations[number]))
+                    results[number] = (-float(losses[place, own].sum()), bool(likeliest[place, own].all()))
+                done += len(row.requests)
+            if self.on_progress:
+                self.on_progress(done, len(requests))
+        return results
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of whole texts; those longer than the model in windows with as much context as fits."""
+        windows: list[tuple[None, list[int], list[int]]] = []
+        owners: list[int] = []
+        for number, request in enumerate(requests):
+            (string,) = request.args
+            for window in get_rolling_token_windows(
+                self.tok_encode(string), prefix_token=self.prefix_token_id, max_seq_len=self.max_length, context_len=1
+            ):
+                windows.append((None, *make_disjoint_window(window)))
+                owners.append(number)
+        totals = [0.0] * len(requests)
+        for owner, (value, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+            totals[owner] += value
+        return totals
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Greedy continuations up to the first stop string, in the order given.
+
+        Raises:
+          UserError: a task asks for sampling or something else that is not done here, or for more tokens than fit.
+        """
+        groups: dict[str, list[int]] = {}  # by their settings
+        for number, request in enumerate(requests):
+            groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(number)
+        texts = [""] * len(requests)
+        for settings, numbers in groups.items():
+            until, new_tokens = _generation_settings(json.loads(settings))
+            room = self.max_length - new_tokens
+            if room < 1:
+                raise UserError(
+                    f"a task generates {new_tokens} tokens, which leaves no room in {self.max_length} positions"
+                )
+            prompts = [self.tok_encode(requests[number].args[0])[-room:] or [self.prefix_token_id] for number in numbers]
+            outputs = generate(
+                self.base.model,
+                self.params,
+                prompts,
+                max_new_tokens=new_tokens,
+                eos_ids=end_tokens(self.base, self.tokenizer),
+                batch_size=self.batch_size,
+                on_progress=self.on_progress,
+            )
+            for number, ids in zip(numbers, outputs, strict=True):
+                texts[number] = _before_stop(str(self.tokenizer.decode(ids, skip_special_tokens=True)), until)
+        return texts
+
+
+def _batches(rows: list[_Row], continuations: list[list[int]], batch_size: int) -> Iterator[tuple[list[_Row], Batch]]:
+    """The rows by length, longest first (what does not fit into memory fails at once), in at most 6 shapes."""
+    if not rows:
+        return
+    rows = sorted(rows, key=lambda row: len(row.tokens), reverse=True)
+    batch_size = min(batch_size, len(rows))
+    lengths = np.array([len(row.tokens) for row in rows])
+    counts = np.array([sum(len(continuations[number]) for number in row.requests) for row in rows])
+    sizes = default_buckets(lengths)
+    for first in range(0, len(rows), batch_size):
+        chosen = rows[first : first + batch_size]
+        time = min(size for size in sizes if size >= lengths[first])
+        most = int(counts[lengths <= time].max())  # one M for each T
+        batch = Batch(
+            input_ids=np.zeros((batch_size, time), np.int32),
+            lengths=np.zeros(batch_size, np.int32),
+            target_positions=np.zeros((batch_size, most), np.int32),
+            target_ids=np.zeros((batch_size, most), np.int32),
+            target_mask=np.zeros((batch_size, most), np.float32),
+        )
+        for place, row in enumerate(chosen):
+            length = len(row.tokens)
+            own = [continuations[number] for number in row.requests]
+            count = sum(map(len, own))
+            batch.input_ids[place, :length] = row.tokens
+            batch.lengths[place] = length
+            batch.target_positions[place, :count] = np.concatenate([np.arange(length - len(each), length) for each in own])
+            batch.target_ids[place, :count] = np.concatenate(own)
+            batch.target_mask[place, :count] = 1
+        yield chosen, jax.tree.map(jnp.asarray, batch)
+
+
+def _generation_settings(asked: dict[str, Any]) -> tuple[list[str], int]:
+    """Stop strings and the most new tokens."""
+    settings: Any = normalize_gen_kwargs(asked)
+    unknown = sorted(set(settings) - _GENERATION)
+    if unknown or settings.get("num_beams", 1) != 1 or (settings["do_sample"] and settings.get("temperature", 1.0) > 0):
+        raise UserError(
+            f"a task's generation_kwargs are {asked}: lm-eval decodes greedily here, without {unknown or 'sampling'}"
+        )
+    return settings["until"], settings["max_gen_toks"]
+
+
+def _before_stop(text: str, stops: Sequence[str]) -> str:
+    """The text up to the first of the stop strings."""
+    return text[: min((text.index(stop) for stop in stops if stop and stop in text), default=len(text))]
+
+
+class _Tasks(TaskManager):
+    """lm-eval's task index, whose errors are for the user."""
+
+    def load(self, task_list: Any) -> Any:
+        try:
+            return super().load(task_list)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"--tasks: {', '.join(task_list)} cannot be loaded ({type(error).__name__}: {error})"
+            ) from error
+
+
+class Tasks(NamedTuple):
+    """Names of tasks that exist, and lm-eval's index to load them from."""
+
+    names: list[str]
+    manager: TaskManager
+
+
+def find_tasks(names: Sequence[str], include_path: str | None = None) -> Tasks:
+    """The tasks, groups and tags of these names.
+
+    Args:
+      names: each a name, a pattern with * or ?, or a YAML file.
+      include_path: a folder of further tasks. If it has them all, lm-eval's own (15,000 files) are not read.
+
+    Raises:
+      UserError: a name that matches nothing (names the nearest), or no such folder.
+    """
+    names = [name.strip() for name in names if name.strip()]
+    if not names:
+        raise UserError("--tasks: expected at least one name")
+    if include_path is not None and not Path(include_path).is_dir():
+        raise UserError(f"--include-path: {include_path} is no folder")
+    paths = [name for name in names if Path(name).is_file()]
+    others = [name for name in names if name not in paths]
+    manager = _Tasks(include_path=include_path, include_defaults=False)
+    if not all(manager.match_tasks([name]) for name in others):
+        manager = _Tasks(include_path=include_path)
+    for name in others:
+        if not manager.match_tasks([name]):
+            near = difflib.get_close_matches(name, manager.all_tasks, n=5, cutoff=0.5)
+            raise UserError(f"--tasks: unknown task {name!r}; nearest: {', '.join(near) or 'none'}")
+    return Tasks([*paths, *manager.match_tasks(others)] if others else paths, manager)
+
+
+def evaluate(lm: TemplateLM, tasks: Tasks, **options: Any) -> dict[str, Any]:
+    """What lm-eval's `simple_evaluate` returns: results, configs, versions, samples; `options` are its own."""
+    results = lm_eval.simple_evaluate(lm, tasks=tasks.names, task_manager=tasks.manager, **options)
+    assert results is not None  # only where this process is one of several
+    return results
+
+
+def summary_table(results: dict[str, Any]) -> str:
+    """lm-eval's own table, and that of groups where there are any."""
+    return "\n".join(make_table(results, *which) for which in [(), ("groups",)] if not which or results.get("groups"))
+
+
+def summary_json(results: dict[str, Any]) -> str:
+    """One line of JSON: every task's metrics, rows, shots and version."""
+    kept = {key: results[key] for key in ("results", "groups", "n-samples", "n-shot", "versions") if key in results}
+    return _json({"lm_eval": lm_eval.__version__, **kept})
+
+
+def write_results(path: Path, results: dict[str, Any]) -> None:
+    """Everything as one JSON file: results, the configs of the tasks, and under `samples` every row with its answer."""
+    files.write_text(path, _json(results, indent=1) + "\n")
+
+
+def _json(content: dict[str, Any], **options: Any) -> str:
+    return json.dumps(content, ensure_ascii=False, default=handle_non_serializable, **options)
