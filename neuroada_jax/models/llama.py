@@ -108,7 +108,7 @@ def _windows(config: Mapping[str, Any], num_layers: int) -> tuple[int | None, ..
 
 
 class Cache(NamedTuple):
-    """Keys and values of the positions seen so far: two (L, B, S, K, N) arrays and the next free slot, an int32 scalar."""
+    """Keys and values of the positions seen so far: two (L, B, K, S, N) arrays and the next free slot, an int32 scalar."""
 
     keys: Array
     values: Array
@@ -117,7 +117,7 @@ class Cache(NamedTuple):
 
 def empty_cache(config: LlamaConfig, batch: int, slots: int) -> Cache:
     """A cache of `slots` positions for `batch` sequences, in the model's dtype."""
-    shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
+    shape = (config.num_layers, batch, config.num_kv_heads, slots, config.head_dim)
     return Cache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype), jnp.zeros((), jnp.int32))
 
 
@@ -147,14 +147,16 @@ class SelfAttention(nn.Module):
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         if cache is not None:
             # The stacked cache travels as the scan's carry and is written at one layer's slot, in place under jit.
-            at = (layer, 0, cache.slot, 0, 0)
-            keys = lax.dynamic_update_slice(cache.keys, key[None], at)
-            values = lax.dynamic_update_slice(cache.values, value[None], at)
+            at = (layer, 0, 0, cache.slot, 0)
+            keys = lax.dynamic_update_slice(cache.keys, jnp.swapaxes(key, 1, 2)[None], at)
+            values = lax.dynamic_update_slice(cache.values, jnp.swapaxes(value, 1, 2)[None], at)
             cache = cache._replace(keys=keys, values=values)
             key = lax.dynamic_index_in_dim(keys, layer, keepdims=False)
             value = lax.dynamic_index_in_dim(values, layer, keepdims=False)
-        window = c.windows[0] if mask is None else None  # one window for all layers, or a mask
-        y = layers.attention(query, key, value, mask=mask, window=window)
+            y = layers.cached_attention(query, key, value, mask=mask)
+        else:
+            window = c.windows[0] if mask is None else None  # one window for all layers, or a mask
+            y = layers.attention(query, key, value, mask=mask, window=window)
         y = layers.saved(y.reshape(*x.shape[:2], c.num_heads * c.head_dim))
         return BypassDense(c.hidden_size, c.output_bias, c.dtype, name="o_proj")(y), cache
 
@@ -287,7 +289,7 @@ class LlamaForCausalLM(nn.Module):
         if positions is None:
             positions = jnp.broadcast_to(own[None], ids.shape)
         if mask is None and cache is not None:
-            slots = jnp.arange(cache.keys.shape[2], dtype=jnp.int32)
+            slots = jnp.arange(cache.keys.shape[3], dtype=jnp.int32)
             causal = slots[None, None, :] <= own[None, :, None]
             mask = jnp.broadcast_to(causal, (*ids.shape, slots.size))
         hidden, cache = self.model(ids, positions, mask, cache)
