@@ -10,8 +10,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from neuroada_jax.bypass import Tree
-from neuroada_jax.decoding import Decoder, is_end, reorder_rows, repeat_rows
-from neuroada_jax.models.llama import Cache
+from neuroada_jax.decoding import Caches, Decoder, is_end, prefill, present, reorder_rows, repeat_rows
 from neuroada_jax.sampling import Decoding, process
 
 _NEVER = -1e9  # the score of what is not to be chosen, as in transformers: a sum with it is still a number
@@ -29,7 +28,7 @@ class Search(NamedTuple):
       full: which of `ended` hold a hypothesis, bool (B, W).
       improvable: whether a hypothesis that goes on may yet be better than those that have ended, bool (B,).
       open: whether the search goes on, bool (B,).
-      cache: of the hypotheses that go on, B * W rows.
+      caches: of the hypotheses that go on, B * W rows.
     """
 
     number: Array
@@ -40,7 +39,7 @@ class Search(NamedTuple):
     full: Array
     improvable: Array
     open: Array
-    cache: Cache
+    caches: Caches
 
 
 @functools.partial(jax.jit, static_argnames=("module", "slots", "decoding", "eos_ids"))
@@ -71,9 +70,8 @@ def search(
     """
     batch, width = ids.shape
     beams = decoding.beams
-    decoder = Decoder(module, params, width - lengths, width)
-    logits, cache = decoder.prefill(ids, slots)
-    each = Decoder(module, params, jnp.repeat(decoder.start, beams), width)
+    logits, caches = prefill(module, params, ids, lengths, slots)
+    decoder = Decoder.make(module, params, jnp.repeat(width - lengths, beams))
     tokens = jnp.full((batch, beams, slots), -1, jnp.int32).at[:, :, :width].set(ids[:, None, :])
     never = jnp.full((batch, beams), _NEVER, jnp.float32)
     state = Search(
@@ -85,15 +83,15 @@ def search(
         full=jnp.zeros((batch, beams), bool),
         improvable=jnp.ones((batch,), bool),
         open=lengths > 0,
-        cache=repeat_rows(cache, beams),
+        caches=repeat_rows(caches, beams),
     )
-    state = _advance(state, jnp.repeat(logits, beams, axis=0), each, limit, decoding, eos_ids)
+    state = _advance(state, jnp.repeat(logits, beams, axis=0), decoder.start, width, limit, decoding, eos_ids)
 
     def body(state: Search) -> Search:
         end = width + state.number
         last = lax.dynamic_slice_in_dim(state.tokens, end - 1, 1, axis=2).reshape(-1)
-        logits, cache = each.step(last, end, state.cache)
-        return _advance(state._replace(cache=cache), logits, each, limit, decoding, eos_ids)
+        logits, caches = decoder.step(last, end, state.caches)
+        return _advance(state._replace(caches=caches), logits, decoder.start, width, limit, decoding, eos_ids)
 
     return lax.while_loop(lambda state: jnp.any(state.open), body, state).ended[:, 0]
 
@@ -101,17 +99,18 @@ def search(
 def _advance(
     state: Search,
     logits: Float[Array, "R V"],
-    decoder: Decoder,
+    start: Int[Array, "R"],
+    width: int,
     limit: Int[Array, ""],
     decoding: Decoding,
     eos_ids: tuple[int, ...],
 ) -> Search:
     """The search after one more token, given the logits of all B * W hypotheses."""
     batch, beams, slots = state.tokens.shape
-    end = decoder.width + state.number
+    end = width + state.number
     flat = state.tokens.reshape(batch * beams, slots)
     log_probabilities = jax.nn.log_softmax(logits, axis=-1)
-    log_probabilities = process(log_probabilities, flat, decoder.present(slots, end), end, decoding)
+    log_probabilities = process(log_probabilities, flat, present(start, slots, end), end, decoding)
     vocabulary = logits.shape[1]
     total = log_probabilities.reshape(batch, beams, vocabulary) + state.scores[:, :, None]
     # So many that `beams` go on even if every end token comes first in each of them.
@@ -139,7 +138,7 @@ def _advance(
         full=jnp.where(was_open, full, state.full),
         improvable=improvable,
         open=state.open & going_on,
-        cache=reorder_rows(state.cache, rows.reshape(-1), decoder.width),
+        caches=reorder_rows(state.caches, rows.reshape(-1), width),
     )
 
 

@@ -13,23 +13,32 @@ from jaxtyping import Array, Int
 
 from neuroada_jax import beams
 from neuroada_jax.bypass import Tree
-from neuroada_jax.decoding import Decoder, is_end
+from neuroada_jax.decoding import Caches, Decoder, is_end, prefill, present
 from neuroada_jax.errors import UserError
 from neuroada_jax.models import Model
-from neuroada_jax.models.llama import Cache
 from neuroada_jax.sampling import GREEDY, Decoding, choose, process
 
 _STOP_EVERY = 16  # tokens between two looks for stop strings, which need the text and so the host
 
 
 class State(NamedTuple):
-    """Batch after `number` tokens; row r's tokens (S slots, -1 from its end on), whether it ended, its random key."""
+    """A batch (B rows, S slots) in the middle of its work.
 
-    number: Array
+    Attributes:
+      tokens: prompts, padded on the left, and what follows, int32 (B, S); -1 from a row's end on.
+      start: the slot with which each row's prompt begins, int32 (B,).
+      end: the slot of the next token, int32.
+      done: whether a row has ended, bool (B,).
+      keys: what each row draws with (B,).
+      caches: keys and values of all tokens but the last.
+    """
+
     tokens: Array
+    start: Array
+    end: Array
     done: Array
     keys: Array
-    cache: Cache
+    caches: Caches
 
 
 @functools.partial(jax.jit, static_argnames=("module", "slots", "decoding", "eos_ids"))
@@ -45,50 +54,37 @@ def _start(
     decoding: Decoding,
     eos_ids: tuple[int, ...],
 ) -> State:
-    """Reads left-padded prompts (B, T) and chooses the first token; `prompts` numbers them, for their random keys."""
+    """Reads left-padded prompts and chooses the first token; `prompts` numbers them, for their random keys."""
     batch, width = ids.shape
-    decoder = Decoder(module, params, width - lengths, width)
-    logits, cache = decoder.prefill(ids, slots)
+    logits, caches = prefill(module, params, ids, lengths, slots)
     tokens = jnp.full((batch, slots), -1, jnp.int32).at[:, :width].set(ids)
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), prompts)
     # Rows that only fill the batch have no tokens and count as done.
-    state = State(jnp.int32(0), tokens, lengths == 0, keys, cache)
-    return _advance(state, logits, decoder, decoding, eos_ids)
+    state = State(tokens, width - lengths, jnp.int32(width), lengths == 0, keys, caches)
+    return _advance(state, logits, decoding, eos_ids)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("module", "width", "decoding", "eos_ids"), donate_argnames="state", keep_unused=True
-)
+@functools.partial(jax.jit, static_argnames=("module", "decoding", "eos_ids"), donate_argnames="state")
 def _continue(
-    module: nn.Module,
-    params: Tree,
-    state: State,
-    lengths: Int[Array, "B"],
-    until: Int[Array, ""],
-    *,
-    width: int,
-    decoding: Decoding,
-    eos_ids: tuple[int, ...],
+    module: nn.Module, params: Tree, state: State, until: Int[Array, ""], *, decoding: Decoding, eos_ids: tuple[int, ...]
 ) -> State:
-    """Goes on until there are `until` tokens or every row has ended."""
-    decoder = Decoder(module, params, width - lengths, width)
+    """Goes on until slot `until` is next or every row has ended."""
+    decoder = Decoder.make(module, params, state.start)
 
     def body(state: State) -> State:
-        end = width + state.number
-        last = lax.dynamic_slice_in_dim(state.tokens, end - 1, 1, axis=1)[:, 0]
-        logits, cache = decoder.step(last, end, state.cache)
-        return _advance(state._replace(cache=cache), logits, decoder, decoding, eos_ids)
+        last = lax.dynamic_slice_in_dim(state.tokens, state.end - 1, 1, axis=1)[:, 0]
+        logits, caches = decoder.step(last, state.end, state.caches)
+        return _advance(state._replace(caches=caches), logits, decoding, eos_ids)
 
-    return lax.while_loop(lambda state: (state.number < until) & ~jnp.all(state.done), body, state)
+    return lax.while_loop(lambda state: (state.end < until) & ~jnp.all(state.done), body, state)
 
 
-def _advance(state: State, logits: Array, decoder: Decoder, decoding: Decoding, eos_ids: tuple[int, ...]) -> State:
-    end = decoder.width + state.number
-    present = decoder.present(state.tokens.shape[1], end)
-    token = choose(process(logits, state.tokens, present, end, decoding), decoding, state.keys, state.number)
-    tokens = lax.dynamic_update_slice(state.tokens, jnp.where(state.done, -1, token)[:, None], (0, end))
-    done = state.done | is_end(token, eos_ids)
-    return state._replace(number=state.number + 1, tokens=tokens, done=done)
+def _advance(state: State, logits: Array, decoding: Decoding, eos_ids: tuple[int, ...]) -> State:
+    seen = present(state.start, state.tokens.shape[1], state.end)
+    number = state.end - state.start  # of the token in its row, so that padding does not matter
+    token = choose(process(logits, state.tokens, seen, state.end, decoding), decoding, state.keys, number)
+    tokens = lax.dynamic_update_slice(state.tokens, jnp.where(state.done, -1, token)[:, None], (0, state.end))
+    return state._replace(tokens=tokens, end=state.end + 1, done=state.done | is_end(token, eos_ids))
 
 
 def bucket(length: int) -> int:
@@ -179,7 +175,7 @@ def _decode(
     """One batch: the new tokens, int32 (B, N) with -1 from each row's end on."""
     module, width = model.module(), ids.shape[1]
     settings: dict[str, Any] = {"decoding": decoding.compiled(), "eos_ids": eos_ids}
-    slots = width + bucket(limit)
+    slots = bucket(width + limit)
     if decoding.beams > 1:
         return np.asarray(beams.search(module, params, ids, lengths, np.int32(limit), slots=slots, **settings))[:, width:]
     numbers = np.zeros(lengths.shape, np.int32)
@@ -187,10 +183,9 @@ def _decode(
     seed = np.uint32(decoding.seed or 0)
     state = _start(module, params, ids, lengths, numbers, seed, slots=slots, **settings)
     for until in [*range(_STOP_EVERY, limit, _STOP_EVERY), limit] if decoding.stop else [limit]:
-        state = _continue(module, params, state, lengths, np.int32(until), width=width, **settings)
+        state = _continue(module, params, state, np.int32(width + until), **settings)
         if decoding.stop and until < limit:
-            done = np.array(state.done)
-            tokens = np.asarray(state.tokens)[:, width:]
+            done, tokens = np.array(state.done), np.array(state.tokens)[:, width:]  # copies: the state is donated
             for row in np.flatnonzero(~done):
                 done[row] = stops.found(tokens[row])
             if done.all():

@@ -161,16 +161,18 @@ def warp(logits: Float[Array, "R V"], decoding: Decoding) -> Float[Array, "R V"]
     return logits
 
 
-def choose(logits: Float[Array, "R V"], decoding: Decoding, keys: Key[Array, "R"], number: Int[Array, ""]) -> Int[Array, "R"]:
+def choose(
+    logits: Float[Array, "R V"], decoding: Decoding, keys: Key[Array, "R"], numbers: Int[Array, "R"]
+) -> Int[Array, "R"]:
     """The next token of every row, int32.
 
     Args:
       logits: as `process` returns them.
       decoding: greedy or sampling.
       keys: a key for each row, so that what a row draws does not depend on the others.
-      number: of the token, from 0; every token of a row is drawn anew.
+      numbers: of the token in its row; every token of a row is drawn anew.
     """
     if not decoding.samples:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, number)
+    keys = jax.vmap(jax.random.fold_in)(keys, numbers)
     return jax.vmap(jax.random.categorical)(keys, warp(logits, decoding)).astype(jnp.int32)

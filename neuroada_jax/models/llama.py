@@ -5,7 +5,7 @@ layers. Module names are those of the Hugging Face checkpoint without the layer'
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -235,6 +235,21 @@ class LlamaModel(nn.Module):
         (x, cache), _ = self.layers((self.embed_tokens(ids), cache), scanned, cos, sin, masks)
         return self.norm(x), cache
 
+    def one_by_one(
+        self, ids: Array, positions: Array, mask: Array, caches: Sequence[Cache], params: Sequence[Any]
+    ) -> tuple[Array, list[Cache]]:
+        """As `__call__`, without the scan: the parameters and the cache (L = 1) of every layer are arrays of their own."""
+        c = self.config
+        cos, sin = rotations(c.rope, c.head_dim, positions)
+        masks = self._masks(mask, positions)
+        x, filled = self.embed_tokens(ids), []
+        for cache, own, window in zip(caches, params, c.windows, strict=True):
+            scanned = (jnp.int32(0), jnp.asarray(window is not None))
+            layer = Layer(c, self.remat, parent=None)
+            (x, cache), _ = layer.apply({"params": own}, (x, cache), scanned, cos, sin, masks)
+            filled.append(cache)
+        return self.norm(x), filled
+
     def _masks(self, mask: Array, positions: Array) -> tuple[Array, Array]:
         """The mask (B, T, S) for full and for windowed layers, each (B, 1, T, S).
 
@@ -296,6 +311,21 @@ class LlamaForCausalLM(nn.Module):
         if cache is not None:
             cache = cache._replace(slot=cache.slot + ids.shape[1])
         return hidden, cache
+
+    def one_by_one(
+        self, ids: Array, positions: Array, mask: Array, caches: Sequence[Cache], params: Sequence[Any]
+    ) -> tuple[Array, list[Cache]]:
+        """As `__call__` with a mask, for many steps in a row on a CPU: there a scan copies each layer's weights every time.
+
+        Args:
+          ids: int32 tokens (B, T).
+          positions: int32 (B, T).
+          mask: bool (B, T, S), as in `__call__`.
+          caches: one for each layer, with L = 1.
+          params: of each layer; those of the module itself are used for all else.
+        """
+        hidden, filled = self.model.one_by_one(ids, positions, mask, caches, params)
+        return hidden, [cache._replace(slot=cache.slot + ids.shape[1]) for cache in filled]
 
     def unembed(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Logits in the model's dtype."""
