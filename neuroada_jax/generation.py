@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax import lax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, UInt
 
 from neuroada_jax import beams
 from neuroada_jax.bypass import Tree
@@ -48,7 +48,7 @@ def _start(
     ids: Int[Array, "B T"],
     lengths: Int[Array, "B"],
     prompts: Int[Array, "B"],
-    seed: Int[Array, ""],
+    seed: UInt[Array, ""],
     *,
     slots: int,
     decoding: Decoding,
@@ -182,6 +182,8 @@ def _decode(
     numbers[: len(chosen)] = chosen
     seed = np.uint32(decoding.seed or 0)
     state = _start(module, params, ids, lengths, numbers, seed, slots=slots, **settings)
+    if limit == 1:
+        return np.asarray(state.tokens)[:, width:]
     for until in [*range(_STOP_EVERY, limit, _STOP_EVERY), limit] if decoding.stop else [limit]:
         state = _continue(module, params, state, np.int32(width + until), **settings)
         if decoding.stop and until < limit:
