@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import sys
@@ -88,11 +89,21 @@ def _parser() -> argparse.ArgumentParser:
     lm_eval.add_argument("--out", help="JSON file for results, task configs and every row's answer")
     lm_eval.set_defaults(run=_lm_eval)
 
-    generate = commands.add_parser("generate", help="continue a prompt greedily")
+    generate = commands.add_parser("generate", help="continue a prompt: greedily, by sampling or by beam search")
     _model_options(generate)
     generate.add_argument("--prompt", required=True, action="append", help="text to continue; may be given several times")
     generate.add_argument("--style", default="verbatim", help="prompt style: verbatim (default), plain, alpaca, chat")
     generate.add_argument("--max-new-tokens", type=int, default=64, help="longest continuation (default: 64)")
+    generate.add_argument("--temperature", type=float, help="draw at random, with the logits divided by this")
+    generate.add_argument("--top-k", type=int, help="draw at random, from this many likeliest tokens")
+    generate.add_argument("--top-p", type=float, help="draw at random, from the likeliest with this probability together")
+    generate.add_argument("--seed", type=int, help="of what is drawn (default: 0)")
+    generate.add_argument("--beams", type=int, default=1, help="hypotheses of a beam search (default: 1, none)")
+    generate.add_argument("--length-penalty", type=float, default=1.0, help="above 0 favours longer hypotheses (default: 1)")
+    generate.add_argument("--early-stopping", action="store_true", help="end a search once as many as --beams have ended")
+    generate.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: what was said is less likely")
+    generate.add_argument("--no-repeat-ngram", type=int, default=0, help="so many tokens in a row never come twice")
+    generate.add_argument("--stop", action="append", default=[], help="text that ends a continuation; may be repeated")
     generate.set_defaults(run=_generate)
 
     plan = commands.add_parser("plan", help="what a config would need of a machine; reads no weights, runs nothing")
@@ -280,8 +291,11 @@ def _lm_eval(parsed: argparse.Namespace) -> None:
 
 def _generate(parsed: argparse.Namespace) -> None:
     from neuroada_jax import data, evaluation
-    from neuroada_jax.generation import generate
+    from neuroada_jax.generation import before_stop, generate
+    from neuroada_jax.sampling import Decoding
 
+    fields = {field.name: getattr(parsed, field.name) for field in dataclasses.fields(Decoding)}
+    decoding = Decoding(**{**fields, "stop": tuple(parsed.stop)})
     base, params, tokenizer = _load(parsed)
     prompts = [data.encode_prompt({"prompt": prompt}, parsed.style, tokenizer) for prompt in parsed.prompt]
     outputs = generate(
@@ -290,8 +304,10 @@ def _generate(parsed: argparse.Namespace) -> None:
         prompts,
         max_new_tokens=parsed.max_new_tokens,
         eos_ids=evaluation.end_tokens(base, tokenizer),
+        decoding=decoding,
+        decode=tokenizer.decode,
     )
-    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in outputs]
+    texts = [before_stop(tokenizer.decode(ids, skip_special_tokens=True), decoding.stop) for ids in outputs]
     if parsed.json:
         pairs = zip(parsed.prompt, texts, outputs, strict=True)
         _print_json({"generations": [{"prompt": p, "text": text, "tokens": len(ids)} for p, text, ids in pairs]})

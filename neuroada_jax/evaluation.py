@@ -17,10 +17,11 @@ from neuroada_jax import data, files
 from neuroada_jax.batches import Batch, Batches
 from neuroada_jax.bypass import Tree
 from neuroada_jax.errors import UserError
-from neuroada_jax.generation import generate
+from neuroada_jax.generation import before_stop, generate
 from neuroada_jax.losses import target_losses
 from neuroada_jax.prompts import PromptStyle
 from neuroada_jax.rows import Rows, rows_from_list
+from neuroada_jax.sampling import GREEDY, Decoding
 from neuroada_jax.tasks import Task
 from neuroada_jax.weights import LoadedModel
 
@@ -91,6 +92,7 @@ def evaluate(
     style: PromptStyle,
     method: str = "generate",
     max_new_tokens: int = 32,
+    decoding: Decoding = GREEDY,
     batch_size: int = 16,
     on_progress: Progress | None = None,
 ) -> Score:
@@ -103,8 +105,9 @@ def evaluate(
       rows: raw rows of the task.
       task: how to prompt and how to read answers.
       style: prompt style.
-      method: "generate" decodes greedily and extracts the answer; "choices" takes the likeliest of the task's answers.
+      method: "generate" continues the prompt and extracts the answer; "choices" takes the likeliest of the task's answers.
       max_new_tokens: for "generate".
+      decoding: for "generate"; greedy by default.
       batch_size: prompts, or (row, choice) pairs, at a time.
       on_progress: called with (done, in all).
 
@@ -122,10 +125,12 @@ def evaluate(
             prompts,
             max_new_tokens=max_new_tokens,
             eos_ids=end_tokens(base, tokenizer),
+            decoding=decoding,
+            decode=tokenizer.decode,
             batch_size=batch_size,
             on_progress=on_progress,
         )
-        texts = [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in outputs]
+        texts = [before_stop(str(tokenizer.decode(ids, skip_special_tokens=True)), decoding.stop) for ids in outputs]
         predictions = [{"generation": text, "prediction": task.extract(text)} for text in texts]
     for i, prediction in enumerate(predictions):
         answer = converted.rows[i]["answer"].strip()

@@ -26,7 +26,17 @@ LEVELS = [
         "roofline",
         "linen",
     },
-    {"losses", "weights", "tasks", "generation", "inspection", "formats"},
+    {
+        "losses",
+        "weights",
+        "tasks",
+        "generation",
+        "sampling",
+        "decoding",
+        "beams",
+        "inspection",
+        "formats",
+    },
     {"training", "evaluation", "checkpoint", "planning", "harness"},
     {"cli"},
 ]

@@ -218,6 +218,20 @@ def test_generate(trained, inputs, neuroada):
     assert code == 0 and out == "\n\n".join(each["text"] for each in merged["generations"]) + "\n"
 
 
+def test_generate_with_settings(trained, inputs, neuroada):
+    arguments = ["generate", "--model", trained / "merged", "--prompt", "after a,", "--max-new-tokens", 6, "--json"]
+
+    def text(*options):
+        return one_object(neuroada(*arguments, *options))["generations"][0]["text"]
+
+    drawn = {text("--temperature", 5, "--seed", seed) for seed in range(4)}
+    assert len(drawn) > 1 and text("--temperature", 5, "--seed", 3) in drawn
+    assert text("--top-k", 1) == text()
+    assert text("--beams", 3, "--length-penalty", 2, "--early-stopping", "--no-repeat-ngram", 1)
+    said = text("--repetition-penalty", 1.5)
+    assert text("--repetition-penalty", 1.5, "--stop", said[2:4], "--stop", "never") == said[: said.index(said[2:4])]
+
+
 def test_inspect(trained, inputs, neuroada):
     model = one_object(neuroada("inspect", inputs[0], "--k", 3, "--json"))
     assert model["kind"] == "model" and model["values"] == 2 * 3 * NEURONS and len(model["modules"]) == 14
@@ -419,6 +433,11 @@ def test_bad_arguments_of_the_other_commands(trained, tmp_path, inputs, neuroada
         (["generate", *model, "--prompt", "a", "--style", "fancy"], "prompt style: found 'fancy'"),
         (["generate", *model, "--prompt", "a", "--max-new-tokens", 0], "max_new_tokens: expected at least 1, found 0"),
         (["generate", *model, "--prompt", "a", "--max-new-tokens", 500], "exceeds the model's 128 positions"),
+        (["generate", *model, "--prompt", "a", "--temperature", 0], "temperature: expected above 0, found 0.0"),
+        (["generate", *model, "--prompt", "a", "--top-p", 0.9, "--beams", 4], "beams: a search with 4 beams draws nothing"),
+        (["generate", *model, "--prompt", "a", "--seed", 1], "seed: nothing is drawn at random"),
+        (["generate", *model, "--prompt", "a", "--early-stopping"], "they are for a beam search"),
+        (["generate", *model, "--prompt", "a", "--stop", ""], "stop: found an empty text"),
         (["generate", *model, "--prompt", "a", "--adapter", tmp_path], "no adapter here (adapter.json is missing)"),
         (["evaluate", *model, "--data", inputs[1], "--task", "sst"], "--task: unknown task 'sst'"),
         (["evaluate", *model, "--data", inputs[1], "--method", "choices"], "has no fixed answers"),

@@ -254,6 +254,23 @@ def _attend_again(query: Array, key: Array, value: Array, mask: Array | None) ->
     return jax.checkpoint(attend, prevent_cse=False)(query, key, value)
 
 
+def cached_attention(
+    query: Float[Array, "B T H N"],
+    key: Float[Array, "B K S N"],
+    value: Float[Array, "B K S N"],
+    *,
+    mask: Bool[Array, "B 1 T S"],
+) -> Float[Array, "B T H N"]:
+    """As `attention` with a mask, on keys and values that lie as a cache has them, so that no step transposes them."""
+    batch, tokens, heads, size = query.shape
+    wide = ops.wide_dtype(query.dtype)
+    grouped = query.reshape(batch, tokens, key.shape[1], heads // key.shape[1], size)
+    logits = jnp.einsum("btkgn,bksn->bkgts", grouped, key, preferred_element_type=wide) * size**-0.5
+    logits = jnp.where(mask[:, :, None], logits, jnp.finfo(wide).min)
+    probabilities = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
+    return jnp.einsum("bkgts,bksn->btkgn", probabilities, value).reshape(query.shape)
+
+
 def attention_with_dropout(
     query: Float[Array, "B T H N"],
     key: Float[Array, "B S H N"],

@@ -5,7 +5,7 @@ layers. Module names are those of the Hugging Face checkpoint without the layer'
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -108,7 +108,7 @@ def _windows(config: Mapping[str, Any], num_layers: int) -> tuple[int | None, ..
 
 
 class Cache(NamedTuple):
-    """Keys and values of the positions seen so far: two (L, B, S, K, N) arrays and the next free slot, an int32 scalar."""
+    """Keys and values of the positions seen so far: two (L, B, K, S, N) arrays and the next free slot, an int32 scalar."""
 
     keys: Array
     values: Array
@@ -117,7 +117,7 @@ class Cache(NamedTuple):
 
 def empty_cache(config: LlamaConfig, batch: int, slots: int) -> Cache:
     """A cache of `slots` positions for `batch` sequences, in the model's dtype."""
-    shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
+    shape = (config.num_layers, batch, config.num_kv_heads, slots, config.head_dim)
     return Cache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype), jnp.zeros((), jnp.int32))
 
 
@@ -147,14 +147,16 @@ class SelfAttention(nn.Module):
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         if cache is not None:
             # The stacked cache travels as the scan's carry and is written at one layer's slot, in place under jit.
-            at = (layer, 0, cache.slot, 0, 0)
-            keys = lax.dynamic_update_slice(cache.keys, key[None], at)
-            values = lax.dynamic_update_slice(cache.values, value[None], at)
+            at = (layer, 0, 0, cache.slot, 0)
+            keys = lax.dynamic_update_slice(cache.keys, jnp.swapaxes(key, 1, 2)[None], at)
+            values = lax.dynamic_update_slice(cache.values, jnp.swapaxes(value, 1, 2)[None], at)
             cache = cache._replace(keys=keys, values=values)
             key = lax.dynamic_index_in_dim(keys, layer, keepdims=False)
             value = lax.dynamic_index_in_dim(values, layer, keepdims=False)
-        window = c.windows[0] if mask is None else None  # one window for all layers, or a mask
-        y = layers.attention(query, key, value, mask=mask, causal=cache is None, window=window)
+            y = layers.cached_attention(query, key, value, mask=mask)
+        else:
+            window = c.windows[0] if mask is None else None  # one window for all layers, or a mask
+            y = layers.attention(query, key, value, mask=mask, causal=True, window=window)
         y = layers.saved(y.reshape(*x.shape[:2], c.num_heads * c.head_dim))
         return BypassDense(c.hidden_size, c.output_bias, c.dtype, name="o_proj")(y), cache
 
@@ -233,6 +235,21 @@ class LlamaModel(nn.Module):
         (x, cache), _ = self.layers((self.embed_tokens(ids), cache), scanned, cos, sin, masks)
         return self.norm(x), cache
 
+    def one_by_one(
+        self, ids: Array, positions: Array, mask: Array, caches: Sequence[Cache], params: Sequence[Any]
+    ) -> tuple[Array, list[Cache]]:
+        """As `__call__`, without the scan: the parameters and the cache (L = 1) of every layer are arrays of their own."""
+        c = self.config
+        cos, sin = rotations(c.rope, c.head_dim, positions)
+        masks = self._masks(mask, positions)
+        x, filled = self.embed_tokens(ids), []
+        for cache, own, window in zip(caches, params, c.windows, strict=True):
+            scanned = (jnp.int32(0), jnp.asarray(window is not None))
+            layer = Layer(c, self.remat, parent=None)
+            (x, cache), _ = layer.apply({"params": own}, (x, cache), scanned, cos, sin, masks)
+            filled.append(cache)
+        return self.norm(x), filled
+
     def _masks(self, mask: Array, positions: Array) -> tuple[Array, Array]:
         """The mask (B, T, S) for full and for windowed layers, each (B, 1, T, S).
 
@@ -287,13 +304,28 @@ class LlamaForCausalLM(nn.Module):
         if positions is None:
             positions = jnp.broadcast_to(own[None], ids.shape)
         if mask is None and cache is not None:
-            slots = jnp.arange(cache.keys.shape[2], dtype=jnp.int32)
+            slots = jnp.arange(cache.keys.shape[3], dtype=jnp.int32)
             causal = slots[None, None, :] <= own[None, :, None]
             mask = jnp.broadcast_to(causal, (*ids.shape, slots.size))
         hidden, cache = self.model(ids, positions, mask, cache)
         if cache is not None:
             cache = cache._replace(slot=cache.slot + ids.shape[1])
         return hidden, cache
+
+    def one_by_one(
+        self, ids: Array, positions: Array, mask: Array, caches: Sequence[Cache], params: Sequence[Any]
+    ) -> tuple[Array, list[Cache]]:
+        """As `__call__` with a mask, for many steps in a row on a CPU: there a scan copies each layer's weights every time.
+
+        Args:
+          ids: int32 tokens (B, T).
+          positions: int32 (B, T).
+          mask: bool (B, T, S), as in `__call__`.
+          caches: one for each layer, with L = 1.
+          params: of each layer; those of the module itself are used for all else.
+        """
+        hidden, filled = self.model.one_by_one(ids, positions, mask, caches, params)
+        return hidden, [cache._replace(slot=cache.slot + ids.shape[1]) for cache in filled]
 
     def unembed(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Logits in the model's dtype."""

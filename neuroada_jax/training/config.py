@@ -14,6 +14,7 @@ from pydantic.dataclasses import dataclass
 from neuroada_jax.errors import UserError
 from neuroada_jax.models import Remat
 from neuroada_jax.prompts import PromptStyle
+from neuroada_jax.sampling import Decoding
 from neuroada_jax.tasks import TASKS
 
 _STRICT = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -118,6 +119,17 @@ class TrainingSection:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class GenerationSection(Decoding):
+    """How answers are generated, with the fields of `sampling.Decoding`; greedily where it is left out."""
+
+    def __post_init__(self) -> None:
+        try:
+            super().__post_init__()
+        except UserError as error:
+            raise ValueError(str(error)) from error
+
+
+@dataclass(frozen=True, config=_STRICT)
 class EvaluationSet:
     """Rows to score, read as the rows of `task`."""
 
@@ -129,6 +141,11 @@ class EvaluationSet:
     limit: int | None = pydantic.Field(default=None, gt=0)
     method: Literal["generate", "choices"] = "generate"  # choices: the likeliest of the task's answers
     max_new_tokens: int = pydantic.Field(default=32, gt=0)
+    generation: GenerationSection = dataclasses.field(default_factory=GenerationSection)
+
+    def __post_init__(self) -> None:
+        if self.method == "choices" and self.generation != GenerationSection():
+            raise ValueError("generation: method 'choices' generates nothing; leave one out")
 
 
 @dataclass(frozen=True, config=_STRICT)

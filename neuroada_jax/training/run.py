@@ -51,6 +51,7 @@ def evaluate_sets(
                 style=_style(each, config),
                 method=each.method,
                 max_new_tokens=each.max_new_tokens,
+                decoding=each.generation,
                 batch_size=config.evaluation.batch_size,
                 on_progress=console.reporter(shown),
             )

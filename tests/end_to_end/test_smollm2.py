@@ -17,7 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from neuroada_jax import bypass, models, weights
 from neuroada_jax.bypass import Bypass
 from neuroada_jax.formats import huggingface, native
+from neuroada_jax.generation import generate
 from neuroada_jax.models import LLAMA_TARGETS
+from neuroada_jax.sampling import Decoding
 from neuroada_jax.tokenizer import load_tokenizer
 
 PROMPTS = [
@@ -109,6 +111,36 @@ def test_a_merged_bypass_is_the_same_model_in_pytorch(base, smollm2_gguf, tmp_pa
     reference, tokenizer = pytorch(tmp_path / "merged")
     assert_same_logits(base.model, params, reference, tokenizer)
     assert_same_texts(tmp_path / "merged", reference, tokenizer, PROMPTS[:3], 12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("settings", "theirs"),
+    [
+        ({}, {}),
+        ({"beams": 4, "early_stopping": True}, {"num_beams": 4, "early_stopping": True}),
+        (
+            {"beams": 4, "length_penalty": 0.6, "repetition_penalty": 1.2, "no_repeat_ngram": 3},
+            {"num_beams": 4, "length_penalty": 0.6, "repetition_penalty": 1.2, "no_repeat_ngram_size": 3},
+        ),
+    ],
+    ids=["greedy", "beams", "beams without repetition"],
+)
+def test_continuations_equal_pytorch_token_for_token(base, smollm2_gguf, tmp_path, settings, theirs):
+    huggingface.save(tmp_path / "model", base, base.params, load_tokenizer(str(smollm2_gguf)))
+    reference, tokenizer = pytorch(tmp_path / "model")
+    prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    eos_ids = [tokenizer.eos_token_id]
+    options = {"max_new_tokens": 64, "eos_ids": eos_ids, "decoding": Decoding(**settings), "batch_size": 10}
+    got = generate(base.model, base.params, prompts, **options)
+    for prompt, ids in zip(prompts, got, strict=True):
+        inputs = {"input_ids": torch.tensor([prompt]), "attention_mask": torch.ones((1, len(prompt)), dtype=torch.long)}
+        out = reference.generate(
+            **inputs, do_sample=False, max_new_tokens=64, pad_token_id=0, eos_token_id=eos_ids, **theirs
+        )
+        want = out[0, len(prompt) :].tolist()
+        want = want[: next((at for at, token in enumerate(want) if token in eos_ids), len(want))]
+        assert ids == want, tokenizer.decode(prompt)
 
 
 @pytest.mark.slow

@@ -133,6 +133,34 @@ def test_official_fidelity_leaves_no_choice_of_the_optimiser(field, value, neede
     config.from_dict(with_field(f"optimizer.{field}", needed) | {"fidelity": "official"}, "here")
 
 
+def with_set(**fields: object) -> dict:
+    return {**MINIMAL, "evaluation": {"sets": [{"name": "s", "data": "d", **fields}]}}
+
+
+def test_an_evaluation_set_says_how_it_generates(tmp_path):
+    beams = {"beams": 4, "early_stopping": True, "length_penalty": 2, "stop": ["\n"]}
+    loaded = config.from_dict(with_set(generation=beams), "here")
+    assert loaded.evaluation.sets[0].generation == config.GenerationSection(
+        beams=4, early_stopping=True, length_penalty=2.0, stop=("\n",)
+    )
+    assert config.load(write(tmp_path, config.to_yaml(loaded))) == loaded
+    assert config.from_dict(with_set(), "here").evaluation.sets[0].generation == config.GenerationSection()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"generation": {"beam": 4}}, ".generation.beam: unknown field; did you mean 'beams'?"),
+        ({"generation": {"beams": 0}}, ".generation: beams: expected at least 1, found 0"),
+        ({"generation": {"beams": 4, "top_k": 3}}, ".generation: beams: a search with 4 beams draws nothing at random"),
+        ({"generation": {"beams": "4"}}, ".generation.beams: input should be a valid integer, found '4'"),
+        ({"method": "choices", "generation": {"beams": 4}}, ": generation: method 'choices' generates nothing"),
+    ],
+)
+def test_generation_settings_that_make_no_sense(fields, message):
+    assert message_of(config.from_dict, with_set(**fields), "here").startswith(f"here: evaluation.sets.0{message}")
+
+
 def test_required_fields():
     for path in ("name", "model", "data", "optimizer", "training"):
         content = {key: value for key, value in MINIMAL.items() if key != path}

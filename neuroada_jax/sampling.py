@@ -1,0 +1,178 @@
+"""How the next token is chosen: the settings, what changes the logits before the choice, and the choice itself.
+
+The functions on logits do what transformers' logits processors of the same names do, in the order in which it applies them.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from neuroada_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """How continuations are found; by default the likeliest token is taken each time (greedy).
+
+    With any of `temperature`, `top_k` and `top_p`, tokens are drawn at random. With `beams` above 1, it is a search for the
+    likeliest continuation as a whole. The meaning of each setting is that of transformers' generation settings.
+
+    Attributes:
+      temperature: divides the logits, above 0.
+      top_k: draws from this many likeliest tokens only.
+      top_p: draws from the likeliest tokens that have this probability together, above 0 and at most 1.
+      seed: of the random draws; 0 where None.
+      beams: hypotheses kept of each prompt.
+      length_penalty: a hypothesis's log-probability is divided by its length to this power; above 0 favours longer ones.
+      early_stopping: whether a prompt's search ends as soon as `beams` hypotheses have ended. Where not, it goes on while a
+        better one seems possible, or with "never" while one is possible.
+      repetition_penalty: makes tokens that occurred already, in the prompt too, less likely; 1 is none.
+      no_repeat_ngram: no sequence of this many tokens occurs twice; 0 is no such rule.
+      stop: texts that end a continuation; they are not part of it.
+    """
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
+    repetition_penalty: float = 1.0
+    no_repeat_ngram: int = 0
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raises UserError for values out of range and for settings that contradict each other."""
+        if self.temperature is not None and not self.temperature > 0:
+            raise UserError(f"temperature: expected above 0, found {self.temperature}; leave it out for greedy decoding")
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"top_k: expected at least 1, found {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError(f"top_p: expected above 0 and at most 1, found {self.top_p}")
+        if self.seed is not None and not 0 <= self.seed < 2**32:
+            raise UserError(f"seed: expected at least 0 and below 2^32, found {self.seed}")
+        if self.beams < 1:
+            raise UserError(f"beams: expected at least 1, found {self.beams}")
+        if not self.repetition_penalty > 0:
+            raise UserError(f"repetition_penalty: expected above 0, found {self.repetition_penalty}")
+        if self.no_repeat_ngram < 0:
+            raise UserError(f"no_repeat_ngram: expected at least 0, found {self.no_repeat_ngram}")
+        if "" in self.stop:
+            raise UserError("stop: found an empty text, which would end every continuation at once")
+        if self.samples and self.beams > 1:
+            raise UserError(
+                f"beams: a search with {self.beams} beams draws nothing at random; leave out beams, or temperature, top_k "
+                "and top_p"
+            )
+        if self.seed is not None and not self.samples:
+            raise UserError("seed: nothing is drawn at random; give temperature, top_k or top_p too")
+        if self.beams == 1 and (self.length_penalty != 1.0 or self.early_stopping is not False):
+            raise UserError("length_penalty, early_stopping: they are for a beam search; give beams above 1 too")
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are drawn at random."""
+        return any(value is not None for value in (self.temperature, self.top_k, self.top_p))
+
+    def compiled(self) -> "Decoding":
+        """What a compiled program depends on: neither the seed nor the stop strings."""
+        return dataclasses.replace(self, seed=None, stop=())
+
+
+GREEDY = Decoding()
+
+
+def penalise_repetition(
+    logits: Float[Array, "R V"], tokens: Int[Array, "R S"], present: Bool[Array, "R S"], penalty: float
+) -> Float[Array, "R V"]:
+    """Divides positive logits of the tokens that are present by `penalty` and multiplies negative ones by it."""
+    rows = jnp.arange(logits.shape[0])[:, None]
+    vocabulary = logits.shape[1]
+    seen = jnp.zeros(logits.shape, bool).at[rows, jnp.where(present, tokens, vocabulary)].set(True, mode="drop")
+    return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def forbid_repeated_ngrams(
+    logits: Float[Array, "R V"], tokens: Int[Array, "R S"], present: Bool[Array, "R S"], end: Int[Array, ""], size: int
+) -> Float[Array, "R V"]:
+    """Minus infinity for every token that would complete a sequence of `size` tokens for the second time.
+
+    Args:
+      logits: of the next token.
+      tokens: what each row holds; its present slots are consecutive.
+      present: the slots that hold a token.
+      end: the slot behind the last token, the same for all rows.
+      size: above 0.
+    """
+    rows, slots = tokens.shape
+    windows = max(slots - size + 1, 0)  # a window's last token is the one that it would forbid
+    matches = present[:, :windows] & (jnp.arange(windows)[None, :] + size <= end)
+    for offset in range(size - 1):
+        suffix = jnp.take(tokens, end - (size - 1) + offset, axis=1, mode="clip")
+        matches &= tokens[:, offset : offset + windows] == suffix[:, None]
+    completing = jnp.where(matches, tokens[:, size - 1 :][:, :windows], logits.shape[1])
+    forbidden = jnp.zeros(logits.shape, bool).at[jnp.arange(rows)[:, None], completing].set(True, mode="drop")
+    return jnp.where(forbidden, -jnp.inf, logits)
+
+
+def process(
+    logits: Float[Array, "R V"],
+    tokens: Int[Array, "R S"],
+    present: Bool[Array, "R S"],
+    end: Int[Array, ""],
+    decoding: Decoding,
+) -> Float[Array, "R V"]:
+    """Logits, or log-probabilities of a beam search, after the two rules against repetition."""
+    if decoding.repetition_penalty != 1.0:
+        logits = penalise_repetition(logits, tokens, present, decoding.repetition_penalty)
+    if decoding.no_repeat_ngram:
+        logits = forbid_repeated_ngrams(logits, tokens, present, end, decoding.no_repeat_ngram)
+    return logits
+
+
+def keep_top_k(logits: Float[Array, "R V"], k: int) -> Float[Array, "R V"]:
+    """Minus infinity for all but the k largest logits, and those equal to the smallest of them."""
+    smallest = jax.lax.top_k(logits, min(k, logits.shape[1]))[0][:, -1:]
+    return jnp.where(logits < smallest, -jnp.inf, logits)
+
+
+def keep_top_p(logits: Float[Array, "R V"], p: float) -> Float[Array, "R V"]:
+    """Minus infinity for the least likely tokens that have at most the probability 1 - p together; the likeliest stays."""
+    order = jnp.argsort(logits, axis=1)
+    ascending = jnp.take_along_axis(logits, order, axis=1)
+    removed = jnp.cumsum(jax.nn.softmax(ascending, axis=1), axis=1) <= 1 - p
+    removed = removed.at[:, -1].set(False)
+    rows = jnp.arange(logits.shape[0])[:, None]
+    return jnp.where(jnp.zeros(logits.shape, bool).at[rows, order].set(removed), -jnp.inf, logits)
+
+
+def warp(logits: Float[Array, "R V"], decoding: Decoding) -> Float[Array, "R V"]:
+    """The logits that a token is drawn from: divided by the temperature, then cut to top_k, then to top_p."""
+    if decoding.temperature is not None:
+        logits = logits / decoding.temperature
+    if decoding.top_k is not None:
+        logits = keep_top_k(logits, decoding.top_k)
+    if decoding.top_p is not None and decoding.top_p < 1:
+        logits = keep_top_p(logits, decoding.top_p)
+    return logits
+
+
+def choose(
+    logits: Float[Array, "R V"], decoding: Decoding, keys: Key[Array, "R"], numbers: Int[Array, "R"]
+) -> Int[Array, "R"]:
+    """The next token of every row, int32.
+
+    Args:
+      logits: as `process` returns them.
+      decoding: greedy or sampling.
+      keys: a key for each row, so that what a row draws does not depend on the others.
+      numbers: of the token in its row; every token of a row is drawn anew.
+    """
+    if not decoding.samples:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    keys = jax.vmap(jax.random.fold_in)(keys, numbers)
+    return jax.vmap(jax.random.categorical)(keys, warp(logits, decoding)).astype(jnp.int32)
