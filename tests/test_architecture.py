@@ -25,6 +25,7 @@ LEVELS = [
         "targets",
         "roofline",
         "linen",
+        "metrics",
     },
     {"losses", "weights", "tasks", "generation", "inspection", "formats"},
     {"training", "evaluation", "checkpoint", "planning"},
