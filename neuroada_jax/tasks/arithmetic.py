@@ -1,8 +1,9 @@
 """The seven arithmetic tasks, as LLM-Adapters puts them and LoReFT and NeuroAda score them.
 
-The model is trained to write a chain of thought that ends in the answer. By the published rule the last number in it counts,
-right within 0.001; of AQuA's options, the first capital letter A to E anywhere in the text. That second rule is weak: of
-math_10k's own 713 rationales with a letter, it finds the right one in 371. So AQuA is also scored by what the text calls its answer.
+The model is trained to write a chain of thought that ends in the answer. By the published rule the last number in it
+counts, right within 0.001; of AQuA's options, the first capital letter A to E anywhere in the text. That second rule is weak:
+of the 713 rationales with a letter in math_10k, it finds the right one in 371. So AQuA is also scored by what the text calls
+its answer, which finds 680.
 """
 
 import functools
@@ -86,7 +87,8 @@ def _convert(name: str, row: Mapping[str, Any], where: str) -> dict[str, Any]:
         if not isinstance(row.get(column), str):
             also = f" (or {', '.join(columns)}, as on the hub)" if columns else ""
             raise UserError(
-                f"{where}: task {name!r} needs the text columns instruction, output and answer{also}, found {', '.join(row)}"
+                f"{where}: task {name!r} needs the text columns instruction, output and answer{also}, "
+                f"found {', '.join(row)}"
             )
     answer = row["answer"].strip()
     if not (answer in LETTERS and name in (SUITE, "aqua")) and not (_is_number(answer) and name != "aqua"):

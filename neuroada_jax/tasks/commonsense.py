@@ -42,7 +42,9 @@ def _convert(
     return {"instruction": instruction, "output": TRIGGER + answer, "answer": answer}
 
 
-def _task(name: str, choices: tuple[str, ...] = (), original: _Original | None = None, sources: tuple[Source, ...] = ()) -> Task:
+def _task(
+    name: str, choices: tuple[str, ...] = (), original: _Original | None = None, sources: tuple[Source, ...] = ()
+) -> Task:
     return Task(
         name,
         PromptStyle.PLAIN,
@@ -59,7 +61,9 @@ def _labels(word: str, count: int) -> tuple[str, ...]:
     return tuple(f"{word}{number}" for number in range(1, count + 1))
 
 
-def _choose(kind: str, task: str, question: str, options: list[str], right: int, gap: str = " ", end: str = "\n\n") -> tuple[str, str]:
+def _choose(
+    kind: str, task: str, question: str, options: list[str], right: int, gap: str = " ", end: str = "\n\n"
+) -> tuple[str, str]:
     """(instruction, answer) of a question with numbered options; `right` counts from 0."""
     labels = _labels(kind, len(options))
     listed = gap.join(f"{label.capitalize()}: {option}" for label, option in zip(labels, options, strict=True))
