@@ -1,4 +1,4 @@
-"""The command line: neuroada train | evaluate | lm-eval | generate | plan | inspect | merge | export | import."""
+"""The command line: neuroada train | evaluate | tasks | lm-eval | generate | plan | inspect | merge | export | import."""
 
 import argparse
 import contextlib
@@ -67,16 +67,23 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("evaluate", help="score a base model, or one with an adapter, on a file of rows")
     _model_options(evaluate)
-    evaluate.add_argument("--data", required=True, help="rows: a file, a datasets directory or a hub name")
+    evaluate.add_argument("--data", help="rows: a file, a datasets directory or a hub name (default: the task's)")
     evaluate.add_argument("--split", default="test", help="split, where the data has several (default: test)")
     evaluate.add_argument("--task", default="instruct", help="how rows are read (default: instruct)")
     evaluate.add_argument("--style", help="prompt style (default: the task's)")
     evaluate.add_argument("--method", choices=["generate", "choices"], default="generate", help="how answers are found")
     evaluate.add_argument("--limit", type=int, help="score the first rows only")
-    evaluate.add_argument("--max-new-tokens", type=int, default=32, help="longest generation (default: 32)")
+    evaluate.add_argument("--max-new-tokens", type=int, help="longest generation (default: the task's)")
     evaluate.add_argument("--batch-size", type=int, default=16, help="prompts at a time (default: 16)")
-    evaluate.add_argument("--out", help="file for every prediction, as JSON lines")
+    evaluate.add_argument(
+        "--trained-on", metavar="ROWS", help="training rows, to score the questions apart that are there too"
+    )
+    evaluate.add_argument("--out", help="file for every prediction, as JSON lines (default: runs/evaluate/TASK.jsonl)")
     evaluate.set_defaults(run=_evaluate)
+
+    tasks = commands.add_parser("tasks", help="every task with its metric, prompt style and data")
+    tasks.add_argument("--json", action="store_true", help="print one JSON list and nothing else")
+    tasks.set_defaults(run=_tasks)
 
     lm_eval = commands.add_parser("lm-eval", help="score a model on tasks of the lm-evaluation-harness (extra `eval`)")
     _model_options(lm_eval)
@@ -227,13 +234,20 @@ def _evaluate(parsed: argparse.Namespace) -> None:
     from neuroada_jax import evaluation
     from neuroada_jax.prompts import PromptStyle
     from neuroada_jax.rows import load_rows
-    from neuroada_jax.tasks import TASKS
+    from neuroada_jax.tasks import TASKS, Source, overlap
+    from neuroada_jax.training import report
 
     if parsed.task not in TASKS:
         raise UserError(f"--task: unknown task {parsed.task!r}; known: {', '.join(TASKS)}")
     task = TASKS[parsed.task]
     style = PromptStyle(parsed.style or task.style)
-    rows = load_rows(parsed.data, parsed.split, parsed.limit)
+    source = Source(parsed.data, parsed.split) if parsed.data else task.source()
+    rows = load_rows(source.data, source.split, parsed.limit)
+    trained_on = None
+    if parsed.trained_on:
+        trained_on = overlap.questions(
+            evaluation.convert(load_rows(parsed.trained_on), TASKS[task.suite or task.name]).rows
+        )
     base, params, tokenizer = _load(parsed)
     with console.bar("evaluating") as shown:
         score = evaluation.evaluate(
@@ -246,23 +260,39 @@ def _evaluate(parsed: argparse.Namespace) -> None:
             method=parsed.method,
             max_new_tokens=parsed.max_new_tokens,
             batch_size=parsed.batch_size,
+            trained_on=trained_on,
             on_progress=console.reporter(shown),
         )
-    if parsed.out:
-        evaluation.write_predictions(Path(parsed.out), score)
-    result = {
-        "task": parsed.task,
-        "metric": "accuracy",
-        "value": score.accuracy,
-        "n": score.n,
-        "interval": list(score.interval),
-    }
+    out = Path(parsed.out or f"runs/evaluate/{parsed.task}.jsonl")
+    evaluation.write_predictions(out, score)
+    console.say(f"every generation is in {out}")
     if parsed.json:
-        _print_json(result)
+        parts = {name: part._asdict() for name, part in score.parts.items()}
+        found = {
+            "task": parsed.task,
+            "metric": score.metric,
+            "value": score.value,
+            "n": score.n,
+            "interval": score.interval,
+        }
+        more = {"parts": parts, "overlap": score.overlap, "empty": score.empty}
+        _print_json(found | {key: value for key, value in more.items() if value})
     else:
-        low, high = (f"{100 * bound:.1f}" for bound in score.interval)
-        row = (parsed.task, str(score.n), f"{100 * score.accuracy:.1f}", f"{low} to {high}")
-        console.table("accuracy in %", ("task", "n", "accuracy", "95 % interval"), [row])
+        report.print_scores({parsed.task: report.score(None, score)})
+
+
+def _tasks(parsed: argparse.Namespace) -> None:
+    from neuroada_jax import tasks
+
+    found = tasks.listing()
+    if parsed.json:
+        print(json.dumps(found, ensure_ascii=False))
+        return
+    header = ("task", "suite", "model", "metric", "prompt", "data")
+    rows = [
+        (each["task"], each["suite"] or "", each["model"], each["metric"], each["prompt"], each["data"]) for each in found
+    ]
+    console.table("tasks", header, [(*row[:-1], "\n".join(row[-1])) for row in rows])
 
 
 def _lm_eval(parsed: argparse.Namespace) -> None:

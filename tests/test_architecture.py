@@ -25,6 +25,7 @@ LEVELS = [
         "targets",
         "roofline",
         "linen",
+        "metrics",
     },
     {
         "losses",

@@ -189,7 +189,7 @@ def test_a_packed_run_trains_on_every_example_once_an_epoch(tmp_path, inputs, ne
 
 def test_evaluate(trained, inputs, neuroada, tmp_path):
     arguments = ["evaluate", "--model", inputs[0], "--data", inputs[1], "--limit", 6, "--max-new-tokens", 2]
-    arguments += ["--style", "verbatim"]
+    arguments += ["--style", "verbatim", "--trained-on", inputs[1]]
     results = json.loads((trained / "results.json").read_text())["evaluation"]["held out"]
     base = one_object(neuroada(*arguments, "--json"))
     assert base == {

@@ -67,9 +67,9 @@ def test_exact_match_and_predictions(base, tmp_path):
 
 def test_the_trigger_phrase_comes_before_the_answer():
     extract = TASKS["commonsense"].extract
-    assert extract("so the correct answer is true") == "true"
-    assert extract("the correct answer is a\nthe correct answer is b") == "a\nthe correct answer is b"
-    assert extract("true") == "" == extract("The Correct Answer Is true")
+    assert extract("so the correct answer is true", "true") == "true"
+    assert extract("the correct answer is a\nthe correct answer is b", "a") == "a\nthe correct answer is b"
+    assert extract("true", "true") == "" == extract("The Correct Answer Is true", "true")
 
 
 def test_choices_picks_the_likelier_answer(base):

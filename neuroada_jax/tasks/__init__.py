@@ -1,8 +1,44 @@
 """The tasks by name: how a row becomes prompt and target, and how a generation becomes an answer."""
 
-from neuroada_jax.tasks.instruct import COMMONSENSE, INSTRUCT, SST2
-from neuroada_jax.tasks.task import Task
+from typing import Any
 
-__all__ = ["TASKS", "Task"]
+from neuroada_jax.tasks import arithmetic, commonsense
+from neuroada_jax.tasks.instruct import ALPACA, INSTRUCT, SST2
+from neuroada_jax.tasks.task import Source, Task
 
-TASKS: dict[str, Task] = {task.name: task for task in (INSTRUCT, COMMONSENSE, SST2)}
+__all__ = ["SUITES", "TASKS", "Source", "Task", "listing"]
+
+# commonsense and arithmetic read the training rows that their suites share.
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        INSTRUCT,
+        ALPACA,
+        SST2,
+        commonsense.COMMONSENSE,
+        *commonsense.TASKS,
+        arithmetic.ARITHMETIC,
+        *arithmetic.TASKS,
+    )
+}
+# What is published as one table, in its order.
+SUITES: dict[str, tuple[str, ...]] = {
+    module.SUITE: tuple(task.name for task in module.TASKS) for module in (commonsense, arithmetic)
+}
+
+
+def listing() -> list[dict[str, Any]]:
+    """A dict for every task: its name, suite, metric, prompt style, longest generation and where its rows may be."""
+    return [
+        {
+            "task": task.name,
+            "suite": task.suite,
+            "model": "decoder",
+            "metric": "accuracy",
+            "prompt": task.style.value,
+            "max_new_tokens": task.max_new_tokens,
+            "answers": list(task.choices),
+            "data": [each.data for each in task.sources],
+        }
+        for task in TASKS.values()
+    ]

@@ -54,20 +54,46 @@ def results(
         "examples": len(batches.examples),
         "cut": batches.examples.cut,
         "left_out": batches.examples.left_out,
-        "evaluation": {
-            name: {
-                "n": score.n,
-                "accuracy_before": before[name].accuracy if name in before else None,
-                "accuracy_after": score.accuracy,
-                "interval_before": list(before[name].interval) if name in before else None,
-                "interval_after": list(score.interval),
-            }
-            for name, score in after.items()
-        },
+        "evaluation": {name: score(before.get(name), scored) for name, scored in after.items()},
+        "mean": _mean(before, after),
         **_headline(before, after),
         "backend": jax.default_backend(),
         "versions": native.installed_versions() | {"python": sys.version.split()[0]},
     }
+
+
+def score(before: Score | None, after: Score) -> dict[str, Any]:
+    """The figures of one set. Its parts are those that were scored by a second rule or are not in the training rows."""
+
+    def parts(of: Score) -> dict[str, Any]:
+        return {name: {**part._asdict(), "interval": list(part.interval)} for name, part in of.parts.items()}
+
+    def interval(of: Score | None) -> list[float] | None:
+        return list(of.interval) if of and of.interval else None
+
+    return {
+        "n": after.n,
+        "accuracy_before": before.accuracy if before else None,
+        "accuracy_after": after.accuracy,
+        "interval_before": interval(before),
+        "interval_after": interval(after),
+        "parts_before": parts(before) if before else None,
+        "parts_after": parts(after),
+        "empty_before": before.empty if before else None,
+        "empty_after": after.empty,
+        "overlap": after.overlap,
+    }
+
+
+def _mean(before: dict[str, Score], after: dict[str, Score]) -> dict[str, float | None] | None:
+    """The plain mean over the sets, as published tables have it; None for less than two sets."""
+    if len(after) < 2:
+        return None
+
+    def mean(scores: dict[str, Score]) -> float | None:
+        return sum(score.value for score in scores.values()) / len(scores) if scores else None
+
+    return {"before": mean(before), "after": mean(after)}
 
 
 def _headline(before: dict[str, Score], after: dict[str, Score]) -> dict[str, Any]:
@@ -80,23 +106,8 @@ def _headline(before: dict[str, Score], after: dict[str, Score]) -> dict[str, An
 
 def print_summary(results: dict[str, Any]) -> None:
     """The tables that end a run: accuracies, then what was trained and how fast."""
-
-    def share(value: float | None, interval: list[float] | None) -> str:
-        if value is None or interval is None:
-            return "-"
-        return f"{100 * value:.1f} ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})"
-
     if results["evaluation"]:
-        scores = [
-            (
-                name,
-                str(score["n"]),
-                share(score["accuracy_before"], score["interval_before"]),
-                share(score["accuracy_after"], score["interval_after"]),
-            )
-            for name, score in results["evaluation"].items()
-        ]
-        console.table("accuracy in % (95 % interval)", ("set", "n", "before", "after"), scores)
+        print_scores(results["evaluation"], results["mean"])
     rows = [
         ("trained values", f"{results['trainable']:,}"),
         ("share of the model", f"{results['trainable_percent']:.4f} %"),
@@ -108,3 +119,35 @@ def print_summary(results: dict[str, Any]) -> None:
         ("files", results["directory"]),
     ]
     console.table(results["name"], ("", ""), rows)
+
+
+def print_scores(sets: dict[str, dict[str, Any]], mean: dict[str, float | None] | None = None) -> None:
+    """A row for every set, one for each of its parts, and the mean; below, what a reader has to know of them."""
+
+    def share(value: float | None, interval: list[float] | None) -> str:
+        if value is None:
+            return "-"
+        return f"{100 * value:.1f}" + (f" ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})" if interval else "")
+
+    rows, notes = [], []
+    for name, score in sets.items():
+        before = share(score["accuracy_before"], score["interval_before"])
+        rows.append((name, str(score["n"]), before, share(score["accuracy_after"], score["interval_after"])))
+        for kind, part in score["parts_after"].items():
+            base = (score["parts_before"] or {}).get(kind)
+            before = share(base["value"], base["interval"]) if base else "-"
+            rows.append((f"  {name}, {kind}", str(part["n"]), before, share(part["value"], part["interval"])))
+        if score["overlap"]:
+            notes.append(f"{name}: {score['overlap']} of {score['n']} questions are among the training rows")
+        if score["empty_after"]:
+            notes.append(f"{name}: {score['empty_after']} of {score['n']} generations are empty and count as wrong")
+    if mean:
+        rows.append(("mean of the sets", str(len(sets)), share(mean["before"], None), share(mean["after"], None)))
+    if any(score["accuracy_before"] is not None for score in sets.values()):
+        console.table("accuracy in % (95 % interval)", ("set", "n", "before", "after"), rows)
+    else:
+        console.table(
+            "accuracy in % (95 % interval)", ("set", "n", "accuracy"), [(name, n, value) for name, n, _, value in rows]
+        )
+    for note in notes:
+        console.say(note)

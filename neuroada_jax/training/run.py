@@ -14,7 +14,7 @@ from neuroada_jax.formats import huggingface, native
 from neuroada_jax.models import heads
 from neuroada_jax.prompts import PromptStyle
 from neuroada_jax.rows import Rows, load_rows
-from neuroada_jax.tasks import TASKS
+from neuroada_jax.tasks import TASKS, Source, overlap
 from neuroada_jax.training import connections, loop, modules, optimizer, plots, report, step
 from neuroada_jax.training.config import EvaluationSet, RunConfig, flatten_config, to_yaml
 from neuroada_jax.training.config import load as load_config
@@ -29,15 +29,47 @@ def evaluation_rows(config: RunConfig) -> dict[str, Rows]:
     """
     found = {}
     for each in config.evaluation.sets:
-        found[each.name] = load_rows(each.data, each.split, each.limit)
-        evaluation.check_rows(found[each.name], TASKS[each.task or config.data.task], each.method)
+        task = TASKS[each.task or config.data.task]
+        source = Source(each.data, each.split) if each.data else task.source()
+        found[each.name] = load_rows(source.data, source.split, each.limit)
+        evaluation.check_rows(found[each.name], task, each.method)
     return found
 
 
+def training_rows(config: RunConfig, held_out: dict[str, Rows]) -> Rows:
+    """The rows to train on in their task's form, without those that `data.drop_overlap` leaves out.
+
+    Raises:
+      UserError: rows that do not fit the task, or none left.
+    """
+    rows = evaluation.convert(load_rows(config.data.train, config.data.split, config.data.limit), TASKS[config.data.task])
+    if not config.data.drop_overlap:
+        return rows
+    asked: set[str] = set()
+    for each in config.evaluation.sets:
+        asked |= overlap.questions(evaluation.convert(held_out[each.name], TASKS[each.task or config.data.task]).rows)
+    kept = [i for i, row in enumerate(rows.rows) if overlap.question(row) not in asked]
+    if not kept:
+        raise UserError(
+            f"{rows.source}: every row's question is in an evaluation set, so that data.drop_overlap leaves none"
+        )
+    console.say(f"left out {len(rows) - len(kept)} of {len(rows)} rows, whose question is in an evaluation set")
+    return Rows([rows.rows[i] for i in kept], rows.source, [rows.places[i] for i in kept])
+
+
 def evaluate_sets(
-    config: RunConfig, rows: dict[str, Rows], base: LoadedModel, params: Tree, tokenizer: Any, when: str
+    config: RunConfig,
+    rows: dict[str, Rows],
+    trained_on: frozenset[str],
+    base: LoadedModel,
+    params: Tree,
+    tokenizer: Any,
+    when: str,
 ) -> dict[str, evaluation.Score]:
-    """Scores every evaluation set of a config; predictions go to predictions-<set>-<when>.jsonl in its folder."""
+    """Scores every evaluation set of a config; predictions go to predictions-<set>-<when>.jsonl in its folder.
+
+    trained_on: the questions of the training rows.
+    """
     scores = {}
     for each in config.evaluation.sets:
         task = TASKS[each.task or config.data.task]
@@ -53,6 +85,7 @@ def evaluate_sets(
                 max_new_tokens=each.max_new_tokens,
                 decoding=each.generation,
                 batch_size=config.evaluation.batch_size,
+                trained_on=trained_on,
                 on_progress=console.reporter(shown),
             )
         score = scores[each.name]
@@ -62,10 +95,10 @@ def evaluate_sets(
 
 
 def _style(each: EvaluationSet, config: RunConfig) -> PromptStyle:
-    """The set's own style, else the training data's where the task is the same, else the task's."""
-    same_task = each.task in (None, config.data.task)
-    named = each.style or (config.data.style if same_task else None)
-    return PromptStyle(named or TASKS[each.task or config.data.task].style)
+    """The set's own style, else the training data's where the task or its suite is the same, else the task's."""
+    task, trained = TASKS[each.task or config.data.task], TASKS[config.data.task]
+    related = task is trained or (task.suite is not None and task.suite == trained.suite)
+    return PromptStyle(each.style or (config.data.style if related else None) or task.style)
 
 
 def _check_output(config: RunConfig, overwrite: bool, resume: bool) -> None:
@@ -104,10 +137,8 @@ def _clear_output(directory: Path) -> None:
         raise UserError(f"{directory}: cannot be written ({error.strerror})") from error
 
 
-def _encode(config: RunConfig, tokenizer: Any) -> tuple[Batches, list[str]]:
-    task = TASKS[config.data.task]
-    rows = evaluation.convert(load_rows(config.data.train, config.data.split, config.data.limit), task)
-    style = PromptStyle(config.data.style or task.style)
+def _encode(config: RunConfig, tokenizer: Any, rows: Rows) -> tuple[Batches, list[str]]:
+    style = PromptStyle(config.data.style or TASKS[config.data.task].style)
     with console.bar("tokenising") as shown:
         examples = data.encode(rows, style, tokenizer, config.data.max_length, console.reporter(shown))
     console.say(
@@ -156,8 +187,10 @@ def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -
     modules.check_kind(config, base.model)
     modules.check_length(config, base.model)
     paths = modules.target_paths(config, base.model)
-    batches, places = _encode(config, tokenizer)
     held_out = evaluation_rows(config)
+    rows = training_rows(config, held_out)
+    batches, places = _encode(config, tokenizer, rows)
+    trained_on = overlap.questions(rows.rows)
     base = with_weights(base, config.seed)
     head = modules.head_paths(config, base, paths)
     if resume:  # the columns of its checkpoint will take the place of these
@@ -176,7 +209,7 @@ def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -
 
     before: dict[str, evaluation.Score] = {}
     if config.evaluation.before and not resume:
-        before = evaluate_sets(config, held_out, base, base.params, tokenizer, "before")
+        before = evaluate_sets(config, held_out, trained_on, base, base.params, tokenizer, "before")
 
     transformation = optimizer.build(config.optimizer, total_steps, config.head)
     state = step.initial_state(base.params, built, transformation, head)
@@ -216,14 +249,14 @@ def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -
             )
     except loop.NotFinite as failure:
         save_adapter(failure.state)
-        rows = ", ".join(places[row] for row in failure.rows[:8])
+        named = ", ".join(places[row] for row in failure.rows[:8])
         raise UserError(
-            f"the loss or its gradient became NaN or infinite at step {failure.step} (rows {rows}"
+            f"the loss or its gradient became NaN or infinite at step {failure.step} (rows {named}"
             f"{', ...' if len(failure.rows) > 8 else ''}); the adapter of the last good step is in {directory / 'adapter'}"
         ) from failure
     seconds = time.perf_counter() - began
     save_adapter(state)
-    after = evaluate_sets(config, held_out, base, state.merged, tokenizer, "after")
+    after = evaluate_sets(config, held_out, trained_on, base, state.merged, tokenizer, "after")
     if config.merge:
         huggingface.save(directory / "merged", base, state.merged, tokenizer, replace=True)
 
