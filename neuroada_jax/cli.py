@@ -106,7 +106,9 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-p", type=float, help="draw at random, from the likeliest with this probability together")
     generate.add_argument("--seed", type=int, help="of what is drawn (default: 0)")
     generate.add_argument("--beams", type=int, default=1, help="hypotheses of a beam search (default: 1, none)")
-    generate.add_argument("--length-penalty", type=float, default=1.0, help="above 0 favours longer hypotheses (default: 1)")
+    generate.add_argument(
+        "--length-penalty", type=float, default=1.0, help="above 0 favours longer hypotheses (default: 1)"
+    )
     generate.add_argument("--early-stopping", action="store_true", help="end a search once as many as --beams have ended")
     generate.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: what was said is less likely")
     generate.add_argument("--no-repeat-ngram", type=int, default=0, help="so many tokens in a row never come twice")

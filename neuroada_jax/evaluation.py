@@ -159,7 +159,7 @@ def evaluate(
             max_new_tokens=max_new_tokens or task.max_new_tokens,
             eos_ids=end_tokens(base, tokenizer),
             decoding=decoding,
-            decode=tokenizer.decode,
+            decode=lambda ids: str(tokenizer.decode(ids)),
             batch_size=batch_size,
             on_progress=on_progress,
         )

@@ -124,7 +124,7 @@ def generate(
       on_progress: called with (prompts done, prompts in all).
 
     Returns: the new ids of each prompt, in the order given. Where a stop string ended one, the last id is the one that
-      completed it, and `before_stop` of its text is what comes before. A beam search looks for stop strings when it is done.
+      completed it, and `before_stop` of its text is what comes before. A beam search looks for it when it is done.
 
     Raises:
       UserError: max_new_tokens below 1, an empty prompt, or one that with its continuation exceeds the model's positions.

@@ -50,7 +50,7 @@ def family(request, tmp_path_factory):
     write_model(directory, None, seed=5, model_type=request.param, **FAMILIES[request.param])
     loaded = weights.load_model(str(directory))
     said = generate(loaded.model, loaded.params, prompts(), max_new_tokens=NEW, eos_ids=[])
-    eos_ids = [token for token, _ in collections.Counter(sum(said, [])).most_common(6)[3:]]
+    eos_ids = [token for token, _ in collections.Counter(token for ids in said for token in ids).most_common(6)[3:]]
     reference = AutoModelForCausalLM.from_pretrained(directory).eval()
     reference.generation_config.eos_token_id = None  # only what a test asks for
     return request.param, loaded, reference, eos_ids
@@ -85,7 +85,9 @@ def assert_equal(family, settings, ending):
 
 OTHERS = [name for name in FAMILIES if name != "llama"]
 # The search and the rules know nothing of the family: for the others, one variant each shows that the cache does its part.
-CASES = [("llama", name) for name in (*BEAMS, *GREEDY)] + [(family, name) for family in OTHERS for name in ("early", "greedy")]
+CASES = [("llama", name) for name in (*BEAMS, *GREEDY)] + [
+    (family, name) for family in OTHERS for name in ("early", "greedy")
+]
 
 
 @pytest.mark.parametrize(("family", "name"), CASES, indirect=["family"], ids=[f"{a}-{b}" for a, b in CASES])
