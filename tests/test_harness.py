@@ -24,7 +24,9 @@ def harness():
     pytest.importorskip("lm_eval", reason=MISSING)
     from neuroada_jax import harness
 
-    return harness
+    with pytest.MonkeyPatch.context() as patch:  # it runs `pip list` and more, for seconds, after every evaluation
+        patch.setattr("lm_eval.evaluator.add_env_info", lambda storage: None)
+        yield harness
 
 
 def sentences(count, seed, least=1, most=12):
