@@ -16,7 +16,7 @@ from neuroada_jax.roofline import nbytes
 from neuroada_jax.targets import Compiler, Target
 from neuroada_jax.training import connections, modules, optimizer, step
 from neuroada_jax.training.config import RunConfig, apply_override, from_dict
-from neuroada_jax.weights import open_model
+from neuroada_jax.weights import LoadedModel, open_model
 
 # JAX takes this share of a GPU's memory for itself when it starts, and no more, unless it is told otherwise.
 JAX_SHARE = 0.75
@@ -100,26 +100,34 @@ def abstract_batch(rows: int, length: int, packed: bool = False) -> Batch:
     )
 
 
-def _measure(config: RunConfig, target_name: str, devices: int) -> dict[str, Any]:
-    """The plan of a config as it stands."""
+def abstract_state(config: RunConfig) -> tuple[LoadedModel, Any, step.TrainState]:
+    """The model of a config without weights, its optimiser, and the shapes of all that training keeps between steps.
+
+    Raises:
+      UserError: a model or target module that is not there, rows longer than the model allows.
+    """
     base = open_model(config.model.path, config.model.dtype, config_only=True)
     modules.check_kind(config, base.model)
     modules.check_length(config, base.model)
-    dtype = jnp.dtype(base.model.config.dtype).name
-    may_be_fused = dtype == "bfloat16" and not config.data.packing  # packed rows need a mask, and cuDNN takes none
-    target = targets.find(target_name, dtype)
-    compiler = targets.compiler_for(target)
-    batch = longest_batch(config, devices)
+    paths = modules.target_paths(config, base.model)
     # The number of steps is a constant in the schedule: it takes no room.
     transformation = optimizer.build(config.optimizer, 1, config.head)
-
-    paths = modules.target_paths(config, base.model)
 
     def initial_state(params: Tree) -> step.TrainState:
         built = bypass.build(params, paths, config.bypass.k, dtype=connections.value_dtype(config, base.model))
         return step.initial_state(params, built, transformation)
 
-    state = jax.eval_shape(initial_state, base.model.abstract_params())
+    return base, transformation, jax.eval_shape(initial_state, base.model.abstract_params())
+
+
+def _measure(config: RunConfig, target_name: str, devices: int) -> dict[str, Any]:
+    """The plan of a config as it stands."""
+    base, transformation, state = abstract_state(config)
+    dtype = jnp.dtype(base.model.config.dtype).name
+    may_be_fused = dtype == "bfloat16" and not config.data.packing  # packed rows need a mask, and cuDNN takes none
+    target = targets.find(target_name, dtype)
+    compiler = targets.compiler_for(target)
+    batch = longest_batch(config, devices)
 
     def trace(compiler: Compiler) -> Any:
         module = base.model.module(config.training.remat_policy)

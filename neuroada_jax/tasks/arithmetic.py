@@ -1,9 +1,9 @@
 """The seven arithmetic tasks, as LLM-Adapters puts them and LoReFT and NeuroAda score them.
 
 The model is trained to write a chain of thought that ends in the answer. By the published rule the last number in it
-counts, right within 0.001; of AQuA's options, the first capital letter A to E anywhere in the text. That second rule is weak:
-of the 713 rationales with a letter in math_10k, it finds the right one in 371. So AQuA is also scored by what the text calls
-its answer, which finds 680.
+counts, right within 0.001; of AQuA's options, the first capital letter A to E anywhere in the text. That second rule is
+weak: of the 713 rationales with a letter in math_10k, it finds the right one in 371. So AQuA is also scored by what the
+text calls its answer, which finds 680.
 """
 
 import functools
