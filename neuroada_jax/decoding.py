@@ -42,7 +42,7 @@ class Decoder(NamedTuple):
         if not one_by_one():
             return cls(module, params, start, None)
         stacked = params["model"]["layers"]
-        number: int = module.config.num_layers  # type: ignore[attr-defined]
+        number: int = module.config.num_layers
         layers = tuple(jax.tree.map(lambda leaf, at=at: leaf[at], stacked) for at in range(number))
         return cls(module, params, start, layers)
 

@@ -145,7 +145,7 @@ class SelfAttention(nn.Module):
             query = RMSNorm(c.norm_epsilon, c.dtype, name="q_norm")(query)
             key = RMSNorm(c.norm_epsilon, c.dtype, name="k_norm")(key)
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        if cache is not None:
+        if cache is not None and mask is not None:  # there is always one with a cache
             # The stacked cache travels as the scan's carry and is written at one layer's slot, in place under jit.
             at = (layer, 0, 0, cache.slot, 0)
             keys = lax.dynamic_update_slice(cache.keys, jnp.swapaxes(key, 1, 2)[None], at)
