@@ -3,8 +3,9 @@
 import functools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -28,12 +29,28 @@ Progress = Callable[[int, int], None]
 
 
 class Score(NamedTuple):
-    """Exact-match accuracy over n rows with its 95 % Wilson interval, and every prediction."""
+    """A metric over n rows, and every prediction.
 
-    accuracy: float
+    Attributes:
+      value: of the metric: exact-match accuracy, or what a GLUE task is scored by.
+      n: rows.
+      interval: the 95 % Wilson interval of an accuracy; None for other metrics.
+      predictions: a dict for each row.
+      metric: its name.
+      beside: further metrics of the same predictions, by name.
+    """
+
+    value: float
     n: int
-    interval: tuple[float, float]
+    interval: tuple[float, float] | None
     predictions: list[dict[str, Any]]
+    metric: str = "accuracy"
+    beside: Mapping[str, float] = MappingProxyType({})
+
+    @property
+    def accuracy(self) -> float:
+        """The value of a set that is scored by accuracy."""
+        return self.value
 
 
 def wilson_interval(correct: int, n: int) -> tuple[float, float]:

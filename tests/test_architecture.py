@@ -18,6 +18,7 @@ LEVELS = [
         "prompts",
         "data",
         "batches",
+        "labelled",
         "gguf_header",
         "gguf_weights",
         "tokenizer",
@@ -27,7 +28,7 @@ LEVELS = [
         "linen",
     },
     {"losses", "weights", "tasks", "generation", "inspection", "formats"},
-    {"training", "evaluation", "checkpoint", "planning"},
+    {"training", "evaluation", "classification", "checkpoint", "planning"},
     {"cli"},
 ]
 LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}

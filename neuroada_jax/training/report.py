@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from neuroada_jax import console
-from neuroada_jax.batches import Batches
+from neuroada_jax.batches import AnyBatches
 from neuroada_jax.evaluation import Score
 from neuroada_jax.formats import native
 from neuroada_jax.training.config import RunConfig
@@ -15,7 +15,7 @@ from neuroada_jax.training.loop import Report
 
 def results(
     config: RunConfig,
-    batches: Batches,
+    batches: AnyBatches,
     total_steps: int,
     parameters: tuple[int, int],
     done: Report,
@@ -55,14 +55,7 @@ def results(
         "cut": batches.examples.cut,
         "left_out": batches.examples.left_out,
         "evaluation": {
-            name: {
-                "n": score.n,
-                "accuracy_before": before[name].accuracy if name in before else None,
-                "accuracy_after": score.accuracy,
-                "interval_before": list(before[name].interval) if name in before else None,
-                "interval_after": list(score.interval),
-            }
-            for name, score in after.items()
+            name: _compared(before.get(name), score) for name, score in after.items()
         },
         **_headline(before, after),
         "backend": jax.default_backend(),
@@ -70,33 +63,53 @@ def results(
     }
 
 
+def _compared(before: Score | None, after: Score) -> dict[str, Any]:
+    """A set's figures by field: <metric>_before, <metric>_after, the intervals, and <metric>_after of those beside."""
+    return {
+        "n": after.n,
+        "metric": after.metric,
+        f"{after.metric}_before": before.value if before else None,
+        f"{after.metric}_after": after.value,
+        "interval_before": list(before.interval) if before and before.interval else None,
+        "interval_after": list(after.interval) if after.interval else None,
+        **{f"{name}_after": value for name, value in after.beside.items()},
+    }
+
+
 def _headline(before: dict[str, Score], after: dict[str, Score]) -> dict[str, Any]:
     """The first evaluation set's figures once more, where a script finds them without knowing its name."""
     for name, score in after.items():
-        accuracy_before = before[name].accuracy if name in before else None
-        return {"accuracy_before": accuracy_before, "accuracy_after": score.accuracy, "n": score.n}
+        figures = _compared(before.get(name), score)
+        return {field: figures[field] for field in (f"{score.metric}_before", f"{score.metric}_after", "n")}
     return {}
 
 
-def print_summary(results: dict[str, Any]) -> None:
-    """The tables that end a run: accuracies, then what was trained and how fast."""
+def share(value: float | None, interval: list[float] | None) -> str:
+    """A score in percent with its interval, if it has one."""
+    if value is None:
+        return "-"
+    return f"{100 * value:.1f}" + (f" ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})" if interval else "")
 
-    def share(value: float | None, interval: list[float] | None) -> str:
-        if value is None or interval is None:
-            return "-"
-        return f"{100 * value:.1f} ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})"
+
+def print_summary(results: dict[str, Any]) -> None:
+    """The tables that end a run: scores, then what was trained and how fast."""
+
+    def cell(score: dict[str, Any], when: str) -> str:
+        return share(score[f"{score['metric']}_{when}"], score[f"interval_{when}"])
 
     if results["evaluation"]:
         scores = [
-            (
-                name,
-                str(score["n"]),
-                share(score["accuracy_before"], score["interval_before"]),
-                share(score["accuracy_after"], score["interval_after"]),
-            )
+            (name, score["metric"], str(score["n"]), cell(score, "before"), cell(score, "after"))
             for name, score in results["evaluation"].items()
         ]
-        console.table("accuracy in % (95 % interval)", ("set", "n", "before", "after"), scores)
+        console.table("scores in % (95 % interval)", ("set", "metric", "n", "before", "after"), scores)
+    if "best_epoch" in results:
+        best = results["best_epoch"]
+        console.say(
+            f"kept epoch {best['epoch']} of {len(best['epochs'])}: {best['metric']} {best['value']:.4f} on "
+            f"{best['split']['choosing_rows']} rows of {best['set']}; the scores above are of the other "
+            f"{best['split']['test_rows']}"
+        )
     rows = [
         ("trained values", f"{results['trainable']:,}"),
         ("share of the model", f"{results['trainable_percent']:.4f} %"),
