@@ -26,6 +26,7 @@ LEVELS = [
         "targets",
         "roofline",
         "linen",
+        "metrics",
     },
     {"losses", "weights", "tasks", "generation", "inspection", "formats"},
     {"training", "evaluation", "classification", "checkpoint", "planning"},

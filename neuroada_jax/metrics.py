@@ -1,0 +1,79 @@
+"""The figures that tasks are scored by: plain functions (predictions, labels) -> float."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from neuroada_jax.errors import UserError
+
+Values = Sequence[Any] | npt.NDArray
+
+__all__ = ["METRICS", "accuracy", "f1", "matthews", "pearson", "spearman"]
+
+
+def accuracy(predictions: Values, labels: Values) -> float:
+    """Share of equal pairs, 0 to 1. Raises UserError: no values, or not as many of each (so do all functions here)."""
+    found, expected = _pair(predictions, labels)
+    return float(np.mean(found == expected))
+
+
+def f1(predictions: Values, labels: Values) -> float:
+    """Harmonic mean of precision and recall of class 1, 0 to 1; 0 where no row of class 1 is found or expected.
+
+    Raises UserError: values other than 0 and 1.
+    """
+    found, expected = _binary(predictions, labels)
+    both, either = int(np.sum(found & expected)), int(found.sum() + expected.sum())
+    return 2 * both / either if either else 0.0
+
+
+def matthews(predictions: Values, labels: Values) -> float:
+    """Matthews correlation of two classes, -1 to 1; 0 where all predictions, or all labels, are the same.
+
+    It is Pearson's coefficient of the classes written as 0 and 1 (B. W. Matthews, 1975). Raises UserError: other values.
+    """
+    found, expected = _binary(predictions, labels)
+    return pearson(found.astype(float), expected.astype(float))
+
+
+def pearson(predictions: Values, labels: Values) -> float:
+    """Pearson correlation, -1 to 1; 0 where all predictions, or all labels, are the same."""
+    from scipy import stats  # half a second, which no other command has to wait for
+
+    found, expected = _pair(predictions, labels)
+    return 0.0 if _constant(found) or _constant(expected) else float(stats.pearsonr(found, expected).statistic)
+
+
+def spearman(predictions: Values, labels: Values) -> float:
+    """Spearman rank correlation, ties at their mean rank, -1 to 1; 0 where all predictions, or all labels, are the same."""
+    from scipy import stats
+
+    found, expected = _pair(predictions, labels)
+    return 0.0 if _constant(found) or _constant(expected) else float(stats.spearmanr(found, expected).statistic)
+
+
+METRICS: dict[str, Callable[[Values, Values], float]] = {
+    function.__name__: function for function in (accuracy, matthews, pearson, spearman, f1)
+}
+
+
+def _pair(predictions: Values, labels: Values) -> tuple[npt.NDArray, npt.NDArray]:
+    found, expected = np.asarray(predictions), np.asarray(labels)
+    if found.ndim != 1 or found.shape != expected.shape or not found.size:
+        raise UserError(f"metric: found {found.shape} predictions and {expected.shape} labels, expected as many of each")
+    return found, expected
+
+
+def _binary(predictions: Values, labels: Values) -> tuple[npt.NDArray, npt.NDArray]:
+    found, expected = _pair(predictions, labels)
+    for name, values in (("predictions", found), ("labels", expected)):
+        if not np.isin(values, (0, 1)).all():
+            others = sorted(set(values.tolist()) - {0, 1})
+            raise UserError(f"metric: {name} of two classes must be 0 or 1, found {others[0]}")
+    return found == 1, expected == 1
+
+
+def _constant(values: npt.NDArray) -> bool:
+    return bool(np.all(values == values[0]))
