@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", nargs="*", metavar="section.field=value", help="changes to the config")
     train.add_argument("--overwrite", action="store_true", help="replace a run that is in the output folder already")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint (training.save_every)")
+    train.add_argument("--seeds", help="a run for each of these, such as 42,43,44; as `seeds: [...]` in the config")
     train.add_argument("--json", action="store_true", help="print results.json and nothing else on standard output")
     train.set_defaults(run=_train)
 
@@ -73,7 +74,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--method", choices=["generate", "choices"], default="generate", help="how answers are found")
     evaluate.add_argument("--limit", type=int, help="score the first rows only")
     evaluate.add_argument("--max-new-tokens", type=int, default=32, help="longest generation (default: 32)")
-    evaluate.add_argument("--batch-size", type=int, default=16, help="prompts at a time (default: 16)")
+    evaluate.add_argument("--max-length", type=int, help="an encoder's longest row (default: as many as it has positions)")
+    evaluate.add_argument("--batch-size", type=int, default=16, help="prompts or examples at a time (default: 16)")
     evaluate.add_argument("--out", help="file for every prediction, as JSON lines")
     evaluate.set_defaults(run=_evaluate)
 
@@ -176,13 +178,16 @@ def _print_json(content: dict[str, Any]) -> None:
 
 
 def _train(parsed: argparse.Namespace) -> None:
-    from neuroada_jax.training import config, report, run
+    from neuroada_jax.training import config, report, run, seeds
 
-    results = run.train(config.load(parsed.config, parsed.overrides), overwrite=parsed.overwrite, resume=parsed.resume)
+    overrides = parsed.overrides + ([f"seeds=[{parsed.seeds}]"] if parsed.seeds else [])
+    settings = config.load(parsed.config, overrides)
+    several = settings.seeds is not None
+    results = (seeds.train if several else run.train)(settings, overwrite=parsed.overwrite, resume=parsed.resume)
     if parsed.json:
         _print_json(results)
     else:
-        report.print_summary(results)
+        (seeds.print_summary if several else report.print_summary)(results)
 
 
 def _plan(parsed: argparse.Namespace) -> None:
@@ -203,44 +208,78 @@ def _plan(parsed: argparse.Namespace) -> None:
 
 def _evaluate(parsed: argparse.Namespace) -> None:
     from neuroada_jax import evaluation
-    from neuroada_jax.prompts import PromptStyle
     from neuroada_jax.rows import load_rows
-    from neuroada_jax.tasks import TASKS
+    from neuroada_jax.tasks import GLUE, TASKS
+    from neuroada_jax.training.report import share
 
-    if parsed.task not in TASKS:
-        raise UserError(f"--task: unknown task {parsed.task!r}; known: {', '.join(TASKS)}")
-    task = TASKS[parsed.task]
-    style = PromptStyle(parsed.style or task.style)
+    known = TASKS | GLUE
+    if parsed.task not in known:
+        raise UserError(f"--task: unknown task {parsed.task!r}; known: {', '.join(known)}")
     rows = load_rows(parsed.data, parsed.split, parsed.limit)
-    base, params, tokenizer = _load(parsed)
+    base, params, tokenizer = _load(parsed, decoder=parsed.task not in GLUE)
+    score_rows = _score_texts if base.model.architecture.is_decoder else _score_labels
     with console.bar("evaluating") as shown:
-        score = evaluation.evaluate(
-            base,
-            params,
-            tokenizer,
-            rows,
-            task,
-            style=style,
-            method=parsed.method,
-            max_new_tokens=parsed.max_new_tokens,
-            batch_size=parsed.batch_size,
-            on_progress=console.reporter(shown),
-        )
+        score = score_rows(parsed, base, params, tokenizer, rows, console.reporter(shown))
     if parsed.out:
         evaluation.write_predictions(Path(parsed.out), score)
     result = {
         "task": parsed.task,
-        "metric": "accuracy",
-        "value": score.accuracy,
+        "metric": score.metric,
+        "value": score.value,
         "n": score.n,
-        "interval": list(score.interval),
+        "interval": list(score.interval) if score.interval else None,
+        **score.beside,
     }
     if parsed.json:
         _print_json(result)
     else:
-        low, high = (f"{100 * bound:.1f}" for bound in score.interval)
-        row = (parsed.task, str(score.n), f"{100 * score.accuracy:.1f}", f"{low} to {high}")
-        console.table("accuracy in %", ("task", "n", "accuracy", "95 % interval"), [row])
+        figures = [(parsed.task, score.metric, str(score.n), share(score.value, result["interval"]))]
+        figures += [(parsed.task, name, str(score.n), share(value, None)) for name, value in score.beside.items()]
+        console.table("scores in % (95 % interval)", ("task", "metric", "n", "value"), figures)
+
+
+def _score_texts(parsed: argparse.Namespace, base: Any, params: Any, tokenizer: Any, rows: Any, progress: Any) -> Any:
+    from neuroada_jax import evaluation
+    from neuroada_jax.prompts import PromptStyle
+    from neuroada_jax.tasks import TASKS
+
+    if parsed.task not in TASKS:
+        kind = base.model.hf_config["model_type"]
+        raise UserError(f"--task: {parsed.task!r} needs an encoder with a head, and {base.source} is a decoder ({kind})")
+    task = TASKS[parsed.task]
+    return evaluation.evaluate(
+        base,
+        params,
+        tokenizer,
+        rows,
+        task,
+        style=PromptStyle(parsed.style or task.style),
+        method=parsed.method,
+        max_new_tokens=parsed.max_new_tokens,
+        batch_size=parsed.batch_size,
+        on_progress=progress,
+    )
+
+
+def _score_labels(parsed: argparse.Namespace, base: Any, params: Any, tokenizer: Any, rows: Any, progress: Any) -> Any:
+    from neuroada_jax import classification
+    from neuroada_jax.tasks import GLUE
+
+    if base.drawn and not parsed.adapter:
+        raise UserError(f"{base.source} has no {base.drawn[0]}: give an --adapter, which brings its trained head")
+    positions = base.model.config.max_positions
+    if parsed.max_length is not None and not 1 <= parsed.max_length <= positions:
+        raise UserError(f"--max-length: found {parsed.max_length}, expected 1 to the model's {positions} positions")
+    return classification.evaluate(
+        base,
+        params,
+        tokenizer,
+        rows,
+        GLUE[parsed.task],
+        max_length=parsed.max_length or positions,
+        batch_size=parsed.batch_size,
+        on_progress=progress,
+    )
 
 
 def _generate(parsed: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ from neuroada_jax.errors import UserError
 
 JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
 SUFFIXES = (*JSON_SUFFIXES, ".parquet")
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 # File names that hold one of these words belong to that split; what holds none of them serves as "train".
 SPLIT_WORDS = {
     "train": {"train", "training"},
@@ -70,7 +71,9 @@ def load_rows(source: str, split: str = "train", limit: int | None = None) -> Ro
             pairs = _take((pair for file in _files_of(path, split) for pair in _read_file(file, limit)), limit)
     elif path.exists():
         pairs = _take(_read_file(path, limit), limit)
-    elif source.lower().endswith(SUFFIXES) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", source) or source[0] == ".":
+    elif (
+        source.lower().endswith(SUFFIXES) or not HUB_NAME.fullmatch(source) or source[0] == "."
+    ):
         raise UserError(f"{source}: no such file or directory")
     else:
         pairs = _from_datasets(source, split, limit, _load_from_hub)

@@ -1,7 +1,7 @@
 """GLUE: eight tasks that an encoder with a head is trained for, one model each.
 
-Columns, labels and metrics are those of the benchmark (gluebenchmark.com) as the hub's `nyu-mll/glue` has them. MRPC and QQP
-are selected by accuracy and STS-B by Pearson's coefficient, as in the published NeuroAda code; the benchmark's second
+Columns, labels and metrics are those of the benchmark (gluebenchmark.com), as the hub's `nyu-mll/glue` has them. MRPC and
+QQP are selected by accuracy and STS-B by Pearson's coefficient, as in the published NeuroAda code; the benchmark's second
 figure, F1 or Spearman's, stands beside it.
 """
 

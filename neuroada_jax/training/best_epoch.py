@@ -20,7 +20,6 @@ from neuroada_jax.bypass import Bypass
 from neuroada_jax.errors import UserError
 from neuroada_jax.evaluation import Score
 from neuroada_jax.formats import native
-from neuroada_jax.models import heads
 from neuroada_jax.rows import Rows
 from neuroada_jax.training.step import TrainState
 from neuroada_jax.weights import LoadedModel

@@ -54,9 +54,7 @@ def results(
         "examples": len(batches.examples),
         "cut": batches.examples.cut,
         "left_out": batches.examples.left_out,
-        "evaluation": {
-            name: _compared(before.get(name), score) for name, score in after.items()
-        },
+        "evaluation": {name: _compared(before.get(name), score) for name, score in after.items()},
         **_headline(before, after),
         "backend": jax.default_backend(),
         "versions": native.installed_versions() | {"python": sys.version.split()[0]},

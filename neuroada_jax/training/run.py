@@ -29,7 +29,13 @@ def evaluation_rows(config: RunConfig, objective: Objective) -> dict[str, Rows]:
 
 
 def evaluate_sets(
-    config: RunConfig, objective: Objective, rows: dict[str, Rows], base: LoadedModel, params: Tree, tokenizer: Any, when: str
+    config: RunConfig,
+    objective: Objective,
+    rows: dict[str, Rows],
+    base: LoadedModel,
+    params: Tree,
+    tokenizer: Any,
+    when: str,
 ) -> dict[str, evaluation.Score]:
     """Scores every evaluation set of a config; predictions go to predictions-<set>-<when>.jsonl in its folder."""
     scores = {}
