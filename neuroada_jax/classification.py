@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import transformers
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 from neuroada_jax import console, metrics
 from neuroada_jax.batches import ClassificationBatch, ClassificationBatches
@@ -72,13 +72,17 @@ def evaluate(
     if examples.cut:
         console.say(f"{rows.source}: {examples.cut} of {len(rows)} examples cut to {max_length} tokens")
     outputs = predict(base, params, examples, batch_size, on_progress)
+    values, n = figures(outputs, examples.labels, task), len(examples)
+    interval = wilson_interval(round(values["accuracy"] * n), n) if task.metric == "accuracy" else None
+    beside = {name: values[name] for name in task.beside}
+    predictions = [_prediction(rows.rows[i], task, outputs[i], examples.labels[i]) for i in range(n)]
+    return Score(values[task.metric], n, interval, predictions, task.metric, beside)
+
+
+def figures(outputs: Float[np.ndarray, "n labels"], labels: Num[np.ndarray, "n"], task: GlueTask) -> dict[str, float]:
+    """The task's metric and those beside it, by name, of a head's outputs."""
     found = outputs[:, 0] if task.is_regression else outputs.argmax(axis=1)
-    figures = {name: metrics.METRICS[name](found, examples.labels) for name in (task.metric, *task.beside)}
-    n = len(examples)
-    interval = wilson_interval(round(figures["accuracy"] * n), n) if task.metric == "accuracy" else None
-    beside = {name: figures[name] for name in task.beside}
-    predictions = [_prediction(rows.rows[i], task, found[i], outputs[i], examples.labels[i]) for i in range(n)]
-    return Score(figures[task.metric], n, interval, predictions, task.metric, beside)
+    return {name: metrics.METRICS[name](found, labels) for name in (task.metric, *task.beside)}
 
 
 def check_labels(base: LoadedModel, task: GlueTask) -> None:
@@ -90,11 +94,12 @@ def check_labels(base: LoadedModel, task: GlueTask) -> None:
         )
 
 
-def _prediction(row: dict[str, Any], task: GlueTask, found: Any, outputs: np.ndarray, label: Any) -> dict[str, Any]:
+def _prediction(row: dict[str, Any], task: GlueTask, outputs: np.ndarray, label: Any) -> dict[str, Any]:
     """One line of the predictions' file."""
     texts = {column: row[column] for column in task.texts}
     if task.is_regression:
-        return {**texts, "prediction": round(float(found), 6), "answer": float(label)}
+        return {**texts, "prediction": round(float(outputs[0]), 6), "answer": float(label)}
+    found = int(outputs.argmax())
     return {
         **texts,
         "prediction": task.labels[found],

@@ -71,9 +71,7 @@ def load_rows(source: str, split: str = "train", limit: int | None = None) -> Ro
             pairs = _take((pair for file in _files_of(path, split) for pair in _read_file(file, limit)), limit)
     elif path.exists():
         pairs = _take(_read_file(path, limit), limit)
-    elif (
-        source.lower().endswith(SUFFIXES) or not HUB_NAME.fullmatch(source) or source[0] == "."
-    ):
+    elif source.lower().endswith(SUFFIXES) or not HUB_NAME.fullmatch(source) or source[0] == ".":
         raise UserError(f"{source}: no such file or directory")
     else:
         pairs = _from_datasets(source, split, limit, _load_from_hub)

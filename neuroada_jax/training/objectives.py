@@ -1,7 +1,7 @@
 """What a run trains a model for. Decoders and encoders differ here, in data, losses and scores, and nowhere else."""
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Array
 
@@ -18,6 +18,7 @@ from neuroada_jax.training.config import EvaluationSet, RunConfig
 from neuroada_jax.weights import LoadedModel, with_labels
 
 
+@runtime_checkable
 class Objective(Protocol):
     """How rows become batches, what is lost on a batch, and how a set of rows is scored.
 

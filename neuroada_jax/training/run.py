@@ -127,7 +127,8 @@ def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -
         files.write_text(directory / "config.yaml", to_yaml(config))
 
     total_steps = config.training.steps or (config.training.epochs or 0) * batches.steps_per_epoch
-    trainable = bypass.count(built.values) + bypass.count(heads.split(base.params, head)[1])
+    in_head = bypass.count(heads.split(base.params, head)[1])
+    trainable = bypass.count(built.values) + in_head
     total = bypass.count(base.params)
     console.say(f"training {trainable:,} of {total:,} parameters ({100 * trainable / total:.4f} %) for {total_steps} steps")
 
@@ -197,6 +198,7 @@ def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -
         huggingface.save(directory / "merged", base, state.merged, tokenizer, replace=True)
 
     results = report.results(config, batches, total_steps, (trainable, total), done, seconds, before, after)
+    results["trainable_in_head"] = in_head  # published shares leave the head out
     if best:
         results["best_epoch"] = {"set": chooser, **best.best, "split": parts.describe(), "epochs": best.epochs}
     files.write_text(directory / "results.json", json.dumps(results, indent=2) + "\n")
