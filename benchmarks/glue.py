@@ -3,9 +3,10 @@
     make bench-glue        (or: python -m benchmarks.glue --tasks rte --seeds 42 --epochs 1 --limit 64)
 
 Every method starts from the same weights with the same drawn head and sees the same batches: batches are this library's,
-and so are the split of the dev set, the metrics and the choice of the epoch. AdamW without decay, linear schedule with warm-up,
-clipping at 1, dropout 0.1, float32. Where a method is given several learning rates, the first seed tries all of them, and
-the rate with the best value on the rows that choose the epoch is used for the other seeds; the test part has no say.
+and so are the split of the dev set, the metrics and the choice of the epoch. AdamW without decay, linear schedule with
+warm-up, clipping at 1, dropout 0.1, float32. Where a method is given several learning rates, the first seed tries all of
+them, and the rate with the best value on the rows that choose the epoch is used for the other seeds; the test part has no
+say.
 
 Rows are saved as they come, and a run that is there already is not run again. Needs GLUE in data/, and the extra `torch`.
 """
