@@ -47,7 +47,7 @@ def test_a_row_becomes_its_texts_and_label(name):
         (
             "mnli",
             {"premise": None},
-            "here: task 'mnli' needs the text columns premise, hypothesis and a column label, found ",
+            "here: task 'mnli' needs the text columns premise, hypothesis and a column label, ",
         ),
         ("cola", {"label": -1}, "here: label -1, expected one of task 'cola': 0 (unacceptable), 1 (acceptable)"),
         ("cola", {"label": True}, "here: label True, expected one of task 'cola'"),
@@ -55,7 +55,7 @@ def test_a_row_becomes_its_texts_and_label(name):
         (
             "mnli",
             {"label": 3},
-            "here: label 3, expected one of task 'mnli': 0 (entailment), 1 (neutral), 2 (contradiction)",
+            "here: label 3, expected one of task 'mnli': 0 (entailment), 1 (neutral), 2 (contra",
         ),
         ("stsb", {"label": 5.1}, "here: label 5.1, expected a number from 0 to 5"),
         ("stsb", {"label": float("nan")}, "here: label nan, expected a number from 0 to 5"),
