@@ -6,41 +6,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import safetensors.numpy
-from data_helpers import PAIRS, write_lines
-from helpers import random_tensors, write_config
+from data_helpers import write_lines
+from helpers import write_bert, write_config
 
 from neuroada_jax import cli, files
 from neuroada_jax.errors import UserError
 from neuroada_jax.formats import native
 from neuroada_jax.training import best_epoch, config, run
 
-SIZES = {
-    "vocab_size": 260,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 40,
-    "type_vocab_size": 2,
-    "pad_token_id": 1,
-    "hidden_dropout_prob": 0.1,
-    "attention_probs_dropout_prob": 0.1,
-    "dtype": "float32",
-    "model_type": "bert",
-    "architectures": ["BertModel"],
-}
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A bare BERT with its tokenizer: the head is what a run draws."""
-    directory = tmp_path_factory.mktemp("model")
-    tensors = {name: tensor for name, tensor in random_tensors(SIZES).items() if not name.startswith("classifier")}
-    safetensors.numpy.save_file(tensors, str(directory / "model.safetensors"), metadata={"format": "pt"})
-    (directory / "config.json").write_text(json.dumps(SIZES))
-    PAIRS.save_pretrained(str(directory))
-    return directory
+    return write_bert(tmp_path_factory.mktemp("model") / "bert")
 
 
 def rows(count, seed, regression=False):
