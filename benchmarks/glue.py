@@ -18,6 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Trains and scores, prints the table of means and saves benchmarks/results/glue.json."""
     parser = common.parser(__doc__, repeats=None)
     parser.add_argument("--model", default=MODEL, help="an encoder: directory, hub id or package:NAME/FILE")
-    parser.add_argument("--data", type=Path, default=Path("data/glue"), help="folder with a folder for each task")
+    parser.add_argument("--data", default="data/glue", help="folder with a folder for each task")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=[*TASKS, "sst2"])
     parser.add_argument("--methods", nargs="+", default=list(RATES), help="neuroada-<k>, lora-<r>, full")
     parser.add_argument("--rates", nargs="*", default=[], metavar="METHOD=RATE,...", help="learning rates to try")
@@ -155,7 +156,7 @@ def _number(method: str) -> int | None:
 
 def _content(job: Job, settings: argparse.Namespace, folder: str) -> dict[str, Any]:
     """The config of a run; for PyTorch it says what the data are and how long to train."""
-    data = str(settings.data / job.task)
+    data = f"{settings.data}/{job.task}"
     return {
         "name": f"glue-{job.task}-{job.method}",
         "output": f"{folder}/run",
@@ -260,7 +261,9 @@ def _lora(model: Any, rank: int) -> Any:
 
     targets = r".*encoder\.layer\..*\.(query|key|value|dense)"
     settings = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="SEQ_CLS")
-    return peft.get_peft_model(model, settings)
+    with warnings.catch_warnings():  # peft 0.21 on transformers 5.23, whenever it wraps a model
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        return peft.get_peft_model(model, settings)
 
 
 class _Data(NamedTuple):
