@@ -222,7 +222,7 @@ def _evaluate(parsed: argparse.Namespace) -> None:
         score = score_rows(parsed, base, params, tokenizer, rows, console.reporter(shown))
     if parsed.out:
         evaluation.write_predictions(Path(parsed.out), score)
-    result = {
+    result: dict[str, Any] = {
         "task": parsed.task,
         "metric": score.metric,
         "value": score.value,
