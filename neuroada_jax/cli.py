@@ -1,4 +1,4 @@
-"""The command line: neuroada train | evaluate | generate | plan | inspect | merge | export | import."""
+"""The command line: neuroada train | evaluate | tasks | generate | plan | inspect | merge | export | import."""
 
 import argparse
 import contextlib
@@ -67,17 +67,24 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("evaluate", help="score a base model, or one with an adapter, on a file of rows")
     _model_options(evaluate)
-    evaluate.add_argument("--data", required=True, help="rows: a file, a datasets directory or a hub name")
+    evaluate.add_argument("--data", help="rows: a file, a datasets directory or a hub name (default: the task's)")
     evaluate.add_argument("--split", default="test", help="split, where the data has several (default: test)")
     evaluate.add_argument("--task", default="instruct", help="how rows are read (default: instruct)")
     evaluate.add_argument("--style", help="prompt style (default: the task's)")
     evaluate.add_argument("--method", choices=["generate", "choices"], default="generate", help="how answers are found")
     evaluate.add_argument("--limit", type=int, help="score the first rows only")
-    evaluate.add_argument("--max-new-tokens", type=int, default=32, help="longest generation (default: 32)")
+    evaluate.add_argument("--max-new-tokens", type=int, help="longest generation (default: the task's)")
     evaluate.add_argument("--max-length", type=int, help="an encoder's longest row (default: as many as it has positions)")
     evaluate.add_argument("--batch-size", type=int, default=16, help="prompts or examples at a time (default: 16)")
-    evaluate.add_argument("--out", help="file for every prediction, as JSON lines")
+    evaluate.add_argument(
+        "--trained-on", metavar="ROWS", help="training rows, to score the questions apart that are there too"
+    )
+    evaluate.add_argument("--out", help="file for every prediction, as JSON lines (default: runs/evaluate/TASK.jsonl)")
     evaluate.set_defaults(run=_evaluate)
+
+    tasks = commands.add_parser("tasks", help="every task with its metric, prompt style and data")
+    tasks.add_argument("--json", action="store_true", help="print one JSON list and nothing else")
+    tasks.set_defaults(run=_tasks)
 
     generate = commands.add_parser("generate", help="continue a prompt greedily")
     _model_options(generate)
@@ -150,13 +157,18 @@ def _model_options(parser: argparse.ArgumentParser, *, adapter_required: bool = 
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
 
 
-def _load(parsed: argparse.Namespace, *, decoder: bool = True) -> tuple[Any, Any, Any]:
-    """The model of --model, or of the adapter, with the adapter merged in: (base, params, tokenizer).
+def _load(parsed: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """The decoder of --model, or of the adapter, with the adapter merged in: (base, params, tokenizer)."""
+    return _read(*_open(parsed))
+
+
+def _open(parsed: argparse.Namespace, *, decoder: bool = True) -> tuple[Any, Any, Any]:
+    """The model of --model, or of the adapter, without its weights: (base, tokenizer, adapter or None).
 
     With `decoder`, only a model that continues texts will do.
     """
     from neuroada_jax.formats import native
-    from neuroada_jax.weights import open_base, with_weights
+    from neuroada_jax.weights import open_base
 
     adapter = native.read(parsed.adapter) if parsed.adapter else None
     source = parsed.model or (adapter.metadata.get("base", {}).get("source") if adapter else None)
@@ -168,9 +180,16 @@ def _load(parsed: argparse.Namespace, *, decoder: bool = True) -> tuple[Any, Any
     if decoder and not opened.model.architecture.is_decoder:
         kind = opened.model.hf_config["model_type"]
         raise UserError(f"{source}: {kind} is an encoder, which cannot continue a text; this command needs a decoder")
+    return opened, tokenizer, adapter
+
+
+def _read(opened: Any, tokenizer: Any, adapter: Any) -> tuple[Any, Any, Any]:
+    """(base, params, tokenizer) of what `_open` opened: the weights, with the adapter merged in."""
+    from neuroada_jax.formats import native
+    from neuroada_jax.weights import with_weights
+
     base = with_weights(opened)
-    params = base.params if adapter is None else native.merge(adapter, base)
-    return base, params, tokenizer
+    return base, base.params if adapter is None else native.merge(adapter, base), tokenizer
 
 
 def _print_json(content: dict[str, Any]) -> None:
@@ -209,44 +228,51 @@ def _plan(parsed: argparse.Namespace) -> None:
 def _evaluate(parsed: argparse.Namespace) -> None:
     from neuroada_jax import evaluation
     from neuroada_jax.rows import load_rows
-    from neuroada_jax.tasks import GLUE, TASKS
-    from neuroada_jax.training.report import share
+    from neuroada_jax.tasks import GLUE, TASKS, Source
+    from neuroada_jax.training import report
 
-    known = TASKS | GLUE
-    if parsed.task not in known:
-        raise UserError(f"--task: unknown task {parsed.task!r}; known: {', '.join(known)}")
-    rows = load_rows(parsed.data, parsed.split, parsed.limit)
-    base, params, tokenizer = _load(parsed, decoder=parsed.task not in GLUE)
-    score_rows = _score_texts if base.model.architecture.is_decoder else _score_labels
+    if parsed.task not in TASKS | GLUE:
+        raise UserError(f"--task: unknown task {parsed.task!r}; known: {', '.join(TASKS | GLUE)}")
+    opened = _open(parsed, decoder=parsed.task not in GLUE)
+    is_decoder = opened[0].model.architecture.is_decoder
+    if is_decoder and parsed.task not in TASKS:
+        raise UserError(f"--task: {parsed.task!r} needs an encoder with a head, and {opened[0].source} is a decoder")
+    source = Source(parsed.data, parsed.split) if parsed.data else (TASKS if is_decoder else GLUE)[parsed.task].source()
+    rows = load_rows(source.data, source.split, parsed.limit)
+    score_rows = _score_texts if is_decoder else _score_labels
+    base, params, tokenizer = _read(*opened)
     with console.bar("evaluating") as shown:
         score = score_rows(parsed, base, params, tokenizer, rows, console.reporter(shown))
-    if parsed.out:
-        evaluation.write_predictions(Path(parsed.out), score)
-    result: dict[str, Any] = {
-        "task": parsed.task,
-        "metric": score.metric,
-        "value": score.value,
-        "n": score.n,
-        "interval": list(score.interval) if score.interval else None,
-        **score.beside,
-    }
+    out = Path(parsed.out or f"runs/evaluate/{parsed.task}.jsonl")
+    evaluation.write_predictions(out, score)
+    console.say(f"every prediction is in {out}")
     if parsed.json:
-        _print_json(result)
+        parts = {name: part._asdict() for name, part in score.parts.items()}
+        found = {
+            "task": parsed.task,
+            "metric": score.metric,
+            "value": score.value,
+            "n": score.n,
+            "interval": score.interval,
+            **score.beside,
+        }
+        more = {"parts": parts, "overlap": score.overlap, "empty": score.empty}
+        _print_json(found | {key: value for key, value in more.items() if value})
     else:
-        figures = [(parsed.task, score.metric, str(score.n), share(score.value, result["interval"]))]
-        figures += [(parsed.task, name, str(score.n), share(value, None)) for name, value in score.beside.items()]
-        console.table("scores in % (95 % interval)", ("task", "metric", "n", "value"), figures)
+        report.print_scores({parsed.task: report.score(None, score)})
 
 
 def _score_texts(parsed: argparse.Namespace, base: Any, params: Any, tokenizer: Any, rows: Any, progress: Any) -> Any:
     from neuroada_jax import evaluation
     from neuroada_jax.prompts import PromptStyle
-    from neuroada_jax.tasks import TASKS
+    from neuroada_jax.rows import load_rows
+    from neuroada_jax.tasks import TASKS, overlap
 
-    if parsed.task not in TASKS:
-        kind = base.model.hf_config["model_type"]
-        raise UserError(f"--task: {parsed.task!r} needs an encoder with a head, and {base.source} is a decoder ({kind})")
-    task = TASKS[parsed.task]
+    task, trained_on = TASKS[parsed.task], None
+    if parsed.trained_on:
+        trained_on = overlap.questions(
+            evaluation.convert(load_rows(parsed.trained_on), TASKS[task.suite or task.name]).rows
+        )
     return evaluation.evaluate(
         base,
         params,
@@ -257,6 +283,7 @@ def _score_texts(parsed: argparse.Namespace, base: Any, params: Any, tokenizer: 
         method=parsed.method,
         max_new_tokens=parsed.max_new_tokens,
         batch_size=parsed.batch_size,
+        trained_on=trained_on,
         on_progress=progress,
     )
 
@@ -280,6 +307,20 @@ def _score_labels(parsed: argparse.Namespace, base: Any, params: Any, tokenizer:
         batch_size=parsed.batch_size,
         on_progress=progress,
     )
+
+
+def _tasks(parsed: argparse.Namespace) -> None:
+    from neuroada_jax import tasks
+
+    found = tasks.listing()
+    if parsed.json:
+        print(json.dumps(found, ensure_ascii=False))
+        return
+    header = ("task", "suite", "model", "metric", "prompt", "data")
+    rows = [
+        (each["task"], each["suite"] or "", each["model"], each["metric"], each["prompt"], each["data"]) for each in found
+    ]
+    console.table("tasks", header, [(*row[:-1], "\n".join(row[-1])) for row in rows])
 
 
 def _generate(parsed: argparse.Namespace) -> None:

@@ -1,9 +1,9 @@
-"""Scoring a set of rows: generate or choose answers, compare exactly, and say how sure the figure is."""
+"""Scoring a set of rows: generate or choose answers, compare by the task's rule, and say how sure the figure is."""
 
 import functools
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -22,22 +22,33 @@ from neuroada_jax.generation import generate
 from neuroada_jax.losses import target_losses
 from neuroada_jax.prompts import PromptStyle
 from neuroada_jax.rows import Rows, rows_from_list
-from neuroada_jax.tasks import Task
+from neuroada_jax.tasks import Task, overlap
 from neuroada_jax.weights import LoadedModel
 
 Progress = Callable[[int, int], None]
+
+
+class Part(NamedTuple):
+    """Accuracy over some of the rows, or by another rule, with its 95 % Wilson interval."""
+
+    value: float
+    n: int
+    interval: tuple[float, float]
 
 
 class Score(NamedTuple):
     """A metric over n rows, and every prediction.
 
     Attributes:
-      value: of the metric: exact-match accuracy, or what a GLUE task is scored by.
+      value: of the metric: accuracy by the task's rule, or what a GLUE task is scored by.
       n: rows.
       interval: the 95 % Wilson interval of an accuracy; None for other metrics.
       predictions: a dict for each row.
       metric: its name.
       beside: further metrics of the same predictions, by name.
+      empty: generations without any text; they count as wrong.
+      overlap: rows whose question is among the training rows; None where those are not known.
+      parts: the accuracy of the rows that are not ("clean"), that by the task's strict rule ("strict"), and both.
     """
 
     value: float
@@ -46,6 +57,9 @@ class Score(NamedTuple):
     predictions: list[dict[str, Any]]
     metric: str = "accuracy"
     beside: Mapping[str, float] = MappingProxyType({})
+    empty: int = 0
+    overlap: int | None = None
+    parts: Mapping[str, Part] = MappingProxyType({})
 
     @property
     def accuracy(self) -> float:
@@ -107,8 +121,9 @@ def evaluate(
     *,
     style: PromptStyle,
     method: str = "generate",
-    max_new_tokens: int = 32,
+    max_new_tokens: int | None = None,
     batch_size: int = 16,
+    trained_on: Set[str] | None = None,
     on_progress: Progress | None = None,
 ) -> Score:
     """Scores `rows` with plain (base or merged) parameters.
@@ -121,8 +136,9 @@ def evaluate(
       task: how to prompt and how to read answers.
       style: prompt style.
       method: "generate" decodes greedily and extracts the answer; "choices" takes the likeliest of the task's answers.
-      max_new_tokens: for "generate".
+      max_new_tokens: for "generate"; None for the task's own.
       batch_size: prompts, or (row, choice) pairs, at a time.
+      trained_on: the questions of the training rows (`tasks.overlap.questions`), to tell which rows are among them.
       on_progress: called with (done, in all).
 
     Raises:
@@ -137,20 +153,57 @@ def evaluate(
             base.model,
             params,
             prompts,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=max_new_tokens or task.max_new_tokens,
             eos_ids=end_tokens(base, tokenizer),
             batch_size=batch_size,
             on_progress=on_progress,
         )
         texts = [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in outputs]
-        predictions = [{"generation": text, "prediction": task.extract(text)} for text in texts]
+        predictions = [{"generation": text} for text in texts]
     for i, prediction in enumerate(predictions):
-        answer = converted.rows[i]["answer"].strip()
-        prompt = data.render_prompt(converted.rows[i], style, tokenizer, converted.where(i))
-        prediction |= {"answer": answer, "correct": prediction["prediction"] == answer, "prompt": prompt}
-    correct = sum(prediction["correct"] for prediction in predictions)
-    n = len(predictions)
-    return Score(correct / n, n, wilson_interval(correct, n), predictions)
+        row = converted.rows[i]
+        answer = row["answer"].strip()
+        if method == "generate":
+            prediction["prediction"] = task.extract(prediction["generation"], answer)
+        prediction |= {"answer": answer, "correct": _matches(task, prediction["prediction"], answer)}
+        if task.strict and method == "generate":
+            strict = task.strict(prediction["generation"], answer)
+            prediction |= {"strict_prediction": strict, "strict_correct": _matches(task, strict, answer)}
+        if trained_on is not None:
+            prediction["in_training"] = overlap.question(row) in trained_on
+        prediction["prompt"] = data.render_prompt(row, style, tokenizer, converted.where(i))
+    return summarise(predictions)
+
+
+def _matches(task: Task, found: str, answer: str) -> bool:
+    return found != "" and task.matches(found, answer)
+
+
+def _part(correct: Iterable[bool]) -> Part:
+    each = list(correct)
+    return Part(sum(each) / len(each), len(each), wilson_interval(sum(each), len(each)))
+
+
+def summarise(predictions: list[dict[str, Any]]) -> Score:
+    """The score of all predictions, and of the parts that they allow to tell apart."""
+    value, n, interval = _part(each["correct"] for each in predictions)
+    clean = [each for each in predictions if not each.get("in_training")]
+    parts = {}
+    if "strict_correct" in predictions[0]:
+        parts["strict"] = _part(each["strict_correct"] for each in predictions)
+    if 0 < len(clean) < n:
+        parts["clean"] = _part(each["correct"] for each in clean)
+        if "strict" in parts:
+            parts["clean, strict"] = _part(each["strict_correct"] for each in clean)
+    return Score(
+        value,
+        n,
+        interval,
+        predictions,
+        empty=sum(not each.get("generation", "-").strip() for each in predictions),
+        overlap=n - len(clean) if "in_training" in predictions[0] else None,
+        parts=parts,
+    )
 
 
 @functools.partial(jax.jit, static_argnames="module")

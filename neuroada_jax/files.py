@@ -45,9 +45,10 @@ def new_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a whole text file under a temporary name and renames it."""
+    """Writes a whole text file under a temporary name and renames it; makes the folders above it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     except OSError as error:

@@ -18,8 +18,9 @@ from neuroada_jax.targets import Compiler, Target
 from neuroada_jax.tasks import GLUE
 from neuroada_jax.training import connections, modules, objectives, optimizer, step
 from neuroada_jax.training.config import RunConfig, apply_override, from_dict
+from neuroada_jax.training.objectives import Objective
 from neuroada_jax.training.step import AnyBatch
-from neuroada_jax.weights import open_model
+from neuroada_jax.weights import LoadedModel, open_model
 
 # JAX takes this share of a GPU's memory for itself when it starts, and no more, unless it is told otherwise.
 JAX_SHARE = 0.75
@@ -113,20 +114,18 @@ def abstract_batch(rows: int, length: int, packed: bool = False) -> Batch:
     )
 
 
-def _measure(config: RunConfig, target_name: str, devices: int) -> dict[str, Any]:
-    """The plan of a config as it stands."""
+def abstract_state(config: RunConfig) -> tuple[LoadedModel, Any, step.TrainState, Objective]:
+    """A config's model without weights, its optimiser, the shapes of what training keeps between steps, and its objective.
+
+    Raises:
+      UserError: a model or target module that is not there, rows longer than the model allows.
+    """
     base = open_model(config.model.path, config.model.dtype, config_only=True)
     objective, base = objectives.objective(config, base)
     modules.check_length(config, base.model)
-    dtype = jnp.dtype(base.model.config.dtype).name
-    may_be_fused = dtype == "bfloat16" and not config.data.packing  # packed rows need a mask, and cuDNN takes none
-    target = targets.find(target_name, dtype)
-    compiler = targets.compiler_for(target)
-    batch = longest_batch(config, devices, base.model.architecture.is_decoder)
+    paths = modules.target_paths(config, base.model)
     # The number of steps is a constant in the schedule: it takes no room.
     transformation = optimizer.build(config.optimizer, 1, config.head)
-
-    paths = modules.target_paths(config, base.model)
 
     def initial_state(params: Tree) -> step.TrainState:
         built = bypass.build(params, paths, config.bypass.k, dtype=connections.value_dtype(config, base.model))
@@ -134,7 +133,17 @@ def _measure(config: RunConfig, target_name: str, devices: int) -> dict[str, Any
 
     # Whether the checkpoint lacks more than the head (BERT's pooler) is only known from its weights.
     head = base.model.architecture.head if config.head.train else ()
-    state = jax.eval_shape(initial_state, base.model.abstract_params())
+    return base, transformation, jax.eval_shape(initial_state, base.model.abstract_params()), objective
+
+
+def _measure(config: RunConfig, target_name: str, devices: int) -> dict[str, Any]:
+    """The plan of a config as it stands."""
+    base, transformation, state, objective = abstract_state(config)
+    dtype = jnp.dtype(base.model.config.dtype).name
+    may_be_fused = dtype == "bfloat16" and not config.data.packing  # packed rows need a mask, and cuDNN takes none
+    target = targets.find(target_name, dtype)
+    compiler = targets.compiler_for(target)
+    batch = longest_batch(config, devices, base.model.architecture.is_decoder)
 
     def trace(compiler: Compiler) -> Any:
         module = base.model.module(config.training.remat_policy)

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from neuroada_jax import cli, console, data
 from neuroada_jax.batches import Batches
 from neuroada_jax.formats import native
+from neuroada_jax.tasks import TASKS
 from neuroada_jax.training import loop
 
 SOME = {"targets": ["q_proj", "down_proj"], "k": 2}
@@ -188,24 +189,45 @@ def test_a_packed_run_trains_on_every_example_once_an_epoch(tmp_path, inputs, ne
 # The other commands.
 
 
-def test_evaluate(trained, inputs, neuroada, tmp_path):
+def test_evaluate(trained, inputs, neuroada, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where the generations go
     arguments = ["evaluate", "--model", inputs[0], "--data", inputs[1], "--limit", 6, "--max-new-tokens", 2]
-    arguments += ["--style", "verbatim"]
+    arguments += ["--style", "verbatim", "--trained-on", inputs[1]]
     results = json.loads((trained / "results.json").read_text())["evaluation"]["held out"]
     base = one_object(neuroada(*arguments, "--json"))
+    assert base.pop("empty", 0) == results["empty_before"]
     assert base == {
         "task": "instruct",
         "metric": "accuracy",
         "value": results["accuracy_before"],
         "n": 6,
         "interval": results["interval_before"],
+        "overlap": 6,
     }
+    assert len((tmp_path / "runs" / "evaluate" / "instruct.jsonl").read_text().splitlines()) == 6
     out = tmp_path / "predictions.jsonl"
     adapted = one_object(neuroada(*arguments, "--json", "--adapter", trained / "adapter", "--out", out))
     assert (adapted["value"], adapted["interval"]) == (results["accuracy_after"], results["interval_after"])
     assert out.read_text() == (trained / "predictions-held out-after.jsonl").read_text()
     code, table, _ = neuroada(*arguments)
     assert code == 0 and "instruct" in table and "accuracy" in table
+
+
+def test_tasks(neuroada):
+    code, out, _ = neuroada("tasks", "--json")
+    assert code == 0 and [each["task"] for each in json.loads(out)] == list(TASKS)
+    code, table, _ = neuroada("tasks")
+    assert code == 0 and all(name in table for name in TASKS)
+
+
+def test_rows_that_are_also_in_a_set_are_dropped(inputs, tmp_path, neuroada):
+    sets = [{"name": "some", "data": str(inputs[1]), "limit": 5, "max_new_tokens": 1}]
+    path = config(tmp_path, inputs, data={"drop_overlap": True}, evaluation={"sets": sets, "before": False})
+    results = one_object(neuroada("train", path, "--json", "training.steps=1"))
+    assert results["examples"] == 24 - 5 and results["evaluation"]["some"]["overlap"] == 0
+    assert results["mean"] is None
+    whole = ("evaluation.sets.0.limit=24", "training.steps=1", "--overwrite")
+    assert one_line_error(neuroada("train", path, *whole)).endswith("so that data.drop_overlap leaves none")
 
 
 def test_generate(trained, inputs, neuroada):

@@ -67,9 +67,9 @@ def test_exact_match_and_predictions(base, tmp_path):
 
 def test_the_trigger_phrase_comes_before_the_answer():
     extract = TASKS["commonsense"].extract
-    assert extract("so the correct answer is true") == "true"
-    assert extract("the correct answer is a\nthe correct answer is b") == "a\nthe correct answer is b"
-    assert extract("true") == "" == extract("The Correct Answer Is true")
+    assert extract("so the correct answer is true", "true") == "true"
+    assert extract("the correct answer is a\nthe correct answer is b", "a") == "a\nthe correct answer is b"
+    assert extract("true", "true") == "" == extract("The Correct Answer Is true", "true")
 
 
 def test_choices_picks_the_likelier_answer(base):
@@ -131,3 +131,32 @@ def test_chat_rows_are_scored_against_the_last_assistant_turn(base):
     assert score(base, [{"messages": chat}]).predictions[0]["answer"] == "answer"
     message = message_of(score, base, [{"messages": chat[:1]}])
     assert message == "rows: row 0: no answer to compare with (columns messages)"
+
+
+def test_parts_by_a_second_rule_and_without_the_training_rows(base, monkeypatch):
+    texts = ["A book: the answer is (B).", "The answer is C", "", "Denote it by x."]
+    monkeypatch.setattr(evaluation, "generate", lambda *_, **options: [[i] for i in range(options["max_new_tokens"] - 508)])
+    monkeypatch.setattr(type(CHAT), "decode", lambda self, ids, **_: texts[ids[0]])
+    rows = [{"instruction": f"i{i}", "output": "", "answer": answer} for i, answer in enumerate("BCAD")]
+    got = score(base, rows, "aqua", style=PromptStyle.ALPACA, max_new_tokens=None, trained_on=frozenset({"i0", "i3", "i9"}))
+    assert [each["prediction"] for each in got.predictions] == ["A", "C", "", "D"]
+    assert [each["strict_prediction"] for each in got.predictions] == ["B", "C", "", ""]
+    assert [each["in_training"] for each in got.predictions] == [True, False, False, True]
+    assert (got.value, got.n, got.empty, got.overlap) == (0.5, 4, 1, 2)
+    assert {name: part[:2] for name, part in got.parts.items()} == {
+        "strict": (0.5, 4),
+        "clean": (0.5, 2),
+        "clean, strict": (0.5, 2),
+    }
+    assert got.parts["clean"].interval == evaluation.wilson_interval(1, 2)
+    # Without a second rule or known training rows there is nothing to tell apart.
+    plain = score(base, [{**row, "answer": "3"} for row in rows], "gsm8k", style=PromptStyle.ALPACA, max_new_tokens=None)
+    assert plain.parts == {} and plain.overlap is None and plain.empty == 1
+    none_clean = score(base, rows, "aqua", max_new_tokens=None, trained_on=frozenset({"i0", "i1", "i2", "i3"}))
+    assert none_clean.overlap == 4 and set(none_clean.parts) == {"strict"}
+
+
+def test_an_empty_generation_is_wrong_whatever_the_answer(base, monkeypatch):
+    monkeypatch.setattr(evaluation, "generate", lambda *_, **__: [[]])
+    got = score(base, [{"prompt": "a", "completion": " "}])
+    assert got.value == 0 and got.empty == 1

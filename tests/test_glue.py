@@ -31,7 +31,14 @@ def test_the_eight_tasks_and_what_they_are_scored_by():
         "qqp": ("f1",),
     }
     assert {name: len(task.labels) for name, task in GLUE.items()} == dict.fromkeys(GLUE, 2) | {"stsb": 1, "mnli": 3}
-    assert GLUE["mnli"].source == "nyu-mll/glue:mnli" and GLUE["mnli"].validation == "validation_matched"
+    assert GLUE["mnli"].sources == (("data/glue/mnli", "validation"), ("nyu-mll/glue:mnli", "validation_matched"))
+
+
+def test_the_dev_set_is_here_or_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert GLUE["rte"].source() == ("nyu-mll/glue:rte", "validation")
+    (tmp_path / "data" / "glue" / "rte").mkdir(parents=True)
+    assert GLUE["rte"].source() == ("data/glue/rte", "validation")
 
 
 @pytest.mark.parametrize("name", ROWS)

@@ -64,7 +64,7 @@ def main() -> None:
 def next_steps(settings: config.RunConfig) -> str:
     """What to look at and to run after the quickstart; the commands can be pasted into a shell."""
     out, test = settings.directory, settings.evaluation.sets[0]
-    question = json.loads(Path(test.data).read_text(encoding="utf-8").splitlines()[0])["prompt"]
+    question = json.loads(Path(str(test.data)).read_text(encoding="utf-8").splitlines()[0])["prompt"]
     return f"""
 Look at    {out}/loss.png, {out}/predictions-{test.name}-after.jsonl
 Ask it     .venv/bin/neuroada generate --model {out}/merged --style plain --prompt {shlex.quote(question)}

@@ -1,10 +1,60 @@
 """The tasks by name: how a row becomes prompt and target, and how a generation becomes an answer."""
 
+from typing import Any
+
+from neuroada_jax.tasks import arithmetic, commonsense
 from neuroada_jax.tasks.glue import GLUE, GlueTask
-from neuroada_jax.tasks.instruct import COMMONSENSE, INSTRUCT, SST2
-from neuroada_jax.tasks.task import Task
+from neuroada_jax.tasks.instruct import ALPACA, INSTRUCT, SST2
+from neuroada_jax.tasks.task import Source, Task
 
-__all__ = ["GLUE", "TASKS", "GlueTask", "Task"]
+__all__ = ["GLUE", "SUITES", "TASKS", "GlueTask", "Source", "Task", "listing"]
 
-# What a decoder is trained for. GLUE is what an encoder is trained for: sst2 is in both.
-TASKS: dict[str, Task] = {task.name: task for task in (INSTRUCT, COMMONSENSE, SST2)}
+# What a decoder is trained for; GLUE is what an encoder is trained for, and sst2 is in both.
+# commonsense and arithmetic read the training rows that their suites share.
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        INSTRUCT,
+        ALPACA,
+        SST2,
+        commonsense.COMMONSENSE,
+        *commonsense.TASKS,
+        arithmetic.ARITHMETIC,
+        *arithmetic.TASKS,
+    )
+}
+# What is published as one table, in its order.
+SUITES: dict[str, tuple[str, ...]] = {
+    module.SUITE: tuple(task.name for task in module.TASKS) for module in (commonsense, arithmetic)
+}
+
+
+def listing() -> list[dict[str, Any]]:
+    """A dict for every task: its name, suite, metric, prompt style, longest generation and where its rows may be."""
+    decoders = [
+        {
+            "task": task.name,
+            "suite": task.suite,
+            "model": "decoder",
+            "metric": "accuracy",
+            "prompt": task.style.value,
+            "max_new_tokens": task.max_new_tokens,
+            "answers": list(task.choices),
+            "data": [each.data for each in task.sources],
+        }
+        for task in TASKS.values()
+    ]
+    encoders = [
+        {
+            "task": task.name,
+            "suite": "glue",
+            "model": "encoder",
+            "metric": task.metric,
+            "prompt": " + ".join(task.texts),
+            "max_new_tokens": None,
+            "answers": list(task.labels),
+            "data": [each.data for each in task.sources],
+        }
+        for task in GLUE.values()
+    ]
+    return decoders + encoders

@@ -7,9 +7,11 @@ figure, F1 or Spearman's, stands beside it.
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from neuroada_jax.errors import UserError
+from neuroada_jax.tasks.task import Source
 
 HUB = "nyu-mll/glue"
 HIGHEST_SIMILARITY = 5.0  # STS-B's labels are numbers from 0 to this
@@ -40,9 +42,14 @@ class GlueTask(NamedTuple):
         return len(self.labels) == 1
 
     @property
-    def source(self) -> str:
-        """The hub's name of the rows, as `rows.load_rows` takes it."""
-        return f"{HUB}:{self.name}"
+    def sources(self) -> tuple[Source, ...]:
+        """Where its dev set may be, the best first."""
+        return Source(f"data/glue/{self.name}", "validation"), Source(f"{HUB}:{self.name}", self.validation)
+
+    def source(self) -> Source:
+        """The first of the sources that is here, or else the hub's."""
+        here, hub = self.sources
+        return here if Path(here.data).exists() else hub
 
     def convert(self, row: Mapping[str, Any], where: str) -> tuple[tuple[str, ...], int | float]:
         """(the texts, the label) of a row.

@@ -1,13 +1,19 @@
-"""Instruction tasks: generic rows, the commonsense collection, and SST-2 put as an instruction."""
+"""Instruction tuning: rows of any kind, Alpaca's rows, and SST-2 put as an instruction."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from neuroada_jax.errors import UserError
 from neuroada_jax.prompts import PromptStyle
-from neuroada_jax.tasks.task import Task
+from neuroada_jax.tasks.task import Source, Task
 
 TRIGGER = "the correct answer is "
+
+
+def after_trigger(text: str, answer: str) -> str:
+    """The text after the first trigger phrase; the rule of the official code."""
+    _, found, rest = text.partition(TRIGGER)
+    return rest.strip() if found else ""
 
 
 def _as_is(row: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -19,24 +25,26 @@ def _as_is(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {**row, "answer": answer}
 
 
-INSTRUCT = Task("instruct", PromptStyle.PLAIN, _as_is, str.strip)
+def _whole(text: str, answer: str) -> str:
+    return text.strip()
 
 
-def _after_trigger(text: str) -> str:
-    """The text after the first trigger phrase; the rule of the official code."""
-    _, found, rest = text.partition(TRIGGER)
-    return rest.strip() if found else ""
+INSTRUCT = Task("instruct", PromptStyle.PLAIN, _as_is, _whole)
 
 
-def _commonsense(row: Mapping[str, Any], where: str) -> dict[str, Any]:
-    for column in ("instruction", "answer"):
+def _alpaca(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    for column in ("instruction", "output"):
         if not isinstance(row.get(column), str):
-            found = ", ".join(row)
-            raise UserError(f"{where}: task 'commonsense' needs the text columns instruction and answer, found {found}")
-    return {"instruction": row["instruction"], "output": TRIGGER + row["answer"], "answer": row["answer"]}
+            raise UserError(
+                f"{where}: task 'alpaca' needs the text columns instruction and output (and perhaps input), "
+                f"found {', '.join(row)}"
+            )
+    return {**row, "answer": row["output"]}
 
 
-COMMONSENSE = Task("commonsense", PromptStyle.PLAIN, _commonsense, _after_trigger)
+ALPACA = Task(
+    "alpaca", PromptStyle.ALPACA, _alpaca, _whole, max_new_tokens=512, sources=(Source("tatsu-lab/alpaca", "train"),)
+)
 
 _SST2_LABELS = ("negative", "positive")
 
@@ -53,4 +61,12 @@ def _sst2(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {"instruction": instruction, "output": TRIGGER + answer, "answer": answer}
 
 
-SST2 = Task("sst2", PromptStyle.PLAIN, _sst2, _after_trigger, _SST2_LABELS, lambda answer: TRIGGER + answer)
+SST2 = Task(
+    "sst2",
+    PromptStyle.PLAIN,
+    _sst2,
+    after_trigger,
+    choices=_SST2_LABELS,
+    target=lambda answer: TRIGGER + answer,
+    sources=(Source("data/glue/sst2/validation.jsonl.gz"), Source("nyu-mll/glue:sst2", "validation")),
+)

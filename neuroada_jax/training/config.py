@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 from neuroada_jax.errors import UserError
 from neuroada_jax.models import Remat
 from neuroada_jax.prompts import PromptStyle
-from neuroada_jax.tasks import GLUE, TASKS
+from neuroada_jax.tasks import GLUE, SUITES, TASKS
 
 _STRICT = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -60,6 +60,7 @@ class DataSection:
     Which tasks there are depends on the model: a decoder continues texts, an encoder tells the labels of a GLUE task apart.
 
     With `packing`, a row of a batch is `max_length` tokens that hold as many whole examples as fit, each by itself.
+    With `drop_overlap`, rows whose question is also in an evaluation set are left out.
     """
 
     train: str
@@ -70,6 +71,7 @@ class DataSection:
     buckets: list[int] | None = None  # padded lengths; None: derived from the data
     group_by_length: bool = False
     packing: bool = False
+    drop_overlap: bool = False
     limit: int | None = pydantic.Field(default=None, gt=0)
 
     def __post_init__(self) -> None:
@@ -121,16 +123,24 @@ class TrainingSection:
 
 @dataclass(frozen=True, config=_STRICT)
 class EvaluationSet:
-    """Rows to score, read as the rows of `task`."""
+    """Rows to score, read as the rows of `task`.
 
-    name: str
-    data: str
+    In a file, `suite: commonsense` or `suite: arithmetic` stands for one such set for each of its tasks.
+    """
+
+    name: str = ""  # empty: that of the task
+    data: str | None = None  # None: where the task's rows are (`neuroada tasks`)
     task: str | None = None  # None: the task of the training data
     style: str | None = None
     split: str = "test"
     limit: int | None = pydantic.Field(default=None, gt=0)
     method: Literal["generate", "choices"] = "generate"  # choices: the likeliest of the task's answers
-    max_new_tokens: int = pydantic.Field(default=32, gt=0)
+    max_new_tokens: int | None = pydantic.Field(default=None, gt=0)  # None: the task's own
+
+    def __post_init__(self) -> None:
+        if self.task is None and not (self.name and self.data):
+            raise ValueError("a set without a task needs a name and data")
+        object.__setattr__(self, "name", self.name or self.task)  # frozen for everybody else
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -316,11 +326,35 @@ def from_dict(content: Any, where: str) -> RunConfig:
     """
     if not isinstance(content, dict):
         raise UserError(f"{where}: expected a mapping of sections, found {type(content).__name__}")
+    content = _without_suites(content, where)
     try:
         # Through JSON, since pydantic's strict mode takes mappings for dataclasses from there only.
         return pydantic.TypeAdapter(RunConfig).validate_json(json.dumps(content, default=str))
     except pydantic.ValidationError as error:
         raise UserError(f"{where}: {_message(error)}") from error
+
+
+def _without_suites(content: dict[str, Any], where: str) -> dict[str, Any]:
+    """The content with a set for every task of a suite in the place of `suite: <name>`; its other fields hold for each."""
+    section = content.get("evaluation")
+    sets = section.get("sets") if isinstance(section, dict) else None
+    if not isinstance(sets, list):
+        return content
+    single: list[Any] = []
+    for number, each in enumerate(sets):
+        if not isinstance(each, dict) or "suite" not in each:
+            single.append(each)
+            continue
+        field, suite = f"{where}: evaluation.sets.{number}", each["suite"]
+        if not isinstance(suite, str) or suite not in SUITES:
+            raise UserError(f"{field}.suite: unknown suite {suite!r}; known: {', '.join(SUITES)}")
+        taken = [name for name in ("name", "data", "task") if name in each]
+        if taken:
+            raise UserError(f"{field}.{taken[0]}: a suite has its own names, data and tasks; leave it out")
+        single += [
+            {"task": task, **{key: value for key, value in each.items() if key != "suite"}} for task in SUITES[suite]
+        ]
+    return {**content, "evaluation": {**section, "sets": single}}
 
 
 def load(path: str, overrides: list[str] | None = None) -> RunConfig:

@@ -17,6 +17,8 @@ def check_kind(config: RunConfig, model: models.Model) -> None:
         raise UserError(f"head: {kind} is a decoder, which has no head to train; leave this section out")
     if not is_decoder and config.data.packing:
         raise UserError(f"data.packing: {kind} is an encoder, which reads one example a row; set it to false")
+    if not is_decoder and config.data.drop_overlap:
+        raise UserError(f"data.drop_overlap: {kind} is an encoder, whose rows ask no questions; set it to false")
     for where, task in config.tasks():
         if is_decoder and task not in TASKS:
             raise UserError(

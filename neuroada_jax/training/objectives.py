@@ -8,11 +8,12 @@ from jaxtyping import Array
 from neuroada_jax import classification, console, data, evaluation
 from neuroada_jax.batches import AnyBatches, Batches, ClassificationBatches
 from neuroada_jax.bypass import Tree
+from neuroada_jax.errors import UserError
 from neuroada_jax.evaluation import Progress, Score
 from neuroada_jax.losses import classification_losses, target_losses
 from neuroada_jax.prompts import PromptStyle
 from neuroada_jax.rows import Rows, load_rows
-from neuroada_jax.tasks import GLUE, TASKS
+from neuroada_jax.tasks import GLUE, TASKS, Source, Task, overlap
 from neuroada_jax.training import modules
 from neuroada_jax.training.config import EvaluationSet, RunConfig
 from neuroada_jax.weights import LoadedModel, with_labels
@@ -30,11 +31,15 @@ class Objective(Protocol):
     losses: Callable[..., Array]
     dropout_seed: int | None
 
-    def batches(self, tokenizer: Any) -> tuple[AnyBatches, Rows]:
+    def batches(self, tokenizer: Any, held_out: dict[str, Rows]) -> tuple[AnyBatches, Rows]:
         """The training data, and the rows that a batch's numbers mean.
 
+        Args:
+          tokenizer: of the model.
+          held_out: the rows of every evaluation set, for `data.drop_overlap`.
+
         Raises:
-          UserError: rows that do not fit the task.
+          UserError: rows that do not fit the task, or none left.
         """
 
     def rows(self, each: EvaluationSet) -> Rows:
@@ -70,13 +75,13 @@ class Continuation:
 
     def __init__(self, config: RunConfig) -> None:
         self._config = config
+        self._trained_on: frozenset[str] = frozenset()  # the questions of the training rows
 
-    def batches(self, tokenizer: Any) -> tuple[AnyBatches, Rows]:
+    def batches(self, tokenizer: Any, held_out: dict[str, Rows]) -> tuple[AnyBatches, Rows]:
         """See `Objective`."""
-        config = self._config
-        task = TASKS[config.data.task]
-        rows = evaluation.convert(load_rows(config.data.train, config.data.split, config.data.limit), task)
-        style = PromptStyle(config.data.style or task.style)
+        config, rows = self._config, self._training_rows(held_out)
+        self._trained_on = overlap.questions(rows.rows)
+        style = PromptStyle(config.data.style or TASKS[config.data.task].style)
         with console.bar("tokenising") as shown:
             examples = data.encode(rows, style, tokenizer, config.data.max_length, console.reporter(shown))
         console.say(
@@ -100,10 +105,31 @@ class Continuation:
             )
         return batches, rows
 
+    def _training_rows(self, held_out: dict[str, Rows]) -> Rows:
+        """The rows to train on in their task's form, without those that `data.drop_overlap` leaves out."""
+        section = self._config.data
+        rows = evaluation.convert(load_rows(section.train, section.split, section.limit), TASKS[section.task])
+        if not section.drop_overlap:
+            return rows
+        asked: set[str] = set()
+        for each in self._config.evaluation.sets:
+            asked |= overlap.questions(evaluation.convert(held_out[each.name], self._task(each)).rows)
+        kept = [i for i, row in enumerate(rows.rows) if overlap.question(row) not in asked]
+        if not kept:
+            raise UserError(
+                f"{rows.source}: every row's question is in an evaluation set, so that data.drop_overlap leaves none"
+            )
+        console.say(f"left out {len(rows) - len(kept)} of {len(rows)} rows, whose question is in an evaluation set")
+        return Rows([rows.rows[i] for i in kept], rows.source, [rows.places[i] for i in kept])
+
+    def _task(self, each: EvaluationSet) -> Task:
+        return TASKS[each.task or self._config.data.task]
+
     def rows(self, each: EvaluationSet) -> Rows:
         """See `Objective`."""
-        rows = load_rows(each.data, each.split, each.limit)
-        evaluation.check_rows(rows, TASKS[each.task or self._config.data.task], each.method)
+        source = Source(each.data, each.split) if each.data else self._task(each).source()
+        rows = load_rows(source.data, source.split, each.limit)
+        evaluation.check_rows(rows, self._task(each), each.method)
         return rows
 
     def score(
@@ -115,20 +141,21 @@ class Continuation:
             params,
             tokenizer,
             rows,
-            TASKS[each.task or self._config.data.task],
+            self._task(each),
             style=self._style(each),
             method=each.method,
             max_new_tokens=each.max_new_tokens,
             batch_size=self._config.evaluation.batch_size,
+            trained_on=self._trained_on,
             on_progress=progress,
         )
 
     def _style(self, each: EvaluationSet) -> PromptStyle:
-        """The set's own style, else the training data's where the task is the same, else the task's."""
+        """The set's own style, else the training data's where the task or its suite is the same, else the task's."""
         section = self._config.data
-        same_task = each.task in (None, section.task)
-        named = each.style or (section.style if same_task else None)
-        return PromptStyle(named or TASKS[each.task or section.task].style)
+        task, trained = self._task(each), TASKS[section.task]
+        related = task is trained or (task.suite is not None and task.suite == trained.suite)
+        return PromptStyle(each.style or (section.style if related else None) or task.style)
 
 
 class Classification:
@@ -141,7 +168,7 @@ class Classification:
         self._task = GLUE[config.data.task]
         self.dropout_seed = config.seed
 
-    def batches(self, tokenizer: Any) -> tuple[AnyBatches, Rows]:
+    def batches(self, tokenizer: Any, held_out: dict[str, Rows]) -> tuple[AnyBatches, Rows]:
         """See `Objective`."""
         section = self._config.data
         rows = load_rows(section.train, section.split, section.limit)
@@ -159,7 +186,8 @@ class Classification:
 
     def rows(self, each: EvaluationSet) -> Rows:
         """See `Objective`."""
-        rows = load_rows(each.data, each.split, each.limit)
+        source = Source(each.data, each.split) if each.data else self._task.source()
+        rows = load_rows(source.data, source.split, each.limit)
         for i, row in enumerate(rows.rows):
             self._task.convert(row, rows.where(i))
         return rows

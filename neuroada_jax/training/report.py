@@ -54,31 +54,56 @@ def results(
         "examples": len(batches.examples),
         "cut": batches.examples.cut,
         "left_out": batches.examples.left_out,
-        "evaluation": {name: _compared(before.get(name), score) for name, score in after.items()},
+        "evaluation": {name: score(before.get(name), scored) for name, scored in after.items()},
+        "mean": _mean(before, after),
         **_headline(before, after),
         "backend": jax.default_backend(),
         "versions": native.installed_versions() | {"python": sys.version.split()[0]},
     }
 
 
-def _compared(before: Score | None, after: Score) -> dict[str, Any]:
-    """A set's figures by field: <metric>_before, <metric>_after, the intervals, and <metric>_after of those beside."""
+def score(before: Score | None, after: Score) -> dict[str, Any]:
+    """The figures of one set. Its parts are those that were scored by a second rule or are not in the training rows."""
+
+    def parts(of: Score) -> dict[str, Any]:
+        return {name: {**part._asdict(), "interval": list(part.interval)} for name, part in of.parts.items()}
+
+    def interval(of: Score | None) -> list[float] | None:
+        return list(of.interval) if of and of.interval else None
+
     return {
         "n": after.n,
         "metric": after.metric,
         f"{after.metric}_before": before.value if before else None,
         f"{after.metric}_after": after.value,
-        "interval_before": list(before.interval) if before and before.interval else None,
-        "interval_after": list(after.interval) if after.interval else None,
         **{f"{name}_after": value for name, value in after.beside.items()},
+        "beside": list(after.beside),
+        "interval_before": interval(before),
+        "interval_after": interval(after),
+        "parts_before": parts(before) if before else None,
+        "parts_after": parts(after),
+        "empty_before": before.empty if before else None,
+        "empty_after": after.empty,
+        "overlap": after.overlap,
     }
+
+
+def _mean(before: dict[str, Score], after: dict[str, Score]) -> dict[str, float | None] | None:
+    """The plain mean over the sets, as published tables have it; None for less than two sets."""
+    if len(after) < 2:
+        return None
+
+    def mean(scores: dict[str, Score]) -> float | None:
+        return sum(score.value for score in scores.values()) / len(scores) if scores else None
+
+    return {"before": mean(before), "after": mean(after)}
 
 
 def _headline(before: dict[str, Score], after: dict[str, Score]) -> dict[str, Any]:
     """The first evaluation set's figures once more, where a script finds them without knowing its name."""
-    for name, score in after.items():
-        figures = _compared(before.get(name), score)
-        return {field: figures[field] for field in (f"{score.metric}_before", f"{score.metric}_after", "n")}
+    for name, scored in after.items():
+        figures = score(before.get(name), scored)
+        return {field: figures[field] for field in (f"{scored.metric}_before", f"{scored.metric}_after", "n")}
     return {}
 
 
@@ -90,22 +115,14 @@ def share(value: float | None, interval: list[float] | None) -> str:
 
 
 def print_summary(results: dict[str, Any]) -> None:
-    """The tables that end a run: scores, then what was trained and how fast."""
-
-    def cell(score: dict[str, Any], when: str) -> str:
-        return share(score[f"{score['metric']}_{when}"], score[f"interval_{when}"])
-
+    """The tables that end a run: accuracies, then what was trained and how fast."""
     if results["evaluation"]:
-        scores = [
-            (name, score["metric"], str(score["n"]), cell(score, "before"), cell(score, "after"))
-            for name, score in results["evaluation"].items()
-        ]
-        console.table("scores in % (95 % interval)", ("set", "metric", "n", "before", "after"), scores)
+        print_scores(results["evaluation"], results["mean"])
     if "best_epoch" in results:
         best = results["best_epoch"]
         console.say(
             f"kept epoch {best['epoch']} of {len(best['epochs'])}: {best['metric']} {best['value']:.4f} on "
-            f"{best['split']['choosing_rows']} rows of {best['set']}; the scores above are of the other "
+            f"{best['split']['choosing_rows']} rows of {best['set']}; the score above is of the other "
             f"{best['split']['test_rows']}"
         )
     rows = [
@@ -119,3 +136,34 @@ def print_summary(results: dict[str, Any]) -> None:
         ("files", results["directory"]),
     ]
     console.table(results["name"], ("", ""), rows)
+
+
+def print_scores(sets: dict[str, dict[str, Any]], mean: dict[str, float | None] | None = None) -> None:
+    """A row for every set, one for each of its parts, and the mean; below, what a reader has to know of them."""
+
+    rows, notes = [], []
+    for name, score in sets.items():
+        metric = score["metric"]
+        before, after = (share(score[f"{metric}_{when}"], score[f"interval_{when}"]) for when in ("before", "after"))
+        rows.append((name if metric == "accuracy" else f"{name}, {metric}", str(score["n"]), before, after))
+        rows += [
+            (f"  {name}, {each}", str(score["n"]), "-", share(score[f"{each}_after"], None)) for each in score["beside"]
+        ]
+        for kind, part in score["parts_after"].items():
+            base = (score["parts_before"] or {}).get(kind)
+            before = share(base["value"], base["interval"]) if base else "-"
+            rows.append((f"  {name}, {kind}", str(part["n"]), before, share(part["value"], part["interval"])))
+        if score["overlap"]:
+            notes.append(f"{name}: {score['overlap']} of {score['n']} questions are among the training rows")
+        if score["empty_after"]:
+            notes.append(f"{name}: {score['empty_after']} of {score['n']} generations are empty and count as wrong")
+    if mean:
+        rows.append(("mean of the sets", str(len(sets)), share(mean["before"], None), share(mean["after"], None)))
+    kind = "accuracy" if all(score["metric"] == "accuracy" for score in sets.values()) else "score"
+    title = f"{kind} in % (95 % interval)"
+    if any(score[f"{score['metric']}_before"] is not None for score in sets.values()):
+        console.table(title, ("set", "n", "before", "after"), rows)
+    else:
+        console.table(title, ("set", "n", kind), [(name, n, value) for name, n, _, value in rows])
+    for note in notes:
+        console.say(note)

@@ -109,8 +109,8 @@ def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -
     objective, base = objectives.objective(config, base)
     modules.check_length(config, base.model)
     paths = modules.target_paths(config, base.model)
-    batches, rows = objective.batches(tokenizer)
     held_out = evaluation_rows(config, objective)
+    batches, rows = objective.batches(tokenizer, held_out)
     chooser = config.evaluation.best_epoch
     if chooser is not None:
         parts = best_epoch.split(len(held_out[chooser]), config.seed)

@@ -80,13 +80,13 @@ def summarise(config: RunConfig, runs: dict[int, dict[str, Any]]) -> dict[str, A
     ]
     evaluation = {}
     for name in sets:
-        fields = [key for key in first["evaluation"][name] if key.endswith("_after") and key != "interval_after"]
+        metric = first["evaluation"][name]["metric"]
         evaluation[name] = {
-            "metric": first["evaluation"][name]["metric"],
+            "metric": metric,
             "n": [each["evaluation"][name]["n"] for each in runs.values()],
             **{
-                field.removesuffix("_after"): _spread([each["evaluation"][name][field] for each in runs.values()])
-                for field in fields
+                each: _spread([found["evaluation"][name][f"{each}_after"] for found in runs.values()])
+                for each in (metric, *first["evaluation"][name]["beside"])
             },
         }
     return {

@@ -7,6 +7,7 @@ import pytest
 import yaml
 from data_helpers import message_of
 
+from neuroada_jax.tasks import SUITES
 from neuroada_jax.training import config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -241,3 +242,28 @@ def test_missing_file(tmp_path):
 def test_every_shipped_config_loads(path):
     loaded = config.load(str(path))
     assert config.from_dict(yaml.safe_load(config.to_yaml(loaded)), "again") == loaded
+
+
+def test_a_suite_stands_for_its_tasks():
+    sets = [{"suite": "commonsense", "limit": 5}, {"task": "gsm8k"}, {"name": "mine", "data": "d"}]
+    loaded = config.from_dict(with_field("evaluation.sets", sets), "here").evaluation.sets
+    assert [each.name for each in loaded] == [*SUITES["commonsense"], "gsm8k", "mine"]
+    assert [each.limit for each in loaded] == [5] * 8 + [None] * 2
+    assert loaded[0].task == "boolq" and loaded[0].data is None and loaded[0].max_new_tokens is None
+
+
+@pytest.mark.parametrize(
+    ("each", "message"),
+    [
+        ({"suite": "glee"}, "here: evaluation.sets.0.suite: unknown suite 'glee'; known: commonsense, arithmetic"),
+        ({"suite": ["x"]}, "here: evaluation.sets.0.suite: unknown suite ['x']; known: commonsense, arithmetic"),
+        (
+            {"suite": "arithmetic", "data": "d"},
+            "here: evaluation.sets.0.data: a suite has its own names, data and tasks; leave it out",
+        ),
+        ({"data": "d"}, "here: evaluation.sets.0: a set without a task needs a name and data"),
+        ({"name": "n"}, "here: evaluation.sets.0: a set without a task needs a name and data"),
+    ],
+)
+def test_sets_that_say_too_little_or_too_much(each, message):
+    assert message_of(config.from_dict, with_field("evaluation.sets", [each]), "here") == message

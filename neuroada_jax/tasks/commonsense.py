@@ -1,0 +1,160 @@
+"""The eight commonsense tasks, as LLM-Adapters puts them and LoReFT and NeuroAda score them.
+
+Rows are either LLM-Adapters' own (instruction, answer) or those of the benchmark on the hub, which are put into the same
+words here. The model is trained to say "the correct answer is <answer>"; what follows these words is compared exactly.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from neuroada_jax.errors import UserError
+from neuroada_jax.prompts import PromptStyle
+from neuroada_jax.tasks.instruct import TRIGGER, after_trigger
+from neuroada_jax.tasks.task import Source, Task, published_sources
+
+SUITE = "commonsense"
+
+
+class _Original(NamedTuple):
+    """Rows as the benchmark has them: their columns, and what makes (instruction, answer) of one."""
+
+    columns: tuple[str, ...]
+    render: Callable[[Mapping[str, Any]], tuple[str, str]]
+
+
+def _convert(
+    name: str, choices: tuple[str, ...], original: _Original | None, row: Mapping[str, Any], where: str
+) -> dict[str, Any]:
+    instruction, answer = row.get("instruction"), row.get("answer")
+    if original and "instruction" not in row and all(column in row for column in original.columns):
+        try:
+            instruction, answer = original.render(row)
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(f"{where}: not a row of {name!r} as the hub has it ({reason})") from error
+    if not isinstance(instruction, str) or not isinstance(answer, str):
+        also = f" (or {', '.join(original.columns)}, as on the hub)" if original else ""
+        found = ", ".join(row)
+        raise UserError(f"{where}: task {name!r} needs the text columns instruction and answer{also}, found {found}")
+    if choices and answer.strip() not in choices:
+        raise UserError(f"{where}: answer {answer!r}, expected one of task {name!r}: {', '.join(choices)}")
+    return {"instruction": instruction, "output": TRIGGER + answer, "answer": answer}
+
+
+def _task(
+    name: str, choices: tuple[str, ...] = (), original: _Original | None = None, sources: tuple[Source, ...] = ()
+) -> Task:
+    return Task(
+        name,
+        PromptStyle.PLAIN,
+        functools.partial(_convert, name, choices, original),
+        after_trigger,
+        choices=choices,
+        target=lambda answer: TRIGGER + answer,
+        suite=SUITE,
+        sources=sources,
+    )
+
+
+def _labels(word: str, count: int) -> tuple[str, ...]:
+    return tuple(f"{word}{number}" for number in range(1, count + 1))
+
+
+def _choose(
+    kind: str, task: str, question: str, options: list[str], right: int, gap: str = " ", end: str = "\n\n"
+) -> tuple[str, str]:
+    """(instruction, answer) of a question with numbered options; `right` counts from 0."""
+    labels = _labels(kind, len(options))
+    listed = gap.join(f"{label.capitalize()}: {option}" for label, option in zip(labels, options, strict=True))
+    instruction = f"Please choose the correct {task}: {question}\n\n{listed}{end}Answer format: {'/'.join(labels)}"
+    if not 0 <= right < len(options):
+        raise ValueError(f"label {right} of {len(options)} options")
+    return instruction, labels[right]
+
+
+def _boolq(row: Mapping[str, Any]) -> tuple[str, str]:
+    question = f"Please answer the following question with true or false, question: {row['question']}?"
+    return f"{question}\n\nAnswer format: true/false", {True: "true", False: "false"}[row["answer"]]
+
+
+def _piqa(row: Mapping[str, Any]) -> tuple[str, str]:
+    solutions = [row["sol1"], row["sol2"]]
+    return _choose("solution", "solution to the question", row["goal"], solutions, int(row["label"]), gap="\n\n")
+
+
+def _siqa(row: Mapping[str, Any]) -> tuple[str, str]:
+    options = [row["answerA"], row["answerB"], row["answerC"]]
+    question = f"{row['context']} {row['question']}"
+    return _choose("answer", "answer to the question", question, options, int(row["label"]) - 1)
+
+
+def _hellaswag(row: Mapping[str, Any]) -> tuple[str, str]:
+    begin = f"{row['activity_label']}: {row['ctx']}"
+    return _choose("ending", "ending to complete the given sentence", begin, row["endings"], int(row["label"]))
+
+
+def _winogrande(row: Mapping[str, Any]) -> tuple[str, str]:
+    fill = "answer to fill in the blank to complete the given sentence"
+    return _choose("option", fill, row["sentence"], [row["option1"], row["option2"]], int(row["answer"]) - 1, end=" ")
+
+
+def _exam(question: str, row: Mapping[str, Any]) -> tuple[str, str]:
+    """ARC and OpenBookQA: the options are called A, B, ... or 1, 2, ..."""
+    right = row["choices"]["label"].index(row["answerKey"])
+    return _choose("answer", "answer to the question", row[question], row["choices"]["text"], right)
+
+
+_ARC = _Original(("question", "choices", "answerKey"), functools.partial(_exam, "question"))
+
+COMMONSENSE = _task("commonsense")
+TASKS = (
+    _task(
+        "boolq",
+        ("true", "false"),
+        _Original(("question", "answer"), _boolq),
+        published_sources("boolq", "commonsense/boolq", Source("google/boolq", "validation")),
+    ),
+    _task(
+        "piqa",
+        _labels("solution", 2),
+        _Original(("goal", "sol1", "sol2", "label"), _piqa),
+        published_sources("piqa", "commonsense/piqa", Source("baber/piqa", "validation")),
+    ),
+    _task(
+        "siqa",
+        _labels("answer", 3),
+        _Original(("context", "question", "answerA", "answerB", "answerC", "label"), _siqa),
+        published_sources("social_i_qa", "commonsense/social_i_qa", Source("lighteval/siqa", "validation")),
+    ),
+    _task(
+        "hellaswag",
+        _labels("ending", 4),
+        _Original(("activity_label", "ctx", "endings", "label"), _hellaswag),
+        published_sources("hellaswag", "commonsense/hellaswag.subset1000", Source("Rowan/hellaswag", "validation")),
+    ),
+    _task(
+        "winogrande",
+        _labels("option", 2),
+        _Original(("sentence", "option1", "option2", "answer"), _winogrande),
+        published_sources("winogrande", "commonsense/winogrande", Source("allenai/winogrande:winogrande_xl", "validation")),
+    ),
+    _task(
+        "arc_easy",
+        _labels("answer", 5),
+        _ARC,
+        published_sources("ARC-Easy", "commonsense/ARC-Easy.first_half", Source("allenai/ai2_arc:ARC-Easy")),
+    ),
+    _task(
+        "arc_challenge",
+        _labels("answer", 5),
+        _ARC,
+        published_sources("ARC-Challenge", "commonsense/ARC-Challenge", Source("allenai/ai2_arc:ARC-Challenge")),
+    ),
+    _task(
+        "openbookqa",
+        _labels("answer", 4),
+        _Original(("question_stem", "choices", "answerKey"), functools.partial(_exam, "question_stem")),
+        published_sources("openbookqa", "commonsense/openbookqa", Source("allenai/openbookqa:main")),
+    ),
+)
