@@ -107,10 +107,10 @@ def test_the_adapter_is_that_of_the_best_epoch_and_evaluates_to_the_same(trained
         assert all(found[name].tobytes() == want[name].tobytes() for name in want)
     assert kept.metadata["base"]["labels"] == ["not_equivalent", "equivalent"]
     test = write_lines(tmp_path / "test.jsonl", [lines(Path(data["dev"]))[i] for i in best_epoch.split(21, 42).test])
-    arguments = ["evaluate", "--data", test, "--task", "mrpc", "--json"]
+    arguments = ["evaluate", "--data", test, "--task", "mrpc", "--out", tmp_path / "p.jsonl", "--json"]
     want = results["evaluation"]["dev"]
     for model in (["--adapter", out / "adapter"], ["--model", out / "merged"]):
-        code, printed, _ = neuroada(capsys, *arguments, *model, "--out", tmp_path / "p.jsonl")
+        code, printed, _ = neuroada(capsys, *arguments, *model)
         assert code == 0
         assert json.loads(printed) == {
             "task": "mrpc",
