@@ -33,8 +33,8 @@ ORIGINAL = [
     (
         "hellaswag",
         {"activity_label": "Skating", "ctx": "A man", "endings": ["falls.", "flies.", "eats.", "sits."], "label": "0"},
-        "Please choose the correct ending to complete the given sentence: Skating: A man\n\nEnding1: falls. Ending2: flies. "
-        "Ending3: eats. Ending4: sits.\n\nAnswer format: ending1/ending2/ending3/ending4",
+        "Please choose the correct ending to complete the given sentence: Skating: A man\n\n"
+        "Ending1: falls. Ending2: flies. Ending3: eats. Ending4: sits.\n\nAnswer format: ending1/ending2/ending3/ending4",
         "ending1",
     ),
     (
@@ -48,8 +48,8 @@ ORIGINAL = [
         (
             task,
             {column: "What is hot?", "choices": EXAM, "answerKey": "B"},
-            "Please choose the correct answer to the question: What is hot?\n\nAnswer1: a rock Answer2: the sun Answer3: ice"
-            "\n\nAnswer format: answer1/answer2/answer3",
+            "Please choose the correct answer to the question: What is hot?\n\n"
+            "Answer1: a rock Answer2: the sun Answer3: ice\n\nAnswer format: answer1/answer2/answer3",
             "answer2",
         )
         for task, column in (("arc_easy", "question"), ("arc_challenge", "question"), ("openbookqa", "question_stem"))
