@@ -81,7 +81,8 @@ def evaluate(
 
 def figures(outputs: Float[np.ndarray, "n labels"], labels: Num[np.ndarray, "n"], task: GlueTask) -> dict[str, float]:
     """The task's metric and those beside it, by name, of a head's outputs."""
-    found = outputs[:, 0] if task.is_regression else outputs.argmax(axis=1)
+    # A correlation of nearly equal numbers needs more digits than float32 has.
+    found = outputs[:, 0].astype(np.float64) if task.is_regression else outputs.argmax(axis=1)
     return {name: metrics.METRICS[name](found, labels) for name in (task.metric, *task.beside)}
 
 
@@ -98,7 +99,7 @@ def _prediction(row: dict[str, Any], task: GlueTask, outputs: np.ndarray, label:
     """One line of the predictions' file."""
     texts = {column: row[column] for column in task.texts}
     if task.is_regression:
-        return {**texts, "prediction": round(float(outputs[0]), 6), "answer": float(label)}
+        return {**texts, "prediction": float(outputs[0]), "answer": float(label)}
     found = int(outputs.argmax())
     return {
         **texts,
