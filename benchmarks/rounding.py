@@ -30,7 +30,7 @@ from neuroada_jax.cli import one_line_errors
 from neuroada_jax.formats import native
 from neuroada_jax.prompts import PromptStyle
 from neuroada_jax.tasks import TASKS
-from neuroada_jax.training import config, run
+from neuroada_jax.training import config, objectives, run
 from neuroada_jax.training.config import RunConfig
 from neuroada_jax.weights import open_base, with_weights
 
@@ -106,7 +106,7 @@ def _in_float32(chosen: RunConfig, adapter: str) -> Row:
     ]
     wide, _ = open_base(chosen.model.path, "float32")
     params = bypass.merge(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), base.params), trained)
-    (each, rows), *_ = run.evaluation_rows(chosen).items()
+    (each, rows), *_ = run.evaluation_rows(chosen, objectives.Continuation(chosen)).items()
     section = next(found for found in chosen.evaluation.sets if found.name == each)
     task = TASKS[section.task or chosen.data.task]
     score = evaluation.evaluate(

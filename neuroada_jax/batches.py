@@ -2,13 +2,14 @@
 
 import bisect
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Float32, Int32, Int64, Integer, Num
 
 from neuroada_jax.data import Examples
 from neuroada_jax.errors import UserError
+from neuroada_jax.labelled import LabelledExamples
 
 # With group_by_length, examples are sorted inside windows of this many batches: long enough that a batch's rows are
 # about equally long, short enough that an epoch's order stays random.
@@ -44,7 +45,7 @@ class Batch(NamedTuple):
 class ClassificationBatch(NamedTuple):
     """One step's data for an encoder, as NumPy arrays. As in `Batch`, no token id is special.
 
-    input_ids: int32 (B, T), padded on the right.
+    input_ids: int32 (B, T), padded on the right with the tokenizer's own padding (RoBERTa counts positions by it).
     lengths: int32 (B,), the tokens in a row, 0 for rows that only fill the batch.
     token_types: int32 (B, T), 0 for the first and 1 for the second text of a pair.
     labels: (B,), int32 classes, or float32 numbers for regression.
@@ -58,7 +59,10 @@ class ClassificationBatch(NamedTuple):
     target_mask: Float32[np.ndarray, "B"]
 
 
-class Batches:
+Made = TypeVar("Made", Batch, ClassificationBatch)
+
+
+class AnyBatches(Generic[Made]):
     """All epochs over some examples; any batch can be had in any order, so a run resumes from two numbers.
 
     Every example is in exactly one batch of an epoch. The last batch is filled with empty rows. Only the order of the
@@ -75,7 +79,7 @@ class Batches:
 
     def __init__(
         self,
-        examples: Examples,
+        examples: Any,
         batch_size: int,
         seed: int,
         buckets: Sequence[int] | None = None,
@@ -122,34 +126,15 @@ class Batches:
         # One attribute, so that a prefetching thread never sees the order of another epoch.
         self._cached: tuple[int, np.ndarray] | None = None
 
-    def batch(self, epoch: int, index: int) -> Batch:
+    def batch(self, epoch: int, index: int) -> Made:
         """Batch `index` (0 to steps_per_epoch - 1) of `epoch` (0, 1, ...). Raises IndexError outside."""
         chosen = self._chosen(epoch, index)
         bucket = int(np.searchsorted(self._sizes, self._lengths[chosen].max()))
-        time, targets = self.shapes[bucket]
-        batch = Batch(
-            input_ids=np.zeros((self.batch_size, time), np.int32),
-            lengths=np.zeros(self.batch_size, np.int32),
-            target_positions=np.zeros((self.batch_size, targets), np.int32),
-            target_ids=np.zeros((self.batch_size, targets), np.int32),
-            target_mask=np.zeros((self.batch_size, targets), np.float32),
-            positions=np.zeros((self.batch_size, time), np.int32) if self.packed else None,
-        )
-        for row, numbers in enumerate(self._rows[chosen]):
-            token = target = 0  # the next free places
-            for number in numbers[numbers >= 0].tolist():
-                ids, is_target = self.examples.example(number)
-                where = is_target.nonzero()[0]
-                own, labelled = slice(token, token + len(ids)), slice(target, target + len(where))
-                batch.input_ids[row, own] = ids
-                batch.target_positions[row, labelled] = token + where - 1
-                batch.target_ids[row, labelled] = ids[where]
-                if batch.positions is not None:
-                    batch.positions[row, own] = np.arange(len(ids))
-                token, target = own.stop, labelled.stop
-            batch.lengths[row] = token
-            batch.target_mask[row, :target] = 1
-        return batch
+        return self._filled(chosen, *self.shapes[bucket])
+
+    def _filled(self, chosen: Int64[np.ndarray, "b"], time: int, targets: int) -> Made:
+        """A batch of these rows."""
+        raise NotImplementedError
 
     def rows(self, epoch: int, index: int) -> Int32[np.ndarray, "b"]:
         """int32 (b,): the numbers of the data rows in that batch, in its order; more than B if packed.
@@ -188,6 +173,61 @@ class Batches:
             whole = count // self.batch_size
             batches[:whole] = batches[random.permutation(whole)]
         return batches
+
+
+class Batches(AnyBatches[Batch]):
+    """Of examples with targets, for a decoder."""
+
+    examples: Examples
+
+    def _filled(self, chosen: Int64[np.ndarray, "b"], time: int, targets: int) -> Batch:
+        batch = Batch(
+            input_ids=np.zeros((self.batch_size, time), np.int32),
+            lengths=np.zeros(self.batch_size, np.int32),
+            target_positions=np.zeros((self.batch_size, targets), np.int32),
+            target_ids=np.zeros((self.batch_size, targets), np.int32),
+            target_mask=np.zeros((self.batch_size, targets), np.float32),
+            positions=np.zeros((self.batch_size, time), np.int32) if self.packed else None,
+        )
+        for row, numbers in enumerate(self._rows[chosen]):
+            token = target = 0  # the next free places
+            for number in numbers[numbers >= 0].tolist():
+                ids, is_target = self.examples.example(number)
+                where = is_target.nonzero()[0]
+                own, labelled = slice(token, token + len(ids)), slice(target, target + len(where))
+                batch.input_ids[row, own] = ids
+                batch.target_positions[row, labelled] = token + where - 1
+                batch.target_ids[row, labelled] = ids[where]
+                if batch.positions is not None:
+                    batch.positions[row, own] = np.arange(len(ids))
+                token, target = own.stop, labelled.stop
+            batch.lengths[row] = token
+            batch.target_mask[row, :target] = 1
+        return batch
+
+
+class ClassificationBatches(AnyBatches[ClassificationBatch]):
+    """Of examples with labels, for an encoder; one a row, and M is 0."""
+
+    examples: LabelledExamples
+
+    def _filled(self, chosen: Int64[np.ndarray, "b"], time: int, targets: int) -> ClassificationBatch:
+        rows, labels = self.batch_size, self.examples.labels
+        batch = ClassificationBatch(
+            input_ids=np.full((rows, time), self.examples.pad_id, np.int32),
+            lengths=np.zeros(rows, np.int32),
+            token_types=np.zeros((rows, time), np.int32),
+            labels=np.zeros(rows, labels.dtype),
+            target_mask=np.zeros(rows, np.float32),
+        )
+        for row, number in enumerate(chosen.tolist()):
+            ids, token_types = self.examples.example(number)
+            batch.input_ids[row, : len(ids)] = ids
+            batch.token_types[row, : len(ids)] = token_types
+            batch.lengths[row] = len(ids)
+        batch.labels[: len(chosen)] = labels[chosen]
+        batch.target_mask[: len(chosen)] = 1
+        return batch
 
 
 def pack(lengths: Integer[np.ndarray, "n"], capacity: int) -> Int64[np.ndarray, "rows most"]:

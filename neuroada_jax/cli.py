@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", nargs="*", metavar="section.field=value", help="changes to the config")
     train.add_argument("--overwrite", action="store_true", help="replace a run that is in the output folder already")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint (training.save_every)")
+    train.add_argument("--seeds", help="a run for each of these, such as 42,43,44; as `seeds: [...]` in the config")
     train.add_argument("--json", action="store_true", help="print results.json and nothing else on standard output")
     train.set_defaults(run=_train)
 
@@ -74,7 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--method", choices=["generate", "choices"], default="generate", help="how answers are found")
     evaluate.add_argument("--limit", type=int, help="score the first rows only")
     evaluate.add_argument("--max-new-tokens", type=int, help="longest generation (default: the task's)")
-    evaluate.add_argument("--batch-size", type=int, default=16, help="prompts at a time (default: 16)")
+    evaluate.add_argument("--max-length", type=int, help="an encoder's longest row (default: as many as it has positions)")
+    evaluate.add_argument("--batch-size", type=int, default=16, help="prompts or examples at a time (default: 16)")
     evaluate.add_argument(
         "--trained-on", metavar="ROWS", help="training rows, to score the questions apart that are there too"
     )
@@ -179,13 +181,18 @@ def _model_options(parser: argparse.ArgumentParser, *, adapter_required: bool = 
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
 
 
-def _load(parsed: argparse.Namespace, *, decoder: bool = True) -> tuple[Any, Any, Any]:
-    """The model of --model, or of the adapter, with the adapter merged in: (base, params, tokenizer).
+def _load(parsed: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """The decoder of --model, or of the adapter, with the adapter merged in: (base, params, tokenizer)."""
+    return _read(*_open(parsed))
+
+
+def _open(parsed: argparse.Namespace, *, decoder: bool = True) -> tuple[Any, Any, Any]:
+    """The model of --model, or of the adapter, without its weights: (base, tokenizer, adapter or None).
 
     With `decoder`, only a model that continues texts will do.
     """
     from neuroada_jax.formats import native
-    from neuroada_jax.weights import open_base, with_weights
+    from neuroada_jax.weights import open_base
 
     adapter = native.read(parsed.adapter) if parsed.adapter else None
     source = parsed.model or (adapter.metadata.get("base", {}).get("source") if adapter else None)
@@ -197,9 +204,16 @@ def _load(parsed: argparse.Namespace, *, decoder: bool = True) -> tuple[Any, Any
     if decoder and not opened.model.architecture.is_decoder:
         kind = opened.model.hf_config["model_type"]
         raise UserError(f"{source}: {kind} is an encoder, which cannot continue a text; this command needs a decoder")
+    return opened, tokenizer, adapter
+
+
+def _read(opened: Any, tokenizer: Any, adapter: Any) -> tuple[Any, Any, Any]:
+    """(base, params, tokenizer) of what `_open` opened: the weights, with the adapter merged in."""
+    from neuroada_jax.formats import native
+    from neuroada_jax.weights import with_weights
+
     base = with_weights(opened)
-    params = base.params if adapter is None else native.merge(adapter, base)
-    return base, params, tokenizer
+    return base, base.params if adapter is None else native.merge(adapter, base), tokenizer
 
 
 def _print_json(content: dict[str, Any]) -> None:
@@ -207,13 +221,16 @@ def _print_json(content: dict[str, Any]) -> None:
 
 
 def _train(parsed: argparse.Namespace) -> None:
-    from neuroada_jax.training import config, report, run
+    from neuroada_jax.training import config, report, run, seeds
 
-    results = run.train(config.load(parsed.config, parsed.overrides), overwrite=parsed.overwrite, resume=parsed.resume)
+    overrides = parsed.overrides + ([f"seeds=[{parsed.seeds}]"] if parsed.seeds else [])
+    settings = config.load(parsed.config, overrides)
+    several = settings.seeds is not None
+    results = (seeds.train if several else run.train)(settings, overwrite=parsed.overwrite, resume=parsed.resume)
     if parsed.json:
         _print_json(results)
     else:
-        report.print_summary(results)
+        (seeds.print_summary if several else report.print_summary)(results)
 
 
 def _plan(parsed: argparse.Namespace) -> None:
@@ -234,40 +251,25 @@ def _plan(parsed: argparse.Namespace) -> None:
 
 def _evaluate(parsed: argparse.Namespace) -> None:
     from neuroada_jax import evaluation
-    from neuroada_jax.prompts import PromptStyle
     from neuroada_jax.rows import load_rows
-    from neuroada_jax.tasks import TASKS, Source, overlap
+    from neuroada_jax.tasks import GLUE, TASKS, Source
     from neuroada_jax.training import report
 
-    if parsed.task not in TASKS:
-        raise UserError(f"--task: unknown task {parsed.task!r}; known: {', '.join(TASKS)}")
-    task = TASKS[parsed.task]
-    style = PromptStyle(parsed.style or task.style)
-    source = Source(parsed.data, parsed.split) if parsed.data else task.source()
+    if parsed.task not in TASKS | GLUE:
+        raise UserError(f"--task: unknown task {parsed.task!r}; known: {', '.join(TASKS | GLUE)}")
+    opened = _open(parsed, decoder=parsed.task not in GLUE)
+    is_decoder = opened[0].model.architecture.is_decoder
+    if is_decoder and parsed.task not in TASKS:
+        raise UserError(f"--task: {parsed.task!r} needs an encoder with a head, and {opened[0].source} is a decoder")
+    source = Source(parsed.data, parsed.split) if parsed.data else (TASKS if is_decoder else GLUE)[parsed.task].source()
     rows = load_rows(source.data, source.split, parsed.limit)
-    trained_on = None
-    if parsed.trained_on:
-        trained_on = overlap.questions(
-            evaluation.convert(load_rows(parsed.trained_on), TASKS[task.suite or task.name]).rows
-        )
-    base, params, tokenizer = _load(parsed)
+    score_rows = _score_texts if is_decoder else _score_labels
+    base, params, tokenizer = _read(*opened)
     with console.bar("evaluating") as shown:
-        score = evaluation.evaluate(
-            base,
-            params,
-            tokenizer,
-            rows,
-            task,
-            style=style,
-            method=parsed.method,
-            max_new_tokens=parsed.max_new_tokens,
-            batch_size=parsed.batch_size,
-            trained_on=trained_on,
-            on_progress=console.reporter(shown),
-        )
+        score = score_rows(parsed, base, params, tokenizer, rows, console.reporter(shown))
     out = Path(parsed.out or f"runs/evaluate/{parsed.task}.jsonl")
     evaluation.write_predictions(out, score)
-    console.say(f"every generation is in {out}")
+    console.say(f"every prediction is in {out}")
     if parsed.json:
         parts = {name: part._asdict() for name, part in score.parts.items()}
         found = {
@@ -276,11 +278,59 @@ def _evaluate(parsed: argparse.Namespace) -> None:
             "value": score.value,
             "n": score.n,
             "interval": score.interval,
+            **score.beside,
         }
         more = {"parts": parts, "overlap": score.overlap, "empty": score.empty}
         _print_json(found | {key: value for key, value in more.items() if value})
     else:
         report.print_scores({parsed.task: report.score(None, score)})
+
+
+def _score_texts(parsed: argparse.Namespace, base: Any, params: Any, tokenizer: Any, rows: Any, progress: Any) -> Any:
+    from neuroada_jax import evaluation
+    from neuroada_jax.prompts import PromptStyle
+    from neuroada_jax.rows import load_rows
+    from neuroada_jax.tasks import TASKS, overlap
+
+    task, trained_on = TASKS[parsed.task], None
+    if parsed.trained_on:
+        trained_on = overlap.questions(
+            evaluation.convert(load_rows(parsed.trained_on), TASKS[task.suite or task.name]).rows
+        )
+    return evaluation.evaluate(
+        base,
+        params,
+        tokenizer,
+        rows,
+        task,
+        style=PromptStyle(parsed.style or task.style),
+        method=parsed.method,
+        max_new_tokens=parsed.max_new_tokens,
+        batch_size=parsed.batch_size,
+        trained_on=trained_on,
+        on_progress=progress,
+    )
+
+
+def _score_labels(parsed: argparse.Namespace, base: Any, params: Any, tokenizer: Any, rows: Any, progress: Any) -> Any:
+    from neuroada_jax import classification
+    from neuroada_jax.tasks import GLUE
+
+    if base.drawn and not parsed.adapter:
+        raise UserError(f"{base.source} has no {base.drawn[0]}: give an --adapter, which brings its trained head")
+    positions = base.model.config.max_positions
+    if parsed.max_length is not None and not 1 <= parsed.max_length <= positions:
+        raise UserError(f"--max-length: found {parsed.max_length}, expected 1 to the model's {positions} positions")
+    return classification.evaluate(
+        base,
+        params,
+        tokenizer,
+        rows,
+        GLUE[parsed.task],
+        max_length=parsed.max_length or positions,
+        batch_size=parsed.batch_size,
+        on_progress=progress,
+    )
 
 
 def _tasks(parsed: argparse.Namespace) -> None:

@@ -292,7 +292,9 @@ def summary_table(results: dict[str, Any]) -> str:
 
 def summary_json(results: dict[str, Any]) -> str:
     """One line of JSON: every task's metrics, rows, shots and version."""
-    kept: dict[str, Any] = {key: results[key] for key in ("results", "groups", "n-samples", "n-shot", "versions") if key in results}
+    kept: dict[str, Any] = {
+        key: results[key] for key in ("results", "groups", "n-samples", "n-shot", "versions") if key in results
+    }
     return _json({"lm_eval": lm_eval.__version__, **kept})
 
 

@@ -111,13 +111,20 @@ def classification_losses(
       batch: what to predict.
       dropout: a PRNG key; without one nothing is dropped.
     """
-    ids, labels = jnp.asarray(batch.input_ids), jnp.asarray(batch.labels)
-    mask = jnp.arange(ids.shape[1], dtype=jnp.int32)[None, :] < jnp.asarray(batch.lengths)[:, None]
-    rngs = None if dropout is None else {"dropout": dropout}
-    logits: Any = module.apply(variables, ids, mask, jnp.asarray(batch.token_types), rngs=rngs)
-    logits = logits.astype(jnp.float32)
+    logits, labels = classification_logits(module, variables, batch, dropout), jnp.asarray(batch.labels)
     if logits.shape[-1] == 1:
         losses = jnp.square(logits[:, 0] - labels.astype(jnp.float32))
     else:
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     return losses * batch.target_mask
+
+
+def classification_logits(
+    module: nn.Module, variables: Tree, batch: ClassificationBatch, dropout: Array | None = None
+) -> Float[Array, "B labels"]:
+    """What the head gives for every row, in float32; arguments as in `classification_losses`, labels are not read."""
+    ids = jnp.asarray(batch.input_ids)
+    mask = jnp.arange(ids.shape[1], dtype=jnp.int32)[None, :] < jnp.asarray(batch.lengths)[:, None]
+    rngs = None if dropout is None else {"dropout": dropout}
+    logits: Any = module.apply(variables, ids, mask, jnp.asarray(batch.token_types), rngs=rngs)
+    return logits.astype(jnp.float32)

@@ -1,6 +1,7 @@
 """What a run will need, before there are weights or a GPU: the run's own step, compiled from shapes alone."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,13 +10,16 @@ import jax
 import jax.numpy as jnp
 
 from neuroada_jax import bypass, checkpoint, console, roofline, targets
-from neuroada_jax.batches import Batch
+from neuroada_jax.batches import Batch, ClassificationBatch
 from neuroada_jax.bypass import Tree
 from neuroada_jax.errors import UserError
 from neuroada_jax.roofline import nbytes
 from neuroada_jax.targets import Compiler, Target
-from neuroada_jax.training import connections, modules, optimizer, step
+from neuroada_jax.tasks import GLUE
+from neuroada_jax.training import connections, modules, objectives, optimizer, step
 from neuroada_jax.training.config import RunConfig, apply_override, from_dict
+from neuroada_jax.training.objectives import Objective
+from neuroada_jax.training.step import AnyBatch
 from neuroada_jax.weights import LoadedModel, open_model
 
 # JAX takes this share of a GPU's memory for itself when it starts, and no more, unless it is told otherwise.
@@ -58,8 +62,8 @@ def plan(config: RunConfig, target: str = "cpu", devices: int = 1) -> dict[str, 
     )
 
 
-def longest_batch(config: RunConfig, devices: int) -> Batch:
-    """The shapes of the longest batch that a device can be given, with a label at every position.
+def longest_batch(config: RunConfig, devices: int, is_decoder: bool = True) -> AnyBatch:
+    """The shapes of the longest batch that a device can be given: of a decoder with a label at every position.
 
     Raises:
       UserError: the rows cannot be shared equally.
@@ -81,7 +85,17 @@ def longest_batch(config: RunConfig, devices: int) -> Batch:
     else:
         length = -(-config.data.max_length // 8) * 8
 
+    if not is_decoder:
+        return abstract_classification_batch(rows // devices, length, config.data.task)
     return abstract_batch(rows // devices, length, config.data.packing)
+
+
+def abstract_classification_batch(rows: int, length: int, task: str) -> ClassificationBatch:
+    """The shapes of an encoder's batch of a GLUE task."""
+    ids, lengths = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows, length), (rows,)))
+    numbers = jax.ShapeDtypeStruct((rows,), jnp.float32)
+    leaves: Any = (ids, lengths, ids, numbers if GLUE[task].is_regression else lengths, numbers)
+    return ClassificationBatch(*leaves)
 
 
 def abstract_batch(rows: int, length: int, packed: bool = False) -> Batch:
@@ -100,14 +114,14 @@ def abstract_batch(rows: int, length: int, packed: bool = False) -> Batch:
     )
 
 
-def abstract_state(config: RunConfig) -> tuple[LoadedModel, Any, step.TrainState]:
-    """The model of a config without weights, its optimiser, and the shapes of all that training keeps between steps.
+def abstract_state(config: RunConfig) -> tuple[LoadedModel, Any, step.TrainState, Objective]:
+    """A config's model without weights, its optimiser, the shapes of what training keeps between steps, and its objective.
 
     Raises:
       UserError: a model or target module that is not there, rows longer than the model allows.
     """
     base = open_model(config.model.path, config.model.dtype, config_only=True)
-    modules.check_kind(config, base.model)
+    objective, base = objectives.objective(config, base)
     modules.check_length(config, base.model)
     paths = modules.target_paths(config, base.model)
     # The number of steps is a constant in the schedule: it takes no room.
@@ -115,23 +129,27 @@ def abstract_state(config: RunConfig) -> tuple[LoadedModel, Any, step.TrainState
 
     def initial_state(params: Tree) -> step.TrainState:
         built = bypass.build(params, paths, config.bypass.k, dtype=connections.value_dtype(config, base.model))
-        return step.initial_state(params, built, transformation)
+        return step.initial_state(params, built, transformation, head)
 
-    return base, transformation, jax.eval_shape(initial_state, base.model.abstract_params())
+    # Whether the checkpoint lacks more than the head (BERT's pooler) is only known from its weights.
+    head = base.model.architecture.head if config.head.train else ()
+    return base, transformation, jax.eval_shape(initial_state, base.model.abstract_params()), objective
 
 
 def _measure(config: RunConfig, target_name: str, devices: int) -> dict[str, Any]:
     """The plan of a config as it stands."""
-    base, transformation, state = abstract_state(config)
+    base, transformation, state, objective = abstract_state(config)
     dtype = jnp.dtype(base.model.config.dtype).name
     may_be_fused = dtype == "bfloat16" and not config.data.packing  # packed rows need a mask, and cuDNN takes none
     target = targets.find(target_name, dtype)
     compiler = targets.compiler_for(target)
-    batch = longest_batch(config, devices)
+    batch = longest_batch(config, devices, base.model.architecture.is_decoder)
 
     def trace(compiler: Compiler) -> Any:
         module = base.model.module(config.training.remat_policy)
-        return compiler.trace(step.make_step(module, transformation, config.training.accumulation), state, batch)
+        parts, losses = config.training.accumulation, objective.losses
+        run_step = step.make_step(module, transformation, parts, losses, objective.dropout_seed)
+        return compiler.trace(run_step, state, batch)
 
     began = time.perf_counter()
     traced = trace(compiler)
@@ -159,7 +177,7 @@ def _measure(config: RunConfig, target_name: str, devices: int) -> dict[str, Any
     in_and_out = work.stacked_bytes + nbytes((state.trainable, state.optimizer))
     moved = work.weight_bytes + 2 * in_and_out + nbytes((state.columns, state.base))
 
-    trainable, parameters = bypass.count(state.trainable), bypass.count(state.params)
+    trainable, parameters = bypass.count(state.trainable), bypass.count(base.model.abstract_params())
     return {
         "name": config.name,
         "model": config.model.path,
@@ -170,7 +188,7 @@ def _measure(config: RunConfig, target_name: str, devices: int) -> dict[str, Any
         "accumulation": config.training.accumulation,
         "rows": batch.input_ids.shape[0],
         "tokens_per_row": batch.input_ids.shape[1],
-        "labelled_per_row": batch.target_ids.shape[1],
+        "labelled_per_row": math.prod(batch.target_mask.shape[1:]),
         "trainable": trainable,
         "parameters": parameters,
         "trainable_percent": 100 * trainable / parameters,
@@ -262,7 +280,7 @@ def print_plan(plan: dict[str, Any]) -> None:
         ("parameters", f"{plan['parameters']:,}"),
         ("trained values", f"{plan['trainable']:,} ({plan['trainable_percent']:.4f} %)"),
         (f"batch{per}", f"{plan['rows']} rows in {plan['accumulation']} part(s), {plan['tokens_per_row']} tokens each"),
-        ("labelled positions, assumed", f"{plan['labelled_per_row']} a row (all)"),
+        ("labels, assumed", f"{plan['labelled_per_row']} a row"),
         (f"weights, {plan['dtype']}", size(by_kind["weights"])),
         ("bypass: values, columns, base entries", size(by_kind["bypass"])),
         ("optimiser", size(by_kind["optimizer"])),

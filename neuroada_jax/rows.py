@@ -13,6 +13,7 @@ from neuroada_jax.errors import UserError
 
 JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
 SUFFIXES = (*JSON_SUFFIXES, ".parquet")
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 # File names that hold one of these words belong to that split; what holds none of them serves as "train".
 SPLIT_WORDS = {
     "train": {"train", "training"},
@@ -52,7 +53,8 @@ def load_rows(source: str, split: str = "train", limit: int | None = None) -> Ro
     """Read the first `limit` rows (all if None) of `source`.
 
     source: a .json (list of objects, or JSON lines), .jsonl or .parquet file, the JSON kinds also with .gz; a directory
-    written by `datasets` (`save_to_disk`) or one that holds such files; or a hub name such as `tatsu-lab/alpaca`.
+    written by `datasets` (`save_to_disk`) or one that holds such files; or a hub name such as `tatsu-lab/alpaca`, with a
+    colon before the name of one of its configurations: `nyu-mll/glue:mrpc`.
     split: chooses the split of a hub name, of a saved DatasetDict, and the files of a directory whose names hold the
     split's name (files that name no split count as "train"). A single file has no splits: it is read whatever it says.
 
@@ -69,7 +71,7 @@ def load_rows(source: str, split: str = "train", limit: int | None = None) -> Ro
             pairs = _take((pair for file in _files_of(path, split) for pair in _read_file(file, limit)), limit)
     elif path.exists():
         pairs = _take(_read_file(path, limit), limit)
-    elif source.lower().endswith(SUFFIXES) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) or source[0] == ".":
+    elif source.lower().endswith(SUFFIXES) or not HUB_NAME.fullmatch(source) or source[0] == ".":
         raise UserError(f"{source}: no such file or directory")
     else:
         pairs = _from_datasets(source, split, limit, _load_from_hub)
@@ -245,7 +247,7 @@ def _load_from_hub(source: str, split: str) -> Any:
     import datasets
 
     try:
-        return datasets.load_dataset(source, split=split)
+        return datasets.load_dataset(*source.split(":"), split=split)
     except Exception as error:  # no such set, no such split, no network: each has its own exception type
         raise UserError(
             f"{source}: no such file or directory, and as a hub data set it cannot be loaded ({_first_line(error)})"

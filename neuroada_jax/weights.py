@@ -261,6 +261,12 @@ def open_base(
     return opened, tokenizer
 
 
+def with_labels(opened: LoadedModel, labels: Sequence[str]) -> LoadedModel:
+    """The opened encoder, without its weights yet, with a head for these labels; one label means regression."""
+    model = models.from_hf_config(opened.model.hf_config, opened.model.config.dtype, labels)
+    return opened._replace(model=model)
+
+
 def with_weights(opened: LoadedModel, seed: int = 0) -> LoadedModel:
     """The opened model with its weights, read under a progress bar; says which of them come from `seed`."""
     with console.bar("loading weights") as shown:

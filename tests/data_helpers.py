@@ -80,3 +80,29 @@ def message_of(call, *arguments, **keywords) -> str:
     message = str(caught.value)
     assert "\n" not in message
     return message
+
+
+def sentence_pairs(kind: str = "bert"):
+    """Bytes with the special tokens and pairs of BERT (two segments) or RoBERTa (one), and a padding token, id 1."""
+    bert = kind == "bert"
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    special = ["[CLS]", "[PAD]", "[SEP]"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    raw.train_from_iterator([], trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet, show_progress=False))
+    raw.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1" if bert else "[CLS] $A [SEP] [SEP] $B [SEP]",
+        special_tokens=[("[CLS]", 0), ("[SEP]", 2)],
+    )
+    names = ["input_ids", "attention_mask"] + ["token_type_ids"] * bert
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        cls_token="[CLS]",
+        pad_token="[PAD]",
+        sep_token="[SEP]",
+        model_input_names=names,
+    )
+
+
+PAIRS = sentence_pairs()

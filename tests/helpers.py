@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import safetensors.numpy
 import yaml
-from data_helpers import CHAT
+from data_helpers import CHAT, PAIRS
 
 from neuroada_jax import models
 from neuroada_jax.models import names
@@ -60,6 +60,33 @@ def write_model(
     (directory / "config.json").write_text(json.dumps(config))
     if tokenizer is not None:
         tokenizer.save_pretrained(str(directory))
+    return directory
+
+
+BERT: dict[str, Any] = {
+    "model_type": "bert",
+    "architectures": ["BertModel"],
+    "vocab_size": 260,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 40,
+    "type_vocab_size": 2,
+    "pad_token_id": PAIRS.pad_token_id,
+    "hidden_dropout_prob": 0.1,
+    "attention_probs_dropout_prob": 0.1,
+    "dtype": "float32",
+}
+
+
+def write_bert(directory: Path) -> Path:
+    """A checkpoint directory of a random BERT without a head, with a tokenizer for pairs."""
+    tensors = {name: tensor for name, tensor in random_tensors(BERT).items() if not name.startswith("classifier")}
+    directory.mkdir(parents=True)
+    safetensors.numpy.save_file(tensors, str(directory / "model.safetensors"), metadata={"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(BERT))
+    PAIRS.save_pretrained(str(directory))
     return directory
 
 

@@ -18,6 +18,7 @@ LEVELS = [
         "prompts",
         "data",
         "batches",
+        "labelled",
         "gguf_header",
         "gguf_weights",
         "tokenizer",
@@ -38,7 +39,7 @@ LEVELS = [
         "inspection",
         "formats",
     },
-    {"training", "evaluation", "checkpoint", "planning", "harness"},
+    {"training", "evaluation", "checkpoint", "classification", "planning", "harness"},
     {"cli"},
 ]
 LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}

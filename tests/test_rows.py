@@ -78,8 +78,8 @@ def test_directory_of_files(tmp_path):
 def test_hub_name_goes_to_datasets(monkeypatch):
     asked = []
 
-    def load_dataset(name, split):
-        asked.append((name, split))
+    def load_dataset(*name, split):
+        asked.append((*name, split))
         return datasets.Dataset.from_list(ROWS)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -87,6 +87,8 @@ def test_hub_name_goes_to_datasets(monkeypatch):
     assert rows.rows == ROWS[:2]
     assert asked == [("tatsu-lab/alpaca", "train")]
     assert rows.where(1) == "tatsu-lab/alpaca: row 1"
+    load_rows("nyu-mll/glue:mrpc", "validation")
+    assert asked[1:] == [("nyu-mll/glue", "mrpc", "validation")]
 
     def offline(name, split):
         raise ConnectionError("no network\nat all")

@@ -3,11 +3,13 @@
 from typing import Any
 
 from neuroada_jax.tasks import arithmetic, commonsense
+from neuroada_jax.tasks.glue import GLUE, GlueTask
 from neuroada_jax.tasks.instruct import ALPACA, INSTRUCT, SST2
 from neuroada_jax.tasks.task import Source, Task
 
-__all__ = ["SUITES", "TASKS", "Source", "Task", "listing"]
+__all__ = ["GLUE", "SUITES", "TASKS", "GlueTask", "Source", "Task", "listing"]
 
+# What a decoder is trained for; GLUE is what an encoder is trained for, and sst2 is in both.
 # commonsense and arithmetic read the training rows that their suites share.
 TASKS: dict[str, Task] = {
     task.name: task
@@ -29,7 +31,7 @@ SUITES: dict[str, tuple[str, ...]] = {
 
 def listing() -> list[dict[str, Any]]:
     """A dict for every task: its name, suite, metric, prompt style, longest generation and where its rows may be."""
-    return [
+    decoders = [
         {
             "task": task.name,
             "suite": task.suite,
@@ -42,3 +44,17 @@ def listing() -> list[dict[str, Any]]:
         }
         for task in TASKS.values()
     ]
+    encoders = [
+        {
+            "task": task.name,
+            "suite": "glue",
+            "model": "encoder",
+            "metric": task.metric,
+            "prompt": " + ".join(task.texts),
+            "max_new_tokens": None,
+            "answers": list(task.labels),
+            "data": [each.data for each in task.sources],
+        }
+        for task in GLUE.values()
+    ]
+    return decoders + encoders

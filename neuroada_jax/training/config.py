@@ -5,7 +5,7 @@ import difflib
 import json
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 import yaml
@@ -15,7 +15,7 @@ from neuroada_jax.errors import UserError
 from neuroada_jax.models import Remat
 from neuroada_jax.prompts import PromptStyle
 from neuroada_jax.sampling import Decoding
-from neuroada_jax.tasks import SUITES, TASKS
+from neuroada_jax.tasks import GLUE, SUITES, TASKS
 
 _STRICT = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -57,6 +57,8 @@ class HeadSection:
 @dataclass(frozen=True, config=_STRICT)
 class DataSection:
     """Training rows: a file, a `datasets` directory or a hub name, read as the rows of `task`.
+
+    Which tasks there are depends on the model: a decoder continues texts, an encoder tells the labels of a GLUE task apart.
 
     With `packing`, a row of a batch is `max_length` tokens that hold as many whole examples as fit, each by itself.
     With `drop_overlap`, rows whose question is also in an evaluation set are left out.
@@ -158,9 +160,14 @@ class EvaluationSet:
 
 @dataclass(frozen=True, config=_STRICT)
 class EvaluationSection:
-    """What to score before (if asked) and after training, always with the merged weights."""
+    """What to score before (if asked) and after training, always with the merged weights.
+
+    `best_epoch` names the set that chooses the epoch that is kept, as GLUE is reported: a part of it drawn from the seed
+    (1,000 rows of more than 5,000, else half) is scored after every epoch, and the rest of it after training.
+    """
 
     sets: list[EvaluationSet] = pydantic.Field(default_factory=list)
+    best_epoch: str | None = None
     before: bool = True
     batch_size: int = pydantic.Field(default=16, gt=0)
 
@@ -190,30 +197,40 @@ class RunConfig:
     output: str | None = None
     merge: bool = False  # also write the merged model to <output>/merged
     seed: int = pydantic.Field(default=42, ge=0)
+    seeds: list[Annotated[int, pydantic.Field(ge=0)]] | None = pydantic.Field(default=None, min_length=1)  # a run for each
 
     def __post_init__(self) -> None:
         for field, default in _TRAINER.items() if self.fidelity == "official" else ():
             found = getattr(self.optimizer, field)
             if found != default:
                 raise ValueError(f"optimizer.{field}: found {found}, but fidelity: official needs {default}; leave one out")
-        for where, task, style in self._tasks():
-            if task not in TASKS:
-                raise ValueError(f"{where}.task: unknown task {task!r}{_nearest(task, list(TASKS))}")
-            styles = [member.value for member in PromptStyle]
+        for where, task in self.tasks():
+            if task not in TASKS and task not in GLUE:
+                raise ValueError(f"{where}.task: unknown task {task!r}{_nearest(task, list(TASKS | GLUE))}")
+        styles = [member.value for member in PromptStyle]
+        for where, style in self._styles():
             if style is not None and style not in styles:
                 raise ValueError(f"{where}.style: unknown style {style!r}; known: {', '.join(styles)}")
         names = [each.name for each in self.evaluation.sets]
+        if self.evaluation.best_epoch is not None and self.evaluation.best_epoch not in names:
+            found = ", ".join(names) or "none"
+            raise ValueError(f"evaluation.best_epoch: no set {self.evaluation.best_epoch!r}, found {found}")
+        if self.seeds is not None and len(self.seeds) != len(set(self.seeds)):
+            raise ValueError("seeds: the same seed twice")
         if len(names) != len(set(names)):
             raise ValueError("evaluation.sets: two sets have the same name")
         for name in names:
             if not name or "/" in name:
                 raise ValueError(f"evaluation.sets: {name!r} becomes part of a file name; it must be text without '/'")
 
-    def _tasks(self) -> list[tuple[str, str, str | None]]:
-        found: list[tuple[str, str, str | None]] = [("data", self.data.task, self.data.style)]
-        for number, each in enumerate(self.evaluation.sets):
-            found.append((f"evaluation.sets.{number}", each.task or self.data.task, each.style))
-        return found
+    def tasks(self) -> list[tuple[str, str]]:
+        """(section, task) of the training rows and of every evaluation set."""
+        sets = enumerate(self.evaluation.sets)
+        return [("data", self.data.task)] + [(f"evaluation.sets.{i}", each.task or self.data.task) for i, each in sets]
+
+    def _styles(self) -> list[tuple[str, str | None]]:
+        sets = enumerate(self.evaluation.sets)
+        return [("data", self.data.style)] + [(f"evaluation.sets.{i}", each.style) for i, each in sets]
 
     @property
     def directory(self) -> Path:
@@ -352,7 +369,7 @@ def _without_suites(content: dict[str, Any], where: str) -> dict[str, Any]:
         single += [
             {"task": task, **{key: value for key, value in each.items() if key != "suite"}} for task in SUITES[suite]
         ]
-    return {**content, "evaluation": {**section, "sets": single}}
+    return {**content, "evaluation": {**(section or {}), "sets": single}}
 
 
 def load(path: str, overrides: list[str] | None = None) -> RunConfig:

@@ -1,6 +1,7 @@
 """Which connections a run trains: its config's score, applied to weights, gradients or chance."""
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -9,11 +10,10 @@ from flax import linen as nn
 from jax import lax
 
 from neuroada_jax import bypass, models, selection
-from neuroada_jax.batches import Batch
 from neuroada_jax.bypass import Bypass, Path, Tree
 from neuroada_jax.losses import target_losses
 from neuroada_jax.training.config import RunConfig
-from neuroada_jax.training.step import split
+from neuroada_jax.training.step import AnyBatch, split
 
 
 def value_dtype(config: RunConfig, model: models.Model) -> Any:
@@ -22,7 +22,12 @@ def value_dtype(config: RunConfig, model: models.Model) -> Any:
 
 
 def choose(
-    config: RunConfig, model: models.Model, params: Tree, paths: list[Path], batches: Iterable[Batch] | None = None
+    config: RunConfig,
+    model: models.Model,
+    params: Tree,
+    paths: list[Path],
+    batches: Iterable[AnyBatch] | None = None,
+    losses: Callable[..., jax.Array] = target_losses,
 ) -> Bypass:
     """The bypass of a run before its first step: zero values, and columns by the score of its config.
 
@@ -32,6 +37,7 @@ def choose(
       params: the base's weights.
       paths: the linear maps that carry a bypass.
       batches: one pass over the training data; read for the score "gradient" only, which cannot do without.
+      losses: of a batch, as in `step.make_step`; for the score "gradient" too.
     """
     k, dtype = config.bypass.k, value_dtype(config, model)
     match config.bypass.score:
@@ -42,7 +48,9 @@ def choose(
         case "gradient":
             module = model.module(config.training.remat_policy)
             assert batches is not None
-            sums = gradient_sums(module, params, paths, batches, config.training.accumulation)
+            if ("lm_head",) in paths:
+                losses = functools.partial(losses, output_trains=True)
+            sums = gradient_sums(module, params, paths, batches, config.training.accumulation, losses)
             return bypass.build(sums, paths, k, dtype=dtype)
     key = jax.random.key(config.seed)
     values: Tree = {}
@@ -57,7 +65,12 @@ def choose(
 
 
 def gradient_sums(
-    module: nn.Module, params: Tree, paths: list[Path], batches: Iterable[Batch], accumulation: int = 1
+    module: nn.Module,
+    params: Tree,
+    paths: list[Path],
+    batches: Iterable[AnyBatch],
+    accumulation: int = 1,
+    losses: Callable[..., jax.Array] = target_losses,
 ) -> Tree:
     """The gradient of the mean loss with respect to the target kernels, summed over batches; no weight changes meanwhile.
 
@@ -71,6 +84,7 @@ def gradient_sums(
       paths: the target kernels (*L, O, I).
       batches: what to sum over.
       accumulation: equal parts that a batch is computed in.
+      losses: (module, variables, batch) -> the loss of every target; gradients must reach all target kernels through it.
 
     Returns: a tree with float32 (*L, O, I) under "kernel" at each of the paths.
     """
@@ -78,16 +92,16 @@ def gradient_sums(
     for path in paths:
         chosen = bypass.put(chosen, path, {"kernel": bypass.get(params, path)["kernel"]})
 
-    def loss_sum(kernels: Tree, params: Tree, batch: Batch) -> jax.Array:
+    def loss_sum(kernels: Tree, params: Tree, batch: AnyBatch) -> jax.Array:
         for path in paths:
             node = {**bypass.get(params, path), **bypass.get(kernels, path)}
             params = bypass.put(params, path, node)
-        return jnp.sum(target_losses(module, {"params": params}, batch, output_trains=("lm_head",) in paths))
+        return jnp.sum(losses(module, {"params": params}, batch))
 
-    def add(sums: Tree, params: Tree, kernels: Tree, batch: Batch) -> Tree:
+    def add(sums: Tree, params: Tree, kernels: Tree, batch: AnyBatch) -> Tree:
         targets = jnp.maximum(jnp.sum(batch.target_mask), 1)
 
-        def add_part(sums: Tree, part: Batch) -> tuple[Tree, None]:
+        def add_part(sums: Tree, part: AnyBatch) -> tuple[Tree, None]:
             gradient = jax.grad(loss_sum)(kernels, params, part)
             return jax.tree.map(lambda total, leaf: total + leaf.astype(jnp.float32) / targets, sums, gradient), None
 

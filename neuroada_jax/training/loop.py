@@ -11,8 +11,8 @@ import numpy as np
 import optax
 
 from neuroada_jax import console, files
-from neuroada_jax.batches import Batch, Batches
-from neuroada_jax.training.step import StepMetrics, TrainState
+from neuroada_jax.batches import AnyBatches
+from neuroada_jax.training.step import AnyBatch, StepMetrics, TrainState
 
 
 class Report(NamedTuple):
@@ -39,18 +39,19 @@ class _Pending(NamedTuple):
 
 def run(
     state: TrainState,
-    run_step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]],
-    batches: Batches,
+    run_step: Callable[[TrainState, AnyBatch], tuple[TrainState, StepMetrics]],
+    batches: AnyBatches,
     total_steps: int,
     rates: optax.Schedule,
     log_every: int,
     metrics_path: Path,
     save: Callable[[TrainState], None] | None = None,
     save_every: int | None = None,
+    after_epoch: Callable[[TrainState], None] | None = None,
 ) -> tuple[TrainState, Report]:
     """Takes the steps from `state.step` up to `total_steps`.
 
-    The host waits for the device at log and save steps only; the next batch is built meanwhile.
+    The host waits for the device at log and save steps, and where an epoch ends, only; the next batch is built meanwhile.
 
     Args:
       state: where to start; donated.
@@ -62,6 +63,7 @@ def run(
       metrics_path: JSON lines, one per step; lines of steps that the state has not done are dropped.
       save: called with a good state every `save_every` steps, before the next step donates it.
       save_every: None for never.
+      after_epoch: called with a good state at the end of every epoch and of the run, before it is saved.
 
     Returns: the last state and a report.
 
@@ -71,11 +73,11 @@ def run(
     start = int(state.step)
     losses = _kept_losses(metrics_path, start)
     pending: list[_Pending] = []
-    shapes: set[tuple[int, int]] = set()
+    shapes: set[tuple[int, ...]] = set()
     tokens = 0
     began = last = time.perf_counter()
 
-    def fetch(number: int) -> Batch:
+    def fetch(number: int) -> AnyBatch:
         return batches.batch(*divmod(number, batches.steps_per_epoch))
 
     with (
@@ -88,17 +90,17 @@ def run(
             batch = ahead.result()
             if number + 1 < total_steps:
                 ahead = reader.submit(fetch, number + 1)
-            shape = (batch.input_ids.shape[1], batch.target_ids.shape[1])
+            shape = (batch.input_ids.shape[1], *batch.target_mask.shape[1:])
             if shape not in shapes:
                 shapes.add(shape)
-                console.say(
-                    f"compiling a step for {shape[0]} tokens and {shape[1]} targets a row "
-                    f"({len(shapes)} of at most {len(batches.shapes)})"
-                )
+                what = " and ".join(f"{size} {name}" for size, name in zip(shape, ("tokens", "targets"), strict=False))
+                console.say(f"compiling a step for {what} a row ({len(shapes)} of at most {len(batches.shapes)})")
             state, metrics = run_step(state, batch)
             pending.append(_Pending(number, metrics, int(batch.lengths.sum())))
+            last_one = number + 1 == total_steps
             saving = save_every is not None and (number + 1) % save_every == 0
-            if (number + 1) % log_every and number + 1 < total_steps and not saving:
+            epoch_ends = after_epoch is not None and (last_one or (number + 1) % batches.steps_per_epoch == 0)
+            if (number + 1) % log_every and not last_one and not saving and not epoch_ends:
                 continue
 
             window = sum(entry.tokens for entry in pending)
@@ -109,11 +111,13 @@ def run(
             losses += written
             tokens += window
             pending.clear()
-            if save is not None and saving:
-                save(state)
             now = time.perf_counter()
             note = f"loss {losses[-1]:.4f}, {window / (now - last):.0f} tokens/s"
-            last = now
+            if after_epoch is not None and epoch_ends:
+                after_epoch(state)
+            if save is not None and saving:
+                save(state)
+            last = time.perf_counter()
             shown.update(number + 1, total_steps, note)
             if not console.is_terminal():
                 left = (now - began) / (number + 1 - start) * (total_steps - number - 1)

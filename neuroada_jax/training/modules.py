@@ -4,6 +4,7 @@ import dataclasses
 
 from neuroada_jax import bypass, console, models
 from neuroada_jax.errors import UserError
+from neuroada_jax.tasks import GLUE, TASKS
 from neuroada_jax.training.config import HeadSection, RunConfig
 from neuroada_jax.weights import LoadedModel
 
@@ -11,15 +12,32 @@ from neuroada_jax.weights import LoadedModel
 def check_kind(config: RunConfig, model: models.Model) -> None:
     """Raises UserError where the config asks of a decoder what only an encoder does, or the reverse."""
     kind = model.hf_config["model_type"]
-    if model.architecture.is_decoder:
-        if config.head != HeadSection():
-            raise UserError(f"head: {kind} is a decoder, which has no head to train; leave this section out")
-        return
-    if config.data.packing:
+    is_decoder = model.architecture.is_decoder
+    if is_decoder and config.head != HeadSection():
+        raise UserError(f"head: {kind} is a decoder, which has no head to train; leave this section out")
+    if not is_decoder and config.data.packing:
         raise UserError(f"data.packing: {kind} is an encoder, which reads one example a row; set it to false")
-    raise UserError(
-        f"data.task: {config.data.task!r} trains a decoder to continue texts, and {kind} is an encoder; take another model"
-    )
+    if not is_decoder and config.data.drop_overlap:
+        raise UserError(f"data.drop_overlap: {kind} is an encoder, whose rows ask no questions; set it to false")
+    for where, task in config.tasks():
+        if is_decoder and task not in TASKS:
+            raise UserError(
+                f"{where}.task: {task!r} trains an encoder to tell labels apart, and {kind} is a decoder; "
+                f"take another model, or a task of {', '.join(TASKS)}"
+            )
+        if not is_decoder and task not in GLUE:
+            raise UserError(
+                f"{where}.task: {task!r} trains a decoder to continue texts, and {kind} is an encoder; "
+                f"take another model, or a task of {', '.join(GLUE)}"
+            )
+        if not is_decoder and task != config.data.task:
+            raise UserError(f"{where}.task: {task!r}, and the head is trained for {config.data.task!r}; leave it out")
+    for number, each in enumerate(config.evaluation.sets if not is_decoder else ()):
+        if each.style is not None or each.method != "generate":
+            field = "style" if each.style is not None else "method"
+            raise UserError(f"evaluation.sets.{number}.{field}: {kind} is an encoder, which has no prompts; leave it out")
+    if not is_decoder and config.data.style is not None:
+        raise UserError(f"data.style: {kind} is an encoder, which has no prompts; leave it out")
 
 
 def resolved(config: RunConfig, model: models.Model) -> RunConfig:

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from neuroada_jax import console
-from neuroada_jax.batches import Batches
+from neuroada_jax.batches import AnyBatches
 from neuroada_jax.evaluation import Score
 from neuroada_jax.formats import native
 from neuroada_jax.training.config import RunConfig
@@ -15,7 +15,7 @@ from neuroada_jax.training.loop import Report
 
 def results(
     config: RunConfig,
-    batches: Batches,
+    batches: AnyBatches,
     total_steps: int,
     parameters: tuple[int, int],
     done: Report,
@@ -73,8 +73,11 @@ def score(before: Score | None, after: Score) -> dict[str, Any]:
 
     return {
         "n": after.n,
-        "accuracy_before": before.accuracy if before else None,
-        "accuracy_after": after.accuracy,
+        "metric": after.metric,
+        f"{after.metric}_before": before.value if before else None,
+        f"{after.metric}_after": after.value,
+        **{f"{name}_after": value for name, value in after.beside.items()},
+        "beside": list(after.beside),
         "interval_before": interval(before),
         "interval_after": interval(after),
         "parts_before": parts(before) if before else None,
@@ -98,16 +101,30 @@ def _mean(before: dict[str, Score], after: dict[str, Score]) -> dict[str, float 
 
 def _headline(before: dict[str, Score], after: dict[str, Score]) -> dict[str, Any]:
     """The first evaluation set's figures once more, where a script finds them without knowing its name."""
-    for name, score in after.items():
-        accuracy_before = before[name].accuracy if name in before else None
-        return {"accuracy_before": accuracy_before, "accuracy_after": score.accuracy, "n": score.n}
+    for name, scored in after.items():
+        figures = score(before.get(name), scored)
+        return {field: figures[field] for field in (f"{scored.metric}_before", f"{scored.metric}_after", "n")}
     return {}
+
+
+def share(value: float | None, interval: list[float] | None) -> str:
+    """A score in percent with its interval, if it has one."""
+    if value is None:
+        return "-"
+    return f"{100 * value:.1f}" + (f" ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})" if interval else "")
 
 
 def print_summary(results: dict[str, Any]) -> None:
     """The tables that end a run: accuracies, then what was trained and how fast."""
     if results["evaluation"]:
         print_scores(results["evaluation"], results["mean"])
+    if "best_epoch" in results:
+        best = results["best_epoch"]
+        console.say(
+            f"kept epoch {best['epoch']} of {len(best['epochs'])}: {best['metric']} {best['value']:.4f} on "
+            f"{best['split']['choosing_rows']} rows of {best['set']}; the score above is of the other "
+            f"{best['split']['test_rows']}"
+        )
     rows = [
         ("trained values", f"{results['trainable']:,}"),
         ("share of the model", f"{results['trainable_percent']:.4f} %"),
@@ -124,15 +141,14 @@ def print_summary(results: dict[str, Any]) -> None:
 def print_scores(sets: dict[str, dict[str, Any]], mean: dict[str, float | None] | None = None) -> None:
     """A row for every set, one for each of its parts, and the mean; below, what a reader has to know of them."""
 
-    def share(value: float | None, interval: list[float] | None) -> str:
-        if value is None:
-            return "-"
-        return f"{100 * value:.1f}" + (f" ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})" if interval else "")
-
     rows, notes = [], []
     for name, score in sets.items():
-        before = share(score["accuracy_before"], score["interval_before"])
-        rows.append((name, str(score["n"]), before, share(score["accuracy_after"], score["interval_after"])))
+        metric = score["metric"]
+        before, after = (share(score[f"{metric}_{when}"], score[f"interval_{when}"]) for when in ("before", "after"))
+        rows.append((name if metric == "accuracy" else f"{name}, {metric}", str(score["n"]), before, after))
+        rows += [
+            (f"  {name}, {each}", str(score["n"]), "-", share(score[f"{each}_after"], None)) for each in score["beside"]
+        ]
         for kind, part in score["parts_after"].items():
             base = (score["parts_before"] or {}).get(kind)
             before = share(base["value"], base["interval"]) if base else "-"
@@ -143,11 +159,11 @@ def print_scores(sets: dict[str, dict[str, Any]], mean: dict[str, float | None] 
             notes.append(f"{name}: {score['empty_after']} of {score['n']} generations are empty and count as wrong")
     if mean:
         rows.append(("mean of the sets", str(len(sets)), share(mean["before"], None), share(mean["after"], None)))
-    if any(score["accuracy_before"] is not None for score in sets.values()):
-        console.table("accuracy in % (95 % interval)", ("set", "n", "before", "after"), rows)
+    kind = "accuracy" if all(score["metric"] == "accuracy" for score in sets.values()) else "score"
+    title = f"{kind} in % (95 % interval)"
+    if any(score[f"{score['metric']}_before"] is not None for score in sets.values()):
+        console.table(title, ("set", "n", "before", "after"), rows)
     else:
-        console.table(
-            "accuracy in % (95 % interval)", ("set", "n", "accuracy"), [(name, n, value) for name, n, _, value in rows]
-        )
+        console.table(title, ("set", "n", kind), [(name, n, value) for name, n, _, value in rows])
     for note in notes:
         console.say(note)

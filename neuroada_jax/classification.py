@@ -1,0 +1,134 @@
+"""Scoring an encoder on rows with labels: predictions, the task's metric, and what stands beside it."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import transformers
+from flax import linen as nn
+from jaxtyping import Array, Float, Num
+
+from neuroada_jax import console, metrics
+from neuroada_jax.batches import ClassificationBatch, ClassificationBatches
+from neuroada_jax.bypass import Tree
+from neuroada_jax.errors import UserError
+from neuroada_jax.evaluation import Score, wilson_interval
+from neuroada_jax.labelled import LabelledExamples, encode_labelled
+from neuroada_jax.losses import classification_logits
+from neuroada_jax.rows import Rows
+from neuroada_jax.tasks import GlueTask
+from neuroada_jax.weights import LoadedModel
+
+Progress = Callable[[int, int], None]
+
+
+def encode(
+    rows: Rows,
+    task: GlueTask,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    max_length: int,
+    on_progress: Progress | None = None,
+) -> LabelledExamples:
+    """The rows of a task as an encoder reads them, in row order.
+
+    Raises:
+      UserError: rows that do not fit the task; see also `labelled.encode_labelled`.
+    """
+    texts, labels = zip(*(task.convert(row, rows.where(i)) for i, row in enumerate(rows.rows)), strict=True)
+    dtype = np.float32 if task.is_regression else np.int32
+    return encode_labelled(texts, np.array(labels, dtype), tokenizer, max_length, on_progress)
+
+
+def evaluate(
+    base: LoadedModel,
+    params: Tree,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    rows: Rows,
+    task: GlueTask,
+    *,
+    max_length: int,
+    batch_size: int = 16,
+    on_progress: Progress | None = None,
+) -> Score:
+    """Scores `rows` with plain (base or merged) parameters, nothing dropped.
+
+    Args:
+      base: architecture and config; its head must have the task's labels.
+      params: what to score.
+      tokenizer: of the base.
+      rows: raw rows of the task.
+      task: columns, labels and metrics.
+      max_length: longer examples are cut to it.
+      batch_size: examples at a time.
+      on_progress: called with (batches done, in all).
+
+    Raises:
+      UserError: rows that do not fit the task, or a head with another number of labels.
+    """
+    check_labels(base, task)
+    examples = encode(rows, task, tokenizer, max_length)
+    if examples.cut:
+        console.say(f"{rows.source}: {examples.cut} of {len(rows)} examples cut to {max_length} tokens")
+    outputs = predict(base, params, examples, batch_size, on_progress)
+    values, n = figures(outputs, examples.labels, task), len(examples)
+    interval = wilson_interval(round(values["accuracy"] * n), n) if task.metric == "accuracy" else None
+    beside = {name: values[name] for name in task.beside}
+    predictions = [_prediction(rows.rows[i], task, outputs[i], examples.labels[i]) for i in range(n)]
+    return Score(values[task.metric], n, interval, predictions, task.metric, beside)
+
+
+def figures(outputs: Float[np.ndarray, "n labels"], labels: Num[np.ndarray, "n"], task: GlueTask) -> dict[str, float]:
+    """The task's metric and those beside it, by name, of a head's outputs."""
+    # A correlation of nearly equal numbers needs more digits than float32 has.
+    found = outputs[:, 0].astype(np.float64) if task.is_regression else outputs.argmax(axis=1)
+    return {name: metrics.METRICS[name](found, labels) for name in (task.metric, *task.beside)}
+
+
+def check_labels(base: LoadedModel, task: GlueTask) -> None:
+    """Raises UserError where the model's head has not as many labels as the task."""
+    if base.model.config.num_labels != len(task.labels):
+        raise UserError(
+            f"task {task.name!r} has {len(task.labels)} label(s) ({', '.join(task.labels)}), "
+            f"and the head of {base.source} has {base.model.config.num_labels}"
+        )
+
+
+def _prediction(row: dict[str, Any], task: GlueTask, outputs: np.ndarray, label: Any) -> dict[str, Any]:
+    """One line of the predictions' file."""
+    texts = {column: row[column] for column in task.texts}
+    if task.is_regression:
+        return {**texts, "prediction": float(outputs[0]), "answer": float(label)}
+    found = int(outputs.argmax())
+    return {
+        **texts,
+        "prediction": task.labels[found],
+        "answer": task.labels[label],
+        "correct": bool(found == label),
+        "logits": [round(float(number), 6) for number in outputs],
+    }
+
+
+def predict(
+    base: LoadedModel,
+    params: Tree,
+    examples: LabelledExamples,
+    batch_size: int,
+    on_progress: Progress | None = None,
+) -> np.ndarray:
+    """float32 (n, labels): the head's logits of every example, or its number, in row order."""
+    batches = ClassificationBatches(examples, batch_size, seed=0, group_by_length=True, shuffle=False)
+    module = base.model.module()
+    outputs = np.zeros((len(examples), base.model.config.num_labels), np.float32)
+    for index in range(batches.steps_per_epoch):
+        numbers = batches.rows(0, index)
+        outputs[numbers] = np.asarray(_logits(module, params, batches.batch(0, index)))[: len(numbers)]
+        if on_progress:
+            on_progress(index + 1, batches.steps_per_epoch)
+    return outputs
+
+
+@functools.partial(jax.jit, static_argnames="module")
+def _logits(module: nn.Module, params: Tree, batch: ClassificationBatch) -> Float[Array, "B labels"]:
+    return classification_logits(module, {"params": params}, batch)

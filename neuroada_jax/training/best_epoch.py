@@ -1,0 +1,113 @@
+"""The epoch that is kept: part of an evaluation set chooses it, and the rest of the set is what the run is judged by.
+
+This is how GLUE is reported in this line of work: of a dev set of more than 5,000 examples 1,000 choose, of a smaller one
+half, drawn anew for every seed.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import xxhash
+from jaxtyping import Int64
+
+from neuroada_jax import bypass, console, files
+from neuroada_jax.bypass import Bypass
+from neuroada_jax.errors import UserError
+from neuroada_jax.evaluation import Score
+from neuroada_jax.formats import native
+from neuroada_jax.rows import Rows
+from neuroada_jax.training.step import TrainState
+from neuroada_jax.weights import LoadedModel
+
+LARGE = 5000
+CHOOSING_OF_LARGE = 1000
+
+
+class Split(NamedTuple):
+    """A set in two parts, as ascending row numbers."""
+
+    choosing: Int64[np.ndarray, "c"]
+    test: Int64[np.ndarray, "t"]
+
+    def describe(self) -> dict[str, Any]:
+        """Sizes, and a digest of the numbers that differs wherever the split does."""
+        digest = xxhash.xxh3_128_hexdigest(self.choosing.tobytes() + b"|" + self.test.tobytes())
+        return {"choosing_rows": len(self.choosing), "test_rows": len(self.test), "digest": digest}
+
+
+def split(rows: int, seed: int) -> Split:
+    """Draws the rows that choose the epoch; the others are the test part.
+
+    Raises:
+      UserError: fewer than two rows.
+    """
+    if rows < 2:
+        raise UserError(f"evaluation.best_epoch: a set of {rows} row(s) cannot be split in two")
+    count = CHOOSING_OF_LARGE if rows > LARGE else rows // 2
+    order = np.random.default_rng([seed, rows]).permutation(rows)
+    return Split(np.sort(order[:count]), np.sort(order[count:]))
+
+
+def part(rows: Rows, numbers: Int64[np.ndarray, "n"]) -> Rows:
+    """Some of the rows."""
+    chosen = numbers.tolist()
+    return Rows([rows.rows[i] for i in chosen], rows.source, [rows.places[i] for i in chosen])
+
+
+class BestEpoch:
+    """Scores every epoch of a run and keeps the adapter of each that is better than all before.
+
+    epochs.jsonl has a line for every epoch, and epochs/<steps>/ the adapters, until the run ends: so a resumed run knows
+    the best epoch up to its checkpoint, whatever an interrupted one did after it.
+
+    seconds: what scoring took.
+    """
+
+    def __init__(
+        self, directory: Path, score: Callable[[TrainState], Score], save: Callable[[Path, TrainState], None], done: int
+    ) -> None:
+        """Goes on after `done` steps: later epochs that an interrupted run left are dropped.
+
+        Args:
+          directory: the run's.
+          score: of a state, on the part that chooses.
+          save: writes the state's adapter.
+          done: steps done by the run that is resumed, 0 for a new one.
+        """
+        self._score, self._save = score, save
+        self._log, self._adapters = directory / "epochs.jsonl", directory / "epochs"
+        lines = self._log.read_text(encoding="utf-8").splitlines() if self._log.exists() else []
+        self.epochs = [epoch for epoch in map(json.loads, lines) if epoch["step"] <= done]
+        self.seconds = 0.0
+
+    @property
+    def best(self) -> dict[str, Any]:
+        """The line of the first epoch with the highest value."""
+        return max(self.epochs, key=lambda epoch: epoch["value"])
+
+    def __call__(self, state: TrainState) -> None:
+        """Scores the state as that of the next epoch."""
+        began = time.perf_counter()
+        score, step = self._score(state), int(state.step)
+        epoch = {"epoch": len(self.epochs) + 1, "step": step, "metric": score.metric, "value": score.value, **score.beside}
+        if not self.epochs or score.value > self.best["value"]:
+            self._save(self._adapters / str(step), state)
+        self.epochs.append(epoch)
+        files.write_text(self._log, "".join(json.dumps(each) + "\n" for each in self.epochs))
+        console.say(f"epoch {epoch['epoch']}: {score.metric} {score.value:.4f}, best {self.best['value']:.4f}")
+        self.seconds += time.perf_counter() - began
+
+    def restore(self, state: TrainState, base: LoadedModel) -> TrainState:
+        """The last state with the best epoch's values and head in it."""
+        adapter = native.read(str(self._adapters / str(self.best["step"])))
+        tree: dict[str, Any] = {"bypass": native.stack(adapter, base).values}
+        if state.head:
+            tree["head"] = native.head(adapter, base)
+        trainable = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), tree, state.trainable)
+        params = bypass.make_resident(state.params, Bypass(trainable["bypass"], state.columns), state.base)
+        return state._replace(trainable=trainable, params=params)

@@ -1,0 +1,212 @@
+"""What a run trains a model for. Decoders and encoders differ here, in data, losses and scores, and nowhere else."""
+
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+from jaxtyping import Array
+
+from neuroada_jax import classification, console, data, evaluation
+from neuroada_jax.batches import AnyBatches, Batches, ClassificationBatches
+from neuroada_jax.bypass import Tree
+from neuroada_jax.errors import UserError
+from neuroada_jax.evaluation import Progress, Score
+from neuroada_jax.losses import classification_losses, target_losses
+from neuroada_jax.prompts import PromptStyle
+from neuroada_jax.rows import Rows, load_rows
+from neuroada_jax.tasks import GLUE, TASKS, Source, Task, overlap
+from neuroada_jax.training import modules
+from neuroada_jax.training.config import EvaluationSet, RunConfig
+from neuroada_jax.weights import LoadedModel, with_labels
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """How rows become batches, what is lost on a batch, and how a set of rows is scored.
+
+    Attributes:
+      losses: as `step.make_step` takes them.
+      dropout_seed: as `step.make_step` takes it.
+    """
+
+    @property
+    def losses(self) -> Callable[..., Array]: ...
+
+    @property
+    def dropout_seed(self) -> int | None: ...
+
+    def batches(self, tokenizer: Any, held_out: dict[str, Rows]) -> tuple[AnyBatches, Rows]:
+        """The training data, and the rows that a batch's numbers mean.
+
+        Args:
+          tokenizer: of the model.
+          held_out: the rows of every evaluation set, for `data.drop_overlap`.
+
+        Raises:
+          UserError: rows that do not fit the task, or none left.
+        """
+
+    def rows(self, each: EvaluationSet) -> Rows:
+        """The rows of an evaluation set, read and checked.
+
+        Raises:
+          UserError: a file that is missing, or rows that do not fit their task.
+        """
+
+    def score(
+        self, each: EvaluationSet, rows: Rows, base: LoadedModel, params: Tree, tokenizer: Any, progress: Progress
+    ) -> Score:
+        """Scores rows of an evaluation set with the parameters of the whole model."""
+
+
+def objective(config: RunConfig, base: LoadedModel) -> tuple[Objective, LoadedModel]:
+    """The run's objective, and the opened model with the head that it asks for.
+
+    Raises:
+      UserError: the config asks of a decoder what only an encoder does, or the reverse.
+    """
+    modules.check_kind(config, base.model)
+    if base.model.architecture.is_decoder:
+        return Continuation(config), base
+    return Classification(config), with_labels(base, GLUE[config.data.task].labels)
+
+
+class Continuation:
+    """A decoder learns to continue prompts, and is scored by what it generates."""
+
+    losses = staticmethod(target_losses)
+    dropout_seed = None
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+        self._trained_on: frozenset[str] = frozenset()  # the questions of the training rows
+
+    def batches(self, tokenizer: Any, held_out: dict[str, Rows]) -> tuple[AnyBatches, Rows]:
+        """See `Objective`."""
+        config, rows = self._config, self._training_rows(held_out)
+        self._trained_on = overlap.questions(rows.rows)
+        style = PromptStyle(config.data.style or TASKS[config.data.task].style)
+        with console.bar("tokenising") as shown:
+            examples = data.encode(rows, style, tokenizer, config.data.max_length, console.reporter(shown))
+        console.say(
+            f"{len(examples)} examples of {len(rows)} rows, {int(examples.lengths.sum())} tokens, "
+            f"{int(examples.target_counts.sum())} of them targets; {examples.cut} cut to {config.data.max_length} tokens, "
+            f"{examples.left_out} left out since nothing of their target was left"
+        )
+        batches = Batches(
+            examples,
+            config.training.batch_size,
+            config.seed,
+            config.data.buckets,
+            config.data.group_by_length,
+            packed_length=config.data.max_length if config.data.packing else None,
+        )
+        if config.data.packing:
+            filled = int(examples.lengths.sum()) / (batches.row_count * config.data.max_length)
+            console.say(
+                f"packed into {batches.row_count} rows of {config.data.max_length} tokens: "
+                f"{len(examples) / batches.row_count:.1f} examples a row, {100 * filled:.1f} % of it tokens"
+            )
+        return batches, rows
+
+    def _training_rows(self, held_out: dict[str, Rows]) -> Rows:
+        """The rows to train on in their task's form, without those that `data.drop_overlap` leaves out."""
+        section = self._config.data
+        rows = evaluation.convert(load_rows(section.train, section.split, section.limit), TASKS[section.task])
+        if not section.drop_overlap:
+            return rows
+        asked: set[str] = set()
+        for each in self._config.evaluation.sets:
+            asked |= overlap.questions(evaluation.convert(held_out[each.name], self._task(each)).rows)
+        kept = [i for i, row in enumerate(rows.rows) if overlap.question(row) not in asked]
+        if not kept:
+            raise UserError(
+                f"{rows.source}: every row's question is in an evaluation set, so that data.drop_overlap leaves none"
+            )
+        console.say(f"left out {len(rows) - len(kept)} of {len(rows)} rows, whose question is in an evaluation set")
+        return Rows([rows.rows[i] for i in kept], rows.source, [rows.places[i] for i in kept])
+
+    def _task(self, each: EvaluationSet) -> Task:
+        return TASKS[each.task or self._config.data.task]
+
+    def rows(self, each: EvaluationSet) -> Rows:
+        """See `Objective`."""
+        source = Source(each.data, each.split) if each.data else self._task(each).source()
+        rows = load_rows(source.data, source.split, each.limit)
+        evaluation.check_rows(rows, self._task(each), each.method)
+        return rows
+
+    def score(
+        self, each: EvaluationSet, rows: Rows, base: LoadedModel, params: Tree, tokenizer: Any, progress: Progress
+    ) -> Score:
+        """See `Objective`."""
+        return evaluation.evaluate(
+            base,
+            params,
+            tokenizer,
+            rows,
+            self._task(each),
+            style=self._style(each),
+            method=each.method,
+            max_new_tokens=each.max_new_tokens,
+            decoding=each.generation,
+            batch_size=self._config.evaluation.batch_size,
+            trained_on=self._trained_on,
+            on_progress=progress,
+        )
+
+    def _style(self, each: EvaluationSet) -> PromptStyle:
+        """The set's own style, else the training data's where the task or its suite is the same, else the task's."""
+        section = self._config.data
+        task, trained = self._task(each), TASKS[section.task]
+        related = task is trained or (task.suite is not None and task.suite == trained.suite)
+        return PromptStyle(each.style or (section.style if related else None) or task.style)
+
+
+class Classification:
+    """An encoder learns the labels of one GLUE task, with dropout, and is scored by the task's metric."""
+
+    losses = staticmethod(classification_losses)
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+        self._task = GLUE[config.data.task]
+        self.dropout_seed = config.seed
+
+    def batches(self, tokenizer: Any, held_out: dict[str, Rows]) -> tuple[AnyBatches, Rows]:
+        """See `Objective`."""
+        section = self._config.data
+        rows = load_rows(section.train, section.split, section.limit)
+        with console.bar("tokenising") as shown:
+            examples = classification.encode(rows, self._task, tokenizer, section.max_length, console.reporter(shown))
+        console.say(
+            f"{len(examples)} examples, {int(examples.lengths.sum())} tokens; "
+            f"{examples.cut} cut to {section.max_length} tokens"
+        )
+        config = self._config
+        batches = ClassificationBatches(
+            examples, config.training.batch_size, config.seed, section.buckets, section.group_by_length
+        )
+        return batches, rows
+
+    def rows(self, each: EvaluationSet) -> Rows:
+        """See `Objective`."""
+        source = Source(each.data, each.split) if each.data else self._task.source()
+        rows = load_rows(source.data, source.split, each.limit)
+        for i, row in enumerate(rows.rows):
+            self._task.convert(row, rows.where(i))
+        return rows
+
+    def score(
+        self, each: EvaluationSet, rows: Rows, base: LoadedModel, params: Tree, tokenizer: Any, progress: Progress
+    ) -> Score:
+        """See `Objective`."""
+        return classification.evaluate(
+            base,
+            params,
+            tokenizer,
+            rows,
+            self._task,
+            max_length=self._config.data.max_length,
+            batch_size=self._config.evaluation.batch_size,
+            on_progress=progress,
+        )

@@ -1,0 +1,127 @@
+"""One config, several seeds: a run for each in a folder of its own, and a table with mean and deviation."""
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from neuroada_jax import console, files
+from neuroada_jax.errors import UserError
+from neuroada_jax.training import run
+from neuroada_jax.training.config import RunConfig
+from neuroada_jax.training.report import share
+
+
+def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -> dict[str, Any]:
+    """Runs a config once for each of its `seeds`, in <output>/seed-<n>, and writes <output>/results.json.
+
+    Everything that follows from the seed differs: a new head, the order of the rows, dropout, the part of a set that
+    chooses the epoch.
+
+    Args:
+      config: with `seeds`; its `seed` is not used.
+      overwrite: replace runs that are there.
+      resume: leave finished runs alone, go on with one that was interrupted, and start the others.
+
+    Returns: the content of results.json.
+
+    Raises:
+      UserError: see `run.train`; also a folder that holds a run, unless told what to do with it.
+    """
+    runs = {seed: _of_seed(config, seed) for seed in config.seeds or [config.seed]}
+    if overwrite and resume:
+        raise UserError("give --overwrite or --resume, not both")
+    for each in runs.values() if not overwrite and not resume else ():  # before the first of them is trained
+        if (each.directory / "config.yaml").exists():
+            raise UserError(
+                f"{each.directory} holds a run already; use --overwrite to replace it, --resume to go on, or another name"
+            )
+    found = {}
+    for seed, each in runs.items():
+        console.say(f"seed {seed}, in {each.directory}")
+        done = each.directory / "results.json"
+        if resume and done.exists():
+            found[seed] = files.read_json(done)
+        elif resume:
+            saved = (each.directory / "checkpoints").exists()
+            found[seed] = run.train(each, overwrite=not saved, resume=saved)
+        else:
+            found[seed] = run.train(each, overwrite=overwrite)
+    results = summarise(config, found)
+    files.write_text(config.directory / "results.json", json.dumps(results, indent=2) + "\n")
+    return results
+
+
+def _of_seed(config: RunConfig, seed: int) -> RunConfig:
+    directory: Path = config.directory / f"seed-{seed}"
+    return dataclasses.replace(config, name=f"{config.name}-seed-{seed}", output=str(directory), seed=seed, seeds=None)
+
+
+def summarise(config: RunConfig, runs: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """The content of results.json of several seeds, from that of each.
+
+    Returns:
+      runs: a row for each seed: its folder, the epoch that was kept, the split, and the scores of every set.
+      evaluation: by set and then by metric: mean, deviation (of a sample; None for one seed) and the values.
+    """
+    sets = [each.name for each in config.evaluation.sets]
+    first = next(iter(runs.values()))
+    rows = [
+        {
+            "seed": seed,
+            "directory": each["directory"],
+            "best_epoch": each.get("best_epoch"),
+            "evaluation": each["evaluation"],
+            "train_seconds": each["train_seconds"],
+        }
+        for seed, each in runs.items()
+    ]
+    evaluation = {}
+    for name in sets:
+        metric = first["evaluation"][name]["metric"]
+        evaluation[name] = {
+            "metric": metric,
+            "n": [each["evaluation"][name]["n"] for each in runs.values()],
+            **{
+                each: _spread([found["evaluation"][name][f"{each}_after"] for found in runs.values()])
+                for each in (metric, *first["evaluation"][name]["beside"])
+            },
+        }
+    return {
+        "name": config.name,
+        "directory": str(config.directory),
+        "seeds": list(runs),
+        "steps": first["steps"],
+        "trainable": first["trainable"],
+        "total_parameters": first["total_parameters"],
+        "trainable_percent": first["trainable_percent"],
+        "runs": rows,
+        "evaluation": evaluation,
+        "backend": first["backend"],
+        "versions": first["versions"],
+    }
+
+
+def _spread(values: Sequence[float]) -> dict[str, Any]:
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.mean(values), "deviation": deviation, "values": list(values)}
+
+
+def print_summary(results: dict[str, Any]) -> None:
+    """A table with a line for each seed and set, and their mean."""
+    lines = []
+    for name, summary in results["evaluation"].items():
+        metric = summary["metric"]
+        for row in results["runs"]:
+            score, best = row["evaluation"][name], row["best_epoch"]
+            epoch = f"{best['epoch']} of {len(best['epochs'])}" if best and best["set"] == name else "-"
+            value = share(score[f"{metric}_after"], score["interval_after"])
+            lines.append((name, metric, str(row["seed"]), str(score["n"]), epoch, value))
+        spread = summary[metric]
+        deviation = "-" if spread["deviation"] is None else f"{100 * spread['deviation']:.1f}"
+        lines.append((name, metric, "mean", "", "", f"{100 * spread['mean']:.1f} ± {deviation}"))
+    title = f"{results['name']}: scores in % (95 % interval; mean ± standard deviation)"
+    console.table(title, ("set", "metric", "seed", "n", "epoch", "score"), lines)
+    console.say(f"trained values: {results['trainable']:,}; files: {results['directory']}")

@@ -1,0 +1,94 @@
+"""Scores of an encoder: predictions in row order, whatever their lengths, and figures of the metrics."""
+
+import numpy as np
+import pytest
+from data_helpers import PAIRS, message_of
+from helpers import random_tensors
+
+from neuroada_jax import classification, weights
+from neuroada_jax.labelled import encode_labelled
+from neuroada_jax.models import from_hf_config
+from neuroada_jax.rows import rows_from_list
+from neuroada_jax.tasks import GLUE
+
+
+def encoder(labels):
+    """A random RoBERTa with a head for these labels."""
+    config = {
+        "model_type": "roberta",
+        "vocab_size": 260,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 40,
+        "type_vocab_size": 2,
+        "pad_token_id": 1,
+    }
+    model = from_hf_config(config, labels=labels)
+    return weights.LoadedModel(model, *weights.load_params(model, _Tensors(random_tensors(model.hf_config))), "", "here")
+
+
+class _Tensors:
+    """Arrays as a checkpoint."""
+
+    def __init__(self, arrays):
+        self.arrays = arrays
+
+    def names(self):
+        return list(self.arrays)
+
+    def shape(self, name):
+        return self.arrays[name].shape
+
+    def read(self, name):
+        return self.arrays[name]
+
+    def raw(self, name):
+        return self.arrays[name].tobytes()
+
+
+def rows(labels):
+    draw = np.random.default_rng(0)
+    texts = ["".join(draw.choice(list("abcdef"), draw.integers(1, 12))) for _ in labels]
+    return rows_from_list([{"sentence1": a, "sentence2": a[::-1], "label": b} for a, b in zip(texts, labels, strict=True)])
+
+
+def test_accuracy_and_f1_of_predictions_in_row_order():
+    base = encoder(["no", "yes"])
+    data = rows([0, 1, 1, 0, 1, 0, 1])
+    seen = []
+    options = {"max_length": 30, "on_progress": lambda *done: seen.append(done)}
+    score = classification.evaluate(base, base.params, PAIRS, data, GLUE["mrpc"], batch_size=3, **options)
+    assert seen[-1] == (3, 3) and score.n == 7 and score.metric == "accuracy"
+    for number, prediction in enumerate(score.predictions):  # each row by itself
+        row = data.rows[number]
+        examples = encode_labelled([(row["sentence1"], row["sentence2"])], np.zeros(1, np.int32), PAIRS, 30)
+        alone = classification.predict(base, base.params, examples, 1)[0]
+        np.testing.assert_allclose(prediction["logits"], alone, atol=1e-5)
+        assert prediction["prediction"] == GLUE["mrpc"].labels[int(alone.argmax())]
+        assert prediction["answer"] == GLUE["mrpc"].labels[row["label"]]
+        assert prediction["sentence1"] == row["sentence1"]
+    correct = [each["correct"] for each in score.predictions]
+    assert score.value == pytest.approx(np.mean(correct)) and score.interval[0] <= score.value <= score.interval[1]
+    found, want = (
+        np.array([each[field] == "equivalent" for each in score.predictions]) for field in ("prediction", "answer")
+    )
+    assert score.beside == {"f1": pytest.approx(2 * (found & want).sum() / (found.sum() + want.sum()))}
+
+
+def test_regression_has_correlations_and_no_interval():
+    base = encoder(["similarity"])
+    score = classification.evaluate(base, base.params, PAIRS, rows([0.0, 5.0, 2.5, 1.0]), GLUE["stsb"], max_length=30)
+    found, want = ([each[field] for each in score.predictions] for field in ("prediction", "answer"))
+    assert want == [0.0, 5.0, 2.5, 1.0] and score.interval is None
+    assert score.value == pytest.approx(np.corrcoef(found, want)[0, 1], abs=1e-4) and set(score.beside) == {"spearman"}
+
+
+def test_cut_rows_are_said_and_other_heads_refused(capsys):
+    base = encoder(["no", "yes"])
+    classification.evaluate(base, base.params, PAIRS, rows([0, 1]), GLUE["rte"], max_length=6)
+    assert "rows: 2 of 2 examples cut to 6 tokens" in capsys.readouterr().err
+    message = message_of(classification.check_labels, base, GLUE["mnli"])
+    want = "task 'mnli' has 3 label(s) (entailment, neutral, contradiction), and the head of here has 2"
+    assert message == want
