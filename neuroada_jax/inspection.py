@@ -1,14 +1,12 @@
 """What `neuroada inspect` tells of a model or an adapter: neurons, k, values, percentage and bytes of every module."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from neuroada_jax import bypass, console, weights
-from neuroada_jax.formats import native, peft
-from neuroada_jax.models import names
+from neuroada_jax.formats import native, official, peft
 
 VALUE_BYTES = 4  # float32
 INDEX_BYTES = 4  # int32
@@ -43,16 +41,8 @@ def inspect_model(path: str, k: int) -> dict[str, Any]:
       UserError: no model there, or one that is not supported.
     """
     model = weights.open_model(path, config_only=True).model
-    params = model.abstract_params()
-    total = bypass.count(params)
-
-    def modules() -> Iterator[dict[str, Any]]:
-        for where, kernel in bypass.kernels(params):
-            outputs, inputs = kernel.shape[-2:]
-            for module in names.module_names(where, kernel, model.stack):
-                yield _row(module, outputs, inputs, min(k, inputs))
-
-    rows = list(modules())
+    total = bypass.count(model.abstract_params())
+    rows = [_row(module, outputs, inputs, min(k, inputs)) for module, (outputs, inputs) in model.linear_maps().items()]
     return {
         "kind": "model",
         "path": path,
@@ -114,8 +104,6 @@ def inspect_official(path: str) -> dict[str, Any]:
     Raises:
       UserError: no whole adapter there, or PyTorch is not installed.
     """
-    from neuroada_jax.formats import official
-
     tensors = official.load_tensors(Path(path) / official.VALUES)
     suffix = ".weight_new"
     rows = [

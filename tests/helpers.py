@@ -1,5 +1,6 @@
 """A tiny random LLaMA checkpoint directory with a tokenizer, made without PyTorch, and what goes with it."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -116,3 +117,15 @@ def run_config(folder: Path, model: Path, rows: Path, /, **sections: dict) -> di
 def write_config(path: Path, content: dict[str, Any]) -> Path:
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     return path
+
+
+def equations(jaxpr):
+    """Every equation of a jaxpr and of the jaxprs inside it."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in itertools.chain.from_iterable(
+            v if isinstance(v, tuple | list) else [v] for v in equation.params.values()
+        ):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)

@@ -1,7 +1,6 @@
 """Bypass layers in plain Linen models: against merged weights, under every transformation, and what is refused."""
 
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from helpers import equations
 from quick import jit
 
 import neuroada_jax as na
@@ -146,18 +146,6 @@ def test_half_precision_layers_of_float32_parameters():
         got, want = outputs(half, params, built, x), outputs(model, params, built, x)
     assert got.dtype == jnp.bfloat16
     assert np.linalg.norm(np.asarray(got - want.astype(got.dtype), np.float32)) < 0.05 * np.linalg.norm(want)
-
-
-def equations(jaxpr):
-    """Every equation of a jaxpr and of the jaxprs inside it."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for value in itertools.chain.from_iterable(
-            v if isinstance(v, tuple | list) else [v] for v in equation.params.values()
-        ):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from equations(inner)
 
 
 def test_no_dense_gradient_is_formed():

@@ -1,11 +1,10 @@
 """bypass_dense against a dense float64 oracle, and what its custom VJP keeps and forms."""
 
-import itertools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import equations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from quick import jit
@@ -264,18 +263,6 @@ def test_residuals_are_the_arguments_alone(algorithm, resident, dtype):
     # The very buffers, not copies: the kernel costs nothing for being kept.
     pointers = {r.unsafe_buffer_pointer() for r in residuals}
     assert {a.unsafe_buffer_pointer() for a in kept.values()} <= pointers
-
-
-def equations(jaxpr):
-    """Every equation of a jaxpr and of the jaxprs inside it."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for value in itertools.chain.from_iterable(
-            v if isinstance(v, tuple | list) else [v] for v in equation.params.values()
-        ):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from equations(inner)
 
 
 def gradient_equations(algorithm, resident, layout=Layout.OI):

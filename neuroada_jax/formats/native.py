@@ -77,12 +77,7 @@ def assemble(
       rule: how the columns were chosen, None if it is not known.
       heads: Hugging Face parameter name -> array, for what was trained densely (whole tensors, no differences).
     """
-    shapes = base.model.abstract_params()
-    inputs = {
-        module: kernel.shape[-1]
-        for path, kernel in bypass.kernels(shapes)
-        for module in names.module_names(path, kernel, base.model.stack)
-    }
+    shapes = base.model.linear_maps()
     metadata = {
         "format": FORMAT,
         "version": VERSION,
@@ -91,10 +86,10 @@ def assemble(
             "dtype": jnp.dtype(base.model.config.dtype).name,
             "model_type": base.model.hf_config["model_type"],
             "labels": _labels(base),
-            "parameters": bypass.count(shapes),
+            "parameters": bypass.count(base.model.abstract_params()),
             "digests": base.digests,
         },
-        "inputs": {module: inputs[module] for module in values},
+        "inputs": {module: shapes[module][1] for module in values},
         "k": k,
         "targets": targets,
         "rule": rule,

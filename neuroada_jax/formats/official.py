@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from neuroada_jax import bypass, files, models
+from neuroada_jax import files, models
 from neuroada_jax.errors import UserError
 from neuroada_jax.formats import inert_pickle, native
 from neuroada_jax.formats.imported import Imported
@@ -110,7 +110,7 @@ def read(directory: Path, base: models.Model, *, allow_pickle: bool) -> Imported
             "parser of our own, which runs nothing and takes a dict of integer tensors only"
         )
     params = base.abstract_params()
-    shapes = _kernels(params, base.stack)
+    shapes = base.linear_maps()
     positions = inert_pickle.read_tensors(path)
     tensors = load_tensors(directory / VALUES)
     trained = {name: tensor for name, tensor in tensors.items() if name.endswith(".weight_new")}
@@ -142,15 +142,6 @@ def read(directory: Path, base: models.Model, *, allow_pickle: bool) -> Imported
         leaf, layer = leaves[slots[name].path], slots[name].layer
         heads[name] = _numbers(directory / VALUES, name, tensor, leaf.shape if layer is None else leaf.shape[1:])
     return Imported(values, columns, heads, notes)
-
-
-def _kernels(params: bypass.Tree, stack: bypass.Path) -> dict[str, tuple[int, int]]:
-    """Module path -> (O, I) of every linear map of a parameter tree."""
-    return {
-        module: tuple(kernel.shape[-2:])
-        for path, kernel in bypass.kernels(params)
-        for module in names.module_names(path, kernel, stack)
-    }
 
 
 def load_tensors(path: Path) -> dict[str, Any]:

@@ -23,12 +23,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import safetensors.numpy
 
-from neuroada_jax import bypass, files, models
+from neuroada_jax import files, models
 from neuroada_jax.errors import UserError
 from neuroada_jax.formats.imported import Imported
 from neuroada_jax.formats.native import Adapter, head_slots
 from neuroada_jax.formats.scattered import Entries, rows_of
-from neuroada_jax.models import names
 from neuroada_jax.safetensors_weights import read_whole
 from neuroada_jax.weights import LoadedModel
 
@@ -157,11 +156,7 @@ def export(adapter: Adapter, directory: Path, kind: Kind, base: LoadedModel) -> 
 
 def _shapes(base: models.Model, modules: list[str]) -> dict[str, tuple[int, int]]:
     """The (O, I) of modules of the base."""
-    known = {
-        module: kernel.shape[-2:]
-        for path, kernel in bypass.kernels(base.abstract_params())
-        for module in names.module_names(path, kernel, base.stack)
-    }
+    known = base.linear_maps()
     for module in modules:
         if module not in known:
             raise UserError(f"the base has no linear map {module!r}")

@@ -117,6 +117,14 @@ class Model(NamedTuple):
         """The parameter tree as shapes and dtypes; nothing is allocated."""
         return _abstract_params(self.architecture, self.config)
 
+    def linear_maps(self) -> dict[str, tuple[int, int]]:
+        """The shape (O, I) of every linear map by its Hugging Face module path, layer by layer."""
+        return {
+            module: kernel.shape[-2:]
+            for path, kernel in kernels(self.abstract_params())
+            for module in names.module_names(path, kernel, self.stack)
+        }
+
 
 @functools.lru_cache(maxsize=16)  # tracing the model takes a tenth of a second, and half a dozen callers ask
 def _abstract_params(architecture: Architecture, config: Any) -> Tree:

