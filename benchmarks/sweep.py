@@ -49,10 +49,7 @@ def parse(made: argparse.ArgumentParser, rates: Mapping[str, Sequence[float]], a
       UserError: a method without a learning rate.
     """
     settings = made.parse_args(arguments)
-    settings.rates = {
-        **rates,
-        **{name: [float(rate) for rate in text.split(",")] for name, text in map(_parts, settings.rates)},
-    }
+    settings.rates = dict(rates) | dict(map(_parts, settings.rates))
     unknown = [method for method in settings.methods if method not in settings.rates]
     if unknown:
         raise UserError(f"--rates: no learning rate for {unknown[0]}; give --rates {unknown[0]}=1e-3")

@@ -33,7 +33,7 @@ def inputs(tmp_path, monkeypatch):
 
 def test_methods_share_rows_and_scoring(inputs, tmp_path, capsys):
     model, file = inputs
-    arguments = ["--tasks", "sst2", "--methods", *METHODS, "--rates", "neuroada-2=1e-3,1e-2", "lora-1=0.0"]
+    arguments = ["--tasks", "sst2", "--methods", *METHODS, "--rates", "neuroada-2=1e-3,1e-2", "lora-1=1e-3"]
     arguments += ["--seeds", "1", "2", "--steps", "3", "--model", str(model), "--config", f"sst2={file}"]
     instruct.main([*arguments, "--out", str(tmp_path)])
     rows = json.loads((tmp_path / "instruct.json").read_text())["rows"]
