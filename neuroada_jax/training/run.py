@@ -12,7 +12,18 @@ from neuroada_jax.errors import UserError
 from neuroada_jax.formats import huggingface, native
 from neuroada_jax.models import heads
 from neuroada_jax.rows import Rows
-from neuroada_jax.training import best_epoch, connections, loop, modules, objectives, optimizer, plots, report, step
+from neuroada_jax.training import (
+    best_epoch,
+    connections,
+    loop,
+    modules,
+    objectives,
+    optimizer,
+    parallel,
+    plots,
+    report,
+    step,
+)
 from neuroada_jax.training.config import RunConfig, flatten_config, to_yaml
 from neuroada_jax.training.config import load as load_config
 from neuroada_jax.training.objectives import Objective
@@ -102,6 +113,8 @@ def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -
     # What is cheap to check comes before the weights are read, and the folder is touched when all of it is right.
     directory = config.directory
     _check_output(config, overwrite, resume)
+    devices = parallel.resolve(config.parallel)
+    devices.filled_rows(config.training)
     base, tokenizer = open_base(config.model.path, config.model.dtype)
     config = modules.resolved(config, base.model)
     if resume:
@@ -137,7 +150,7 @@ def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -
         before = evaluate_sets(config, objective, held_out, base, base.params, tokenizer, "before")
 
     transformation = optimizer.build(config.optimizer, total_steps, config.head)
-    state = step.initial_state(base.params, built, transformation, head)
+    state = devices.place(step.initial_state(base.params, built, transformation, head))
     base = base._replace(params={})  # the state owns the weights now: its buffers are donated step by step
 
     def save_adapter(path: Path, state: step.TrainState) -> None:
@@ -156,16 +169,17 @@ def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -
     def score_epoch(state: step.TrainState) -> evaluation.Score:
         each = next(found for found in config.evaluation.sets if found.name == chooser)
         with console.bar(f"evaluating {each.name}") as shown:
-            return objective.score(each, choosing, base, state.merged, tokenizer, console.reporter(shown))
+            merged = devices.local(state.merged)
+            return objective.score(each, choosing, base, merged, tokenizer, console.reporter(shown))
 
-    module, parts_of_batch = base.model.module(config.training.remat_policy), config.training.accumulation
-    run_step = step.make_step(module, transformation, parts_of_batch, objective.losses, objective.dropout_seed)
+    module = base.model.module(config.training.remat_policy)
+    run_step = devices.make_step(module, transformation, config.training, objective.losses, objective.dropout_seed)
     rates = optimizer.schedule(config.optimizer, total_steps)
     began = time.perf_counter()
     try:
         with checkpoint.Checkpoints(directory / "checkpoints") as checkpoints:
             if resume:
-                state = checkpoints.restore(state)
+                state = devices.place(checkpoints.restore(state))
                 console.say(f"resuming after step {int(state.step)}")
             best = best_epoch.BestEpoch(directory, score_epoch, save_adapter, int(state.step)) if chooser else None
             state, done = loop.run(
@@ -193,9 +207,10 @@ def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -
     save_adapter(directory / "adapter", state)
     if not config.training.save_every:  # else a resumed run may need those of other epochs
         shutil.rmtree(directory / "epochs", ignore_errors=True)
-    after = evaluate_sets(config, objective, held_out, base, state.merged, tokenizer, "after")
+    merged = devices.local(state.merged)
+    after = evaluate_sets(config, objective, held_out, base, merged, tokenizer, "after")
     if config.merge:
-        huggingface.save(directory / "merged", base, state.merged, tokenizer, replace=True)
+        huggingface.save(directory / "merged", base, merged, tokenizer, replace=True)
 
     results = report.results(config, batches, total_steps, (trainable, total), done, seconds, before, after)
     results["trainable_in_head"] = in_head  # published shares leave the head out
