@@ -1,5 +1,6 @@
 """One run from config to adapter: load, select, evaluate, train, evaluate, save. The loop itself is in loop.py."""
 
+import dataclasses
 import json
 import shutil
 import time
@@ -128,13 +129,14 @@ def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -
     if chooser is not None:
         parts = best_epoch.split(len(held_out[chooser]), config.seed)
         choosing, held_out[chooser] = (best_epoch.part(held_out[chooser], numbers) for numbers in parts)
-    base = with_weights(base, config.seed)
+    base = with_weights(base, config.seed, devices.weights(base.model.abstract_params()))
     head = modules.head_paths(config, base, paths)
     if resume:  # the columns of its checkpoint will take the place of these
-        built = bypass.build(base.params, paths, config.bypass.k, dtype=connections.value_dtype(config, base.model))
+        magnitude = dataclasses.replace(config, bypass=dataclasses.replace(config.bypass, score="magnitude"))
+        built = connections.choose(magnitude, base.model, base.params, paths, by_neuron=devices.by_neuron)
     else:
         first_epoch = (batches.batch(0, index) for index in range(batches.steps_per_epoch))
-        built = connections.choose(config, base.model, base.params, paths, first_epoch, objective.losses)
+        built = connections.choose(config, base.model, base.params, paths, first_epoch, objective.losses, devices.by_neuron)
     if not resume:
         _clear_output(directory)
         files.write_text(directory / "config.yaml", to_yaml(config))

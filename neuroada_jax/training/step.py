@@ -157,8 +157,15 @@ def make_sums(
     return sums
 
 
-def make_update(optimizer: optax.GradientTransformation) -> Callable[[TrainState, Sums], tuple[TrainState, StepMetrics]]:
-    """The second half of a step: (state, sums over the whole batch) -> (state, metrics). One division, then the update."""
+def make_update(
+    optimizer: optax.GradientTransformation, write: Callable[[Tree, Bypass, Tree], Tree] = bypass.make_resident
+) -> Callable[[TrainState, Sums], tuple[TrainState, StepMetrics]]:
+    """The second half of a step: (state, sums over the whole batch) -> (state, metrics). One division, then the update.
+
+    Args:
+      optimizer: what updates the trainable tree.
+      write: puts the new values into the resident weights.
+    """
 
     def update(state: TrainState, sums: Sums) -> tuple[TrainState, StepMetrics]:
         divisor = jnp.maximum(sums.targets, 1)
@@ -181,7 +188,7 @@ def make_update(optimizer: optax.GradientTransformation) -> Callable[[TrainState
             step=state.step + good.astype(jnp.int32),
             trainable=trainable,
             optimizer=optimizer_state,
-            params=bypass.make_resident(state.params, Bypass(trainable["bypass"], state.columns), state.base),
+            params=write(state.params, Bypass(trainable["bypass"], state.columns), state.base),
             columns=state.columns,
             base=state.base,
             failed_step=jnp.where((state.failed_step < 0) & ~finite, state.step, state.failed_step),

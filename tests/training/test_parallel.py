@@ -1,23 +1,32 @@
 """One batch on eight devices: every form of the step gives what one device gives, and bad input."""
 
+import functools
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_step as decoder
 import test_step_encoder as encoder
 from data_helpers import message_of
+from helpers import write_model
 
-from neuroada_jax import ops
+from neuroada_jax import bypass, models, ops, weights
+from neuroada_jax.collectives import Traffic, collectives
 from neuroada_jax.losses import classification_losses, target_losses
 from neuroada_jax.models import Remat
-from neuroada_jax.training import parallel, step
-from neuroada_jax.training.config import ParallelSection, TrainingSection
+from neuroada_jax.roofline import nbytes
+from neuroada_jax.training import optimizer, parallel, step
+from neuroada_jax.training.config import OptimizerSection, ParallelSection, TrainingSection
 
 STEPS = 10
 FORMS = {
     "shard_map": {"mode": "shard_map"},
     "pmap": {"mode": "pmap"},
-    "two devices": {"mode": "shard_map", "devices": 2},
+    "jit": {"mode": "jit"},
+    "fsdp": {"mode": "jit", "fsdp": 8},
+    "tensor": {"mode": "jit", "devices": 4, "tensor": 4},
+    "all axes": {"mode": "jit", "fsdp": 2, "tensor": 2},
 }
 SINGLE = {"mode": "single"}
 
@@ -36,12 +45,18 @@ def train(form, make_state, module, transformation, batches, losses=target_losse
     rows = batches[0].input_ids.shape[0]
     training = TrainingSection(steps=STEPS, batch_size=rows, accumulation=accumulation)
     state = devices.place(make_state())
+    where = jax.tree.map(lambda leaf: leaf.sharding, state)
     run_step = devices.make_step(module, transformation, training, losses, dropout_seed)
     history = []
     for batch in batches:
+        old = state
         state, metrics = run_step(state, batch)
         history.append([float(each) for each in metrics])
+        donated = (old.params, old.trainable, old.optimizer)
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(donated))
     assert int(state.step) == len(batches)
+    kept = jax.tree.map(lambda leaf, place: leaf.sharding.is_equivalent_to(place, leaf.ndim), state, where)
+    assert devices.mode == "single" or all(jax.tree.leaves(kept))
     return np.array(history), jax.tree.map(np.asarray, devices.local(state.trainable))
 
 
@@ -70,9 +85,12 @@ def test_a_decoder_trains_as_on_one_device(form, one_device):
     assert_equal(train_decoder(FORMS[form]), one_device)
 
 
-@pytest.mark.parametrize("form", ["shard_map", "pmap"])
-def test_accumulation_and_remat_on_top(form, one_device):
-    assert_equal(train_decoder(FORMS[form], accumulation=2, remat=Remat.FULL), one_device)
+@pytest.mark.parametrize(
+    ("form", "remat"),
+    [("shard_map", Remat.FULL), ("pmap", Remat.NONE), ("fsdp", Remat.FULL), ("all axes", Remat.NAMES)],
+)
+def test_accumulation_and_remat_on_top(form, remat, one_device):
+    assert_equal(train_decoder(FORMS[form], accumulation=2, remat=remat), one_device)
 
 
 def test_rows_that_do_not_divide_are_filled_up(capsys):
@@ -82,10 +100,10 @@ def test_rows_that_do_not_divide_are_filled_up(capsys):
     assert "12 rows on 8 devices: 4 empty rows fill every batch up to 16" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("algorithm", [ops.GradientAlgorithm.ROW_BLOCKS, ops.GradientAlgorithm.COLUMN_GATHER])
-def test_every_algorithm_of_the_op_is_summed_once(algorithm, one_device, monkeypatch):
-    monkeypatch.setattr(ops, "choose_algorithm", lambda *_: algorithm)
-    assert_equal(train_decoder(FORMS["shard_map"]), one_device)
+@pytest.mark.parametrize("form", ["shard_map", "fsdp"])
+def test_another_algorithm_of_the_op(form, one_device, monkeypatch):
+    monkeypatch.setattr(ops, "choose_algorithm", lambda *_: ops.GradientAlgorithm.ROW_BLOCKS)
+    assert_equal(train_decoder(FORMS[form]), one_device)
 
 
 def train_encoder(form, dropout, rows=16, seed=7):
@@ -97,13 +115,14 @@ def train_encoder(form, dropout, rows=16, seed=7):
 
 def test_an_encoder_with_its_head_trains_as_on_one_device():
     alone = train_encoder(SINGLE, 0.0)
-    for form in ("shard_map", "pmap"):
+    for form in ("shard_map", "all axes"):
         assert_equal(train_encoder(FORMS[form], 0.0), alone)
 
 
 def test_with_dropout_all_forms_on_eight_devices_agree():
     wanted = train_encoder(FORMS["shard_map"], 0.3)
-    assert_equal(train_encoder(FORMS["pmap"], 0.3), wanted)
+    for form in ("pmap", "fsdp"):
+        assert_equal(train_encoder(FORMS[form], 0.3), wanted)
 
 
 def test_every_device_drops_something_else():
@@ -117,17 +136,6 @@ def test_every_device_drops_something_else():
     eight = jax.tree.map(lambda leaf: np.repeat(leaf, 8, axis=0), one)
     found = train(FORMS["shard_map"], make_state, model.module(), transformation, [eight], classification_losses, 3)
     assert found[0][0, 0] == pytest.approx(np.mean(each), rel=1e-5)
-
-
-@pytest.mark.parametrize("mode", ["shard_map", "pmap"])
-def test_the_state_is_donated_on_every_device(mode):
-    model, transformation, _ = decoder.compiled()
-    devices = parallel.resolve(ParallelSection(mode=mode))
-    state = devices.place(decoder.fresh(model, transformation)[1])
-    run_step = devices.make_step(model.module(), transformation, TrainingSection(steps=1, batch_size=8))
-    new, _ = run_step(state, decoder.random_batch(8))
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.params, state.trainable, state.optimizer)))
-    assert all(leaf.sharding.device_set == set(jax.devices()) for leaf in jax.tree.leaves(new))
 
 
 def found(platform="cpu", available=8, **section):
@@ -183,3 +191,88 @@ def test_pmap_refuses_rows_that_do_not_divide(rows, accumulation, take):
 def test_sections_that_contradict_themselves(section, message):
     with pytest.raises(ValueError, match=message):
         ParallelSection(**section)
+
+
+def test_weights_are_read_to_where_they_belong(tmp_path):
+    """No device holds more than its part, from the first tensor on; and what is built on them is split alike."""
+    path = str(write_model(tmp_path / "model"))
+    devices = parallel.resolve(ParallelSection(mode="jit", fsdp=4, tensor=2))
+    opened = weights.open_model(path)
+    placed = devices.weights(opened.model.abstract_params())
+    loaded, plain = weights.read_weights(opened, shardings=placed), weights.read_weights(opened)
+    assert loaded.digests == plain.digests
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, plain.params)
+    same = jax.tree.map(lambda leaf, place: leaf.sharding.is_equivalent_to(place, leaf.ndim), loaded.params, placed)
+    assert all(jax.tree.leaves(same))
+    kernel = loaded.params["model"]["layers"]["mlp"]["up_proj"]["kernel"]
+    assert kernel.shape == (2, 24, 16) and {part.data.shape for part in kernel.addressable_shards} == {(2, 3, 16)}
+    paths = [("model", "layers", "mlp", "up_proj")]
+    built = devices.by_neuron(lambda params: bypass.build(params, paths, 2))(loaded.params)
+    jax.tree.map(np.testing.assert_array_equal, built, bypass.build(plain.params, paths, 2))
+    for (leaf,) in map(jax.tree.leaves, (built.columns, built.values, bypass.read(loaded.params, built.columns))):
+        assert {part.data.shape for part in leaf.addressable_shards} == {(2, 3, 2)}
+
+
+# What crosses the wire.
+
+# Heads that two devices can share. All sizes differ, so that a shape says what an array is.
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 3,
+}
+
+
+@functools.cache
+def sent(k=1, remat=Remat.FULL, **section):
+    """(what a step sends, bytes of all values, bytes of the layers' kernels, those of the embedding) of a tiny LLaMA."""
+    model = models.from_hf_config({**decoder.CONFIG, **SIZES})
+    transformation = optimizer.build(OptimizerSection(learning_rate=0.02), 100)
+    devices = parallel.resolve(ParallelSection(**section))
+
+    def first_state(params):
+        built = bypass.build(params, models.match_targets(params, decoder.ALL, model.stack), k)
+        return step.initial_state(params, built, transformation)
+
+    state = jax.eval_shape(first_state, model.abstract_params())
+    batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, decoder.random_batch(16)))
+    program = devices.program(model.module(remat), transformation)
+    if devices.mode == "pmap":
+        batch = jax.eval_shape(lambda batch: step.split(batch, 8), batch)
+        compiled = program.lower(state, batch).compile()
+    else:
+        compiled = program.lower(*devices.abstract(state, batch)).compile()
+    kernels = sum(nbytes(kernel) for _, kernel in bypass.kernels(state.params))
+    return collectives(compiled.as_text()), nbytes(state.trainable), kernels, nbytes(state.params["model"]["embed_tokens"])
+
+
+@pytest.mark.parametrize(("mode", "k"), [("shard_map", 1), ("shard_map", 20), ("pmap", 20), ("jit", 20)])
+def test_data_parallel_sends_four_bytes_for_each_value_at_once(mode, k):
+    """One reduction: the gradient, the loss and the count of targets. Nothing as large as a weight, and none for each k."""
+    traffic, values, *_ = sent(k, mode=mode)
+    assert values == 4 * k * 3 * (32 + 16 + 16 + 32 + 40 + 40 + 32)
+    assert traffic == {"all-reduce": Traffic(1, values + 8)}
+
+
+@pytest.mark.parametrize("remat", [Remat.FULL, Remat.NONE])
+def test_fsdp_gathers_weights_twice_and_reduces_values_alone(remat):
+    traffic, values, kernels, embedding = sent(3, remat, mode="jit", fsdp=8)
+    assert traffic.keys() == {"all-gather", "all-reduce"}
+    columns = values  # int32, gathered in the backward pass
+    # The backward pass needs no output of a layer's last map, but its kernel for the gradient of the input.
+    assert traffic["all-gather"].bytes == 2 * kernels + columns + embedding
+    # A few scalars beside: loss and count, the norm twice (metrics, clipping), whether all is finite.
+    assert values < traffic["all-reduce"].bytes <= values + 100
+    assert traffic["all-reduce"].count <= 10
+
+
+def test_tensor_sends_activations():
+    """Split by neurons: what a map reads is gathered, and the gradient for it summed. No weight moves."""
+    traffic, *_ = sent(1, mode="jit", devices=2, tensor=2)
+    assert set(traffic) <= {"all-gather", "all-reduce", "all-to-all", "collective-permute"}
+    residual = 4 * 16 * 12 * 32  # bytes of (B, T, D)
+    # Forward, again and backward, a layer moves its normed inputs, attention's output and the gated product (F = 1.25 D),
+    # and backward the gradients for the inputs of seven maps.
+    assert 3 * 11 * residual < sum(each.bytes for each in traffic.values()) < 3 * 25 * residual

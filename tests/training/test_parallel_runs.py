@@ -53,9 +53,25 @@ def assert_equal(found, wanted):
             np.testing.assert_allclose(found[0][name], tensor, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("mode", ["shard_map", "pmap"])
+@pytest.mark.parametrize("mode", ["shard_map", "pmap", "jit"])
 def test_the_adapter_is_that_of_one_device(mode, tmp_path, inputs, alone):
     assert_equal(train(tmp_path, inputs, f"parallel.mode={mode}"), alone)
+
+
+def test_a_run_whose_weights_are_shared_is_scored_and_merged_as_on_one_device(tmp_path, inputs):
+    section = {"sets": [{"name": "held out", "data": str(inputs[1]), "limit": 6, "max_new_tokens": 2}]}
+    for name, overrides in {"alone": [], "shared": ["parallel.fsdp=4", "parallel.tensor=2"]}.items():
+        (tmp_path / name).mkdir()
+        sections = {**SECTIONS, "evaluation": section, "merge": True}
+        path = write_config(tmp_path / name / "run.yaml", run_config(tmp_path / name, *inputs, **sections))
+        assert cli.main(["train", str(path), *overrides]) == 0
+    alone, shared = tmp_path / "alone" / "out", tmp_path / "shared" / "out"
+    assert_equal(outcome(shared), outcome(alone))
+    predictions = "predictions-held out-after.jsonl"
+    assert (shared / predictions).read_text() == (alone / predictions).read_text()
+    merged = [safetensors.numpy.load_file(out / "merged" / "model.safetensors") for out in (alone, shared)]
+    for name, tensor in merged[0].items():
+        np.testing.assert_allclose(merged[1][name], tensor, rtol=0, atol=1e-4)
 
 
 def test_the_pmap_script(tmp_path, inputs, alone, monkeypatch):
