@@ -7,11 +7,13 @@ Which form a linear map takes is decided by the collections that the caller pass
     params, bypass, columns, base    params hold W + D already, values are the gradient tap (resident; training)
 """
 
+import contextlib
+import contextvars
 import enum
 import functools
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,11 +44,43 @@ class Remat(enum.StrEnum):
 _KEEP_NAMED = jax.checkpoint_policies.save_only_these_names(_SAVED)
 
 
+class Placement(NamedTuple):
+    """Where arrays have to be while a layer computes, on devices that share the weights.
+
+    Attributes:
+      weights: the variables of one layer, by collection, as the layer needs them.
+      inputs: what a linear map reads.
+    """
+
+    weights: Callable[[Any], Any]
+    inputs: Callable[[Array], Array]
+
+
+_placement: contextvars.ContextVar[Placement | None] = contextvars.ContextVar("placement", default=None)
+
+
+@contextlib.contextmanager
+def placed(placement: Placement) -> Iterator[None]:
+    """Models that are applied inside gather the weights of one layer at a time, in the forward and the backward pass."""
+    token = _placement.set(placement)
+    try:
+        yield
+    finally:
+        _placement.reset(token)
+
+
 def remat_module(module: type[nn.Module], remat: Remat) -> type[nn.Module]:
-    """The module class under the given remat policy, for use as the body of a layer scan."""
-    if remat is Remat.NONE:
+    """The module class under the given remat policy, for use as the body of a layer scan.
+
+    Where weights are gathered (`placed`), `Remat.NONE` keeps what `Remat.NAMES` does: what a linear map keeps for its
+    backward pass would be all gathered weights.
+    """
+    placement = _placement.get()
+    if placement is not None:
+        module = nn.map_variables(module, ("params", *BYPASS_COLLECTIONS), placement.weights)
+    elif remat is Remat.NONE:
         return module
-    policy = _KEEP_NAMED if remat is Remat.NAMES else None
+    policy = None if remat is Remat.FULL else _KEEP_NAMED
     # The scan already keeps XLA from merging the recomputation with the forward pass.
     return nn.remat(module, policy=policy, prevent_cse=False)
 
@@ -99,6 +133,8 @@ class BypassDense(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
+        placement = _placement.get()
+        x = x if placement is None else placement.inputs(x)
         shape = (self.features, x.shape[-1])
         kernel = self.param("kernel", nn.initializers.normal(0.02), shape, self.dtype)
         if self.has_variable("bypass", "values"):

@@ -1,5 +1,6 @@
 """One run from config to adapter: load, select, evaluate, train, evaluate, save. The loop itself is in loop.py."""
 
+import dataclasses
 import json
 import shutil
 import time
@@ -12,7 +13,18 @@ from neuroada_jax.errors import UserError
 from neuroada_jax.formats import huggingface, native
 from neuroada_jax.models import heads
 from neuroada_jax.rows import Rows
-from neuroada_jax.training import best_epoch, connections, loop, modules, objectives, optimizer, plots, report, step
+from neuroada_jax.training import (
+    best_epoch,
+    connections,
+    loop,
+    modules,
+    objectives,
+    optimizer,
+    parallel,
+    plots,
+    report,
+    step,
+)
 from neuroada_jax.training.config import RunConfig, flatten_config, to_yaml
 from neuroada_jax.training.config import load as load_config
 from neuroada_jax.training.objectives import Objective
@@ -102,6 +114,8 @@ def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -
     # What is cheap to check comes before the weights are read, and the folder is touched when all of it is right.
     directory = config.directory
     _check_output(config, overwrite, resume)
+    devices = parallel.resolve(config.parallel)
+    devices.filled_rows(config.training)
     base, tokenizer = open_base(config.model.path, config.model.dtype)
     config = modules.resolved(config, base.model)
     if resume:
@@ -115,13 +129,14 @@ def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -
     if chooser is not None:
         parts = best_epoch.split(len(held_out[chooser]), config.seed)
         choosing, held_out[chooser] = (best_epoch.part(held_out[chooser], numbers) for numbers in parts)
-    base = with_weights(base, config.seed)
+    base = with_weights(base, config.seed, devices.weights(base.model.abstract_params()))
     head = modules.head_paths(config, base, paths)
     if resume:  # the columns of its checkpoint will take the place of these
-        built = bypass.build(base.params, paths, config.bypass.k, dtype=connections.value_dtype(config, base.model))
+        magnitude = dataclasses.replace(config, bypass=dataclasses.replace(config.bypass, score="magnitude"))
+        built = connections.choose(magnitude, base.model, base.params, paths, by_neuron=devices.by_neuron)
     else:
         first_epoch = (batches.batch(0, index) for index in range(batches.steps_per_epoch))
-        built = connections.choose(config, base.model, base.params, paths, first_epoch, objective.losses)
+        built = connections.choose(config, base.model, base.params, paths, first_epoch, objective.losses, devices.by_neuron)
     if not resume:
         _clear_output(directory)
         files.write_text(directory / "config.yaml", to_yaml(config))
@@ -137,7 +152,7 @@ def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -
         before = evaluate_sets(config, objective, held_out, base, base.params, tokenizer, "before")
 
     transformation = optimizer.build(config.optimizer, total_steps, config.head)
-    state = step.initial_state(base.params, built, transformation, head)
+    state = devices.place(step.initial_state(base.params, built, transformation, head))
     base = base._replace(params={})  # the state owns the weights now: its buffers are donated step by step
 
     def save_adapter(path: Path, state: step.TrainState) -> None:
@@ -156,16 +171,17 @@ def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -
     def score_epoch(state: step.TrainState) -> evaluation.Score:
         each = next(found for found in config.evaluation.sets if found.name == chooser)
         with console.bar(f"evaluating {each.name}") as shown:
-            return objective.score(each, choosing, base, state.merged, tokenizer, console.reporter(shown))
+            merged = devices.local(state.merged)
+            return objective.score(each, choosing, base, merged, tokenizer, console.reporter(shown))
 
-    module, parts_of_batch = base.model.module(config.training.remat_policy), config.training.accumulation
-    run_step = step.make_step(module, transformation, parts_of_batch, objective.losses, objective.dropout_seed)
+    module = base.model.module(config.training.remat_policy)
+    run_step = devices.make_step(module, transformation, config.training, objective.losses, objective.dropout_seed)
     rates = optimizer.schedule(config.optimizer, total_steps)
     began = time.perf_counter()
     try:
         with checkpoint.Checkpoints(directory / "checkpoints") as checkpoints:
             if resume:
-                state = checkpoints.restore(state)
+                state = devices.place(checkpoints.restore(state))
                 console.say(f"resuming after step {int(state.step)}")
             best = best_epoch.BestEpoch(directory, score_epoch, save_adapter, int(state.step)) if chooser else None
             state, done = loop.run(
@@ -193,9 +209,10 @@ def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -
     save_adapter(directory / "adapter", state)
     if not config.training.save_every:  # else a resumed run may need those of other epochs
         shutil.rmtree(directory / "epochs", ignore_errors=True)
-    after = evaluate_sets(config, objective, held_out, base, state.merged, tokenizer, "after")
+    merged = devices.local(state.merged)
+    after = evaluate_sets(config, objective, held_out, base, merged, tokenizer, "after")
     if config.merge:
-        huggingface.save(directory / "merged", base, state.merged, tokenizer, replace=True)
+        huggingface.save(directory / "merged", base, merged, tokenizer, replace=True)
 
     results = report.results(config, batches, total_steps, (trainable, total), done, seconds, before, after)
     results["trainable_in_head"] = in_head  # published shares leave the head out
