@@ -153,7 +153,7 @@ class BypassDense(nn.Module):
         return saved(y)
 
 
-def _product(x: Array, kernel: Array) -> Array:
+def _product(x: Any, kernel: Any) -> Array:
     """x W^T of (*B, I) and (O, I). On a CPU few tokens go on the right: XLA takes a fifth less time for that product."""
     if tracing.platform() == "cpu" and 1 < math.prod(x.shape[:-1]) <= _FEW_TOKENS:
         y = lax.dot_general(kernel, x.reshape(-1, x.shape[-1]), (((1,), (1,)), ((), ())))
