@@ -38,6 +38,8 @@ def one_line_errors(work: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("neuroada: interrupted\n")
         return 130
+    except BrokenPipeError:  # `neuroada ... | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's own flush complains at exit
     return 0
 
 
@@ -345,9 +347,11 @@ def _tasks(parsed: argparse.Namespace) -> None:
         return
     header = ("task", "suite", "model", "metric", "prompt", "data")
     rows = [
-        (each["task"], each["suite"] or "", each["model"], each["metric"], each["prompt"], each["data"]) for each in found
+        (each["task"], each["suite"] or "", each["model"], each["metric"], each["prompt"], "".join(each["data"][-1:]))
+        for each in found
     ]
-    console.table("tasks", header, [(*row[:-1], "\n".join(row[-1])) for row in rows])
+    console.table("tasks", header, rows)
+    console.say("data: the last place that is looked at; --json has all of them")
 
 
 def _lm_eval(parsed: argparse.Namespace) -> None:

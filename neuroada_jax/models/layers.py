@@ -11,6 +11,7 @@ import contextlib
 import contextvars
 import enum
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from neuroada_jax import ops, tracing
 BYPASS_COLLECTIONS = ("bypass", "columns", "base")
 _SAVED = "saved_output"
 _PART_TOKENS = 2048  # fewer would leave a GPU idle
+_FEW_TOKENS = 16
 
 
 class Remat(enum.StrEnum):
@@ -144,11 +146,20 @@ class BypassDense(nn.Module):
                 self.get_variable("base", "base", None),
             )
         else:
-            y = lax.dot_general(x, kernel, (((x.ndim - 1,), (1,)), ((), ())))
+            y = _product(x, kernel)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), self.dtype)
             y = y + jnp.broadcast_to(bias, y.shape)
         return saved(y)
+
+
+def _product(x: Float[Array, "*B I"], kernel: Float[Array, "O I"]) -> Float[Array, "*B O"]:
+    """x W^T. On a CPU few tokens go on the right, where XLA's product takes a fifth less time, as decoding shows."""
+    if tracing.platform() == "cpu" and 1 < math.prod(x.shape[:-1]) <= _FEW_TOKENS:
+        y = lax.dot_general(kernel, x.reshape(-1, x.shape[-1]), (((1,), (1,)), ((), ())))
+        # Without the barrier XLA turns the product back again.
+        return lax.optimization_barrier(y).T.reshape(*x.shape[:-1], kernel.shape[0])
+    return lax.dot_general(x, kernel, (((x.ndim - 1,), (1,)), ((), ())))
 
 
 class RMSNorm(nn.Module):
@@ -226,7 +237,7 @@ class Embedding(nn.Module):
         return jnp.take(self.embedding, ids, axis=0, mode="clip")
 
     def attend(self, x: Array) -> Array:
-        return lax.dot_general(x, self.embedding, (((x.ndim - 1,), (1,)), ((), ())))
+        return _product(x, self.embedding)
 
 
 def attention(
