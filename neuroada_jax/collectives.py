@@ -15,7 +15,9 @@ _CALLED = re.compile(
     r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.-]+)|branch_computations=\{([^}]*)\}"
 )
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\])")
+# {{0,1},{2,3}} spells the groups out, [2,2]<=[4] counts them, mesh['a'=2,'b'=2] {'a'} names the axes that they span.
+_GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\]|mesh\[([^\]]*)\] \{([^}]*)\})")
+_AXIS = re.compile(r"'(\w+)'(?:=(\d+)|:\(\d+\)(\d+))?")
 _BITS = re.compile(r"\d+")
 
 
@@ -46,7 +48,7 @@ def collectives(hlo: str) -> dict[str, Traffic]:
       hlo: as `jax.jit(f).lower(...).compile().as_text()` gives it.
 
     Raises:
-      ValueError: a loop with collectives in it whose number of turns XLA does not say.
+      ValueError: a loop with collectives in it whose number of turns XLA does not say, or groups in an unknown spelling.
     """
     bodies, entry = _computations(hlo)
     known: dict[str, dict[str, Traffic]] = {}
@@ -90,18 +92,37 @@ def _own(instruction: str) -> dict[str, Traffic]:
     match = _COLLECTIVE.match(instruction)
     if not match:
         return {}
-    kind, groups = match[2], _GROUPS.search(instruction)
-    size = (len(groups[1].split(",")) if groups[1] else int(groups[2])) if groups else 0
+    kind, starts, size = match[2], match[3], _group_size(instruction)
     if size == 1:
         return {}
-    found = sum(_array_bytes(match[1]))
-    if kind == "reduce-scatter":
-        found *= size  # its result is a share of what is summed
-    elif match[3] and kind == "all-gather":
-        found = found * size // (size + 1)  # the result of a start holds the operand too
-    elif match[3] and kind == "collective-permute":
-        found //= 2
+    arrays = list(_array_bytes(match[1]))
+    half = len(arrays) // 2  # of a start that gives its operands, too
+    if kind == "reduce-scatter" and not starts:
+        if size is None:
+            raise ValueError(f"a reduce-scatter among groups that cannot be read: {instruction[:200]}")
+        found = sum(arrays) * size  # its result is a share of what is summed
+    elif kind == "reduce-scatter":
+        found = sum(arrays[:half])
+    elif kind == "all-gather" and starts:
+        found = sum(arrays[half:])
+    elif kind == "collective-permute" and starts:
+        found = arrays[0]
+    else:
+        found = sum(arrays)
     return {kind: Traffic(1, found)}
+
+
+def _group_size(instruction: str) -> int | None:
+    """How many devices share one collective; None where the text does not say."""
+    match = _GROUPS.search(instruction)
+    if not match:
+        return None
+    if match[1]:
+        return len(match[1].split(","))
+    if match[2]:
+        return int(match[2])
+    sizes = {name: int(size) for name, size, _ in _AXIS.findall(match[3])}
+    return math.prod(int(part) if part else sizes[name] for name, _, part in _AXIS.findall(match[4]))
 
 
 def _array_bytes(shapes: str) -> Iterator[int]:

@@ -35,6 +35,10 @@ ENTRY %main.9_spmd (p0: f32[8], p1: (f32[], /*index=1*/f32[])) -> f32[8] {
   %alone = f32[99]{0} all-reduce(%a), channel_id=4, replica_groups=[8,1]<=[8], to_apply=%add
   %start = (f32[1]{0}, f32[8]{0}) all-gather-start(%a), channel_id=5, replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}
   %done = f32[8]{0} all-gather-done(%start)
+  %s = ((f32[1]{0}, bf16[2]{0}), (f32[8]{0}, bf16[16]{0})) all-gather-start(%a), replica_groups=mesh['x'=1,'y'=8] {'y'}
+  %one = (f32[1]{0}, f32[1]{0}) all-gather-start(%a), replica_groups=mesh['x'=1,'y'=8] {'x'}, dimensions={0}
+  %r = ((f32[8]{0}, f32[16]{0}), (f32[1]{0}, f32[2]{0})) reduce-scatter-start(%a, %b), replica_groups=mesh['x'=8] {'x'}
+  %part = f32[3]{0} reduce-scatter(%a), replica_groups=mesh['x'=8,'y'=2] {'x':(1)4,'y'}, to_apply=%add
   %at = ((s8[6]{0}), s8[6]{0}, u32[]) async-start(%p), calls=%async
   %moved = (f32[8]{0}, f32[8]{0}) collective-permute-start(%a), channel_id=6, source_target_pairs={{0,1},{1,0}}
   ROOT %out = f32[8]{0} collective-permute-done(%moved)
@@ -45,11 +49,11 @@ TEN = '"known_trip_count":{"n":"10"}'
 
 def test_kinds_counts_and_bytes():
     assert collectives(PROGRAM.replace("TRIPS", TEN)) == {
-        "all-gather": Traffic(30 + 1, 30 * 16 + 32),
+        "all-gather": Traffic(30 + 2, 30 * 16 + 32 + 32 + 32),
         "all-reduce": Traffic(1, 4 * 48 + 4 + 7),
         "all-to-all": Traffic(1, 6),
         "collective-permute": Traffic(1, 32),
-        "reduce-scatter": Traffic(10, 10 * 20 * 4),
+        "reduce-scatter": Traffic(10 + 2, 10 * 20 * 4 + 4 * 24 + 8 * 12),
     }
 
 
