@@ -1,59 +1,198 @@
 """Checkpoints of a run through Orbax: step, values, columns, optimiser state. The only file that knows Orbax.
 
-The base weights are not in a checkpoint, and a batch is a pure function of (seed, epoch, index), so that the step is the
-data's cursor too. The columns are: those chosen by a gradient cost a pass over the data, and may differ where a GPU sums in
-another order.
+The base weights are not in a checkpoint. A batch is a pure function of (seed, epoch, index), and a dropout key one of
+(seed, step, part), so that the step is the cursor of both; what else a resumed run has to know is in `about`. The columns
+are kept: those chosen by a gradient cost a pass over the data, and may differ where a GPU sums in another order.
+
+A checkpoint has its name only when all of it is written. Orbax notices most damage that comes later, but not a bit that
+flipped inside an array, so every checkpoint has the digests of its files (not of those at its top: Orbax adds times there).
 """
 
+import contextlib
 import functools
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
+import xxhash
+from orbax.checkpoint import checkpoint_managers
 
-from neuroada_jax import bypass
+from neuroada_jax import bypass, console, files
 from neuroada_jax.errors import UserError
 from neuroada_jax.training.step import TrainState
 
+FORMAT = 2  # 1 had the state alone
+ABOUT, DIGESTS = "about.json", "digests.json"
+
+
+class Found(NamedTuple):
+    """A whole checkpoint: its step, and what `save` was told about the run."""
+
+    step: int
+    about: dict[str, Any]
+
 
 class Checkpoints:
-    """The checkpoints of one run's directory; the newest `keep` stay."""
+    """The checkpoints of one run's directory."""
 
-    def __init__(self, directory: Path, keep: int = 2) -> None:
-        self._directory, self._keep = directory, keep
+    def __init__(self, directory: Path, keep_last: int = 2, keep_best: int = 0) -> None:
+        """keep_last, keep_best: how many of the newest stay, and besides how many of those with the most merit."""
+        self._directory, self._keep_last, self._keep_best = directory, keep_last, keep_best
+        self._quiet = contextlib.ExitStack()
+        self._saving: Found | None = None  # what is being written in the background
+        self.damaged: list[Path] = []  # that `newest` passed over
 
     @functools.cached_property
     def _manager(self) -> ocp.CheckpointManager:
         """Made when first needed: a run that saves nothing has no folder of checkpoints."""
-        options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=True)
+        policies = [checkpoint_managers.LatestN(self._keep_last)]
+        if self._keep_best:
+            policies.append(checkpoint_managers.BestN(get_metric_fn=_merit, n=self._keep_best))
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+            best_fn=_merit if self._keep_best else None,
+            create=True,
+            cleanup_tmp_directories=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+        )
         return ocp.CheckpointManager(self._directory.resolve(), options=options)
 
     def __enter__(self) -> "Checkpoints":
+        self._quiet.enter_context(_orbax_is_quiet())
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        if "_manager" in vars(self):
-            self._manager.close()  # waits for saves under way
+    def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
+        with self._quiet:
+            if "_manager" not in vars(self):
+                return
+            try:
+                self._manager.close()  # waits for a save under way
+            except Exception as failure:
+                if error is None or issubclass(error, KeyboardInterrupt):  # else the first error says more
+                    raise self._not_saved(failure) from failure
 
-    def save(self, state: TrainState) -> None:
-        """Saves in the background; what is saved is copied first, so the state may be donated at once."""
-        self._manager.save(int(state.step), args=ocp.args.StandardSave(saved(state)))
+    def save(self, state: TrainState, about: dict[str, Any] | None = None, merit: float | None = None) -> None:
+        """Saves in the background; what is saved is copied first, so the state may be donated at once.
 
-    def restore(self, state: TrainState) -> TrainState:
-        """The newest checkpoint put into a state that was just initialised, on whatever columns of the same shapes.
+        Does nothing where this step is saved already.
+
+        Args:
+          state: a good one.
+          about: what else the run has to know when it goes on, as JSON.
+          merit: by which `keep_best` chooses, the more the better; None where it is not known.
 
         Raises:
-          UserError: there is no checkpoint, or it does not fit the state.
+          UserError: this checkpoint, or the one before it that was still being written, could not be saved.
         """
-        step = self._manager.latest_step()
-        if step is None:
+        self.wait()
+        step = int(state.step)
+        try:
+            if step in self._manager.all_steps():
+                return
+            self._saving = Found(step, {"format": FORMAT, "step": step, "arrays": _arrays(state), **(about or {})})
+            with tempfile.TemporaryDirectory(prefix=".probe", dir=self._directory) as probe:
+                (Path(probe) / "probe").write_bytes(bytes(4096))  # where this fails, Orbax's threads wait for ten minutes
+            args = ocp.args.Composite(state=ocp.args.StandardSave(saved(state)))
+            self._manager.save(step, args=args, metrics={"merit": merit} if self._keep_best else None)
+        except Exception as error:  # Orbax raises OSError, ValueError, RuntimeError and others for a disk that is full
+            raise self._not_saved(error) from error
+
+    def wait(self) -> None:
+        """Until everything is saved.
+
+        Raises:
+          UserError: it could not be.
+        """
+        if self._saving is None:
+            return
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._not_saved(error) from error
+        self._saving = None
+
+    def _seal(self) -> None:
+        """Orbax calls it in its thread when all is written and the checkpoint has not got its name yet."""
+        if jax.process_index() != 0 or self._saving is None:
+            return
+        (folder,) = self._directory.resolve().glob(f"{self._saving.step}.orbax-checkpoint-tmp*")
+        files.write_text(folder / ABOUT, json.dumps(self._saving.about))
+        sealed = [folder / ABOUT, *(path for path in (folder / "state").rglob("*") if path.is_file())]
+        digests = {str(path.relative_to(folder)): _digest(path) for path in sealed}
+        files.write_text(folder / DIGESTS, json.dumps(digests))
+
+    def _not_saved(self, error: Exception) -> UserError:
+        step = self._saving.step if self._saving else "new"
+        others = [each for each in self._steps() if each != step]
+        kept = f"the newest that is saved is that of step {others[0]}" if others else "none is saved"
+        return UserError(f"{self._directory / str(step)}: the checkpoint cannot be saved ({_reason(error)}); {kept}")
+
+    def _steps(self) -> list[int]:
+        """Of every checkpoint that has its name, whole or damaged since, the newest first."""
+        if not self._directory.is_dir():
+            return []
+        return sorted((int(path.name) for path in self._directory.iterdir() if path.name.isdigit()), reverse=True)
+
+    @functools.cached_property
+    def newest(self) -> Found | None:
+        """The newest checkpoint that is whole; None where there is none. Says which are passed over, and why.
+
+        Raises:
+          UserError: a checkpoint of another format.
+        """
+        for step in self._steps():
+            folder = self._directory / str(step)
+            if (folder / "default").is_dir():
+                raise UserError(f"{folder}: expected checkpoint format {FORMAT}, found 1, which an older version wrote")
+            try:
+                about = _verified(folder)
+            except UserError as damage:
+                console.warn(f"{damage}: passed over")
+                self.damaged.append(folder)
+                continue
+            if about.get("format") != FORMAT:
+                raise UserError(f"{folder}: expected checkpoint format {FORMAT}, found {about.get('format')}")
+            return Found(step, about)
+        return None
+
+    def restore(self, state: TrainState) -> TrainState:
+        """The newest whole checkpoint put into a state that was just initialised, on whatever columns of the same shapes.
+
+        Arrays come back with the sharding that those of `state` have.
+
+        Raises:
+          UserError: there is no whole checkpoint, or it does not fit the state.
+        """
+        if self.newest is None:
             raise UserError(f"{self._directory}: no checkpoint to resume from")
+        for folder in self.damaged:  # its step is saved again in time
+            aside = folder.with_name(f"{folder.name}.damaged")
+            try:
+                shutil.rmtree(aside, ignore_errors=True)
+                folder.rename(aside)
+            except OSError as error:
+                raise UserError(f"{folder}: the damaged checkpoint cannot be renamed ({error.strerror})") from error
+        step, here, there = self.newest.step, _arrays(state), self.newest.about["arrays"]
+        if other := sorted(name for name in {**here, **there} if here.get(name) != there.get(name)):
+            one = other[0]
+            raise UserError(
+                f"{self._directory / str(step)}: this checkpoint is of another model or config: {one}: expected "
+                f"{here.get(one, 'none')}, found {there.get(one, 'none')}"
+            )
         wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, saved(state))
         try:
-            found = self._manager.restore(step, args=ocp.args.StandardRestore(wanted))
-        except (ValueError, KeyError, OSError) as error:
-            reason = str(error).splitlines()[0]
+            found = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted)))["state"]
+        except Exception as error:
+            reason = _reason(error)
             raise UserError(f"{self._directory / str(step)}: this checkpoint cannot be resumed from ({reason})") from error
         trained = bypass.Bypass(found["trainable"]["bypass"], found["columns"])
         base = bypass.read(state.params, trained.columns)  # no step was taken: these are the original weights
@@ -64,3 +203,68 @@ def saved(state: TrainState) -> dict[str, Any]:
     """What a checkpoint holds of a state, abstract or real."""
     kept = ("step", "trainable", "columns", "optimizer")
     return {field: getattr(state, field) for field in kept}
+
+
+def _arrays(state: TrainState) -> dict[str, str]:
+    """Type and shape of everything that is saved, by its place."""
+    leaves = jax.tree_util.tree_leaves_with_path(saved(state))
+    return {jax.tree_util.keystr(path, simple=True, separator="."): str(jax.typeof(leaf)) for path, leaf in leaves}
+
+
+def _verified(folder: Path) -> dict[str, Any]:
+    """What a checkpoint says about its run, if all of its files are as they were written.
+
+    Raises:
+      UserError: a file that is missing or differs.
+    """
+    if not (folder / DIGESTS).exists():
+        raise UserError(f"{folder}: damaged, {DIGESTS} is missing")
+    for name, digest in files.read_json(folder / DIGESTS).items():
+        try:
+            found = _digest(folder / name)
+        except OSError as error:
+            raise UserError(f"{folder}: damaged, {name} cannot be read ({error.strerror})") from error
+        if found != digest:
+            raise UserError(f"{folder}: damaged, {name} is not what was written")
+    return files.read_json(folder / ABOUT)
+
+
+def _digest(path: Path) -> str:
+    return xxhash.xxh3_128_hexdigest(path.read_bytes())
+
+
+def _merit(metrics: dict[str, float | None]) -> float:
+    """Orbax asks for a number of every checkpoint."""
+    merit = metrics["merit"]
+    return -float("inf") if merit is None else merit
+
+
+@contextlib.contextmanager
+def _orbax_is_quiet() -> Iterator[None]:
+    """Without what it logs of errors that it also raises, and what its other writes say after a failed one."""
+    log, hook = logging.getLogger("absl"), sys.unraisablehook
+
+    def not_of_orbax(record: logging.LogRecord) -> bool:
+        return f"{os.sep}orbax{os.sep}" not in record.pathname
+
+    def other_than_a_closed_loop(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    log.addFilter(not_of_orbax)
+    sys.unraisablehook = other_than_a_closed_loop
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
+        log.removeFilter(not_of_orbax)
+
+
+def _reason(error: Exception) -> str:
+    """The first line that says something of an error that comes from deep below."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if below := re.search(r"os_error_code='(\d+)'", str(error)):  # TensorStore's
+        return os.strerror(int(below[1]))
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -64,6 +65,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", nargs="*", metavar="section.field=value", help="changes to the config")
     train.add_argument("--overwrite", action="store_true", help="replace a run that is in the output folder already")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint (training.save_every)")
+    train.add_argument(
+        "--force-resume", action="store_true", help="with --resume: although the config, data or model has changed"
+    )
     train.add_argument("--seeds", help="a run for each of these, such as 42,43,44; as `seeds: [...]` in the config")
     train.add_argument("--json", action="store_true", help="print results.json and nothing else on standard output")
     train.set_defaults(run=_train)
@@ -223,12 +227,22 @@ def _print_json(content: dict[str, Any]) -> None:
 
 
 def _train(parsed: argparse.Namespace) -> None:
-    from neuroada_jax.training import config, report, run, seeds
+    from neuroada_jax.training import config, report, run, seeds, signals
 
     overrides = parsed.overrides + ([f"seeds=[{parsed.seeds}]"] if parsed.seeds else [])
     settings = config.load(parsed.config, overrides)
     several = settings.seeds is not None
-    results = (seeds.train if several else run.train)(settings, overwrite=parsed.overwrite, resume=parsed.resume)
+    train = seeds.train if several else run.train
+    flags = {"overwrite": parsed.overwrite, "resume": parsed.resume, "force_resume": parsed.force_resume}
+    with signals.listening() as stop:
+        try:
+            results = train(settings, **flags, stop=stop)
+        except signals.Stopped as stopped:
+            saved = "nothing new to save" if stopped.step is None else f"step {stopped.step} is saved"
+            seeds_option = ["--seeds", parsed.seeds] if parsed.seeds else []
+            again = shlex.join(["neuroada", "train", parsed.config, *parsed.overrides, *seeds_option, "--resume"])
+            sys.stderr.write(f"neuroada: stopped, {saved}; go on with: {again}\n")
+            return
     if parsed.json:
         _print_json(results)
     else:

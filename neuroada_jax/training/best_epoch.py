@@ -5,7 +5,6 @@ half, drawn anew for every seed.
 """
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,8 +63,6 @@ class BestEpoch:
 
     epochs.jsonl has a line for every epoch, and epochs/<steps>/ the adapters, until the run ends: so a resumed run knows
     the best epoch up to its checkpoint, whatever an interrupted one did after it.
-
-    seconds: what scoring took.
     """
 
     def __init__(
@@ -83,7 +80,10 @@ class BestEpoch:
         self._log, self._adapters = directory / "epochs.jsonl", directory / "epochs"
         lines = self._log.read_text(encoding="utf-8").splitlines() if self._log.exists() else []
         self.epochs = [epoch for epoch in map(json.loads, lines) if epoch["step"] <= done]
-        self.seconds = 0.0
+
+    def value(self, step: int) -> float | None:
+        """The score of the epoch that ended with that step; None where none has one."""
+        return next((epoch["value"] for epoch in self.epochs if epoch["step"] == step), None)
 
     @property
     def best(self) -> dict[str, Any]:
@@ -91,16 +91,17 @@ class BestEpoch:
         return max(self.epochs, key=lambda epoch: epoch["value"])
 
     def __call__(self, state: TrainState) -> None:
-        """Scores the state as that of the next epoch."""
-        began = time.perf_counter()
-        score, step = self._score(state), int(state.step)
+        """Scores the state as that of the next epoch, if it has not been already."""
+        step = int(state.step)
+        if self.value(step) is not None:
+            return
+        score = self._score(state)
         epoch = {"epoch": len(self.epochs) + 1, "step": step, "metric": score.metric, "value": score.value, **score.beside}
         if not self.epochs or score.value > self.best["value"]:
             self._save(self._adapters / str(step), state)
         self.epochs.append(epoch)
         files.write_text(self._log, "".join(json.dumps(each) + "\n" for each in self.epochs))
         console.say(f"epoch {epoch['epoch']}: {score.metric} {score.value:.4f}, best {self.best['value']:.4f}")
-        self.seconds += time.perf_counter() - began
 
     def restore(self, state: TrainState, base: LoadedModel) -> TrainState:
         """The last state with the best epoch's values and head in it."""

@@ -100,7 +100,9 @@ class OptimizerSection:
 class TrainingSection:
     """How long and how much at once. `batch_size` rows make one update, in `accumulation` equal parts.
 
-    A row is an example, or with `data.packing` several.
+    A row is an example, or with `data.packing` several. Of the checkpoints, the `keep_last` newest stay, and besides them
+    the `keep_best` best: those with the highest score of `evaluation.best_epoch`, or where no set chooses, with the lowest
+    mean loss of the steps since the checkpoint before.
     """
 
     epochs: int | None = pydantic.Field(default=None, gt=0)
@@ -110,6 +112,8 @@ class TrainingSection:
     remat: Literal["none", "names", "full"] = "full"
     log_every: int = pydantic.Field(default=10, gt=0)
     save_every: int | None = pydantic.Field(default=None, gt=0)  # steps between checkpoints, for --resume
+    keep_last: int = pydantic.Field(default=2, ge=1)
+    keep_best: int = pydantic.Field(default=0, ge=0)
 
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):

@@ -1,26 +1,35 @@
 """The training loop: batches in, steps on the device, a line of metrics per step, a progress bar."""
 
-import json
+import dataclasses
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import optax
 
-from neuroada_jax import console, files
+from neuroada_jax import console
 from neuroada_jax.batches import AnyBatches
+from neuroada_jax.training.signals import Stop, Stopped
 from neuroada_jax.training.step import AnyBatch, StepMetrics, TrainState
+from neuroada_jax.training.trackers import JsonLines, Line
 
 
-class Report(NamedTuple):
-    """What a finished loop knows: the loss of every step, the tokens seen (padding left out), the step shapes used."""
+@dataclasses.dataclass
+class Report:
+    """What the loop knows of a run, the parts before it was resumed included.
 
-    losses: list[float]
-    tokens: int
-    shapes: int
+    losses: of every step, NaN where there was none.
+    tokens: seen, padding left out.
+    shapes: of the steps used.
+    seconds: of training, epochs' scores left out.
+    """
+
+    losses: list[float] = dataclasses.field(default_factory=list)
+    tokens: int = 0
+    shapes: set[tuple[int, ...]] = dataclasses.field(default_factory=set)
+    seconds: float = 0.0
 
 
 class NotFinite(Exception):
@@ -43,12 +52,15 @@ def run(
     batches: AnyBatches,
     total_steps: int,
     rates: optax.Schedule,
+    report: Report,
+    log: JsonLines,
+    stop: Stop,
+    *,
     log_every: int,
-    metrics_path: Path,
-    save: Callable[[TrainState], None] | None = None,
+    save: Callable[[TrainState], None],
     save_every: int | None = None,
     after_epoch: Callable[[TrainState], None] | None = None,
-) -> tuple[TrainState, Report]:
+) -> TrainState:
     """Takes the steps from `state.step` up to `total_steps`.
 
     The host waits for the device at log and save steps, and where an epoch ends, only; the next batch is built meanwhile.
@@ -59,93 +71,97 @@ def run(
       batches: what to train on, epoch after epoch.
       total_steps: updates to make.
       rates: learning rate by step, for the log.
+      report: of the earlier parts of the run; brought up to date.
+      log: gets a line for every step.
+      stop: looked at after every step. While an epoch is scored, a request interrupts that.
       log_every: steps between two log steps.
-      metrics_path: JSON lines, one per step; lines of steps that the state has not done are dropped.
-      save: called with a good state every `save_every` steps, before the next step donates it.
-      save_every: None for never.
-      after_epoch: called with a good state at the end of every epoch and of the run, before it is saved.
+      save: called with a good state every `save_every` steps and after the last one, and when the run is to stop.
+      save_every: None for never, but when the run is to stop.
+      after_epoch: called with a good state at the end of every epoch and of the run, before it is saved; and first of all
+        with a state that starts there, whose score an interruption may have left out. Its states are saved too.
 
-    Returns: the last state and a report.
+    Returns: the last state.
 
     Raises:
       NotFinite: a loss or gradient was NaN or infinite.
+      Stopped: on request, when the state is saved.
     """
     start = int(state.step)
-    losses = _kept_losses(metrics_path, start)
     pending: list[_Pending] = []
-    shapes: set[tuple[int, ...]] = set()
-    tokens = 0
-    began = last = time.perf_counter()
 
     def fetch(number: int) -> AnyBatch:
         return batches.batch(*divmod(number, batches.steps_per_epoch))
 
-    with (
-        ThreadPoolExecutor(1) as reader,
-        metrics_path.open("a", encoding="utf-8") as log,
-        console.bar("training", total_steps) as shown,
-    ):
+    def epoch_ends(steps: int) -> bool:
+        return after_epoch is not None and steps > 0 and (steps == total_steps or steps % batches.steps_per_epoch == 0)
+
+    if after_epoch is not None and epoch_ends(start):
+        after_epoch(state)
+    began = last = time.perf_counter()
+    earlier, compiled = report.seconds, set[tuple[int, ...]]()
+    with ThreadPoolExecutor(1) as reader, console.bar("training", total_steps) as shown, stop.held():
         ahead = reader.submit(fetch, start)
         for number in range(start, total_steps):
             batch = ahead.result()
             if number + 1 < total_steps:
                 ahead = reader.submit(fetch, number + 1)
-            shape = (batch.input_ids.shape[1], *batch.target_mask.shape[1:])
-            if shape not in shapes:
-                shapes.add(shape)
-                what = " and ".join(f"{size} {name}" for size, name in zip(shape, ("tokens", "targets"), strict=False))
-                console.say(f"compiling a step for {what} a row ({len(shapes)} of at most {len(batches.shapes)})")
+            _announce(batch, compiled, len(batches.shapes))
             state, metrics = run_step(state, batch)
             pending.append(_Pending(number, metrics, int(batch.lengths.sum())))
             last_one = number + 1 == total_steps
-            saving = save_every is not None and (number + 1) % save_every == 0
-            epoch_ends = after_epoch is not None and (last_one or (number + 1) % batches.steps_per_epoch == 0)
-            if (number + 1) % log_every and not last_one and not saving and not epoch_ends:
+            scoring, stopping = epoch_ends(number + 1), stop.requested
+            saving = save_every is not None and ((number + 1) % save_every == 0 or last_one or scoring)
+            if (number + 1) % log_every and not (last_one or saving or scoring or stopping):
                 continue
 
             window = sum(entry.tokens for entry in pending)
-            written = _write(log, pending, rates)  # waits for the device
+            lines = [_line(entry, rates) for entry in pending]  # waits for the device
+            pending.clear()
+            log.write(lines)
             if int(state.failed_step) >= 0:
                 failed = int(state.failed_step)
                 raise NotFinite(failed + 1, batches.rows(*divmod(failed, batches.steps_per_epoch)), state)
-            losses += written
-            tokens += window
-            pending.clear()
+            report.losses += [line["loss"] for line in lines]
+            report.tokens += window
+            report.shapes |= compiled
             now = time.perf_counter()
-            note = f"loss {losses[-1]:.4f}, {window / (now - last):.0f} tokens/s"
-            if after_epoch is not None and epoch_ends:
-                after_epoch(state)
-            if save is not None and saving:
+            report.seconds = earlier + now - began
+            note = f"loss {report.losses[-1]:.4f}, {window / (now - last):.0f} tokens/s"
+            if after_epoch is not None and scoring and not stopping:
+                try:
+                    with stop.held(False):
+                        after_epoch(state)
+                except Stopped:
+                    stopping = True
+                began += time.perf_counter() - now
+            stopping = stopping or stop.requested
+            if saving or stopping:
                 save(state)
+            if stopping:
+                raise Stopped(number + 1)
             last = time.perf_counter()
             shown.update(number + 1, total_steps, note)
             if not console.is_terminal():
                 left = (now - began) / (number + 1 - start) * (total_steps - number - 1)
                 console.say(f"step {number + 1} of {total_steps}: {note}, {left:.0f} s left")
-    return state, Report(losses, tokens, len(shapes))
+    return state
 
 
-def _kept_losses(path: Path, steps: int) -> list[float]:
-    """The losses of the first `steps` steps from an earlier part of the run; the file keeps these lines alone."""
-    lines = path.read_text(encoding="utf-8").splitlines()[:steps] if path.exists() else []
-    files.write_text(path, "".join(line + "\n" for line in lines))
-    return [json.loads(line)["loss"] for line in lines]
+def _announce(batch: AnyBatch, compiled: set[tuple[int, ...]], possible: int) -> None:
+    """Says which shape of step is compiled now."""
+    shape = (batch.input_ids.shape[1], *batch.target_mask.shape[1:])
+    if shape not in compiled:
+        compiled.add(shape)
+        what = " and ".join(f"{size} {name}" for size, name in zip(shape, ("tokens", "targets"), strict=False))
+        console.say(f"compiling a step for {what} a row ({len(compiled)} of at most {possible})")
 
 
-def _write(log: IO[str], pending: list[_Pending], rates: optax.Schedule) -> list[float]:
-    losses = []
-    for entry in pending:
-        line: dict[str, Any] = {
-            "step": entry.step + 1,
-            "loss": float(entry.metrics.loss),
-            "learning_rate": float(rates(entry.step)),
-            "gradient_norm": float(entry.metrics.gradient_norm),
-            "targets": int(entry.metrics.targets),
-            "tokens": entry.tokens,
-        }
-        losses.append(line["loss"])
-        # JSON knows no NaN: a step that was not finite says null.
-        finite = {key: value if np.isfinite(value) else None for key, value in line.items()}
-        log.write(json.dumps(finite) + "\n")
-    log.flush()
-    return losses
+def _line(entry: _Pending, rates: optax.Schedule) -> Line:
+    return {
+        "step": entry.step + 1,
+        "loss": float(entry.metrics.loss),
+        "learning_rate": float(rates(entry.step)),
+        "gradient_norm": float(entry.metrics.gradient_norm),
+        "targets": int(entry.metrics.targets),
+        "tokens": entry.tokens,
+    }

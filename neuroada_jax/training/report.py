@@ -11,6 +11,7 @@ from neuroada_jax.evaluation import Score
 from neuroada_jax.formats import native
 from neuroada_jax.training.config import RunConfig
 from neuroada_jax.training.loop import Report
+from neuroada_jax.training.trackers import number
 
 
 def results(
@@ -19,7 +20,6 @@ def results(
     total_steps: int,
     parameters: tuple[int, int],
     done: Report,
-    seconds: float,
     before: dict[str, Score],
     after: dict[str, Score],
 ) -> dict[str, Any]:
@@ -31,7 +31,6 @@ def results(
       total_steps: updates of the whole run.
       parameters: (trained values, all parameters of the model).
       done: what the loop reports.
-      seconds: of the loop.
       before: scores of the base model by set, empty where they were not asked for.
       after: scores of the merged model by set.
     """
@@ -45,11 +44,11 @@ def results(
         "trainable": trainable,
         "total_parameters": total,
         "trainable_percent": 100 * trainable / total,
-        "train_seconds": seconds,
-        "tokens_per_second": done.tokens / seconds,
-        "first_loss": done.losses[0],
-        "last_loss": done.losses[-1],
-        "compiled_steps": done.shapes,
+        "train_seconds": done.seconds,
+        "tokens_per_second": done.tokens / done.seconds,
+        "first_loss": number(done.losses[0]),
+        "last_loss": number(done.losses[-1]),
+        "compiled_steps": len(done.shapes),
         "possible_steps": len(batches.shapes),
         "examples": len(batches.examples),
         "cut": batches.examples.cut,
@@ -129,13 +128,17 @@ def print_summary(results: dict[str, Any]) -> None:
         ("trained values", f"{results['trainable']:,}"),
         ("share of the model", f"{results['trainable_percent']:.4f} %"),
         ("steps", str(results["steps"])),
-        ("loss, first to last step", f"{results['first_loss']:.4f} to {results['last_loss']:.4f}"),
+        ("loss, first to last step", " to ".join(_loss(results[f"{which}_loss"]) for which in ("first", "last"))),
         ("seconds", f"{results['train_seconds']:.1f}"),
         ("tokens per second", f"{results['tokens_per_second']:.0f}"),
         ("compiled steps", f"{results['compiled_steps']} of at most {results['possible_steps']}"),
         ("files", results["directory"]),
     ]
     console.table(results["name"], ("", ""), rows)
+
+
+def _loss(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
 
 
 def print_scores(sets: dict[str, dict[str, Any]], mean: dict[str, float | None] | None = None) -> None:

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,13 @@ from neuroada_jax.training import (
     parallel,
     plots,
     report,
+    resuming,
     step,
+    trackers,
 )
-from neuroada_jax.training.config import RunConfig, flatten_config, to_yaml
-from neuroada_jax.training.config import load as load_config
+from neuroada_jax.training.config import RunConfig, to_yaml
 from neuroada_jax.training.objectives import Objective
+from neuroada_jax.training.signals import Stop
 from neuroada_jax.weights import LoadedModel, open_base, with_weights
 
 
@@ -61,8 +62,10 @@ def evaluate_sets(
     return scores
 
 
-def _check_output(config: RunConfig, overwrite: bool, resume: bool) -> None:
+def _check_output(config: RunConfig, overwrite: bool, resume: bool, force_resume: bool) -> None:
     """Refuses a folder that holds a run, unless it is to be replaced or resumed."""
+    if force_resume and not resume:
+        raise UserError("--force-resume: only together with --resume")
     written = config.directory / "config.yaml"
     if overwrite and resume:
         raise UserError("give --overwrite or --resume, not both")
@@ -76,70 +79,93 @@ def _check_output(config: RunConfig, overwrite: bool, resume: bool) -> None:
         )
 
 
-def _check_unchanged(config: RunConfig) -> None:
-    """Refuses to resume a run with another config than it began with."""
-    old, new = flatten_config(load_config(str(config.directory / "config.yaml"))), flatten_config(config)
-    changed = [f"{key} ({old.get(key)} then, {new.get(key)} now)" for key in new if old.get(key) != new[key]]
-    if changed:
-        raise UserError(f"{config.directory}: cannot resume with another config; changed: {', '.join(changed)}")
+def _newest(checkpoints: checkpoint.Checkpoints, directory: Path) -> checkpoint.Found | None:
+    """The checkpoint to go on from; None for a run that was interrupted before its first one.
+
+    Raises:
+      UserError: there was one but it is damaged, or the run has ended without any.
+    """
+    found = checkpoints.newest
+    if found is None:
+        if checkpoints.damaged or any((directory / each).exists() for each in ("results.json", "adapter")):
+            raise UserError(f"{directory}: no checkpoint to resume from; --overwrite starts again")
+        console.say("no checkpoint yet: starting from the beginning")
+    return found
 
 
-def _clear_output(directory: Path) -> None:
-    """Makes the run's folder and removes what an earlier run left there under the names of this one's results."""
+def _prepare(directory: Path, config: RunConfig, resumed: bool) -> None:
+    """Makes the run's folder, writes its config, and removes what earlier work left there.
+
+    Of a run that is resumed that is what it had not finished writing; else all under the names of this one's results.
+    """
+    folders = ("adapter", "merged", "checkpoints", "epochs")
+    written = ("results.json", "metrics.jsonl", "epochs.jsonl", "loss.png", "predictions-*.jsonl")
+    stale = [f".{name}*" for name in (*folders, *written, "config.yaml")] + ([] if resumed else [*folders, *written])
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        for stale in ("adapter", "merged", "checkpoints", "epochs"):
-            shutil.rmtree(directory / stale, ignore_errors=True)
-        for stale in ("results.json", "metrics.jsonl", "epochs.jsonl", "loss.png", "predictions-*.jsonl"):
-            for file in directory.glob(stale):
-                file.unlink()
+        for path in [path for pattern in stale for path in directory.glob(pattern)]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     except OSError as error:
         raise UserError(f"{directory}: cannot be written ({error.strerror})") from error
+    files.write_text(directory / "config.yaml", to_yaml(config))
 
 
-def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -> dict[str, Any]:
+def train(
+    config: RunConfig,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    force_resume: bool = False,
+    stop: Stop | None = None,
+) -> dict[str, Any]:
     """Runs a config from start to end and leaves a run's files (docs/design.md) in its directory.
 
     Args:
       config: the run.
       overwrite: replace a run that is already in the output directory.
-      resume: go on with that run from its newest checkpoint.
+      resume: go on with that run from its newest checkpoint, or from the start if it was interrupted before the first.
+      force_resume: go on although the config, the training rows or the base have changed in what the result depends on.
+      stop: by which somebody may ask for an early end, with a checkpoint.
 
     Returns: the content of results.json.
 
     Raises:
       UserError: anything wrong with config, model, data or output folder; a loss that becomes NaN or infinite (the
         adapter of the last good step is kept).
+      Stopped: on request.
     """
     # What is cheap to check comes before the weights are read, and the folder is touched when all of it is right.
+    stop = stop or Stop()
     directory = config.directory
-    _check_output(config, overwrite, resume)
+    _check_output(config, overwrite, resume, force_resume)
     devices = parallel.resolve(config.parallel)
     devices.filled_rows(config.training)
+    checkpoints = checkpoint.Checkpoints(directory / "checkpoints", config.training.keep_last, config.training.keep_best)
+    found = _newest(checkpoints, directory) if resume else None
     base, tokenizer = open_base(config.model.path, config.model.dtype)
     config = modules.resolved(config, base.model)
-    if resume:
-        _check_unchanged(config)
+    if found:
+        resuming.check_config(found.about, config, force_resume)
     objective, base = objectives.objective(config, base)
     modules.check_length(config, base.model)
     paths = modules.target_paths(config, base.model)
     held_out = evaluation_rows(config, objective)
     batches, rows = objective.batches(tokenizer, held_out)
+    if found:
+        resuming.check_data(found.about, directory, batches, force_resume)
     chooser = config.evaluation.best_epoch
     if chooser is not None:
         parts = best_epoch.split(len(held_out[chooser]), config.seed)
         choosing, held_out[chooser] = (best_epoch.part(held_out[chooser], numbers) for numbers in parts)
     base = with_weights(base, config.seed, devices.weights(base.model.abstract_params()))
     head = modules.head_paths(config, base, paths)
-    if resume:  # the columns of its checkpoint will take the place of these
+    if found:  # the columns of its checkpoint will take the place of these
         magnitude = dataclasses.replace(config, bypass=dataclasses.replace(config.bypass, score="magnitude"))
         built = connections.choose(magnitude, base.model, base.params, paths, by_neuron=devices.by_neuron)
     else:
         first_epoch = (batches.batch(0, index) for index in range(batches.steps_per_epoch))
         built = connections.choose(config, base.model, base.params, paths, first_epoch, objective.losses, devices.by_neuron)
-    if not resume:
-        _clear_output(directory)
-        files.write_text(directory / "config.yaml", to_yaml(config))
+    _prepare(directory, config, resumed=found is not None)
 
     total_steps = config.training.steps or (config.training.epochs or 0) * batches.steps_per_epoch
     in_head = bypass.count(heads.split(base.params, head)[1])
@@ -148,7 +174,9 @@ def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -
     console.say(f"training {trainable:,} of {total:,} parameters ({100 * trainable / total:.4f} %) for {total_steps} steps")
 
     before: dict[str, evaluation.Score] = {}
-    if config.evaluation.before and not resume:
+    if found:
+        before = resuming.scores_before(found.about)
+    elif config.evaluation.before:
         before = evaluate_sets(config, objective, held_out, base, base.params, tokenizer, "before")
 
     transformation = optimizer.build(config.optimizer, total_steps, config.head)
@@ -177,25 +205,40 @@ def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -
     module = base.model.module(config.training.remat_policy)
     run_step = devices.make_step(module, transformation, config.training, objective.losses, objective.dropout_seed)
     rates = optimizer.schedule(config.optimizer, total_steps)
-    began = time.perf_counter()
+    log = None
     try:
-        with checkpoint.Checkpoints(directory / "checkpoints") as checkpoints:
-            if resume:
+        with checkpoints:
+            if found:
                 state = devices.place(checkpoints.restore(state))
-                console.say(f"resuming after step {int(state.step)}")
+                resuming.check_base(found.about, directory, state, force_resume)
+                console.say(f"resuming after step {found.step}")
+            log = trackers.JsonLines(directory / "metrics.jsonl", int(state.step))
+            done = resuming.report(found, log.lines)
             best = best_epoch.BestEpoch(directory, score_epoch, save_adapter, int(state.step)) if chooser else None
-            state, done = loop.run(
+            about = resuming.describe(config, batches, objective.dropout_seed, state, before)
+            saver = resuming.Saver(checkpoints, about, batches, done, best.value if best else None)
+            state = loop.run(
                 state,
                 run_step,
                 batches,
                 total_steps,
                 rates,
-                config.training.log_every,
-                directory / "metrics.jsonl",
-                checkpoints.save,
-                config.training.save_every,
-                best,
+                done,
+                log,
+                stop,
+                log_every=config.training.log_every,
+                save=saver,
+                save_every=config.training.save_every,
+                after_epoch=best,
             )
+            with saver.on_stop(state):
+                if best:
+                    state = best.restore(state, base)
+                save_adapter(directory / "adapter", state)
+                merged = devices.local(state.merged)
+                after = evaluate_sets(config, objective, held_out, base, merged, tokenizer, "after")
+                if config.merge:
+                    huggingface.save(directory / "merged", base, merged, tokenizer, replace=True)
     except loop.NotFinite as failure:
         save_adapter(directory / "adapter", failure.state)
         places = ", ".join(rows.where(int(row)) for row in failure.rows[:8])
@@ -203,21 +246,17 @@ def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -
             f"the loss or its gradient became NaN or infinite at step {failure.step} (rows {places}"
             f"{', ...' if len(failure.rows) > 8 else ''}); the adapter of the last good step is in {directory / 'adapter'}"
         ) from failure
-    seconds = time.perf_counter() - began - (best.seconds if best else 0)
-    if best:
-        state = best.restore(state, base)
-    save_adapter(directory / "adapter", state)
-    if not config.training.save_every:  # else a resumed run may need those of other epochs
-        shutil.rmtree(directory / "epochs", ignore_errors=True)
-    merged = devices.local(state.merged)
-    after = evaluate_sets(config, objective, held_out, base, merged, tokenizer, "after")
-    if config.merge:
-        huggingface.save(directory / "merged", base, merged, tokenizer, replace=True)
+    finally:
+        if log:
+            log.close()
 
-    results = report.results(config, batches, total_steps, (trainable, total), done, seconds, before, after)
+    results = report.results(config, batches, total_steps, (trainable, total), done, before, after)
     results["trainable_in_head"] = in_head  # published shares leave the head out
     if best:
         results["best_epoch"] = {"set": chooser, **best.best, "split": parts.describe(), "epochs": best.epochs}
     files.write_text(directory / "results.json", json.dumps(results, indent=2) + "\n")
     plots.loss_curve(directory / "loss.png", done.losses, config.name)
+    if not config.training.save_every:  # else the run may be resumed once more, and need the adapters of its epochs
+        for each in ("epochs", "checkpoints"):
+            shutil.rmtree(directory / each, ignore_errors=True)
     return results

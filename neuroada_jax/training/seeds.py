@@ -12,9 +12,17 @@ from neuroada_jax.errors import UserError
 from neuroada_jax.training import run
 from neuroada_jax.training.config import RunConfig
 from neuroada_jax.training.report import share
+from neuroada_jax.training.signals import Stop
 
 
-def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -> dict[str, Any]:
+def train(
+    config: RunConfig,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    force_resume: bool = False,
+    stop: Stop | None = None,
+) -> dict[str, Any]:
     """Runs a config once for each of its `seeds`, in <output>/seed-<n>, and writes <output>/results.json.
 
     Everything that follows from the seed differs: a new head, the order of the rows, dropout, the part of a set that
@@ -24,6 +32,8 @@ def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -
       config: with `seeds`; its `seed` is not used.
       overwrite: replace runs that are there.
       resume: leave finished runs alone, go on with one that was interrupted, and start the others.
+      force_resume: see `run.train`.
+      stop: see `run.train`.
 
     Returns: the content of results.json.
 
@@ -46,9 +56,9 @@ def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -
             found[seed] = files.read_json(done)
         elif resume:
             saved = (each.directory / "checkpoints").exists()
-            found[seed] = run.train(each, overwrite=not saved, resume=saved)
+            found[seed] = run.train(each, overwrite=not saved, resume=saved, force_resume=force_resume, stop=stop)
         else:
-            found[seed] = run.train(each, overwrite=overwrite)
+            found[seed] = run.train(each, overwrite=overwrite, stop=stop)
     results = summarise(config, found)
     files.write_text(config.directory / "results.json", json.dumps(results, indent=2) + "\n")
     return results

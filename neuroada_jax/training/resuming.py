@@ -1,0 +1,204 @@
+"""What a checkpoint says about its run, and whether a run with this config, data and base may go on from it."""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import xxhash
+
+from neuroada_jax import console
+from neuroada_jax.batches import AnyBatches
+from neuroada_jax.checkpoint import Checkpoints, Found
+from neuroada_jax.errors import UserError
+from neuroada_jax.evaluation import Part, Score
+from neuroada_jax.formats import native
+from neuroada_jax.training.config import RunConfig, flatten_config, from_dict
+from neuroada_jax.training.loop import Report
+from neuroada_jax.training.signals import Stopped
+from neuroada_jax.training.step import TrainState
+from neuroada_jax.training.trackers import Line
+
+# Fields, and sections, that a resumed run may change: what is written where and how often, and how the same sums are
+# computed. Everything else changes what is learnt or what is reported.
+FREE = (
+    "name",
+    "merge",
+    "evaluation.batch_size",
+    "training.log_every",
+    "training.save_every",
+    "training.keep_last",
+    "training.keep_best",
+    "training.remat",
+    "parallel",
+)
+
+
+def digest_of_data(batches: AnyBatches) -> str:
+    """Of the examples that a run trains on; it differs where a token or their order does."""
+    digest, examples = xxhash.xxh3_128(), batches.examples
+    for field in dataclasses.fields(examples):
+        value = getattr(examples, field.name)
+        if isinstance(value, np.ndarray):
+            digest.update(field.name.encode())
+            digest.update(np.ascontiguousarray(value).data)
+    return digest.hexdigest()
+
+
+def digest_of_base(state: TrainState) -> str | None:
+    """Of the original weights at the chosen entries; None where they are spread over several processes."""
+    leaves = jax.tree.leaves(state.base)
+    if not all(leaf.is_fully_addressable for leaf in leaves):
+        return None
+    digest = xxhash.xxh3_128()
+    for leaf in leaves:
+        digest.update(np.ascontiguousarray(leaf).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def describe(
+    config: RunConfig, batches: AnyBatches, dropout_seed: int | None, state: TrainState, before: dict[str, Score]
+) -> dict[str, Any]:
+    """What all checkpoints of a run say about it."""
+    return {
+        "config": dataclasses.asdict(config),
+        "versions": native.installed_versions(),
+        "examples": digest_of_data(batches),
+        "base": digest_of_base(state),
+        "dropout_seed": dropout_seed,
+        "before": {name: _score_to_json(score) for name, score in before.items()},
+    }
+
+
+def changed_fields(about: dict[str, Any], config: RunConfig) -> dict[str, str]:
+    """The fields that differ from those of the checkpoint, by path, as "a then, b now"."""
+    old = flatten_config(from_dict(about["config"], "the checkpoint's config"))
+    new = flatten_config(config)
+    return {key: f"{old.get(key)} then, {new.get(key)} now" for key in {**old, **new} if old.get(key) != new.get(key)}
+
+
+def check_config(about: dict[str, Any], config: RunConfig, force: bool) -> None:
+    """Names the fields that differ, and refuses those that change the result unless told to go on.
+
+    Raises:
+      UserError: such a field, without `force`.
+    """
+    changed = changed_fields(about, config)
+    if changed:
+        console.say("changed since the checkpoint: " + ", ".join(f"{key} ({how})" for key, how in changed.items()))
+    if refused := [f"{key} ({how})" for key, how in changed.items() if not _is_free(key)]:
+        _refuse(f"{config.directory}: cannot resume with another config; changed: {', '.join(refused)}", force)
+
+
+def check_data(about: dict[str, Any], directory: Path, batches: AnyBatches, force: bool) -> None:
+    """Refuses other training rows than those that the run in `directory` began with.
+
+    Raises:
+      UserError: they differ, without `force`.
+    """
+    if about["examples"] != digest_of_data(batches):
+        _refuse(f"{directory}: cannot resume on other training rows than those that the run began with", force)
+
+
+def check_base(about: dict[str, Any], directory: Path, state: TrainState, force: bool) -> None:
+    """Refuses other base weights than those that the run began with, as far as it uses them; says which libraries differ.
+
+    Raises:
+      UserError: the weights differ, without `force`.
+    """
+    base = digest_of_base(state)
+    if None not in (base, about["base"]) and base != about["base"]:
+        _refuse(f"{directory}: cannot resume on another base model than the one that the run began with", force)
+    then, now = about["versions"], native.installed_versions()
+    if other := [f"{name} {then[name]} then, {now.get(name)} now" for name in then if now.get(name) != then[name]]:
+        console.warn(f"other versions than the checkpoint's, so that the last digits may differ: {', '.join(other)}")
+
+
+def _is_free(key: str) -> bool:
+    return key in FREE or key.partition(".")[0] in FREE
+
+
+def _refuse(message: str, force: bool) -> None:
+    if not force:
+        raise UserError(f"{message} (--force-resume goes on all the same)")
+    console.warn(f"{message}, but --force-resume says to go on")
+
+
+def scores_before(about: dict[str, Any]) -> dict[str, Score]:
+    """The scores of the base model that the run began with, without their predictions, which are in their files."""
+    return {name: _score_from_json(content) for name, content in about["before"].items()}
+
+
+def report(found: Found | None, lines: Sequence[Line]) -> Report:
+    """What the loop reported up to the checkpoint, from it and from the lines of metrics.jsonl; empty for a new run."""
+    if found is None:
+        return Report()
+    losses = [math.nan] * found.step
+    for line in lines:
+        losses[line["step"] - 1] = math.nan if line["loss"] is None else line["loss"]
+    progress = found.about["progress"]
+    tokens = sum(line["tokens"] for line in lines)
+    return Report(losses, tokens, {tuple(shape) for shape in progress["shapes"]}, progress["seconds"])
+
+
+class Saver:
+    """Saves a state, with all that the run has to know when it goes on from there."""
+
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        about: dict[str, Any],
+        batches: AnyBatches,
+        report: Report,
+        score: Callable[[int], float | None] | None = None,
+    ) -> None:
+        """score: that of the epoch that ended with a step, by which the best checkpoints are chosen; else the loss."""
+        self._checkpoints, self._about, self._batches = checkpoints, about, batches
+        self._report, self._score = report, score
+        self._last = len(report.losses)  # the steps at the save before
+
+    def __call__(self, state: TrainState) -> None:
+        """Saves it in the background."""
+        step, done = int(state.step), self._report
+        epoch, index = divmod(step, self._batches.steps_per_epoch)
+        changing = {
+            "data": {"seed": self._batches.seed, "epoch": epoch, "index": index},  # of the next batch
+            "progress": {"seconds": done.seconds, "shapes": sorted(done.shapes)},
+        }
+        self._checkpoints.save(state, self._about | changing, self._merit(step))
+        self._last = len(done.losses)
+
+    def _merit(self, step: int) -> float | None:
+        if self._score is not None:
+            return self._score(step)
+        losses = [loss for loss in self._report.losses[self._last :] if math.isfinite(loss)]
+        return -sum(losses) / len(losses) if losses else None
+
+    @contextlib.contextmanager
+    def on_stop(self, state: TrainState) -> Iterator[None]:
+        """Work that comes after the training: the state is saved where that is interrupted."""
+        state = state._replace(params={}, base={})  # the weights shall not be held twice
+        try:
+            yield
+        except Stopped as stopped:
+            self(state)
+            self._checkpoints.wait()
+            stopped.step = int(state.step)
+            raise
+
+
+def _score_to_json(score: Score) -> dict[str, Any]:
+    parts = {name: part._asdict() for name, part in score.parts.items()}
+    return {**score._asdict(), "predictions": [], "beside": dict(score.beside), "parts": parts}
+
+
+def _score_from_json(content: dict[str, Any]) -> Score:
+    def interval(of: dict[str, Any]) -> tuple[float, float] | None:
+        return tuple(of["interval"]) if of["interval"] else None
+
+    parts = {name: Part(**{**part, "interval": interval(part)}) for name, part in content["parts"].items()}
+    return Score(**{**content, "interval": interval(content), "parts": parts})

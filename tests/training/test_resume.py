@@ -1,0 +1,224 @@
+"""Runs that are stopped at every stage, by a signal, go on to what they would have become; and who may go on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+from data_helpers import message_of
+from helpers import run_config, write_config, write_model, write_rows
+
+from neuroada_jax import cli
+from neuroada_jax.errors import NeuroadaWarning
+from neuroada_jax.formats import native
+from neuroada_jax.training import objectives, signals, trackers
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    return write_model(folder / "model"), write_rows(folder / "rows.jsonl")
+
+
+def settings(folder, inputs, rows=None, **training):
+    """Two epochs of 6 steps, each scored by a part of a set, and the rest of the set scored before and after."""
+    folder.mkdir(exist_ok=True)
+    test = {"name": "some", "data": str(inputs[1]), "limit": 8, "max_new_tokens": 2}
+    content = run_config(
+        folder,
+        inputs[0],
+        rows or inputs[1],
+        bypass={"targets": ["q_proj"], "k": 2},
+        evaluation={"sets": [test], "best_epoch": "some"},
+        training={"steps": None, "epochs": 2, "log_every": 4, **training},
+    )
+    return write_config(folder / "run.yaml", content)
+
+
+def neuroada(capfd, *arguments):
+    capfd.readouterr()
+    code = cli.main(["train", *map(str, arguments)])
+    return code, capfd.readouterr().err
+
+
+def results(folder):
+    found = json.loads((folder / "out" / "results.json").read_text())
+    differing = ("directory", "train_seconds", "tokens_per_second")
+    assert all(found[key] for key in differing)
+    return {key: value for key, value in found.items() if key not in differing}
+
+
+def send_at_call(monkeypatch, owner, name, number):
+    """SIGTERM in the midst of call `number` of a method, counted from 1."""
+    method, calls = getattr(owner, name), []
+
+    def and_send(*arguments):
+        calls.append(1)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return method(*arguments)
+
+    monkeypatch.setattr(owner, name, and_send)
+
+
+def test_a_run_that_is_stopped_at_every_stage_ends_as_if_it_was_not(tmp_path, inputs, monkeypatch, capfd):
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    path = settings(whole, inputs)
+    assert cli.main(["train", str(path)]) == 0
+    path = settings(parted, inputs)
+    handlers = [signal.getsignal(number) for number in signals.SIGNALS]
+    stages = (
+        # After the evaluation before; while metrics are written; as the first epoch is scored; as the run is scored.
+        (objectives.Continuation, "score", 1, None),
+        (trackers.JsonLines, "write", 1, 4),
+        (objectives.Continuation, "score", 1, 6),
+        (trackers.JsonLines, "write", 1, 8),
+        (objectives.Continuation, "score", 2, 12),
+    )
+    flags = []
+    for owner, name, number, saved in stages:
+        with monkeypatch.context() as patch:
+            send_at_call(patch, owner, name, number)
+            code, err = neuroada(capfd, path, *flags)
+        assert code == 0
+        what = f"step {saved} is saved" if saved else "nothing new to save"
+        assert err.splitlines()[-1] == f"neuroada: stopped, {what}; go on with: neuroada train {path} --resume"
+        assert "SIGTERM: saving, then stopping; once more ends at once" in err
+        flags = ["--resume"]
+    code, err = neuroada(capfd, path, *flags)
+    assert code == 0 and "resuming after step 12" in err
+    assert handlers == [signal.getsignal(number) for number in signals.SIGNALS]
+
+    assert results(parted) == results(whole)
+    assert results(whole)["evaluation"]["some"]["accuracy_before"] is not None
+    for file in ("metrics.jsonl", "epochs.jsonl", "predictions-some-before.jsonl", "predictions-some-after.jsonl"):
+        assert (parted / "out" / file).read_text() == (whole / "out" / file).read_text()
+    a, b = (native.read(str(folder / "out" / "adapter")) for folder in (whole, parted))
+    assert all(np.array_equal(a.values[module], b.values[module]) for module in a.values)
+    left = [sorted(path.name for path in (folder / "out").iterdir()) for folder in (whole, parted)]
+    assert left[0] == left[1] and "checkpoints" not in left[0]
+
+
+def test_several_seeds_are_stopped_and_go_on(tmp_path, inputs, monkeypatch, capfd):
+    path = settings(tmp_path, inputs)
+    short = ["training.epochs=1", "evaluation.sets=[]", "evaluation.best_epoch=null", "--seeds", "1,2"]
+    with monkeypatch.context() as patch:
+        send_at_call(patch, trackers.JsonLines, "write", 3)  # a run of 6 steps writes twice
+        code, err = neuroada(capfd, path, *short)
+    again = f"{path} training.epochs=1 'evaluation.sets=[]' evaluation.best_epoch=null --seeds 1,2 --resume"
+    assert code == 0 and err.splitlines()[-1].endswith(f"step 4 is saved; go on with: neuroada train {again}")
+    code, err = neuroada(capfd, path, *short, "--resume")
+    assert code == 0 and err.count("resuming after step 4") == 1
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["seeds"] == [1, 2]
+
+
+@pytest.mark.filterwarnings("always::neuroada_jax.errors.NeuroadaWarning")
+def test_what_may_change_and_what_may_not(tmp_path, inputs, monkeypatch, capfd):
+    rows = write_rows(tmp_path / "rows.jsonl")
+    path = settings(tmp_path, inputs, rows)
+    short = ["training.epochs=1", "evaluation.sets=[]", "evaluation.best_epoch=null"]
+    with monkeypatch.context() as patch:
+        send_at_call(patch, trackers.JsonLines, "write", 1)
+        neuroada(capfd, path, *short)
+    code, err = neuroada(capfd, path, *short, "--resume", "optimizer.learning_rate=0.03", "training.log_every=3")
+    assert code == 2 and err.splitlines()[-2:] == [
+        "changed since the checkpoint: optimizer.learning_rate (0.02 then, 0.03 now), training.log_every (4 then, 3 now)",
+        f"neuroada: error: {tmp_path / 'out'}: cannot resume with another config; changed: optimizer.learning_rate "
+        "(0.02 then, 0.03 now) (--force-resume goes on all the same)",
+    ]
+    rows.write_text(rows.read_text().replace("after a,", "behind a,"))
+    code, err = neuroada(capfd, path, *short, "--resume")
+    assert code == 2 and "cannot resume on other training rows than those that the run began with" in err
+    forced = [*short, "--resume", "--force-resume", "training.log_every=3", "training.keep_last=1", "merge=true"]
+    code, err = neuroada(capfd, path, *forced)
+    assert code == 0 and "resuming after step 4" in err
+    assert "on other training rows than those that the run began with, but --force-resume says to go on" in err
+    assert "log_every: 3" in (tmp_path / "out" / "config.yaml").read_text()
+    code, err = neuroada(capfd, path, *short, "--force-resume")
+    assert code == 2 and "--force-resume: only together with --resume" in err
+
+
+# The pieces by themselves.
+
+
+def test_lines_are_whole_and_never_repeat_a_step(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = trackers.JsonLines(path, 0)
+    log.write([{"step": 1, "loss": 0.5}, {"step": 2, "loss": float("nan")}])
+    log.write([{"step": 3, "loss": 0.25}])
+    log.close()
+    content = path.read_bytes()
+    assert content == b'{"step": 1, "loss": 0.5}\n{"step": 2, "loss": null}\n{"step": 3, "loss": 0.25}\n'
+    for cut in range(content.index(b"\n", 40) + 1, len(content)):  # a process that died as it wrote the third
+        path.write_bytes(content[:cut])
+        log = trackers.JsonLines(path, 2)
+        assert [line["step"] for line in log.lines] == [1, 2]
+        log.write([{"step": 3, "loss": 0.25}])
+        log.close()
+        assert path.read_bytes() == content
+    with pytest.warns(NeuroadaWarning, match="1 of the 4 lines are missing"):
+        trackers.JsonLines(path, 4).close()
+
+
+def test_lines_on_a_full_disk(tmp_path, monkeypatch):
+    log = trackers.JsonLines(tmp_path / "metrics.jsonl", 0)
+    write, calls = os.write, []
+
+    def until_full(file, text):
+        if calls:
+            raise OSError(28, "No space left on device")
+        calls.append(1)
+        return write(file, text[:10])
+
+    monkeypatch.setattr(os, "write", until_full)
+    message = message_of(log.write, [{"step": 1, "loss": 0.5}])
+    log.close()
+    assert message == f"{tmp_path / 'metrics.jsonl'}: cannot be written (No space left on device)"
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b""
+
+
+def test_a_stop_that_is_held_back():
+    with signals.listening() as stop, stop.held():
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested
+        with pytest.raises(signals.Stopped), stop.held(False):
+            pytest.fail("is not reached")
+    with pytest.raises(signals.Stopped), signals.listening():
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_no_handlers_outside_the_main_thread():
+    seen = []
+
+    def work():
+        with signals.listening() as stop:
+            seen.append((stop.requested, signal.getsignal(signal.SIGTERM)))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [(False, signal.getsignal(signal.SIGTERM))]
+
+
+def test_the_second_signal_ends_at_once():
+    """Also while Python is deep in a call of a library: here, in one that waits for a lock for ever."""
+    script = """if True:
+        import ctypes
+        from neuroada_jax.training import signals
+        with signals.listening() as stop, stop.held():
+            print("ready", flush=True)
+            ctypes.CDLL(None).sem_wait(ctypes.create_string_buffer(64))
+    """
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    assert "SIGINT: saving, then stopping" in process.stderr.readline()
+    process.send_signal(signal.SIGTERM)
+    assert "SIGTERM again: ending at once" in process.stderr.readline()
+    assert process.wait(30) == 128 + signal.SIGTERM
+    process.stdout.close()
+    process.stderr.close()
