@@ -35,7 +35,7 @@ from neuroada_jax.batches import Batch
 from neuroada_jax.bypass import Tree
 from neuroada_jax.models import Model, Remat
 from neuroada_jax.roofline import nbytes
-from neuroada_jax.targets import Compiler, compiler_for, find
+from neuroada_jax.targets import Compiler, compiler_for, find, temporaries
 from neuroada_jax.training import optimizer, step
 from neuroada_jax.training.config import OptimizerSection
 
@@ -155,8 +155,8 @@ def _compile_all(
 def _compiled(compiler: Compiler, program: Program) -> Row:
     began = time.perf_counter()
     with jax.numpy_dtype_promotion("standard"):  # see make_update
-        temporaries = compiler.temporaries(compiler.trace(program.step, *program.arguments))
-    kinds = {kind: nbytes(tree) for kind, tree in program.kinds.items()} | {"temporaries": temporaries}
+        room = temporaries(compiler.compile(compiler.trace(program.step, *program.arguments)))
+    kinds = {kind: nbytes(tree) for kind, tree in program.kinds.items()} | {"temporaries": room}
     return {
         "trained": program.trained,
         "bytes": kinds,

@@ -39,6 +39,8 @@ def one_line_errors(work: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("neuroada: interrupted\n")
         return 130
+    except BrokenPipeError:  # `neuroada ... | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's own flush complains at exit
     return 0
 
 
@@ -125,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("config", help="YAML file of the run")
     plan.add_argument("overrides", nargs="*", metavar="section.field=value", help="changes to the config")
     plan.add_argument("--target", default="cpu", help="cpu (this machine), h100, h200, a100, l40s, rtx4090 (default: cpu)")
-    plan.add_argument("--devices", type=int, default=1, help="how many share a batch, data parallel (default: 1)")
+    plan.add_argument("--devices", type=int, help="how many share a batch, as the section parallel says (default: 1)")
     plan.add_argument("--json", action="store_true", help="print one JSON object and nothing else on standard output")
     plan.set_defaults(run=_plan)
 
@@ -251,12 +253,15 @@ def _plan(parsed: argparse.Namespace) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's own words on a GPU that is missing, or on memory
     import jax
 
-    # Before anything else asks JAX for a device: a described GPU is compiled for without taking a real one.
+    # Before anything else asks JAX for a device: a described GPU is compiled for without taking a real one, and several
+    # CPUs are virtual ones.
     jax.config.update("jax_platforms", "cpu")
     from neuroada_jax import planning
     from neuroada_jax.training import config
 
-    plan = planning.plan(config.load(parsed.config, parsed.overrides), parsed.target, parsed.devices)
+    settings = config.load(parsed.config, parsed.overrides)
+    planning.start_devices(settings, parsed.devices)
+    plan = planning.plan(settings, parsed.target, parsed.devices)
     if parsed.json:
         _print_json(plan)
     else:
@@ -356,9 +361,11 @@ def _tasks(parsed: argparse.Namespace) -> None:
         return
     header = ("task", "suite", "model", "metric", "prompt", "data")
     rows = [
-        (each["task"], each["suite"] or "", each["model"], each["metric"], each["prompt"], each["data"]) for each in found
+        (each["task"], each["suite"] or "", each["model"], each["metric"], each["prompt"], "".join(each["data"][-1:]))
+        for each in found
     ]
-    console.table("tasks", header, [(*row[:-1], "\n".join(row[-1])) for row in rows])
+    console.table("tasks", header, rows)
+    console.say("data: the last place that is looked at; --json has all of them")
 
 
 def _lm_eval(parsed: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ from neuroada_jax import tracing
 from neuroada_jax.bypass import Tree
 from neuroada_jax.models.llama import Cache, empty_cache
 
-# Of all layers together, or one for each with L = 1.
+# Of all layers together, or one (B, K, S, N) for each.
 Caches = tuple[Cache, ...]
 
 
@@ -48,7 +48,7 @@ class Decoder(NamedTuple):
 
     def step(self, token: Int[Array, "R"], end: Int[Array, ""], caches: Caches) -> tuple[Float[Array, "R V"], Caches]:
         """Logits after one more token, which is written to the caches' slot `end` - 1."""
-        mask = present(self.start, caches[0].keys.shape[3], end)[:, None, :]
+        mask = present(self.start, caches[0].keys.shape[-2], end)[:, None, :]
         positions = (end - 1 - self.start)[:, None]
         caches = tuple(cache._replace(slot=end - 1) for cache in caches)
         module: Any = self.module
@@ -80,7 +80,7 @@ def prefill(
     caches: Caches = (cache,)
     if one_by_one():
         layers = range(applied.config.num_layers)
-        caches = tuple(cache._replace(keys=cache.keys[at : at + 1], values=cache.values[at : at + 1]) for at in layers)
+        caches = tuple(cache._replace(keys=cache.keys[at], values=cache.values[at]) for at in layers)
     return last_logits(module, params, hidden), caches
 
 
@@ -107,7 +107,7 @@ def is_end(token: Int[Array, "*R"], eos_ids: tuple[int, ...]) -> Bool[Array, "*R
 
 def repeat_rows(caches: Caches, times: int) -> Caches:
     """Every row of the caches `times` times in a row."""
-    repeat = lambda kept: jnp.repeat(kept, times, axis=1)  # noqa: E731
+    repeat = lambda kept: jnp.repeat(kept, times, axis=-4)  # noqa: E731
     return tuple(cache._replace(keys=repeat(cache.keys), values=repeat(cache.values)) for cache in caches)
 
 
@@ -115,6 +115,6 @@ def reorder_rows(caches: Caches, rows: Int[Array, "R"], width: int) -> Caches:
     """The caches with row `rows[r]` in row r from slot `width` on; up to there those rows must be equal."""
 
     def reorder(kept: Array) -> Array:
-        return kept.at[:, :, :, width:].set(jnp.take(kept[:, :, :, width:], rows, axis=1, mode="clip"))
+        return kept.at[..., width:, :].set(jnp.take(kept[..., width:, :], rows, axis=-4, mode="clip"))
 
     return tuple(cache._replace(keys=reorder(cache.keys), values=reorder(cache.values)) for cache in caches)

@@ -1,7 +1,9 @@
 """What a run will need, before there are weights or a GPU: the run's own step, compiled from shapes alone."""
 
+import contextlib
 import dataclasses
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,12 +14,13 @@ import jax.numpy as jnp
 from neuroada_jax import bypass, checkpoint, console, roofline, targets
 from neuroada_jax.batches import Batch, ClassificationBatch
 from neuroada_jax.bypass import Tree
+from neuroada_jax.collectives import collectives
 from neuroada_jax.errors import UserError
 from neuroada_jax.roofline import nbytes
 from neuroada_jax.targets import Compiler, Target
 from neuroada_jax.tasks import GLUE
-from neuroada_jax.training import connections, modules, objectives, optimizer, step
-from neuroada_jax.training.config import RunConfig, apply_override, from_dict
+from neuroada_jax.training import connections, modules, objectives, optimizer, parallel, step
+from neuroada_jax.training.config import ParallelSection, RunConfig, apply_override, from_dict
 from neuroada_jax.training.objectives import Objective
 from neuroada_jax.training.step import AnyBatch
 from neuroada_jax.weights import LoadedModel, open_model
@@ -26,15 +29,16 @@ from neuroada_jax.weights import LoadedModel, open_model
 JAX_SHARE = 0.75
 
 
-def plan(config: RunConfig, target: str = "cpu", devices: int = 1) -> dict[str, Any]:
-    """What one step of a run takes on each of `devices` machines of a kind, data parallel. Reads the model's config only.
+def plan(config: RunConfig, target: str = "cpu", devices: int | None = None) -> dict[str, Any]:
+    """What one step of a run takes on each of `devices` machines of a kind. Reads the model's config only.
 
     The batch is the longest there can be: every row as long as `data.max_length` lets it be, every position labelled.
 
     Args:
       config: the run.
       target: one of `targets.NAMES`.
-      devices: how many share the rows of a batch.
+      devices: how many share a batch and, as the config's section `parallel` says, the weights. None: as many as that
+        section says, else one.
 
     Returns: plain data, in the order in which `neuroada plan` shows it. All bytes and FLOPs are those of one device.
 
@@ -47,35 +51,34 @@ def plan(config: RunConfig, target: str = "cpu", devices: int = 1) -> dict[str, 
       flops           of the matrix products of a step
       bytes_moved     what a step cannot but move: weights once for every matrix product that reads them, the activations
                       that are saved out and in, what is trained in and out
-      floor_seconds   the roofline: the longer of flops and bytes_moved at the target's best rates; without the all-reduce
-      collective_bytes  sent by each device to sum the gradients: 4 for every value; computed, not compiled
+      floor_seconds   the roofline: the longer of flops and bytes_moved at the target's best rates; without collectives
+      collectives     by kind ("all-reduce", "all-gather" ...): how often a step issues one, and the bytes of the whole
+                      arrays that are summed or gathered; compiled. A ring of n devices sends (n - 1) / n of these bytes
+                      from each device, and twice that for an all-reduce
+      collective_bytes  of all kinds
       adapter_bytes, checkpoint_bytes  of the tensors in these files
       compiled_for    the target, or "cpu" where the compiler for it is missing
       notes           what a reader should know of these numbers
 
     Raises:
-      UserError: an unknown target, rows that the devices cannot share, a model or target module that is not there, rows
-        longer than the model allows.
+      UserError: an unknown target, devices that do not make the config's mesh, rows that pmap cannot share, a model or
+        target module that is not there, rows longer than the model allows.
     """
     return with_changes(
         _measure(config, target, devices), lambda changes: _measure(_with(config, changes), target, devices)
     )
 
 
-def longest_batch(config: RunConfig, devices: int, is_decoder: bool = True) -> AnyBatch:
-    """The shapes of the longest batch that a device can be given: of a decoder with a label at every position.
+def start_devices(config: RunConfig, devices: int | None = None) -> None:
+    """Has JAX start with as many virtual CPU devices as `plan` needs; without effect where it has started already."""
+    count = _mesh(config, devices).devices or 1
+    if count > 1 and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", count)
 
-    Raises:
-      UserError: the rows cannot be shared equally.
-    """
-    rows, parts = config.training.batch_size, config.training.accumulation * devices
-    if devices < 1:
-        raise UserError(f"--devices: expected at least 1, found {devices}")
-    if rows % parts:
-        raise UserError(
-            f"training.batch_size: {rows} rows cannot be shared by {devices} devices "
-            f"in {config.training.accumulation} parts each (training.accumulation)"
-        )
+
+def longest_batch(config: RunConfig, rows: int, is_decoder: bool = True) -> AnyBatch:
+    """The shapes of the longest batch there can be with so many rows: of a decoder with a label at every position."""
     if config.data.packing:
         length = config.data.max_length
     elif config.data.buckets:
@@ -86,8 +89,8 @@ def longest_batch(config: RunConfig, devices: int, is_decoder: bool = True) -> A
         length = -(-config.data.max_length // 8) * 8
 
     if not is_decoder:
-        return abstract_classification_batch(rows // devices, length, config.data.task)
-    return abstract_batch(rows // devices, length, config.data.packing)
+        return abstract_classification_batch(rows, length, config.data.task)
+    return abstract_batch(rows, length, config.data.packing)
 
 
 def abstract_classification_batch(rows: int, length: int, task: str) -> ClassificationBatch:
@@ -136,53 +139,81 @@ def abstract_state(config: RunConfig) -> tuple[LoadedModel, Any, step.TrainState
     return base, transformation, jax.eval_shape(initial_state, base.model.abstract_params()), objective
 
 
-def _measure(config: RunConfig, target_name: str, devices: int) -> dict[str, Any]:
+def _mesh(config: RunConfig, devices: int | None) -> ParallelSection:
+    """The section `parallel` with the number of devices that the plan is for; pmap's program is that of shard_map."""
+    section = config.parallel
+    count = devices if devices is not None else section.devices or section.fsdp * section.tensor
+    if count < 1:
+        raise UserError(f"--devices: expected at least 1, found {count}")
+    if count > 1 and section.mode == "single":
+        raise UserError(f"--devices: {count} devices, but the config says parallel.mode: single")
+    return dataclasses.replace(section, devices=count)
+
+
+def _measure(config: RunConfig, target_name: str, devices: int | None) -> dict[str, Any]:
     """The plan of a config as it stands."""
     base, transformation, state, objective = abstract_state(config)
     dtype = jnp.dtype(base.model.config.dtype).name
     may_be_fused = dtype == "bfloat16" and not config.data.packing  # packed rows need a mask, and cuDNN takes none
+    section = _mesh(config, devices)
+    parallel.layout(section, "gpu", section.devices or 1)  # its errors come before the timings
     target = targets.find(target_name, dtype)
-    compiler = targets.compiler_for(target)
-    batch = longest_batch(config, devices, base.model.architecture.is_decoder)
+    compiler = targets.compiler_for(target, section.devices or 1)
+    mesh = parallel.resolve(section, compiler.devices)
+    rows = mesh.filled_rows(config.training)
+    if mesh.mode == "pmap":  # its program, in a form that described devices can be compiled for
+        mesh = dataclasses.replace(mesh, mode="shard_map")
+    is_decoder = base.model.architecture.is_decoder
+    whole, batch = (longest_batch(config, count, is_decoder) for count in (rows, rows // mesh.shards))
+    module = base.model.module(config.training.remat_policy)
+    settings = (module, transformation, config.training.accumulation, objective.losses, objective.dropout_seed)
 
-    def trace(compiler: Compiler) -> Any:
-        module = base.model.module(config.training.remat_policy)
-        parts, losses = config.training.accumulation, objective.losses
-        run_step = step.make_step(module, transformation, parts, losses, objective.dropout_seed)
-        return compiler.trace(run_step, state, batch)
+    def trace_part(compiler: Compiler) -> Any:
+        """The step of one device on its own rows, with all weights."""
+        return compiler.trace(step.make_step(*settings), state, batch)
 
     began = time.perf_counter()
-    traced = trace(compiler)
+    part = trace_part(compiler)
+    traced = part
+    if mesh.mode != "single":
+        state, whole = mesh.abstract(state, whole)
+        traced = compiler.trace(mesh.program(*settings), state, whole)
     try:
-        temporaries = compiler.temporaries(traced)
+        compiled = compiler.compile(traced)
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{config.model.path}: its step cannot be compiled for {compiler.name} ({reason})") from error
     seconds = time.perf_counter() - began
     by_kind = {
-        "weights": nbytes(state.params),
-        "bypass": nbytes((state.trainable, state.columns, state.base)),
-        "optimizer": nbytes(state.optimizer),
+        "weights": _own_bytes(state.params),
+        "bypass": _own_bytes((state.trainable, state.columns, state.base)),
+        "optimizer": _own_bytes(state.optimizer),
         "batch": nbytes(batch),
-        "temporaries": temporaries,
+        "temporaries": targets.temporaries(compiled),
     }
     total = sum(by_kind.values())
+    sent = collectives(compiled.as_text()) if mesh.mesh.size > 1 else {}
 
     none = jax.tree.map(lambda _: False, (state, batch))
     frozen = jax.tree.leaves((none[0]._replace(params=jax.tree.map(lambda _: True, state.params)), none[1]))
-    work = roofline.work(traced.jaxpr, frozen)
+    work = roofline.work(part.jaxpr, frozen)
     # XLA's attention spells its matrix products out, cuDNN's is one call.
-    spelt_out = trace(compiler._replace(flash_attention=False)) if compiler.flash_attention else traced
-    flops = roofline.work(spelt_out.jaxpr, frozen).flops
-    in_and_out = work.stacked_bytes + nbytes((state.trainable, state.optimizer))
-    moved = work.weight_bytes + 2 * in_and_out + nbytes((state.columns, state.base))
+    spelt_out = trace_part(compiler._replace(flash_attention=False)) if compiler.flash_attention else part
+    # Devices along the axis tensor share the products of the same rows.
+    tensor = section.tensor
+    flops = roofline.work(spelt_out.jaxpr, frozen).flops // tensor
+    in_and_out = work.stacked_bytes + _own_bytes((state.trainable, state.optimizer))
+    moved = work.weight_bytes // tensor + 2 * in_and_out + _own_bytes((state.columns, state.base))
 
     trainable, parameters = bypass.count(state.trainable), bypass.count(base.model.abstract_params())
     return {
         "name": config.name,
         "model": config.model.path,
         "target": target.name,
-        "devices": devices,
+        "devices": mesh.mesh.size,
+        "mode": mesh.mode,
+        "mesh": dict(mesh.mesh.shape),
+        "can_share_weights": section.mode in ("auto", "jit") and mesh.mesh.size == mesh.mesh.shape[parallel.DATA] > 1,
         "dtype": dtype,
         "remat": config.training.remat,
         "accumulation": config.training.accumulation,
@@ -199,14 +230,22 @@ def _measure(config: RunConfig, target_name: str, devices: int) -> dict[str, Any
         "flops": flops,
         "bytes_moved": moved,
         "floor_seconds": max(flops / target.flops[dtype], moved / target.bandwidth),
-        "collective_bytes": nbytes(state.trainable) if devices > 1 else 0,
+        "collectives": {kind: dataclasses.asdict(traffic) for kind, traffic in sent.items()},
+        "collective_bytes": sum(traffic.bytes for traffic in sent.values()),
         "adapter_bytes": nbytes((state.trainable, state.columns)),
         "checkpoint_bytes": nbytes(checkpoint.saved(state)),
         "compiled_for": compiler.name,
         "compile_seconds": seconds,
         "attention": "cudnn" if compiler.flash_attention and may_be_fused else "xla",
-        "notes": list(_notes(target, compiler, dtype, may_be_fused, devices, total)),
+        "notes": list(_notes(target, compiler, dtype, may_be_fused, mesh.mesh.size, total)),
     }
+
+
+def _own_bytes(tree: Any) -> int:
+    """Bytes that one device holds of a tree of shapes, which may say how they are split."""
+    own = (leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape for leaf in jax.tree.leaves(tree))
+    leaves = zip(jax.tree.leaves(tree), own, strict=True)
+    return sum(math.prod(shape) * leaf.dtype.itemsize for leaf, shape in leaves)
 
 
 def _notes(target: Target, compiler: Compiler, dtype: str, may_be_fused: bool, devices: int, total: int) -> Iterator[str]:
@@ -228,8 +267,8 @@ def _notes(target: Target, compiler: Compiler, dtype: str, may_be_fused: bool, d
             f"JAX takes {JAX_SHARE:.0%} of a GPU's memory: set XLA_PYTHON_CLIENT_MEM_FRACTION to "
             f"{min(total / target.memory + 0.03, 0.98):.2f} or more"
         )
-    if devices > 1:
-        yield "one all-reduce of the gradients, computed, not compiled; `neuroada train` uses one device so far"
+    if devices > 1 and compiler.platform == "cpu" and dtype == "bfloat16":
+        yield "compiled for this CPU, which may send bfloat16 arrays as float32, and so twice what a GPU sends of them"
 
 
 def with_changes(plan: dict[str, Any], measure: Callable[[list[str]], dict[str, Any]]) -> dict[str, Any]:
@@ -258,7 +297,7 @@ def _state_alone_is_too_much(plan: dict[str, Any]) -> bool:
 def _next_change(plan: dict[str, Any]) -> str | None:
     narrower = "model.dtype=bfloat16" if plan["dtype"] == "float32" else None
     if _state_alone_is_too_much(plan):
-        return narrower
+        return f"parallel.fsdp={plan['devices']}" if plan["can_share_weights"] else narrower
     if plan["remat"] != "full":
         return "training.remat=full"
     finer = [parts for parts in range(2 * plan["accumulation"], plan["rows"] + 1) if plan["rows"] % parts == 0]
@@ -298,7 +337,10 @@ def print_plan(plan: dict[str, Any]) -> None:
         ("matrix products", f"{plan['flops'] / 1e12:.3f} TFLOP"),
         ("memory traffic, at least", size(plan["bytes_moved"])),
         ("floor of a step (roofline)", f"{plan['floor_seconds']:.4g} s"),
-        ("all-reduced between devices", size(plan["collective_bytes"])),
+        *(
+            (f"{kind} between devices", f"{size(traffic['bytes'])} in {traffic['count']}")
+            for kind, traffic in plan["collectives"].items()
+        ),
         ("adapter on disk", size(plan["adapter_bytes"])),
         ("checkpoint on disk", size(plan["checkpoint_bytes"])),
         ("compiled for", f"{plan['compiled_for']}, in {plan['compile_seconds']:.0f} s"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import math
 import os
 import time
 from collections.abc import Callable
@@ -158,49 +159,63 @@ def xla_description(target: Target) -> str:
 
 
 class Compiler(NamedTuple):
-    """What compiles the step: a device to place its arrays on, and what the step is traced for.
+    """What compiles the step: devices to place its arrays on, and what the step is traced for.
 
     Attributes:
-      device: of this process, or of a described topology.
+      devices: of this process, or of a described topology.
       platform: "cpu" or "gpu".
       flash_attention: whether cuDNN is there, so that attention can be compiled as it will run.
       name: what the plan says it was compiled for.
       options: of XLA.
     """
 
-    device: Any
+    devices: tuple[Any, ...]
     platform: str
     flash_attention: bool
     name: str
     options: dict[str, Any] | None = None
 
     def trace(self, function: Any, *arguments: Any) -> Any:
-        """The trace of a jitted function on trees of shapes, as it would be on the device.
+        """The trace of a jitted function on trees of shapes, as it would be on the devices.
 
-        To be called once for each jitted function: a second trace may be the first one again, whatever it was made for.
+        Shapes without a sharding are placed on the first device. To be called once for each jitted function: a second trace
+        may be the first one again, whatever it was made for.
         """
-        place = jax.sharding.SingleDeviceSharding(self.device)
+        place = jax.sharding.SingleDeviceSharding(self.devices[0])
         with tracing.planned_for(self.platform, flash_attention=self.flash_attention):
-            return function.trace(*jax.tree.map(lambda leaf: leaf.update(sharding=place), arguments))
+            return function.trace(
+                *jax.tree.map(lambda leaf: leaf if leaf.sharding else leaf.update(sharding=place), arguments)
+            )
 
-    def temporaries(self, traced: Any) -> int:
-        """Bytes that the compiled function needs beyond its arguments: its results that are not aliased to some, and room.
+    def compile(self, traced: Any) -> Any:
+        """A trace compiled.
 
         Raises:
           jax.errors.JaxRuntimeError: it cannot be compiled.
         """
-        memory = traced.lower().compile(self.options).memory_analysis()
-        return memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        return traced.lower().compile(self.options)
+
+
+def temporaries(compiled: Any) -> int:
+    """Bytes that each device needs beyond the arguments: the results that are not aliased to some, and room."""
+    memory = compiled.memory_analysis()
+    return memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
 
 
 # The code is never run: LLVM need not make it fast, which is most of the time that it takes.
 _HASTY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+_GPUS_OF_A_HOST = 8
 
 
-def compiler_for(target: Target) -> Compiler:
-    """The compiler of a target; the CPU's for a GPU where JAX's CUDA plugin is not installed."""
+def compiler_for(target: Target, count: int = 1) -> Compiler:
+    """The compiler of `count` machines of a kind; the CPU's for a GPU where JAX's CUDA plugin is not installed.
+
+    Raises:
+      UserError: more CPU devices than JAX was started with.
+    """
     if target.gpu is not None:
-        options = {"target_config": xla_description(target), "topology": "1x1x1"}
+        on_host = math.gcd(count, _GPUS_OF_A_HOST)
+        options = {"target_config": xla_description(target), "topology": f"1x{count // on_host}x{on_host}"}
         try:
             described = topologies.get_topology_desc(platform="cuda", **options)
         except NotImplementedError:  # no plugin
@@ -208,5 +223,11 @@ def compiler_for(target: Target) -> Compiler:
         else:
             cudnn = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.cudnn")
             name = f"{target.name} ({target.gpu.architecture})"
-            return Compiler(described.devices[0], "gpu", cudnn is not None, name)
-    return Compiler(jax.devices("cpu")[0], "cpu", False, "cpu", _HASTY)
+            return Compiler(tuple(described.devices), "gpu", cudnn is not None, name)
+    cpus = jax.devices("cpu")
+    if count > len(cpus):
+        raise UserError(
+            f"--devices: {count} are compiled for as virtual CPU devices, and JAX was started with {len(cpus)}; set "
+            f"XLA_FLAGS=--xla_force_host_platform_device_count={count}"
+        )
+    return Compiler(tuple(cpus[:count]), "cpu", False, "cpu", _HASTY)

@@ -51,7 +51,7 @@ class LoadedModel(NamedTuple):
 
     Attributes:
       model: architecture and config.
-      params: parameter tree on the default device.
+      params: parameter tree.
       digests: Hugging Face tensor name -> hex digest of its stored bytes; adapters use them to recognise their base.
       path: the local directory or GGUF file that was read.
       source: the path or hub id that was asked for.
@@ -150,7 +150,11 @@ def _draw(name: str, shape: tuple[int, ...], spread: float, seed: int) -> np.nda
 
 
 def load_params(
-    model: models.Model, tensors: TensorSource, on_progress: Progress | None = None, seed: int = 0
+    model: models.Model,
+    tensors: TensorSource,
+    on_progress: Progress | None = None,
+    seed: int = 0,
+    shardings: Tree | None = None,
 ) -> tuple[Tree, dict[str, str]]:
     """The parameter tree of `model` and the digest of every tensor's stored bytes.
 
@@ -159,11 +163,14 @@ def load_params(
       tensors: where from.
       on_progress: called with (tensors done, tensors in all).
       seed: where a head comes from that the checkpoint lacks; such tensors have no digest.
+      shardings: where each leaf of the tree goes; None for the default device. No device ever holds more than its part of
+        the tree and one tensor.
 
     Raises:
       UserError: a tensor that the model needs is missing or has another shape.
     """
     flat: dict[tuple[str, ...], Any] = dict(names.flatten(model.abstract_params()))
+    places = dict(names.flatten(shardings or jax.tree.map(lambda _: None, model.abstract_params())))
     slots = names.checkpoint_names(model.abstract_params(), model.stack)
     available, architecture = set(tensors.names()), model.architecture
     digests = {}
@@ -182,10 +189,10 @@ def load_params(
         else:
             raise UserError(f"tensor {name!r} is missing from the checkpoint; expected shape {list(expected)}")
         if slot.layer is None:
-            filled[slot.path] = jnp.asarray(tensor).astype(leaf.dtype)
+            filled[slot.path] = jax.device_put(jnp.asarray(tensor).astype(leaf.dtype), places[slot.path])
         else:
             if slot.path not in filled:
-                filled[slot.path] = jnp.zeros(leaf.shape, leaf.dtype)
+                filled[slot.path] = jnp.zeros(leaf.shape, leaf.dtype, device=places[slot.path])
             placed = _place(filled[slot.path], jnp.asarray(tensor), jnp.int32(slot.layer))
             filled[slot.path] = placed.block_until_ready()  # else tensors queue up in host memory
         del tensor
@@ -217,14 +224,16 @@ def open_model(
     return LoadedModel(model, {}, {}, path, source)
 
 
-def read_weights(opened: LoadedModel, on_progress: Progress | None = None, seed: int = 0) -> LoadedModel:
-    """The opened model with its weights on the default device; `seed` is for a head that the checkpoint lacks.
+def read_weights(
+    opened: LoadedModel, on_progress: Progress | None = None, seed: int = 0, shardings: Tree | None = None
+) -> LoadedModel:
+    """The opened model with its weights; `seed` and `shardings` as in `load_params`.
 
     Raises:
       UserError: a file or tensor that is missing, truncated or of another shape.
     """
     try:
-        params, digests = load_params(opened.model, open_tensors(opened.path), on_progress, seed)
+        params, digests = load_params(opened.model, open_tensors(opened.path), on_progress, seed, shardings)
     except UserError as error:
         raise UserError(str(error) if opened.path in str(error) else f"{opened.path}: {error}") from error
     return opened._replace(params=params, digests=digests)
@@ -267,10 +276,13 @@ def with_labels(opened: LoadedModel, labels: Sequence[str]) -> LoadedModel:
     return opened._replace(model=model)
 
 
-def with_weights(opened: LoadedModel, seed: int = 0) -> LoadedModel:
-    """The opened model with its weights, read under a progress bar; says which of them come from `seed`."""
+def with_weights(opened: LoadedModel, seed: int = 0, shardings: Tree | None = None) -> LoadedModel:
+    """The opened model with its weights, read under a progress bar; says which of them come from `seed`.
+
+    Arguments as in `load_params`.
+    """
     with console.bar("loading weights") as shown:
-        loaded = read_weights(opened, console.reporter(shown), seed)
+        loaded = read_weights(opened, console.reporter(shown), seed, shardings)
     if loaded.drawn:
         console.say(
             f"{opened.path} has no {', '.join(loaded.drawn)}: drawn from seed {seed}, to be trained or to be an adapter's"

@@ -25,6 +25,7 @@ LEVELS = [
         "safetensors_weights",
         "targets",
         "roofline",
+        "collectives",
         "linen",
         "metrics",
     },

@@ -107,7 +107,7 @@ def kept(tmp_path_factory):
 def test_a_config_is_read_and_planned(path, kept):
     run = config.load(str(path))
     assert run.name == path.stem
-    assert planning.longest_batch(run, 1).input_ids.shape[0] == run.training.batch_size
+    assert planning.longest_batch(run, 3).input_ids.shape[0] == 3
     trained, parameters, _ = kept(run)
     assert 0 < trained < parameters
     first = path.read_text(encoding="utf-8").splitlines()[0]

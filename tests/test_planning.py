@@ -1,6 +1,9 @@
 """Plans from a config.json alone: what they count, what they add up to, what they suggest, and bad input."""
 
 import json
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -162,13 +165,13 @@ def test_more_rows_need_more(bare, planned):
     ],
 )
 def test_length_of_the_longest_batch(bare, data, length):
-    batch = planning.longest_batch(config.from_dict(bare(data=data), "test"), 1)
+    batch = planning.longest_batch(config.from_dict(bare(data=data), "test"), ROWS)
     assert batch.input_ids.shape == batch.target_ids.shape == (ROWS, length)
 
 
 def test_a_packed_run_is_planned_with_its_positions(bare, planned):
     packed = bare(data={"max_length": 60, "packing": True})
-    batch = planning.longest_batch(config.from_dict(packed, "test"), 1)
+    batch = planning.longest_batch(config.from_dict(packed, "test"), ROWS)
     assert batch.input_ids.shape == batch.positions.shape == (ROWS, 60)
     plan = planned(packed)
     assert plan["attention"] == "xla"
@@ -179,12 +182,56 @@ def test_devices_share_the_rows_and_sum_the_gradients(bare, planned):
     alone, shared = planned(bare()), planned(bare(), "cpu", 2)
     assert (alone["rows"], shared["rows"]) == (4, 2)
     assert shared["flops"] * 2 == alone["flops"]
-    assert shared["collective_bytes"] == 4 * shared["trainable"]
-    assert "computed" in shared["notes"][-1] and "100 GFLOP/s" in shared["notes"][0]
-    assert message_of(planned, bare(), "cpu", 3) == (
-        "training.batch_size: 4 rows cannot be shared by 3 devices in 1 parts each (training.accumulation)"
-    )
-    assert message_of(planned, bare(), "cpu", 0) == "--devices: expected at least 1, found 0"
+    assert alone["collectives"] == {} and alone["collective_bytes"] == 0
+    values_and_counts = 4 * shared["trainable"] + 8  # beside the gradient the loss and how many targets there were
+    assert shared["collectives"] == {"all-reduce": {"count": 1, "bytes": values_and_counts}}
+    assert shared["collective_bytes"] == values_and_counts
+    assert (shared["devices"], shared["mode"], shared["mesh"]) == (2, "shard_map", {"data": 2, "fsdp": 1, "tensor": 1})
+    for kind in ("weights", "bypass", "optimizer"):
+        assert shared["bytes"][kind] == alone["bytes"][kind]
+    assert planned(bare(parallel={"mode": "pmap"}), "cpu", 2)["collectives"] == shared["collectives"]
+    assert planned(bare(parallel={"devices": 2}))["collectives"] == shared["collectives"]
+    assert planned(bare(), "cpu", 3)["rows"] == 2  # two empty ones fill the batch up
+
+
+def test_devices_that_share_the_weights_hold_less_and_send_more(bare, planned):
+    alone, shared = planned(bare(bypass={})), planned(bare(bypass={}, parallel={"fsdp": 8}))
+    assert shared["devices"] == 8 and shared["mode"] == "jit" and shared["rows"] == 1
+    norms = 4 * WIDTH * (2 * LAYERS + 1)
+    assert shared["bytes"]["weights"] == (alone["bytes"]["weights"] - norms) // 8 + norms
+    assert shared["bytes"]["bypass"] * 8 == alone["bytes"]["bypass"]
+    gathered = shared["collectives"]["all-gather"]["bytes"]
+    columns = 4 * shared["trainable"]
+    # Every kernel forward and backward, the embedding once.
+    assert gathered == 2 * (alone["bytes"]["weights"] - norms) - 4 * VOCABULARY * WIDTH + columns
+    assert shared["adapter_bytes"] == alone["adapter_bytes"]
+    found = [planned(bare(parallel={"mode": mode}), "cpu", 2)["can_share_weights"] for mode in ("auto", "pmap")]
+    assert found == [True, False] and not alone["can_share_weights"] and not shared["can_share_weights"]
+
+
+@pytest.mark.parametrize(
+    ("section", "devices", "message"),
+    [
+        ({}, 0, "--devices: expected at least 1, found 0"),
+        ({}, 9, "--devices: 9 are compiled for as virtual CPU devices, and JAX was started with 8"),
+        ({"mode": "single"}, 2, "--devices: 2 devices, but the config says parallel.mode: single"),
+        ({"fsdp": 4}, 6, "parallel: 4 x 1, fsdp times tensor, does not divide 6 devices"),
+        ({"fsdp": 4}, 2, "parallel: 4 x 1, a mesh of 4 devices, but there are 2"),
+        ({"mode": "pmap"}, 3, "training.batch_size: 4 rows cannot be shared by 3 devices in 1 part(s) each"),
+    ],
+)
+def test_devices_that_cannot_be(bare, planned, section, devices, message):
+    assert message_of(planned, bare(parallel=section), "cpu", devices).startswith(message)
+
+
+def test_more_devices_than_jax_has_are_started_by_the_command(tmp_path, bare):
+    """As a person calls it: on a machine with one CPU device, in a process of its own."""
+    path = write_config(tmp_path / "run.yaml", bare(training={"batch_size": 16}))
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    command = [sys.executable, "-m", "neuroada_jax.cli", "plan", str(path), "--devices", "16", "--json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    plan = json.loads(done.stdout)
+    assert plan["devices"] == 16 and plan["collectives"]["all-reduce"]["bytes"] == 4 * plan["trainable"] + 8
 
 
 def test_what_to_change_is_found_by_planning_again(bare, planned, monkeypatch):
@@ -205,6 +252,7 @@ def fake_plan(changes, memory, dtype="float32", remat="none"):
     activations = weights * 12 // parts // (5 if remat == "full" else 1)
     total = weights + activations
     settings = {"dtype": dtype, "remat": remat, "rows": 12, "accumulation": parts, "device_memory_bytes": memory}
+    settings |= {"devices": 8, "can_share_weights": False}
     return settings | {"bytes": {"temporaries": activations}, "total_bytes": total, "fits": total <= memory}
 
 
@@ -231,6 +279,13 @@ def test_order_of_what_to_change(memory, settings, first, changes):
     """What costs nothing but time first, the dtype then; only the dtype helps where the weights alone are too many."""
     plan = planning.with_changes(fake_plan([], memory, **settings), lambda tried: fake_plan(tried, memory, **settings))
     assert (plan["change_first"], plan["changes"]) == (first, changes)
+
+
+@pytest.mark.parametrize(("can", "change"), [(True, "parallel.fsdp=8"), (False, "model.dtype=bfloat16")])
+def test_weights_that_do_not_fit_are_shared_where_that_can_be(can, change):
+    found = fake_plan([], 90) | {"can_share_weights": can}
+    smaller = fake_plan(["model.dtype=bfloat16"], 90, remat="full") | {"fits": True}
+    assert planning.with_changes(found, lambda _: smaller)["change_first"] == change
 
 
 def test_a_row_that_is_too_long_however_it_is_computed():

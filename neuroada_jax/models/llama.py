@@ -108,7 +108,10 @@ def _windows(config: Mapping[str, Any], num_layers: int) -> tuple[int | None, ..
 
 
 class Cache(NamedTuple):
-    """Keys and values of the positions seen so far: two (L, B, K, S, N) arrays and the next free slot, an int32 scalar."""
+    """Keys and values of the positions seen so far: two (L, B, K, S, N) arrays and the next free slot, an int32 scalar.
+
+    Of a single layer they are (B, K, S, N).
+    """
 
     keys: Array
     values: Array
@@ -128,7 +131,7 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, cos: Array, sin: Array, mask: Array | None, cache: Cache | None, layer: Array
+        self, x: Array, cos: Array, sin: Array, mask: Array | None, cache: Cache | None, layer: Array | None
     ) -> tuple[Array, Cache | None]:
         c = self.config
 
@@ -146,19 +149,31 @@ class SelfAttention(nn.Module):
             key = RMSNorm(c.norm_epsilon, c.dtype, name="k_norm")(key)
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         if cache is not None and mask is not None:  # there is always one with a cache
-            # The stacked cache travels as the scan's carry and is written at one layer's slot, in place under jit.
-            at = (layer, 0, 0, cache.slot, 0)
-            keys = lax.dynamic_update_slice(cache.keys, jnp.swapaxes(key, 1, 2)[None], at)
-            values = lax.dynamic_update_slice(cache.values, jnp.swapaxes(value, 1, 2)[None], at)
-            cache = cache._replace(keys=keys, values=values)
-            key = lax.dynamic_index_in_dim(keys, layer, keepdims=False)
-            value = lax.dynamic_index_in_dim(values, layer, keepdims=False)
+            cache, key, value = _write(cache, jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2), layer)
             y = layers.cached_attention(query, key, value, mask=mask)
         else:
             window = c.windows[0] if mask is None else None  # one window for all layers, or a mask
             y = layers.attention(query, key, value, mask=mask, causal=True, window=window)
         y = layers.saved(y.reshape(*x.shape[:2], c.num_heads * c.head_dim))
         return BypassDense(c.hidden_size, c.output_bias, c.dtype, name="o_proj")(y), cache
+
+
+def _write(cache: Cache, key: Array, value: Array, layer: Array | None) -> tuple[Cache, Array, Array]:
+    """Writes (B, K, T, N) keys and values behind a layer's own, which are returned too; layer None: a cache of one.
+
+    In place under jit: a stacked cache travels as the scan's carry, and one of a single layer has no axis to take away,
+    which XLA would fuse into a copy of the whole.
+    """
+    zero = jnp.int32(0)
+    if layer is None:
+        keys = lax.dynamic_update_slice(cache.keys, key, (zero, zero, cache.slot, zero))
+        values = lax.dynamic_update_slice(cache.values, value, (zero, zero, cache.slot, zero))
+        return cache._replace(keys=keys, values=values), keys, values
+    at = (layer, zero, zero, cache.slot, zero)
+    keys = lax.dynamic_update_slice(cache.keys, key[None], at)
+    values = lax.dynamic_update_slice(cache.values, value[None], at)
+    own_keys, own_values = (lax.dynamic_index_in_dim(kept, layer, keepdims=False) for kept in (keys, values))
+    return cache._replace(keys=keys, values=values), own_keys, own_values
 
 
 class FeedForward(nn.Module):
@@ -177,7 +192,7 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-    """One decoder layer, written as the body of a scan: carry (x, cache), scanned (layer number, windowed)."""
+    """One decoder layer, written as the body of a scan: carry (x, cache), scanned (layer number or None, windowed)."""
 
     config: LlamaConfig
     remat: Remat = Remat.NONE
@@ -186,7 +201,7 @@ class Layer(nn.Module):
     def __call__(
         self,
         carry: tuple[Array, Cache | None],
-        scanned: tuple[Array, Array],
+        scanned: tuple[Array | None, Array],
         cos: Array,
         sin: Array,
         masks: tuple[Array, Array] | None,
@@ -238,13 +253,13 @@ class LlamaModel(nn.Module):
     def one_by_one(
         self, ids: Array, positions: Array, mask: Array, caches: Sequence[Cache], params: Sequence[Any]
     ) -> tuple[Array, list[Cache]]:
-        """As `__call__`, without the scan: the parameters and the cache (L = 1) of every layer are arrays of their own."""
+        """As `__call__`, without the scan: the parameters and the cache of every layer are arrays of their own."""
         c = self.config
         cos, sin = rotations(c.rope, c.head_dim, positions)
         masks = self._masks(mask, positions)
         x, filled = self.embed_tokens(ids), []
         for cache, own, window in zip(caches, params, c.windows, strict=True):
-            scanned = (jnp.int32(0), jnp.asarray(window is not None))
+            scanned = (None, jnp.asarray(window is not None))
             layer = Layer(c, self.remat, parent=None)
             (x, cache), _ = layer.apply({"params": own}, (x, cache), scanned, cos, sin, masks)
             filled.append(cache)
@@ -321,7 +336,7 @@ class LlamaForCausalLM(nn.Module):
           ids: int32 tokens (B, T).
           positions: int32 (B, T).
           mask: bool (B, T, S), as in `__call__`.
-          caches: one for each layer, with L = 1.
+          caches: one for each layer, (B, K, S, N).
           params: of each layer; those of the module itself are used for all else.
         """
         hidden, filled = self.model.one_by_one(ids, positions, mask, caches, params)

@@ -127,6 +127,27 @@ class TrainingSection:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class ParallelSection:
+    """How devices share a batch, and whether each holds all weights (docs/scaling.md).
+
+    `mode` is shard_map or pmap (every device holds all weights, and one reduction sums the gradients), jit (the same, or
+    with `fsdp` and `tensor` devices that share the weights by neuron), single, or auto: jit where weights are shared,
+    shard_map on several GPUs or TPUs, else single.
+    """
+
+    mode: Literal["auto", "single", "shard_map", "pmap", "jit"] = "auto"
+    devices: int | None = pydantic.Field(default=None, gt=0)  # None: all of them
+    fsdp: int = pydantic.Field(default=1, gt=0)  # devices that share weights and batch, and gather a layer at a time
+    tensor: int = pydantic.Field(default=1, gt=0)  # devices that share weights and the neurons' outputs
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("auto", "jit") and self.fsdp * self.tensor > 1:
+            raise ValueError(f"parallel.mode: found {self.mode!r}, but fsdp and tensor need jit (or auto)")
+        if self.mode == "single" and self.devices not in (None, 1):
+            raise ValueError(f"parallel.devices: found {self.devices}, but mode single means one")
+
+
+@dataclass(frozen=True, config=_STRICT)
 class GenerationSection(Decoding):
     """How answers are generated, with the fields of `sampling.Decoding`; greedily where it is left out."""
 
@@ -198,6 +219,7 @@ class RunConfig:
     fidelity: Literal["recommended", "official"] = "recommended"
     head: HeadSection = dataclasses.field(default_factory=HeadSection)
     evaluation: EvaluationSection = dataclasses.field(default_factory=EvaluationSection)
+    parallel: ParallelSection = dataclasses.field(default_factory=ParallelSection)
     output: str | None = None
     merge: bool = False  # also write the merged model to <output>/merged
     seed: int = pydantic.Field(default=42, ge=0)

@@ -28,6 +28,7 @@ def choose(
     paths: list[Path],
     batches: Iterable[AnyBatch] | None = None,
     losses: Callable[..., jax.Array] = target_losses,
+    by_neuron: Callable[..., Any] = lambda function: function,
 ) -> Bypass:
     """The bypass of a run before its first step: zero values, and columns by the score of its config.
 
@@ -38,20 +39,25 @@ def choose(
       paths: the linear maps that carry a bypass.
       batches: one pass over the training data; read for the score "gradient" only, which cannot do without.
       losses: of a batch, as in `step.make_step`; for the score "gradient" too.
+      by_neuron: `parallel.Parallel.by_neuron`, for weights that devices share.
     """
     k, dtype = config.bypass.k, value_dtype(config, model)
+
+    def build(params: Tree, score: Callable[[jax.Array], jax.Array] = selection.magnitude) -> Bypass:
+        return by_neuron(lambda params: bypass.build(params, paths, k, score=score, dtype=dtype))(params)
+
     match config.bypass.score:
         case "magnitude":
-            return bypass.build(params, paths, k, dtype=dtype)
+            return build(params)
         case "reverse":
-            return bypass.build(params, paths, k, score=selection.reverse, dtype=dtype)
+            return build(params, selection.reverse)
         case "gradient":
             module = model.module(config.training.remat_policy)
             assert batches is not None
             if ("lm_head",) in paths:
                 losses = functools.partial(losses, output_trains=True)
             sums = gradient_sums(module, params, paths, batches, config.training.accumulation, losses)
-            return bypass.build(sums, paths, k, dtype=dtype)
+            return build(sums)
     key = jax.random.key(config.seed)
     values: Tree = {}
     columns: Tree = {}

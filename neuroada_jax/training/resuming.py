@@ -34,6 +34,7 @@ FREE = (
     "training.keep_last",
     "training.keep_best",
     "training.remat",
+    "parallel",
 )
 
 
@@ -118,7 +119,7 @@ def check_base(about: dict[str, Any], directory: Path, state: TrainState, force:
 
 
 def _is_free(key: str) -> bool:
-    return key in FREE
+    return key in FREE or key.partition(".")[0] in FREE
 
 
 def _refuse(message: str, force: bool) -> None:

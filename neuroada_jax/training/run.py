@@ -1,5 +1,6 @@
 """One run from config to adapter: load, select, evaluate, train, evaluate, save. The loop itself is in loop.py."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -18,6 +19,7 @@ from neuroada_jax.training import (
     modules,
     objectives,
     optimizer,
+    parallel,
     plots,
     report,
     resuming,
@@ -136,6 +138,8 @@ def train(
     stop = stop or Stop()
     directory = config.directory
     _check_output(config, overwrite, resume, force_resume)
+    devices = parallel.resolve(config.parallel)
+    devices.filled_rows(config.training)
     checkpoints = checkpoint.Checkpoints(directory / "checkpoints", config.training.keep_last, config.training.keep_best)
     found = _newest(checkpoints, directory) if resume else None
     base, tokenizer = open_base(config.model.path, config.model.dtype)
@@ -153,13 +157,14 @@ def train(
     if chooser is not None:
         parts = best_epoch.split(len(held_out[chooser]), config.seed)
         choosing, held_out[chooser] = (best_epoch.part(held_out[chooser], numbers) for numbers in parts)
-    base = with_weights(base, config.seed)
+    base = with_weights(base, config.seed, devices.weights(base.model.abstract_params()))
     head = modules.head_paths(config, base, paths)
     if found:  # the columns of its checkpoint will take the place of these
-        built = bypass.build(base.params, paths, config.bypass.k, dtype=connections.value_dtype(config, base.model))
+        magnitude = dataclasses.replace(config, bypass=dataclasses.replace(config.bypass, score="magnitude"))
+        built = connections.choose(magnitude, base.model, base.params, paths, by_neuron=devices.by_neuron)
     else:
         first_epoch = (batches.batch(0, index) for index in range(batches.steps_per_epoch))
-        built = connections.choose(config, base.model, base.params, paths, first_epoch, objective.losses)
+        built = connections.choose(config, base.model, base.params, paths, first_epoch, objective.losses, devices.by_neuron)
     _prepare(directory, config, resumed=found is not None)
 
     total_steps = config.training.steps or (config.training.epochs or 0) * batches.steps_per_epoch
@@ -175,7 +180,7 @@ def train(
         before = evaluate_sets(config, objective, held_out, base, base.params, tokenizer, "before")
 
     transformation = optimizer.build(config.optimizer, total_steps, config.head)
-    state = step.initial_state(base.params, built, transformation, head)
+    state = devices.place(step.initial_state(base.params, built, transformation, head))
     base = base._replace(params={})  # the state owns the weights now: its buffers are donated step by step
 
     def save_adapter(path: Path, state: step.TrainState) -> None:
@@ -194,16 +199,17 @@ def train(
     def score_epoch(state: step.TrainState) -> evaluation.Score:
         each = next(found for found in config.evaluation.sets if found.name == chooser)
         with console.bar(f"evaluating {each.name}") as shown:
-            return objective.score(each, choosing, base, state.merged, tokenizer, console.reporter(shown))
+            merged = devices.local(state.merged)
+            return objective.score(each, choosing, base, merged, tokenizer, console.reporter(shown))
 
-    module, parts_of_batch = base.model.module(config.training.remat_policy), config.training.accumulation
-    run_step = step.make_step(module, transformation, parts_of_batch, objective.losses, objective.dropout_seed)
+    module = base.model.module(config.training.remat_policy)
+    run_step = devices.make_step(module, transformation, config.training, objective.losses, objective.dropout_seed)
     rates = optimizer.schedule(config.optimizer, total_steps)
     log = None
     try:
         with checkpoints:
             if found:
-                state = checkpoints.restore(state)
+                state = devices.place(checkpoints.restore(state))
                 resuming.check_base(found.about, directory, state, force_resume)
                 console.say(f"resuming after step {found.step}")
             log = trackers.JsonLines(directory / "metrics.jsonl", int(state.step))
@@ -229,9 +235,10 @@ def train(
                 if best:
                     state = best.restore(state, base)
                 save_adapter(directory / "adapter", state)
-                after = evaluate_sets(config, objective, held_out, base, state.merged, tokenizer, "after")
+                merged = devices.local(state.merged)
+                after = evaluate_sets(config, objective, held_out, base, merged, tokenizer, "after")
                 if config.merge:
-                    huggingface.save(directory / "merged", base, state.merged, tokenizer, replace=True)
+                    huggingface.save(directory / "merged", base, merged, tokenizer, replace=True)
     except loop.NotFinite as failure:
         save_adapter(directory / "adapter", failure.state)
         places = ", ".join(rows.where(int(row)) for row in failure.rows[:8])

@@ -97,53 +97,80 @@ def split(batch: AnyBatch, parts: int) -> AnyBatch:
     return jax.tree.map(lambda leaf: leaf.reshape(parts, leaf.shape[0] // parts, *leaf.shape[1:]), batch)
 
 
-def make_step(
+class Sums(NamedTuple):
+    """What the rows of a batch add up to; sums of parts of a batch add up to those of the whole.
+
+    Attributes:
+      loss: of all targets.
+      targets: how many there are, float32.
+      gradient: of `loss`, as the trainable tree.
+    """
+
+    loss: Float[Array, ""]
+    targets: Float[Array, ""]
+    gradient: Tree
+
+
+def make_sums(
     module: nn.Module,
-    optimizer: optax.GradientTransformation,
     accumulation: int = 1,
     losses: Callable[..., Array] = target_losses,
     dropout_seed: int | None = None,
-) -> Callable[[TrainState, AnyBatch], tuple[TrainState, StepMetrics]]:
-    """The jitted step (state, batch) -> (state, metrics); the state is donated.
+) -> Callable[..., Sums]:
+    """The first half of a step: (state, batch, shard) -> the sums over the rows of this batch, or part of a batch.
 
-    Accumulation sums losses and target counts over the micro batches and divides once, so that N parts of one batch give
-    what the whole batch gives (but for dropout, which differs from part to part).
+    `shard`, an int32 scalar or None, numbers the part where several devices share a batch: each drops something else.
 
     Args:
       module: the model.
-      optimizer: what updates the trainable tree.
-      accumulation: the micro batches of a batch.
+      accumulation: the micro batches that the rows are computed in, one after the other.
       losses: (module, variables, batch) -> the loss of every target, of the shape of `batch.target_mask`.
-      dropout_seed: `losses` also gets `dropout=key`, which follows from this seed, the step and the micro batch alone, so
-        that a resumed run drops what the whole run drops. None: it gets no key.
+      dropout_seed: `losses` also gets `dropout=key`, which follows from this seed, the step, the micro batch and the shard
+        alone, so that a resumed run drops what the whole run drops. None: it gets no key.
     """
 
-    def loss_sum(trainable: Tree, state: TrainState, batch: AnyBatch, part: Array) -> Array:
+    def loss_sum(trainable: Tree, state: TrainState, shard: Array | None, batch: AnyBatch, part: Array) -> Array:
         params = heads.join(state.params, trainable.get("head", {}))
         variables = {"params": params, "columns": state.columns, "base": state.base, "bypass": trainable["bypass"]}
         if dropout_seed is None:
             return jnp.sum(losses(module, variables, batch))
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(dropout_seed), state.step), part)
+        if shard is not None:
+            key = jax.random.fold_in(key, shard)
         return jnp.sum(losses(module, variables, batch, dropout=key))
 
-    def gradients(state: TrainState, batch: AnyBatch) -> tuple[Array, Tree]:
+    def sums(state: TrainState, batch: AnyBatch, shard: Array | None = None) -> Sums:
+        targets = jnp.sum(batch.target_mask)
         value_and_grad = jax.value_and_grad(loss_sum)
         if accumulation == 1:
-            return value_and_grad(state.trainable, state, batch, jnp.int32(0))
+            loss, gradient = value_and_grad(state.trainable, state, shard, batch, jnp.int32(0))
+            return Sums(loss, targets, gradient)
 
         def add(total: tuple[Array, Tree], part: tuple[AnyBatch, Array]) -> tuple[tuple[Array, Tree], None]:
-            return jax.tree.map(jnp.add, total, value_and_grad(state.trainable, state, *part)), None
+            return jax.tree.map(jnp.add, total, value_and_grad(state.trainable, state, shard, *part)), None
 
-        zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.trainable))
+        zeros = (jnp.zeros_like(targets), jax.tree.map(jnp.zeros_like, state.trainable))
         parts = (split(batch, accumulation), jnp.arange(accumulation, dtype=jnp.int32))
-        return lax.scan(add, zeros, parts)[0]
+        (loss, gradient), _ = lax.scan(add, zeros, parts)
+        return Sums(loss, targets, gradient)
 
-    def step(state: TrainState, batch: AnyBatch) -> tuple[TrainState, StepMetrics]:
-        total, summed = gradients(state, batch)
-        targets = jnp.sum(batch.target_mask)
-        divisor = jnp.maximum(targets, 1)
-        loss = total / divisor
-        gradient = jax.tree.map(lambda leaf: leaf / divisor.astype(leaf.dtype), summed)
+    return sums
+
+
+def make_update(
+    optimizer: optax.GradientTransformation, write: Callable[[Tree, Bypass, Tree], Tree] = bypass.make_resident
+) -> Callable[[TrainState, Sums], tuple[TrainState, StepMetrics]]:
+    """The second half of a step: (state, sums over the whole batch) -> (state, metrics). One division, then the update.
+
+    Args:
+      optimizer: what updates the trainable tree.
+      write: puts the new values into the resident weights.
+    """
+
+    def update(state: TrainState, sums: Sums) -> tuple[TrainState, StepMetrics]:
+        divisor = jnp.maximum(sums.targets, 1)
+        loss = sums.loss / divisor
+        gradient = jax.tree.map(lambda leaf: leaf / divisor.astype(leaf.dtype), sums.gradient)
         norm = optax.tree.norm(gradient)
 
         with jax.numpy_dtype_promotion("standard"):  # optax's own code mixes int32 counts and float32 in there
@@ -161,11 +188,31 @@ def make_step(
             step=state.step + good.astype(jnp.int32),
             trainable=trainable,
             optimizer=optimizer_state,
-            params=bypass.make_resident(state.params, Bypass(trainable["bypass"], state.columns), state.base),
+            params=write(state.params, Bypass(trainable["bypass"], state.columns), state.base),
             columns=state.columns,
             base=state.base,
             failed_step=jnp.where((state.failed_step < 0) & ~finite, state.step, state.failed_step),
         )
-        return new, StepMetrics(loss, norm, targets)
+        return new, StepMetrics(loss, norm, sums.targets)
+
+    return update
+
+
+def make_step(
+    module: nn.Module,
+    optimizer: optax.GradientTransformation,
+    accumulation: int = 1,
+    losses: Callable[..., Array] = target_losses,
+    dropout_seed: int | None = None,
+) -> Callable[[TrainState, AnyBatch], tuple[TrainState, StepMetrics]]:
+    """The jitted step of one device, (state, batch) -> (state, metrics); the state is donated.
+
+    Accumulation sums losses and target counts over the micro batches and divides once, so that N parts of one batch give
+    what the whole batch gives (but for dropout, which differs from part to part). Arguments as in `make_sums`.
+    """
+    sums, update = make_sums(module, accumulation, losses, dropout_seed), make_update(optimizer)
+
+    def step(state: TrainState, batch: AnyBatch) -> tuple[TrainState, StepMetrics]:
+        return update(state, sums(state, batch))
 
     return jax.jit(step, donate_argnums=0)

@@ -262,7 +262,7 @@ def test_bad_evaluations(trained, model, data, capsys):
 
 def test_a_bad_label_names_its_line(tmp_path, model, data, capsys):
     bad = write_lines(tmp_path / "bad.jsonl", [*rows(2, 0), {**rows(1, 0)[0], "label": 2}])
-    path = write_config(tmp_path / "run.yaml", content(tmp_path, model, data, data={"train": str(bad)}))
+    path = write_config(tmp_path / "run.yaml", content(tmp_path, model, {**data, "train": str(bad)}))
     code, _, err = neuroada(capsys, "train", path)
     assert code == 2
     assert f"{bad}:3: label 2, expected one of task 'mrpc': 0 (not_equivalent), 1 (equivalent)" in err

@@ -1,0 +1,198 @@
+"""Quality on instruction tasks with SmolLM2-135M: NeuroAda against PEFT's LoRA on the same batches, in PyTorch.
+
+    make bench-instruct        (or: python -m benchmarks.instruct --tasks sst2 --methods neuroada-1 --seeds 42)
+
+The settings are those of configs/smollm2-135m-sst2-k1.yaml and configs/smollm2-135m-commonsense-k20.yaml, but for k and the
+learning rate, and `--steps` of them. Every method sees the same batches: rows, order, tokens and step shapes are this
+library's, and so is the scoring, of the merged weights. AdamW without decay, linear schedule with warm-up, clipping at 1,
+float32; LoRA adapts the same linear maps with alpha = 2 r and no dropout. Ranks 1, 4 and 10 train about as many values as
+k = 1, 8 and 20 (a rank of 1 is the smallest there is, and twice k = 1).
+
+256 rows of the training file are left out of training and choose among learning rates (sweep.py). Needs sst2 and
+commonsense in data/, and the extra `torch`.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import sweep
+from benchmarks.common import MODEL, Row
+from benchmarks.sweep import Job
+from neuroada_jax import console
+from neuroada_jax.batches import Batch
+from neuroada_jax.cli import one_line_errors
+from neuroada_jax.formats import huggingface
+from neuroada_jax.models.llama import LLAMA_TARGETS
+from neuroada_jax.rows import load_rows
+from neuroada_jax.training import config, objectives, optimizer, run
+from neuroada_jax.training.config import RunConfig
+from neuroada_jax.weights import load_model, open_base, with_weights
+
+CONFIGS = {"sst2": "configs/smollm2-135m-sst2-k1.yaml", "commonsense": "configs/smollm2-135m-commonsense-k20.yaml"}
+# The grids, learning rate by method.
+RATES = {
+    "neuroada-1": [2e-2, 4e-2],
+    "neuroada-8": [4e-3, 8e-3],
+    "neuroada-20": [3e-3, 6e-3],
+    "lora-1": [3e-3, 1e-2],
+    "lora-4": [1e-3, 3e-3],
+    "lora-10": [1e-3, 3e-3],
+}
+CHOOSING = 256
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Trains and scores, prints the table of means and saves benchmarks/results/instruct.json."""
+    made = sweep.parser(__doc__, list(CONFIGS), list(RATES))
+    made.add_argument("--model", default=MODEL, help="a decoder: directory, hub id, package:NAME/FILE")
+    made.add_argument("--config", nargs="*", default=[], metavar="TASK=FILE", help="settings in place of those above")
+    made.add_argument("--steps", type=int, default=60)
+    made.add_argument("--limit", type=int, help="rows of every set that is scored")
+    settings = sweep.parse(made, RATES, arguments)
+    files = CONFIGS | dict(text.split("=", 1) for text in settings.config)
+    fields = {"steps": settings.steps, "limit": settings.limit}
+    sweep.run(
+        "instruct",
+        f"accuracy in %, {settings.steps} steps",
+        settings,
+        fields,
+        lambda job: _run(job, files[job["task"]], settings),
+    )
+
+
+def _run(job: Job, file: str, settings: argparse.Namespace) -> Row:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        chosen = _settled(job, file, settings, folder)
+        began = time.perf_counter()
+        results = _ours(chosen) if sweep.is_ours(job["method"]) else _theirs(chosen, job, folder)
+        scores = results.pop("evaluation")
+        choosing = scores.pop("choosing")
+        values = {name: score["accuracy_after"] for name, score in scores.items()}
+        return results | {
+            "metric": "accuracy",
+            "value": float(np.mean(list(values.values()))),
+            "values": values,
+            "n": sum(score["n"] for score in scores.values()),
+            "choosing_value": choosing["accuracy_after"],
+            "shape": [chosen.training.batch_size, chosen.data.max_length],
+            "seconds": time.perf_counter() - began,
+        }
+
+
+def _settled(job: Job, file: str, settings: argparse.Namespace, folder: Path) -> RunConfig:
+    """The run of a job; its training rows and those that choose the rate are files in the folder."""
+    plain = config.load(file)
+    rows = load_rows(plain.data.train, plain.data.split)
+    order = np.random.default_rng(0).permutation(len(rows))
+    parts = {"choosing": order[:CHOOSING], "train": order[CHOOSING:]}
+    for name, numbers in parts.items():
+        lines = (json.dumps(rows.rows[number]) for number in numbers)
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    scored = plain.evaluation.sets[0]
+    sets = [
+        {"name": each.name, "data": each.data, "task": each.task, "limit": job["limit"] or each.limit}
+        for each in plain.evaluation.sets
+    ]
+    sets.append({"name": "choosing", "data": str(folder / "choosing.jsonl"), "limit": job["limit"]})
+    for each in sets:
+        each |= {"method": scored.method, "max_new_tokens": scored.max_new_tokens, "split": "train"}
+    changes = {
+        "model": {"path": settings.model, "dtype": "float32"},
+        "bypass.k": sweep.number(job["method"]),
+        "data.train": str(folder / "train.jsonl"),
+        "optimizer.learning_rate": job["rate"],
+        "training.steps": job["steps"],
+        "training.save_every": None,
+        "evaluation.before": False,
+        "evaluation.sets": sets,
+        "output": str(folder / "run"),
+        "seed": job["seed"],
+    }
+    return config.load(file, [f"{field}={json.dumps(value)}" for field, value in changes.items()])
+
+
+def _ours(chosen: RunConfig) -> Row:
+    results = run.train(chosen)
+    fields = ("trainable", "last_loss", "train_seconds", "evaluation")
+    return {"trained": results["trainable"]} | {field: results[field] for field in fields[1:]}
+
+
+def _theirs(chosen: RunConfig, job: Job, folder: Path) -> Row:
+    """The same run with PEFT's LoRA in PyTorch; the merged weights are scored here."""
+    import torch
+    import transformers
+
+    opened, tokenizer = open_base(chosen.model.path, chosen.model.dtype)
+    objective, opened = objectives.objective(chosen, opened)
+    held_out = run.evaluation_rows(chosen, objective)
+    batches, _ = objective.batches(tokenizer, held_out)
+    base = with_weights(opened)
+    huggingface.save(folder / "start", base, base.params, tokenizer)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "start", dtype=torch.float32)
+    torch.manual_seed(job["seed"])
+    model = _lora(model, sweep.number(job["method"]) or 1)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    update = torch.optim.AdamW(parameters, lr=job["rate"], weight_decay=0.0)
+    total = chosen.training.steps or 1
+    rates = optimizer.schedule(chosen.optimizer, total)
+    losses = []
+    began = time.perf_counter()
+    with console.bar("training", total) as shown:
+        for step in range(total):
+            update.param_groups[0]["lr"] = float(rates(step))
+            update.zero_grad()
+            loss = _loss(model.base_model.model, batches.batch(*divmod(step, batches.steps_per_epoch)))
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            update.step()
+            losses.append(loss.item())
+            shown.update(step + 1, total, f"loss {losses[-1]:.4f}")
+    seconds = time.perf_counter() - began
+    model.merge_and_unload().save_pretrained(folder / "merged")
+    params = load_model(str(folder / "merged"), "float32").params
+    chosen.directory.mkdir()
+    scores = run.evaluate_sets(chosen, objective, held_out, base._replace(params={}), params, tokenizer, "after")
+    return {
+        "trained": sum(parameter.numel() for parameter in parameters),
+        "last_loss": losses[-1],
+        "train_seconds": seconds,
+        "evaluation": {name: {"accuracy_after": score.value, "n": score.n} for name, score in scores.items()},
+    }
+
+
+def _lora(model: Any, rank: int) -> Any:
+    """PEFT's LoRA on the linear maps that carry a bypass in our runs."""
+    import peft
+
+    settings = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(LLAMA_TARGETS), task_type="CAUSAL_LM")
+    with warnings.catch_warnings():  # peft 0.21 on transformers 5.23, whenever it wraps a model
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        return peft.get_peft_model(model, settings)
+
+
+def _loss(model: Any, batch: Batch) -> Any:
+    """The mean over the targets; logits are formed at their positions alone, as here."""
+    import torch
+
+    real = int((batch.lengths > 0).sum())  # rows that fill the batch come last
+    mask = np.arange(batch.input_ids.shape[1])[None] < batch.lengths[:real, None]
+    ids, mask = (torch.from_numpy(array.astype(np.int64)) for array in (batch.input_ids[:real], mask))
+    hidden = model.model(input_ids=ids, attention_mask=mask).last_hidden_state
+    rows, places = np.nonzero(batch.target_mask)
+    positions = torch.from_numpy(batch.target_positions[rows, places].astype(np.int64))
+    targets = torch.from_numpy(batch.target_ids[rows, places].astype(np.int64))
+    return torch.nn.functional.cross_entropy(model.lm_head(hidden[torch.from_numpy(rows), positions]), targets)
+
+
+if __name__ == "__main__":
+    sys.exit(one_line_errors(main))

@@ -1,0 +1,136 @@
+"""What the quality benchmarks share: every method at its best learning rate, over several seeds, one table of means.
+
+A job is a dict of the fields that identify a training run: task, method, rate, seed and what the benchmark adds. Where a
+method is given several learning rates, the first seed tries all of them; the rate with the best value on the rows that
+choose is used for the other seeds. The rows that are reported have no say. Rows are saved as they come, and a run that is
+there already is not run again.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from benchmarks import common
+from benchmarks.common import Column, Row
+from neuroada_jax import console
+from neuroada_jax.errors import UserError
+
+Job = dict[str, Any]
+COLUMNS = (
+    Column("task", "task"),
+    Column("method", "method"),
+    Column("trained", "trained", "{:,}".format),
+    Column("rate", "rate", "{:.0e}".format),
+    Column("metric", "metric"),
+    Column("n", "n"),
+    Column("seeds", "seeds"),
+    Column("mean", "mean", "{:.1f}".format),
+    Column("deviation", "deviation", "{:.1f}".format),
+    Column("minutes a run", "minutes", "{:.1f}".format),
+)
+
+
+def parser(doc: str | None, tasks: Sequence[str], methods: Sequence[str]) -> argparse.ArgumentParser:
+    """The arguments that both benchmarks have."""
+    made = common.parser(doc, repeats=None)
+    made.add_argument("--tasks", nargs="+", default=list(tasks), choices=tasks)
+    made.add_argument("--methods", nargs="+", default=list(methods), help="neuroada-<k>, lora-<r>, full")
+    made.add_argument("--rates", nargs="*", default=[], metavar="METHOD=RATE,...", help="learning rates to try")
+    made.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
+    return made
+
+
+def parse(made: argparse.ArgumentParser, rates: Mapping[str, Sequence[float]], arguments: Sequence[str] | None) -> Any:
+    """The settings; `rates` becomes those of every method, and methods that lack PyTorch are left out.
+
+    Raises:
+      UserError: a method without a learning rate.
+    """
+    settings = made.parse_args(arguments)
+    settings.rates = dict(rates) | dict(map(_parts, settings.rates))
+    unknown = [method for method in settings.methods if method not in settings.rates]
+    if unknown:
+        raise UserError(f"--rates: no learning rate for {unknown[0]}; give --rates {unknown[0]}=1e-3")
+    if any(not is_ours(method) for method in settings.methods) and common.missing("torch", "peft"):
+        settings.methods = [method for method in settings.methods if is_ours(method)]
+    return settings
+
+
+def _parts(text: str) -> tuple[str, list[float]]:
+    name, equals, rates = text.partition("=")
+    if not equals:
+        raise UserError(f"--rates: found {text!r}, expected METHOD=RATE,RATE")
+    return name, [float(rate) for rate in rates.split(",")]
+
+
+def is_ours(method: str) -> bool:
+    """Whether this library trains it; PyTorch trains the others."""
+    return method.startswith("neuroada-")
+
+
+def number(method: str) -> int | None:
+    """The k or the rank in a method's name."""
+    text = method.partition("-")[2]
+    return int(text) if text else None
+
+
+def run(name: str, title: str, settings: Any, fields: Mapping[str, Any], train: Callable[[Job], Row]) -> None:
+    """Runs what is not there yet, prints the table of means and saves `name`.json.
+
+    Args:
+      name: of the file.
+      title: of the table.
+      settings: of `parse`.
+      fields: what else identifies a run, the same for all of them.
+      train: makes the row of a job, with `value`, `choosing_value` (the higher the better) and `seconds`.
+    """
+    rows = _there(name, settings)
+
+    def value_of(job: Job) -> float:
+        found = next((row for row in rows if all(row.get(key) == value for key, value in job.items())), None)
+        if found is None:
+            console.say(f"{job['task']}, {job['method']}, rate {job['rate']:g}, seed {job['seed']}")
+            found = {**job, "k": number(job["method"]), "dtype": "float32", "peak_bytes": None, **train(job)}
+            rows.append(found)
+            common.save(name, rows, settings)  # in case the rest is interrupted
+        return float(found["choosing_value"])
+
+    first, table = settings.seeds[0], []
+    for task in settings.tasks:
+        for method in settings.methods:
+            jobs = [
+                {"task": task, "method": method, "rate": rate, "seed": first, **fields} for rate in settings.rates[method]
+            ]
+            best = max(jobs, key=value_of)
+            for seed in settings.seeds[1:]:
+                value_of({**best, "seed": seed})
+            table.append(_mean(rows, best, settings.seeds))
+    common.save(name, rows, settings)
+    texts = [["-" if row[each.field] is None else each.write(row[each.field]) for each in COLUMNS] for row in table]
+    console.table(
+        f"{title}, mean and standard deviation over seeds {settings.seeds}", [each.head for each in COLUMNS], texts
+    )
+    console.say(f"written to {settings.out / name}.json")
+
+
+def _there(name: str, settings: Any) -> list[Row]:
+    """The rows of an earlier call with the same model; others are replaced."""
+    path = settings.out / f"{name}.json"
+    if not path.exists():
+        return []
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return list(content["rows"]) if content["settings"]["model"] == settings.model else []
+
+
+def _mean(rows: Sequence[Row], job: Job, seeds: Sequence[int]) -> Row:
+    same = {key: value for key, value in job.items() if key != "seed"}
+    chosen = [row for row in rows if row["seed"] in seeds and all(row.get(key) == value for key, value in same.items())]
+    values = [100 * row["value"] for row in chosen]
+    return chosen[0] | {
+        "seeds": len(chosen),
+        "mean": statistics.mean(values),
+        "deviation": statistics.stdev(values) if len(values) > 1 else None,
+        "minutes": statistics.mean(row["seconds"] for row in chosen) / 60,
+    }
