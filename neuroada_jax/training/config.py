@@ -197,6 +197,22 @@ class EvaluationSection:
     batch_size: int = pydantic.Field(default=16, gt=0)
 
 
+@dataclass(frozen=True, config=_STRICT)
+class WatchdogSection:
+    """What is done about steps that go wrong, and from when on the rest is told (docs/reliability.md).
+
+    A step whose loss, gradient or updated values are NaN or infinite ends the run (`stop`), or is left out (`skip`), up to
+    `max_skips` of them. A loss is a spike from `spike` robust deviations above the median of the last 100 on. A batch that
+    takes longer than `stall_warn` seconds is told, one that takes longer than `stall_stop` ends the run.
+    """
+
+    nonfinite: Literal["stop", "skip"] = "stop"
+    max_skips: int = pydantic.Field(default=10, ge=0)
+    spike: float | None = pydantic.Field(default=10.0, gt=0)
+    stall_warn: float | None = pydantic.Field(default=30.0, gt=0)
+    stall_stop: float | None = pydantic.Field(default=None, gt=0)
+
+
 # What transformers' Trainer does unless it is told otherwise, and the published code tells it nothing of these.
 _TRAINER = {"beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8, "clip_norm": 1.0}
 
@@ -220,6 +236,8 @@ class RunConfig:
     head: HeadSection = dataclasses.field(default_factory=HeadSection)
     evaluation: EvaluationSection = dataclasses.field(default_factory=EvaluationSection)
     parallel: ParallelSection = dataclasses.field(default_factory=ParallelSection)
+    watchdog: WatchdogSection = dataclasses.field(default_factory=WatchdogSection)
+    tracking: list[Literal["tensorboard", "wandb", "trackio"]] = dataclasses.field(default_factory=list)
     output: str | None = None
     merge: bool = False  # also write the merged model to <output>/merged
     seed: int = pydantic.Field(default=42, ge=0)

@@ -1,9 +1,9 @@
 """The training loop: batches in, steps on the device, a line of metrics per step, a progress bar."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ from neuroada_jax.batches import AnyBatches
 from neuroada_jax.training.signals import Stop, Stopped
 from neuroada_jax.training.step import AnyBatch, StepMetrics, TrainState
 from neuroada_jax.training.trackers import JsonLines, Line
+from neuroada_jax.training.watchdog import Failed, Watchdog, in_background
 
 
 @dataclasses.dataclass
@@ -24,20 +25,22 @@ class Report:
     tokens: seen, padding left out.
     shapes: of the steps used.
     seconds: of training, epochs' scores left out.
+    warnings: what the watchdog counted.
     """
 
     losses: list[float] = dataclasses.field(default_factory=list)
     tokens: int = 0
     shapes: set[tuple[int, ...]] = dataclasses.field(default_factory=set)
     seconds: float = 0.0
+    warnings: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 class NotFinite(Exception):
-    """The loss or its gradient was NaN or infinite; the state is the one before that step."""
+    """A loss or its gradient was NaN or infinite, and the run may not go on; the state is the last good one."""
 
-    def __init__(self, step: int, rows: np.ndarray, state: TrainState) -> None:
-        super().__init__(f"step {step}")
-        self.step, self.rows, self.state = step, rows, state
+    def __init__(self, message: str, rows: np.ndarray, state: TrainState) -> None:
+        super().__init__(message)
+        self.rows, self.state = rows, state
 
 
 class _Pending(NamedTuple):
@@ -54,6 +57,7 @@ def run(
     rates: optax.Schedule,
     report: Report,
     log: JsonLines,
+    watchdog: Watchdog,
     stop: Stop,
     *,
     log_every: int,
@@ -73,6 +77,7 @@ def run(
       rates: learning rate by step, for the log.
       report: of the earlier parts of the run; brought up to date.
       log: gets a line for every step.
+      watchdog: sees every batch, call and line.
       stop: looked at after every step. While an epoch is scored, a request interrupts that.
       log_every: steps between two log steps.
       save: called with a good state every `save_every` steps and after the last one, and when the run is to stop.
@@ -83,7 +88,8 @@ def run(
     Returns: the last state.
 
     Raises:
-      NotFinite: a loss or gradient was NaN or infinite.
+      NotFinite: a loss or gradient was NaN or infinite, or too many were.
+      UserError: a batch that did not come, or a file that cannot be written.
       Stopped: on request, when the state is saved.
     """
     start = int(state.step)
@@ -99,14 +105,14 @@ def run(
         after_epoch(state)
     began = last = time.perf_counter()
     earlier, compiled = report.seconds, set[tuple[int, ...]]()
-    with ThreadPoolExecutor(1) as reader, console.bar("training", total_steps) as shown, stop.held():
-        ahead = reader.submit(fetch, start)
+    with console.bar("training", total_steps) as shown, stop.held():
+        ahead = in_background(functools.partial(fetch, start))
         for number in range(start, total_steps):
-            batch = ahead.result()
+            batch = watchdog.wait(ahead, number + 1)
             if number + 1 < total_steps:
-                ahead = reader.submit(fetch, number + 1)
-            _announce(batch, compiled, len(batches.shapes))
-            state, metrics = run_step(state, batch)
+                ahead = in_background(functools.partial(fetch, number + 1))
+            with watchdog.compiling(number + 1, expected=_announce(batch, compiled, len(batches.shapes))):
+                state, metrics = run_step(state, batch)
             pending.append(_Pending(number, metrics, int(batch.lengths.sum())))
             last_one = number + 1 == total_steps
             scoring, stopping = epoch_ends(number + 1), stop.requested
@@ -115,12 +121,15 @@ def run(
                 continue
 
             window = sum(entry.tokens for entry in pending)
-            lines = [_line(entry, rates) for entry in pending]  # waits for the device
+            lines = _lines(pending, rates, watchdog)  # waits for the device
             pending.clear()
             log.write(lines)
-            if int(state.failed_step) >= 0:
-                failed = int(state.failed_step)
-                raise NotFinite(failed + 1, batches.rows(*divmod(failed, batches.steps_per_epoch)), state)
+            try:
+                watchdog.look(lines)
+            except Failed as failed:
+                raise NotFinite(
+                    str(failed), batches.rows(*divmod(failed.step - 1, batches.steps_per_epoch)), state
+                ) from None
             report.losses += [line["loss"] for line in lines]
             report.tokens += window
             report.shapes |= compiled
@@ -147,21 +156,33 @@ def run(
     return state
 
 
-def _announce(batch: AnyBatch, compiled: set[tuple[int, ...]], possible: int) -> None:
-    """Says which shape of step is compiled now."""
+def _announce(batch: AnyBatch, compiled: set[tuple[int, ...]], possible: int) -> bool:
+    """Whether the batch has a shape that was not compiled yet, and says which."""
     shape = (batch.input_ids.shape[1], *batch.target_mask.shape[1:])
-    if shape not in compiled:
-        compiled.add(shape)
-        what = " and ".join(f"{size} {name}" for size, name in zip(shape, ("tokens", "targets"), strict=False))
-        console.say(f"compiling a step for {what} a row ({len(compiled)} of at most {possible})")
+    if shape in compiled:
+        return False
+    compiled.add(shape)
+    what = " and ".join(f"{size} {name}" for size, name in zip(shape, ("tokens", "targets"), strict=False))
+    console.say(f"compiling a step for {what} a row ({len(compiled)} of at most {possible})")
+    return True
 
 
-def _line(entry: _Pending, rates: optax.Schedule) -> Line:
-    return {
-        "step": entry.step + 1,
-        "loss": float(entry.metrics.loss),
-        "learning_rate": float(rates(entry.step)),
-        "gradient_norm": float(entry.metrics.gradient_norm),
-        "targets": int(entry.metrics.targets),
-        "tokens": entry.tokens,
-    }
+def _lines(pending: list[_Pending], rates: optax.Schedule, watchdog: Watchdog) -> list[Line]:
+    """What metrics.jsonl says of some steps. A step that is left out does not move the learning rate on."""
+    lines: list[Line] = []
+    skipped = watchdog.counts["skipped"]
+    for entry in pending:
+        lines.append(
+            {
+                "step": entry.step + 1,
+                "loss": float(entry.metrics.loss),
+                "learning_rate": float(rates(entry.step - skipped)),
+                "gradient_norm": float(entry.metrics.gradient_norm),
+                "targets": int(entry.metrics.targets),
+                "tokens": entry.tokens,
+            }
+        )
+        if not entry.metrics.finite:
+            lines[-1]["finite"] = False
+            skipped += 1
+    return lines

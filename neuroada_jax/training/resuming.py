@@ -34,7 +34,6 @@ FREE = (
     "training.keep_last",
     "training.keep_best",
     "training.remat",
-    "parallel",
 )
 
 
@@ -90,7 +89,9 @@ def check_config(about: dict[str, Any], config: RunConfig, force: bool) -> None:
     changed = changed_fields(about, config)
     if changed:
         console.say("changed since the checkpoint: " + ", ".join(f"{key} ({how})" for key, how in changed.items()))
-    if refused := [f"{key} ({how})" for key, how in changed.items() if not _is_free(key)]:
+    dropout = about["dropout_seed"] is not None
+    dropout = about["dropout_seed"] is not None
+    if refused := [f"{key} ({how})" for key, how in changed.items() if not _is_free(key, dropout)]:
         _refuse(f"{config.directory}: cannot resume with another config; changed: {', '.join(refused)}", force)
 
 
@@ -118,8 +119,10 @@ def check_base(about: dict[str, Any], directory: Path, state: TrainState, force:
         console.warn(f"other versions than the checkpoint's, so that the last digits may differ: {', '.join(other)}")
 
 
-def _is_free(key: str) -> bool:
-    return key in FREE or key.partition(".")[0] in FREE
+def _is_free(key: str, dropout: bool) -> bool:
+    """With dropout, devices that share a batch drop something else each, so that their number changes the result."""
+    section = key.partition(".")[0]
+    return key in FREE or section in ("watchdog", "tracking") or (section == "parallel" and not dropout)
 
 
 def _refuse(message: str, force: bool) -> None:
@@ -142,7 +145,7 @@ def report(found: Found | None, lines: Sequence[Line]) -> Report:
         losses[line["step"] - 1] = math.nan if line["loss"] is None else line["loss"]
     progress = found.about["progress"]
     tokens = sum(line["tokens"] for line in lines)
-    return Report(losses, tokens, {tuple(shape) for shape in progress["shapes"]}, progress["seconds"])
+    return Report(losses, tokens, {tuple(shape) for shape in progress["shapes"]}, progress["seconds"], progress["warnings"])
 
 
 class Saver:
@@ -167,7 +170,7 @@ class Saver:
         epoch, index = divmod(step, self._batches.steps_per_epoch)
         changing = {
             "data": {"seed": self._batches.seed, "epoch": epoch, "index": index},  # of the next batch
-            "progress": {"seconds": done.seconds, "shapes": sorted(done.shapes)},
+            "progress": {"seconds": done.seconds, "shapes": sorted(done.shapes), "warnings": dict(done.warnings)},
         }
         self._checkpoints.save(state, self._about | changing, self._merit(step))
         self._last = len(done.losses)

@@ -25,6 +25,7 @@ from neuroada_jax.training import (
     resuming,
     step,
     trackers,
+    watchdog,
 )
 from neuroada_jax.training.config import RunConfig, to_yaml
 from neuroada_jax.training.objectives import Objective
@@ -180,7 +181,7 @@ def train(
         before = evaluate_sets(config, objective, held_out, base, base.params, tokenizer, "before")
 
     transformation = optimizer.build(config.optimizer, total_steps, config.head)
-    state = devices.place(step.initial_state(base.params, built, transformation, head))
+    state = devices.place(step.initial_state(base.params, built, transformation, head, config.watchdog.nonfinite == "skip"))
     base = base._replace(params={})  # the state owns the weights now: its buffers are donated step by step
 
     def save_adapter(path: Path, state: step.TrainState) -> None:
@@ -216,6 +217,7 @@ def train(
             done = resuming.report(found, log.lines)
             best = best_epoch.BestEpoch(directory, score_epoch, save_adapter, int(state.step)) if chooser else None
             about = resuming.describe(config, batches, objective.dropout_seed, state, before)
+            watching = watchdog.Watchdog(config.watchdog, done.warnings, log.lines)
             saver = resuming.Saver(checkpoints, about, batches, done, best.value if best else None)
             state = loop.run(
                 state,
@@ -225,6 +227,7 @@ def train(
                 rates,
                 done,
                 log,
+                watching,
                 stop,
                 log_every=config.training.log_every,
                 save=saver,
@@ -242,9 +245,9 @@ def train(
     except loop.NotFinite as failure:
         save_adapter(directory / "adapter", failure.state)
         places = ", ".join(rows.where(int(row)) for row in failure.rows[:8])
+        more = ", ..." if len(failure.rows) > 8 else ""
         raise UserError(
-            f"the loss or its gradient became NaN or infinite at step {failure.step} (rows {places}"
-            f"{', ...' if len(failure.rows) > 8 else ''}); the adapter of the last good step is in {directory / 'adapter'}"
+            f"{failure} (rows {places}{more}); the adapter of the last good step is in {directory / 'adapter'}"
         ) from failure
     finally:
         if log:
@@ -252,6 +255,7 @@ def train(
 
     results = report.results(config, batches, total_steps, (trainable, total), done, before, after)
     results["trainable_in_head"] = in_head  # published shares leave the head out
+    results["watchdog"] = done.warnings
     if best:
         results["best_epoch"] = {"set": chooser, **best.best, "split": parts.describe(), "epochs": best.epochs}
     files.write_text(directory / "results.json", json.dumps(results, indent=2) + "\n")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from neuroada_jax import bypass
 from neuroada_jax.bypass import Bypass, Path, Tree
@@ -16,6 +16,9 @@ from neuroada_jax.losses import target_losses
 from neuroada_jax.models import heads
 
 AnyBatch = Any  # Batch or ClassificationBatch: a tuple of arrays (B, ...) with a `target_mask`
+
+
+SKIP = -2
 
 
 class TrainState(NamedTuple):
@@ -31,7 +34,8 @@ class TrainState(NamedTuple):
       columns: int32 columns of the bypass.
       base: the chosen entries of the original weights.
       failed_step: int32 scalar, the first step whose loss, gradient or updated values were not finite, -1 if none. From
-        there on the state does not change any more: it stays the last good one.
+        there on the state does not change any more: it stays the last good one. SKIP where such a step is left out: it
+        counts as a step, but changes neither values nor moments, and the next one goes on.
     """
 
     step: Int[Array, ""]
@@ -59,15 +63,23 @@ class TrainState(NamedTuple):
 
 
 class StepMetrics(NamedTuple):
-    """Scalars of one step: mean loss per target, gradient norm before clipping, and the targets counted."""
+    """Scalars of one step: mean loss per target, gradient norm before clipping, and the targets counted.
+
+    finite: whether loss, gradient and updated values were.
+    """
 
     loss: Float[Array, ""]
     gradient_norm: Float[Array, ""]
     targets: Float[Array, ""]
+    finite: Bool[Array, ""]
 
 
 def initial_state(
-    params: Tree, built: Bypass, optimizer: optax.GradientTransformation, head: Sequence[Path] = ()
+    params: Tree,
+    built: Bypass,
+    optimizer: optax.GradientTransformation,
+    head: Sequence[Path] = (),
+    skip_nonfinite: bool = False,
 ) -> TrainState:
     """The state before the first step. It takes `params` over: the step donates them.
 
@@ -76,6 +88,7 @@ def initial_state(
       built: zero values and the columns.
       optimizer: what updates the trainable tree.
       head: the modules that train whole; none of them carries a bypass.
+      skip_nonfinite: leave out steps that are not finite, rather than stay at the first.
     """
     params, modules = heads.split(params, head)
     trainable = {"bypass": built.values}
@@ -88,7 +101,7 @@ def initial_state(
         params=params,
         columns=built.columns,
         base=bypass.read(params, built.columns),
-        failed_step=jnp.int32(-1),
+        failed_step=jnp.int32(SKIP if skip_nonfinite else -1),
     )
 
 
@@ -185,15 +198,15 @@ def make_update(
             lambda new, old: jnp.where(good, new, old), (trainable, optimizer_state), (state.trainable, state.optimizer)
         )
         new = TrainState(
-            step=state.step + good.astype(jnp.int32),
+            step=state.step + (good | (state.failed_step == SKIP)).astype(jnp.int32),
             trainable=trainable,
             optimizer=optimizer_state,
             params=write(state.params, Bypass(trainable["bypass"], state.columns), state.base),
             columns=state.columns,
             base=state.base,
-            failed_step=jnp.where((state.failed_step < 0) & ~finite, state.step, state.failed_step),
+            failed_step=jnp.where((state.failed_step == -1) & ~finite, state.step, state.failed_step),
         )
-        return new, StepMetrics(loss, norm, sums.targets)
+        return new, StepMetrics(loss, norm, sums.targets, finite)
 
     return update
 

@@ -1,0 +1,154 @@
+"""What goes wrong in long runs and would not be seen: steps left out, loss spikes, data that do not come, compilations."""
+
+import collections
+import contextlib
+import math
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from typing import TypeVar
+
+import jax
+
+from neuroada_jax import console
+from neuroada_jax.errors import UserError
+from neuroada_jax.training.config import WatchdogSection
+from neuroada_jax.training.trackers import Line
+
+WINDOW, FEWEST = 100, 20  # steps that a spike is told by: the last ones, and at least so many
+FLOOR = 0.01  # of the median: losses that are all but equal have hardly any deviation
+COMPILED = "/jax/core/compile/backend_compile_duration"
+
+Made = TypeVar("Made")
+
+
+class Failed(Exception):
+    """A step was not finite, and the run may not go on."""
+
+    def __init__(self, step: int, message: str) -> None:
+        super().__init__(message)
+        self.step = step
+
+
+class Watchdog:
+    """Looks at what a training loop meets, warns, and counts."""
+
+    def __init__(
+        self, section: WatchdogSection, counts: dict[str, int] | None = None, earlier: Sequence[Line] = ()
+    ) -> None:
+        """Goes on after what an earlier part of the run has counted, and the lines that it has written.
+
+        Args:
+          section: of the config.
+          counts: "skipped", "spikes", "stalls" and "compiled_again"; brought up to date.
+          earlier: of metrics.jsonl.
+        """
+        self._section, self.counts = section, {} if counts is None else counts
+        for kind in ("skipped", "spikes", "stalls", "compiled_again"):
+            self.counts.setdefault(kind, 0)
+        losses = [line["loss"] for line in earlier if line["loss"] is not None]
+        self._losses = collections.deque(losses, WINDOW)
+
+    def wait(self, batch: "Future[Made]", step: int) -> Made:
+        """The batch of a step, when it is there.
+
+        Raises:
+          UserError: it did not come within `watchdog.stall_stop` seconds.
+        """
+        began = time.perf_counter()
+        limits = (self._section.stall_warn, self._section.stall_stop)
+        for limit in sorted(limit for limit in limits if limit is not None):
+            with contextlib.suppress(TimeoutError):
+                return batch.result(max(0.0, limit - (time.perf_counter() - began)))
+            if limit == self._section.stall_stop:
+                raise UserError(f"the data of step {step} did not come within {limit:g} s (watchdog.stall_stop)")
+            self.counts["stalls"] += 1
+            console.warn(f"waiting for the data of step {step} for {limit:g} s (watchdog.stall_warn)")
+        return batch.result()
+
+    @contextlib.contextmanager
+    def compiling(self, step: int, expected: bool) -> Iterator[None]:
+        """The call of a step, which compiles where that is expected and nowhere else."""
+        seconds: list[float] = []
+
+        def listen(event: str, duration_secs: float, **_: str | int) -> None:
+            if event == COMPILED:
+                seconds.append(duration_secs)
+
+        if expected:
+            yield
+            return
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        try:
+            yield
+        finally:
+            jax.monitoring.unregister_event_duration_listener(listen)
+        if seconds:
+            self.counts["compiled_again"] += 1
+            console.warn(
+                f"step {step} was compiled once more ({sum(seconds):.1f} s), although its shape has been; "
+                f"that makes {self.counts['compiled_again']}"
+            )
+
+    def look(self, lines: Sequence[Line]) -> None:
+        """At the lines of the steps since the last look.
+
+        A spike is a loss more than `watchdog.spike` deviations above the median of the last 100 finite losses (of at least
+        20). The deviation is 1.4826 times the median distance from that median, which for a normal distribution is the
+        standard deviation, and at least 1 % of the median; neither is moved by the spikes themselves.
+
+        Raises:
+          Failed: a step was not finite; with `watchdog.nonfinite: skip`, one more than `watchdog.max_skips`.
+        """
+        worst: tuple[float, Line, float] | None = None
+        for line in lines:
+            if not line.get("finite", True):
+                self._not_finite(line["step"])
+            if not math.isfinite(line["loss"]):
+                continue
+            above, median = self._deviations(line["loss"])
+            if self._section.spike is not None and above > self._section.spike:
+                self.counts["spikes"] += 1
+                worst = max(worst or (above, line, median), (above, line, median), key=lambda each: each[0])
+            self._losses.append(line["loss"])
+        if worst:
+            above, line, median = worst
+            console.warn(
+                f"step {line['step']}: loss {line['loss']:.4f} is a spike, {above:.0f} deviations above the median "
+                f"{median:.4f} of the steps before"
+            )
+
+    def _not_finite(self, step: int) -> None:
+        most = self._section.max_skips
+        if self._section.nonfinite == "stop":
+            raise Failed(step, f"the loss or its gradient became NaN or infinite at step {step}")
+        if self.counts["skipped"] == most:
+            raise Failed(step, f"the loss or its gradient is NaN or infinite at step {step}, after {most} skipped steps")
+        self.counts["skipped"] += 1
+        console.warn(
+            f"step {step} is skipped: NaN or infinite loss or gradient ({self.counts['skipped']} of at most {most})"
+        )
+
+    def _deviations(self, loss: float) -> tuple[float, float]:
+        """How far a loss is above those before it, and their median."""
+        if len(self._losses) < FEWEST:
+            return 0.0, math.nan
+        median = statistics.median(self._losses)
+        distance = statistics.median(abs(each - median) for each in self._losses)
+        return (loss - median) / max(1.4826 * distance, FLOOR * abs(median), 1e-12), median
+
+
+def in_background(work: Callable[[], Made]) -> "Future[Made]":
+    """Its result, from a thread that nobody has to wait for: work that is stuck does not keep the process."""
+    future: Future[Made] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="batch", daemon=True).start()
+    return future
