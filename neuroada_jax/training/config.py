@@ -237,7 +237,9 @@ class RunConfig:
     evaluation: EvaluationSection = dataclasses.field(default_factory=EvaluationSection)
     parallel: ParallelSection = dataclasses.field(default_factory=ParallelSection)
     watchdog: WatchdogSection = dataclasses.field(default_factory=WatchdogSection)
-    tracking: list[Literal["tensorboard", "wandb", "trackio"]] = dataclasses.field(default_factory=list)
+    tracking: list[Literal["tensorboard", "wandb", "trackio"]] = dataclasses.field(
+        default_factory=list
+    )  # besides metrics.jsonl
     output: str | None = None
     merge: bool = False  # also write the merged model to <output>/merged
     seed: int = pydantic.Field(default=42, ge=0)

@@ -13,7 +13,7 @@ from neuroada_jax import console
 from neuroada_jax.batches import AnyBatches
 from neuroada_jax.training.signals import Stop, Stopped
 from neuroada_jax.training.step import AnyBatch, StepMetrics, TrainState
-from neuroada_jax.training.trackers import JsonLines, Line
+from neuroada_jax.training.trackers import Line, Log
 from neuroada_jax.training.watchdog import Failed, Watchdog, in_background
 
 
@@ -56,7 +56,7 @@ def run(
     total_steps: int,
     rates: optax.Schedule,
     report: Report,
-    log: JsonLines,
+    log: Log,
     watchdog: Watchdog,
     stop: Stop,
     *,

@@ -99,8 +99,8 @@ def _prepare(directory: Path, config: RunConfig, resumed: bool) -> None:
 
     Of a run that is resumed that is what it had not finished writing; else all under the names of this one's results.
     """
-    folders = ("adapter", "merged", "checkpoints", "epochs")
-    written = ("results.json", "metrics.jsonl", "epochs.jsonl", "loss.png", "predictions-*.jsonl")
+    folders = ("adapter", "merged", "checkpoints", "epochs", "tensorboard", "wandb")
+    written = (trackers.WANDB_ID, "results.json", "metrics.jsonl", "epochs.jsonl", "loss.png", "predictions-*.jsonl")
     stale = [f".{name}*" for name in (*folders, *written, "config.yaml")] + ([] if resumed else [*folders, *written])
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -139,6 +139,7 @@ def train(
     stop = stop or Stop()
     directory = config.directory
     _check_output(config, overwrite, resume, force_resume)
+    trackers.check(config.tracking)
     devices = parallel.resolve(config.parallel)
     devices.filled_rows(config.training)
     checkpoints = checkpoint.Checkpoints(directory / "checkpoints", config.training.keep_last, config.training.keep_best)
@@ -213,7 +214,7 @@ def train(
                 state = devices.place(checkpoints.restore(state))
                 resuming.check_base(found.about, directory, state, force_resume)
                 console.say(f"resuming after step {found.step}")
-            log = trackers.JsonLines(directory / "metrics.jsonl", int(state.step))
+            log = trackers.Log(config, int(state.step))
             done = resuming.report(found, log.lines)
             best = best_epoch.BestEpoch(directory, score_epoch, save_adapter, int(state.step)) if chooser else None
             about = resuming.describe(config, batches, objective.dropout_seed, state, before)

@@ -1,16 +1,178 @@
-"""Where a run's metrics go: metrics.jsonl, always."""
+"""Where a run's metrics go: to metrics.jsonl, always, and to TensorBoard, wandb and trackio when asked (`tracking`).
 
+No tracker is required, and none may end a run: where one fails, the run goes on without it.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import importlib.util
 import json
 import math
 import os
-from collections.abc import Sequence
+import secrets
+import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from neuroada_jax import console, files
 from neuroada_jax.errors import UserError
+from neuroada_jax.training.config import RunConfig
 
 Line = dict[str, Any]  # of one step: "step", "loss", ...
+WANDB_ID = "wandb-id.txt"  # by which a resumed run goes on in wandb
+
+
+class Tracker(Protocol):
+    """Takes the lines of finished steps, in order."""
+
+    def write(self, lines: Sequence[Line]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def check(names: Sequence[str]) -> None:
+    """Before the work begins.
+
+    Raises:
+      UserError: a tracker whose package is not installed.
+    """
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f'tracking: {name} is not installed; pip install "neuroada-jax[tracking]"')
+
+
+class Log:
+    """metrics.jsonl, and the trackers that the config names.
+
+    lines: of metrics.jsonl, those of the steps that an earlier part of the run did.
+    """
+
+    def __init__(self, config: RunConfig, done: int) -> None:
+        """Goes on after `done` steps.
+
+        Raises:
+          UserError: metrics.jsonl cannot be written.
+        """
+        file = JsonLines(config.directory / "metrics.jsonl", done)
+        self.lines = file.lines
+        self._file, self._others = file, dict[str, Tracker]()
+        for name in config.tracking:
+            self._guarded(name, functools.partial(self._start, name, config, done))
+
+    def write(self, lines: Sequence[Line]) -> None:
+        """Hands the lines on; what is not finite is left out for the trackers.
+
+        Raises:
+          UserError: metrics.jsonl cannot be written.
+        """
+        self._file.write(lines)
+        for name, tracker in list(self._others.items()):
+            self._guarded(name, functools.partial(tracker.write, lines))
+
+    def close(self) -> None:
+        """Closes all of them."""
+        self._file.close()
+        for name, tracker in list(self._others.items()):
+            self._guarded(name, tracker.close)
+
+    def _start(self, name: str, config: RunConfig, done: int) -> None:
+        self._others[name] = _TRACKERS[name](config, done)
+
+    def _guarded(self, name: str, work: Callable[[], object]) -> None:
+        try:
+            with contextlib.redirect_stdout(sys.stderr):  # standard output is for results
+                work()
+        except Exception as error:  # of a service, a network or a disk: whatever there is
+            self._others.pop(name, None)
+            reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+            console.warn(f"tracking: {name} failed, and the run goes on without it ({reason})")
+
+
+class TensorBoard:
+    """Event files in <run>/tensorboard."""
+
+    def __init__(self, config: RunConfig, done: int) -> None:
+        from tensorboard.compat.proto import event_pb2
+        from tensorboard.summary.writer import event_file_writer
+
+        self._event = event_pb2.Event
+        self._writer = event_file_writer.EventFileWriter(str(config.directory / "tensorboard"))
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)  # makes readers drop later steps of before
+        self._writer.add_event(self._event(wall_time=time.time(), step=done + 1, session_log=start))
+
+    def write(self, lines: Sequence[Line]) -> None:
+        for line in lines:
+            event = self._event(wall_time=time.time(), step=line["step"])
+            for name, value in _measured(line).items():
+                event.summary.value.add(tag=name, simple_value=value)
+            self._writer.add_event(event)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Wandb:
+    """A run of the project `neuroada-jax`; where WANDB_MODE is `offline`, in <run>/wandb alone."""
+
+    def __init__(self, config: RunConfig, done: int) -> None:
+        import wandb
+
+        path = config.directory / WANDB_ID
+        if not (done and path.exists()):
+            files.write_text(path, secrets.token_hex(8) + "\n")
+        self._run = wandb.init(
+            project="neuroada-jax",
+            name=config.name,
+            id=path.read_text(encoding="utf-8").strip(),
+            resume="allow",
+            dir=str(config.directory),
+            config=dataclasses.asdict(config),
+        )
+
+    def write(self, lines: Sequence[Line]) -> None:
+        for line in lines:
+            self._run.log(_measured(line), step=line["step"])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Trackio:
+    """A run of the project `neuroada-jax` on this machine (in TRACKIO_DIR, if that is set)."""
+
+    def __init__(self, config: RunConfig, done: int) -> None:
+        import trackio
+
+        content = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+        self._finish = trackio.finish
+        self._run = trackio.init(
+            "neuroada-jax",
+            name=config.name,
+            config=content,
+            resume="allow" if done else "never",
+            embed=False,
+            auto_log_cpu=False,
+            auto_log_gpu=False,
+        )
+
+    def write(self, lines: Sequence[Line]) -> None:
+        for line in lines:
+            self._run.log(_measured(line), step=line["step"])
+
+    def close(self) -> None:
+        self._finish()  # its run's own `finish` would be called again as Python ends, and print
+
+
+_TRACKERS: dict[str, Callable[[RunConfig, int], Tracker]] = {"tensorboard": TensorBoard, "wandb": Wandb, "trackio": Trackio}
+
+
+def _measured(line: Line) -> dict[str, float]:
+    """The numbers of a line that are finite, but for the step."""
+    return {key: float(value) for key, value in line.items() if key != "step" and math.isfinite(value)}
 
 
 class JsonLines:
