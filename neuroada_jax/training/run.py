@@ -115,7 +115,7 @@ def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -
     directory = config.directory
     _check_output(config, overwrite, resume)
     devices = parallel.resolve(config.parallel)
-    devices.filled_rows(config.training)
+    devices.check(config)
     base, tokenizer = open_base(config.model.path, config.model.dtype)
     config = modules.resolved(config, base.model)
     if resume:
@@ -156,15 +156,16 @@ def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -
     base = base._replace(params={})  # the state owns the weights now: its buffers are donated step by step
 
     def save_adapter(path: Path, state: step.TrainState) -> None:
+        values, trained_head = devices.whole((state.bypass, state.head))
         native.save(
             path,
-            state.bypass,
+            values,
             base,
             k=config.bypass.k,
             targets=config.bypass.targets or [],
             seed=config.seed,
             rule=config.bypass.score,
-            head=state.head,
+            head=trained_head,
             replace=True,
         )
 
@@ -175,6 +176,7 @@ def train(config: RunConfig, *, overwrite: bool = False, resume: bool = False) -
             return objective.score(each, choosing, base, merged, tokenizer, console.reporter(shown))
 
     module = base.model.module(config.training.remat_policy)
+    batches.own_rows = devices.own_rows(config.training)
     run_step = devices.make_step(module, transformation, config.training, objective.losses, objective.dropout_seed)
     rates = optimizer.schedule(config.optimizer, total_steps)
     began = time.perf_counter()
