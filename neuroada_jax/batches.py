@@ -75,6 +75,7 @@ class AnyBatches(Generic[Made]):
     row_count: rows in an epoch: as many as examples, or fewer when packed.
     steps_per_epoch: ceil(row_count / batch_size).
     shapes: the (T, M) that can occur, ascending in T, one M for each T; so at most this many compiled steps.
+    own_rows: the rows of a batch that are wanted here, where several processes share it; all of them to begin with.
     """
 
     def __init__(
@@ -123,6 +124,7 @@ class AnyBatches(Generic[Made]):
         self._lengths = lengths
         self.shapes = _shapes(buckets, lengths, targets)
         self._sizes = np.array([size for size, _ in self.shapes])
+        self.own_rows = slice(0, batch_size)  # of a batch: the others stay empty, but for their lengths
         # One attribute, so that a prefetching thread never sees the order of another epoch.
         self._cached: tuple[int, np.ndarray] | None = None
 
@@ -189,7 +191,8 @@ class Batches(AnyBatches[Batch]):
             target_mask=np.zeros((self.batch_size, targets), np.float32),
             positions=np.zeros((self.batch_size, time), np.int32) if self.packed else None,
         )
-        for row, numbers in enumerate(self._rows[chosen]):
+        batch.lengths[: len(chosen)] = self._lengths[chosen]
+        for row, numbers in list(enumerate(self._rows[chosen]))[self.own_rows]:
             token = target = 0  # the next free places
             for number in numbers[numbers >= 0].tolist():
                 ids, is_target = self.examples.example(number)
@@ -201,7 +204,6 @@ class Batches(AnyBatches[Batch]):
                 if batch.positions is not None:
                     batch.positions[row, own] = np.arange(len(ids))
                 token, target = own.stop, labelled.stop
-            batch.lengths[row] = token
             batch.target_mask[row, :target] = 1
         return batch
 
@@ -220,11 +222,11 @@ class ClassificationBatches(AnyBatches[ClassificationBatch]):
             labels=np.zeros(rows, labels.dtype),
             target_mask=np.zeros(rows, np.float32),
         )
-        for row, number in enumerate(chosen.tolist()):
+        batch.lengths[: len(chosen)] = self._lengths[chosen]
+        for row, number in list(enumerate(chosen.tolist()))[self.own_rows]:
             ids, token_types = self.examples.example(number)
             batch.input_ids[row, : len(ids)] = ids
             batch.token_types[row, : len(ids)] = token_types
-            batch.lengths[row] = len(ids)
         batch.labels[: len(chosen)] = labels[chosen]
         batch.target_mask[: len(chosen)] = 1
         return batch

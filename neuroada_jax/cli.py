@@ -70,6 +70,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--seeds", help="a run for each of these, such as 42,43,44; as `seeds: [...]` in the config")
     train.add_argument("--json", action="store_true", help="print results.json and nothing else on standard output")
+    train.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="of process 0, where a run has several; auto: SLURM says (docs/scaling.md)",
+    )
+    train.add_argument("--processes", type=int, help="how many there are, with --coordinator HOST:PORT")
+    train.add_argument("--process", type=int, help="which this is, from 0, with --coordinator HOST:PORT")
     train.set_defaults(run=_train)
 
     evaluate = commands.add_parser("evaluate", help="score a base model, or one with an adapter, on a file of rows")
@@ -227,14 +234,21 @@ def _print_json(content: dict[str, Any]) -> None:
 
 
 def _train(parsed: argparse.Namespace) -> None:
-    from neuroada_jax.training import config, report, run, seeds, signals
+    from neuroada_jax.training import config, processes, report, run, seeds, signals
 
     overrides = parsed.overrides + ([f"seeds=[{parsed.seeds}]"] if parsed.seeds else [])
     settings = config.load(parsed.config, overrides)
     several = settings.seeds is not None
     train = seeds.train if several else run.train
     flags = {"overwrite": parsed.overwrite, "resume": parsed.resume, "force_resume": parsed.force_resume}
-    with signals.listening() as stop:
+    if parsed.coordinator and parsed.resume:
+        raise UserError("--resume: several processes save no checkpoints yet, so that there is none to go on from")
+    with (
+        processes.joined(parsed.coordinator, parsed.processes, parsed.process) as first,
+        processes.own_output(settings) as settings,
+        # Several processes have nothing to save and cannot stop at different steps: there a signal ends them as usual.
+        contextlib.nullcontext(signals.Stop()) if parsed.coordinator else signals.listening() as stop,
+    ):
         try:
             results = train(settings, **flags, stop=stop)
         except signals.Stopped as stopped:
@@ -243,10 +257,10 @@ def _train(parsed: argparse.Namespace) -> None:
             again = shlex.join(["neuroada", "train", parsed.config, *parsed.overrides, *seeds_option, "--resume"])
             sys.stderr.write(f"neuroada: stopped, {saved}; go on with: {again}\n")
             return
-    if parsed.json:
-        _print_json(results)
-    else:
-        (seeds.print_summary if several else report.print_summary)(results)
+        if parsed.json and first:
+            _print_json(results)
+        else:
+            (seeds.print_summary if several else report.print_summary)(results)
 
 
 def _plan(parsed: argparse.Namespace) -> None:

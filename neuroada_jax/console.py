@@ -22,6 +22,11 @@ def say(message: str) -> None:
     _err.print(message, markup=False, soft_wrap=True)
 
 
+def silence() -> None:
+    """From here on this process shows nothing but errors: another one of the same run does."""
+    _err.quiet = _out.quiet = True
+
+
 def warn(message: str) -> None:
     """A warning that code can also catch; the CLI shows it as one line."""
     warnings.warn(message, NeuroadaWarning, stacklevel=2)

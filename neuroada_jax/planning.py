@@ -64,9 +64,7 @@ def plan(config: RunConfig, target: str = "cpu", devices: int | None = None) -> 
       UserError: an unknown target, devices that do not make the config's mesh, rows that pmap cannot share, a model or
         target module that is not there, rows longer than the model allows.
     """
-    return with_changes(
-        _measure(config, target, devices), lambda changes: _measure(_with(config, changes), target, devices)
-    )
+    return with_changes(measure(config, target, devices), lambda changes: measure(_with(config, changes), target, devices))
 
 
 def start_devices(config: RunConfig, devices: int | None = None) -> None:
@@ -150,7 +148,7 @@ def _mesh(config: RunConfig, devices: int | None) -> ParallelSection:
     return dataclasses.replace(section, devices=count)
 
 
-def _measure(config: RunConfig, target_name: str, devices: int | None) -> dict[str, Any]:
+def measure(config: RunConfig, target_name: str, devices: int | None) -> dict[str, Any]:
     """The plan of a config as it stands."""
     base, transformation, state, objective = abstract_state(config)
     dtype = jnp.dtype(base.model.config.dtype).name

@@ -193,7 +193,7 @@ def load_params(
         else:
             if slot.path not in filled:
                 filled[slot.path] = jnp.zeros(leaf.shape, leaf.dtype, device=places[slot.path])
-            placed = _place(filled[slot.path], jnp.asarray(tensor), jnp.int32(slot.layer))
+            placed = _place(filled[slot.path], np.asarray(tensor), np.int32(slot.layer))
             filled[slot.path] = placed.block_until_ready()  # else tensors queue up in host memory
         del tensor
         if on_progress:

@@ -24,7 +24,7 @@ from neuroada_jax.errors import UserError
 from neuroada_jax.losses import target_losses
 from neuroada_jax.models import layers
 from neuroada_jax.training import step
-from neuroada_jax.training.config import ParallelSection, TrainingSection
+from neuroada_jax.training.config import ParallelSection, RunConfig, TrainingSection
 from neuroada_jax.training.step import AnyBatch, StepMetrics, TrainState
 
 DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
@@ -80,6 +80,25 @@ class Parallel:
             )
         return above
 
+    def check(self, config: RunConfig) -> None:
+        """Raises UserError for what a config cannot have on these devices; needs no weights and no data."""
+        self.filled_rows(config.training)
+        if jax.process_count() == 1:
+            return
+        if config.training.save_every is not None:
+            raise UserError("training.save_every: several processes save no checkpoints yet; leave it out")
+        if self.mode == "jit" and (config.evaluation.sets or config.merge):
+            field = "evaluation.sets" if config.evaluation.sets else "merge"
+            raise UserError(f"{field}: several processes that share the weights cannot do that; use the adapter afterwards")
+
+    def own_rows(self, training: TrainingSection) -> slice:
+        """The rows of a batch that the devices of this process read."""
+        every = NamedSharding(self.mesh, PartitionSpec(SHARDS)).addressable_devices_indices_map(
+            (self.filled_rows(training),)
+        )
+        own = [index[0].indices(self.filled_rows(training)) for index in every.values() if index]
+        return slice(min(start for start, _, _ in own), max(stop for _, stop, _ in own))
+
     def shardings(self, state: TrainState) -> TrainState:
         """Where every array of a state, real or abstract, is kept."""
         if self.mode != "jit":
@@ -92,7 +111,11 @@ class Parallel:
 
     def place(self, state: TrainState) -> TrainState:
         """The state on these devices. It takes the state over: a buffer that already is where it belongs is kept."""
-        return state if self.mode == "single" else jax.device_put(state, self.shardings(state))
+        if self.mode == "single":
+            return state
+        if jax.process_count() == 1:
+            return jax.device_put(state, self.shardings(state))
+        return jax.tree.map(_on_all_processes, state, self.shardings(state))
 
     def local(self, tree: Tree) -> Tree:
         """A tree of the state for work that one device does, such as an evaluation."""
@@ -169,10 +192,25 @@ class Parallel:
         """A batch on the devices by rows; for pmap along a new leading axis."""
         if self.mode == "pmap":
             return step.split(batch, self.shards)
-        return jax.device_put(batch, NamedSharding(self.mesh, PartitionSpec(SHARDS)))
+        rows = NamedSharding(self.mesh, PartitionSpec(SHARDS))
+        return jax.tree.map(lambda leaf: _on_all_processes(leaf, rows), batch)
+
+    def whole(self, tree: Any) -> Any:
+        """Small trees of the state, such as the values, as every process can read them whole."""
+        if self.mode != "jit" or jax.process_count() == 1:
+            return tree
+        return jax.jit(lambda tree: tree, out_shardings=NamedSharding(self.mesh, PartitionSpec()))(tree)
 
 
-def layout(section: ParallelSection, platform: str, available: int) -> tuple[str, tuple[int, int, int]]:
+def _on_all_processes(leaf: Any, sharding: NamedSharding) -> Array:
+    """An array whose parts each process puts on its own devices, from a copy that has at least these parts right."""
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return leaf if leaf.sharding.is_equivalent_to(sharding, leaf.ndim) else jax.device_put(leaf, sharding)
+    here = np.asarray(leaf)
+    return jax.make_array_from_callback(here.shape, sharding, lambda index: here[index])
+
+
+def layout(section: ParallelSection, platform: str, available: int, processes: int = 1) -> tuple[str, tuple[int, int, int]]:
     """What a config asks for: the mode, never "auto", and the devices along data, fsdp and tensor.
 
     CPU devices are several only where somebody asked JAX for virtual ones, to try what GPUs would do: `auto` takes one of
@@ -181,13 +219,22 @@ def layout(section: ParallelSection, platform: str, available: int) -> tuple[str
     Args:
       section: of a config.
       platform: of the devices: "cpu", "gpu" or "tpu".
-      available: how many there are.
+      available: how many there are, in all processes.
+      processes: of the run. Several use all of their devices.
 
     Raises:
-      UserError: more devices than there are, or a number that fsdp and tensor do not divide.
+      UserError: more devices than there are, or a number that fsdp and tensor do not divide; a mode that several processes
+        cannot have.
     """
     shared = section.fsdp * section.tensor
-    one = section.mode == "single" or (platform == "cpu" and section.mode == "auto" and shared == 1)
+    if processes > 1 and section.mode in ("single", "pmap"):
+        raise UserError(
+            f"parallel.mode: {section.mode} is for one process, and there are {processes}; take shard_map or jit"
+        )
+    if processes > 1 and section.devices not in (None, available):
+        raise UserError(f"parallel.devices: {processes} processes use all of their {available} devices; leave it out")
+    virtual = platform == "cpu" and processes == 1
+    one = section.mode == "single" or (virtual and section.mode == "auto" and shared == 1)
     count = section.devices or (1 if one else available)
     mesh = f"{section.fsdp} x {section.tensor}, " if shared > 1 else ""
     if max(count, shared) > available:
@@ -200,8 +247,9 @@ def layout(section: ParallelSection, platform: str, available: int) -> tuple[str
 
 def resolve(section: ParallelSection, available: Sequence[Any] | None = None) -> Parallel:
     """The devices that a config asks for; arguments and errors as in `layout`, of all that JAX sees if not told."""
+    processes = jax.process_count() if available is None else 1
     available = jax.devices() if available is None else available
-    mode, shape = layout(section, available[0].platform, len(available))
+    mode, shape = layout(section, available[0].platform, len(available), processes)
     devices = np.array(available[: math.prod(shape)]).reshape(shape)
     return Parallel(mode, Mesh(devices, (DATA, FSDP, TENSOR), axis_types=(AxisType.Auto,) * 3))
 

@@ -141,7 +141,7 @@ def train(
     _check_output(config, overwrite, resume, force_resume)
     trackers.check(config.tracking)
     devices = parallel.resolve(config.parallel)
-    devices.filled_rows(config.training)
+    devices.check(config)
     checkpoints = checkpoint.Checkpoints(directory / "checkpoints", config.training.keep_last, config.training.keep_best)
     found = _newest(checkpoints, directory) if resume else None
     base, tokenizer = open_base(config.model.path, config.model.dtype)
@@ -186,15 +186,16 @@ def train(
     base = base._replace(params={})  # the state owns the weights now: its buffers are donated step by step
 
     def save_adapter(path: Path, state: step.TrainState) -> None:
+        values, trained_head = devices.whole((state.bypass, state.head))
         native.save(
             path,
-            state.bypass,
+            values,
             base,
             k=config.bypass.k,
             targets=config.bypass.targets or [],
             seed=config.seed,
             rule=config.bypass.score,
-            head=state.head,
+            head=trained_head,
             replace=True,
         )
 
@@ -205,6 +206,7 @@ def train(
             return objective.score(each, choosing, base, merged, tokenizer, console.reporter(shown))
 
     module = base.model.module(config.training.remat_policy)
+    batches.own_rows = devices.own_rows(config.training)
     run_step = devices.make_step(module, transformation, config.training, objective.losses, objective.dropout_seed)
     rates = optimizer.schedule(config.optimizer, total_steps)
     log = None

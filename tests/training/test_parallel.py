@@ -67,9 +67,9 @@ def assert_equal(found, wanted):
     assert all(leaf.any() for leaf in jax.tree.leaves(found[1]))
 
 
-def train_decoder(form, rows=16, accumulation=1, k=3, remat=Remat.NONE):
-    model, transformation, _ = decoder.compiled()
-    batches = [rows_of(decoder.random_batch(rows, seed=number % 3), 5 * (number % 3 == 2)) for number in range(STEPS)]
+def train_decoder(form, rows=16, accumulation=1, k=3, remat=Remat.NONE, dtype=jnp.float32, steps=STEPS):
+    model, transformation, _ = decoder.compiled(dtype=dtype)
+    batches = [rows_of(decoder.random_batch(rows, seed=number % 3), 5 * (number % 3 == 2)) for number in range(steps)]
     make_state = lambda: decoder.fresh(model, transformation, decoder.ALL, k)[1]  # noqa: E731
     return train(form, make_state, model.module(remat), transformation, batches, accumulation=accumulation)
 
@@ -87,10 +87,19 @@ def test_a_decoder_trains_as_on_one_device(form, one_device):
 
 @pytest.mark.parametrize(
     ("form", "remat"),
-    [("shard_map", Remat.FULL), ("pmap", Remat.NONE), ("fsdp", Remat.FULL), ("all axes", Remat.NAMES)],
+    [("shard_map", Remat.FULL), ("all axes", Remat.NAMES)],
 )
 def test_accumulation_and_remat_on_top(form, remat, one_device):
     assert_equal(train_decoder(FORMS[form], accumulation=2, remat=remat), one_device)
+
+
+def test_a_bfloat16_base_with_its_remainders():
+    """Every layer reads base entries and values then, so that they are gathered too."""
+    with jax.numpy_dtype_promotion("standard"):  # JAX transposes its own attention in mixed precision
+        wanted, found = (train_decoder(FORMS[form], dtype=jnp.bfloat16, steps=3) for form in ("shard_map", "fsdp"))
+    np.testing.assert_allclose(found[0][:, :2], wanted[0][:, :2], rtol=2e-3)
+    for a, b in zip(*map(jax.tree.leaves, (found[1], wanted[1])), strict=True):
+        assert np.abs(a - b).mean() < 0.05 * np.abs(b).mean()  # AdamW makes much of small differences
 
 
 def test_rows_that_do_not_divide_are_filled_up(capsys):
@@ -100,10 +109,9 @@ def test_rows_that_do_not_divide_are_filled_up(capsys):
     assert "12 rows on 8 devices: 4 empty rows fill every batch up to 16" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("form", ["shard_map", "fsdp"])
-def test_another_algorithm_of_the_op(form, one_device, monkeypatch):
+def test_another_algorithm_of_the_op(one_device, monkeypatch):
     monkeypatch.setattr(ops, "choose_algorithm", lambda *_: ops.GradientAlgorithm.ROW_BLOCKS)
-    assert_equal(train_decoder(FORMS[form]), one_device)
+    assert_equal(train_decoder(FORMS["fsdp"], remat=Remat.FULL), one_device)
 
 
 def train_encoder(form, dropout, rows=16, seed=7):
@@ -119,10 +127,9 @@ def test_an_encoder_with_its_head_trains_as_on_one_device():
         assert_equal(train_encoder(FORMS[form], 0.0), alone)
 
 
-def test_with_dropout_all_forms_on_eight_devices_agree():
+def test_with_dropout_the_forms_on_eight_devices_agree():
     wanted = train_encoder(FORMS["shard_map"], 0.3)
-    for form in ("pmap", "fsdp"):
-        assert_equal(train_encoder(FORMS[form], 0.3), wanted)
+    assert_equal(train_encoder(FORMS["fsdp"], 0.3), wanted)
 
 
 def test_every_device_drops_something_else():
