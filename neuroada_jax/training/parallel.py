@@ -101,9 +101,12 @@ class Parallel:
 
     def shardings(self, state: TrainState) -> TrainState:
         """Where every array of a state, real or abstract, is kept."""
-        if self.mode != "jit":
-            return jax.tree.map(lambda _: NamedSharding(self.mesh, PartitionSpec()), state)
-        return shardings(state, self.mesh)
+        if self.mode == "jit":
+            return shardings(state, self.mesh)
+        # Arrays that only happen to be on a device are compiled for once more when the step has put them there.
+        one = jax.sharding.SingleDeviceSharding(self.mesh.devices.flat[0])
+        place = one if self.mode == "single" else NamedSharding(self.mesh, PartitionSpec())
+        return jax.tree.map(lambda _: place, state)
 
     def weights(self, params: Tree) -> Tree | None:
         """Where a model's weights are read to; None for the default device, from which `place` copies them."""
@@ -111,8 +114,6 @@ class Parallel:
 
     def place(self, state: TrainState) -> TrainState:
         """The state on these devices. It takes the state over: a buffer that already is where it belongs is kept."""
-        if self.mode == "single":
-            return state
         if jax.process_count() == 1:
             return jax.device_put(state, self.shardings(state))
         return jax.tree.map(_on_all_processes, state, self.shardings(state))

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -109,3 +110,17 @@ def test_an_encoder_keeps_its_best_epoch_as_on_one_device(tmp_path):
         assert cli.main(["train", str(write_config(tmp_path / mode / "run.yaml", run))]) == 0
         found.append(outcome(tmp_path / mode / "out"))
     assert_equal(found[1], found[0])
+
+
+def test_a_run_goes_on_on_another_mesh(tmp_path, inputs, alone):
+    """Begun on one device with nothing shared, ended on eight that share the weights, and the other way round."""
+    for number, (before, after) in enumerate([([], ["parallel.fsdp=4", "parallel.tensor=2"]), (["parallel.fsdp=8"], [])]):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        path = write_config(folder / "run.yaml", run_config(folder, *inputs, **SECTIONS))
+        assert cli.main(["train", str(path), "training.save_every=4", *before]) == 0
+        checkpoints = folder / "out" / "checkpoints"
+        shutil.rmtree(checkpoints / "7")  # as if it had ended after step 4
+        assert [step.name for step in checkpoints.iterdir()] == ["4"]
+        assert cli.main(["train", str(path), "training.save_every=4", "--resume", *after]) == 0
+        assert_equal(outcome(folder / "out"), alone)
