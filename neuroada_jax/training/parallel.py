@@ -101,9 +101,12 @@ class Parallel:
 
     def shardings(self, state: TrainState) -> TrainState:
         """Where every array of a state, real or abstract, is kept."""
-        if self.mode != "jit":
-            return jax.tree.map(lambda _: NamedSharding(self.mesh, PartitionSpec()), state)
-        return shardings(state, self.mesh)
+        if self.mode == "jit":
+            return shardings(state, self.mesh)
+        # pmap gives states back on a mesh of its one axis: on another one, the first state would be compiled for by itself.
+        flat = Mesh(self.mesh.devices.flatten(), (DATA,))
+        whole = NamedSharding(flat if self.mode == "pmap" else self.mesh, PartitionSpec())
+        return jax.tree.map(lambda _: whole, state)
 
     def weights(self, params: Tree) -> Tree | None:
         """Where a model's weights are read to; None for the default device, from which `place` copies them."""
