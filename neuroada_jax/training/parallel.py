@@ -103,10 +103,12 @@ class Parallel:
         """Where every array of a state, real or abstract, is kept."""
         if self.mode == "jit":
             return shardings(state, self.mesh)
-        # Arrays that only happen to be on a device are compiled for once more when the step has put them there.
-        one = jax.sharding.SingleDeviceSharding(self.mesh.devices.flat[0])
-        place = one if self.mode == "single" else NamedSharding(self.mesh, PartitionSpec())
-        return jax.tree.map(lambda _: place, state)
+        # The first state has to be where the step leaves those that follow, or it would be compiled for by itself: on its one
+        # device by name, and for pmap on a mesh of its one axis.
+        if self.mode == "single":
+            return jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(self.mesh.devices.flat[0]), state)
+        mesh = Mesh(self.mesh.devices.flatten(), (DATA,)) if self.mode == "pmap" else self.mesh
+        return jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), state)
 
     def weights(self, params: Tree) -> Tree | None:
         """Where a model's weights are read to; None for the default device, from which `place` copies them."""
