@@ -103,8 +103,8 @@ class Parallel:
         """Where every array of a state, real or abstract, is kept."""
         if self.mode == "jit":
             return shardings(state, self.mesh)
-        # The first state has to be where the step leaves those that follow, or it would be compiled for by itself: on its one
-        # device by name, and for pmap on a mesh of its one axis.
+        # The first state has to be where the step leaves those that follow, or it would be compiled for by itself: on its
+        # one device by name, and for pmap on a mesh of its one axis.
         if self.mode == "single":
             return jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(self.mesh.devices.flat[0]), state)
         mesh = Mesh(self.mesh.devices.flatten(), (DATA,)) if self.mode == "pmap" else self.mesh
