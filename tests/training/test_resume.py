@@ -237,7 +237,9 @@ def test_the_second_signal_ends_at_once():
         from neuroada_jax.training import signals
         with signals.listening() as stop, stop.held():
             print("ready", flush=True)
-            ctypes.CDLL(None).sem_wait(ctypes.create_string_buffer(64))
+            library, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+            library.pthread_mutex_lock(mutex)
+            library.pthread_mutex_lock(mutex)  # unlike other waits, no signal ends this one
     """
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"
