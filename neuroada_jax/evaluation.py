@@ -1,6 +1,5 @@
 """Scoring a set of rows: generate or choose answers, compare by the task's rule, and say how sure the figure is."""
 
-import functools
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Set
@@ -8,18 +7,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import transformers
-from flax import linen as nn
 
-from neuroada_jax import data, files
-from neuroada_jax.batches import Batch, Batches
+from neuroada_jax import choices, data, files
 from neuroada_jax.bypass import Tree
 from neuroada_jax.errors import UserError
 from neuroada_jax.generation import before_stop, generate
-from neuroada_jax.losses import target_losses
 from neuroada_jax.prompts import PromptStyle
 from neuroada_jax.rows import Rows, rows_from_list
 from neuroada_jax.sampling import GREEDY, Decoding
@@ -211,11 +204,6 @@ def summarise(predictions: list[dict[str, Any]]) -> Score:
     )
 
 
-@functools.partial(jax.jit, static_argnames="module")
-def _row_losses(module: nn.Module, params: Tree, batch: Batch) -> jax.Array:
-    return jnp.sum(target_losses(module, {"params": params}, batch), axis=1)
-
-
 def _choose(
     base: LoadedModel,
     params: Tree,
@@ -231,15 +219,9 @@ def _choose(
     examples = data.encode(rows_from_list(candidates, rows.source), style, tokenizer, base.model.config.max_positions)
     if examples.cut or examples.left_out:  # part of an answer would be compared with the whole of another
         raise UserError(f"{rows.source}: a prompt is longer than the model's {base.model.config.max_positions} positions")
-    batches = Batches(examples, batch_size, seed=0, group_by_length=True, shuffle=False)
-    module = base.model.module()
-    losses = np.zeros(len(candidates))
-    for index in range(batches.steps_per_epoch):
-        numbers = batches.rows(0, index)
-        losses[numbers] = np.asarray(_row_losses(module, params, batches.batch(0, index)))[: len(numbers)]
-        if on_progress:
-            on_progress(index + 1, batches.steps_per_epoch)
-    best = losses.reshape(-1, len(task.choices)).argmin(axis=1)
+    count = len(task.choices)
+    groups = [[examples.example(first + at) for at in range(count)] for first in range(0, len(candidates), count)]
+    best = choices.losses(base.model, params, groups, batch_size, on_progress).argmin(axis=1)
     return [{"prediction": task.choices[choice]} for choice in best]
 
 

@@ -38,12 +38,15 @@ def target_losses(module: nn.Module, variables: Tree, batch: Batch, *, output_tr
     return nll.reshape(batch.target_ids.shape) * batch.target_mask
 
 
-def target_scores(module: nn.Module, variables: Tree, batch: Batch) -> tuple[Float[Array, "B M"], Bool[Array, "B M"]]:
+def target_scores(
+    module: nn.Module, variables: Tree, batch: Batch, seen: Array | None = None
+) -> tuple[Float[Array, "B M"], Bool[Array, "B M"]]:
     """The losses of `target_losses`, and whether each target is the likeliest token; (0, True) where the mask is 0.
 
-    For scoring: the same gathering and chunks, and no gradient.
+    For scoring: the same gathering and chunks, and no gradient. `seen` (B, T, T) says which slots each token sees, where
+    that is not what `batch.positions` says.
     """
-    states, ids, chunk = _targets(module, variables, batch)
+    states, ids, chunk = _targets(module, variables, batch, seen)
 
     def scores(states: Array, ids: Array) -> tuple[Array, Array]:
         logits = _logits(module, variables, states)
@@ -55,10 +58,13 @@ def target_scores(module: nn.Module, variables: Tree, batch: Batch) -> tuple[Flo
     return losses.reshape(shape) * batch.target_mask, likeliest.reshape(shape) | (jnp.asarray(batch.target_mask) == 0)
 
 
-def _targets(module: nn.Module, variables: Tree, batch: Batch) -> tuple[Float[Array, "n D"], Int[Array, "n"], int]:
+def _targets(
+    module: nn.Module, variables: Tree, batch: Batch, seen: Array | None = None
+) -> tuple[Float[Array, "n D"], Int[Array, "n"], int]:
     """Hidden states and ids of all targets, and how many of them may have their logits at a time."""
-    mask = None if batch.positions is None else layers.packed_mask(jnp.asarray(batch.positions))
-    hidden, _ = module.apply(variables, batch.input_ids, batch.positions, mask)
+    if seen is None and batch.positions is not None:
+        seen = layers.packed_mask(jnp.asarray(batch.positions))
+    hidden, _ = module.apply(variables, batch.input_ids, batch.positions, seen)
     picked = jnp.take_along_axis(hidden, batch.target_positions[:, :, None], axis=1, mode="clip")
     states, ids = picked.reshape(-1, picked.shape[-1]), jnp.asarray(batch.target_ids).reshape(-1)
     vocabulary = jax.eval_shape(lambda states: _logits(module, variables, states), states).shape[-1]

@@ -34,6 +34,7 @@ LEVELS = [
         "weights",
         "tasks",
         "generation",
+        "choices",
         "sampling",
         "decoding",
         "beams",
