@@ -1,7 +1,10 @@
 """Strict settings for every test: they must be in place before JAX, and before the package, is imported."""
 
+import atexit
 import importlib.util
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 # What is set in the environment already wins for the platform, so that `JAX_PLATFORMS=cuda` runs the tests on a GPU.
@@ -22,6 +25,14 @@ from hypothesis import settings
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Tests compile the same small programs again and again: a quarter of the time goes with these on disk. Each process has
+# its own, since JAX writes them without a lock.
+compiled = tempfile.mkdtemp(prefix="neuroada-tests-")
+atexit.register(shutil.rmtree, compiled, ignore_errors=True)
+jax.config.update("jax_compilation_cache_dir", compiled)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 # From here on beartype checks the jaxtyping shapes in the package's signatures, at every call.
 jaxtyping.install_import_hook("neuroada_jax", "beartype.beartype")

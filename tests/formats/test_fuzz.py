@@ -12,7 +12,7 @@ from neuroada_jax import inspection, weights
 from neuroada_jax.errors import UserError
 from neuroada_jax.formats import native, peft
 
-MUTATIONS = 500  # of each format
+MUTATIONS = 200  # of each format
 TARGETS = {"self_attn.k_proj": (32, 64), "mlp.down_proj": (64, 96)}  # out of the seven; (O, I)
 HEAD = "lm_head.weight"
 JUNK = [None, True, -1, 0, 1.5, 2**70, float("nan"), "", "\ud800", "../x", [], [[1]], {}, {"a": []}, "SHIRA", "float64"]

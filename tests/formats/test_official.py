@@ -538,7 +538,7 @@ def test_mutated_files_load_whole_or_not_at_all(golden_base, spoiled, file):
     original = official.read(folder, base, allow_pickle=True)
     rng = np.random.default_rng(0)
     messages = []
-    for _ in range(250):
+    for _ in range(100):
         mutated = bytearray(whole)
         for at in rng.integers(0, len(whole), rng.integers(1, 4)):
             mutated[at] = rng.integers(0, 256)
@@ -562,5 +562,5 @@ def test_mutated_files_load_whole_or_not_at_all(golden_base, spoiled, file):
             assert columns.max() < original.columns[module].max() + 128
             if file == official.VALUES:
                 np.testing.assert_array_equal(columns, original.columns[module])
-    assert len(messages) > 100
+    assert len(messages) > 40
     assert all(message.startswith(str(folder)) and "\n" not in message for message in messages)
