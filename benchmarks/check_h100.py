@@ -15,7 +15,7 @@ import jax
 
 from neuroada_jax import console, files, planning
 from neuroada_jax.formats.native import installed_versions
-from neuroada_jax.training import config
+from neuroada_jax.training import config_file
 
 RESULTS = Path(__file__).parent / "results"
 LLAMA_7B = {
@@ -54,7 +54,7 @@ def main() -> int:
                 "optimizer": {"learning_rate": 8e-3},
                 "training": {"steps": 1, "batch_size": batch_size, "remat": remat},
             }
-            plan = planning.plan(config.from_dict(content, "check_h100"), "h100")
+            plan = planning.plan(config_file.from_dict(content, "check_h100"), "h100")
             if plan["attention"] != "cudnn":
                 sys.exit(
                     f"not compiled as it would run: {'; '.join(plan['notes'])}; `make check-h100` installs what it needs"

@@ -22,7 +22,7 @@ from benchmarks import common
 from benchmarks.common import Column, Row
 from benchmarks.memory import MODELS
 from neuroada_jax import console, planning
-from neuroada_jax.training import config
+from neuroada_jax.training import config_file
 
 NAMES = ("llama-7b", "llama-13b", "llama-3-70b")
 COLUMNS = (
@@ -91,7 +91,7 @@ def _compiled(settings: argparse.Namespace, name: str, k: int, count: int, fsdp:
             "training": {"steps": 1, "batch_size": rows * count, "remat": "full"},
             "parallel": {"fsdp": fsdp, "tensor": tensor},
         }
-        plan = planning.measure(config.from_dict(content, "devices"), target, count)
+        plan = planning.measure(config_file.from_dict(content, "devices"), target, count)
     if target != "cpu" and plan["attention"] != "cudnn":
         sys.exit(f"not compiled as it would run: {'; '.join(plan['notes'])}; `make bench-devices` installs what it needs")
     kinds = plan["collectives"]

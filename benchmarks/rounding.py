@@ -30,7 +30,7 @@ from neuroada_jax.cli import one_line_errors
 from neuroada_jax.formats import native
 from neuroada_jax.prompts import PromptStyle
 from neuroada_jax.tasks import TASKS
-from neuroada_jax.training import config, objectives, run
+from neuroada_jax.training import config_file, objectives, run
 from neuroada_jax.training.config import RunConfig
 from neuroada_jax.weights import open_base, with_weights
 
@@ -68,7 +68,7 @@ def _train(path: str, method: str, settings: argparse.Namespace) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "run"
         fixed = [f"model.dtype={dtype}", "evaluation.before=false", "training.log_every=1", f"output={directory}"]
-        chosen = config.load(path, [*fixed, *settings.override])
+        chosen = config_file.load(path, [*fixed, *settings.override])
         with mock.patch.object(ops, "rounding_remainder", _nothing) if method == PLAIN else contextlib.nullcontext():
             results = run.train(chosen, overwrite=True)
         lines = (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

@@ -20,7 +20,8 @@ from neuroada_jax.roofline import nbytes
 from neuroada_jax.targets import Compiler, Target
 from neuroada_jax.tasks import GLUE
 from neuroada_jax.training import connections, modules, objectives, optimizer, parallel, step
-from neuroada_jax.training.config import ParallelSection, RunConfig, apply_override, from_dict
+from neuroada_jax.training.config import ParallelSection, RunConfig
+from neuroada_jax.training.config_file import apply_override, from_dict
 from neuroada_jax.training.objectives import Objective
 from neuroada_jax.training.step import AnyBatch
 from neuroada_jax.weights import LoadedModel, open_model

@@ -42,6 +42,7 @@ LEVELS = [
         "formats",
     },
     {"training", "evaluation", "checkpoint", "classification", "planning", "harness"},
+    {"commands"},
     {"cli"},
 ]
 LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}

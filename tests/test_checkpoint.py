@@ -19,7 +19,7 @@ from neuroada_jax.checkpoint import Checkpoints
 from neuroada_jax.errors import NeuroadaWarning, UserError
 from neuroada_jax.formats import native
 from neuroada_jax.models import names
-from neuroada_jax.training import config, connections, run, step
+from neuroada_jax.training import config_file, connections, run, step
 
 SETTINGS = {"targets": ["q_proj"], "k": 2}
 PATHS = [("model", "layers", "self_attn", "q_proj")]
@@ -34,7 +34,9 @@ def inputs(tmp_path_factory):
 
 def settings(folder, inputs, packing=False, **training):
     data = {"packing": packing, "max_length": 32}
-    return config.from_dict(run_config(folder, *inputs, bypass=SETTINGS, data=data, training=TRAINING | training), "test")
+    return config_file.from_dict(
+        run_config(folder, *inputs, bypass=SETTINGS, data=data, training=TRAINING | training), "test"
+    )
 
 
 def lines(folder):
@@ -92,7 +94,7 @@ def test_a_run_without_checkpoints_says_so(tmp_path, inputs):
 def test_resuming_keeps_the_connections_that_were_chosen(tmp_path, inputs, monkeypatch):
     """Those of a gradient pass are not computed again: the sums might round another way."""
     content = run_config(tmp_path, *inputs, bypass=SETTINGS | {"score": "gradient"}, training=TRAINING)
-    chosen = config.from_dict(content, "test")
+    chosen = config_file.from_dict(content, "test")
     train_until(4, chosen, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(connections, "gradient_sums", None)

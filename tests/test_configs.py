@@ -10,7 +10,7 @@ import pytest
 from neuroada_jax import bypass, planning
 from neuroada_jax.roofline import nbytes
 from neuroada_jax.tasks import SUITES
-from neuroada_jax.training import config
+from neuroada_jax.training import config_file
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs"
 FILES = sorted(FOLDER.glob("*.yaml"))
@@ -105,7 +105,7 @@ def kept(tmp_path_factory):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_config_is_read_and_planned(path, kept):
-    run = config.load(str(path))
+    run = config_file.load(str(path))
     assert run.name == path.stem
     assert planning.longest_batch(run, 3).input_ids.shape[0] == 3
     trained, parameters, _ = kept(run)
@@ -122,7 +122,7 @@ def test_there_is_one_for_every_row_of_the_published_tables():
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
 def test_published_runs(path, kept):
     model, kind, k = re.fullmatch(r"(.+)-(commonsense|math)-k(\d+)", path.stem).groups()
-    run, text = config.load(str(path)), path.read_text(encoding="utf-8")
+    run, text = config_file.load(str(path)), path.read_text(encoding="utf-8")
     trained, parameters, size = kept(run)
     assert run.bypass.k == int(k) and f"{100 * trained / parameters:.3f}" == f"{SHARES[model, int(k)]:.3f}"
     assert f"neuroada train configs/{path.name}\n" in text

@@ -13,7 +13,7 @@ from helpers import CONFIG, NEURONS, run_config, write_config
 
 from neuroada_jax import cli, planning, roofline, targets
 from neuroada_jax.targets import Target, this_machine
-from neuroada_jax.training import config
+from neuroada_jax.training import config_file
 
 LAYERS, WIDTH, FEED, HEADS, HEAD, VOCABULARY = 2, 16, 24, 2, 8, 304
 ROWS, LENGTH = 4, 64
@@ -45,7 +45,7 @@ def planned():
     def plan(content, *arguments):
         key = json.dumps([content, arguments])
         if key not in known:
-            known[key] = planning.plan(config.from_dict(content, "test"), *arguments)
+            known[key] = planning.plan(config_file.from_dict(content, "test"), *arguments)
         return known[key]
 
     return plan
@@ -165,13 +165,13 @@ def test_more_rows_need_more(bare, planned):
     ],
 )
 def test_length_of_the_longest_batch(bare, data, length):
-    batch = planning.longest_batch(config.from_dict(bare(data=data), "test"), ROWS)
+    batch = planning.longest_batch(config_file.from_dict(bare(data=data), "test"), ROWS)
     assert batch.input_ids.shape == batch.target_ids.shape == (ROWS, length)
 
 
 def test_a_packed_run_is_planned_with_its_positions(bare, planned):
     packed = bare(data={"max_length": 60, "packing": True})
-    batch = planning.longest_batch(config.from_dict(packed, "test"), ROWS)
+    batch = planning.longest_batch(config_file.from_dict(packed, "test"), ROWS)
     assert batch.input_ids.shape == batch.positions.shape == (ROWS, 60)
     plan = planned(packed)
     assert plan["attention"] == "xla"
@@ -236,7 +236,7 @@ def test_more_devices_than_jax_has_are_started_by_the_command(tmp_path, bare):
 def test_what_to_change_is_found_by_planning_again(bare, planned, monkeypatch):
     total, full = (planned(bare(training={"remat": remat}))["total_bytes"] for remat in ("none", "full"))
     monkeypatch.setattr(targets, "this_machine", lambda dtype: cpu(memory=full))
-    plan = planning.plan(config.from_dict(bare(), "test"))
+    plan = planning.plan(config_file.from_dict(bare(), "test"))
     assert not plan["fits"] and plan["total_bytes"] == total > full
     assert (plan["change_first"], plan["changes"]) == ("training.remat=full", ["training.remat=full"])
     assert plan["changed_total_bytes"] == full

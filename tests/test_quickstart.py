@@ -39,6 +39,8 @@ def test_the_question_to_ask_survives_the_shell(quickstart, tmp_path):
     prompt = 'It\'s $5.\nWho "pays"? `Name` only.'
     (tmp_path / "test.jsonl").write_text(json.dumps({"prompt": prompt}) + "\n")
     sets = f"evaluation.sets.0.data={tmp_path / 'test.jsonl'}"
-    settings = quickstart.config.load(str(SCRIPT.parents[1] / "configs" / "quickstart.yaml"), ["data.train=unused", sets])
+    settings = quickstart.config_file.load(
+        str(SCRIPT.parents[1] / "configs" / "quickstart.yaml"), ["data.train=unused", sets]
+    )
     command = quickstart.next_steps(settings).partition("Ask it")[2].partition("In PyTorch")[0]
     assert shlex.split(command)[-1] == prompt

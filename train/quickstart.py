@@ -15,7 +15,7 @@ from pathlib import Path
 from neuroada_jax import console
 from neuroada_jax.cli import one_line_errors
 from neuroada_jax.errors import UserError
-from neuroada_jax.training import config, report, run
+from neuroada_jax.training import config, config_file, report, run
 
 TASK = "needle_haystack"
 SETTINGS = {"min_num_statements": 4, "max_num_statements": 4}
@@ -53,9 +53,9 @@ def main() -> None:
     """Writes the data, runs configs/quickstart.yaml and says what to do next."""
     root = Path(__file__).resolve().parents[1]
     path = str(root / "configs" / "quickstart.yaml")
-    data = config.load(path, sys.argv[1:]).directory / "data"
+    data = config_file.load(path, sys.argv[1:]).directory / "data"
     files = [f"data.train={data}/train.jsonl", f"evaluation.sets.0.data={data}/test.jsonl"]
-    settings = config.load(path, [*sys.argv[1:], *files])
+    settings = config_file.load(path, [*sys.argv[1:], *files])
     write_data(data)
     report.print_summary(run.train(settings, overwrite=True))
     print(next_steps(settings))

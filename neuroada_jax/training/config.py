@@ -1,21 +1,18 @@
-"""One YAML file per run, decoded strictly into frozen dataclasses, with `a.b=c` overrides from the command line."""
+"""What a run is: every field of a config, with its default and its limits. config_file.py reads and writes them."""
 
 import dataclasses
 import difflib
-import json
-import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import pydantic
-import yaml
 from pydantic.dataclasses import dataclass
 
 from neuroada_jax.errors import UserError
 from neuroada_jax.models import Remat
 from neuroada_jax.prompts import PromptStyle
 from neuroada_jax.sampling import Decoding
-from neuroada_jax.tasks import GLUE, SUITES, TASKS
+from neuroada_jax.tasks import GLUE, TASKS
 
 _STRICT = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -213,6 +210,12 @@ class WatchdogSection:
     stall_stop: float | None = pydantic.Field(default=None, gt=0)
 
 
+def nearest(name: str, known: list[str]) -> str:
+    """The end of a message about an unknown name: the nearest known one, else all of them."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+
+
 # What transformers' Trainer does unless it is told otherwise, and the published code tells it nothing of these.
 _TRAINER = {"beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8, "clip_norm": 1.0}
 
@@ -252,7 +255,7 @@ class RunConfig:
                 raise ValueError(f"optimizer.{field}: found {found}, but fidelity: official needs {default}; leave one out")
         for where, task in self.tasks():
             if task not in TASKS and task not in GLUE:
-                raise ValueError(f"{where}.task: unknown task {task!r}{_nearest(task, list(TASKS | GLUE))}")
+                raise ValueError(f"{where}.task: unknown task {task!r}{nearest(task, list(TASKS | GLUE))}")
         styles = [member.value for member in PromptStyle]
         for where, style in self._styles():
             if style is not None and style not in styles:
@@ -282,177 +285,3 @@ class RunConfig:
     def directory(self) -> Path:
         """Where the run's files go."""
         return Path(self.output or f"runs/{self.name}")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, but with 9e-3 a number, as everybody expects."""
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes the texts that `_Loader` would take for numbers."""
-
-
-for _kind in (_Loader, _Dumper):
-    _kind.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-    )
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """YAML text as plain Python data.
-
-    Raises:
-      UserError: not YAML; names the line.
-    """
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark else ""
-        raise UserError(f"{where}:{line} not YAML ({getattr(error, 'problem', error)})") from error
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
-
-
-def _section_fields(location: tuple[Any, ...]) -> list[str]:
-    """The field names that are valid at a path of the config."""
-    kind: Any = RunConfig
-    for key in location:
-        if isinstance(key, int):
-            kind = EvaluationSet
-        else:
-            kind = next((f.type for f in dataclasses.fields(kind) if f.name == key), RunConfig)
-    return [f.name for f in dataclasses.fields(kind)]
-
-
-# Where pydantic's own words would puzzle someone who writes YAML.
-_REASONS = {
-    "dataclass_type": "expected a section of fields",
-    "too_short": "expected at least one item",
-    "list_type": "input should be a list",
-}
-
-
-def _message(error: pydantic.ValidationError) -> str:
-    first = error.errors()[0]
-    location = first["loc"]
-    path = ".".join(str(part) for part in location) or "config"
-    kind = first["type"]
-    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
-        return f"{path}: unknown field{_nearest(str(location[-1]), _section_fields(location[:-1]))}"
-    if kind in ("missing", "missing_argument"):
-        return f"{path}: this field is required"
-    reason = first["msg"].removeprefix("Value error, ")
-    if kind == "value_error":
-        return reason if "." in reason.partition(":")[0] else f"{path}: {reason}"
-    reason = _REASONS.get(kind, reason)
-    return f"{path}: {reason[0].lower()}{reason[1:]}, found {first['input']!r}"
-
-
-def apply_override(content: dict[str, Any], override: str) -> None:
-    """Sets one `a.b=c` in nested dicts and lists; c is read as YAML.
-
-    Raises:
-      UserError: no "=", or a path through something that is no section.
-    """
-    path, equals, text = override.partition("=")
-    if not equals or not path:
-        raise UserError(f"override {override!r}: expected the form section.field=value")
-    *parents, last = path.split(".")
-    node: Any = content
-    for key in parents:
-        node = node.setdefault(key, {}) if isinstance(node, dict) else node[_index(node, key, override)]
-    if isinstance(node, dict):
-        node[last] = parse_yaml(text, f"override {override!r}")
-    else:
-        node[_index(node, last, override)] = parse_yaml(text, f"override {override!r}")
-
-
-def _index(node: Any, key: str, override: str) -> int:
-    if not isinstance(node, list):
-        raise UserError(f"override {override!r}: {key!r} is not inside a section")
-    if not key.isdigit() or int(key) >= len(node):
-        raise UserError(f"override {override!r}: {key!r} is no index of a list of {len(node)}")
-    return int(key)
-
-
-def from_dict(content: Any, where: str) -> RunConfig:
-    """Decodes plain data into a RunConfig.
-
-    Raises:
-      UserError: an unknown field (with the nearest valid name), a wrong type or value; one line with the field's path.
-    """
-    if not isinstance(content, dict):
-        raise UserError(f"{where}: expected a mapping of sections, found {type(content).__name__}")
-    content = _without_suites(content, where)
-    try:
-        # Through JSON, since pydantic's strict mode takes mappings for dataclasses from there only.
-        return pydantic.TypeAdapter(RunConfig).validate_json(json.dumps(content, default=str))
-    except pydantic.ValidationError as error:
-        raise UserError(f"{where}: {_message(error)}") from error
-
-
-def _without_suites(content: dict[str, Any], where: str) -> dict[str, Any]:
-    """The content with a set for every task of a suite in the place of `suite: <name>`; its other fields hold for each."""
-    section = content.get("evaluation")
-    sets = section.get("sets") if isinstance(section, dict) else None
-    if not isinstance(sets, list):
-        return content
-    single: list[Any] = []
-    for number, each in enumerate(sets):
-        if not isinstance(each, dict) or "suite" not in each:
-            single.append(each)
-            continue
-        field, suite = f"{where}: evaluation.sets.{number}", each["suite"]
-        if not isinstance(suite, str) or suite not in SUITES:
-            raise UserError(f"{field}.suite: unknown suite {suite!r}; known: {', '.join(SUITES)}")
-        taken = [name for name in ("name", "data", "task") if name in each]
-        if taken:
-            raise UserError(f"{field}.{taken[0]}: a suite has its own names, data and tasks; leave it out")
-        single += [
-            {"task": task, **{key: value for key, value in each.items() if key != "suite"}} for task in SUITES[suite]
-        ]
-    return {**content, "evaluation": {**(section or {}), "sets": single}}
-
-
-def load(path: str, overrides: list[str] | None = None) -> RunConfig:
-    """Reads a run's YAML file.
-
-    Args:
-      path: the file.
-      overrides: `section.field=value` strings, applied in order.
-
-    Raises:
-      UserError: see `from_dict`; also a missing file.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not a text file ({error})") from error
-    content = parse_yaml(text, path)
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a mapping of sections, found {type(content).__name__}")
-    for override in overrides or []:
-        apply_override(content, override)
-    return from_dict(content, path)
-
-
-def flatten_config(config: RunConfig) -> dict[str, Any]:
-    """Every field by its path, such as "training.steps"."""
-
-    def walk(node: Any, prefix: str) -> dict[str, Any]:
-        if isinstance(node, dict):
-            return {path: leaf for key, child in node.items() for path, leaf in walk(child, f"{prefix}{key}.").items()}
-        return {prefix.removesuffix("."): node}
-
-    return walk(dataclasses.asdict(config), "")
-
-
-def to_yaml(config: RunConfig) -> str:
-    """The whole config with all defaults written out; `load` gives the same config back."""
-    return yaml.dump(dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False)

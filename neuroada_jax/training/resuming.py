@@ -17,7 +17,8 @@ from neuroada_jax.checkpoint import Checkpoints, Found
 from neuroada_jax.errors import UserError
 from neuroada_jax.evaluation import Part, Score
 from neuroada_jax.formats import native
-from neuroada_jax.training.config import RunConfig, flatten_config, from_dict
+from neuroada_jax.training.config import RunConfig
+from neuroada_jax.training.config_file import flatten_config, from_dict
 from neuroada_jax.training.loop import Report
 from neuroada_jax.training.signals import Stopped
 from neuroada_jax.training.step import TrainState

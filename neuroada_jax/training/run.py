@@ -27,7 +27,8 @@ from neuroada_jax.training import (
     trackers,
     watchdog,
 )
-from neuroada_jax.training.config import RunConfig, to_yaml
+from neuroada_jax.training.config import RunConfig
+from neuroada_jax.training.config_file import to_yaml
 from neuroada_jax.training.objectives import Objective
 from neuroada_jax.training.signals import Stop
 from neuroada_jax.weights import LoadedModel, open_base, with_weights

@@ -18,7 +18,7 @@ from neuroada_jax.bypass import Bypass
 from neuroada_jax.formats import exchange, huggingface, native
 from neuroada_jax.models import heads
 from neuroada_jax.training import modules
-from neuroada_jax.training.config import from_dict
+from neuroada_jax.training.config_file import from_dict
 
 SIZES = {
     "vocab_size": CONFIG["vocab_size"],

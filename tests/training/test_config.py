@@ -8,7 +8,7 @@ import yaml
 from data_helpers import message_of
 
 from neuroada_jax.tasks import SUITES
-from neuroada_jax.training import config
+from neuroada_jax.training import config, config_file
 
 ROOT = Path(__file__).resolve().parents[2]
 MINIMAL = {
@@ -37,7 +37,7 @@ def write(folder: Path, text: str) -> str:
 
 
 def test_defaults_are_those_of_the_published_runs():
-    loaded = config.from_dict(MINIMAL, "here")
+    loaded = config_file.from_dict(MINIMAL, "here")
     assert loaded.bypass.k == 1 and loaded.bypass.targets is None
     assert (loaded.optimizer.clip_norm, loaded.optimizer.beta1, loaded.optimizer.beta2) == (1.0, 0.9, 0.999)
     assert loaded.directory == Path("runs/a")
@@ -54,12 +54,12 @@ def test_defaults_are_those_of_the_published_runs():
     ],
 )
 def test_unknown_field_names_its_path_and_the_nearest_name(path, message):
-    assert message_of(config.from_dict, with_field(path, 1), "here") == message
+    assert message_of(config_file.from_dict, with_field(path, 1), "here") == message
 
 
 def test_unknown_field_inside_a_list():
     content = with_field("evaluation.sets", [{"name": "t", "data": "d"}, {"name": "u", "dat": "d"}])
-    message = message_of(config.from_dict, content, "here")
+    message = message_of(config_file.from_dict, content, "here")
     assert message in (
         "here: evaluation.sets.1.dat: unknown field; did you mean 'data'?",
         "here: evaluation.sets.1.data: this field is required",
@@ -86,7 +86,7 @@ def test_unknown_field_inside_a_list():
     ],
 )
 def test_wrong_type_names_the_field_and_what_was_found(path, value, found):
-    message = message_of(config.from_dict, with_field(path, value), "here")
+    message = message_of(config_file.from_dict, with_field(path, value), "here")
     assert message.startswith(f"here: {path}")
     assert message.endswith(f"found {found}")
 
@@ -110,14 +110,14 @@ def test_wrong_type_names_the_field_and_what_was_found(path, value, found):
     ],
 )
 def test_values_out_of_range_are_refused(path, value):
-    assert message_of(config.from_dict, with_field(path, value), "here").startswith(f"here: {path}")
+    assert message_of(config_file.from_dict, with_field(path, value), "here").startswith(f"here: {path}")
 
 
 @pytest.mark.parametrize(("field", "value"), [("group_by_length", True), ("buckets", [64])])
 def test_packing_leaves_nothing_to_group(field, value):
     content = with_field(f"data.{field}", value)
     content["data"]["packing"] = True
-    message = message_of(config.from_dict, content, "here")
+    message = message_of(config_file.from_dict, content, "here")
     assert message.startswith("here: data.packing: packed rows all have data.max_length tokens; leave out ")
     assert f"data.{field}" in message
 
@@ -128,10 +128,10 @@ def test_packing_leaves_nothing_to_group(field, value):
 )
 def test_official_fidelity_leaves_no_choice_of_the_optimiser(field, value, needed):
     content = with_field(f"optimizer.{field}", value)
-    assert config.from_dict(content, "here").fidelity == "recommended"
-    message = message_of(config.from_dict, content | {"fidelity": "official"}, "here")
+    assert config_file.from_dict(content, "here").fidelity == "recommended"
+    message = message_of(config_file.from_dict, content | {"fidelity": "official"}, "here")
     assert message == f"here: optimizer.{field}: found {value}, but fidelity: official needs {needed}; leave one out"
-    config.from_dict(with_field(f"optimizer.{field}", needed) | {"fidelity": "official"}, "here")
+    config_file.from_dict(with_field(f"optimizer.{field}", needed) | {"fidelity": "official"}, "here")
 
 
 def with_set(**fields: object) -> dict:
@@ -140,12 +140,12 @@ def with_set(**fields: object) -> dict:
 
 def test_an_evaluation_set_says_how_it_generates(tmp_path):
     beams = {"beams": 4, "early_stopping": True, "length_penalty": 2, "stop": ["\n"]}
-    loaded = config.from_dict(with_set(generation=beams), "here")
+    loaded = config_file.from_dict(with_set(generation=beams), "here")
     assert loaded.evaluation.sets[0].generation == config.GenerationSection(
         beams=4, early_stopping=True, length_penalty=2.0, stop=("\n",)
     )
-    assert config.load(write(tmp_path, config.to_yaml(loaded))) == loaded
-    assert config.from_dict(with_set(), "here").evaluation.sets[0].generation == config.GenerationSection()
+    assert config_file.load(write(tmp_path, config_file.to_yaml(loaded))) == loaded
+    assert config_file.from_dict(with_set(), "here").evaluation.sets[0].generation == config.GenerationSection()
 
 
 @pytest.mark.parametrize(
@@ -159,46 +159,46 @@ def test_an_evaluation_set_says_how_it_generates(tmp_path):
     ],
 )
 def test_generation_settings_that_make_no_sense(fields, message):
-    assert message_of(config.from_dict, with_set(**fields), "here").startswith(f"here: evaluation.sets.0{message}")
+    assert message_of(config_file.from_dict, with_set(**fields), "here").startswith(f"here: evaluation.sets.0{message}")
 
 
 def test_required_fields():
     for path in ("name", "model", "data", "optimizer", "training"):
         content = {key: value for key, value in MINIMAL.items() if key != path}
-        assert message_of(config.from_dict, content, "here") == f"here: {path}: this field is required"
+        assert message_of(config_file.from_dict, content, "here") == f"here: {path}: this field is required"
     content = {**MINIMAL, "optimizer": {}}
-    assert message_of(config.from_dict, content, "here") == "here: optimizer.learning_rate: this field is required"
+    assert message_of(config_file.from_dict, content, "here") == "here: optimizer.learning_rate: this field is required"
 
 
 def test_either_epochs_or_steps():
     for training in ({}, {"epochs": 1, "steps": 1}):
         content = {**MINIMAL, "training": training}
-        assert message_of(config.from_dict, content, "here") == "here: training: give either epochs or steps"
-    assert config.from_dict({**MINIMAL, "training": {"epochs": 2}}, "here").training.epochs == 2
+        assert message_of(config_file.from_dict, content, "here") == "here: training: give either epochs or steps"
+    assert config_file.from_dict({**MINIMAL, "training": {"epochs": 2}}, "here").training.epochs == 2
 
 
 def test_batch_size_is_a_multiple_of_accumulation():
     content = {**MINIMAL, "training": {"steps": 1, "batch_size": 6, "accumulation": 4}}
-    message = message_of(config.from_dict, content, "here")
+    message = message_of(config_file.from_dict, content, "here")
     assert message == "here: training: batch_size 6 is not a multiple of accumulation 4"
 
 
 def test_unknown_task_and_style():
-    message = message_of(config.from_dict, with_field("data.task", "sst"), "here")
+    message = message_of(config_file.from_dict, with_field("data.task", "sst"), "here")
     assert message == "here: data.task: unknown task 'sst'; did you mean 'sst2'?"
-    message = message_of(config.from_dict, with_field("data.style", "fancy"), "here")
+    message = message_of(config_file.from_dict, with_field("data.style", "fancy"), "here")
     assert message.startswith("here: data.style: unknown style 'fancy'; known: plain")
     sets = [{"name": "t", "data": "d"}, {"name": "u", "data": "d", "task": "what"}]
-    message = message_of(config.from_dict, with_field("evaluation.sets", sets), "here")
+    message = message_of(config_file.from_dict, with_field("evaluation.sets", sets), "here")
     assert message.startswith("here: evaluation.sets.1.task: unknown task 'what'")
-    message = message_of(config.from_dict, with_field("evaluation.sets", [sets[0], sets[0]]), "here")
+    message = message_of(config_file.from_dict, with_field("evaluation.sets", [sets[0], sets[0]]), "here")
     assert message == "here: evaluation.sets: two sets have the same name"
 
 
 @pytest.mark.parametrize("text", ["9e-3", "9.0e-3", "0.009", "9E-3"])
 def test_scientific_notation_is_a_number(text, tmp_path):
     path = write(tmp_path, yaml.safe_dump(MINIMAL))
-    assert config.load(path, [f"optimizer.learning_rate={text}"]).optimizer.learning_rate == 0.009
+    assert config_file.load(path, [f"optimizer.learning_rate={text}"]).optimizer.learning_rate == 0.009
 
 
 def test_overrides(tmp_path):
@@ -215,7 +215,7 @@ def test_overrides(tmp_path):
         "seed=1",
         "seed=2",
     ]
-    loaded = config.load(path, changes)
+    loaded = config_file.load(path, changes)
     assert loaded.optimizer.learning_rate == 1.0 and loaded.bypass.k == 20
     assert loaded.bypass.targets == ["q_proj", "v_proj"]
     assert loaded.evaluation.sets[0].limit == 5
@@ -238,43 +238,43 @@ def test_overrides(tmp_path):
 )
 def test_bad_overrides(override, message, tmp_path):
     path = write(tmp_path, yaml.safe_dump(with_field("evaluation.sets", [{"name": "t", "data": "d"}])))
-    assert message in message_of(config.load, path, [override])
+    assert message in message_of(config_file.load, path, [override])
 
 
 def test_round_trip(tmp_path):
     content = with_field("evaluation.sets", [{"name": "t", "data": "d", "method": "choices", "task": "sst2"}])
     content |= {"name": "1e5", "seed": 7, "output": "2024-01-01"}  # texts that look like something else
     content["optimizer"] = {"learning_rate": 1e-5, "clip_norm": None, "epsilon": 1e-30}
-    loaded = config.from_dict(content, "here")
-    assert config.load(write(tmp_path, config.to_yaml(loaded))) == loaded
-    assert "clip_norm: null" in config.to_yaml(loaded)
+    loaded = config_file.from_dict(content, "here")
+    assert config_file.load(write(tmp_path, config_file.to_yaml(loaded))) == loaded
+    assert "clip_norm: null" in config_file.to_yaml(loaded)
 
 
 def test_yaml_errors_name_the_line(tmp_path):
     path = write(tmp_path, "name: a\nmodel:\n  path: [m\ndata: 1\n")
-    message = message_of(config.load, path)
+    message = message_of(config_file.load, path)
     assert message.startswith(f"{path}: line ") and "not YAML" in message
     for text in ("", "- a\n", "just words\n"):
-        assert "expected a mapping of sections" in message_of(config.load, write(tmp_path, text))
+        assert "expected a mapping of sections" in message_of(config_file.load, write(tmp_path, text))
     (tmp_path / "run.yaml").write_bytes(b"name: \xff\xfe\n")
-    assert message_of(config.load, path).startswith(path)
+    assert message_of(config_file.load, path).startswith(path)
 
 
 def test_missing_file(tmp_path):
     path = str(tmp_path / "none.yaml")
-    assert message_of(config.load, path) == f"{path}: cannot be read (No such file or directory)"
-    assert "cannot be read" in message_of(config.load, str(tmp_path))
+    assert message_of(config_file.load, path) == f"{path}: cannot be read (No such file or directory)"
+    assert "cannot be read" in message_of(config_file.load, str(tmp_path))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.name)
 def test_every_shipped_config_loads(path):
-    loaded = config.load(str(path))
-    assert config.from_dict(yaml.safe_load(config.to_yaml(loaded)), "again") == loaded
+    loaded = config_file.load(str(path))
+    assert config_file.from_dict(yaml.safe_load(config_file.to_yaml(loaded)), "again") == loaded
 
 
 def test_a_suite_stands_for_its_tasks():
     sets = [{"suite": "commonsense", "limit": 5}, {"task": "gsm8k"}, {"name": "mine", "data": "d"}]
-    loaded = config.from_dict(with_field("evaluation.sets", sets), "here").evaluation.sets
+    loaded = config_file.from_dict(with_field("evaluation.sets", sets), "here").evaluation.sets
     assert [each.name for each in loaded] == [*SUITES["commonsense"], "gsm8k", "mine"]
     assert [each.limit for each in loaded] == [5] * 8 + [None] * 2
     assert loaded[0].task == "boolq" and loaded[0].data is None and loaded[0].max_new_tokens is None
@@ -294,4 +294,4 @@ def test_a_suite_stands_for_its_tasks():
     ],
 )
 def test_sets_that_say_too_little_or_too_much(each, message):
-    assert message_of(config.from_dict, with_field("evaluation.sets", [each]), "here") == message
+    assert message_of(config_file.from_dict, with_field("evaluation.sets", [each]), "here") == message

@@ -16,7 +16,7 @@ from neuroada_jax import bypass, models, weights
 from neuroada_jax.batches import Batch
 from neuroada_jax.bypass import Bypass
 from neuroada_jax.models import names
-from neuroada_jax.training import config, connections, optimizer, step
+from neuroada_jax.training import config_file, connections, optimizer, step
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 FACTS = json.loads((GOLDEN / "meta.json").read_text())
@@ -68,7 +68,7 @@ def settings(name, k=1, optimizer=None, **fields):
         "training": {"steps": 5, "remat": "none"},
         "bypass": {"k": k, "targets": MODELS[name].targets, **fields.pop("bypass", {})},
     }
-    return config.from_dict(content | fields, "test")
+    return config_file.from_dict(content | fields, "test")
 
 
 def batches(name, rows=None):

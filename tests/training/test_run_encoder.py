@@ -12,7 +12,7 @@ from helpers import write_bert, write_config
 from neuroada_jax import cli, files
 from neuroada_jax.errors import UserError
 from neuroada_jax.formats import native
-from neuroada_jax.training import best_epoch, config, run
+from neuroada_jax.training import best_epoch, config_file, run
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def content(folder, model, data, task="mrpc", **sections):
 
 
 def settings(folder, model, data, **sections):
-    return config.from_dict(content(folder, model, data, **sections), "test")
+    return config_file.from_dict(content(folder, model, data, **sections), "test")
 
 
 @pytest.fixture(scope="module")

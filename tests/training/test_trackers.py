@@ -12,12 +12,12 @@ from data_helpers import message_of
 from helpers import run_config
 
 from neuroada_jax.errors import NeuroadaWarning
-from neuroada_jax.training import config, trackers
+from neuroada_jax.training import config_file, trackers
 
 
 def settings(folder, *names):
     content = run_config(folder, folder, folder, tracking=list(names))
-    return config.from_dict(content, "test")
+    return config_file.from_dict(content, "test")
 
 
 def line(step, loss):

@@ -14,7 +14,7 @@ from helpers import CONFIG, random_tensors, run_config, write_model, write_rows
 
 from neuroada_jax.errors import NeuroadaWarning, UserError
 from neuroada_jax.formats import native
-from neuroada_jax.training import config, run
+from neuroada_jax.training import config_file, run
 from neuroada_jax.training.config import WatchdogSection
 from neuroada_jax.training.watchdog import Failed, Watchdog, in_background
 
@@ -35,7 +35,7 @@ def poisoned(tmp_path_factory):
 def settings(folder, inputs, **watchdog):
     training = {"steps": None, "epochs": 1, "batch_size": 2, "log_every": 5}
     bypass = {"targets": ["q_proj"], "k": 2}
-    return config.from_dict(run_config(folder, *inputs, bypass=bypass, training=training, watchdog=watchdog), "test")
+    return config_file.from_dict(run_config(folder, *inputs, bypass=bypass, training=training, watchdog=watchdog), "test")
 
 
 def lines(folder):

@@ -1,0 +1,294 @@
+"""What each command does with its arguments. Imports are inside, so that a command loads what it needs and no more."""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from neuroada_jax import console
+from neuroada_jax.errors import UserError
+
+
+def _load(parsed: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """The decoder of --model, or of the adapter, with the adapter merged in: (base, params, tokenizer)."""
+    return _read(*_open(parsed))
+
+
+def _open(parsed: argparse.Namespace, *, decoder: bool = True) -> tuple[Any, Any, Any]:
+    """The model of --model, or of the adapter, without its weights: (base, tokenizer, adapter or None).
+
+    With `decoder`, only a model that continues texts will do.
+    """
+    from neuroada_jax.formats import native
+    from neuroada_jax.weights import open_base
+
+    adapter = native.read(parsed.adapter) if parsed.adapter else None
+    source = parsed.model or (adapter.metadata.get("base", {}).get("source") if adapter else None)
+    if not source:
+        raise UserError("give --model, or an --adapter that names its base")
+    trained_in = adapter.metadata["base"].get("dtype") if adapter else None
+    labels = adapter.metadata["base"].get("labels") if adapter else None
+    opened, tokenizer = open_base(source, parsed.dtype or trained_in or "auto", labels)
+    if decoder and not opened.model.architecture.is_decoder:
+        kind = opened.model.hf_config["model_type"]
+        raise UserError(f"{source}: {kind} is an encoder, which cannot continue a text; this command needs a decoder")
+    return opened, tokenizer, adapter
+
+
+def _read(opened: Any, tokenizer: Any, adapter: Any) -> tuple[Any, Any, Any]:
+    """(base, params, tokenizer) of what `_open` opened: the weights, with the adapter merged in."""
+    from neuroada_jax.formats import native
+    from neuroada_jax.weights import with_weights
+
+    base = with_weights(opened)
+    return base, base.params if adapter is None else native.merge(adapter, base), tokenizer
+
+
+def _print_json(content: dict[str, Any]) -> None:
+    print(json.dumps(content, ensure_ascii=False))
+
+
+def train(parsed: argparse.Namespace) -> None:
+    """Fine-tunes as a config says."""
+    from neuroada_jax.training import config_file, processes, report, run, seeds, signals
+
+    overrides = parsed.overrides + ([f"seeds=[{parsed.seeds}]"] if parsed.seeds else [])
+    settings = config_file.load(parsed.config, overrides)
+    several = settings.seeds is not None
+    train = seeds.train if several else run.train
+    flags = {"overwrite": parsed.overwrite, "resume": parsed.resume, "force_resume": parsed.force_resume}
+    if parsed.coordinator and parsed.resume:
+        raise UserError("--resume: several processes save no checkpoints yet, so that there is none to go on from")
+    with (
+        processes.joined(parsed.coordinator, parsed.processes, parsed.process) as first,
+        processes.own_output(settings) as settings,
+        # Several processes have nothing to save and cannot stop at different steps: there a signal ends them as usual.
+        contextlib.nullcontext(signals.Stop()) if parsed.coordinator else signals.listening() as stop,
+    ):
+        try:
+            results = train(settings, **flags, stop=stop)
+        except signals.Stopped as stopped:
+            saved = "nothing new to save" if stopped.step is None else f"step {stopped.step} is saved"
+            seeds_option = ["--seeds", parsed.seeds] if parsed.seeds else []
+            again = shlex.join(["neuroada", "train", parsed.config, *parsed.overrides, *seeds_option, "--resume"])
+            sys.stderr.write(f"neuroada: stopped, {saved}; go on with: {again}\n")
+            return
+        if parsed.json and first:
+            _print_json(results)
+        else:
+            (seeds.print_summary if several else report.print_summary)(results)
+
+
+def plan(parsed: argparse.Namespace) -> None:
+    """Says what a config would need of a machine."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's own words on a GPU that is missing, or on memory
+    import jax
+
+    # Before anything else asks JAX for a device: a described GPU is compiled for without taking a real one, and several
+    # CPUs are virtual ones.
+    jax.config.update("jax_platforms", "cpu")
+    from neuroada_jax import planning
+    from neuroada_jax.training import config_file
+
+    settings = config_file.load(parsed.config, parsed.overrides)
+    planning.start_devices(settings, parsed.devices)
+    plan = planning.plan(settings, parsed.target, parsed.devices)
+    if parsed.json:
+        _print_json(plan)
+    else:
+        planning.print_plan(plan)
+
+
+def evaluate(parsed: argparse.Namespace) -> None:
+    """Scores a model, or one with an adapter, on a file of rows."""
+    from neuroada_jax import evaluation
+    from neuroada_jax.rows import load_rows
+    from neuroada_jax.tasks import GLUE, TASKS, Source
+    from neuroada_jax.training import report
+
+    if parsed.task not in TASKS | GLUE:
+        raise UserError(f"--task: unknown task {parsed.task!r}; known: {', '.join(TASKS | GLUE)}")
+    opened = _open(parsed, decoder=parsed.task not in GLUE)
+    is_decoder = opened[0].model.architecture.is_decoder
+    if is_decoder and parsed.task not in TASKS:
+        raise UserError(f"--task: {parsed.task!r} needs an encoder with a head, and {opened[0].source} is a decoder")
+    source = Source(parsed.data, parsed.split) if parsed.data else (TASKS if is_decoder else GLUE)[parsed.task].source()
+    rows = load_rows(source.data, source.split, parsed.limit)
+    score_rows = _score_texts if is_decoder else _score_labels
+    base, params, tokenizer = _read(*opened)
+    with console.bar("evaluating") as shown:
+        score = score_rows(parsed, base, params, tokenizer, rows, console.reporter(shown))
+    out = Path(parsed.out or f"runs/evaluate/{parsed.task}.jsonl")
+    evaluation.write_predictions(out, score)
+    console.say(f"every prediction is in {out}")
+    if parsed.json:
+        parts = {name: part._asdict() for name, part in score.parts.items()}
+        found = {
+            "task": parsed.task,
+            "metric": score.metric,
+            "value": score.value,
+            "n": score.n,
+            "interval": score.interval,
+            **score.beside,
+        }
+        more = {"parts": parts, "overlap": score.overlap, "empty": score.empty}
+        _print_json(found | {key: value for key, value in more.items() if value})
+    else:
+        report.print_scores({parsed.task: report.score(None, score)})
+
+
+def _score_texts(parsed: argparse.Namespace, base: Any, params: Any, tokenizer: Any, rows: Any, progress: Any) -> Any:
+    from neuroada_jax import evaluation
+    from neuroada_jax.prompts import PromptStyle
+    from neuroada_jax.rows import load_rows
+    from neuroada_jax.tasks import TASKS, overlap
+
+    task, trained_on = TASKS[parsed.task], None
+    if parsed.trained_on:
+        trained_on = overlap.questions(
+            evaluation.convert(load_rows(parsed.trained_on), TASKS[task.suite or task.name]).rows
+        )
+    return evaluation.evaluate(
+        base,
+        params,
+        tokenizer,
+        rows,
+        task,
+        style=PromptStyle(parsed.style or task.style),
+        method=parsed.method,
+        max_new_tokens=parsed.max_new_tokens,
+        batch_size=parsed.batch_size,
+        trained_on=trained_on,
+        on_progress=progress,
+    )
+
+
+def _score_labels(parsed: argparse.Namespace, base: Any, params: Any, tokenizer: Any, rows: Any, progress: Any) -> Any:
+    from neuroada_jax import classification
+    from neuroada_jax.tasks import GLUE
+
+    if base.drawn and not parsed.adapter:
+        raise UserError(f"{base.source} has no {base.drawn[0]}: give an --adapter, which brings its trained head")
+    positions = base.model.config.max_positions
+    if parsed.max_length is not None and not 1 <= parsed.max_length <= positions:
+        raise UserError(f"--max-length: found {parsed.max_length}, expected 1 to the model's {positions} positions")
+    return classification.evaluate(
+        base,
+        params,
+        tokenizer,
+        rows,
+        GLUE[parsed.task],
+        max_length=parsed.max_length or positions,
+        batch_size=parsed.batch_size,
+        on_progress=progress,
+    )
+
+
+def tasks(parsed: argparse.Namespace) -> None:
+    """Lists the tasks."""
+    from neuroada_jax import tasks
+
+    found = tasks.listing()
+    if parsed.json:
+        print(json.dumps(found, ensure_ascii=False))
+        return
+    header = ("task", "suite", "model", "metric", "prompt", "data")
+    rows = [
+        (each["task"], each["suite"] or "", each["model"], each["metric"], each["prompt"], "".join(each["data"][-1:]))
+        for each in found
+    ]
+    console.table("tasks", header, rows)
+    console.say("data: the last place that is looked at; --json has all of them")
+
+
+def lm_eval(parsed: argparse.Namespace) -> None:
+    """Scores a model on the harness's tasks."""
+    from neuroada_jax import harness
+
+    for option in ("batch_size", "limit", "num_fewshot"):
+        value, least = getattr(parsed, option), 0 if option == "num_fewshot" else 1
+        if value is not None and value < least:
+            raise UserError(f"--{option.replace('_', '-')}: expected at least {least}, found {value}")
+    if parsed.out and not Path(parsed.out).parent.is_dir():
+        raise UserError(f"--out: the folder {Path(parsed.out).parent} does not exist")
+    tasks = harness.find_tasks(parsed.tasks.split(","), parsed.include_path)  # before the weights, which take longer
+    base, params, tokenizer = _load(parsed)
+    with console.bar("scoring") as shown:
+        results = harness.evaluate(
+            harness.NeuroAdaLM(base, params, tokenizer, parsed.batch_size, console.reporter(shown)),
+            tasks,
+            num_fewshot=parsed.num_fewshot,
+            limit=parsed.limit,
+            apply_chat_template=parsed.apply_chat_template,
+        )
+    if parsed.out:
+        harness.write_results(Path(parsed.out), results)
+    print(harness.summary_json(results) if parsed.json else harness.summary_table(results))
+
+
+def generate(parsed: argparse.Namespace) -> None:
+    """Continues a prompt."""
+    from neuroada_jax import data, evaluation
+    from neuroada_jax.generation import before_stop, generate
+    from neuroada_jax.sampling import Decoding
+
+    fields = {field.name: getattr(parsed, field.name) for field in dataclasses.fields(Decoding)}
+    decoding = Decoding(**{**fields, "stop": tuple(parsed.stop)})
+    base, params, tokenizer = _load(parsed)
+    prompts = [data.encode_prompt({"prompt": prompt}, parsed.style, tokenizer) for prompt in parsed.prompt]
+    outputs = generate(
+        base.model,
+        params,
+        prompts,
+        max_new_tokens=parsed.max_new_tokens,
+        eos_ids=evaluation.end_tokens(base, tokenizer),
+        decoding=decoding,
+        decode=tokenizer.decode,
+    )
+    texts = [before_stop(tokenizer.decode(ids, skip_special_tokens=True), decoding.stop) for ids in outputs]
+    if parsed.json:
+        pairs = zip(parsed.prompt, texts, outputs, strict=True)
+        _print_json({"generations": [{"prompt": p, "text": text, "tokens": len(ids)} for p, text, ids in pairs]})
+    else:
+        print("\n\n".join(texts))
+
+
+def inspect(parsed: argparse.Namespace) -> None:
+    """Lists the modules of a model or an adapter."""
+    from neuroada_jax import inspection
+
+    if parsed.k < 1:
+        raise UserError(f"--k: expected at least 1, found {parsed.k}")
+    content = inspection.inspect(parsed.path, parsed.k)
+    _print_json(content) if parsed.json else inspection.print_inspection(content)
+
+
+def merge(parsed: argparse.Namespace) -> None:
+    """Writes base and adapter as one model."""
+    from neuroada_jax.formats import exchange
+
+    made = exchange.export_adapter(parsed.adapter, "huggingface", parsed.out, model=parsed.model, dtype=parsed.dtype)
+    _print_json({"model": made["out"], "files": made["files"]}) if parsed.json else exchange.print_result(made)
+
+
+def export(parsed: argparse.Namespace) -> None:
+    """Writes an adapter for another library."""
+    from neuroada_jax.formats import exchange
+
+    options = {"model": parsed.model, "dtype": parsed.dtype, "verify": parsed.verify}
+    made = exchange.export_adapter(parsed.adapter, parsed.to, parsed.out, **options)
+    _print_json(made) if parsed.json else exchange.print_result(made)
+
+
+def import_(parsed: argparse.Namespace) -> None:
+    """Reads another library's adapter."""
+    from neuroada_jax.formats import exchange
+
+    options = {"dtype": parsed.dtype, "allow_pickle": parsed.allow_pickle}
+    made = exchange.import_adapter(parsed.directory, parsed.source_format, parsed.base, parsed.out, **options)
+    _print_json(made) if parsed.json else exchange.print_result(made)
