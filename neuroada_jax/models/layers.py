@@ -217,9 +217,16 @@ class Dropout(nn.Module):
 
 
 def dropped(x: Float[Array, "*B D"], rate: float, key: Array) -> Float[Array, "*B D"]:
-    """x with a share `rate` of its entries zero and the others divided by 1 - rate."""
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
-    return jnp.where(keep, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros_like(x))
+    """x with a share `rate` of its entries zero and the others divided by 1 - rate.
+
+    16 random bits decide on an entry (the rate is met to 2^-17), since drawing them takes longest: a fifth of a step of
+    MiniLM on a CPU went into 32 bits for each.
+    """
+    width = x.shape[-1]
+    pairs = jax.random.bits(key, (*x.shape[:-1], -(-width // 2)), jnp.uint32)
+    drawn = lax.bitcast_convert_type(pairs, jnp.uint16).reshape(*x.shape[:-1], -1)[..., :width]
+    drop = drawn < jnp.asarray(min(round(rate * 2**16), 2**16 - 1), jnp.uint16)
+    return jnp.where(drop, jnp.zeros_like(x), x / jnp.asarray(1.0 - rate, x.dtype))
 
 
 class Embedding(nn.Module):

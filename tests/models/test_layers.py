@@ -49,3 +49,17 @@ def test_causal_attention_and_its_gradient_equal_the_plain_formula(tokens, windo
     np.testing.assert_allclose(found, expected, atol=2e-5)
     for mine, theirs in zip(gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(mine, theirs, atol=5e-5)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 0.999999])
+def test_dropout_zeroes_its_share_and_scales_the_rest(rate):
+    x = jnp.full((300, 1001), 3.0)  # an odd width: the last pair of draws is used by half
+    found = np.asarray(layers.dropped(x, rate, jax.random.key(7)))
+    dropped = found == 0
+    spread = 5 * np.sqrt(rate * (1 - rate) / x.size) + 2**-16
+    assert abs(dropped.mean() - rate) <= spread
+    np.testing.assert_allclose(found[~dropped], 3.0 / (1 - rate), rtol=1e-6)
+    if rate == 0.5:  # neighbours are drawn apart, and so are rows
+        both = (dropped[:, :-1] & dropped[:, 1:]).mean(), (dropped[:-1] & dropped[1:]).mean()
+        np.testing.assert_allclose(both, 0.25, atol=0.005)
+        assert (dropped != np.asarray(layers.dropped(x, rate, jax.random.key(8)) == 0)).mean() > 0.45
