@@ -1,7 +1,7 @@
 """The epoch that is kept: part of an evaluation set chooses it, and the rest of the set is what the run is judged by.
 
 This is how GLUE is reported in this line of work: of a dev set of more than 5,000 examples 1,000 choose, of a smaller one
-half, drawn anew for every seed.
+half (rounded up), drawn anew for every seed.
 """
 
 import json
@@ -47,7 +47,7 @@ def split(rows: int, seed: int) -> Split:
     """
     if rows < 2:
         raise UserError(f"evaluation.best_epoch: a set of {rows} row(s) cannot be split in two")
-    count = CHOOSING_OF_LARGE if rows > LARGE else rows // 2
+    count = CHOOSING_OF_LARGE if rows > LARGE else (rows + 1) // 2
     order = np.random.default_rng([seed, rows]).permutation(rows)
     return Split(np.sort(order[:count]), np.sort(order[count:]))
 

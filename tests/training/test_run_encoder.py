@@ -205,7 +205,7 @@ def test_the_best_epoch_up_to_a_checkpoint_is_found_again(tmp_path):
     assert best_epoch.BestEpoch(tmp_path, print, print, 0).epochs == []
 
 
-@pytest.mark.parametrize(("count", "choosing"), [(2, 1), (277, 138), (1043, 521), (5000, 2500), (5001, 1000), (5463, 1000)])
+@pytest.mark.parametrize(("count", "choosing"), [(2, 1), (277, 139), (1043, 522), (5000, 2500), (5001, 1000), (5463, 1000)])
 def test_a_split_is_two_parts_of_the_published_sizes(count, choosing):
     parts = best_epoch.split(count, 42)
     assert len(parts.choosing) == choosing
