@@ -121,7 +121,7 @@ def _in_float32(chosen: RunConfig, adapter: str) -> Row:
     )
     flat = np.concatenate([value.ravel() for value in values])
     return {
-        "accuracy_float32": score.accuracy,
+        "accuracy_float32": score.value,
         "values_rms": float(np.sqrt(np.mean(np.square(flat)))),
         "lost": float(np.mean(np.concatenate([np.asarray(leaf).ravel() for leaf in unchanged]))),
     }

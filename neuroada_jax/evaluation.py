@@ -55,11 +55,6 @@ class Score(NamedTuple):
     overlap: int | None = None
     parts: Mapping[str, Part] = MappingProxyType({})
 
-    @property
-    def accuracy(self) -> float:
-        """The value of a set that is scored by accuracy."""
-        return self.value
-
 
 def wilson_interval(correct: int, n: int) -> tuple[float, float]:
     """The 95 % Wilson score interval of a proportion."""

@@ -141,7 +141,7 @@ def print_inspection(content: dict[str, Any]) -> None:
     everything = {
         "module": "all",
         "neurons": None if None in neurons else sum(neurons),
-        "k": content["k"] if "k" in content else ks.pop() if len(ks) == 1 else None,
+        "k": ks.pop() if len(ks) == 1 else None,
     }
     console.table(
         f"{content['kind']} {content['path']}",

@@ -202,13 +202,13 @@ def load_params(
 
 
 def open_model(
-    source: str, dtype: str = "float32", *, config_only: bool = False, labels: Sequence[str] | None = None
+    source: str, dtype: str = "auto", *, config_only: bool = False, labels: Sequence[str] | None = None
 ) -> LoadedModel:
     """Everything about a model but its weights: `params` and `digests` are empty until `read_weights`.
 
     Args:
       source: local Hugging Face directory, hub id or GGUF file.
-      dtype: "float32", "bfloat16" or "auto".
+      dtype: "float32", "bfloat16" or "auto": as the checkpoint says; float16 becomes bfloat16.
       config_only: download no weights, where the source is a hub id; they cannot be read afterwards.
       labels: of an encoder's head, one for regression; None: as the model's config says.
 
@@ -241,7 +241,7 @@ def read_weights(
 
 def load_model(
     source: str,
-    dtype: str = "float32",
+    dtype: str = "auto",
     on_progress: Progress | None = None,
     *,
     labels: Sequence[str] | None = None,

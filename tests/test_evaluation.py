@@ -49,14 +49,14 @@ def score(base, rows, task="instruct", **options):
 def test_exact_match_and_predictions(base, tmp_path):
     rows = [{"prompt": f"{word} and", "completion": "?"} for word in ("the", "answer", "choose", "option", "a question")]
     first = score(base, rows)
-    assert first.accuracy == 0 and first.n == 5 and first.interval[0] == 0
+    assert first.value == 0 and first.n == 5 and first.interval[0] == 0
     texts = [prediction["prediction"] for prediction in first.predictions]
     assert texts == [prediction["generation"].strip() for prediction in first.predictions]
     # The answers are now what the model says, with white space around it: those rows are right, and one is not.
     said = [{**row, "answer": f" {text}\n"} for row, text in zip(rows, texts, strict=True)]
     said[3]["answer"] += "x"
     second = score(base, said, batch_size=2)
-    assert second.accuracy == 0.8
+    assert second.value == 0.8
     assert [prediction["correct"] for prediction in second.predictions] == [True, True, True, False, True]
     assert second.predictions[0]["prompt"] == "the and\n"
     assert second.interval == evaluation.wilson_interval(4, 5)
@@ -96,7 +96,7 @@ def test_choices_picks_the_likelier_answer(base):
         likeliest.append(min(losses, key=losses.get))
     assert [prediction["prediction"] for prediction in got.predictions] == likeliest
     right = sum(choice == ("negative", "positive")[row["label"]] for choice, row in zip(likeliest, rows, strict=True))
-    assert got.accuracy == right / len(rows)
+    assert got.value == right / len(rows)
 
 
 def test_end_tokens_come_from_everywhere(base, tmp_path):

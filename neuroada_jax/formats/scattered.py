@@ -24,7 +24,7 @@ def rows_of(entries: dict[str, Entries]) -> tuple[dict[str, np.ndarray], dict[st
     Raises:
       UserError: positions outside the matrix, or one position twice.
     """
-    counts = {module: _count(module, *each) for module, each in entries.items()}
+    counts = {module: _count(module, each.positions, each.shape) for module, each in entries.items()}
     k = max(int(count.max()) for count in counts.values())
     values, columns = {}, {}
     padded = 0
@@ -52,7 +52,7 @@ def rows_of(entries: dict[str, Entries]) -> tuple[dict[str, np.ndarray], dict[st
     return values, columns, [note]
 
 
-def _count(module: str, values: np.ndarray, positions: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+def _count(module: str, positions: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """The number of entries in every row (O,), once the positions are known to be good."""
     outputs, inputs = shape
     if len(positions) and (positions.min() < 0 or positions.max() >= outputs * inputs):

@@ -245,7 +245,7 @@ class LlamaModel(nn.Module):
         cos, sin = rotations(c.rope, c.head_dim, positions)
         if mask is None and len(set(c.windows)) > 1:  # layers differ: only masks can say so inside one scan body
             mask = jnp.broadcast_to(positions[:, :, None] >= positions[:, None, :], (*positions.shape, ids.shape[1]))
-        masks = None if mask is None else self._masks(mask, positions)
+        masks = None if mask is None else self._masks(mask)
         scanned = (jnp.arange(c.num_layers, dtype=jnp.int32), jnp.asarray([w is not None for w in c.windows]))
         (x, cache), _ = self.layers((self.embed_tokens(ids), cache), scanned, cos, sin, masks)
         return self.norm(x), cache
@@ -256,7 +256,7 @@ class LlamaModel(nn.Module):
         """As `__call__`, without the scan: the parameters and the cache of every layer are arrays of their own."""
         c = self.config
         cos, sin = rotations(c.rope, c.head_dim, positions)
-        masks = self._masks(mask, positions)
+        masks = self._masks(mask)
         x, filled = self.embed_tokens(ids), []
         for cache, own, window in zip(caches, params, c.windows, strict=True):
             scanned = (None, jnp.asarray(window is not None))
@@ -265,7 +265,7 @@ class LlamaModel(nn.Module):
             filled.append(cache)
         return self.norm(x), filled
 
-    def _masks(self, mask: Array, positions: Array) -> tuple[Array, Array]:
+    def _masks(self, mask: Array) -> tuple[Array, Array]:
         """The mask (B, T, S) for full and for windowed layers, each (B, 1, T, S).
 
         Slots S hold consecutive positions, so distances follow from the slot numbers: query t of T sits in the last slot
