@@ -70,6 +70,8 @@ def _check_output(config: RunConfig, overwrite: bool, resume: bool, force_resume
         raise UserError("--force-resume: only together with --resume")
     written = config.directory / "config.yaml"
     if overwrite and resume:
+    if any(config.directory.glob("seed-*/config.yaml")):
+        raise UserError(f"{config.directory} holds runs of several seeds; use another name, or remove them")
         raise UserError("give --overwrite or --resume, not both")
     if not written.exists():
         if resume:

@@ -85,9 +85,9 @@ def test_a_run_keeps_its_best_epoch_and_is_judged_by_the_other_half(trained, dat
     assert best["epoch"] == 1 + [epoch["value"] for epoch in epochs].index(best["value"])
     assert {"f1", "epoch", "step"} <= epochs[0].keys()
     parts = best_epoch.split(21, 42)
-    assert best["split"] == parts.describe() and best["split"]["choosing_rows"] == 10
+    assert best["split"] == parts.describe() and best["split"]["choosing_rows"] == 11
     score = results["evaluation"]["dev"]
-    assert score["n"] == 11 and len(score["interval_after"]) == 2 and score["metric"] == "accuracy"
+    assert score["n"] == 10 and len(score["interval_after"]) == 2 and score["metric"] == "accuracy"
     assert results["accuracy_after"] == score["accuracy_after"] and 0 <= score["f1_after"] <= 1
     predictions = lines(out / "predictions-dev-after.jsonl")
     kept = [lines_of["sentence1"] for lines_of in np.array(lines(Path(data["dev"])))[parts.test]]
@@ -116,11 +116,11 @@ def test_the_adapter_is_that_of_the_best_epoch_and_evaluates_to_the_same(trained
             "task": "mrpc",
             "metric": "accuracy",
             "value": want["accuracy_after"],
-            "n": 11,
+            "n": 10,
             "interval": want["interval_after"],
             "f1": want["f1_after"],
         }
-        assert len(lines(tmp_path / "p.jsonl")) == 11
+        assert len(lines(tmp_path / "p.jsonl")) == 10
     code, printed, _ = neuroada(capsys, *arguments[:-1], "--adapter", out / "adapter")
     assert code == 0 and "mrpc" in printed and "f1" in printed
 
@@ -164,6 +164,7 @@ def test_regression(tmp_path, model, data):
 
 def test_several_seeds(tmp_path, model, data, capsys):
     sections = {"training": {"epochs": None, "steps": 2}, "evaluation": {"before": False}}
+@pytest.mark.filterwarnings("always::neuroada_jax.errors.NeuroadaWarning")
     path = write_config(tmp_path / "run.yaml", content(tmp_path, model, data, **sections))
     code, printed, _ = neuroada(capsys, "train", path, "--seeds", "1,7")
     out = tmp_path / "out"
@@ -188,6 +189,34 @@ def test_several_seeds(tmp_path, model, data, capsys):
 
 
 def test_a_plan_counts_the_head(tmp_path, model, data, trained, capsys):
+    again = ["train", path, "--seeds", "7,9", "--resume"]  # seed 7 counts only as what the others would be
+    another = [{"name": name, "data": data["dev"]} for name in ("dev", "new")]
+    for override, told in (
+        ("optimizer.learning_rate=99", "another config; changed: optimizer.learning_rate (0.02 then, 99.0 now)"),
+        (f"evaluation.sets={json.dumps(another)}", "another config; changed: evaluation.sets ("),
+    ):
+        code, _, err = neuroada(capsys, *again, override)
+        assert code == 2 and told in err.splitlines()[-1] and str(out / "seed-7") in err and not (out / "seed-9").exists()
+    code, _, err = neuroada(capsys, *again, override, "--force-resume")
+    assert (
+        code == 2
+        and "but --force-resume says to go on" in err
+        and err.splitlines()[-1].endswith("seed-7 has no score of new, found dev")
+    )
+
+
+def test_one_run_and_several_seeds_do_not_share_a_folder(tmp_path, model, data, capsys):
+    path = write_config(tmp_path / "run.yaml", content(tmp_path, model, data))
+    for there, options, told in (
+        ("seed-1/config.yaml", [], "out holds runs of several seeds; use another name, or remove them"),
+        ("config.yaml", ["--seeds", "1,2"], "out holds one run, without seeds; use another name, or remove it"),
+    ):
+        files.write_text(tmp_path / "out" / there, "")
+        for flag in ([], ["--overwrite"], ["--resume"]):
+            code, _, err = neuroada(capsys, "train", path, *options, *flag)
+            assert code == 2 and err.splitlines()[-1].endswith(told)
+        (tmp_path / "out" / there).unlink()
+
     path = write_config(tmp_path / "run.yaml", content(tmp_path, model, data))
     code, printed, _ = neuroada(capsys, "plan", path, "--json")
     plan, results = json.loads(printed), trained[1]
