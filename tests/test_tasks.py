@@ -200,6 +200,25 @@ def test_a_task_finds_its_rows(tmp_path, monkeypatch):
         "name them in `data`"
     )
     assert "it has no data of its own" in message_of(TASKS["instruct"].source)
+        (
+            "arc_easy",
+            {"question": "q", "choices": {"text": ["a"], "label": 1}, "answerKey": "A"},
+            "here: not a row of 'arc_easy' as the hub has it (AttributeError: 'int' object has no attribute 'index')",
+        ),
+        (
+            "piqa",
+            {"goal": "g", "sol1": "a", "sol2": "b", "label": float("inf")},
+            "here: not a row of 'piqa' as the hub has it (OverflowError: cannot convert float infinity to integer)",
+        ),
+        *(
+            (
+                "sst2",
+                {"sentence": "s", "label": label},
+                "here: task 'sst2' needs a text column sentence and a label 0 or 1, found columns sentence, label and "
+                f"label {label}",
+            )
+            for label in (1.0, True, 2)
+        ),
 
 
 def test_the_same_words_are_the_same_question():
@@ -213,6 +232,21 @@ def test_the_same_words_are_the_same_question():
         assert overlap.question(row) in known
     for row in ({"instruction": "Ann has 3 pens and 4 more"}, {"prompt": "..."}, {"messages": None, "prompt": "Ann"}):
         assert overlap.question(row) not in known
+
+@pytest.mark.parametrize(
+    ("row", "answer"),
+    [
+        ({"prompt": "p", "completion": "c", "answer": None}, "c"),
+        ({"instruction": "i", "output": "o", "answer": None, "completion": None}, "o"),
+        ({"instruction": "i", "output": "o", "answer": "a"}, "a"),
+        ({"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "c"}]}, "c"),
+        ({"messages": [{"role": "user", "content": "u"}]}, None),
+        *(({"messages": messages}, None) for messages in ({"role": "user"}, 3, "text", [], [3])),
+    ],
+)
+def test_the_answer_of_a_row_of_any_kind(row, answer):
+    assert TASKS["instruct"].convert(row, "here") == {**row, "answer": answer}
+
 
 
 def test_the_listing_has_every_task():

@@ -30,7 +30,7 @@ def _convert(
     if original and "instruction" not in row and all(column in row for column in original.columns):
         try:
             instruction, answer = original.render(row)
-        except (KeyError, IndexError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise UserError(f"{where}: not a row of {name!r} as the hub has it ({reason})") from error
     if not isinstance(instruction, str) or not isinstance(answer, str):
