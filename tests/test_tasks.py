@@ -3,7 +3,7 @@
 import pytest
 from data_helpers import message_of
 
-from neuroada_jax.prompts import render_prompt
+from neuroada_jax.prompts import render_example, render_prompt
 from neuroada_jax.tasks import GLUE, SUITES, TASKS, Source, listing, overlap
 from neuroada_jax.tasks.arithmetic import first_letter, last_number, stated_letter
 
@@ -132,8 +132,21 @@ def test_the_published_rule_for_letters_is_weak(text, published, strict):
 def test_the_training_rows_of_a_suite_take_either_answer():
     task = TASKS["arithmetic"]
     assert task.extract("A is 3", "A") == "A" and task.extract("A is 3", "4") == "3"
-    for answer in ("C", "2.5", "-1"):
-        assert task.convert({"instruction": "i", "output": "o", "answer": answer}, "here")["answer"] == answer
+    for answer, found in (
+        ("C", "C"),
+        ("2.5", "2.5"),
+        (" -1 ", "-1"),
+        (-1, "-1"),
+        (2.5, "2.5"),
+        ("1,234,567.5", "1234567.5"),
+    ):
+        row = {"instruction": "i", "output": "o", "answer": answer}
+        assert task.convert(row, "here") == {**row, "answer": found}
+    scored = {"instruction": "i", "answer": "1"}  # without a rationale, which only training needs
+    assert task.convert(scored, "here") == task.convert({**scored, "output": None}, "here") == scored
+    assert message_of(render_example, task.convert(scored, "here"), task.style, None, "here").startswith(
+        "here: no field 'output', found columns instruction, answer; expected "
+    )
 
 
 @pytest.mark.parametrize(
@@ -154,8 +167,22 @@ def test_the_training_rows_of_a_suite_take_either_answer():
         ),
         (
             "svamp",
-            {"instruction": "i", "answer": "3"},
-            "here: task 'svamp' needs the text columns instruction, output and answer, found instruction, answer",
+            {"instruction": "i", "output": 3, "answer": "3"},
+            "here: task 'svamp' needs a text column instruction and a column answer, and to train on them a text column "
+            "output, found instruction, output, answer",
+        ),
+        (
+            "aqua",
+            {"instruction": "i", "output": "o", "answer": None},
+            "here: task 'aqua' needs a text column instruction and a column answer (or question, options, rationale, "
+            "correct, as on the hub), and to train on them a text column output, found instruction, output, answer",
+        ),
+        ("svamp", {"instruction": "i", "answer": True}, "here: answer True, expected a text or a number (task 'svamp')"),
+        ("svamp", {"instruction": "i", "answer": "1,50"}, "here: answer '1,50', expected a number (task 'svamp')"),
+        (
+            "svamp",
+            {"instruction": "i", "answer": float("inf")},
+            "here: answer 'inf', expected a number (task 'svamp')",
         ),
         (
             "svamp",
@@ -173,33 +200,6 @@ def test_the_training_rows_of_a_suite_take_either_answer():
             {"instruction": "i", "output": "o", "answer": "inf"},
             "here: answer 'inf', expected a number, or a letter A to E (task 'arithmetic')",
         ),
-        (
-            "alpaca",
-            {"prompt": "p"},
-            "here: task 'alpaca' needs the text columns instruction and output (and perhaps input), found prompt",
-        ),
-    ],
-)
-def test_rows_that_do_not_fit(task, row, message):
-    if message is None:  # no "####": the whole is the answer
-        assert TASKS[task].convert(row, "here")["answer"] == "5"
-    else:
-        assert message_of(TASKS[task].convert, row, "here") == message
-
-
-def test_a_task_finds_its_rows(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    boolq = TASKS["boolq"]
-    assert boolq.source() == Source("google/boolq", "validation")
-    for file in ("data/eval/commonsense/boolq.jsonl.gz", "data/LLM-Adapters/dataset/boolq/test.json"):
-        (tmp_path / file).parent.mkdir(parents=True)
-        (tmp_path / file).touch()
-        assert boolq.source() == Source(file)
-    assert message_of(TASKS["addsub"].source) == (
-        "task 'addsub': no rows found (data/LLM-Adapters/dataset/AddSub/test.json, data/eval/arithmetic/AddSub.jsonl.gz); "
-        "name them in `data`"
-    )
-    assert "it has no data of its own" in message_of(TASKS["instruct"].source)
         (
             "arc_easy",
             {"question": "q", "choices": {"text": ["a"], "label": 1}, "answerKey": "A"},
@@ -219,19 +219,19 @@ def test_a_task_finds_its_rows(tmp_path, monkeypatch):
             )
             for label in (1.0, True, 2)
         ),
+        (
+            "alpaca",
+            {"prompt": "p"},
+            "here: task 'alpaca' needs the text columns instruction and output (and perhaps input), found prompt",
+        ),
+    ],
+)
+def test_rows_that_do_not_fit(task, row, message):
+    if message is None:  # no "####": the whole is the answer
+        assert TASKS[task].convert(row, "here")["answer"] == "5"
+    else:
+        assert message_of(TASKS[task].convert, row, "here") == message
 
-
-def test_the_same_words_are_the_same_question():
-    known = overlap.questions([{"instruction": "Ann has 3 pens , and\n 2 more?\n"}, {"prompt": "?!"}])
-    assert len(known) == 1  # what asks nothing equals nothing
-    for row in (
-        {"instruction": "ann has 3 PENS, and 2 more", "input": ""},
-        {"prompt": "Ann has 3 pens and 2 more.", "completion": "5"},
-        {"messages": [{"role": "user", "content": "Ann has 3 pens and 2 more."}, {"role": "assistant", "content": "5"}]},
-    ):
-        assert overlap.question(row) in known
-    for row in ({"instruction": "Ann has 3 pens and 4 more"}, {"prompt": "..."}, {"messages": None, "prompt": "Ann"}):
-        assert overlap.question(row) not in known
 
 @pytest.mark.parametrize(
     ("row", "answer"),
@@ -247,6 +247,33 @@ def test_the_same_words_are_the_same_question():
 def test_the_answer_of_a_row_of_any_kind(row, answer):
     assert TASKS["instruct"].convert(row, "here") == {**row, "answer": answer}
 
+
+def test_a_task_finds_its_rows(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    boolq = TASKS["boolq"]
+    assert boolq.source() == Source("google/boolq", "validation")
+    for file in ("data/eval/commonsense/boolq.jsonl.gz", "data/LLM-Adapters/dataset/boolq/test.json"):
+        (tmp_path / file).parent.mkdir(parents=True)
+        (tmp_path / file).touch()
+        assert boolq.source() == Source(file)
+    assert message_of(TASKS["addsub"].source) == (
+        "task 'addsub': no rows found (data/LLM-Adapters/dataset/AddSub/test.json, data/eval/arithmetic/AddSub.jsonl.gz); "
+        "name them in `data`"
+    )
+    assert "it has no data of its own" in message_of(TASKS["instruct"].source)
+
+
+def test_the_same_words_are_the_same_question():
+    known = overlap.questions([{"instruction": "Ann has 3 pens , and\n 2 more?\n"}, {"prompt": "?!"}])
+    assert len(known) == 1  # what asks nothing equals nothing
+    for row in (
+        {"instruction": "ann has 3 PENS, and 2 more", "input": ""},
+        {"prompt": "Ann has 3 pens and 2 more.", "completion": "5"},
+        {"messages": [{"role": "user", "content": "Ann has 3 pens and 2 more."}, {"role": "assistant", "content": "5"}]},
+    ):
+        assert overlap.question(row) in known
+    for row in ({"instruction": "Ann has 3 pens and 4 more"}, {"prompt": "..."}, {"messages": None, "prompt": "Ann"}):
+        assert overlap.question(row) not in known
 
 
 def test_the_listing_has_every_task():
