@@ -78,7 +78,7 @@ def lines(path):
 
 def test_a_run_keeps_its_best_epoch_and_is_judged_by_the_other_half(trained, data):
     out, results = trained
-    assert json.loads((out / "results.json").read_text()) == results
+    assert json.loads((out / "results.json").read_text()) == results and results["seed"] == 42
     best, epochs = results["best_epoch"], lines(out / "epochs.jsonl")
     assert best["epochs"] == epochs and [epoch["step"] for epoch in epochs] == [3, 6, 9]
     assert best["value"] == max(epoch["value"] for epoch in epochs) and best["metric"] == "accuracy"
