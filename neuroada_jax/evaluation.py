@@ -1,6 +1,5 @@
 """Scoring a set of rows: generate or choose answers, compare by the task's rule, and say how sure the figure is."""
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Set
 from pathlib import Path
@@ -229,5 +228,5 @@ def _choose(
 
 def write_predictions(path: Path, score: Score) -> None:
     """Every prediction as a line of JSON that a person can read."""
-    lines = [json.dumps(prediction, ensure_ascii=False) for prediction in score.predictions]
+    lines = [files.to_json(prediction) for prediction in score.predictions]
     files.write_text(path, "\n".join(lines) + "\n")

@@ -122,7 +122,7 @@ def print_summary(results: dict[str, Any]) -> None:
     if "best_epoch" in results:
         best = results["best_epoch"]
         console.say(
-            f"kept epoch {best['epoch']} of {len(best['epochs'])}: {best['metric']} {best['value']:.4f} on "
+            f"kept epoch {best['epoch']} of {len(best['epochs'])}: {best['metric']} {_loss(best['value'])} on "
             f"{best['split']['choosing_rows']} rows of {best['set']}; the score above is of the other "
             f"{best['split']['test_rows']}"
         )
@@ -136,7 +136,7 @@ def print_summary(results: dict[str, Any]) -> None:
         ("compiled steps", f"{results['compiled_steps']} of at most {results['possible_steps']}"),
         ("files", results["directory"]),
     ]
-    console.table(results["name"], ("", ""), rows)
+    console.table(run, ("", ""), rows)
 
 
 def _loss(value: float | None) -> str:

@@ -1,7 +1,6 @@
 """One config, several seeds: a run for each in a folder of its own, and a table with mean and deviation."""
 
 import dataclasses
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +11,9 @@ from neuroada_jax.errors import UserError
 from neuroada_jax.training import config_file, modules, resuming, run
 from neuroada_jax.training.config import RunConfig
 from neuroada_jax.training.report import share
+from neuroada_jax.training.signals import Stop
 from neuroada_jax.training.trackers import number
 from neuroada_jax.weights import open_base
-from neuroada_jax.training.signals import Stop
 
 
 def train(
@@ -45,9 +44,9 @@ def train(
     """
     runs = {seed: _of_seed(config, seed) for seed in config.seeds or [config.seed]}
     if overwrite and resume:
+        raise UserError("give --overwrite or --resume, not both")
     if (config.directory / "config.yaml").exists():
         raise UserError(f"{config.directory} holds one run, without seeds; use another name, or remove it")
-        raise UserError("give --overwrite or --resume, not both")
     for each in runs.values() if not overwrite and not resume else ():  # before the first of them is trained
         if (each.directory / "config.yaml").exists():
             raise UserError(
@@ -72,6 +71,7 @@ def _of_seed(config: RunConfig, seed: int) -> RunConfig:
     directory: Path = config.directory / f"seed-{seed}"
     return dataclasses.replace(config, name=f"{config.name}-seed-{seed}", output=str(directory), seed=seed, seeds=None)
 
+
 def _finished(runs: dict[int, RunConfig], force: bool) -> dict[int, dict[str, Any]]:
     """The results of the runs that have ended, whose configs must be what the others will be trained by.
 
@@ -95,13 +95,13 @@ def _finished(runs: dict[int, RunConfig], force: bool) -> dict[int, dict[str, An
     return found
 
 
-
 def summarise(config: RunConfig, runs: dict[int, dict[str, Any]]) -> dict[str, Any]:
     """The content of results.json of several seeds, from that of each.
 
     Returns:
       runs: a row for each seed: its folder, the epoch that was kept, the split, and the scores of every set.
-      evaluation: by set and then by metric: mean, deviation (of a sample; None for one seed) and the values.
+      evaluation: by set and then by metric: mean, deviation (of a sample; None for one seed) and the values. None for both
+        where a score is not finite.
     """
     sets = [each.name for each in config.evaluation.sets]
     first = next(iter(runs.values()))
@@ -141,7 +141,9 @@ def summarise(config: RunConfig, runs: dict[int, dict[str, Any]]) -> dict[str, A
     }
 
 
-def _spread(values: Sequence[float]) -> dict[str, Any]:
+def _spread(values: Sequence[float | None]) -> dict[str, Any]:
+    if any(number(value) is None for value in values):  # so results.json has a score that was not finite
+        return {"mean": None, "deviation": None, "values": list(values)}
     deviation = statistics.stdev(values) if len(values) > 1 else None
     return {"mean": statistics.mean(values), "deviation": deviation, "values": list(values)}
 
@@ -158,7 +160,7 @@ def print_summary(results: dict[str, Any]) -> None:
             lines.append((name, metric, str(row["seed"]), str(score["n"]), epoch, value))
         spread = summary[metric]
         deviation = "-" if spread["deviation"] is None else f"{100 * spread['deviation']:.1f}"
-        lines.append((name, metric, "mean", "", "", f"{100 * spread['mean']:.1f} ± {deviation}"))
+        lines.append((name, metric, "mean", "", "", f"{share(spread['mean'], None)} ± {deviation}"))
     title = f"{results['name']}: scores in % (95 % interval; mean ± standard deviation)"
     console.table(title, ("set", "metric", "seed", "n", "epoch", "score"), lines)
     console.say(f"trained values: {results['trainable']:,}; files: {results['directory']}")

@@ -11,8 +11,10 @@ from helpers import write_bert, write_config
 
 from neuroada_jax import cli, files
 from neuroada_jax.errors import UserError
+from neuroada_jax.evaluation import Score
 from neuroada_jax.formats import native
-from neuroada_jax.training import best_epoch, config_file, run
+from neuroada_jax.training import best_epoch, config_file, run, seeds
+from neuroada_jax.training.step import TrainState
 
 
 @pytest.fixture(scope="module")
@@ -162,9 +164,9 @@ def test_regression(tmp_path, model, data):
     assert native.read(str(tmp_path / "out" / "adapter")).metadata["base"]["labels"] == ["similarity"]
 
 
+@pytest.mark.filterwarnings("always::neuroada_jax.errors.NeuroadaWarning")
 def test_several_seeds(tmp_path, model, data, capsys):
     sections = {"training": {"epochs": None, "steps": 2}, "evaluation": {"before": False}}
-@pytest.mark.filterwarnings("always::neuroada_jax.errors.NeuroadaWarning")
     path = write_config(tmp_path / "run.yaml", content(tmp_path, model, data, **sections))
     code, printed, _ = neuroada(capsys, "train", path, "--seeds", "1,7")
     out = tmp_path / "out"
@@ -187,8 +189,6 @@ def test_several_seeds(tmp_path, model, data, capsys):
     assert code == 0 and json.loads(printed)["evaluation"]["dev"]["accuracy"]["values"][0] == values[1]
     assert not (out / "seed-7" / "metrics.jsonl").exists() and (out / "seed-8" / "adapter").exists()
 
-
-def test_a_plan_counts_the_head(tmp_path, model, data, trained, capsys):
     again = ["train", path, "--seeds", "7,9", "--resume"]  # seed 7 counts only as what the others would be
     another = [{"name": name, "data": data["dev"]} for name in ("dev", "new")]
     for override, told in (
@@ -217,6 +217,8 @@ def test_one_run_and_several_seeds_do_not_share_a_folder(tmp_path, model, data, 
             assert code == 2 and err.splitlines()[-1].endswith(told)
         (tmp_path / "out" / there).unlink()
 
+
+def test_a_plan_counts_the_head(tmp_path, model, data, trained, capsys):
     path = write_config(tmp_path / "run.yaml", content(tmp_path, model, data))
     code, printed, _ = neuroada(capsys, "plan", path, "--json")
     plan, results = json.loads(printed), trained[1]
@@ -232,6 +234,29 @@ def test_the_best_epoch_up_to_a_checkpoint_is_found_again(tmp_path):
     resumed = best_epoch.BestEpoch(tmp_path, print, print, 8)
     assert resumed.best["epoch"] == 1 and len(resumed.epochs) == 2
     assert best_epoch.BestEpoch(tmp_path, print, print, 0).epochs == []
+
+
+def test_an_epoch_without_a_finite_score_is_never_the_best(tmp_path):
+    values, saved = [float("nan"), 0.5, float("nan"), 0.9, 0.7], []
+
+    def score(state):
+        value = values[int(state.step) - 1]
+        return Score(value, 8, None, [], "pearson", {"spearman": value})
+
+    best = best_epoch.BestEpoch(tmp_path, score, lambda path, state: saved.append(path.name), 0)
+    for step in (1, 2, 3, 3, 4, 5):  # an epoch is scored once
+        best(TrainState(np.array(step), {}, None, {}, {}, {}, np.array(-1)))
+    assert saved == ["1", "2", "4"] and best.best["value"] == 0.9 and best.value(1) is None
+    text = (tmp_path / "epochs.jsonl").read_text()
+    assert "NaN" not in text and text.startswith(
+        '{"epoch": 1, "step": 1, "metric": "pearson", "value": null, "spearman": null}'
+    )
+    assert best_epoch.BestEpoch(tmp_path, score, print, 9).best["step"] == 4
+
+
+def test_scores_that_are_not_finite_are_null_and_have_no_mean():
+    assert files.to_json({"a": [float("nan"), (1.5, float("inf"))], "b": "é"}) == '{"a": [null, [1.5, null]], "b": "é"}'
+    assert seeds._spread([0.5, float("nan")])["mean"] is seeds._spread([None, 0.5])["deviation"] is None
 
 
 @pytest.mark.parametrize(("count", "choosing"), [(2, 1), (277, 139), (1043, 522), (5000, 2500), (5001, 1000), (5463, 1000)])
