@@ -1,6 +1,7 @@
 """Scoring fixed answers: the losses of a few continuations of one prompt, which is read once for all of them."""
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -39,7 +40,7 @@ def losses(
     batch_size: int,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Float64[np.ndarray, "n C"]:
-    """The summed loss of the targets of every example; C examples in each of n groups, which begin alike.
+    """The summed loss of the targets of every example; at most C in each of n groups, which begin alike, then infinities.
 
     What the examples of a group share is computed once: an example sees it and itself, and counts its positions as if it
     were alone. Sliding windows are told by slots, which then lie further apart: such a model reads every example alone.
@@ -67,7 +68,11 @@ def losses(
             found[number] = [part.sum() for part in np.split(scored[row, : ends[-1]], ends[:-1])]
         if on_progress:
             on_progress(done, len(batches))
-    return np.array(found).reshape(len(groups), -1)
+    each = iter(itertools.chain.from_iterable(found))
+    filled = np.full((len(groups), max(map(len, groups))), np.inf)
+    for row, group in zip(filled, groups, strict=True):
+        row[: len(group)] = list(itertools.islice(each, len(group)))
+    return filled
 
 
 @functools.partial(jax.jit, static_argnames="module")

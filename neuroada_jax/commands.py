@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from neuroada_jax import console
+from neuroada_jax import console, files
 from neuroada_jax.errors import UserError
 
 
@@ -50,7 +50,7 @@ def _read(opened: Any, tokenizer: Any, adapter: Any) -> tuple[Any, Any, Any]:
 
 
 def _print_json(content: dict[str, Any]) -> None:
-    print(json.dumps(content, ensure_ascii=False))
+    print(files.to_json(content))
 
 
 def train(parsed: argparse.Namespace) -> None:

@@ -1,6 +1,5 @@
 """Scoring a set of rows: generate or choose answers, compare by the task's rule, and say how sure the figure is."""
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Set
 from pathlib import Path
@@ -210,17 +209,19 @@ def _choose(
     on_progress: Progress | None,
 ) -> list[dict[str, Any]]:
     """The answer whose target text has the highest likelihood, for every row."""
-    candidates = [{**row, "output": task.target(choice)} for row in rows.rows for choice in task.choices]
+    options = [row.get("choices", task.choices) for row in rows.rows]
+    pairs = [(row, each) for row, own in zip(rows.rows, options, strict=True) for each in own]
+    candidates = [{**row, "output": task.target(each)} for row, each in pairs]
     examples = data.encode(rows_from_list(candidates, rows.source), style, tokenizer, base.model.config.max_positions)
     if examples.cut or examples.left_out:  # part of an answer would be compared with the whole of another
         raise UserError(f"{rows.source}: a prompt is longer than the model's {base.model.config.max_positions} positions")
-    count = len(task.choices)
-    groups = [[examples.example(first + at) for at in range(count)] for first in range(0, len(candidates), count)]
+    numbers = iter(range(len(candidates)))
+    groups = [[examples.example(next(numbers)) for _ in own] for own in options]
     best = choices.losses(base.model, params, groups, batch_size, on_progress).argmin(axis=1)
-    return [{"prediction": task.choices[choice]} for choice in best]
+    return [{"prediction": own[choice]} for own, choice in zip(options, best, strict=True)]
 
 
 def write_predictions(path: Path, score: Score) -> None:
     """Every prediction as a line of JSON that a person can read."""
-    lines = [json.dumps(prediction, ensure_ascii=False) for prediction in score.predictions]
+    lines = [files.to_json(prediction) for prediction in score.predictions]
     files.write_text(path, "\n".join(lines) + "\n")

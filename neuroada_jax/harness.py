@@ -18,8 +18,9 @@ from neuroada_jax.batches import Batch, default_buckets
 from neuroada_jax.bypass import Tree
 from neuroada_jax.errors import UserError
 from neuroada_jax.evaluation import end_tokens
-from neuroada_jax.generation import generate
+from neuroada_jax.generation import before_stop, generate
 from neuroada_jax.losses import target_scores
+from neuroada_jax.sampling import Decoding
 from neuroada_jax.weights import LoadedModel
 
 try:
@@ -176,11 +177,13 @@ class NeuroAdaLM(TemplateLM):
                 prompts,
                 max_new_tokens=new_tokens,
                 eos_ids=end_tokens(self.base, self.tokenizer),
+                decoding=Decoding(stop=until),
+                decode=lambda ids: str(self.tokenizer.decode(ids)),  # with special tokens, as where lm-eval looks for stops
                 batch_size=self.batch_size,
                 on_progress=self.on_progress,
             )
             for number, ids in zip(numbers, outputs, strict=True):
-                texts[number] = _before_stop(str(self.tokenizer.decode(ids, skip_special_tokens=True)), until)
+                texts[number] = before_stop(str(self.tokenizer.decode(ids, skip_special_tokens=True)), until)
         return texts
 
 
@@ -216,7 +219,7 @@ def _batches(rows: list[_Row], continuations: list[list[int]], batch_size: int) 
         yield chosen, jax.tree.map(jnp.asarray, batch)
 
 
-def _generation_settings(asked: dict[str, Any]) -> tuple[list[str], int]:
+def _generation_settings(asked: dict[str, Any]) -> tuple[tuple[str, ...], int]:
     """Stop strings and the most new tokens."""
     settings: Any = normalize_gen_kwargs(asked)
     unknown = sorted(set(settings) - _GENERATION)
@@ -224,12 +227,7 @@ def _generation_settings(asked: dict[str, Any]) -> tuple[list[str], int]:
         raise UserError(
             f"a task's generation_kwargs are {asked}: lm-eval decodes greedily here, without {unknown or 'sampling'}"
         )
-    return settings["until"], settings["max_gen_toks"]
-
-
-def _before_stop(text: str, stops: Sequence[str]) -> str:
-    """The text up to the first of the stop strings."""
-    return text[: min((text.index(stop) for stop in stops if stop and stop in text), default=len(text))]
+    return tuple(stop for stop in settings["until"] if stop), settings["max_gen_toks"]
 
 
 class _Tasks(TaskManager):

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from neuroada_jax.errors import UserError
+from neuroada_jax.files import read_json
 
 JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
 SUFFIXES = (*JSON_SUFFIXES, ".parquet")
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
-# File names that hold one of these words belong to that split; what holds none of them serves as "train".
+# File names that hold one of these words belong to that split; what holds none of them serves as "train". Names with
+# words of two splits, such as dev1000_from_train, belong to none: they are read only where a split of another name fits.
 SPLIT_WORDS = {
     "train": {"train", "training"},
     "validation": {"validation", "valid", "val", "dev"},
@@ -56,9 +58,11 @@ def load_rows(source: str, split: str = "train", limit: int | None = None) -> Ro
     written by `datasets` (`save_to_disk`) or one that holds such files; or a hub name such as `tatsu-lab/alpaca`, with a
     colon before the name of one of its configurations: `nyu-mll/glue:mrpc`.
     split: chooses the split of a hub name, of a saved DatasetDict, and the files of a directory whose names hold the
-    split's name (files that name no split count as "train"). A single file has no splits: it is read whatever it says.
+    split's name (files that name no split count as "train", and files that name two as neither). A single file has no
+    splits: it is read whatever it says.
 
-    Raises UserError: nothing there, unknown kind of file, unknown split, no rows, not JSON, a row that is no object.
+    Raises UserError: nothing there, unknown kind of file, unknown split or one that is two sets (MNLI's validation), no
+    rows, not JSON, a row that is no object.
     """
     source = str(source)
     if limit is not None and limit < 1:
@@ -91,19 +95,48 @@ def _take(pairs: Iterator, limit: int | None) -> Iterator:
             return
 
 
+def _data_files(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.iterdir() if path.is_file() and path.name.lower().endswith(SUFFIXES))
+
+
 def _files_of(directory: Path, split: str) -> list[Path]:
-    files = sorted(p for p in directory.iterdir() if p.is_file() and p.name.lower().endswith(SUFFIXES))
+    files = _data_files(directory)
     if not files:
         raise UserError(f"{directory}: no data files in this directory, expected some of {', '.join(SUFFIXES)}")
-    words = {file: set(re.split(r"[^a-z0-9]+", file.name.lower())) for file in files}
-    chosen = [file for file in files if words[file] & SPLIT_WORDS.get(split, {split.lower()})]
-    if not chosen and split == "train":
-        others = set().union(*(names for name, names in SPLIT_WORDS.items() if name != "train"))
-        chosen = [file for file in files if not words[file] & others]
+    chosen = _of_split(files, split)
     if not chosen:
         names = ", ".join(file.name for file in files[:5])
         raise UserError(f"{directory}: no file for split {split!r}, found {names}{' ...' if len(files) > 5 else ''}")
+    if len({"mismatched" in _words(file.name) for file in chosen if _words(file.name) & {"matched", "mismatched"}}) > 1:
+        raise UserError(
+            f"{directory}: split {split!r} is two sets here; name one of them: {split}_matched or {split}_mismatched"
+        )
     return chosen
+
+
+def _of_split(files: list[Path], split: str) -> list[Path]:
+    """Those of the files that belong to a split, or whose names hold all words of one that is not in SPLIT_WORDS."""
+    if split not in SPLIT_WORDS:
+        asked = set(re.findall(r"[a-z0-9]+", split.lower()))
+        return [file for file in files if asked <= _words(file.name)]
+    kinds = {file: [kind for kind, words in SPLIT_WORDS.items() if words & _words(file.name)] for file in files}
+    chosen = [file for file in files if kinds[file] == [split]]
+    return chosen if chosen or split != "train" else [file for file in files if not kinds[file]]
+
+
+def _words(name: str) -> set[str]:
+    """The words of a file's name, with and without a number at their end."""
+    words = re.findall(r"[a-z0-9]+", name.lower())
+    return {*words, *(word.rstrip("0123456789") for word in words)}
+
+
+def has_split(directory: Path, split: str) -> bool:
+    """Whether a directory has rows of a split, as far as its files' names say."""
+    if not directory.is_dir():
+        return False
+    if (directory / "dataset_dict.json").exists():
+        return split in read_json(directory / "dataset_dict.json").get("splits", [])
+    return (directory / "state.json").exists() or bool(_of_split(_data_files(directory), split))
 
 
 def _read_file(path: Path, limit: int | None) -> Iterator[tuple[str, int, dict]]:

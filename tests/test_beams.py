@@ -8,7 +8,7 @@ import torch
 from helpers import CONFIG, write_model
 from transformers import AutoModelForCausalLM
 
-from neuroada_jax import weights
+from neuroada_jax import decoding, weights
 from neuroada_jax.generation import generate
 from neuroada_jax.sampling import Decoding
 
@@ -77,10 +77,10 @@ def ours(family, settings, eos_ids, batch_size=3):
     return generate(loaded.model, loaded.params, prompts(), **options)
 
 
-def assert_equal(family, settings, ending):
+def assert_equal(family, settings, ending, **options):
     _, _, reference, eos_ids = family
     stops = eos_ids if ending else []
-    assert ours(family, settings, stops) == [theirs(reference, prompt, stops, settings) for prompt in prompts()]
+    assert ours(family, settings, stops, **options) == [theirs(reference, prompt, stops, settings) for prompt in prompts()]
 
 
 OTHERS = [name for name in FAMILIES if name != "llama"]
@@ -95,6 +95,16 @@ def test_equals_transformers(family, name):
     settings = BEAMS[name] if name in BEAMS else GREEDY[name]
     for ending in (True, False) if name in BEAMS else (False,):
         assert_equal(family, settings, ending)
+
+
+@pytest.mark.parametrize("family", ["llama"], indirect=True)
+@pytest.mark.parametrize("settings", [{}, {"beams": 2}], ids=["greedy", "beams"])
+def test_stacked_layers_equal_transformers(family, settings, monkeypatch):
+    """Every device but a CPU scans them."""
+    asked = []
+    monkeypatch.setattr(decoding, "one_by_one", lambda: bool(asked.append(None)))
+    assert_equal(family, settings, True, batch_size=4)  # a size of its own: what is compiled already is not traced again
+    assert asked
 
 
 @pytest.mark.parametrize("family", ["llama"], indirect=True)

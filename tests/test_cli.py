@@ -163,7 +163,7 @@ def test_a_run_prints_tables(trained, capsys):
 
     report.print_summary(json.loads((trained / "results.json").read_text()))
     out = capsys.readouterr().out
-    assert "held out" in out and "128" in out and "7" in out and "before" in out
+    assert "held out" in out and "128" in out and "7" in out and "before" in out and out.count(", seed ") == 2
 
 
 def test_a_packed_run_trains_on_every_example_once_an_epoch(tmp_path, inputs, neuroada):

@@ -99,6 +99,22 @@ def test_choices_picks_the_likelier_answer(base):
     assert got.value == right / len(rows)
 
 
+def test_choices_of_a_question_are_those_that_it_names(base, monkeypatch):
+    sizes = []
+
+    def last_is_likeliest(model, params, groups, batch_size, on_progress):
+        sizes.extend(map(len, groups))
+        return np.array([[np.inf if at >= len(group) else -at for at in range(5)] for group in groups])
+
+    monkeypatch.setattr(evaluation.choices, "losses", last_is_likeliest)
+    named = [[f"answer{number}" for number in range(1, count + 1)] for count in (4, 3, 5)]
+    rows = [{"instruction": f"q\n\nAnswer format: {'/'.join(names)}", "answer": "answer1"} for names in named]
+    rows += [{"instruction": "q", "answer": "answer1"}, {**rows[1], "answer": "answer4"}]  # all five
+    got = score(base, rows, "arc_easy", method="choices")
+    assert sizes == [4, 3, 5, 5, 5]
+    assert [each["prediction"] for each in got.predictions] == [f"answer{size}" for size in sizes]
+
+
 def test_end_tokens_come_from_everywhere(base, tmp_path):
     directory = write_model(tmp_path / "m", eos_token_id=[5, 6])
     (directory / "generation_config.json").write_text('{"eos_token_id": 7}')

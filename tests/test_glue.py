@@ -36,9 +36,16 @@ def test_the_eight_tasks_and_what_they_are_scored_by():
 
 def test_the_dev_set_is_here_or_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert GLUE["rte"].source() == ("nyu-mll/glue:rte", "validation")
-    (tmp_path / "data" / "glue" / "rte").mkdir(parents=True)
-    assert GLUE["rte"].source() == ("data/glue/rte", "validation")
+    mnli, folder = GLUE["mnli"], tmp_path / "data" / "glue" / "mnli"
+    for file, source in (
+        ("dev1000_from_train.jsonl.gz", ("nyu-mll/glue:mnli", "validation_matched")),  # a dev set of another split
+        ("validation.jsonl", ("data/glue/mnli", "validation")),
+        ("validation_matched.parquet", ("data/glue/mnli", "validation_matched")),
+    ):
+        assert GLUE["rte"].source() == ("nyu-mll/glue:rte", "validation")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / file).touch()
+        assert mnli.source() == source
 
 
 @pytest.mark.parametrize("name", ROWS)

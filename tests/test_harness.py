@@ -137,8 +137,12 @@ def test_long_texts_roll_as_in_the_hf_model(pair):
     np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
-def test_generation_cuts_long_prompts_and_keeps_settings_apart(pair):
+def test_generation_cuts_long_prompts_and_keeps_settings_apart(harness, pair, monkeypatch):
     ours, theirs = pair
+    outputs, generate = [], harness.generate
+    monkeypatch.setattr(
+        harness, "generate", lambda *args, **options: outputs.append(generate(*args, **options)) or outputs[-1]
+    )
     settings = [
         {"until": ["e"], "max_gen_toks": 20},
         {"until": [], "max_gen_toks": 6},
@@ -149,6 +153,8 @@ def test_generation_cuts_long_prompts_and_keeps_settings_apart(pair):
     # One at a time there: a batch takes the BOS rule of its first text, and cuts padding as if it were text.
     expected = [theirs.generate_until(requests(one), disable_tqdm=True)[0] for one in asked]
     assert ours.generate_until(requests(*asked)) == expected
+    stopped = [ids for ids in outputs[0] if "e" in ours.tokenizer.decode(ids)]
+    assert stopped and not any("e" in ours.tokenizer.decode(ids[:-1]) for ids in stopped)  # the rest is not decoded
 
 
 def test_few_shapes_and_one_text_for_answers_of_one_token(harness, pair, monkeypatch):

@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 from data_helpers import message_of, write_lines
 
-from neuroada_jax.rows import load_rows, rows_from_list
+from neuroada_jax.rows import has_split, load_rows, rows_from_list
 
 ROWS = [{"instruction": f"q{i}", "output": f"a{i}"} for i in range(5)]
 
@@ -53,6 +53,8 @@ def test_parquet_and_saved_directories(tmp_path):
     assert load_rows(str(tmp_path / "splits"), limit=2).rows == ROWS[:2]
     message = message_of(load_rows, str(tmp_path / "splits"), "dev")
     assert "no split 'dev'" in message
+    assert has_split(tmp_path / "splits", "test") and not has_split(tmp_path / "splits", "dev")
+    assert has_split(tmp_path / "saved", "validation")  # which has no splits to tell apart
     assert "train, test" in message
 
 
@@ -73,6 +75,19 @@ def test_directory_of_files(tmp_path):
     plain.mkdir()
     write_lines(plain / "first.jsonl", ROWS)
     assert load_rows(str(plain)).rows == ROWS
+
+
+def test_a_name_with_two_splits_belongs_to_neither(tmp_path):
+    names = ["dev1000_from_train", "train.subset8999", "validation_matched", "validation_mismatched-00000-of-00001"]
+    for name, row in zip(names, ROWS, strict=False):
+        write_lines(tmp_path / f"{name}.jsonl", [row])
+    for split, row in (("train", 1), ("validation_matched", 2), ("validation_mismatched", 3), ("dev1000_from_train", 0)):
+        assert load_rows(str(tmp_path), split).rows == [ROWS[row]] and has_split(tmp_path, split)
+    message = message_of(load_rows, str(tmp_path), "validation")
+    assert message.endswith("'validation' is two sets here; name one of them: validation_matched or validation_mismatched")
+    assert not has_split(tmp_path, "test") and not has_split(tmp_path / "gone", "train")
+    (tmp_path / f"{names[1]}.jsonl").unlink()
+    assert "no file for split 'train'" in message_of(load_rows, str(tmp_path))
 
 
 def test_hub_name_goes_to_datasets(monkeypatch):

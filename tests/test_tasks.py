@@ -3,7 +3,7 @@
 import pytest
 from data_helpers import message_of
 
-from neuroada_jax.prompts import render_prompt
+from neuroada_jax.prompts import render_example, render_prompt
 from neuroada_jax.tasks import GLUE, SUITES, TASKS, Source, listing, overlap
 from neuroada_jax.tasks.arithmetic import first_letter, last_number, stated_letter
 
@@ -132,8 +132,21 @@ def test_the_published_rule_for_letters_is_weak(text, published, strict):
 def test_the_training_rows_of_a_suite_take_either_answer():
     task = TASKS["arithmetic"]
     assert task.extract("A is 3", "A") == "A" and task.extract("A is 3", "4") == "3"
-    for answer in ("C", "2.5", "-1"):
-        assert task.convert({"instruction": "i", "output": "o", "answer": answer}, "here")["answer"] == answer
+    for answer, found in (
+        ("C", "C"),
+        ("2.5", "2.5"),
+        (" -1 ", "-1"),
+        (-1, "-1"),
+        (2.5, "2.5"),
+        ("1,234,567.5", "1234567.5"),
+    ):
+        row = {"instruction": "i", "output": "o", "answer": answer}
+        assert task.convert(row, "here") == {**row, "answer": found}
+    scored = {"instruction": "i", "answer": "1"}  # without a rationale, which only training needs
+    assert task.convert(scored, "here") == task.convert({**scored, "output": None}, "here") == scored
+    assert message_of(render_example, task.convert(scored, "here"), task.style, None, "here").startswith(
+        "here: no field 'output', found columns instruction, answer; expected "
+    )
 
 
 @pytest.mark.parametrize(
@@ -154,8 +167,22 @@ def test_the_training_rows_of_a_suite_take_either_answer():
         ),
         (
             "svamp",
-            {"instruction": "i", "answer": "3"},
-            "here: task 'svamp' needs the text columns instruction, output and answer, found instruction, answer",
+            {"instruction": "i", "output": 3, "answer": "3"},
+            "here: task 'svamp' needs a text column instruction and a column answer, and to train on them a text column "
+            "output, found instruction, output, answer",
+        ),
+        (
+            "aqua",
+            {"instruction": "i", "output": "o", "answer": None},
+            "here: task 'aqua' needs a text column instruction and a column answer (or question, options, rationale, "
+            "correct, as on the hub), and to train on them a text column output, found instruction, output, answer",
+        ),
+        ("svamp", {"instruction": "i", "answer": True}, "here: answer True, expected a text or a number (task 'svamp')"),
+        ("svamp", {"instruction": "i", "answer": "1,50"}, "here: answer '1,50', expected a number (task 'svamp')"),
+        (
+            "svamp",
+            {"instruction": "i", "answer": float("inf")},
+            "here: answer 'inf', expected a number (task 'svamp')",
         ),
         (
             "svamp",
@@ -174,6 +201,25 @@ def test_the_training_rows_of_a_suite_take_either_answer():
             "here: answer 'inf', expected a number, or a letter A to E (task 'arithmetic')",
         ),
         (
+            "arc_easy",
+            {"question": "q", "choices": {"text": ["a"], "label": 1}, "answerKey": "A"},
+            "here: not a row of 'arc_easy' as the hub has it (AttributeError: 'int' object has no attribute 'index')",
+        ),
+        (
+            "piqa",
+            {"goal": "g", "sol1": "a", "sol2": "b", "label": float("inf")},
+            "here: not a row of 'piqa' as the hub has it (OverflowError: cannot convert float infinity to integer)",
+        ),
+        *(
+            (
+                "sst2",
+                {"sentence": "s", "label": label},
+                "here: task 'sst2' needs a text column sentence and a label 0 or 1, found columns sentence, label and "
+                f"label {label}",
+            )
+            for label in (1.0, True, 2)
+        ),
+        (
             "alpaca",
             {"prompt": "p"},
             "here: task 'alpaca' needs the text columns instruction and output (and perhaps input), found prompt",
@@ -185,6 +231,21 @@ def test_rows_that_do_not_fit(task, row, message):
         assert TASKS[task].convert(row, "here")["answer"] == "5"
     else:
         assert message_of(TASKS[task].convert, row, "here") == message
+
+
+@pytest.mark.parametrize(
+    ("row", "answer"),
+    [
+        ({"prompt": "p", "completion": "c", "answer": None}, "c"),
+        ({"instruction": "i", "output": "o", "answer": None, "completion": None}, "o"),
+        ({"instruction": "i", "output": "o", "answer": "a"}, "a"),
+        ({"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "c"}]}, "c"),
+        ({"messages": [{"role": "user", "content": "u"}]}, None),
+        *(({"messages": messages}, None) for messages in ({"role": "user"}, 3, "text", [], [3])),
+    ],
+)
+def test_the_answer_of_a_row_of_any_kind(row, answer):
+    assert TASKS["instruct"].convert(row, "here") == {**row, "answer": answer}
 
 
 def test_a_task_finds_its_rows(tmp_path, monkeypatch):

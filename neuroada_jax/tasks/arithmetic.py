@@ -20,6 +20,7 @@ LETTERS = ("A", "B", "C", "D", "E")
 TOLERANCE = 1e-3
 
 _NUMBER = re.compile(r"-?\d+\.?\d*")
+_GROUPED = re.compile(r"-?\d{1,3}(,\d{3})+(\.\d+)?")
 _STATED = re.compile(r"(?i:\b(?:answer|option|choice)\b)[^.\n]{0,40}?(?:\n\s*|[\s(\[:*'\"])([A-E])(?![A-Za-z'])")
 _LISTED = re.compile(r"(?<![A-Za-z])([A-E])\)")
 
@@ -83,18 +84,25 @@ def _convert(name: str, row: Mapping[str, Any], where: str) -> dict[str, Any]:
             row = rewritten(row)
         except (AttributeError, IndexError, TypeError) as error:
             raise UserError(f"{where}: not a row of {name!r} as the hub has it ({error})") from error
-    for column in ("instruction", "output", "answer"):
-        if not isinstance(row.get(column), str):
-            also = f" (or {', '.join(columns)}, as on the hub)" if columns else ""
-            raise UserError(
-                f"{where}: task {name!r} needs the text columns instruction, output and answer{also}, "
-                f"found {', '.join(row)}"
-            )
-    answer = row["answer"].strip()
+    instruction, output, answer = (row.get(column) for column in ("instruction", "output", "answer"))
+    if not isinstance(instruction, str) or answer is None or not isinstance(output, str | None):
+        also = f" (or {', '.join(columns)}, as on the hub)" if columns else ""
+        raise UserError(
+            f"{where}: task {name!r} needs a text column instruction and a column answer{also}, and to train on them a "
+            f"text column output, found {', '.join(row)}"
+        )
+    if isinstance(answer, int | float) and not isinstance(answer, bool):
+        answer = str(answer)
+    if not isinstance(answer, str):
+        raise UserError(f"{where}: answer {answer!r}, expected a text or a number (task {name!r})")
+    answer = answer.strip()
+    if _GROUPED.fullmatch(answer):
+        answer = answer.replace(",", "")
     if not (answer in LETTERS and name in (SUITE, "aqua")) and not (_is_number(answer) and name != "aqua"):
         expected = {"aqua": "a letter A to E", SUITE: "a number, or a letter A to E"}.get(name, "a number")
         raise UserError(f"{where}: answer {answer!r}, expected {expected} (task {name!r})")
-    return {"instruction": row["instruction"], "output": row["output"], "answer": answer}
+    converted = {"instruction": instruction, "answer": answer}
+    return converted if output is None else {**converted, "output": output}
 
 
 def _task(name: str, folder: str | None = None, file: str | None = None, *hub: Source) -> Task:

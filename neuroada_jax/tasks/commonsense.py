@@ -30,7 +30,7 @@ def _convert(
     if original and "instruction" not in row and all(column in row for column in original.columns):
         try:
             instruction, answer = original.render(row)
-        except (KeyError, IndexError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise UserError(f"{where}: not a row of {name!r} as the hub has it ({reason})") from error
     if not isinstance(instruction, str) or not isinstance(answer, str):
@@ -39,7 +39,14 @@ def _convert(
         raise UserError(f"{where}: task {name!r} needs the text columns instruction and answer{also}, found {found}")
     if choices and answer.strip() not in choices:
         raise UserError(f"{where}: answer {answer!r}, expected one of task {name!r}: {', '.join(choices)}")
-    return {"instruction": instruction, "output": TRIGGER + answer, "answer": answer}
+    converted = {"instruction": instruction, "output": TRIGGER + answer, "answer": answer}
+    return {**converted, "choices": _named(instruction, answer.strip(), choices)} if choices else converted
+
+
+def _named(instruction: str, answer: str, choices: tuple[str, ...]) -> tuple[str, ...]:
+    """The answers that an instruction names at its end: ARC's questions have three, four or five. Else the task's."""
+    named = tuple(instruction.rpartition("Answer format: ")[2].strip().split("/"))
+    return named if answer in named and set(named) <= set(choices) else choices
 
 
 def _task(

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from neuroada_jax import rows
 from neuroada_jax.errors import UserError
 from neuroada_jax.tasks.task import Source
 
@@ -47,9 +48,10 @@ class GlueTask(NamedTuple):
         return Source(f"data/glue/{self.name}", "validation"), Source(f"{HUB}:{self.name}", self.validation)
 
     def source(self) -> Source:
-        """The first of the sources that is here, or else the hub's."""
+        """The first of the sources that has its split here, by the hub's name of it or the plain one, or else the hub's."""
         here, hub = self.sources
-        return here if Path(here.data).exists() else hub
+        found = [split for split in (hub.split, here.split) if rows.has_split(Path(here.data), split)]
+        return Source(here.data, found[0]) if found else hub
 
     def convert(self, row: Mapping[str, Any], where: str) -> tuple[tuple[str, ...], int | float]:
         """(the texts, the label) of a row.

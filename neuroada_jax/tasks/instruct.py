@@ -17,10 +17,12 @@ def after_trigger(text: str, answer: str) -> str:
 
 
 def _as_is(row: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The row itself; its answer is the `answer` column or else the whole target."""
-    answer = row.get("answer", row.get("completion", row.get("output")))
-    if answer is None and row.get("messages"):
-        last = row["messages"][-1]
+    """The row itself; its answer is the `answer` column or else the whole target. `datasets` writes null where none is."""
+    given = (row.get(column) for column in ("answer", "completion", "output"))
+    answer = next((value for value in given if value is not None), None)
+    messages = row.get("messages")
+    if answer is None and isinstance(messages, list) and messages:
+        last = messages[-1]
         answer = last.get("content") if isinstance(last, Mapping) and last.get("role") == "assistant" else None
     return {**row, "answer": answer}
 
@@ -51,7 +53,7 @@ _SST2_LABELS = ("negative", "positive")
 
 def _sst2(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     sentence, label = row.get("sentence"), row.get("label")
-    if not isinstance(sentence, str) or label not in (0, 1):
+    if not isinstance(sentence, str) or not isinstance(label, int) or isinstance(label, bool) or label not in (0, 1):
         raise UserError(
             f"{where}: task 'sst2' needs a text column sentence and a label 0 or 1, found columns {', '.join(row)} "
             f"and label {label!r}"

@@ -22,8 +22,8 @@ class Task(NamedTuple):
     Attributes:
       name: how configs call it.
       style: the prompt style where the config does not name one.
-      convert: (row, where) -> a chat, prompt/completion or instruction row with an `answer` column; raises UserError for
-        rows that do not fit.
+      convert: (row, where) -> a chat, prompt/completion or instruction row with an `answer` column, and with `choices`
+        where it names the answers there are; raises UserError for rows that do not fit.
       extract: (generated text, right answer) -> the answer in the text, "" where there is none. The right answer only says
         of what kind to look for one.
       matches: (extracted answer, right answer) -> whether they are the same; "" never is.

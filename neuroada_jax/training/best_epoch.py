@@ -5,6 +5,7 @@ half (rounded up), drawn anew for every seed.
 """
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from neuroada_jax.evaluation import Score
 from neuroada_jax.formats import native
 from neuroada_jax.rows import Rows
 from neuroada_jax.training.step import TrainState
+from neuroada_jax.training.trackers import number
 from neuroada_jax.weights import LoadedModel
 
 LARGE = 5000
@@ -58,6 +60,10 @@ def part(rows: Rows, numbers: Int64[np.ndarray, "n"]) -> Rows:
     return Rows([rows.rows[i] for i in chosen], rows.source, [rows.places[i] for i in chosen])
 
 
+def _rank(epoch: dict[str, Any]) -> float:
+    return -math.inf if epoch["value"] is None else epoch["value"]
+
+
 class BestEpoch:
     """Scores every epoch of a run and keeps the adapter of each that is better than all before.
 
@@ -82,26 +88,27 @@ class BestEpoch:
         self.epochs = [epoch for epoch in map(json.loads, lines) if epoch["step"] <= done]
 
     def value(self, step: int) -> float | None:
-        """The score of the epoch that ended with that step; None where none has one."""
+        """The score of the epoch that ended with that step; None where there is none, or it is not finite."""
         return next((epoch["value"] for epoch in self.epochs if epoch["step"] == step), None)
 
     @property
     def best(self) -> dict[str, Any]:
-        """The line of the first epoch with the highest value."""
-        return max(self.epochs, key=lambda epoch: epoch["value"])
+        """The line of the first epoch with the highest value; those whose value is not finite come last."""
+        return max(self.epochs, key=_rank)
 
     def __call__(self, state: TrainState) -> None:
         """Scores the state as that of the next epoch, if it has not been already."""
         step = int(state.step)
-        if self.value(step) is not None:
+        if any(epoch["step"] == step for epoch in self.epochs):
             return
         score = self._score(state)
         epoch = {"epoch": len(self.epochs) + 1, "step": step, "metric": score.metric, "value": score.value, **score.beside}
-        if not self.epochs or score.value > self.best["value"]:
+        epoch = {key: number(value) for key, value in epoch.items()}
+        if not self.epochs or _rank(epoch) > _rank(self.best):
             self._save(self._adapters / str(step), state)
         self.epochs.append(epoch)
         files.write_text(self._log, "".join(json.dumps(each) + "\n" for each in self.epochs))
-        console.say(f"epoch {epoch['epoch']}: {score.metric} {score.value:.4f}, best {self.best['value']:.4f}")
+        console.say(f"epoch {epoch['epoch']}: {score.metric} {score.value:.4f}, best {_rank(self.best):.4f}")
 
     def restore(self, state: TrainState, base: LoadedModel) -> TrainState:
         """The last state with the best epoch's values and head in it."""

@@ -38,6 +38,7 @@ def results(
     return {
         "name": config.name,
         "directory": str(config.directory),
+        "seed": config.seed,
         "steps": total_steps,
         "epochs": total_steps / batches.steps_per_epoch,
         "targets": config.bypass.targets,
@@ -115,12 +116,13 @@ def share(value: float | None, interval: list[float] | None) -> str:
 
 def print_summary(results: dict[str, Any]) -> None:
     """The tables that end a run: accuracies, then what was trained and how fast."""
+    run = f"{results['name']}, seed {results['seed']}"
     if results["evaluation"]:
-        print_scores(results["evaluation"], results["mean"])
+        print_scores(results["evaluation"], results["mean"], f"{run}: ")
     if "best_epoch" in results:
         best = results["best_epoch"]
         console.say(
-            f"kept epoch {best['epoch']} of {len(best['epochs'])}: {best['metric']} {best['value']:.4f} on "
+            f"kept epoch {best['epoch']} of {len(best['epochs'])}: {best['metric']} {_loss(best['value'])} on "
             f"{best['split']['choosing_rows']} rows of {best['set']}; the score above is of the other "
             f"{best['split']['test_rows']}"
         )
@@ -134,15 +136,18 @@ def print_summary(results: dict[str, Any]) -> None:
         ("compiled steps", f"{results['compiled_steps']} of at most {results['possible_steps']}"),
         ("files", results["directory"]),
     ]
-    console.table(results["name"], ("", ""), rows)
+    console.table(run, ("", ""), rows)
 
 
 def _loss(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def print_scores(sets: dict[str, dict[str, Any]], mean: dict[str, float | None] | None = None) -> None:
-    """A row for every set, one for each of its parts, and the mean; below, what a reader has to know of them."""
+def print_scores(sets: dict[str, dict[str, Any]], mean: dict[str, float | None] | None = None, of: str = "") -> None:
+    """A row for every set, one for each of its parts, and the mean; below, what a reader has to know of them.
+
+    `of` begins the title.
+    """
 
     rows, notes = [], []
     for name, score in sets.items():
@@ -163,7 +168,7 @@ def print_scores(sets: dict[str, dict[str, Any]], mean: dict[str, float | None] 
     if mean:
         rows.append(("mean of the sets", str(len(sets)), share(mean["before"], None), share(mean["after"], None)))
     kind = "accuracy" if all(score["metric"] == "accuracy" for score in sets.values()) else "score"
-    title = f"{kind} in % (95 % interval)"
+    title = f"{of}{kind} in % (95 % interval)"
     if any(score[f"{score['metric']}_before"] is not None for score in sets.values()):
         console.table(title, ("set", "n", "before", "after"), rows)
     else:

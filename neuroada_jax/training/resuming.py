@@ -90,7 +90,7 @@ def check_config(about: dict[str, Any], config: RunConfig, force: bool) -> None:
     """
     changed = changed_fields(about, config)
     if changed:
-        console.say("changed since the checkpoint: " + ", ".join(f"{key} ({how})" for key, how in changed.items()))
+        console.say("changed since the run before: " + ", ".join(f"{key} ({how})" for key, how in changed.items()))
     dropout = about["dropout_seed"] is not None
     if refused := [f"{key} ({how})" for key, how in changed.items() if not _is_free(key, dropout)]:
         _refuse(f"{config.directory}: cannot resume with another config; changed: {', '.join(refused)}", force)

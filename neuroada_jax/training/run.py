@@ -1,7 +1,6 @@
 """One run from config to adapter: load, select, evaluate, train, evaluate, save. The loop itself is in loop.py."""
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -71,6 +70,8 @@ def _check_output(config: RunConfig, overwrite: bool, resume: bool, force_resume
     written = config.directory / "config.yaml"
     if overwrite and resume:
         raise UserError("give --overwrite or --resume, not both")
+    if any(config.directory.glob("seed-*/config.yaml")):
+        raise UserError(f"{config.directory} holds runs of several seeds; use another name, or remove them")
     if not written.exists():
         if resume:
             raise UserError(f"{config.directory} holds no run to resume")
@@ -262,7 +263,7 @@ def train(
     results["watchdog"] = done.warnings
     if best:
         results["best_epoch"] = {"set": chooser, **best.best, "split": parts.describe(), "epochs": best.epochs}
-    files.write_text(directory / "results.json", json.dumps(results, indent=2) + "\n")
+    files.write_text(directory / "results.json", files.to_json(results, indent=2) + "\n")
     plots.loss_curve(directory / "loss.png", done.losses, config.name)
     if not config.training.save_every:  # else the run may be resumed once more, and need the adapters of its epochs
         for each in ("epochs", "checkpoints"):

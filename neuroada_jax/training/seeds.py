@@ -1,7 +1,6 @@
 """One config, several seeds: a run for each in a folder of its own, and a table with mean and deviation."""
 
 import dataclasses
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,10 +8,12 @@ from typing import Any
 
 from neuroada_jax import console, files
 from neuroada_jax.errors import UserError
-from neuroada_jax.training import run
+from neuroada_jax.training import config_file, modules, resuming, run
 from neuroada_jax.training.config import RunConfig
 from neuroada_jax.training.report import share
 from neuroada_jax.training.signals import Stop
+from neuroada_jax.training.trackers import number
+from neuroada_jax.weights import open_base
 
 
 def train(
@@ -32,35 +33,37 @@ def train(
       config: with `seeds`; its `seed` is not used.
       overwrite: replace runs that are there.
       resume: leave finished runs alone, go on with one that was interrupted, and start the others.
-      force_resume: see `run.train`.
+      force_resume: see `run.train`; a finished run counts although its config differs.
       stop: see `run.train`.
 
     Returns: the content of results.json.
 
     Raises:
-      UserError: see `run.train`; also a folder that holds a run, unless told what to do with it.
+      UserError: see `run.train`; also a folder that holds a run, unless told what to do with it, and with `resume` a
+        finished run of another config.
     """
     runs = {seed: _of_seed(config, seed) for seed in config.seeds or [config.seed]}
     if overwrite and resume:
         raise UserError("give --overwrite or --resume, not both")
+    if (config.directory / "config.yaml").exists():
+        raise UserError(f"{config.directory} holds one run, without seeds; use another name, or remove it")
     for each in runs.values() if not overwrite and not resume else ():  # before the first of them is trained
         if (each.directory / "config.yaml").exists():
             raise UserError(
                 f"{each.directory} holds a run already; use --overwrite to replace it, --resume to go on, or another name"
             )
-    found = {}
+    found = _finished(runs, force_resume) if resume else {}
     for seed, each in runs.items():
         console.say(f"seed {seed}, in {each.directory}")
-        done = each.directory / "results.json"
-        if resume and done.exists():
-            found[seed] = files.read_json(done)
-        elif resume:
+        if seed in found:
+            continue
+        if resume:
             saved = (each.directory / "checkpoints").exists()
             found[seed] = run.train(each, overwrite=not saved, resume=saved, force_resume=force_resume, stop=stop)
         else:
             found[seed] = run.train(each, overwrite=overwrite, stop=stop)
-    results = summarise(config, found)
-    files.write_text(config.directory / "results.json", json.dumps(results, indent=2) + "\n")
+    results = summarise(config, {seed: found[seed] for seed in runs})
+    files.write_text(config.directory / "results.json", files.to_json(results, indent=2) + "\n")
     return results
 
 
@@ -69,12 +72,36 @@ def _of_seed(config: RunConfig, seed: int) -> RunConfig:
     return dataclasses.replace(config, name=f"{config.name}-seed-{seed}", output=str(directory), seed=seed, seeds=None)
 
 
+def _finished(runs: dict[int, RunConfig], force: bool) -> dict[int, dict[str, Any]]:
+    """The results of the runs that have ended, whose configs must be what the others will be trained by.
+
+    Raises:
+      UserError: one differs in what the result depends on, without `force`, or has not scored the sets of the config.
+    """
+    done = {seed: each for seed, each in runs.items() if (each.directory / "results.json").exists()}
+    if not done:
+        return {}
+    first = next(iter(done.values()))
+    model = open_base(first.model.path, first.model.dtype)[0].model
+    found = {}
+    for seed, each in done.items():
+        written = config_file.load(str(each.directory / "config.yaml"))
+        about = {"config": dataclasses.asdict(written), "dropout_seed": None if model.architecture.is_decoder else seed}
+        resuming.check_config(about, modules.resolved(each, model), force)
+        found[seed] = files.read_json(each.directory / "results.json")
+        scored, asked = list(found[seed]["evaluation"]), [one.name for one in each.evaluation.sets]
+        if missing := [name for name in asked if name not in scored]:
+            raise UserError(f"{each.directory} has no score of {', '.join(missing)}, found {', '.join(scored) or 'none'}")
+    return found
+
+
 def summarise(config: RunConfig, runs: dict[int, dict[str, Any]]) -> dict[str, Any]:
     """The content of results.json of several seeds, from that of each.
 
     Returns:
       runs: a row for each seed: its folder, the epoch that was kept, the split, and the scores of every set.
-      evaluation: by set and then by metric: mean, deviation (of a sample; None for one seed) and the values.
+      evaluation: by set and then by metric: mean, deviation (of a sample; None for one seed) and the values. None for both
+        where a score is not finite.
     """
     sets = [each.name for each in config.evaluation.sets]
     first = next(iter(runs.values()))
@@ -114,7 +141,9 @@ def summarise(config: RunConfig, runs: dict[int, dict[str, Any]]) -> dict[str, A
     }
 
 
-def _spread(values: Sequence[float]) -> dict[str, Any]:
+def _spread(values: Sequence[float | None]) -> dict[str, Any]:
+    if any(number(value) is None for value in values):  # so results.json has a score that was not finite
+        return {"mean": None, "deviation": None, "values": list(values)}
     deviation = statistics.stdev(values) if len(values) > 1 else None
     return {"mean": statistics.mean(values), "deviation": deviation, "values": list(values)}
 
@@ -131,7 +160,7 @@ def print_summary(results: dict[str, Any]) -> None:
             lines.append((name, metric, str(row["seed"]), str(score["n"]), epoch, value))
         spread = summary[metric]
         deviation = "-" if spread["deviation"] is None else f"{100 * spread['deviation']:.1f}"
-        lines.append((name, metric, "mean", "", "", f"{100 * spread['mean']:.1f} ± {deviation}"))
+        lines.append((name, metric, "mean", "", "", f"{share(spread['mean'], None)} ± {deviation}"))
     title = f"{results['name']}: scores in % (95 % interval; mean ± standard deviation)"
     console.table(title, ("set", "metric", "seed", "n", "epoch", "score"), lines)
     console.say(f"trained values: {results['trainable']:,}; files: {results['directory']}")

@@ -152,7 +152,7 @@ def test_what_may_change_and_what_may_not(tmp_path, inputs, monkeypatch, capfd):
         neuroada(capfd, path, *short)
     code, err = neuroada(capfd, path, *short, "--resume", "optimizer.learning_rate=0.03", "training.log_every=3")
     assert code == 2 and err.splitlines()[-2:] == [
-        "changed since the checkpoint: optimizer.learning_rate (0.02 then, 0.03 now), training.log_every (4 then, 3 now)",
+        "changed since the run before: optimizer.learning_rate (0.02 then, 0.03 now), training.log_every (4 then, 3 now)",
         f"neuroada: error: {tmp_path / 'out'}: cannot resume with another config; changed: optimizer.learning_rate "
         "(0.02 then, 0.03 now) (--force-resume goes on all the same)",
     ]

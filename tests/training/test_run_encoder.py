@@ -11,8 +11,10 @@ from helpers import write_bert, write_config
 
 from neuroada_jax import cli, files
 from neuroada_jax.errors import UserError
+from neuroada_jax.evaluation import Score
 from neuroada_jax.formats import native
-from neuroada_jax.training import best_epoch, config_file, run
+from neuroada_jax.training import best_epoch, config_file, run, seeds
+from neuroada_jax.training.step import TrainState
 
 
 @pytest.fixture(scope="module")
@@ -78,16 +80,16 @@ def lines(path):
 
 def test_a_run_keeps_its_best_epoch_and_is_judged_by_the_other_half(trained, data):
     out, results = trained
-    assert json.loads((out / "results.json").read_text()) == results
+    assert json.loads((out / "results.json").read_text()) == results and results["seed"] == 42
     best, epochs = results["best_epoch"], lines(out / "epochs.jsonl")
     assert best["epochs"] == epochs and [epoch["step"] for epoch in epochs] == [3, 6, 9]
     assert best["value"] == max(epoch["value"] for epoch in epochs) and best["metric"] == "accuracy"
     assert best["epoch"] == 1 + [epoch["value"] for epoch in epochs].index(best["value"])
     assert {"f1", "epoch", "step"} <= epochs[0].keys()
     parts = best_epoch.split(21, 42)
-    assert best["split"] == parts.describe() and best["split"]["choosing_rows"] == 10
+    assert best["split"] == parts.describe() and best["split"]["choosing_rows"] == 11
     score = results["evaluation"]["dev"]
-    assert score["n"] == 11 and len(score["interval_after"]) == 2 and score["metric"] == "accuracy"
+    assert score["n"] == 10 and len(score["interval_after"]) == 2 and score["metric"] == "accuracy"
     assert results["accuracy_after"] == score["accuracy_after"] and 0 <= score["f1_after"] <= 1
     predictions = lines(out / "predictions-dev-after.jsonl")
     kept = [lines_of["sentence1"] for lines_of in np.array(lines(Path(data["dev"])))[parts.test]]
@@ -116,11 +118,11 @@ def test_the_adapter_is_that_of_the_best_epoch_and_evaluates_to_the_same(trained
             "task": "mrpc",
             "metric": "accuracy",
             "value": want["accuracy_after"],
-            "n": 11,
+            "n": 10,
             "interval": want["interval_after"],
             "f1": want["f1_after"],
         }
-        assert len(lines(tmp_path / "p.jsonl")) == 11
+        assert len(lines(tmp_path / "p.jsonl")) == 10
     code, printed, _ = neuroada(capsys, *arguments[:-1], "--adapter", out / "adapter")
     assert code == 0 and "mrpc" in printed and "f1" in printed
 
@@ -162,6 +164,7 @@ def test_regression(tmp_path, model, data):
     assert native.read(str(tmp_path / "out" / "adapter")).metadata["base"]["labels"] == ["similarity"]
 
 
+@pytest.mark.filterwarnings("always::neuroada_jax.errors.NeuroadaWarning")
 def test_several_seeds(tmp_path, model, data, capsys):
     sections = {"training": {"epochs": None, "steps": 2}, "evaluation": {"before": False}}
     path = write_config(tmp_path / "run.yaml", content(tmp_path, model, data, **sections))
@@ -186,6 +189,34 @@ def test_several_seeds(tmp_path, model, data, capsys):
     assert code == 0 and json.loads(printed)["evaluation"]["dev"]["accuracy"]["values"][0] == values[1]
     assert not (out / "seed-7" / "metrics.jsonl").exists() and (out / "seed-8" / "adapter").exists()
 
+    again = ["train", path, "--seeds", "7,9", "--resume"]  # seed 7 counts only as what the others would be
+    another = [{"name": name, "data": data["dev"]} for name in ("dev", "new")]
+    for override, told in (
+        ("optimizer.learning_rate=99", "another config; changed: optimizer.learning_rate (0.02 then, 99.0 now)"),
+        (f"evaluation.sets={json.dumps(another)}", "another config; changed: evaluation.sets ("),
+    ):
+        code, _, err = neuroada(capsys, *again, override)
+        assert code == 2 and told in err.splitlines()[-1] and str(out / "seed-7") in err and not (out / "seed-9").exists()
+    code, _, err = neuroada(capsys, *again, override, "--force-resume")
+    assert (
+        code == 2
+        and "but --force-resume says to go on" in err
+        and err.splitlines()[-1].endswith("seed-7 has no score of new, found dev")
+    )
+
+
+def test_one_run_and_several_seeds_do_not_share_a_folder(tmp_path, model, data, capsys):
+    path = write_config(tmp_path / "run.yaml", content(tmp_path, model, data))
+    for there, options, told in (
+        ("seed-1/config.yaml", [], "out holds runs of several seeds; use another name, or remove them"),
+        ("config.yaml", ["--seeds", "1,2"], "out holds one run, without seeds; use another name, or remove it"),
+    ):
+        files.write_text(tmp_path / "out" / there, "")
+        for flag in ([], ["--overwrite"], ["--resume"]):
+            code, _, err = neuroada(capsys, "train", path, *options, *flag)
+            assert code == 2 and err.splitlines()[-1].endswith(told)
+        (tmp_path / "out" / there).unlink()
+
 
 def test_a_plan_counts_the_head(tmp_path, model, data, trained, capsys):
     path = write_config(tmp_path / "run.yaml", content(tmp_path, model, data))
@@ -203,6 +234,29 @@ def test_the_best_epoch_up_to_a_checkpoint_is_found_again(tmp_path):
     resumed = best_epoch.BestEpoch(tmp_path, print, print, 8)
     assert resumed.best["epoch"] == 1 and len(resumed.epochs) == 2
     assert best_epoch.BestEpoch(tmp_path, print, print, 0).epochs == []
+
+
+def test_an_epoch_without_a_finite_score_is_never_the_best(tmp_path):
+    values, saved = [float("nan"), 0.5, float("nan"), 0.9, 0.7], []
+
+    def score(state):
+        value = values[int(state.step) - 1]
+        return Score(value, 8, None, [], "pearson", {"spearman": value})
+
+    best = best_epoch.BestEpoch(tmp_path, score, lambda path, state: saved.append(path.name), 0)
+    for step in (1, 2, 3, 3, 4, 5):  # an epoch is scored once
+        best(TrainState(np.array(step), {}, None, {}, {}, {}, np.array(-1)))
+    assert saved == ["1", "2", "4"] and best.best["value"] == 0.9 and best.value(1) is None
+    text = (tmp_path / "epochs.jsonl").read_text()
+    assert "NaN" not in text and text.startswith(
+        '{"epoch": 1, "step": 1, "metric": "pearson", "value": null, "spearman": null}'
+    )
+    assert best_epoch.BestEpoch(tmp_path, score, print, 9).best["step"] == 4
+
+
+def test_scores_that_are_not_finite_are_null_and_have_no_mean():
+    assert files.to_json({"a": [float("nan"), (1.5, float("inf"))], "b": "é"}) == '{"a": [null, [1.5, null]], "b": "é"}'
+    assert seeds._spread([0.5, float("nan")])["mean"] is seeds._spread([None, 0.5])["deviation"] is None
 
 
 @pytest.mark.parametrize(("count", "choosing"), [(2, 1), (277, 139), (1043, 522), (5000, 2500), (5001, 1000), (5463, 1000)])
