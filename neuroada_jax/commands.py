@@ -153,15 +153,15 @@ def _score_texts(parsed: argparse.Namespace, base: Any, params: Any, tokenizer: 
         trained_on = overlap.questions(
             evaluation.convert(load_rows(parsed.trained_on), TASKS[task.suite or task.name]).rows
         )
-    return evaluation.evaluate(
+    style = PromptStyle(parsed.style or task.style)
+    prepared = evaluation.prepare(
+        base, tokenizer, rows, task, style=style, method=parsed.method, max_new_tokens=parsed.max_new_tokens
+    )
+    return evaluation.score(
         base,
         params,
         tokenizer,
-        rows,
-        task,
-        style=PromptStyle(parsed.style or task.style),
-        method=parsed.method,
-        max_new_tokens=parsed.max_new_tokens,
+        prepared,
         batch_size=parsed.batch_size,
         trained_on=trained_on,
         on_progress=progress,

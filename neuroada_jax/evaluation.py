@@ -12,7 +12,7 @@ import transformers
 from neuroada_jax import choices, data, files
 from neuroada_jax.bypass import Tree
 from neuroada_jax.errors import UserError
-from neuroada_jax.generation import before_stop, generate
+from neuroada_jax.generation import before_stop, check_lengths, generate
 from neuroada_jax.prompts import PromptStyle
 from neuroada_jax.rows import Rows, rows_from_list
 from neuroada_jax.sampling import GREEDY, Decoding
@@ -106,9 +106,30 @@ def check_rows(rows: Rows, task: Task, method: str) -> Rows:
     return converted
 
 
-def evaluate(
+class Prepared(NamedTuple):
+    """Rows that are checked and tokenised, so that nothing of them stops the scoring any more.
+
+    Attributes:
+      rows: in the task's own form, each with its answer.
+      task: how to prompt and how to read answers.
+      style: prompt style.
+      method: "generate" continues the prompt and extracts the answer; "choices" takes the likeliest of the task's answers.
+      max_new_tokens: of a generation.
+      prompts: the token ids of each row's prompt, for "generate".
+      choices: each row with each answer of the task behind it, for "choices".
+    """
+
+    rows: Rows
+    task: Task
+    style: PromptStyle
+    method: str
+    max_new_tokens: int
+    prompts: list[list[int]]
+    choices: list[list[data.Example]]
+
+
+def prepare(
     base: LoadedModel,
-    params: Tree,
     tokenizer: transformers.PreTrainedTokenizerBase,
     rows: Rows,
     task: Task,
@@ -116,40 +137,65 @@ def evaluate(
     style: PromptStyle,
     method: str = "generate",
     max_new_tokens: int | None = None,
+) -> Prepared:
+    """The rows as `score` needs them. Needs no weights.
+
+    Args:
+      base: architecture and config.
+      tokenizer: of the base.
+      rows: raw rows of the task.
+      task: see `Prepared`, as for style and method.
+      style: prompt style.
+      method: "generate" or "choices".
+      max_new_tokens: for "generate"; None for the task's own.
+
+    Raises:
+      UserError: see `check_rows`; also prompts that with their generation or answers exceed the model's positions.
+    """
+    converted = check_rows(rows, task, method)
+    length = task.max_new_tokens if max_new_tokens is None else max_new_tokens
+    prompts, answers = [], []
+    if method == "choices":
+        answers = _with_answers(base, tokenizer, converted, task, style)
+    else:
+        prompts = [data.encode_prompt(row, style, tokenizer, converted.where(i)) for i, row in enumerate(converted.rows)]
+        check_lengths(base.model, prompts, length, lambda i: f"{converted.where(i)}: the prompt")
+    return Prepared(converted, task, style, method, length, prompts, answers)
+
+
+def score(
+    base: LoadedModel,
+    params: Tree,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    prepared: Prepared,
+    *,
     decoding: Decoding = GREEDY,
     batch_size: int = 16,
     trained_on: Set[str] | None = None,
     on_progress: Progress | None = None,
 ) -> Score:
-    """Scores `rows` with plain (base or merged) parameters.
+    """Scores rows with plain (base or merged) parameters.
 
     Args:
       base: architecture and config.
       params: what to score.
       tokenizer: of the base.
-      rows: raw rows of the task.
-      task: how to prompt and how to read answers.
-      style: prompt style.
-      method: "generate" continues the prompt and extracts the answer; "choices" takes the likeliest of the task's answers.
-      max_new_tokens: for "generate"; None for the task's own.
+      prepared: the rows, from `prepare`.
       decoding: for "generate"; greedy by default.
       batch_size: prompts, or (row, choice) pairs, at a time.
       trained_on: the questions of the training rows (`tasks.overlap.questions`), to tell which rows are among them.
       on_progress: called with (done, in all).
-
-    Raises:
-      UserError: see `check_rows`; also prompts that do not fit the model.
     """
-    converted = check_rows(rows, task, method)
+    rows, task, style, method = prepared.rows, prepared.task, prepared.style, prepared.method
     if method == "choices":
-        predictions = _choose(base, params, tokenizer, converted, task, style, batch_size, on_progress)
+        best = choices.losses(base.model, params, prepared.choices, batch_size, on_progress).argmin(axis=1)
+        predictions: list[dict[str, Any]] = [{"prediction": task.choices[choice]} for choice in best]
     else:
-        prompts = [data.encode_prompt(row, style, tokenizer, converted.where(i)) for i, row in enumerate(converted.rows)]
         outputs = generate(
             base.model,
             params,
-            prompts,
-            max_new_tokens=max_new_tokens or task.max_new_tokens,
+            prepared.prompts,
+            max_new_tokens=prepared.max_new_tokens,
             eos_ids=end_tokens(base, tokenizer),
             decoding=decoding,
             decode=lambda ids: str(tokenizer.decode(ids)),
@@ -159,7 +205,7 @@ def evaluate(
         texts = [before_stop(str(tokenizer.decode(ids, skip_special_tokens=True)), decoding.stop) for ids in outputs]
         predictions = [{"generation": text} for text in texts]
     for i, prediction in enumerate(predictions):
-        row = converted.rows[i]
+        row = rows.rows[i]
         answer = row["answer"].strip()
         if method == "generate":
             prediction["prediction"] = task.extract(prediction["generation"], answer)
@@ -169,7 +215,7 @@ def evaluate(
             prediction |= {"strict_prediction": strict, "strict_correct": _matches(task, strict, answer)}
         if trained_on is not None:
             prediction["in_training"] = overlap.question(row) in trained_on
-        prediction["prompt"] = data.render_prompt(row, style, tokenizer, converted.where(i))
+        prediction["prompt"] = data.render_prompt(row, style, tokenizer, rows.where(i))
     return summarise(predictions)
 
 
@@ -204,25 +250,20 @@ def summarise(predictions: list[dict[str, Any]]) -> Score:
     )
 
 
-def _choose(
+def _with_answers(
     base: LoadedModel,
-    params: Tree,
     tokenizer: transformers.PreTrainedTokenizerBase,
     rows: Rows,
     task: Task,
     style: PromptStyle,
-    batch_size: int,
-    on_progress: Progress | None,
-) -> list[dict[str, Any]]:
-    """The answer whose target text has the highest likelihood, for every row."""
+) -> list[list[data.Example]]:
+    """Every row with each answer of the task as its target."""
     candidates = [{**row, "output": task.target(choice)} for row in rows.rows for choice in task.choices]
     examples = data.encode(rows_from_list(candidates, rows.source), style, tokenizer, base.model.config.max_positions)
     if examples.cut or examples.left_out:  # part of an answer would be compared with the whole of another
         raise UserError(f"{rows.source}: a prompt is longer than the model's {base.model.config.max_positions} positions")
     count = len(task.choices)
-    groups = [[examples.example(first + at) for at in range(count)] for first in range(0, len(candidates), count)]
-    best = choices.losses(base.model, params, groups, batch_size, on_progress).argmin(axis=1)
-    return [{"prediction": task.choices[choice]} for choice in best]
+    return [[examples.example(first + at) for at in range(count)] for first in range(0, len(candidates), count)]
 
 
 def write_predictions(path: Path, score: Score) -> None:

@@ -423,6 +423,10 @@ def test_evaluation_data_is_checked_before_anything_is_written(tmp_path, inputs,
         ({"data": str(tmp_path / "none.jsonl")}, "none.jsonl: no such file or directory"),
         ({"data": str(inputs[1]), "method": "choices"}, "task 'instruct' has no fixed answers"),
         ({"data": str(inputs[1]), "task": "sst2"}, "rows.jsonl:1: task 'sst2' needs"),
+        (
+            {"data": str(inputs[1]), "max_new_tokens": 127},
+            "tokens; with max_new_tokens 127 that exceeds the model's 128 positions",
+        ),
     ):
         sets = {"sets": [{"name": "t", **fields}], "before": False}
         assert part in bad_run(neuroada, tmp_path, config(tmp_path, inputs, evaluation=sets))
