@@ -1,6 +1,7 @@
 """Scoring an encoder on rows with labels: predictions, the task's metric, and what stands beside it."""
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from neuroada_jax.batches import ClassificationBatch, ClassificationBatches
 from neuroada_jax.bypass import Tree
 from neuroada_jax.errors import UserError
 from neuroada_jax.evaluation import Score, wilson_interval
+from neuroada_jax.formats import native
 from neuroada_jax.labelled import LabelledExamples, encode_labelled
 from neuroada_jax.losses import classification_logits
 from neuroada_jax.rows import Rows
@@ -65,13 +67,13 @@ def evaluate(
       on_progress: called with (batches done, in all).
 
     Raises:
-      UserError: rows that do not fit the task, or a head with another number of labels.
+      UserError: rows that do not fit the task, or a head with other labels.
     """
-    check_labels(base, task)
+    columns = label_columns(base, task)
     examples = encode(rows, task, tokenizer, max_length)
     if examples.cut:
         console.say(f"{rows.source}: {examples.cut} of {len(rows)} examples cut to {max_length} tokens")
-    outputs = predict(base, params, examples, batch_size, on_progress)
+    outputs = predict(base, params, examples, batch_size, on_progress)[:, columns]
     values, n = figures(outputs, examples.labels, task), len(examples)
     interval = wilson_interval(round(values["accuracy"] * n), n) if task.metric == "accuracy" else None
     beside = {name: values[name] for name in task.beside}
@@ -86,13 +88,36 @@ def figures(outputs: Float[np.ndarray, "n labels"], labels: Num[np.ndarray, "n"]
     return {name: metrics.METRICS[name](found, labels) for name in (task.metric, *task.beside)}
 
 
-def check_labels(base: LoadedModel, task: GlueTask) -> None:
-    """Raises UserError where the model's head has not as many labels as the task."""
-    if base.model.config.num_labels != len(task.labels):
+def label_columns(base: LoadedModel, task: GlueTask) -> list[int]:
+    """Which output of the model's head each of the task's labels is.
+
+    Names are compared by their letters and digits, in any case. A head without names of its own, such as LABEL_0 and
+    LABEL_1, is taken to have the task's order, and a single number is regression whatever its name.
+
+    Raises:
+      UserError: a head with another number of labels, or with other names.
+    """
+    names, count = native.head_labels(base) or [], base.model.config.num_labels
+    if count != len(task.labels):
         raise UserError(
             f"task {task.name!r} has {len(task.labels)} label(s) ({', '.join(task.labels)}), "
-            f"and the head of {base.source} has {base.model.config.num_labels}"
+            f"and the head of {base.source} has {count}"
         )
+    if task.is_regression:
+        return [0]
+    found = [_plain(name) for name in names]
+    for known in (task.labels, [f"LABEL_{number}" for number in range(count)], [str(number) for number in range(count)]):
+        wanted = [_plain(name) for name in known]
+        if sorted(found) == sorted(wanted):
+            return [found.index(name) for name in wanted]
+    raise UserError(
+        f"task {task.name!r} has the labels {', '.join(task.labels)}, "
+        f"and the head of {base.source} tells apart {', '.join(map(str, names))}"
+    )
+
+
+def _plain(name: Any) -> str:
+    return re.sub(r"[^a-z0-9]", "", str(name).lower())
 
 
 def _prediction(row: dict[str, Any], task: GlueTask, outputs: np.ndarray, label: Any) -> dict[str, Any]:
