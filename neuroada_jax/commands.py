@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -106,43 +107,47 @@ def plan(parsed: argparse.Namespace) -> None:
 
 def evaluate(parsed: argparse.Namespace) -> None:
     """Scores a model, or one with an adapter, on a file of rows."""
-    from neuroada_jax import evaluation
+    from neuroada_jax import evaluation, files
     from neuroada_jax.rows import load_rows
     from neuroada_jax.tasks import GLUE, TASKS, Source
     from neuroada_jax.training import report
 
     if parsed.task not in TASKS | GLUE:
         raise UserError(f"--task: unknown task {parsed.task!r}; known: {', '.join(TASKS | GLUE)}")
+    out = Path(parsed.out or f"runs/evaluate/{parsed.task}.jsonl")
+    files.check_writable(out)
     opened = _open(parsed, decoder=parsed.task not in GLUE)
     is_decoder = opened[0].model.architecture.is_decoder
     if is_decoder and parsed.task not in TASKS:
         raise UserError(f"--task: {parsed.task!r} needs an encoder with a head, and {opened[0].source} is a decoder")
     source = Source(parsed.data, parsed.split) if parsed.data else (TASKS if is_decoder else GLUE)[parsed.task].source()
     rows = load_rows(source.data, source.split, parsed.limit)
-    score_rows = _score_texts if is_decoder else _score_labels
-    base, params, tokenizer = _read(*opened)
+    score_rows = (_texts if is_decoder else _labels)(parsed, *opened[:2], rows)
+    base, params, _ = _read(*opened)
     with console.bar("evaluating") as shown:
-        score = score_rows(parsed, base, params, tokenizer, rows, console.reporter(shown))
-    out = Path(parsed.out or f"runs/evaluate/{parsed.task}.jsonl")
-    evaluation.write_predictions(out, score)
+        score = score_rows(base, params, console.reporter(shown))
+    try:  # a score is not lost where its predictions cannot be written, nor they where nobody reads the score
+        if parsed.json:
+            parts = {name: part._asdict() for name, part in score.parts.items()}
+            found = {
+                "task": parsed.task,
+                "metric": score.metric,
+                "value": score.value,
+                "n": score.n,
+                "interval": score.interval,
+                **score.beside,
+            }
+            more = {"parts": parts, "overlap": score.overlap, "empty": score.empty}
+            _print_json(found | {key: value for key, value in more.items() if value})
+        else:
+            report.print_scores({parsed.task: report.score(None, score)})
+    finally:
+        evaluation.write_predictions(out, score)
     console.say(f"every prediction is in {out}")
-    if parsed.json:
-        parts = {name: part._asdict() for name, part in score.parts.items()}
-        found = {
-            "task": parsed.task,
-            "metric": score.metric,
-            "value": score.value,
-            "n": score.n,
-            "interval": score.interval,
-            **score.beside,
-        }
-        more = {"parts": parts, "overlap": score.overlap, "empty": score.empty}
-        _print_json(found | {key: value for key, value in more.items() if value})
-    else:
-        report.print_scores({parsed.task: report.score(None, score)})
 
 
-def _score_texts(parsed: argparse.Namespace, base: Any, params: Any, tokenizer: Any, rows: Any, progress: Any) -> Any:
+def _texts(parsed: argparse.Namespace, opened: Any, tokenizer: Any, rows: Any) -> Callable[[Any, Any, Any], Any]:
+    """What scores rows by what a decoder says, as (base, params, progress) -> score; whatever can be wrong is told here."""
     from neuroada_jax import evaluation
     from neuroada_jax.prompts import PromptStyle
     from neuroada_jax.rows import load_rows
@@ -155,37 +160,32 @@ def _score_texts(parsed: argparse.Namespace, base: Any, params: Any, tokenizer: 
         )
     style = PromptStyle(parsed.style or task.style)
     prepared = evaluation.prepare(
-        base, tokenizer, rows, task, style=style, method=parsed.method, max_new_tokens=parsed.max_new_tokens
+        opened, tokenizer, rows, task, style=style, method=parsed.method, max_new_tokens=parsed.max_new_tokens
     )
-    return evaluation.score(
-        base,
-        params,
-        tokenizer,
-        prepared,
-        batch_size=parsed.batch_size,
-        trained_on=trained_on,
-        on_progress=progress,
+    options = {"batch_size": parsed.batch_size, "trained_on": trained_on}
+    return lambda base, params, progress: evaluation.score(
+        base, params, tokenizer, prepared, **options, on_progress=progress
     )
 
 
-def _score_labels(parsed: argparse.Namespace, base: Any, params: Any, tokenizer: Any, rows: Any, progress: Any) -> Any:
+def _labels(parsed: argparse.Namespace, opened: Any, tokenizer: Any, rows: Any) -> Callable[[Any, Any, Any], Any]:
+    """As `_texts`, by the labels that an encoder tells apart."""
     from neuroada_jax import classification
     from neuroada_jax.tasks import GLUE
+    from neuroada_jax.weights import lacking
 
-    if base.drawn and not parsed.adapter:
-        raise UserError(f"{base.source} has no {base.drawn[0]}: give an --adapter, which brings its trained head")
-    positions = base.model.config.max_positions
-    if parsed.max_length is not None and not 1 <= parsed.max_length <= positions:
+    task, positions = GLUE[parsed.task], opened.model.config.max_positions
+    lacks = lacking(opened) if not parsed.adapter else []
+    if lacks:
+        raise UserError(f"{opened.source} has no {lacks[0]}: give an --adapter, which brings its trained head")
+    if parsed.max_length is not None and parsed.max_length > positions:
         raise UserError(f"--max-length: found {parsed.max_length}, expected 1 to the model's {positions} positions")
-    return classification.evaluate(
-        base,
-        params,
-        tokenizer,
-        rows,
-        GLUE[parsed.task],
-        max_length=parsed.max_length or positions,
-        batch_size=parsed.batch_size,
-        on_progress=progress,
+    length = parsed.max_length or positions
+    classification.encode(rows, task, tokenizer, length)
+    classification.label_columns(opened, task)
+    options = {"max_length": length, "batch_size": parsed.batch_size}
+    return lambda base, params, progress: classification.evaluate(
+        base, params, tokenizer, rows, task, **options, on_progress=progress
     )
 
 

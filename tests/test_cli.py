@@ -15,7 +15,7 @@ from data_helpers import BYTES, CHAT
 from helpers import CONFIG, NEURONS, random_tensors, run_config, write_config, write_model, write_rows
 from transformers import AutoModelForCausalLM
 
-from neuroada_jax import cli, console, data
+from neuroada_jax import cli, commands, console, data
 from neuroada_jax.batches import Batches
 from neuroada_jax.formats import native
 from neuroada_jax.tasks import GLUE, TASKS
@@ -466,7 +466,6 @@ def test_bad_arguments_of_the_other_commands(trained, tmp_path, inputs, neuroada
         (["generate", *model, "--prompt", "a", "--stop", ""], "stop: found an empty text"),
         (["generate", *model, "--prompt", "a", "--adapter", tmp_path], "no adapter here (adapter.json is missing)"),
         (["evaluate", *model, "--data", inputs[1], "--task", "sst"], "--task: unknown task 'sst'"),
-        (["evaluate", *model, "--data", inputs[1], "--method", "choices"], "has no fixed answers"),
         (["evaluate", *model, "--data", inputs[1], "--limit", 0], "limit: found 0"),
         (["evaluate", *model, "--data", tmp_path / "none.jsonl"], "no such file or directory"),
         (["inspect", inputs[0], "--k", 0], "--k: expected at least 1, found 0"),
@@ -475,6 +474,21 @@ def test_bad_arguments_of_the_other_commands(trained, tmp_path, inputs, neuroada
     ):
         assert part in one_line_error(neuroada(*arguments)), arguments
     assert list(tmp_path.iterdir()) == []
+
+
+def test_evaluate_checks_before_it_reads_weights(inputs, tmp_path, neuroada, monkeypatch):
+    monkeypatch.setattr(commands, "_read", None)
+    arguments = ["evaluate", "--model", inputs[0], "--data", inputs[1]]
+    for options, part in (
+        (["--task", "sst2"], "rows.jsonl:1: task 'sst2' needs"),
+        (["--style", "fancy"], "prompt style: found 'fancy'"),
+        (["--method", "choices"], "has no fixed answers"),
+        (["--trained-on", tmp_path / "none.jsonl"], "none.jsonl: no such file or directory"),
+        (["--max-new-tokens", 127], "exceeds the model's 128 positions"),
+        (["--out", tmp_path], "cannot be written (it is a folder)"),
+        (["--out", inputs[1] / "p.jsonl"], f"cannot be written ({inputs[1]} is no folder)"),
+    ):
+        assert part in one_line_error(neuroada(*arguments, *options)), options
 
 
 def test_an_infinite_weight_names_the_step_and_the_rows(tmp_path, inputs, neuroada):
