@@ -54,6 +54,18 @@ def _print_json(content: dict[str, Any]) -> None:
     print(json.dumps(content, ensure_ascii=False))
 
 
+def _at_least(parsed: argparse.Namespace, **least: int) -> None:
+    """Raises UserError where one of these options is below its least value; None, not given, is none."""
+    for option, smallest in least.items():
+        value = getattr(parsed, option)
+        if value is not None and value < smallest:
+            raise UserError(f"{_option(option)}: expected at least {smallest}, found {value}")
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def train(parsed: argparse.Namespace) -> None:
     """Fine-tunes as a config says."""
     from neuroada_jax.training import config_file, processes, report, run, seeds, signals
@@ -114,6 +126,7 @@ def evaluate(parsed: argparse.Namespace) -> None:
 
     if parsed.task not in TASKS | GLUE:
         raise UserError(f"--task: unknown task {parsed.task!r}; known: {', '.join(TASKS | GLUE)}")
+    _at_least(parsed, limit=1, max_new_tokens=1, max_length=1, batch_size=1)
     out = Path(parsed.out or f"runs/evaluate/{parsed.task}.jsonl")
     files.check_writable(out)
     opened = _open(parsed, decoder=parsed.task not in GLUE)
@@ -210,10 +223,7 @@ def lm_eval(parsed: argparse.Namespace) -> None:
     """Scores a model on the harness's tasks."""
     from neuroada_jax import harness
 
-    for option in ("batch_size", "limit", "num_fewshot"):
-        value, least = getattr(parsed, option), 0 if option == "num_fewshot" else 1
-        if value is not None and value < least:
-            raise UserError(f"--{option.replace('_', '-')}: expected at least {least}, found {value}")
+    _at_least(parsed, batch_size=1, limit=1, num_fewshot=0)
     if parsed.out and not Path(parsed.out).parent.is_dir():
         raise UserError(f"--out: the folder {Path(parsed.out).parent} does not exist")
     tasks = harness.find_tasks(parsed.tasks.split(","), parsed.include_path)  # before the weights, which take longer
@@ -262,8 +272,7 @@ def inspect(parsed: argparse.Namespace) -> None:
     """Lists the modules of a model or an adapter."""
     from neuroada_jax import inspection
 
-    if parsed.k < 1:
-        raise UserError(f"--k: expected at least 1, found {parsed.k}")
+    _at_least(parsed, k=1)
     content = inspection.inspect(parsed.path, parsed.k)
     _print_json(content) if parsed.json else inspection.print_inspection(content)
 
