@@ -133,7 +133,17 @@ def evaluate(parsed: argparse.Namespace) -> None:
     is_decoder = opened[0].model.architecture.is_decoder
     if is_decoder and parsed.task not in TASKS:
         raise UserError(f"--task: {parsed.task!r} needs an encoder with a head, and {opened[0].source} is a decoder")
-    source = Source(parsed.data, parsed.split) if parsed.data else (TASKS if is_decoder else GLUE)[parsed.task].source()
+    kind, says = opened[0].model.hf_config["model_type"], "a decoder, whose prompts are not cut"
+    others = ["max_length"]
+    if not is_decoder:
+        says, others = "an encoder, which has no prompts", ["method", "style", "max_new_tokens", "trained_on"]
+    for option in others:
+        if getattr(parsed, option) is not None:
+            raise UserError(f"{_option(option)}: {kind} is {says}; leave it out")
+    if parsed.split and not parsed.data:
+        raise UserError("--split: it is of --data, and the task's own rows have theirs; leave it out or give both")
+    split = parsed.split or "test"
+    source = Source(parsed.data, split) if parsed.data else (TASKS if is_decoder else GLUE)[parsed.task].source()
     rows = load_rows(source.data, source.split, parsed.limit)
     score_rows = (_texts if is_decoder else _labels)(parsed, *opened[:2], rows)
     base, params, _ = _read(*opened)
@@ -171,9 +181,11 @@ def _texts(parsed: argparse.Namespace, opened: Any, tokenizer: Any, rows: Any) -
         trained_on = overlap.questions(
             evaluation.convert(load_rows(parsed.trained_on), TASKS[task.suite or task.name]).rows
         )
-    style = PromptStyle(parsed.style or task.style)
+    style, method = PromptStyle(parsed.style or task.style), parsed.method or "generate"
+    if method == "choices" and parsed.max_new_tokens is not None:
+        raise UserError("--max-new-tokens: method choices generates nothing; leave it out")
     prepared = evaluation.prepare(
-        opened, tokenizer, rows, task, style=style, method=parsed.method, max_new_tokens=parsed.max_new_tokens
+        opened, tokenizer, rows, task, style=style, method=method, max_new_tokens=parsed.max_new_tokens
     )
     options = {"batch_size": parsed.batch_size, "trained_on": trained_on}
     return lambda base, params, progress: evaluation.score(

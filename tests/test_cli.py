@@ -467,6 +467,7 @@ def test_bad_arguments_of_the_other_commands(trained, tmp_path, inputs, neuroada
         (["generate", *model, "--prompt", "a", "--adapter", tmp_path], "no adapter here (adapter.json is missing)"),
         (["evaluate", *model, "--data", inputs[1], "--task", "sst"], "--task: unknown task 'sst'"),
         (["evaluate", *model, "--data", inputs[1], "--limit", 0], "--limit: expected at least 1, found 0"),
+        (["evaluate", *model, "--task", "boolq", "--split", "train"], "--split: it is of --data"),
         (["evaluate", *model, "--batch-size", 0], "--batch-size: expected at least 1, found 0"),
         (["evaluate", *model, "--max-new-tokens", 0], "--max-new-tokens: expected at least 1, found 0"),
         (["evaluate", *model, "--data", tmp_path / "none.jsonl"], "no such file or directory"),
@@ -484,6 +485,8 @@ def test_evaluate_checks_before_it_reads_weights(inputs, tmp_path, neuroada, mon
     for options, part in (
         (["--task", "sst2"], "rows.jsonl:1: task 'sst2' needs"),
         (["--style", "fancy"], "prompt style: found 'fancy'"),
+        (["--max-length", 9], "--max-length: llama is a decoder, whose prompts are not cut; leave it out"),
+        (["--method", "choices", "--max-new-tokens", 9], "--max-new-tokens: method choices generates nothing"),
         (["--method", "choices"], "has no fixed answers"),
         (["--trained-on", tmp_path / "none.jsonl"], "none.jsonl: no such file or directory"),
         (["--max-new-tokens", 127], "exceeds the model's 128 positions"),

@@ -175,6 +175,8 @@ class EvaluationSet:
     def __post_init__(self) -> None:
         if self.method == "choices" and self.generation != GenerationSection():
             raise ValueError("generation: method 'choices' generates nothing; leave one out")
+        if self.method == "choices" and self.max_new_tokens is not None:
+            raise ValueError("max_new_tokens: method 'choices' generates nothing; leave one out")
         if self.task is None and not (self.name and self.data):
             raise ValueError("a set without a task needs a name and data")
         object.__setattr__(self, "name", self.name or self.task)  # frozen for everybody else

@@ -230,6 +230,14 @@ def test_one_row_is_not_split():
         ("data.style=plain", "data.style: bert is an encoder, which has no prompts"),
         ("evaluation.sets.0.task=rte", "evaluation.sets.0.task: 'rte', and the head is trained for 'mrpc'"),
         ("evaluation.sets.0.method=choices", "evaluation.sets.0.method: bert is an encoder, which has no prompts"),
+        (
+            "evaluation.sets.0.max_new_tokens=8",
+            "evaluation.sets.0.max_new_tokens: bert is an encoder, which has no prompts",
+        ),
+        (
+            "evaluation.sets.0.generation={beams: 2}",
+            "evaluation.sets.0.generation: bert is an encoder, which has no prompts",
+        ),
         ("evaluation.best_epoch=test", "evaluation.best_epoch: no set 'test', found dev"),
         ("evaluation.sets.0.limit=1", "evaluation.best_epoch: a set of 1 row"),
         ("data.max_length=41", "data.max_length: 41 is more than the model's 40 positions"),
@@ -254,6 +262,8 @@ def test_bad_evaluations(trained, model, data, capsys):
         (["--adapter", out / "adapter", "--task", "instruct"], "bert is an encoder, which cannot continue a text"),
         (["--adapter", out / "adapter", "--task", "stsb"], "task 'stsb' has 1 label(s) (similarity), and the head of "),
         (["--adapter", out / "adapter", "--task", "mrpc", "--max-length", 41], "--max-length: found 41, expected 1 to "),
+        (["--adapter", out / "adapter", "--task", "rte"], "tells apart not_equivalent, equivalent"),
+        (["--adapter", out / "adapter", "--task", "mrpc", "--style", "plain"], "--style: bert is an encoder, which has no"),
         (["--model", model, "--task", "mrpc"], "has no classifier.bias: give an --adapter"),
     ):
         code, _, err = neuroada(capsys, "evaluate", "--data", data["dev"], *arguments)
