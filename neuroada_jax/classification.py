@@ -75,17 +75,41 @@ def evaluate(
         console.say(f"{rows.source}: {examples.cut} of {len(rows)} examples cut to {max_length} tokens")
     outputs = predict(base, params, examples, batch_size, on_progress)[:, columns]
     values, n = figures(outputs, examples.labels, task), len(examples)
-    interval = wilson_interval(round(values["accuracy"] * n), n) if task.metric == "accuracy" else None
+    found = _found(outputs, task)
+    intervals = {name: _interval(name, value, found, examples.labels) for name, value in values.items()}
     beside = {name: values[name] for name in task.beside}
     predictions = [_prediction(rows.rows[i], task, outputs[i], examples.labels[i]) for i in range(n)]
-    return Score(values[task.metric], n, interval, predictions, task.metric, beside)
+    beside_intervals = {name: intervals[name] for name in task.beside}
+    return Score(
+        values[task.metric],
+        n,
+        intervals[task.metric],
+        predictions,
+        task.metric,
+        beside,
+        beside_intervals=beside_intervals,
+    )
 
 
 def figures(outputs: Float[np.ndarray, "n labels"], labels: Num[np.ndarray, "n"], task: GlueTask) -> dict[str, float]:
     """The task's metric and those beside it, by name, of a head's outputs."""
-    # A correlation of nearly equal numbers needs more digits than float32 has.
-    found = outputs[:, 0].astype(np.float64) if task.is_regression else outputs.argmax(axis=1)
+    found = _found(outputs, task)
     return {name: metrics.METRICS[name](found, labels) for name in (task.metric, *task.beside)}
+
+
+def _found(outputs: Float[np.ndarray, "n labels"], task: GlueTask) -> Num[np.ndarray, "n"]:
+    """The classes, or for regression the numbers, that a head's outputs say."""
+    # A correlation of nearly equal numbers needs more digits than float32 has.
+    return outputs[:, 0].astype(np.float64) if task.is_regression else outputs.argmax(axis=1)
+
+
+def _interval(
+    metric: str, value: float, found: Num[np.ndarray, "n"], labels: Num[np.ndarray, "n"]
+) -> tuple[float, float] | None:
+    """The 95 % interval of a metric's value."""
+    if metric == "accuracy":
+        return wilson_interval(round(value * len(labels)), len(labels))
+    return metrics.interval(metric, found, labels)
 
 
 def label_columns(base: LoadedModel, task: GlueTask) -> list[int]:

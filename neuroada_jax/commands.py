@@ -159,6 +159,7 @@ def evaluate(parsed: argparse.Namespace) -> None:
                 "n": score.n,
                 "interval": score.interval,
                 **score.beside,
+                **{f"{name}_interval": found for name, found in score.beside_intervals.items()},
             }
             more = {"parts": parts, "overlap": score.overlap, "empty": score.empty}
             _print_json(found | {key: value for key, value in more.items() if value})

@@ -36,13 +36,14 @@ class Score(NamedTuple):
     Attributes:
       value: of the metric: accuracy by the task's rule, or what a GLUE task is scored by.
       n: rows.
-      interval: the 95 % Wilson interval of an accuracy; None for other metrics.
+      interval: the 95 % interval: Wilson's of an accuracy, by resampling of other metrics (`metrics.interval`).
       predictions: a dict for each row.
       metric: its name.
       beside: further metrics of the same predictions, by name.
-      empty: generations without any text; they count as wrong.
+      empty: generations without any text, which count as wrong; None where nothing is generated.
       overlap: rows whose question is among the training rows; None where those are not known.
       parts: the accuracy of the rows that are not ("clean"), that by the task's strict rule ("strict"), and both.
+      beside_intervals: the 95 % intervals of those beside, by name.
     """
 
     value: float
@@ -51,9 +52,10 @@ class Score(NamedTuple):
     predictions: list[dict[str, Any]]
     metric: str = "accuracy"
     beside: Mapping[str, float] = MappingProxyType({})
-    empty: int = 0
+    empty: int | None = None
     overlap: int | None = None
     parts: Mapping[str, Part] = MappingProxyType({})
+    beside_intervals: Mapping[str, tuple[float, float] | None] = MappingProxyType({})
 
     @property
     def accuracy(self) -> float:
@@ -244,7 +246,7 @@ def summarise(predictions: list[dict[str, Any]]) -> Score:
         n,
         interval,
         predictions,
-        empty=sum(not each.get("generation", "-").strip() for each in predictions),
+        empty=sum(not each["generation"].strip() for each in predictions) if "generation" in predictions[0] else None,
         overlap=n - len(clean) if "in_training" in predictions[0] else None,
         parts=parts,
     )

@@ -5,7 +5,7 @@ import pytest
 from data_helpers import PAIRS, message_of
 from helpers import random_tensors
 
-from neuroada_jax import classification, weights
+from neuroada_jax import classification, metrics, weights
 from neuroada_jax.labelled import encode_labelled
 from neuroada_jax.models import from_hf_config
 from neuroada_jax.rows import rows_from_list
@@ -77,11 +77,12 @@ def test_accuracy_and_f1_of_predictions_in_row_order():
     assert score.beside == {"f1": pytest.approx(2 * (found & want).sum() / (found.sum() + want.sum()))}
 
 
-def test_regression_has_correlations_and_no_interval():
+def test_regression_has_correlations_with_intervals():
     base = encoder(["similarity"])
     score = classification.evaluate(base, base.params, PAIRS, rows([0.0, 5.0, 2.5, 1.0]), GLUE["stsb"], max_length=30)
     found, want = ([each[field] for each in score.predictions] for field in ("prediction", "answer"))
-    assert want == [0.0, 5.0, 2.5, 1.0] and score.interval is None
+    assert want == [0.0, 5.0, 2.5, 1.0] and score.interval[0] <= score.value <= score.interval[1]
+    assert score.beside_intervals["spearman"] == metrics.interval("spearman", found, want)
     assert score.value == pytest.approx(np.corrcoef(found, want)[0, 1], abs=1e-4) and set(score.beside) == {"spearman"}
 
 

@@ -67,8 +67,8 @@ def score(before: Score | None, after: Score) -> dict[str, Any]:
     def parts(of: Score) -> dict[str, Any]:
         return {name: {**part._asdict(), "interval": list(part.interval)} for name, part in of.parts.items()}
 
-    def interval(of: Score | None) -> list[float] | None:
-        return list(of.interval) if of and of.interval else None
+    def interval(of: tuple[float, float] | None) -> list[float] | None:
+        return list(of) if of else None
 
     return {
         "n": after.n,
@@ -76,9 +76,10 @@ def score(before: Score | None, after: Score) -> dict[str, Any]:
         f"{after.metric}_before": before.value if before else None,
         f"{after.metric}_after": after.value,
         **{f"{name}_after": value for name, value in after.beside.items()},
+        **{f"{name}_interval_after": interval(found) for name, found in after.beside_intervals.items()},
         "beside": list(after.beside),
-        "interval_before": interval(before),
-        "interval_after": interval(after),
+        "interval_before": interval(before.interval if before else None),
+        "interval_after": interval(after.interval),
         "parts_before": parts(before) if before else None,
         "parts_after": parts(after),
         "empty_before": before.empty if before else None,
@@ -150,7 +151,8 @@ def print_scores(sets: dict[str, dict[str, Any]], mean: dict[str, float | None] 
         before, after = (share(score[f"{metric}_{when}"], score[f"interval_{when}"]) for when in ("before", "after"))
         rows.append((name if metric == "accuracy" else f"{name}, {metric}", str(score["n"]), before, after))
         rows += [
-            (f"  {name}, {each}", str(score["n"]), "-", share(score[f"{each}_after"], None)) for each in score["beside"]
+            (f"  {name}, {each}", str(score["n"]), "-", share(score[f"{each}_after"], score.get(f"{each}_interval_after")))
+            for each in score["beside"]
         ]
         for kind, part in score["parts_after"].items():
             base = (score["parts_before"] or {}).get(kind)

@@ -119,6 +119,7 @@ def test_the_adapter_is_that_of_the_best_epoch_and_evaluates_to_the_same(trained
             "n": 11,
             "interval": want["interval_after"],
             "f1": want["f1_after"],
+            "f1_interval": want["f1_interval_after"],
         }
         assert len(lines(tmp_path / "p.jsonl")) == 11
     code, printed, _ = neuroada(capsys, *arguments[:-1], "--adapter", out / "adapter")
