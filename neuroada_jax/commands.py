@@ -121,11 +121,11 @@ def evaluate(parsed: argparse.Namespace) -> None:
     """Scores a model, or one with an adapter, on a file of rows."""
     from neuroada_jax import evaluation, files
     from neuroada_jax.rows import load_rows
-    from neuroada_jax.tasks import GLUE, TASKS, Source
+    from neuroada_jax.tasks import GLUE, TASKS, Source, overlap, unknown
     from neuroada_jax.training import report
 
     if parsed.task not in TASKS | GLUE:
-        raise UserError(f"--task: unknown task {parsed.task!r}; known: {', '.join(TASKS | GLUE)}")
+        raise UserError(f"--task: {unknown(parsed.task)}")
     _at_least(parsed, limit=1, max_new_tokens=1, max_length=1, batch_size=1)
     out = Path(parsed.out or f"runs/evaluate/{parsed.task}.jsonl")
     files.check_writable(out)
@@ -161,12 +161,16 @@ def evaluate(parsed: argparse.Namespace) -> None:
                 **score.beside,
                 **{f"{name}_interval": found for name, found in score.beside_intervals.items()},
             }
-            more = {"parts": parts, "overlap": score.overlap, "empty": score.empty}
-            _print_json(found | {key: value for key, value in more.items() if value})
+            counts = {"overlap": score.overlap, "empty": score.empty}
+            found |= {name: count for name, count in counts.items() if count is not None}
+            _print_json(found | ({"parts": parts} if parts else {}))
         else:
             report.print_scores({parsed.task: report.score(None, score)})
     finally:
         evaluation.write_predictions(out, score)
+    note = overlap.known(parsed.task) if is_decoder and score.overlap is None else None
+    if note:
+        console.say(note)
     console.say(f"every prediction is in {out}")
 
 
