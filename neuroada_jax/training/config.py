@@ -12,7 +12,7 @@ from neuroada_jax.errors import UserError
 from neuroada_jax.models import Remat
 from neuroada_jax.prompts import PromptStyle
 from neuroada_jax.sampling import Decoding
-from neuroada_jax.tasks import GLUE, TASKS
+from neuroada_jax.tasks import GLUE, TASKS, unknown
 
 _STRICT = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -257,7 +257,7 @@ class RunConfig:
                 raise ValueError(f"optimizer.{field}: found {found}, but fidelity: official needs {default}; leave one out")
         for where, task in self.tasks():
             if task not in TASKS and task not in GLUE:
-                raise ValueError(f"{where}.task: unknown task {task!r}{nearest(task, list(TASKS | GLUE))}")
+                raise ValueError(f"{where}.task: {unknown(task)}")
         styles = [member.value for member in PromptStyle]
         for where, style in self._styles():
             if style is not None and style not in styles:
