@@ -131,7 +131,8 @@ def print_summary(results: dict[str, Any]) -> None:
             for each in found[name]:
                 value = report.share(each.value, each.interval)
                 lines.append((each.name, each.metric, str(row["seed"]), str(each.n), *each.cells(columns), epoch, value))
-                values.setdefault((each.name, each.metric), []).append(each.value)
+                if each.value is not None:
+                    values.setdefault((each.name, each.metric), []).append(each.value)
         for (shown, metric), every in values.items():
             spread = _spread(every)
             deviation = "-" if spread["deviation"] is None else f"{100 * spread['deviation']:.1f}"
