@@ -134,7 +134,7 @@ def _theirs(chosen: RunConfig, job: Job, folder: Path) -> Row:
 
     opened, tokenizer = open_base(chosen.model.path, chosen.model.dtype)
     objective, opened = objectives.objective(chosen, opened)
-    held_out = run.evaluation_rows(chosen, objective)
+    held_out = run.evaluation_rows(chosen, objective, opened, tokenizer)
     batches, _ = objective.batches(tokenizer, held_out)
     base = with_weights(opened)
     huggingface.save(folder / "start", base, base.params, tokenizer)

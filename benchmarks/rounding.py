@@ -106,20 +106,12 @@ def _in_float32(chosen: RunConfig, adapter: str) -> Row:
     ]
     wide, _ = open_base(chosen.model.path, "float32")
     params = bypass.merge(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), base.params), trained)
-    (each, rows), *_ = run.evaluation_rows(chosen, objectives.Continuation(chosen)).items()
+    (each, rows), *_ = run.evaluation_rows(chosen, objectives.Continuation(chosen), base, tokenizer).items()
     section = next(found for found in chosen.evaluation.sets if found.name == each)
     task = TASKS[section.task or chosen.data.task]
-    score = evaluation.evaluate(
-        wide._replace(params={}),
-        params,
-        tokenizer,
-        rows,
-        task,
-        style=PromptStyle(task.style),
-        method=section.method,
-        batch_size=chosen.evaluation.batch_size,
-    )
-    flat = np.concatenate([value.ravel() for value in values])
+    prepared = evaluation.prepare(base, tokenizer, rows, task, style=PromptStyle(task.style), method=section.method)
+    batch_size = chosen.evaluation.batch_size
+    score = evaluation.score(wide._replace(params={}), params, tokenizer, prepared, batch_size=batch_size)
     return {
         "accuracy_float32": score.value,
         "values_rms": float(np.sqrt(np.mean(np.square(flat)))),

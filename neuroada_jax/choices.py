@@ -70,8 +70,8 @@ def losses(
             on_progress(done, len(batches))
     each = iter(itertools.chain.from_iterable(found))
     filled = np.full((len(groups), max(map(len, groups))), np.inf)
-    for row, group in zip(filled, groups, strict=True):
-        row[: len(group)] = list(itertools.islice(each, len(group)))
+    for line, group in zip(filled, groups, strict=True):
+        line[: len(group)] = list(itertools.islice(each, len(group)))
     return filled
 
 

@@ -1,6 +1,7 @@
 """Scoring an encoder on rows with labels: predictions, the task's metric, and what stands beside it."""
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from neuroada_jax.batches import ClassificationBatch, ClassificationBatches
 from neuroada_jax.bypass import Tree
 from neuroada_jax.errors import UserError
 from neuroada_jax.evaluation import Score, wilson_interval
+from neuroada_jax.formats import native
 from neuroada_jax.labelled import LabelledExamples, encode_labelled
 from neuroada_jax.losses import classification_logits
 from neuroada_jax.rows import Rows
@@ -65,34 +67,81 @@ def evaluate(
       on_progress: called with (batches done, in all).
 
     Raises:
-      UserError: rows that do not fit the task, or a head with another number of labels.
+      UserError: rows that do not fit the task, or a head with other labels.
     """
-    check_labels(base, task)
+    columns = label_columns(base, task)
     examples = encode(rows, task, tokenizer, max_length)
     if examples.cut:
         console.say(f"{rows.source}: {examples.cut} of {len(rows)} examples cut to {max_length} tokens")
-    outputs = predict(base, params, examples, batch_size, on_progress)
+    outputs = predict(base, params, examples, batch_size, on_progress)[:, columns]
     values, n = figures(outputs, examples.labels, task), len(examples)
-    interval = wilson_interval(round(values["accuracy"] * n), n) if task.metric == "accuracy" else None
+    found = _found(outputs, task)
+    intervals = {name: _interval(name, value, found, examples.labels) for name, value in values.items()}
     beside = {name: values[name] for name in task.beside}
     predictions = [_prediction(rows.rows[i], task, outputs[i], examples.labels[i]) for i in range(n)]
-    return Score(values[task.metric], n, interval, predictions, task.metric, beside)
+    beside_intervals = {name: intervals[name] for name in task.beside}
+    return Score(
+        values[task.metric],
+        n,
+        intervals[task.metric],
+        predictions,
+        task.metric,
+        beside,
+        beside_intervals=beside_intervals,
+    )
 
 
 def figures(outputs: Float[np.ndarray, "n labels"], labels: Num[np.ndarray, "n"], task: GlueTask) -> dict[str, float]:
     """The task's metric and those beside it, by name, of a head's outputs."""
-    # A correlation of nearly equal numbers needs more digits than float32 has.
-    found = outputs[:, 0].astype(np.float64) if task.is_regression else outputs.argmax(axis=1)
+    found = _found(outputs, task)
     return {name: metrics.METRICS[name](found, labels) for name in (task.metric, *task.beside)}
 
 
-def check_labels(base: LoadedModel, task: GlueTask) -> None:
-    """Raises UserError where the model's head has not as many labels as the task."""
-    if base.model.config.num_labels != len(task.labels):
+def _found(outputs: Float[np.ndarray, "n labels"], task: GlueTask) -> Num[np.ndarray, "n"]:
+    """The classes, or for regression the numbers, that a head's outputs say."""
+    # A correlation of nearly equal numbers needs more digits than float32 has.
+    return outputs[:, 0].astype(np.float64) if task.is_regression else outputs.argmax(axis=1)
+
+
+def _interval(
+    metric: str, value: float, found: Num[np.ndarray, "n"], labels: Num[np.ndarray, "n"]
+) -> tuple[float, float] | None:
+    """The 95 % interval of a metric's value."""
+    if metric == "accuracy":
+        return wilson_interval(round(value * len(labels)), len(labels))
+    return metrics.interval(metric, found, labels)
+
+
+def label_columns(base: LoadedModel, task: GlueTask) -> list[int]:
+    """Which output of the model's head each of the task's labels is.
+
+    Names are compared by their letters and digits, in any case. A head without names of its own, such as LABEL_0 and
+    LABEL_1, is taken to have the task's order, and a single number is regression whatever its name.
+
+    Raises:
+      UserError: a head with another number of labels, or with other names.
+    """
+    names, count = native.head_labels(base) or [], base.model.config.num_labels
+    if count != len(task.labels):
         raise UserError(
             f"task {task.name!r} has {len(task.labels)} label(s) ({', '.join(task.labels)}), "
-            f"and the head of {base.source} has {base.model.config.num_labels}"
+            f"and the head of {base.source} has {count}"
         )
+    if task.is_regression:
+        return [0]
+    found = [_plain(name) for name in names]
+    for known in (task.labels, [f"LABEL_{number}" for number in range(count)], [str(number) for number in range(count)]):
+        wanted = [_plain(name) for name in known]
+        if sorted(found) == sorted(wanted):
+            return [found.index(name) for name in wanted]
+    raise UserError(
+        f"task {task.name!r} has the labels {', '.join(task.labels)}, "
+        f"and the head of {base.source} tells apart {', '.join(map(str, names))}"
+    )
+
+
+def _plain(name: Any) -> str:
+    return re.sub(r"[^a-z0-9]", "", str(name).lower())
 
 
 def _prediction(row: dict[str, Any], task: GlueTask, outputs: np.ndarray, label: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,18 @@ def _read(opened: Any, tokenizer: Any, adapter: Any) -> tuple[Any, Any, Any]:
 
 def _print_json(content: dict[str, Any]) -> None:
     print(files.to_json(content))
+
+
+def _at_least(parsed: argparse.Namespace, **least: int) -> None:
+    """Raises UserError where one of these options is below its least value; None, not given, is none."""
+    for option, smallest in least.items():
+        value = getattr(parsed, option)
+        if value is not None and value < smallest:
+            raise UserError(f"{_option(option)}: expected at least {smallest}, found {value}")
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def train(parsed: argparse.Namespace) -> None:
@@ -106,43 +119,63 @@ def plan(parsed: argparse.Namespace) -> None:
 
 def evaluate(parsed: argparse.Namespace) -> None:
     """Scores a model, or one with an adapter, on a file of rows."""
-    from neuroada_jax import evaluation
+    from neuroada_jax import evaluation, files
     from neuroada_jax.rows import load_rows
-    from neuroada_jax.tasks import GLUE, TASKS, Source
+    from neuroada_jax.tasks import GLUE, TASKS, Source, overlap, unknown
     from neuroada_jax.training import report
 
     if parsed.task not in TASKS | GLUE:
-        raise UserError(f"--task: unknown task {parsed.task!r}; known: {', '.join(TASKS | GLUE)}")
+        raise UserError(f"--task: {unknown(parsed.task)}")
+    _at_least(parsed, limit=1, max_new_tokens=1, max_length=1, batch_size=1)
+    out = Path(parsed.out or f"runs/evaluate/{parsed.task}.jsonl")
+    files.check_writable(out)
     opened = _open(parsed, decoder=parsed.task not in GLUE)
     is_decoder = opened[0].model.architecture.is_decoder
     if is_decoder and parsed.task not in TASKS:
         raise UserError(f"--task: {parsed.task!r} needs an encoder with a head, and {opened[0].source} is a decoder")
-    source = Source(parsed.data, parsed.split) if parsed.data else (TASKS if is_decoder else GLUE)[parsed.task].source()
+    kind, says = opened[0].model.hf_config["model_type"], "a decoder, whose prompts are not cut"
+    others = ["max_length"]
+    if not is_decoder:
+        says, others = "an encoder, which has no prompts", ["method", "style", "max_new_tokens", "trained_on"]
+    for option in others:
+        if getattr(parsed, option) is not None:
+            raise UserError(f"{_option(option)}: {kind} is {says}; leave it out")
+    if parsed.split and not parsed.data:
+        raise UserError("--split: it is of --data, and the task's own rows have theirs; leave it out or give both")
+    split = parsed.split or "test"
+    source = Source(parsed.data, split) if parsed.data else (TASKS if is_decoder else GLUE)[parsed.task].source()
     rows = load_rows(source.data, source.split, parsed.limit)
-    score_rows = _score_texts if is_decoder else _score_labels
-    base, params, tokenizer = _read(*opened)
+    score_rows = (_texts if is_decoder else _labels)(parsed, *opened[:2], rows)
+    base, params, _ = _read(*opened)
     with console.bar("evaluating") as shown:
-        score = score_rows(parsed, base, params, tokenizer, rows, console.reporter(shown))
-    out = Path(parsed.out or f"runs/evaluate/{parsed.task}.jsonl")
-    evaluation.write_predictions(out, score)
+        score = score_rows(base, params, console.reporter(shown))
+    try:  # a score is not lost where its predictions cannot be written, nor they where nobody reads the score
+        if parsed.json:
+            parts = {name: part._asdict() for name, part in score.parts.items()}
+            found = {
+                "task": parsed.task,
+                "metric": score.metric,
+                "value": score.value,
+                "n": score.n,
+                "interval": score.interval,
+                **score.beside,
+                **{f"{name}_interval": found for name, found in score.beside_intervals.items()},
+            }
+            counts = {"overlap": score.overlap, "empty": score.empty}
+            found |= {name: count for name, count in counts.items() if count is not None}
+            _print_json(found | ({"parts": parts} if parts else {}))
+        else:
+            report.print_scores({parsed.task: report.score(None, score)})
+    finally:
+        evaluation.write_predictions(out, score)
+    note = overlap.known(parsed.task) if is_decoder and score.overlap is None else None
+    if note:
+        console.say(note)
     console.say(f"every prediction is in {out}")
-    if parsed.json:
-        parts = {name: part._asdict() for name, part in score.parts.items()}
-        found = {
-            "task": parsed.task,
-            "metric": score.metric,
-            "value": score.value,
-            "n": score.n,
-            "interval": score.interval,
-            **score.beside,
-        }
-        more = {"parts": parts, "overlap": score.overlap, "empty": score.empty}
-        _print_json(found | {key: value for key, value in more.items() if value})
-    else:
-        report.print_scores({parsed.task: report.score(None, score)})
 
 
-def _score_texts(parsed: argparse.Namespace, base: Any, params: Any, tokenizer: Any, rows: Any, progress: Any) -> Any:
+def _texts(parsed: argparse.Namespace, opened: Any, tokenizer: Any, rows: Any) -> Callable[[Any, Any, Any], Any]:
+    """What scores rows by what a decoder says, as (base, params, progress) -> score; whatever can be wrong is told here."""
     from neuroada_jax import evaluation
     from neuroada_jax.prompts import PromptStyle
     from neuroada_jax.rows import load_rows
@@ -153,39 +186,36 @@ def _score_texts(parsed: argparse.Namespace, base: Any, params: Any, tokenizer: 
         trained_on = overlap.questions(
             evaluation.convert(load_rows(parsed.trained_on), TASKS[task.suite or task.name]).rows
         )
-    return evaluation.evaluate(
-        base,
-        params,
-        tokenizer,
-        rows,
-        task,
-        style=PromptStyle(parsed.style or task.style),
-        method=parsed.method,
-        max_new_tokens=parsed.max_new_tokens,
-        batch_size=parsed.batch_size,
-        trained_on=trained_on,
-        on_progress=progress,
+    style, method = PromptStyle(parsed.style or task.style), parsed.method or "generate"
+    if method == "choices" and parsed.max_new_tokens is not None:
+        raise UserError("--max-new-tokens: method choices generates nothing; leave it out")
+    prepared = evaluation.prepare(
+        opened, tokenizer, rows, task, style=style, method=method, max_new_tokens=parsed.max_new_tokens
+    )
+    options = {"batch_size": parsed.batch_size, "trained_on": trained_on}
+    return lambda base, params, progress: evaluation.score(
+        base, params, tokenizer, prepared, **options, on_progress=progress
     )
 
 
-def _score_labels(parsed: argparse.Namespace, base: Any, params: Any, tokenizer: Any, rows: Any, progress: Any) -> Any:
+def _labels(parsed: argparse.Namespace, opened: Any, tokenizer: Any, rows: Any) -> Callable[[Any, Any, Any], Any]:
+    """As `_texts`, by the labels that an encoder tells apart."""
     from neuroada_jax import classification
     from neuroada_jax.tasks import GLUE
+    from neuroada_jax.weights import lacking
 
-    if base.drawn and not parsed.adapter:
-        raise UserError(f"{base.source} has no {base.drawn[0]}: give an --adapter, which brings its trained head")
-    positions = base.model.config.max_positions
-    if parsed.max_length is not None and not 1 <= parsed.max_length <= positions:
+    task, positions = GLUE[parsed.task], opened.model.config.max_positions
+    lacks = lacking(opened) if not parsed.adapter else []
+    if lacks:
+        raise UserError(f"{opened.source} has no {lacks[0]}: give an --adapter, which brings its trained head")
+    if parsed.max_length is not None and parsed.max_length > positions:
         raise UserError(f"--max-length: found {parsed.max_length}, expected 1 to the model's {positions} positions")
-    return classification.evaluate(
-        base,
-        params,
-        tokenizer,
-        rows,
-        GLUE[parsed.task],
-        max_length=parsed.max_length or positions,
-        batch_size=parsed.batch_size,
-        on_progress=progress,
+    length = parsed.max_length or positions
+    classification.encode(rows, task, tokenizer, length)
+    classification.label_columns(opened, task)
+    options = {"max_length": length, "batch_size": parsed.batch_size}
+    return lambda base, params, progress: classification.evaluate(
+        base, params, tokenizer, rows, task, **options, on_progress=progress
     )
 
 
@@ -210,10 +240,7 @@ def lm_eval(parsed: argparse.Namespace) -> None:
     """Scores a model on the harness's tasks."""
     from neuroada_jax import harness
 
-    for option in ("batch_size", "limit", "num_fewshot"):
-        value, least = getattr(parsed, option), 0 if option == "num_fewshot" else 1
-        if value is not None and value < least:
-            raise UserError(f"--{option.replace('_', '-')}: expected at least {least}, found {value}")
+    _at_least(parsed, batch_size=1, limit=1, num_fewshot=0)
     if parsed.out and not Path(parsed.out).parent.is_dir():
         raise UserError(f"--out: the folder {Path(parsed.out).parent} does not exist")
     tasks = harness.find_tasks(parsed.tasks.split(","), parsed.include_path)  # before the weights, which take longer
@@ -262,8 +289,7 @@ def inspect(parsed: argparse.Namespace) -> None:
     """Lists the modules of a model or an adapter."""
     from neuroada_jax import inspection
 
-    if parsed.k < 1:
-        raise UserError(f"--k: expected at least 1, found {parsed.k}")
+    _at_least(parsed, k=1)
     content = inspection.inspect(parsed.path, parsed.k)
     _print_json(content) if parsed.json else inspection.print_inspection(content)
 

@@ -1,7 +1,7 @@
 """Scoring a set of rows: generate or choose answers, compare by the task's rule, and say how sure the figure is."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ import transformers
 from neuroada_jax import choices, data, files
 from neuroada_jax.bypass import Tree
 from neuroada_jax.errors import UserError
-from neuroada_jax.generation import before_stop, generate
+from neuroada_jax.generation import before_stop, check_lengths, generate
 from neuroada_jax.prompts import PromptStyle
 from neuroada_jax.rows import Rows, rows_from_list
 from neuroada_jax.sampling import GREEDY, Decoding
@@ -35,13 +35,14 @@ class Score(NamedTuple):
     Attributes:
       value: of the metric: accuracy by the task's rule, or what a GLUE task is scored by.
       n: rows.
-      interval: the 95 % Wilson interval of an accuracy; None for other metrics.
+      interval: the 95 % interval: Wilson's of an accuracy, by resampling of other metrics (`metrics.interval`).
       predictions: a dict for each row.
       metric: its name.
       beside: further metrics of the same predictions, by name.
-      empty: generations without any text; they count as wrong.
+      empty: generations without any text, which count as wrong; None where nothing is generated.
       overlap: rows whose question is among the training rows; None where those are not known.
       parts: the accuracy of the rows that are not ("clean"), that by the task's strict rule ("strict"), and both.
+      beside_intervals: the 95 % intervals of those beside, by name.
     """
 
     value: float
@@ -50,9 +51,10 @@ class Score(NamedTuple):
     predictions: list[dict[str, Any]]
     metric: str = "accuracy"
     beside: Mapping[str, float] = MappingProxyType({})
-    empty: int = 0
+    empty: int | None = None
     overlap: int | None = None
     parts: Mapping[str, Part] = MappingProxyType({})
+    beside_intervals: Mapping[str, tuple[float, float] | None] = MappingProxyType({})
 
 
 def wilson_interval(correct: int, n: int) -> tuple[float, float]:
@@ -100,9 +102,30 @@ def check_rows(rows: Rows, task: Task, method: str) -> Rows:
     return converted
 
 
-def evaluate(
+class Prepared(NamedTuple):
+    """Rows that are checked and tokenised, so that nothing of them stops the scoring any more.
+
+    Attributes:
+      rows: in the task's own form, each with its answer.
+      task: how to prompt and how to read answers.
+      style: prompt style.
+      method: "generate" continues the prompt and extracts the answer; "choices" takes the likeliest of the task's answers.
+      max_new_tokens: of a generation.
+      prompts: the token ids of each row's prompt, for "generate".
+      choices: each row with each answer of the task behind it, for "choices".
+    """
+
+    rows: Rows
+    task: Task
+    style: PromptStyle
+    method: str
+    max_new_tokens: int
+    prompts: list[list[int]]
+    choices: list[list[data.Example]]
+
+
+def prepare(
     base: LoadedModel,
-    params: Tree,
     tokenizer: transformers.PreTrainedTokenizerBase,
     rows: Rows,
     task: Task,
@@ -110,40 +133,68 @@ def evaluate(
     style: PromptStyle,
     method: str = "generate",
     max_new_tokens: int | None = None,
+) -> Prepared:
+    """The rows as `score` needs them. Needs no weights.
+
+    Args:
+      base: architecture and config.
+      tokenizer: of the base.
+      rows: raw rows of the task.
+      task: see `Prepared`, as for style and method.
+      style: prompt style.
+      method: "generate" or "choices".
+      max_new_tokens: for "generate"; None for the task's own.
+
+    Raises:
+      UserError: see `check_rows`; also prompts that with their generation or answers exceed the model's positions.
+    """
+    converted = check_rows(rows, task, method)
+    length = task.max_new_tokens if max_new_tokens is None else max_new_tokens
+    prompts, answers = [], []
+    if method == "choices":
+        options = [row.get("choices", task.choices) for row in converted.rows]
+        answers = _with_answers(base, tokenizer, converted, task, style, options)
+    else:
+        prompts = [data.encode_prompt(row, style, tokenizer, converted.where(i)) for i, row in enumerate(converted.rows)]
+        check_lengths(base.model, prompts, length, lambda i: f"{converted.where(i)}: the prompt")
+    return Prepared(converted, task, style, method, length, prompts, answers)
+
+
+def score(
+    base: LoadedModel,
+    params: Tree,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    prepared: Prepared,
+    *,
     decoding: Decoding = GREEDY,
     batch_size: int = 16,
     trained_on: Set[str] | None = None,
     on_progress: Progress | None = None,
 ) -> Score:
-    """Scores `rows` with plain (base or merged) parameters.
+    """Scores rows with plain (base or merged) parameters.
 
     Args:
       base: architecture and config.
       params: what to score.
       tokenizer: of the base.
-      rows: raw rows of the task.
-      task: how to prompt and how to read answers.
-      style: prompt style.
-      method: "generate" continues the prompt and extracts the answer; "choices" takes the likeliest of the task's answers.
-      max_new_tokens: for "generate"; None for the task's own.
+      prepared: the rows, from `prepare`.
       decoding: for "generate"; greedy by default.
       batch_size: prompts, or (row, choice) pairs, at a time.
       trained_on: the questions of the training rows (`tasks.overlap.questions`), to tell which rows are among them.
       on_progress: called with (done, in all).
-
-    Raises:
-      UserError: see `check_rows`; also prompts that do not fit the model.
     """
-    converted = check_rows(rows, task, method)
+    rows, task, style, method = prepared.rows, prepared.task, prepared.style, prepared.method
     if method == "choices":
-        predictions = _choose(base, params, tokenizer, converted, task, style, batch_size, on_progress)
+        best = choices.losses(base.model, params, prepared.choices, batch_size, on_progress).argmin(axis=1)
+        predictions: list[dict[str, Any]] = [
+            {"prediction": row.get("choices", task.choices)[choice]} for row, choice in zip(rows.rows, best, strict=True)
+        ]
     else:
-        prompts = [data.encode_prompt(row, style, tokenizer, converted.where(i)) for i, row in enumerate(converted.rows)]
         outputs = generate(
             base.model,
             params,
-            prompts,
-            max_new_tokens=max_new_tokens or task.max_new_tokens,
+            prepared.prompts,
+            max_new_tokens=prepared.max_new_tokens,
             eos_ids=end_tokens(base, tokenizer),
             decoding=decoding,
             decode=lambda ids: str(tokenizer.decode(ids)),
@@ -153,7 +204,7 @@ def evaluate(
         texts = [before_stop(str(tokenizer.decode(ids, skip_special_tokens=True)), decoding.stop) for ids in outputs]
         predictions = [{"generation": text} for text in texts]
     for i, prediction in enumerate(predictions):
-        row = converted.rows[i]
+        row = rows.rows[i]
         answer = row["answer"].strip()
         if method == "generate":
             prediction["prediction"] = task.extract(prediction["generation"], answer)
@@ -163,7 +214,7 @@ def evaluate(
             prediction |= {"strict_prediction": strict, "strict_correct": _matches(task, strict, answer)}
         if trained_on is not None:
             prediction["in_training"] = overlap.question(row) in trained_on
-        prediction["prompt"] = data.render_prompt(row, style, tokenizer, converted.where(i))
+        prediction["prompt"] = data.render_prompt(row, style, tokenizer, rows.where(i))
     return summarise(predictions)
 
 
@@ -192,33 +243,28 @@ def summarise(predictions: list[dict[str, Any]]) -> Score:
         n,
         interval,
         predictions,
-        empty=sum(not each.get("generation", "-").strip() for each in predictions),
+        empty=sum(not each["generation"].strip() for each in predictions) if "generation" in predictions[0] else None,
         overlap=n - len(clean) if "in_training" in predictions[0] else None,
         parts=parts,
     )
 
 
-def _choose(
+def _with_answers(
     base: LoadedModel,
-    params: Tree,
     tokenizer: transformers.PreTrainedTokenizerBase,
     rows: Rows,
     task: Task,
     style: PromptStyle,
-    batch_size: int,
-    on_progress: Progress | None,
-) -> list[dict[str, Any]]:
-    """The answer whose target text has the highest likelihood, for every row."""
-    options = [row.get("choices", task.choices) for row in rows.rows]
+    options: Sequence[Sequence[str]],
+) -> list[list[data.Example]]:
+    """Every row with each of its answers as its target."""
     pairs = [(row, each) for row, own in zip(rows.rows, options, strict=True) for each in own]
     candidates = [{**row, "output": task.target(each)} for row, each in pairs]
     examples = data.encode(rows_from_list(candidates, rows.source), style, tokenizer, base.model.config.max_positions)
     if examples.cut or examples.left_out:  # part of an answer would be compared with the whole of another
         raise UserError(f"{rows.source}: a prompt is longer than the model's {base.model.config.max_positions} positions")
     numbers = iter(range(len(candidates)))
-    groups = [[examples.example(next(numbers)) for _ in own] for own in options]
-    best = choices.losses(base.model, params, groups, batch_size, on_progress).argmin(axis=1)
-    return [{"prediction": own[choice]} for own, choice in zip(options, best, strict=True)]
+    return [[examples.example(next(numbers)) for _ in own] for own in options]
 
 
 def write_predictions(path: Path, score: Score) -> None:

@@ -58,6 +58,17 @@ def write_text(path: Path, text: str) -> None:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from error
 
 
+def check_writable(path: Path) -> None:
+    """Raises UserError where `write_text` could not write this file, as far as can be seen; makes nothing."""
+    above = next(folder for folder in path.absolute().parents if os.path.exists(folder))
+    if path.is_dir():
+        raise UserError(f"{path}: cannot be written (it is a folder)")
+    if not above.is_dir():
+        raise UserError(f"{path}: cannot be written ({above} is no folder)")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"{path}: cannot be written (no permission in {above})")
+
+
 def to_json(content: Any, indent: int | None = None) -> str:
     """JSON text; a number that is not finite, for which JSON has no word, is written as null."""
     try:

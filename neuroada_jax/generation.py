@@ -95,6 +95,23 @@ def bucket(length: int) -> int:
     return size
 
 
+def check_lengths(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    name: Callable[[int], str] = "prompt {}".format,
+) -> None:
+    """Raises UserError, which calls a prompt by `name`, where one is empty or too long with its continuation."""
+    for number, prompt in enumerate(prompts):
+        if not prompt:
+            raise UserError(f"{name(number)} has no tokens")
+        if len(prompt) + max_new_tokens > model.config.max_positions:
+            raise UserError(
+                f"{name(number)} has {len(prompt)} tokens; with max_new_tokens {max_new_tokens} that exceeds the "
+                f"model's {model.config.max_positions} positions"
+            )
+
+
 def generate(
     model: Model,
     params: Tree,
@@ -133,14 +150,7 @@ def generate(
         raise UserError(f"max_new_tokens: expected at least 1, found {max_new_tokens}")
     if decoding.stop and decode is None:
         raise UserError("stop: texts that end a continuation need the tokenizer (decode)")
-    for number, prompt in enumerate(prompts):
-        if not prompt:
-            raise UserError(f"prompt {number} has no tokens")
-        if len(prompt) + max_new_tokens > model.config.max_positions:
-            raise UserError(
-                f"prompt {number} has {len(prompt)} tokens; with max_new_tokens {max_new_tokens} that exceeds the "
-                f"model's {model.config.max_positions} positions"
-            )
+    check_lengths(model, prompts, max_new_tokens)
     stops = _Stops(decoding.stop, decode, frozenset(eos_ids))
     batch_size = max(1, min(batch_size, len(prompts)))
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))

@@ -9,8 +9,10 @@ import numpy.typing as npt
 from neuroada_jax.errors import UserError
 
 Values = Sequence[Any] | npt.NDArray
+_RESAMPLES = 1000
+_RESAMPLED_AT_ONCE = 1_000_000  # row numbers in memory
 
-__all__ = ["METRICS", "accuracy", "f1", "matthews", "pearson", "spearman"]
+__all__ = ["METRICS", "accuracy", "f1", "interval", "matthews", "pearson", "spearman"]
 
 
 def accuracy(predictions: Values, labels: Values) -> float:
@@ -57,6 +59,31 @@ def spearman(predictions: Values, labels: Values) -> float:
 METRICS: dict[str, Callable[[Values, Values], float]] = {
     function.__name__: function for function in (accuracy, matthews, pearson, spearman, f1)
 }
+
+
+def interval(metric: str, predictions: Values, labels: Values) -> tuple[float, float] | None:
+    """The 95 % interval of a metric: percentiles of 1,000 resamples of the pairs, the same ones for the same data.
+
+    None where there is none to give: all predictions, or all labels, are the same, or a value is not finite. Raises
+    UserError as the metric does.
+    """
+    from scipy import stats
+
+    found, expected = _pair(predictions, labels)
+    if _constant(found) or _constant(expected) or not (np.isfinite(found).all() and np.isfinite(expected).all()):
+        return None
+    resampled = stats.bootstrap(
+        (found, expected),
+        METRICS[metric],
+        paired=True,
+        vectorized=False,
+        n_resamples=_RESAMPLES,
+        batch=max(1, _RESAMPLED_AT_ONCE // len(found)),
+        method="percentile",
+        rng=np.random.default_rng(0),
+    )
+    low, high = resampled.confidence_interval
+    return float(low), float(high)
 
 
 def _pair(predictions: Values, labels: Values) -> tuple[npt.NDArray, npt.NDArray]:

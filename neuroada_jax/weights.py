@@ -66,9 +66,19 @@ class LoadedModel(NamedTuple):
     @property
     def drawn(self) -> list[str]:
         """The Hugging Face names of the tensors that the checkpoint lacks: a head that starts from a seed."""
-        optional = self.model.architecture.optional
-        slots = names.checkpoint_names(self.model.abstract_params(), self.model.stack)
-        return [name for name, slot in slots.items() if _is_below(slot.path, optional) and name not in self.digests]
+        return [name for name in _optional(self.model) if name not in self.digests]
+
+
+def lacking(opened: LoadedModel) -> list[str]:
+    """What `drawn` will be once the weights are read, from the names in the checkpoint alone."""
+    available, prefix = set(open_tensors(opened.path).names()), opened.model.architecture.prefix
+    return [name for name in _optional(opened.model) if available.isdisjoint(names.spellings(name, prefix))]
+
+
+def _optional(model: models.Model) -> list[str]:
+    """The Hugging Face names of the tensors that a checkpoint may lack."""
+    slots = names.checkpoint_names(model.abstract_params(), model.stack)
+    return [name for name, slot in slots.items() if _is_below(slot.path, model.architecture.optional)]
 
 
 def _is_below(path: Path, modules: tuple[Path, ...]) -> bool:

@@ -5,7 +5,7 @@ import pytest
 from data_helpers import PAIRS, message_of
 from helpers import random_tensors
 
-from neuroada_jax import classification, weights
+from neuroada_jax import classification, metrics, weights
 from neuroada_jax.labelled import encode_labelled
 from neuroada_jax.models import from_hf_config
 from neuroada_jax.rows import rows_from_list
@@ -55,7 +55,7 @@ def rows(labels):
 
 
 def test_accuracy_and_f1_of_predictions_in_row_order():
-    base = encoder(["no", "yes"])
+    base = encoder(["not_equivalent", "equivalent"])
     data = rows([0, 1, 1, 0, 1, 0, 1])
     seen = []
     options = {"max_length": 30, "on_progress": lambda *done: seen.append(done)}
@@ -77,18 +77,36 @@ def test_accuracy_and_f1_of_predictions_in_row_order():
     assert score.beside == {"f1": pytest.approx(2 * (found & want).sum() / (found.sum() + want.sum()))}
 
 
-def test_regression_has_correlations_and_no_interval():
+def test_regression_has_correlations_with_intervals():
     base = encoder(["similarity"])
     score = classification.evaluate(base, base.params, PAIRS, rows([0.0, 5.0, 2.5, 1.0]), GLUE["stsb"], max_length=30)
     found, want = ([each[field] for each in score.predictions] for field in ("prediction", "answer"))
-    assert want == [0.0, 5.0, 2.5, 1.0] and score.interval is None
+    assert want == [0.0, 5.0, 2.5, 1.0] and score.interval[0] <= score.value <= score.interval[1]
+    assert score.beside_intervals["spearman"] == metrics.interval("spearman", found, want)
     assert score.value == pytest.approx(np.corrcoef(found, want)[0, 1], abs=1e-4) and set(score.beside) == {"spearman"}
 
 
-def test_cut_rows_are_said_and_other_heads_refused(capsys):
-    base = encoder(["no", "yes"])
-    classification.evaluate(base, base.params, PAIRS, rows([0, 1]), GLUE["rte"], max_length=6)
-    assert "rows: 2 of 2 examples cut to 6 tokens" in capsys.readouterr().err
-    message = message_of(classification.check_labels, base, GLUE["mnli"])
+def test_a_head_may_have_its_labels_in_another_order_but_no_others():
+    data, task = rows([0, 1, 1, 0]), GLUE["mrpc"]
+    logits = {}
+    for names in (["LABEL_0", "LABEL_1"], ["EQUIVALENT", "not-equivalent"]):  # the same weights
+        base = encoder(names)
+        score = classification.evaluate(base, base.params, PAIRS, data, task, max_length=30)
+        logits[names[0]] = np.array([each["logits"] for each in score.predictions])
+    np.testing.assert_array_equal(logits["LABEL_0"], logits["EQUIVALENT"][:, ::-1])
+    assert classification.label_columns(encoder(["CONTRADICTION", "NEUTRAL", "ENTAILMENT"]), GLUE["mnli"]) == [2, 1, 0]
+    assert classification.label_columns(encoder(["score"]), GLUE["stsb"]) == [0]
+    message = message_of(classification.label_columns, encoder(list(task.labels)), GLUE["rte"])
+    want = (
+        "task 'rte' has the labels entailment, not_entailment, and the head of here tells apart not_equivalent, equivalent"
+    )
+    assert message == want
+    message = message_of(classification.label_columns, encoder(["no", "yes"]), GLUE["mnli"])
     want = "task 'mnli' has 3 label(s) (entailment, neutral, contradiction), and the head of here has 2"
     assert message == want
+
+
+def test_cut_rows_are_said(capsys):
+    base = encoder(["entailment", "not_entailment"])
+    classification.evaluate(base, base.params, PAIRS, rows([0, 1]), GLUE["rte"], max_length=6)
+    assert "rows: 2 of 2 examples cut to 6 tokens" in capsys.readouterr().err

@@ -15,7 +15,7 @@ from data_helpers import BYTES, CHAT
 from helpers import CONFIG, NEURONS, random_tensors, run_config, write_config, write_model, write_rows
 from transformers import AutoModelForCausalLM
 
-from neuroada_jax import cli, console, data
+from neuroada_jax import cli, commands, console, data
 from neuroada_jax.batches import Batches
 from neuroada_jax.formats import native
 from neuroada_jax.tasks import GLUE, TASKS
@@ -194,8 +194,8 @@ def test_evaluate(trained, inputs, neuroada, tmp_path, monkeypatch):
     arguments += ["--style", "verbatim", "--trained-on", inputs[1]]
     results = json.loads((trained / "results.json").read_text())["evaluation"]["held out"]
     base = one_object(neuroada(*arguments, "--json"))
-    assert base.pop("empty", 0) == results["empty_before"]
     assert base == {
+        "empty": results["empty_before"],
         "task": "instruct",
         "metric": "accuracy",
         "value": results["accuracy_before"],
@@ -209,7 +209,7 @@ def test_evaluate(trained, inputs, neuroada, tmp_path, monkeypatch):
     assert (adapted["value"], adapted["interval"]) == (results["accuracy_after"], results["interval_after"])
     assert out.read_text() == (trained / "predictions-held out-after.jsonl").read_text()
     code, table, _ = neuroada(*arguments)
-    assert code == 0 and "instruct" in table and "accuracy" in table
+    assert code == 0 and all(word in table for word in ("instruct", "accuracy", "overlap", "empty"))
 
 
 def test_tasks(neuroada):
@@ -310,7 +310,7 @@ def bad_run(neuroada, folder, path, *arguments):
         ("training.stepz=1", "training.stepz: unknown field; did you mean 'steps'?"),
         ("training.steps=many", "training.steps: input should be a valid integer, found 'many'"),
         ("bypass.k=0", "bypass.k: input should be greater than or equal to 1, found 0"),
-        ("data.task=sst", "data.task: unknown task 'sst'; did you mean 'sst2'?"),
+        ("data.task=sst", f"data.task: unknown task 'sst'; did you mean 'sst2'? known: {', '.join(TASKS | GLUE)}"),
         (
             "data={train: x, packing: true, buckets: [64]}",
             "data.packing: packed rows all have data.max_length tokens; leave out data.group_by_length and data.buckets",
@@ -423,6 +423,10 @@ def test_evaluation_data_is_checked_before_anything_is_written(tmp_path, inputs,
         ({"data": str(tmp_path / "none.jsonl")}, "none.jsonl: no such file or directory"),
         ({"data": str(inputs[1]), "method": "choices"}, "task 'instruct' has no fixed answers"),
         ({"data": str(inputs[1]), "task": "sst2"}, "rows.jsonl:1: task 'sst2' needs"),
+        (
+            {"data": str(inputs[1]), "max_new_tokens": 127},
+            "tokens; with max_new_tokens 127 that exceeds the model's 128 positions",
+        ),
     ):
         sets = {"sets": [{"name": "t", **fields}], "before": False}
         assert part in bad_run(neuroada, tmp_path, config(tmp_path, inputs, evaluation=sets))
@@ -461,9 +465,14 @@ def test_bad_arguments_of_the_other_commands(trained, tmp_path, inputs, neuroada
         (["generate", *model, "--prompt", "a", "--early-stopping"], "they are for a beam search"),
         (["generate", *model, "--prompt", "a", "--stop", ""], "stop: found an empty text"),
         (["generate", *model, "--prompt", "a", "--adapter", tmp_path], "no adapter here (adapter.json is missing)"),
-        (["evaluate", *model, "--data", inputs[1], "--task", "sst"], "--task: unknown task 'sst'"),
-        (["evaluate", *model, "--data", inputs[1], "--method", "choices"], "has no fixed answers"),
-        (["evaluate", *model, "--data", inputs[1], "--limit", 0], "limit: found 0"),
+        (
+            ["evaluate", *model, "--data", inputs[1], "--task", "sst"],
+            "--task: unknown task 'sst'; did you mean 'sst2'? known: i",
+        ),
+        (["evaluate", *model, "--data", inputs[1], "--limit", 0], "--limit: expected at least 1, found 0"),
+        (["evaluate", *model, "--task", "boolq", "--split", "train"], "--split: it is of --data"),
+        (["evaluate", *model, "--batch-size", 0], "--batch-size: expected at least 1, found 0"),
+        (["evaluate", *model, "--max-new-tokens", 0], "--max-new-tokens: expected at least 1, found 0"),
         (["evaluate", *model, "--data", tmp_path / "none.jsonl"], "no such file or directory"),
         (["inspect", inputs[0], "--k", 0], "--k: expected at least 1, found 0"),
         (["inspect", tmp_path / "none"], f"{tmp_path / 'none'} does not exist"),
@@ -471,6 +480,23 @@ def test_bad_arguments_of_the_other_commands(trained, tmp_path, inputs, neuroada
     ):
         assert part in one_line_error(neuroada(*arguments)), arguments
     assert list(tmp_path.iterdir()) == []
+
+
+def test_evaluate_checks_before_it_reads_weights(inputs, tmp_path, neuroada, monkeypatch):
+    monkeypatch.setattr(commands, "_read", None)
+    arguments = ["evaluate", "--model", inputs[0], "--data", inputs[1]]
+    for options, part in (
+        (["--task", "sst2"], "rows.jsonl:1: task 'sst2' needs"),
+        (["--style", "fancy"], "prompt style: found 'fancy'"),
+        (["--max-length", 9], "--max-length: llama is a decoder, whose prompts are not cut; leave it out"),
+        (["--method", "choices", "--max-new-tokens", 9], "--max-new-tokens: method choices generates nothing"),
+        (["--method", "choices"], "has no fixed answers"),
+        (["--trained-on", tmp_path / "none.jsonl"], "none.jsonl: no such file or directory"),
+        (["--max-new-tokens", 127], "exceeds the model's 128 positions"),
+        (["--out", tmp_path], "cannot be written (it is a folder)"),
+        (["--out", inputs[1] / "p.jsonl"], f"cannot be written ({inputs[1]} is no folder)"),
+    ):
+        assert part in one_line_error(neuroada(*arguments, *options)), options
 
 
 def test_an_infinite_weight_names_the_step_and_the_rows(tmp_path, inputs, neuroada):

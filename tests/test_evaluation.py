@@ -40,10 +40,11 @@ def test_wilson_interval(correct, n, low, high):
     assert got == pytest.approx((low, high), abs=5e-5)
 
 
-def score(base, rows, task="instruct", **options):
+def score(base, rows, task="instruct", batch_size=16, trained_on=None, **options):
     rows = rows_from_list(rows) if isinstance(rows, list) else rows
     options = {"style": PromptStyle.PLAIN, "max_new_tokens": 8, **options}
-    return evaluation.evaluate(base, base.params, CHAT, rows, TASKS[task], **options)
+    prepared = evaluation.prepare(base, CHAT, rows, TASKS[task], **options)
+    return evaluation.score(base, base.params, CHAT, prepared, batch_size=batch_size, trained_on=trained_on)
 
 
 def test_exact_match_and_predictions(base, tmp_path):
@@ -152,6 +153,7 @@ def test_chat_rows_are_scored_against_the_last_assistant_turn(base):
 def test_parts_by_a_second_rule_and_without_the_training_rows(base, monkeypatch):
     texts = ["A book: the answer is (B).", "The answer is C", "", "Denote it by x."]
     monkeypatch.setattr(evaluation, "generate", lambda *_, **options: [[i] for i in range(options["max_new_tokens"] - 508)])
+    monkeypatch.setattr(evaluation, "check_lengths", lambda *_: None)  # of a model with 128 positions
     monkeypatch.setattr(type(CHAT), "decode", lambda self, ids, **_: texts[ids[0]])
     rows = [{"instruction": f"i{i}", "output": "", "answer": answer} for i, answer in enumerate("BCAD")]
     got = score(base, rows, "aqua", style=PromptStyle.ALPACA, max_new_tokens=None, trained_on=frozenset({"i0", "i3", "i9"}))

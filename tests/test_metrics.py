@@ -48,3 +48,19 @@ def test_values_that_do_not_fit():
         assert message_of(function, [1, 0], [1]).endswith("expected as many of each")
     assert message_of(metrics.matthews, [0, 2], [0, 1]) == "metric: predictions of two classes must be 0 or 1, found 2"
     assert message_of(metrics.f1, [0, 1], [0, 3]) == "metric: labels of two classes must be 0 or 1, found 3"
+
+
+def test_intervals_by_resampling():
+    rng = np.random.default_rng(0)
+    labels = rng.normal(size=200)
+    found = labels + rng.normal(size=200)
+    value = metrics.pearson(found, labels)
+    low, high = metrics.interval("pearson", found, labels)
+    assert (low, high) == metrics.interval("pearson", found, labels)
+    # Fisher's: the inverse hyperbolic tangent of the coefficient is about normal, with the deviation 1 / sqrt(n - 3).
+    fisher = np.tanh(np.arctanh(value) + np.array([-1, 1]) * 1.96 / math.sqrt(197))
+    np.testing.assert_allclose((low, high), fisher, atol=0.03)
+    low, high = metrics.interval("matthews", (found > 0).astype(int), (labels > 0).astype(int))
+    assert low < metrics.matthews(found > 0, labels > 0) < high
+    for constant in ([1, 1, 1], [1.0, math.nan, 2.0]):
+        assert metrics.interval("spearman", constant, [1, 2, 3]) is None is metrics.interval("f1", [0, 1, 0], constant)

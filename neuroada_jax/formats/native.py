@@ -85,7 +85,7 @@ def assemble(
             "source": base.source,
             "dtype": jnp.dtype(base.model.config.dtype).name,
             "model_type": base.model.hf_config["model_type"],
-            "labels": _labels(base),
+            "labels": head_labels(base),
             "parameters": bypass.count(base.model.abstract_params()),
             "digests": base.digests,
         },
@@ -106,7 +106,7 @@ def assemble(
     )
 
 
-def _labels(base: LoadedModel) -> list[str] | None:
+def head_labels(base: LoadedModel) -> list[str] | None:
     """What the head of an encoder tells apart; a base without a head cannot say it again."""
     if base.model.architecture.is_decoder:
         return None

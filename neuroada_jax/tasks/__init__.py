@@ -1,5 +1,6 @@
 """The tasks by name: how a row becomes prompt and target, and how a generation becomes an answer."""
 
+import difflib
 from typing import Any
 
 from neuroada_jax.tasks import arithmetic, commonsense
@@ -7,7 +8,7 @@ from neuroada_jax.tasks.glue import GLUE, GlueTask
 from neuroada_jax.tasks.instruct import ALPACA, INSTRUCT, SST2
 from neuroada_jax.tasks.task import Source, Task
 
-__all__ = ["GLUE", "SUITES", "TASKS", "GlueTask", "Source", "Task", "listing"]
+__all__ = ["GLUE", "SUITES", "TASKS", "GlueTask", "Source", "Task", "listing", "unknown"]
 
 # What a decoder is trained for; GLUE is what an encoder is trained for, and sst2 is in both.
 # commonsense and arithmetic read the training rows that their suites share.
@@ -27,6 +28,13 @@ TASKS: dict[str, Task] = {
 SUITES: dict[str, tuple[str, ...]] = {
     module.SUITE: tuple(task.name for task in module.TASKS) for module in (commonsense, arithmetic)
 }
+
+
+def unknown(name: str) -> str:
+    """What is wrong with a name that no task has: the nearest one that there is, and all of them."""
+    known = list(TASKS | GLUE)
+    near = "".join(f"did you mean {each!r}? " for each in difflib.get_close_matches(name, known, n=1))
+    return f"unknown task {name!r}; {near}known: {', '.join(known)}"
 
 
 def listing() -> list[dict[str, Any]]:

@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+# Of the published test sets, how many questions are in LLM-Adapters' math_10k too, and of how many.
+IN_MATH_10K = {"multiarith": (569, 600), "addsub": (331, 395), "singleeq": (449, 508), "mawps": (169, 238)}
 _OTHER = re.compile(r"[^a-z0-9]+")
 
 
@@ -22,3 +24,12 @@ def question(row: Mapping[str, Any]) -> str:
 def questions(rows: Iterable[Mapping[str, Any]]) -> frozenset[str]:
     """The questions of all rows that ask any."""
     return frozenset(map(question, rows)) - {""}
+
+
+def known(task: str) -> str | None:
+    """What a reader has to know of a figure of that task where the training rows are not given."""
+    if task not in IN_MATH_10K:
+        return None
+    count, total = IN_MATH_10K[task]
+    share = f"{count} of the {total} published questions ({100 * count / total:.0f} %)"
+    return f"{task}: {share} are also in math_10k; for a model that was trained on it, --trained-on FILE tells them apart"

@@ -12,7 +12,7 @@ from neuroada_jax.errors import UserError
 from neuroada_jax.models import Remat
 from neuroada_jax.prompts import PromptStyle
 from neuroada_jax.sampling import Decoding
-from neuroada_jax.tasks import GLUE, TASKS
+from neuroada_jax.tasks import GLUE, TASKS, unknown
 
 _STRICT = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -175,6 +175,8 @@ class EvaluationSet:
     def __post_init__(self) -> None:
         if self.method == "choices" and self.generation != GenerationSection():
             raise ValueError("generation: method 'choices' generates nothing; leave one out")
+        if self.method == "choices" and self.max_new_tokens is not None:
+            raise ValueError("max_new_tokens: method 'choices' generates nothing; leave one out")
         if self.task is None and not (self.name and self.data):
             raise ValueError("a set without a task needs a name and data")
         object.__setattr__(self, "name", self.name or self.task)  # frozen for everybody else
@@ -255,7 +257,7 @@ class RunConfig:
                 raise ValueError(f"optimizer.{field}: found {found}, but fidelity: official needs {default}; leave one out")
         for where, task in self.tasks():
             if task not in TASKS and task not in GLUE:
-                raise ValueError(f"{where}.task: unknown task {task!r}{nearest(task, list(TASKS | GLUE))}")
+                raise ValueError(f"{where}.task: {unknown(task)}")
         styles = [member.value for member in PromptStyle]
         for where, style in self._styles():
             if style is not None and style not in styles:

@@ -5,7 +5,7 @@ import dataclasses
 from neuroada_jax import bypass, console, models
 from neuroada_jax.errors import UserError
 from neuroada_jax.tasks import GLUE, TASKS
-from neuroada_jax.training.config import HeadSection, RunConfig
+from neuroada_jax.training.config import GenerationSection, HeadSection, RunConfig
 from neuroada_jax.weights import LoadedModel
 
 
@@ -32,9 +32,9 @@ def check_kind(config: RunConfig, model: models.Model) -> None:
             )
         if not is_decoder and task != config.data.task:
             raise UserError(f"{where}.task: {task!r}, and the head is trained for {config.data.task!r}; leave it out")
+    unset = {"style": None, "method": "generate", "max_new_tokens": None, "generation": GenerationSection()}
     for number, each in enumerate(config.evaluation.sets if not is_decoder else ()):
-        if each.style is not None or each.method != "generate":
-            field = "style" if each.style is not None else "method"
+        for field in (field for field, value in unset.items() if getattr(each, field) != value):
             raise UserError(f"evaluation.sets.{number}.{field}: {kind} is an encoder, which has no prompts; leave it out")
     if not is_decoder and config.data.style is not None:
         raise UserError(f"data.style: {kind} is an encoder, which has no prompts; leave it out")

@@ -45,11 +45,11 @@ class Objective(Protocol):
           UserError: rows that do not fit the task, or none left.
         """
 
-    def rows(self, each: EvaluationSet) -> Rows:
-        """The rows of an evaluation set, read and checked.
+    def rows(self, each: EvaluationSet, base: LoadedModel, tokenizer: Any) -> Rows:
+        """The rows of an evaluation set, read and checked, so that no score fails for them after the training.
 
         Raises:
-          UserError: a file that is missing, or rows that do not fit their task.
+          UserError: a file that is missing, or rows that do not fit their task or the model's positions.
         """
 
     def score(
@@ -128,26 +128,28 @@ class Continuation:
     def _task(self, each: EvaluationSet) -> Task:
         return TASKS[each.task or self._config.data.task]
 
-    def rows(self, each: EvaluationSet) -> Rows:
+    def rows(self, each: EvaluationSet, base: LoadedModel, tokenizer: Any) -> Rows:
         """See `Objective`."""
         source = Source(each.data, each.split) if each.data else self._task(each).source()
         rows = load_rows(source.data, source.split, each.limit)
-        evaluation.check_rows(rows, self._task(each), each.method)
+        self._prepared(each, rows, base, tokenizer)
         return rows
+
+    def _prepared(self, each: EvaluationSet, rows: Rows, base: LoadedModel, tokenizer: Any) -> evaluation.Prepared:
+        style, task = self._style(each), self._task(each)
+        return evaluation.prepare(
+            base, tokenizer, rows, task, style=style, method=each.method, max_new_tokens=each.max_new_tokens
+        )
 
     def score(
         self, each: EvaluationSet, rows: Rows, base: LoadedModel, params: Tree, tokenizer: Any, progress: Progress
     ) -> Score:
         """See `Objective`."""
-        return evaluation.evaluate(
+        return evaluation.score(
             base,
             params,
             tokenizer,
-            rows,
-            self._task(each),
-            style=self._style(each),
-            method=each.method,
-            max_new_tokens=each.max_new_tokens,
+            self._prepared(each, rows, base, tokenizer),
             decoding=each.generation,
             batch_size=self._config.evaluation.batch_size,
             trained_on=self._trained_on,
@@ -188,12 +190,11 @@ class Classification:
         )
         return batches, rows
 
-    def rows(self, each: EvaluationSet) -> Rows:
+    def rows(self, each: EvaluationSet, base: LoadedModel, tokenizer: Any) -> Rows:
         """See `Objective`."""
         source = Source(each.data, each.split) if each.data else self._task.source()
         rows = load_rows(source.data, source.split, each.limit)
-        for i, row in enumerate(rows.rows):
-            self._task.convert(row, rows.where(i))
+        classification.encode(rows, self._task, tokenizer, self._config.data.max_length)
         return rows
 
     def score(

@@ -1,7 +1,9 @@
 """What a finished run says: results.json and the tables that end it."""
 
 import sys
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import jax
 
@@ -68,8 +70,8 @@ def score(before: Score | None, after: Score) -> dict[str, Any]:
     def parts(of: Score) -> dict[str, Any]:
         return {name: {**part._asdict(), "interval": list(part.interval)} for name, part in of.parts.items()}
 
-    def interval(of: Score | None) -> list[float] | None:
-        return list(of.interval) if of and of.interval else None
+    def interval(of: tuple[float, float] | None) -> list[float] | None:
+        return list(of) if of else None
 
     return {
         "n": after.n,
@@ -77,9 +79,10 @@ def score(before: Score | None, after: Score) -> dict[str, Any]:
         f"{after.metric}_before": before.value if before else None,
         f"{after.metric}_after": after.value,
         **{f"{name}_after": value for name, value in after.beside.items()},
+        **{f"{name}_interval_after": interval(found) for name, found in after.beside_intervals.items()},
         "beside": list(after.beside),
-        "interval_before": interval(before),
-        "interval_after": interval(after),
+        "interval_before": interval(before.interval if before else None),
+        "interval_after": interval(after.interval),
         "parts_before": parts(before) if before else None,
         "parts_after": parts(after),
         "empty_before": before.empty if before else None,
@@ -114,6 +117,49 @@ def share(value: float | None, interval: list[float] | None) -> str:
     return f"{100 * value:.1f}" + (f" ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})" if interval else "")
 
 
+_COUNTS = {
+    "overlap": "overlap: questions that are among the training rows",
+    "empty": "empty: generations without any text, which count as wrong",
+}
+
+
+class Figure(NamedTuple):
+    """One figure of a set, with what tables call it; `counts` are those of `_COUNTS`, of the whole set alone."""
+
+    name: str
+    metric: str
+    n: int
+    value: float | None
+    interval: list[float] | None
+    counts: Mapping[str, int | None] = MappingProxyType({})
+
+    def cells(self, columns: Sequence[str]) -> list[str]:
+        """The counts in these columns of a table."""
+        return ["" if self.counts.get(column) is None else str(self.counts[column]) for column in columns]
+
+
+def figures(name: str, score: dict[str, Any], when: str) -> list[Figure]:
+    """What results.json says of a set, "before" or "after" the training: its metric, those beside it, and its parts."""
+    metric, n = score["metric"], score["n"]
+    counts = {"overlap": score["overlap"], "empty": score[f"empty_{when}"]}
+    main = Figure(name, metric, n, score[f"{metric}_{when}"], score[f"interval_{when}"], counts)
+    beside = (
+        Figure(f"  {name}, {each}", each, n, score.get(f"{each}_{when}"), score.get(f"{each}_interval_{when}"))
+        for each in score["beside"]
+    )
+    parts = (
+        Figure(f"  {name}, {kind}", metric, part["n"], part["value"], part["interval"])
+        for kind, part in (score[f"parts_{when}"] or {}).items()
+    )
+    return [main, *beside, *parts]
+
+
+def count_columns(shown: Iterable[Figure]) -> list[str]:
+    """The counts that any of these figures has."""
+    every = [each.counts for each in shown]
+    return [column for column in _COUNTS if any(counts.get(column) is not None for counts in every)]
+
+
 def print_summary(results: dict[str, Any]) -> None:
     """The tables that end a run: accuracies, then what was trained and how fast."""
     run = f"{results['name']}, seed {results['seed']}"
@@ -144,34 +190,26 @@ def _loss(value: float | None) -> str:
 
 
 def print_scores(sets: dict[str, dict[str, Any]], mean: dict[str, float | None] | None = None, of: str = "") -> None:
-    """A row for every set, one for each of its parts, and the mean; below, what a reader has to know of them.
+    """A row for every set, one for each of its parts, and the mean; below, what the counts are.
 
     `of` begins the title.
     """
-
-    rows, notes = [], []
-    for name, score in sets.items():
-        metric = score["metric"]
-        before, after = (share(score[f"{metric}_{when}"], score[f"interval_{when}"]) for when in ("before", "after"))
-        rows.append((name if metric == "accuracy" else f"{name}, {metric}", str(score["n"]), before, after))
-        rows += [
-            (f"  {name}, {each}", str(score["n"]), "-", share(score[f"{each}_after"], None)) for each in score["beside"]
-        ]
-        for kind, part in score["parts_after"].items():
-            base = (score["parts_before"] or {}).get(kind)
-            before = share(base["value"], base["interval"]) if base else "-"
-            rows.append((f"  {name}, {kind}", str(part["n"]), before, share(part["value"], part["interval"])))
-        if score["overlap"]:
-            notes.append(f"{name}: {score['overlap']} of {score['n']} questions are among the training rows")
-        if score["empty_after"]:
-            notes.append(f"{name}: {score['empty_after']} of {score['n']} generations are empty and count as wrong")
+    before, after = (
+        [each for name, score in sets.items() for each in figures(name, score, when)] for when in ("before", "after")
+    )
+    columns, known, rows = count_columns(after), {each.name: each for each in before}, []
+    for each in after:
+        shown = each.name if each.name not in sets or each.metric == "accuracy" else f"{each.name}, {each.metric}"
+        first = share(*known[each.name][3:5]) if each.name in known else "-"
+        rows.append((shown, str(each.n), *each.cells(columns), first, share(each.value, each.interval)))
     if mean:
-        rows.append(("mean of the sets", str(len(sets)), share(mean["before"], None), share(mean["after"], None)))
+        spare = [""] * len(columns)
+        rows.append(("mean of the sets", str(len(sets)), *spare, share(mean["before"], None), share(mean["after"], None)))
     kind = "accuracy" if all(score["metric"] == "accuracy" for score in sets.values()) else "score"
     title = f"{of}{kind} in % (95 % interval)"
     if any(score[f"{score['metric']}_before"] is not None for score in sets.values()):
-        console.table(title, ("set", "n", "before", "after"), rows)
+        console.table(title, ("set", "n", *columns, "before", "after"), rows)
     else:
-        console.table(title, ("set", "n", kind), [(name, n, value) for name, n, _, value in rows])
-    for note in notes:
-        console.say(note)
+        console.table(title, ("set", "n", *columns, kind), [(*row[:-2], row[-1]) for row in rows])
+    for column in columns:
+        console.say(_COUNTS[column])

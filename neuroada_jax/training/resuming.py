@@ -197,7 +197,8 @@ class Saver:
 
 def _score_to_json(score: Score) -> dict[str, Any]:
     parts = {name: part._asdict() for name, part in score.parts.items()}
-    return {**score._asdict(), "predictions": [], "beside": dict(score.beside), "parts": parts}
+    beside = {"beside": dict(score.beside), "beside_intervals": dict(score.beside_intervals)}
+    return {**score._asdict(), "predictions": [], **beside, "parts": parts}
 
 
 def _score_from_json(content: dict[str, Any]) -> Score:

@@ -33,13 +33,13 @@ from neuroada_jax.training.signals import Stop
 from neuroada_jax.weights import LoadedModel, open_base, with_weights
 
 
-def evaluation_rows(config: RunConfig, objective: Objective) -> dict[str, Rows]:
-    """The rows of every evaluation set, read and checked.
+def evaluation_rows(config: RunConfig, objective: Objective, base: LoadedModel, tokenizer: Any) -> dict[str, Rows]:
+    """The rows of every evaluation set, read and checked. Needs no weights.
 
     Raises:
-      UserError: a file that is missing, or rows that do not fit their task.
+      UserError: a file that is missing, or rows that do not fit their task or the model's positions.
     """
-    return {each.name: objective.rows(each) for each in config.evaluation.sets}
+    return {each.name: objective.rows(each, base, tokenizer) for each in config.evaluation.sets}
 
 
 def evaluate_sets(
@@ -153,7 +153,7 @@ def train(
     objective, base = objectives.objective(config, base)
     modules.check_length(config, base.model)
     paths = modules.target_paths(config, base.model)
-    held_out = evaluation_rows(config, objective)
+    held_out = evaluation_rows(config, objective, base, tokenizer)
     batches, rows = objective.batches(tokenizer, held_out)
     if found:
         resuming.check_data(found.about, directory, batches, force_resume)

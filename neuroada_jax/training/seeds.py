@@ -8,9 +8,8 @@ from typing import Any
 
 from neuroada_jax import console, files
 from neuroada_jax.errors import UserError
-from neuroada_jax.training import config_file, modules, resuming, run
+from neuroada_jax.training import config_file, modules, report, resuming, run
 from neuroada_jax.training.config import RunConfig
-from neuroada_jax.training.report import share
 from neuroada_jax.training.signals import Stop
 from neuroada_jax.training.trackers import number
 from neuroada_jax.weights import open_base
@@ -142,25 +141,32 @@ def summarise(config: RunConfig, runs: dict[int, dict[str, Any]]) -> dict[str, A
 
 
 def _spread(values: Sequence[float | None]) -> dict[str, Any]:
-    if any(number(value) is None for value in values):  # so results.json has a score that was not finite
+    finite = [found for value in values if (found := number(value)) is not None]
+    if len(finite) < len(values):  # so results.json has a score that was not finite
         return {"mean": None, "deviation": None, "values": list(values)}
-    deviation = statistics.stdev(values) if len(values) > 1 else None
-    return {"mean": statistics.mean(values), "deviation": deviation, "values": list(values)}
+    deviation = statistics.stdev(finite) if len(finite) > 1 else None
+    return {"mean": statistics.mean(finite), "deviation": deviation, "values": list(values)}
 
 
 def print_summary(results: dict[str, Any]) -> None:
-    """A table with a line for each seed and set, and their mean."""
-    lines = []
-    for name, summary in results["evaluation"].items():
-        metric = summary["metric"]
-        for row in results["runs"]:
-            score, best = row["evaluation"][name], row["best_epoch"]
+    """A table with a line for each seed and figure of a set, and their mean."""
+    names, lines = list(results["evaluation"]), []
+    runs = [{name: report.figures(name, row["evaluation"][name], "after") for name in names} for row in results["runs"]]
+    columns = report.count_columns(each for found in runs for every in found.values() for each in every)
+    for name in names:
+        values: dict[tuple[str, str], list[float | None]] = {}
+        for row, found in zip(results["runs"], runs, strict=True):
+            best = row["best_epoch"]
             epoch = f"{best['epoch']} of {len(best['epochs'])}" if best and best["set"] == name else "-"
-            value = share(score[f"{metric}_after"], score["interval_after"])
-            lines.append((name, metric, str(row["seed"]), str(score["n"]), epoch, value))
-        spread = summary[metric]
-        deviation = "-" if spread["deviation"] is None else f"{100 * spread['deviation']:.1f}"
-        lines.append((name, metric, "mean", "", "", f"{share(spread['mean'], None)} ± {deviation}"))
+            for each in found[name]:
+                value = report.share(each.value, each.interval)
+                lines.append((each.name, each.metric, str(row["seed"]), str(each.n), *each.cells(columns), epoch, value))
+                values.setdefault((each.name, each.metric), []).append(each.value)
+        for (shown, metric), every in values.items():
+            spread = _spread(every)
+            deviation = "-" if spread["deviation"] is None else f"{100 * spread['deviation']:.1f}"
+            value = f"{report.share(spread['mean'], None)} ± {deviation}"
+            lines.append((shown, metric, "mean", "", *[""] * len(columns), "", value))
     title = f"{results['name']}: scores in % (95 % interval; mean ± standard deviation)"
-    console.table(title, ("set", "metric", "seed", "n", "epoch", "score"), lines)
+    console.table(title, ("set", "metric", "seed", "n", *columns, "epoch", "score"), lines)
     console.say(f"trained values: {results['trainable']:,}; files: {results['directory']}")

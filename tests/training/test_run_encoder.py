@@ -121,6 +121,7 @@ def test_the_adapter_is_that_of_the_best_epoch_and_evaluates_to_the_same(trained
             "n": 10,
             "interval": want["interval_after"],
             "f1": want["f1_after"],
+            "f1_interval": want["f1_interval_after"],
         }
         assert len(lines(tmp_path / "p.jsonl")) == 10
     code, printed, _ = neuroada(capsys, *arguments[:-1], "--adapter", out / "adapter")
@@ -154,7 +155,8 @@ def test_regression(tmp_path, model, data):
     sections = {"task": "stsb", "training": {"epochs": None, "steps": 4}, "evaluation": {"before": False}}
     results = run.train(settings(tmp_path, model, data, **sections))
     score = results["evaluation"]["dev"]
-    assert score["metric"] == "pearson" and score["interval_after"] is None and score["n"] == 4
+    low, high = score["interval_after"]
+    assert score["metric"] == "pearson" and -1 <= low <= high <= 1 and score["n"] == 4
     assert -1 <= score["spearman_after"] <= 1 and score["pearson_before"] is None
     assert [epoch["step"] for epoch in results["best_epoch"]["epochs"]] == [3, 4]  # the end counts as an epoch's
     predictions = lines(tmp_path / "out" / "predictions-dev-after.jsonl")
@@ -284,6 +286,14 @@ def test_one_row_is_not_split():
         ("data.style=plain", "data.style: bert is an encoder, which has no prompts"),
         ("evaluation.sets.0.task=rte", "evaluation.sets.0.task: 'rte', and the head is trained for 'mrpc'"),
         ("evaluation.sets.0.method=choices", "evaluation.sets.0.method: bert is an encoder, which has no prompts"),
+        (
+            "evaluation.sets.0.max_new_tokens=8",
+            "evaluation.sets.0.max_new_tokens: bert is an encoder, which has no prompts",
+        ),
+        (
+            "evaluation.sets.0.generation={beams: 2}",
+            "evaluation.sets.0.generation: bert is an encoder, which has no prompts",
+        ),
         ("evaluation.best_epoch=test", "evaluation.best_epoch: no set 'test', found dev"),
         ("evaluation.sets.0.limit=1", "evaluation.best_epoch: a set of 1 row"),
         ("data.max_length=41", "data.max_length: 41 is more than the model's 40 positions"),
@@ -308,6 +318,8 @@ def test_bad_evaluations(trained, model, data, capsys):
         (["--adapter", out / "adapter", "--task", "instruct"], "bert is an encoder, which cannot continue a text"),
         (["--adapter", out / "adapter", "--task", "stsb"], "task 'stsb' has 1 label(s) (similarity), and the head of "),
         (["--adapter", out / "adapter", "--task", "mrpc", "--max-length", 41], "--max-length: found 41, expected 1 to "),
+        (["--adapter", out / "adapter", "--task", "rte"], "tells apart not_equivalent, equivalent"),
+        (["--adapter", out / "adapter", "--task", "mrpc", "--style", "plain"], "--style: bert is an encoder, which has no"),
         (["--model", model, "--task", "mrpc"], "has no classifier.bias: give an --adapter"),
     ):
         code, _, err = neuroada(capsys, "evaluate", "--data", data["dev"], *arguments)
