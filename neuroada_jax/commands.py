@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable
@@ -70,6 +71,8 @@ def train(parsed: argparse.Namespace) -> None:
     """Fine-tunes as a config says."""
     from neuroada_jax.training import config_file, processes, report, run, seeds, signals
 
+    if parsed.seeds is not None and not re.fullmatch(r"\d+(,\d+)*", parsed.seeds):
+        raise UserError(f"--seeds: expected numbers with commas between, such as 42,43,44, found {parsed.seeds!r}")
     overrides = parsed.overrides + ([f"seeds=[{parsed.seeds}]"] if parsed.seeds else [])
     settings = config_file.load(parsed.config, overrides)
     several = settings.seeds is not None

@@ -105,7 +105,7 @@ def _convert(name: str, row: Mapping[str, Any], where: str) -> dict[str, Any]:
     return converted if output is None else {**converted, "output": output}
 
 
-def _task(name: str, folder: str | None = None, file: str | None = None, *hub: Source) -> Task:
+def _task(name: str, folder: str | None = None, *hub: Source) -> Task:
     return Task(
         name,
         PromptStyle.ALPACA,
@@ -115,17 +115,17 @@ def _task(name: str, folder: str | None = None, file: str | None = None, *hub: S
         strict=_strict if name in (SUITE, "aqua") else None,
         max_new_tokens=512,
         suite=SUITE,
-        sources=published_sources(folder, f"{SUITE}/{file or folder}", *hub) if folder else (),
+        sources=published_sources(SUITE, folder, *hub) if folder else (),
     )
 
 
 ARITHMETIC = _task(SUITE)
 TASKS = (
     _task("multiarith", "MultiArith"),
-    _task("gsm8k", "gsm8k", None, Source("openai/gsm8k:main")),
+    _task("gsm8k", "gsm8k", Source("openai/gsm8k:main")),
     _task("addsub", "AddSub"),
-    _task("aqua", "AQuA", None, Source("deepmind/aqua_rat:raw")),
+    _task("aqua", "AQuA", Source("deepmind/aqua_rat:raw")),
     _task("singleeq", "SingleEq"),
-    _task("svamp", "SVAMP", "SVAMP.first_half"),
+    _task("svamp", "SVAMP"),
     _task("mawps", "mawps"),
 )

@@ -64,12 +64,12 @@ def _is_hub_name(data: str) -> bool:
     return not data.startswith("data/")
 
 
-def published_sources(folder: str, file: str, *hub: Source) -> tuple[Source, ...]:
+def published_sources(suite: str, folder: str, *hub: Source) -> tuple[Source, ...]:
     """A test set as LLM-Adapters publishes it, cloned into data/; the same rows as one file; then the hub.
 
     Args:
-      folder: in LLM-Adapters' dataset directory.
-      file: below data/eval, without its suffix.
+      suite: folder below data/eval.
+      folder: in LLM-Adapters' dataset directory; also what the one file is called.
       hub: names there, if any.
     """
-    return (Source(f"data/LLM-Adapters/dataset/{folder}/test.json"), Source(f"data/eval/{file}.jsonl.gz"), *hub)
+    return (Source(f"data/LLM-Adapters/dataset/{folder}/test.json"), Source(f"data/eval/{suite}/{folder}.jsonl.gz"), *hub)

@@ -15,6 +15,7 @@ from neuroada_jax.sampling import Decoding
 from neuroada_jax.tasks import GLUE, TASKS, unknown
 
 _STRICT = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+Seed = Annotated[int, pydantic.Field(ge=0, lt=2**32)]  # JAX's keys are made of 32 bits
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -114,7 +115,7 @@ class TrainingSection:
 
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
-            raise ValueError("give either epochs or steps")
+            raise ValueError(f"give either epochs or steps, found {'neither' if self.steps is None else 'both'}")
         if self.batch_size % self.accumulation:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulation {self.accumulation}")
 
@@ -166,7 +167,7 @@ class EvaluationSet:
     data: str | None = None  # None: where the task's rows are (`neuroada tasks`)
     task: str | None = None  # None: the task of the training data
     style: str | None = None
-    split: str = "test"
+    split: str | None = None  # of `data`; None: test
     limit: int | None = pydantic.Field(default=None, gt=0)
     method: Literal["generate", "choices"] = "generate"  # choices: the likeliest of the task's answers
     max_new_tokens: int | None = pydantic.Field(default=None, gt=0)  # None: the task's own
@@ -179,6 +180,8 @@ class EvaluationSet:
             raise ValueError("max_new_tokens: method 'choices' generates nothing; leave one out")
         if self.task is None and not (self.name and self.data):
             raise ValueError("a set without a task needs a name and data")
+        if self.split is not None and not self.data:
+            raise ValueError("split: it is of `data`, and the task's own rows have theirs; leave it out or give both")
         object.__setattr__(self, "name", self.name or self.task)  # frozen for everybody else
 
 
@@ -247,8 +250,8 @@ class RunConfig:
     )  # besides metrics.jsonl
     output: str | None = None
     merge: bool = False  # also write the merged model to <output>/merged
-    seed: int = pydantic.Field(default=42, ge=0)
-    seeds: list[Annotated[int, pydantic.Field(ge=0)]] | None = pydantic.Field(default=None, min_length=1)  # a run for each
+    seed: Seed = 42
+    seeds: list[Seed] | None = pydantic.Field(default=None, min_length=1)  # a run for each
 
     def __post_init__(self) -> None:
         for field, default in _TRAINER.items() if self.fidelity == "official" else ():
@@ -266,8 +269,9 @@ class RunConfig:
         if self.evaluation.best_epoch is not None and self.evaluation.best_epoch not in names:
             found = ", ".join(names) or "none"
             raise ValueError(f"evaluation.best_epoch: no set {self.evaluation.best_epoch!r}, found {found}")
-        if self.seeds is not None and len(self.seeds) != len(set(self.seeds)):
-            raise ValueError("seeds: the same seed twice")
+        twice = sorted({seed for seed in self.seeds or () if (self.seeds or []).count(seed) > 1})
+        if twice:
+            raise ValueError(f"seeds: {twice[0]} is there twice")
         if len(names) != len(set(names)):
             raise ValueError("evaluation.sets: two sets have the same name")
         for name in names:

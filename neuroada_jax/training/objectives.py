@@ -130,7 +130,7 @@ class Continuation:
 
     def rows(self, each: EvaluationSet, base: LoadedModel, tokenizer: Any) -> Rows:
         """See `Objective`."""
-        source = Source(each.data, each.split) if each.data else self._task(each).source()
+        source = Source(each.data, each.split or "test") if each.data else self._task(each).source()
         rows = load_rows(source.data, source.split, each.limit)
         self._prepared(each, rows, base, tokenizer)
         return rows
@@ -192,7 +192,7 @@ class Classification:
 
     def rows(self, each: EvaluationSet, base: LoadedModel, tokenizer: Any) -> Rows:
         """See `Objective`."""
-        source = Source(each.data, each.split) if each.data else self._task.source()
+        source = Source(each.data, each.split or "test") if each.data else self._task.source()
         rows = load_rows(source.data, source.split, each.limit)
         classification.encode(rows, self._task, tokenizer, self._config.data.max_length)
         return rows

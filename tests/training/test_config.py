@@ -171,9 +171,9 @@ def test_required_fields():
 
 
 def test_either_epochs_or_steps():
-    for training in ({}, {"epochs": 1, "steps": 1}):
-        content = {**MINIMAL, "training": training}
-        assert message_of(config_file.from_dict, content, "here") == "here: training: give either epochs or steps"
+    for found, training in {"neither": {}, "both": {"epochs": 1, "steps": 1}}.items():
+        message = message_of(config_file.from_dict, {**MINIMAL, "training": training}, "here")
+        assert message == f"here: training: give either epochs or steps, found {found}"
     assert config_file.from_dict({**MINIMAL, "training": {"epochs": 2}}, "here").training.epochs == 2
 
 
