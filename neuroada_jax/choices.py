@@ -70,8 +70,8 @@ def losses(
             on_progress(done, len(batches))
     each = iter(itertools.chain.from_iterable(found))
     filled = np.full((len(groups), max(map(len, groups))), np.inf)
-    for row, group in zip(filled, groups, strict=True):
-        row[: len(group)] = list(itertools.islice(each, len(group)))
+    for losses_of, group in zip(filled, groups, strict=True):
+        losses_of[: len(group)] = list(itertools.islice(each, len(group)))
     return filled
 
 

@@ -12,7 +12,6 @@ from neuroada_jax.training import config_file, modules, resuming, run
 from neuroada_jax.training.config import RunConfig
 from neuroada_jax.training.report import share
 from neuroada_jax.training.signals import Stop
-from neuroada_jax.training.trackers import number
 from neuroada_jax.weights import open_base
 
 
@@ -141,8 +140,8 @@ def summarise(config: RunConfig, runs: dict[int, dict[str, Any]]) -> dict[str, A
     }
 
 
-def _spread(values: Sequence[float | None]) -> dict[str, Any]:
-    if any(number(value) is None for value in values):  # so results.json has a score that was not finite
+def _spread(values: Sequence[Any]) -> dict[str, Any]:
+    if None in values:  # a score that was not finite
         return {"mean": None, "deviation": None, "values": list(values)}
     deviation = statistics.stdev(values) if len(values) > 1 else None
     return {"mean": statistics.mean(values), "deviation": deviation, "values": list(values)}
