@@ -74,14 +74,15 @@ def to_json(content: Any, indent: int | None = None) -> str:
     try:
         return json.dumps(content, ensure_ascii=False, allow_nan=False, indent=indent)
     except ValueError:
-        return json.dumps(_finite(content), ensure_ascii=False, allow_nan=False, indent=indent)
+        return json.dumps(finite(content), ensure_ascii=False, allow_nan=False, indent=indent)
 
 
-def _finite(content: Any) -> Any:
+def finite(content: Any) -> Any:
+    """Dicts and lists with None in the place of numbers that are not finite."""
     if isinstance(content, dict):
-        return {key: _finite(value) for key, value in content.items()}
+        return {key: finite(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
-        return [_finite(value) for value in content]
+        return [finite(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 

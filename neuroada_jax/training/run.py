@@ -263,6 +263,7 @@ def train(
     results["watchdog"] = done.warnings
     if best:
         results["best_epoch"] = {"set": chooser, **best.best, "split": parts.describe(), "epochs": best.epochs}
+    results = files.finite(results)
     files.write_text(directory / "results.json", files.to_json(results, indent=2) + "\n")
     plots.loss_curve(directory / "loss.png", done.losses, config.name)
     if not config.training.save_every:  # else the run may be resumed once more, and need the adapters of its epochs

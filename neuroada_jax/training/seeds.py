@@ -11,7 +11,6 @@ from neuroada_jax.errors import UserError
 from neuroada_jax.training import config_file, modules, report, resuming, run
 from neuroada_jax.training.config import RunConfig
 from neuroada_jax.training.signals import Stop
-from neuroada_jax.training.trackers import number
 from neuroada_jax.weights import open_base
 
 
@@ -140,12 +139,11 @@ def summarise(config: RunConfig, runs: dict[int, dict[str, Any]]) -> dict[str, A
     }
 
 
-def _spread(values: Sequence[float | None]) -> dict[str, Any]:
-    finite = [found for value in values if (found := number(value)) is not None]
-    if len(finite) < len(values):  # so results.json has a score that was not finite
+def _spread(values: Sequence[Any]) -> dict[str, Any]:
+    if None in values:  # a score that was not finite
         return {"mean": None, "deviation": None, "values": list(values)}
-    deviation = statistics.stdev(finite) if len(finite) > 1 else None
-    return {"mean": statistics.mean(finite), "deviation": deviation, "values": list(values)}
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.mean(values), "deviation": deviation, "values": list(values)}
 
 
 def print_summary(results: dict[str, Any]) -> None:
