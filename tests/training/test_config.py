@@ -156,6 +156,7 @@ def test_an_evaluation_set_says_how_it_generates(tmp_path):
         ({"generation": {"beams": 4, "top_k": 3}}, ".generation: beams: a search with 4 beams draws nothing at random"),
         ({"generation": {"beams": "4"}}, ".generation.beams: input should be a valid integer, found '4'"),
         ({"method": "choices", "generation": {"beams": 4}}, ": generation: method 'choices' generates nothing"),
+        ({"method": "choices", "max_new_tokens": 4}, ": max_new_tokens: method 'choices' generates nothing"),
     ],
 )
 def test_generation_settings_that_make_no_sense(fields, message):

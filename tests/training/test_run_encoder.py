@@ -173,7 +173,7 @@ def test_several_seeds(tmp_path, model, data, capsys):
     code, printed, _ = neuroada(capsys, "train", path, "--seeds", "1,7")
     out = tmp_path / "out"
     results = json.loads((out / "results.json").read_text())
-    assert code == 0 and "seed" in printed and "mean" in printed and "±" in printed
+    assert code == 0 and "seed" in printed and "mean" in printed and "±" in printed and "dev, f1" in printed
     assert [row["seed"] for row in results["runs"]] == results["seeds"] == [1, 7]
     values = [row["evaluation"]["dev"]["accuracy_after"] for row in results["runs"]]
     accuracy = results["evaluation"]["dev"]["accuracy"]
