@@ -60,7 +60,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: no tokenizer in this directory or hub repository ({reason})") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"{path}: {type(tokenizer).__name__} found, expected a tokenizer with a tokenizer.json")

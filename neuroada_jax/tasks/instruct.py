@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from neuroada_jax.errors import UserError
-from neuroada_jax.prompts import PromptStyle
+from neuroada_jax.prompts import EXPECTED_COLUMNS, PromptStyle
 from neuroada_jax.tasks.task import Source, Task
 
 TRIGGER = "the correct answer is "
@@ -17,7 +17,13 @@ def after_trigger(text: str, answer: str) -> str:
 
 
 def _as_is(row: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The row itself; its answer is the `answer` column or else the whole target. `datasets` writes null where none is."""
+    """The row itself; its answer is the `answer` column or else the whole target. `datasets` writes null where none is.
+
+    Raises:
+      UserError: no column that a prompt can be made of.
+    """
+    if not row.keys() & {"messages", "prompt", "instruction"}:
+        raise UserError(f"{where}: found columns {', '.join(row) or 'none'}; expected {EXPECTED_COLUMNS}")
     given = (row.get(column) for column in ("answer", "completion", "output"))
     answer = next((value for value in given if value is not None), None)
     messages = row.get("messages")
