@@ -66,7 +66,7 @@ bench-packing: $(VENV)/.installed-quickstart  ## examples per second, padded, gr
 bench-swap: $(VENV)/.installed-quickstart  ## measure swapping an adapter in a live model against a full merge
 	$(BIN)/python -m benchmarks.swap
 
-bench-rounding: $(VENV)/.installed-quickstart  ## train SST-2 with a bfloat16 base, with and without the remainder; needs glue in data/
+bench-rounding: $(VENV)/.installed-quickstart  ## train SST-2 with a bfloat16 base, with and without the remainder
 	$(BIN)/python -m benchmarks.rounding
 
 bench-generation: $(VENV)/.installed-test  ## measure prefill and decode in tokens per second, against transformers
@@ -75,7 +75,7 @@ bench-generation: $(VENV)/.installed-test  ## measure prefill and decode in toke
 bench-glue: $(VENV)/.installed-test  ## train MiniLM on GLUE: against LoRA and full fine-tuning; needs glue in data/ (hours)
 	$(BIN)/python -m benchmarks.glue
 
-bench-instruct: $(VENV)/.installed-test  ## train SmolLM2-135M on SST-2 and commonsense: against LoRA; needs both in data/ (hours)
+bench-instruct: $(VENV)/.installed-test  ## train SmolLM2-135M on SST-2 and commonsense: against LoRA; needs the rows that the configs name (hours)
 	$(BIN)/python -m benchmarks.instruct
 
 bench-checkpoint: $(VENV)/.installed-quickstart  ## measure what saving a checkpoint costs a training run

@@ -8,8 +8,8 @@ library's, and so is the scoring, of the merged weights. AdamW without decay, li
 float32; LoRA adapts the same linear maps with alpha = 2 r and no dropout. Ranks 1, 4 and 10 train about as many values as
 k = 1, 8 and 20 (a rank of 1 is the smallest there is, and twice k = 1).
 
-256 rows of the training file are left out of training and choose among learning rates (sweep.py). Needs sst2 and
-commonsense in data/, and the extra `torch`.
+256 of the training rows are left out of training and choose among learning rates (sweep.py). Needs the rows that the
+configs name (or `--config sst2=MINE.yaml`), and the extra `torch`.
 """
 
 import argparse
