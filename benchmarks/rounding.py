@@ -5,7 +5,7 @@
 The same run (configs/smollm2-135m-sst2-k1.yaml and -k20.yaml: same rows, order, learning rate) with a float32 base, with a
 bfloat16 base and the float32 remainder on the activation side, as the library trains, and with a bfloat16 base whose
 rounded sum is all that the model sees, as the published code does it. Each is scored as it is exported: merged and rounded
-to its base's dtype, and merged in float32. Takes about half an hour on two quiet cores; needs the rows that the configs name.
+to its base's dtype, and merged in float32. Takes about half an hour on two quiet cores; needs the rows of the configs.
 """
 
 import argparse
