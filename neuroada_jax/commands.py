@@ -122,7 +122,7 @@ def plan(parsed: argparse.Namespace) -> None:
 
 def evaluate(parsed: argparse.Namespace) -> None:
     """Scores a model, or one with an adapter, on a file of rows."""
-    from neuroada_jax import evaluation, files
+    from neuroada_jax import evaluation
     from neuroada_jax.rows import load_rows
     from neuroada_jax.tasks import GLUE, TASKS, Source, overlap, unknown
     from neuroada_jax.training import report
@@ -136,13 +136,7 @@ def evaluate(parsed: argparse.Namespace) -> None:
     is_decoder = opened[0].model.architecture.is_decoder
     if is_decoder and parsed.task not in TASKS:
         raise UserError(f"--task: {parsed.task!r} needs an encoder with a head, and {opened[0].source} is a decoder")
-    kind, says = opened[0].model.hf_config["model_type"], "a decoder, whose prompts are not cut"
-    others = ["max_length"]
-    if not is_decoder:
-        says, others = "an encoder, which has no prompts", ["method", "style", "max_new_tokens", "trained_on"]
-    for option in others:
-        if getattr(parsed, option) is not None:
-            raise UserError(f"{_option(option)}: {kind} is {says}; leave it out")
+    _check_kind(parsed, opened[0].model)
     if parsed.split and not parsed.data:
         raise UserError("--split: it is of --data, and the task's own rows have theirs; leave it out or give both")
     split = parsed.split or "test"
@@ -154,19 +148,7 @@ def evaluate(parsed: argparse.Namespace) -> None:
         score = score_rows(base, params, console.reporter(shown))
     try:  # a score is not lost where its predictions cannot be written, nor they where nobody reads the score
         if parsed.json:
-            parts = {name: part._asdict() for name, part in score.parts.items()}
-            found = {
-                "task": parsed.task,
-                "metric": score.metric,
-                "value": score.value,
-                "n": score.n,
-                "interval": score.interval,
-                **score.beside,
-                **{f"{name}_interval": found for name, found in score.beside_intervals.items()},
-            }
-            counts = {"overlap": score.overlap, "empty": score.empty}
-            found |= {name: count for name, count in counts.items() if count is not None}
-            _print_json(found | ({"parts": parts} if parts else {}))
+            _print_json({"task": parsed.task} | _score_to_json(score))
         else:
             report.print_scores({parsed.task: report.score(None, score)})
     finally:
@@ -175,6 +157,32 @@ def evaluate(parsed: argparse.Namespace) -> None:
     if note:
         console.say(note)
     console.say(f"every prediction is in {out}")
+
+
+def _check_kind(parsed: argparse.Namespace, model: Any) -> None:
+    """Raises UserError where an option of `evaluate` is given that this kind of model cannot use."""
+    says, others = "a decoder, whose prompts are not cut", ["max_length"]
+    if not model.architecture.is_decoder:
+        says, others = "an encoder, which has no prompts", ["method", "style", "max_new_tokens", "trained_on"]
+    for option in others:
+        if getattr(parsed, option) is not None:
+            raise UserError(f"{_option(option)}: {model.hf_config['model_type']} is {says}; leave it out")
+
+
+def _score_to_json(score: Any) -> dict[str, Any]:
+    """What `evaluate --json` says of a score beside its task; what it has not is left out."""
+    counts = {"overlap": score.overlap, "empty": score.empty}
+    parts = {name: part._asdict() for name, part in score.parts.items()}
+    return {
+        "metric": score.metric,
+        "value": score.value,
+        "n": score.n,
+        "interval": score.interval,
+        **score.beside,
+        **{f"{name}_interval": found for name, found in score.beside_intervals.items()},
+        **{name: count for name, count in counts.items() if count is not None},
+        **({"parts": parts} if parts else {}),
+    }
 
 
 def _texts(parsed: argparse.Namespace, opened: Any, tokenizer: Any, rows: Any) -> Callable[[Any, Any, Any], Any]:

@@ -112,7 +112,8 @@ class Prepared(NamedTuple):
       method: "generate" continues the prompt and extracts the answer; "choices" takes the likeliest of the task's answers.
       max_new_tokens: of a generation.
       prompts: the token ids of each row's prompt, for "generate".
-      choices: each row with each answer of the task behind it, for "choices".
+      options: the answers to choose from, of each row, for "choices".
+      choices: each row with each of its answers behind it, for "choices".
     """
 
     rows: Rows
@@ -121,6 +122,7 @@ class Prepared(NamedTuple):
     method: str
     max_new_tokens: int
     prompts: list[list[int]]
+    options: list[Sequence[str]]
     choices: list[list[data.Example]]
 
 
@@ -150,14 +152,14 @@ def prepare(
     """
     converted = check_rows(rows, task, method)
     length = task.max_new_tokens if max_new_tokens is None else max_new_tokens
-    prompts, answers = [], []
+    prompts, options, answers = [], [], []
     if method == "choices":
         options = [row.get("choices", task.choices) for row in converted.rows]
         answers = _with_answers(base, tokenizer, converted, task, style, options)
     else:
         prompts = [data.encode_prompt(row, style, tokenizer, converted.where(i)) for i, row in enumerate(converted.rows)]
         check_lengths(base.model, prompts, length, lambda i: f"{converted.where(i)}: the prompt")
-    return Prepared(converted, task, style, method, length, prompts, answers)
+    return Prepared(converted, task, style, method, length, prompts, options, answers)
 
 
 def score(
@@ -187,7 +189,7 @@ def score(
     if method == "choices":
         best = choices.losses(base.model, params, prepared.choices, batch_size, on_progress).argmin(axis=1)
         predictions: list[dict[str, Any]] = [
-            {"prediction": row.get("choices", task.choices)[choice]} for row, choice in zip(rows.rows, best, strict=True)
+            {"prediction": own[choice]} for own, choice in zip(prepared.options, best, strict=True)
         ]
     else:
         outputs = generate(

@@ -22,7 +22,6 @@ from neuroada_jax.evaluation import Score
 from neuroada_jax.formats import native
 from neuroada_jax.rows import Rows
 from neuroada_jax.training.step import TrainState
-from neuroada_jax.training.trackers import number
 from neuroada_jax.weights import LoadedModel
 
 LARGE = 5000
@@ -103,7 +102,7 @@ class BestEpoch:
             return
         score = self._score(state)
         epoch = {"epoch": len(self.epochs) + 1, "step": step, "metric": score.metric, "value": score.value, **score.beside}
-        epoch = {key: number(value) for key, value in epoch.items()}
+        epoch = files.finite(epoch)
         if not self.epochs or _rank(epoch) > _rank(self.best):
             self._save(self._adapters / str(step), state)
         self.epochs.append(epoch)

@@ -1,7 +1,6 @@
 """What a run is: every field of a config, with its default and its limits. config_file.py reads and writes them."""
 
 import dataclasses
-import difflib
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -213,12 +212,6 @@ class WatchdogSection:
     spike: float | None = pydantic.Field(default=10.0, gt=0)
     stall_warn: float | None = pydantic.Field(default=30.0, gt=0)
     stall_stop: float | None = pydantic.Field(default=None, gt=0)
-
-
-def nearest(name: str, known: list[str]) -> str:
-    """The end of a message about an unknown name: the nearest known one, else all of them."""
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
 
 
 # What transformers' Trainer does unless it is told otherwise, and the published code tells it nothing of these.

@@ -1,6 +1,7 @@
 """A run's YAML file, decoded strictly into the dataclasses of config.py, with `a.b=c` overrides from the command line."""
 
 import dataclasses
+import difflib
 import json
 import re
 from pathlib import Path
@@ -11,7 +12,7 @@ import yaml
 
 from neuroada_jax.errors import UserError
 from neuroada_jax.tasks import SUITES
-from neuroada_jax.training.config import EvaluationSet, RunConfig, nearest
+from neuroada_jax.training.config import EvaluationSet, RunConfig
 
 
 class _Loader(yaml.SafeLoader):
@@ -42,6 +43,12 @@ def parse_yaml(text: str, where: str) -> Any:
         raise UserError(f"{where}:{line} not YAML ({getattr(error, 'problem', error)})") from error
 
 
+def _nearest(name: str, known: list[str]) -> str:
+    """The end of a message about an unknown name: the nearest known one, else all of them."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+
+
 def _section_fields(location: tuple[Any, ...]) -> list[str]:
     """The field names that are valid at a path of the config."""
     kind: Any = RunConfig
@@ -67,7 +74,7 @@ def _message(error: pydantic.ValidationError) -> str:
     path = ".".join(str(part) for part in location) or "config"
     kind = first["type"]
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
-        return f"{path}: unknown field{nearest(str(location[-1]), _section_fields(location[:-1]))}"
+        return f"{path}: unknown field{_nearest(str(location[-1]), _section_fields(location[:-1]))}"
     if kind in ("missing", "missing_argument"):
         return f"{path}: this field is required"
     reason = first["msg"].removeprefix("Value error, ")

@@ -7,13 +7,12 @@ from typing import Any, NamedTuple
 
 import jax
 
-from neuroada_jax import console
+from neuroada_jax import console, files
 from neuroada_jax.batches import AnyBatches
 from neuroada_jax.evaluation import Score
 from neuroada_jax.formats import native
 from neuroada_jax.training.config import RunConfig
 from neuroada_jax.training.loop import Report
-from neuroada_jax.training.trackers import number
 
 
 def results(
@@ -49,8 +48,8 @@ def results(
         "trainable_percent": 100 * trainable / total,
         "train_seconds": done.seconds,
         "tokens_per_second": done.tokens / done.seconds,
-        "first_loss": number(done.losses[0]),
-        "last_loss": number(done.losses[-1]),
+        "first_loss": files.finite(done.losses[0]),
+        "last_loss": files.finite(done.losses[-1]),
         "compiled_steps": len(done.shapes),
         "possible_steps": len(batches.shapes),
         "examples": len(batches.examples),

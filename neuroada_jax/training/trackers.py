@@ -200,7 +200,7 @@ class JsonLines:
           UserError: they could not be; the file is as before.
         """
         # JSON knows no NaN: a step that was not finite says null.
-        text = "".join(json.dumps({key: number(value) for key, value in line.items()}) + "\n" for line in lines).encode()
+        text = "".join(json.dumps(files.finite(line)) + "\n" for line in lines).encode()
         before = os.fstat(self._file).st_size
         try:
             written = os.write(self._file, text)
@@ -213,11 +213,6 @@ class JsonLines:
     def close(self) -> None:
         """Closes the file."""
         os.close(self._file)
-
-
-def number(value: Any) -> Any:
-    """The value, or None for a number that is not finite."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _whole_lines(path: Path, done: int) -> list[Line]:
