@@ -77,6 +77,7 @@ def train(parsed: argparse.Namespace) -> None:
     settings = config_file.load(parsed.config, overrides)
     several = settings.seeds is not None
     train = seeds.train if several else run.train
+    stopped = None
     flags = {"overwrite": parsed.overwrite, "resume": parsed.resume, "force_resume": parsed.force_resume}
     if parsed.coordinator and parsed.resume:
         raise UserError("--resume: several processes save no checkpoints yet, so that there is none to go on from")
@@ -88,16 +89,18 @@ def train(parsed: argparse.Namespace) -> None:
     ):
         try:
             results = train(settings, **flags, stop=stop)
-        except signals.Stopped as stopped:
-            saved = "nothing new to save" if stopped.step is None else f"step {stopped.step} is saved"
-            seeds_option = ["--seeds", parsed.seeds] if parsed.seeds else []
-            again = shlex.join(["neuroada", "train", parsed.config, *parsed.overrides, *seeds_option, "--resume"])
-            sys.stderr.write(f"neuroada: stopped, {saved}; go on with: {again}\n")
-            return
-        if parsed.json and first:
-            _print_json(results)
+        except signals.Stopped as request:
+            stopped = request
         else:
-            (seeds.print_summary if several else report.print_summary)(results)
+            if parsed.json and first:
+                _print_json(results)
+            else:
+                (seeds.print_summary if several else report.print_summary)(results)
+    if stopped:  # told behind the listener's own line, which another thread writes
+        saved = "nothing new to save" if stopped.step is None else f"step {stopped.step} is saved"
+        seeds_option = ["--seeds", parsed.seeds] if parsed.seeds else []
+        again = shlex.join(["neuroada", "train", parsed.config, *parsed.overrides, *seeds_option, "--resume"])
+        sys.stderr.write(f"neuroada: stopped, {saved}; go on with: {again}\n")
 
 
 def plan(parsed: argparse.Namespace) -> None:

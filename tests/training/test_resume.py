@@ -87,7 +87,7 @@ def test_a_run_that_is_stopped_at_every_stage_ends_as_if_it_was_not(tmp_path, in
             code, err = neuroada(capfd, path, *flags)
         assert code == 0
         what = f"step {saved} is saved" if saved else "nothing new to save"
-        assert f"neuroada: stopped, {what}; go on with: neuroada train {path} --resume" in err.splitlines(), err
+        assert err.splitlines()[-1] == f"neuroada: stopped, {what}; go on with: neuroada train {path} --resume"
         assert "SIGTERM: saving, then stopping; once more ends at once" in err
         flags = ["--resume"]
     code, err = neuroada(capfd, path, *flags)
