@@ -101,6 +101,14 @@ def missing(*packages: str) -> bool:
     return bool(absent)
 
 
+def torch_device() -> str:
+    """Where PyTorch works: "cuda" where it finds a GPU, with TF32 products as JAX has them there by default; or "cpu"."""
+    import torch
+
+    torch.set_float32_matmul_precision("high")
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def machine() -> dict[str, Any]:
     """The processor, its cores, the memory and JAX's device."""
     model = platform.processor()

@@ -20,7 +20,7 @@ import jax
 
 from benchmarks import common
 from benchmarks.common import Column, Row
-from benchmarks.memory import MODELS
+from benchmarks.methods import MODELS
 from neuroada_jax import console, planning
 from neuroada_jax.training import config_file
 

@@ -76,7 +76,7 @@ def _theirs(source: str) -> Generate:
     gc.collect()
 
     def run(prompts: np.ndarray, new: int) -> object:
-        ids = torch.from_numpy(prompts.astype(np.int64))
+        ids = torch.from_numpy(prompts.astype(np.int64)).to(model.device)
         options = {"do_sample": False, "max_new_tokens": new, "pad_token_id": 0}
         with torch.inference_mode():
             made = model.generate(ids, attention_mask=torch.ones_like(ids), **options)

@@ -4,8 +4,8 @@
 
 Every method starts from the same weights with the same drawn head and sees the same batches: batches are this library's,
 and so are the split of the dev set, the metrics and the choice of the epoch. AdamW without decay, linear schedule with
-warm-up, clipping at 1, dropout 0.1, float32. The rows that choose the epoch also choose among learning rates (sweep.py).
-Needs GLUE in data/, and the extra `torch`.
+warm-up, clipping at 1, dropout 0.1, float32 (on a GPU both libraries multiply in TF32). The rows that choose the epoch
+also choose among learning rates (sweep.py). Needs GLUE in data/, and the extra `torch`.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks import sweep
+from benchmarks import common, sweep
 from benchmarks.common import Row
 from benchmarks.sweep import Job
 from neuroada_jax import classification, console
@@ -164,7 +164,8 @@ def _start(chosen: config.RunConfig, task: GlueTask, folder: Path) -> Any:
     opened, tokenizer = open_base(chosen.model.path, chosen.model.dtype)
     base = with_weights(with_labels(opened, task.labels), chosen.seed)
     huggingface.save(folder / "start", base, base.params, tokenizer)
-    return transformers.AutoModelForSequenceClassification.from_pretrained(folder / "start")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "start")
+    return model.to(common.torch_device())
 
 
 def _lora(model: Any, rank: int) -> Any:
@@ -205,21 +206,21 @@ def _data(chosen: config.RunConfig, task: GlueTask) -> _Data:
     )
 
 
-def _inputs(batch: ClassificationBatch) -> tuple[dict[str, Any], int]:
-    """(what transformers' model takes, how many rows are examples); filling is left away."""
+def _inputs(model: Any, batch: ClassificationBatch) -> tuple[dict[str, Any], int]:
+    """(what transformers' model takes, where it is, and how many rows are examples); filling is left away."""
     import torch
 
     real = int(batch.target_mask.sum())
     mask = np.arange(batch.input_ids.shape[1])[None] < batch.lengths[:, None]
     arrays = {"input_ids": batch.input_ids, "attention_mask": mask, "token_type_ids": batch.token_types}
-    return {name: torch.from_numpy(array[:real].astype(np.int64)) for name, array in arrays.items()}, real
+    return {name: torch.from_numpy(array[:real].astype(np.int64)).to(model.device) for name, array in arrays.items()}, real
 
 
 def _loss(model: Any, batch: ClassificationBatch) -> Any:
     import torch
 
-    inputs, real = _inputs(batch)
-    logits, labels = model(**inputs).logits, torch.from_numpy(batch.labels[:real])
+    inputs, real = _inputs(model, batch)
+    logits, labels = model(**inputs).logits, torch.from_numpy(batch.labels[:real]).to(model.device)
     if logits.shape[1] == 1:
         return torch.nn.functional.mse_loss(logits[:, 0], labels)
     return torch.nn.functional.cross_entropy(logits, labels.long())
@@ -232,8 +233,8 @@ def _score(model: Any, batches: ClassificationBatches, task: GlueTask) -> dict[s
     outputs = np.zeros((len(batches.examples), len(task.labels)), np.float32)
     with torch.no_grad():
         for index in range(batches.steps_per_epoch):
-            inputs, _ = _inputs(batches.batch(0, index))
-            outputs[batches.rows(0, index)] = model(**inputs).logits.numpy()
+            inputs, _ = _inputs(model, batches.batch(0, index))
+            outputs[batches.rows(0, index)] = model(**inputs).logits.cpu().numpy()
     return classification.figures(outputs, batches.examples.labels, task)
 
 

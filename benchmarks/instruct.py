@@ -5,8 +5,8 @@
 The settings are those of configs/smollm2-135m-sst2-k1.yaml and configs/smollm2-135m-commonsense-k20.yaml, but for k and the
 learning rate, and `--steps` of them. Every method sees the same batches: rows, order, tokens and step shapes are this
 library's, and so is the scoring, of the merged weights. AdamW without decay, linear schedule with warm-up, clipping at 1,
-float32; LoRA adapts the same linear maps with alpha = 2 r and no dropout. Ranks 1, 4 and 10 train about as many values as
-k = 1, 8 and 20 (a rank of 1 is the smallest there is, and twice k = 1).
+float32 (on a GPU both libraries multiply in TF32); LoRA adapts the same linear maps with alpha = 2 r and no dropout. Ranks
+1, 4 and 10 train about as many values as k = 1, 8 and 20 (a rank of 1 is the smallest there is, and twice k = 1).
 
 256 of the training rows are left out of training and choose among learning rates (sweep.py). Needs the rows that the
 configs name (or `--config sst2=MINE.yaml`), and the extra `torch`.
@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import sweep
+from benchmarks import common, sweep
 from benchmarks.common import MODEL, Row
 from benchmarks.sweep import Job
 from neuroada_jax import console
@@ -139,6 +139,7 @@ def _theirs(chosen: RunConfig, job: Job, folder: Path) -> Row:
     base = with_weights(opened)
     huggingface.save(folder / "start", base, base.params, tokenizer)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "start", dtype=torch.float32)
+    model = model.to(common.torch_device())
     torch.manual_seed(job["seed"])
     model = _lora(model, sweep.number(job["method"]) or 1)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -186,12 +187,12 @@ def _loss(model: Any, batch: Batch) -> Any:
 
     real = int((batch.lengths > 0).sum())  # rows that fill the batch come last
     mask = np.arange(batch.input_ids.shape[1])[None] < batch.lengths[:real, None]
-    ids, mask = (torch.from_numpy(array.astype(np.int64)) for array in (batch.input_ids[:real], mask))
+    on_device = lambda array: torch.from_numpy(array.astype(np.int64)).to(model.device)  # noqa: E731
+    ids, mask = on_device(batch.input_ids[:real]), on_device(mask)
     hidden = model.model(input_ids=ids, attention_mask=mask).last_hidden_state
     rows, places = np.nonzero(batch.target_mask)
-    positions = torch.from_numpy(batch.target_positions[rows, places].astype(np.int64))
-    targets = torch.from_numpy(batch.target_ids[rows, places].astype(np.int64))
-    return torch.nn.functional.cross_entropy(model.lm_head(hidden[torch.from_numpy(rows), positions]), targets)
+    positions, targets = (on_device(array[rows, places]) for array in (batch.target_positions, batch.target_ids))
+    return torch.nn.functional.cross_entropy(model.lm_head(hidden[on_device(rows), positions]), targets)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ The last two are the model's own layers with another formula in them (flax's met
 is the same.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -13,8 +14,19 @@ import numpy as np
 import optax
 from flax import linen as nn
 
-from benchmarks.methods import FLOOR, LEARNING_RATE, OURS, SCATTER, Method, Running, Tokens, lora_rank, targets
-from neuroada_jax import bypass, losses, ops
+from benchmarks.methods import (
+    FLOOR,
+    LEARNING_RATE,
+    MODELS,
+    OURS,
+    SCATTER,
+    Method,
+    Running,
+    Tokens,
+    lora_rank,
+    targets,
+)
+from neuroada_jax import bypass, losses, models, ops
 from neuroada_jax.batches import Batch
 from neuroada_jax.bypass import Path, Tree
 from neuroada_jax.models import Model, Remat
@@ -31,7 +43,29 @@ Formula = Callable[[BypassDense, Any, Any], Any]
 # (trainable, frozen, batch) -> the mean loss.
 Loss = Callable[[Tree, Tree, Batch], Any]
 
-load = load_model
+
+def load(source: str, dtype: str) -> LoadedModel:
+    """The weights of a checkpoint; for a name in MODELS they are drawn at random, on the device."""
+    if source not in MODELS:
+        return load_model(source, dtype)
+    model = models.from_hf_config(MODELS[source], dtype)
+    shapes, structure = jax.tree.flatten(model.abstract_params())
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    drawn = [_drawn(key, each.shape, each.dtype) for key, each in zip(keys, shapes, strict=True)]
+    return LoadedModel(model, jax.tree.unflatten(structure, drawn), {}, source, source)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _drawn(key: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    """Normal numbers of deviation 0.02; slice by slice, so that their bits do not stand beside a whole model."""
+    draw = lambda key: 0.02 * jax.random.normal(key, shape[1:], dtype)  # noqa: E731
+    return jax.lax.map(draw, jax.random.split(key, shape[0]))
+
+
+def gpu_memory() -> tuple[int, int]:
+    """(bytes that arrays hold now on the GPU, the most that they ever held), as JAX's allocator counts."""
+    counted = jax.devices()[0].memory_stats()
+    return counted["bytes_in_use"], counted["peak_bytes_in_use"]
 
 
 def own(loaded: LoadedModel) -> LoadedModel:

@@ -26,10 +26,9 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import common, jax_methods
-from benchmarks.check_h100 import LLAMA_7B
 from benchmarks.common import Column, Row
 from benchmarks.jax_methods import ADAMW, LEARNING_RATE, Formula
-from benchmarks.methods import FULL, MASKED, OURS, SCATTER, targets
+from benchmarks.methods import FULL, MASKED, MODELS, OURS, SCATTER, targets
 from neuroada_jax import bypass, console, models, planning
 from neuroada_jax.batches import Batch
 from neuroada_jax.bypass import Tree
@@ -41,21 +40,6 @@ from neuroada_jax.training.config import OptimizerSection
 
 DTYPE = "bfloat16"
 LORA = "LoRA"
-LLAMA_3_8B = LLAMA_7B | {
-    "vocab_size": 128256,
-    "intermediate_size": 14336,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 8192,
-    "rope_theta": 500000.0,
-}
-MODELS: dict[str, dict[str, Any]] = {
-    "llama-7b": LLAMA_7B,
-    "llama-13b": LLAMA_7B
-    | {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
-    "llama-3-8b": LLAMA_3_8B,
-    "llama-3-70b": LLAMA_3_8B
-    | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
-}
 COLUMNS = (
     Column("method", "method"),
     Column("k", "k"),

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int32
 
+from benchmarks.check_h100 import LLAMA_7B
 from neuroada_jax import data, models
 from neuroada_jax.bypass import Path, kernels
 from neuroada_jax.models import LLAMA_TARGETS, Model
@@ -21,6 +22,23 @@ RELEASED = "released NeuroAda"
 MASKED = "mask-based NeuroAda"
 FULL = "full fine-tuning"
 PEFT_LORA = "PEFT LoRA"  # at equal budget, as every method with a k
+
+# Hugging Face configs of models that are measured without their weights.
+LLAMA_3_8B = LLAMA_7B | {
+    "vocab_size": 128256,
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 8192,
+    "rope_theta": 500000.0,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama-7b": LLAMA_7B,
+    "llama-13b": LLAMA_7B
+    | {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
+    "llama-3-8b": LLAMA_3_8B,
+    "llama-3-70b": LLAMA_3_8B
+    | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
+}
 
 
 class Tokens(NamedTuple):

@@ -6,6 +6,12 @@ All methods run in one process and take turns. They train on the same batch of r
 under two settings: every position labelled, and the answers alone, as in a real run. Peak memory over the loaded model is
 that of a fresh process for each method: until its first step is done, compilation included, and during the second. It
 takes about fifteen minutes on two quiet cores; --no-memory and --methods make it shorter.
+
+On a GPU, whose memory would not hold all methods, that fresh process is timed too. `--model llama-7b` (or another name of
+methods.py) takes random weights, and --dtype bfloat16 is the usual one there. Its peak is that of arrays, from the first
+weight to the last step, as the framework's allocator counts it; the "total" has the weights in it:
+
+    python -m benchmarks.step --model llama-7b --dtype bfloat16 --batch 4 --length 512
 """
 
 import argparse
@@ -14,14 +20,28 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import jax
+
 from benchmarks import common, jax_methods, process_memory
 from benchmarks.common import Column, Row
-from benchmarks.methods import FLOOR, PEFT_LORA, RELEASED, Method, Running, Tokens, label_of, random_tokens, real_tokens
+from benchmarks.methods import (
+    FLOOR,
+    MODELS,
+    PEFT_LORA,
+    RELEASED,
+    Method,
+    Running,
+    Tokens,
+    label_of,
+    random_tokens,
+    real_tokens,
+)
 from neuroada_jax import console
 from neuroada_jax.errors import UserError
 from neuroada_jax.models import Remat
@@ -42,13 +62,14 @@ COLUMNS = (
     Column("/released", "ratio_to_released", "{:.2f}".format),
     Column("/LoRA", "ratio_to_lora", "{:.2f}".format),
     common.PEAK,
+    Column("total", "total_bytes", common.PEAK.write),
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures, prints the table and saves benchmarks/results/step.json."""
     parser = common.parser(__doc__, repeats=3)
-    parser.add_argument("--model", default=common.MODEL)
+    parser.add_argument("--model", default=common.MODEL, help=f"a checkpoint, or {', '.join(MODELS)}")
     parser.add_argument("--data", default=DATA, help="commonsense rows")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
@@ -63,6 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     # Neither thread pool may spin while the other framework works; to be set before PyTorch is loaded.
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    # On a GPU, JAX would reserve three quarters of the memory; to be set before its first array.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     frameworks: dict[str, ModuleType] = {"JAX": jax_methods}
     if not common.missing("torch", "peft"):
         from benchmarks import torch_methods
@@ -73,13 +96,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if settings.peak_of:
         label, labels = settings.peak_of
         method = next(each for each in methods if each.label == label)
-        print(json.dumps(_peak(method, frameworks[method.framework], batches[labels], settings)))
+        print(json.dumps(_alone(method, frameworks[method.framework], batches[labels], settings)))
         return
 
-    rows = _time(methods, frameworks, batches, settings)
+    on_gpu = jax.default_backend() == "gpu"
+    rows = _time_alone(methods, batches, settings) if on_gpu else _time(methods, frameworks, batches, settings)
     about = argparse.Namespace(**{**vars(settings), "data": Path(settings.data).name, "labels": list(batches)})
     common.save("step", rows, about)  # in case the rest is interrupted
-    if process_memory.available() and not settings.no_memory:
+    if process_memory.available() and not settings.no_memory and not on_gpu:
         _add_peaks(rows, settings)
     title = f"one training step, {settings.batch} x {settings.length} tokens, {settings.dtype}"
     common.report("step", title, COLUMNS, rows, about)
@@ -87,6 +111,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _batches(settings: argparse.Namespace) -> dict[str, Tokens]:
     """The tokens under each label setting."""
+    if settings.model in MODELS:
+        return {EVERY: random_tokens(settings.batch, settings.length, MODELS[settings.model]["vocab_size"])}
     opened, tokenizer = open_base(settings.model, settings.dtype)
     try:
         every, answers = real_tokens(settings.data, tokenizer, settings.batch, settings.length)
@@ -97,9 +123,8 @@ def _batches(settings: argparse.Namespace) -> dict[str, Tokens]:
 
 
 def _methods(frameworks: Mapping[str, ModuleType], settings: argparse.Namespace) -> list[Method]:
-    found = jax_methods.methods(settings.k, [Remat(remat) for remat in settings.remat])
-    if "PyTorch" in frameworks:
-        found += frameworks["PyTorch"].methods(settings.k)
+    remats = [Remat(remat) for remat in settings.remat]
+    found = [method for framework in frameworks.values() for method in framework.methods(settings.k, remats)]
     is_floor = lambda method: method.name == FLOOR  # noqa: E731
     return [each for each in found if is_floor(each) or any(text in each.label for text in settings.methods)]
 
@@ -142,13 +167,33 @@ def _time(
     return rows
 
 
+def _time_alone(methods: Sequence[Method], batches: Mapping[str, Tokens], settings: argparse.Namespace) -> list[Row]:
+    """Rows with memory, each from a fresh process; where one fails (for want of memory, say) its figures are missing."""
+    rows = []
+    for labels, tokens in batches.items():
+        chosen = [method for method in methods if labels == EVERY or method.core]
+        found = {}
+        with console.bar(labels, len(chosen)) as shown:
+            for done, method in enumerate(chosen):
+                shown.update(done, len(chosen), method.label)
+                found[method] = _in_fresh_process(method.label, labels, settings, settings.repeats) or {}
+            shown.update(len(chosen), len(chosen))
+        times = {method: measured["seconds"] for method, measured in found.items() if measured}
+        for method, measured in found.items():
+            rows.append(_row(method, times, tokens) | {"labels": labels, "dtype": settings.dtype} | measured)
+            if measured:
+                rows[-1]["seconds"] = statistics.median(measured["seconds"])
+    return rows
+
+
 def _row(method: Method, times: Mapping[Method, list[float]], tokens: Tokens) -> Row:
     """Time and ratios; to a floor of the same framework, and to the PyTorch references at the same k."""
-    seconds = times[method]
+    seconds = times.get(method, [])
+    median = statistics.median(seconds) if seconds else None
 
     def ratio(framework: str, name: str, k: int | None) -> float | None:
         found = [other for other in times if (other.framework, other.name, other.k) == (framework, name, k)]
-        return common.ratio(seconds, times[found[0]]) if found else None
+        return common.ratio(seconds, times[found[0]]) if seconds and found else None
 
     return {
         "method": method.name,
@@ -156,49 +201,77 @@ def _row(method: Method, times: Mapping[Method, list[float]], tokens: Tokens) ->
         "k": method.k,
         "shape": list(tokens.ids.shape),
         "labelled": int(tokens.labelled.sum()),
-        "seconds": statistics.median(seconds),
-        "tokens_per_second": tokens.ids.size / statistics.median(seconds),
+        "seconds": median,
+        "tokens_per_second": median and tokens.ids.size / median,
         "ratio_to_floor": ratio(method.framework, FLOOR, None),
         **{field: ratio("PyTorch", name, method.k) for field, name in REFERENCES.items()},
         "peak_bytes": None,
         "peak_bytes_with_compilation": None,
+        "total_bytes": None,
     }
 
 
 def _add_peaks(rows: Sequence[Row], settings: argparse.Namespace) -> None:
     """Fills in the memory of every row from a fresh process of this script."""
-    common_arguments = [
-        *("--model", settings.model, "--data", settings.data, "--dtype", settings.dtype),
-        *("--batch", str(settings.batch), "--length", str(settings.length)),
-        *("--k", *map(str, settings.k), "--remat", *settings.remat),
-    ]
-    environment = {**os.environ, **process_memory.ALLOCATOR}
     # PyTorch's models form all logits whatever is labelled: one measurement is enough for them.
     rows = [row for row in rows if row["labels"] == EVERY or row["framework"] == "JAX"]
     with console.bar("peak memory", len(rows)) as shown:
         for done, row in enumerate(rows):
             label = label_of(row["framework"], row["method"], row["k"])
             shown.update(done, len(rows), label)
-            command = [sys.executable, "-m", "benchmarks.step", *common_arguments, "--peak-of", label, row["labels"]]
-            result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-            if result.returncode:
-                console.say(f"{label}: no peak memory ({(result.stderr.strip() or 'killed').splitlines()[-1]})")
-                continue
-            row.update(json.loads(result.stdout.splitlines()[-1]))
+            if measured := _in_fresh_process(label, row["labels"], settings, repeats=0):
+                row.update({field: measured[field] for field in ("peak_bytes", "peak_bytes_with_compilation")})
         shown.update(len(rows), len(rows))
 
 
-def _peak(method: Method, framework: ModuleType, tokens: Tokens, settings: argparse.Namespace) -> dict[str, Any]:
-    """The most that is held over the loaded model: until the first step is done, and during the second."""
+def _in_fresh_process(label: str, labels: str, settings: argparse.Namespace, repeats: int) -> dict[str, Any] | None:
+    """What `_alone` returns in a process of its own; None where that fails, and it is said why."""
+    command = [
+        *(sys.executable, "-m", "benchmarks.step", "--peak-of", label, labels),
+        *("--model", settings.model, "--data", settings.data, "--dtype", settings.dtype),
+        *("--batch", str(settings.batch), "--length", str(settings.length), "--repeats", str(repeats)),
+        *("--k", *map(str, settings.k), "--remat", *settings.remat, "--warmups", str(settings.warmups)),
+    ]
+    environment = {**os.environ, **process_memory.ALLOCATOR}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if result.returncode:
+        console.say(f"{label}: not measured ({(result.stderr.strip() or 'killed').splitlines()[-1]})")
+        return None
+    return dict(json.loads(result.stdout.splitlines()[-1]))
+
+
+def _alone(method: Method, framework: ModuleType, tokens: Tokens, settings: argparse.Namespace) -> dict[str, Any]:
+    """Times of steps, and the most that is held over the loaded model.
+
+    Of a CPU, `peak_bytes_with_compilation` is until the first step is done and `peak_bytes` during the second; of a GPU
+    both are of the whole process, and `total_bytes` has the weights too.
+    """
+    on_gpu = jax.default_backend() == "gpu"
     loaded = framework.load(settings.model, settings.dtype)
-    before = process_memory.resident()
+    before = framework.gpu_memory()[0] if on_gpu else process_memory.resident()
     process_memory.mark()
     running = method.build(loaded)
-    running.step(tokens)
+    first_loss = running.step(tokens)
     with_compilation = process_memory.peak() - before
     process_memory.mark()
     running.step(tokens)
-    return {"peak_bytes": process_memory.peak() - before, "peak_bytes_with_compilation": with_compilation}
+    peak, total = process_memory.peak() - before, None
+    seconds = []
+    for turn in range(settings.repeats and settings.warmups + settings.repeats):
+        began = time.perf_counter()
+        running.step(tokens)
+        seconds += [time.perf_counter() - began] if turn >= settings.warmups else []
+    if on_gpu:
+        total = framework.gpu_memory()[1]
+        peak = with_compilation = total - before
+    return {
+        "seconds": seconds,
+        "first_loss": first_loss,
+        "trained": running.trained,
+        "peak_bytes": peak,
+        "peak_bytes_with_compilation": with_compilation,
+        "total_bytes": total,
+    }
 
 
 if __name__ == "__main__":

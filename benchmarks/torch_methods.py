@@ -16,11 +16,13 @@ import transformers
 from torch import nn
 from transformers.initialization import no_init_weights
 
+from benchmarks import common
 from benchmarks.methods import (
     FLOOR,
     FULL,
     LEARNING_RATE,
     MASKED,
+    MODELS,
     PEFT_LORA,
     RELEASED,
     Method,
@@ -29,8 +31,8 @@ from benchmarks.methods import (
     lora_rank,
     target_shapes,
 )
-from neuroada_jax import weights
-from neuroada_jax.models import LLAMA_TARGETS, Model, names
+from neuroada_jax import models, weights
+from neuroada_jax.models import LLAMA_TARGETS, Model, Remat, names
 
 # peft 0.21 on transformers 5.23, whenever it wraps a model, and its SHiRA whenever it runs
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
@@ -38,20 +40,31 @@ warnings.filterwarnings("ignore", "Sparse invariant checks are implicitly disabl
 
 
 class Weights(NamedTuple):
-    """A model's weights by Hugging Face name, on the host; frozen methods share them."""
+    """A model's weights by Hugging Face name, where PyTorch works; frozen methods share them."""
 
     model: Model
     tensors: dict[str, torch.Tensor]
 
 
 def load(source: str, dtype: str) -> Weights:
-    """The weights of a checkpoint, read by the library's own readers without JAX arrays."""
+    """The weights of a checkpoint, read by the library's own readers without JAX arrays; a name in MODELS: random ones."""
     torch.set_num_threads(os.cpu_count() or 1)
+    where: dict[str, Any] = {"device": common.torch_device(), "dtype": getattr(torch, dtype)}
+    if source in MODELS:
+        model = models.from_hf_config(MODELS[source], dtype)
+        with torch.device("meta"):
+            shapes = _empty_model(model, where["dtype"]).state_dict()
+        return Weights(model, {name: torch.empty(each.shape, **where).normal_(std=0.02) for name, each in shapes.items()})
     opened = weights.open_model(source, dtype)
     stored = weights.open_tensors(opened.path)
     wanted = names.checkpoint_names(opened.model.abstract_params(), opened.model.stack)
-    to_torch = lambda name: torch.from_numpy(np.array(stored.read(name), np.float32)).to(getattr(torch, dtype))  # noqa: E731
+    to_torch = lambda name: torch.from_numpy(np.array(stored.read(name), np.float32)).to(**where)  # noqa: E731
     return Weights(opened.model, {name: to_torch(name) for name in wanted})
+
+
+def gpu_memory() -> tuple[int, int]:
+    """(bytes that tensors hold now on the GPU, the most that they ever held), as PyTorch's allocator counts."""
+    return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
 
 
 def own(loaded: Weights) -> Weights:
@@ -59,13 +72,15 @@ def own(loaded: Weights) -> Weights:
     return loaded._replace(tensors={name: tensor.clone() for name, tensor in loaded.tensors.items()})
 
 
-def methods(ks: Sequence[int]) -> list[Method]:
+def methods(ks: Sequence[int], remats: Iterable[Remat]) -> list[Method]:
     """The rows of the table, the floor first; what costs the same at every k appears at the first one only."""
     found = [Method("PyTorch", FLOOR, None, _floor)]
     for k in ks:
         found.append(Method("PyTorch", RELEASED, k, lambda loaded, k=k: _released(loaded, k)))
         found.append(Method("PyTorch", PEFT_LORA, k, lambda loaded, k=k: _lora(loaded, k)))
     first = ks[0]
+    if Remat.FULL in remats:
+        found.append(Method("PyTorch", f"{PEFT_LORA}, remat full", first, lambda loaded: _lora(loaded, first, Remat.FULL)))
     masked = lambda loaded: _masked(loaded, first)  # noqa: E731
     return [
         *found,
@@ -78,20 +93,26 @@ def methods(ks: Sequence[int]) -> list[Method]:
 
 def build_model(loaded: Weights) -> nn.Module:
     """LlamaForCausalLM (or its like) on the given tensors, nothing of it trainable yet."""
-    config = transformers.AutoConfig.for_model(**loaded.model.hf_config)
-    with no_init_weights():
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=next(iter(loaded.tensors.values())).dtype)
+    first = next(iter(loaded.tensors.values()))
+    model = _empty_model(loaded.model, first.dtype)
     absent, unknown = model.load_state_dict(loaded.tensors, strict=False, assign=True)
     model.tie_weights()
     if unknown or set(absent) - {"lm_head.weight"}:
         raise ValueError(f"transformers' model has other tensors: {absent}, {unknown}")
     model.config.use_cache = False
-    return model.train().requires_grad_(False)
+    return model.to(first.device).train().requires_grad_(False)
+
+
+def _empty_model(model: Model, dtype: torch.dtype) -> nn.Module:
+    config = transformers.AutoConfig.for_model(**model.hf_config)
+    with no_init_weights():
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def _mean_loss(model: nn.Module, tokens: Tokens) -> torch.Tensor:
-    ids = torch.from_numpy(tokens.ids.astype(np.int64))
-    labels = torch.where(torch.from_numpy(tokens.labelled.copy()), ids, -100)
+    device = next(model.parameters()).device
+    ids = torch.from_numpy(tokens.ids.astype(np.int64)).to(device)
+    labels = torch.where(torch.from_numpy(tokens.labelled.copy()).to(device), ids, -100)
     return model(input_ids=ids, labels=labels).loss
 
 
@@ -150,9 +171,10 @@ class _MergedByScatter(nn.Module):
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
         columns = _largest(linear.weight, k)
-        starts = torch.arange(linear.weight.shape[0])[:, None] * linear.weight.shape[1]
+        where = {"device": linear.weight.device}
+        starts = torch.arange(linear.weight.shape[0], **where)[:, None] * linear.weight.shape[1]
         self.register_buffer("positions", (columns + starts).flatten())
-        self.values = nn.Parameter(torch.zeros(self.positions.numel(), dtype=linear.weight.dtype))
+        self.values = nn.Parameter(torch.zeros(self.positions.numel(), dtype=linear.weight.dtype, **where))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         merged = self.weight.flatten().scatter_add(0, self.positions, self.values)
@@ -190,16 +212,17 @@ def _full(loaded: Weights) -> Running:
     return _trained(model, model.parameters())
 
 
-def _peft(loaded: Weights, config: Any) -> Running:
+def _peft(loaded: Weights, config: Any, remat: Remat = Remat.NONE) -> Running:
     model = peft.get_peft_model(build_model(loaded), config)
+    if remat is Remat.FULL:
+        model.activation_checkpointing_enable({"use_reentrant": False})
     return _trained(model, [parameter for parameter in model.parameters() if parameter.requires_grad])
 
 
-def _lora(loaded: Weights, k: int) -> Running:
+def _lora(loaded: Weights, k: int, remat: Remat = Remat.NONE) -> Running:
     rank = lora_rank(loaded.model, k)
-    return _peft(
-        loaded, peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=list(LLAMA_TARGETS), task_type="CAUSAL_LM")
-    )
+    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=list(LLAMA_TARGETS), task_type="CAUSAL_LM")
+    return _peft(loaded, config, remat)
 
 
 def _shira(loaded: Weights, k: int) -> Running:

@@ -66,9 +66,10 @@ def work(jaxpr: Any, frozen: Sequence[bool]) -> Work:
         elif name in _VIEWS and read[0]:
             weights.add(equation.outvars[0])
         elif name == "scan":
-            stacked = equation.outvars[equation.params["num_carry"] :]
-            total += work(equation.params["jaxpr"], read) * equation.params["length"]
-            total += Work(stacked_bytes=nbytes([variable.aval for variable in stacked]))
+            body = equation.params["jaxpr"]
+            results = zip(equation.outvars, body.out_avals, strict=True)
+            stacked = [whole.aval for whole, one in results if whole.aval.shape != one.shape]  # the others are carried
+            total += work(body, read) * equation.params["length"] + Work(stacked_bytes=nbytes(stacked))
         elif name == "cond":
             branches = (work(branch, read[1:]) for branch in equation.params["branches"])
             total += max(branches, key=lambda branch: branch.flops)

@@ -126,6 +126,7 @@ def lowered(function, *arguments, platform):
     return jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
 
 
+@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="since 0.11 JAX lowers for a described device alone, as below")
 @pytest.mark.parametrize("platform", ["cuda", "rocm"])
 @pytest.mark.parametrize("form", ["plain", "vmap", "shard_map"])
 def test_lowers_to_one_kernel_for_a_gpu_that_is_not_there(form, platform):
