@@ -177,6 +177,9 @@ def _time_alone(methods: Sequence[Method], batches: Mapping[str, Tokens], settin
             for done, method in enumerate(chosen):
                 shown.update(done, len(chosen), method.label)
                 found[method] = _in_fresh_process(method.label, labels, settings, settings.repeats) or {}
+                if measured := found[method]:
+                    seconds, total = statistics.median(measured["seconds"]), console.size(measured["total_bytes"])
+                    console.say(f"{method.label}: {seconds:.4g} s, {total}")
             shown.update(len(chosen), len(chosen))
         times = {method: measured["seconds"] for method, measured in found.items() if measured}
         for method, measured in found.items():
