@@ -13,6 +13,7 @@ and the columns, and computes dvalues alone.
 
 import enum
 import functools
+import importlib.util
 from typing import Any
 
 import jax
@@ -27,6 +28,7 @@ from neuroada_jax import tracing
 _ROW_BLOCK_BYTES = 3 << 18  # 768 KiB
 _ROW_TOKENS = 256  # transposed at a time
 _DENSE_CHUNK_BYTES = 32 << 20
+_COLUMNS_AT_ONCE = 16  # of the remainder, in one pass of a GPU over y
 
 
 class Layout(enum.StrEnum):
@@ -42,23 +44,36 @@ class GradientAlgorithm(enum.StrEnum):
     COLUMN_GATHER = "column_gather"  # for each j: gather one column of x per neuron, multiply, sum over tokens
     ROW_BLOCKS = "row_blocks"  # for each block of neurons: gather rows of x^T, one batched matvec
     DENSE_CHUNKS = "dense_chunks"  # for each chunk of neurons: its dense dW, of which k entries a row are kept
-    PALLAS = "pallas"  # one GPU kernel that gathers rows of x^T; interpreted on a CPU. Never timed: chosen by name only
+    PALLAS = "pallas"  # one GPU kernel that gathers rows of x^T, and another for the remainder; interpreted on a CPU
 
 
-def choose_algorithm(k: int, inputs: int, backend: str | None = None) -> GradientAlgorithm:
-    """Picks the algorithm from static facts.
+def choose_algorithm(k: int, inputs: int, backend: str | None = None, *, split: bool = False) -> GradientAlgorithm:
+    """Picks the algorithm from static facts, by what was measured on a CPU and on an H100 (docs/performance.md).
 
-    The crossovers on a CPU are measured (docs/performance.md): the column gather wins for k <= 2, row blocks up to about
-    k = I / 48 and the dense product above. Those on a GPU are estimates, since none was timed: gathering a connection costs
-    about 200 us where the dense product costs 280 us (an H100, bfloat16, 8,192 tokens, 4096 x 4096), and the product grows
-    with I.
+    On a CPU the column gather wins for k <= 2, row blocks up to about k = I / 48 and the dense product above. On a GPU the
+    kernels win at any k. XLA cannot split them over devices: where it splits the arrays, the column gather wins up to about
+    k = I / 2048 and the dense product above.
+
+    Args:
+      k: connections per neuron.
+      inputs: I.
+      backend: "cpu" or "gpu"; None for the one that is traced for.
+      split: whether XLA splits the arrays over devices (`jax.jit` on sharded arrays); not so under `shard_map` and `pmap`.
     """
     backend = backend or tracing.platform()
     if backend == "cpu":
         if k <= 2:
             return GradientAlgorithm.COLUMN_GATHER
         return GradientAlgorithm.ROW_BLOCKS if k <= inputs // 48 else GradientAlgorithm.DENSE_CHUNKS
+    if not split and _has_kernels():
+        return GradientAlgorithm.PALLAS
     return GradientAlgorithm.COLUMN_GATHER if k <= max(1, inputs // 2048) else GradientAlgorithm.DENSE_CHUNKS
+
+
+@functools.cache
+def _has_kernels() -> bool:
+    """Whether this JAX has Pallas for Triton, which it calls deprecated from 0.11 on."""
+    return importlib.util.find_spec("jax.experimental.pallas.triton") is not None
 
 
 def wide_dtype(dtype: Any) -> Any:
@@ -83,7 +98,7 @@ def value_gradient(
     outputs, k = columns.shape
 
     if algorithm is GradientAlgorithm.PALLAS:
-        # Imported where it is chosen: JAX marks Pallas for Triton as deprecated from 0.11 on.
+        # Imported where it is chosen: a JAX without Pallas for Triton does without.
         from neuroada_jax.pallas_kernels import gathered_rows_gradient
 
         return gathered_rows_gradient(dy, x, columns, wide)
@@ -226,20 +241,29 @@ def _matmul(x: Array, kernel: Array, layout: Layout, wide: Any = None) -> Array:
     return lax.dot_general(x, kernel, (((x.ndim - 1,), (inputs,)), ((), ())), preferred_element_type=wide)
 
 
-def _forward(x: Array, kernel: Array, columns: Array, values: Array, base: Array, layout: Layout) -> Array:
+def _forward(
+    x: Array, kernel: Array, columns: Array, values: Array, base: Array, algorithm: GradientAlgorithm, layout: Layout
+) -> Array:
     """y for a kernel that holds round(base + values) at the chosen entries."""
     if values.dtype == kernel.dtype:
         return _matmul(x, kernel, layout)
     remainder = rounding_remainder(base, values)
     wide = values.dtype
     y = _matmul(x, kernel, layout, wide)
+    if algorithm is GradientAlgorithm.PALLAS and columns.shape[1] > 1:  # a single pass is as fast without
+        from neuroada_jax.pallas_kernels import with_remainder
+
+        flat_y, flat_x = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
+        return with_remainder(flat_y, flat_x, columns, remainder).reshape(y.shape)
 
     def add_column(y: Array, column: tuple[Array, Array]) -> tuple[Array, None]:
         indices, remainders = column
         gathered = jnp.take(x, indices, axis=-1, mode="clip").astype(wide)
         return y + gathered * jnp.broadcast_to(remainders, gathered.shape), None
 
-    return lax.scan(add_column, y, (columns.T, remainder.T))[0].astype(x.dtype)
+    # A GPU adds a few columns in one pass over y; a CPU takes longer so.
+    unroll = 1 if tracing.platform() == "cpu" else _COLUMNS_AT_ONCE
+    return lax.scan(add_column, y, (columns.T, remainder.T), unroll=unroll)[0].astype(x.dtype)
 
 
 def _backward(
@@ -257,12 +281,12 @@ def _backward(
 def _resident(
     x: Array, kernel: Array, columns: Array, values: Array, base: Array, algorithm: GradientAlgorithm, layout: Layout
 ) -> Array:
-    return _forward(x, kernel, columns, values, base, layout)
+    return _forward(x, kernel, columns, values, base, algorithm, layout)
 
 
 def _resident_fwd(x, kernel, columns, values, base, algorithm, layout):
     # Only the dtype of values is needed in the backward pass: an empty array carries it.
-    return _forward(x, kernel, columns, values, base, layout), (x, kernel, columns, values[:0])
+    return _forward(x, kernel, columns, values, base, algorithm, layout), (x, kernel, columns, values[:0])
 
 
 def _resident_bwd(algorithm, layout, residuals, dy):
@@ -279,7 +303,7 @@ def _on_the_fly(
     x: Array, kernel: Array, columns: Array, values: Array, algorithm: GradientAlgorithm, layout: Layout
 ) -> Array:
     merged, base = add_entries(kernel, columns, values, layout), read_entries(kernel, columns, layout)
-    return _forward(x, merged, columns, values, base, layout)
+    return _forward(x, merged, columns, values, base, algorithm, layout)
 
 
 def _on_the_fly_fwd(x, kernel, columns, values, algorithm, layout):
@@ -323,7 +347,7 @@ def bypass_dense(
       columns: int32 (O, k), distinct within a row, in [0, I).
       values: float (O, k).
       base: float (O, k) in the kernel's dtype, or None.
-      algorithm: how dvalues is computed; None lets `choose_algorithm` decide.
+      algorithm: how dvalues is computed; None lets `choose_algorithm` decide, for arrays that XLA does not split.
       layout: where the kernel has its neurons.
 
     Returns: (..., O) in the dtype of x.

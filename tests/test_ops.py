@@ -341,9 +341,16 @@ def test_the_resident_write_is_in_place(dtype, layout):
         (1, 4096, "cpu", GradientAlgorithm.COLUMN_GATHER),
         (20, 4096, "cpu", GradientAlgorithm.ROW_BLOCKS),
         (200, 4096, "cpu", GradientAlgorithm.DENSE_CHUNKS),
-        (1, 4096, "gpu", GradientAlgorithm.COLUMN_GATHER),
-        (20, 4096, "gpu", GradientAlgorithm.DENSE_CHUNKS),
+        (1, 4096, "gpu", GradientAlgorithm.PALLAS),
+        (20, 4096, "gpu", GradientAlgorithm.PALLAS),
     ],
 )
 def test_choose_algorithm(k, inputs, backend, expected):
     assert ops.choose_algorithm(k, inputs, backend) is expected
+
+
+@pytest.mark.parametrize("why", ["XLA splits the arrays", "JAX has no kernels"])
+@pytest.mark.parametrize(("k", "expected"), [(2, GradientAlgorithm.COLUMN_GATHER), (3, GradientAlgorithm.DENSE_CHUNKS)])
+def test_a_gpu_without_the_kernels(monkeypatch, why, k, expected):
+    monkeypatch.setattr(ops, "_has_kernels", lambda: why == "XLA splits the arrays")
+    assert ops.choose_algorithm(k, 4096, "gpu", split=why == "XLA splits the arrays") is expected

@@ -138,12 +138,14 @@ class BypassDense(nn.Module):
         shape = (self.features, x.shape[-1])
         kernel = self.param("kernel", nn.initializers.normal(0.02), shape, self.dtype)
         if self.has_variable("bypass", "values"):
+            columns: Array = self.get_variable("columns", "columns")
             y = ops.bypass_dense(
                 x,
                 kernel,
-                self.get_variable("columns", "columns"),
+                columns,
                 self.get_variable("bypass", "values"),
                 self.get_variable("base", "base", None),
+                algorithm=ops.choose_algorithm(columns.shape[1], x.shape[-1], split=placement is not None),
             )
         else:
             y = _product(x, kernel)
