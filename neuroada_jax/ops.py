@@ -51,8 +51,8 @@ def choose_algorithm(k: int, inputs: int, backend: str | None = None, *, split: 
     """Picks the algorithm from static facts, by what was measured on a CPU and on an H100 (docs/performance.md).
 
     On a CPU the column gather wins for k <= 2, row blocks up to about k = I / 48 and the dense product above. On a GPU the
-    kernels win at any k. XLA cannot split them over devices: where it splits the arrays, the column gather wins up to about
-    k = I / 2048 and the dense product above.
+    column gather wins at k = 1, since it is fused with what makes dy, and the kernels above. XLA cannot split the kernels
+    over devices: where it splits the arrays, the column gather goes up to about k = I / 2048, and the dense product follows.
 
     Args:
       k: connections per neuron.
@@ -65,7 +65,7 @@ def choose_algorithm(k: int, inputs: int, backend: str | None = None, *, split: 
         if k <= 2:
             return GradientAlgorithm.COLUMN_GATHER
         return GradientAlgorithm.ROW_BLOCKS if k <= inputs // 48 else GradientAlgorithm.DENSE_CHUNKS
-    if not split and _has_kernels():
+    if k > 1 and not split and _has_kernels():
         return GradientAlgorithm.PALLAS
     return GradientAlgorithm.COLUMN_GATHER if k <= max(1, inputs // 2048) else GradientAlgorithm.DENSE_CHUNKS
 

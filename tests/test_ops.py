@@ -341,7 +341,8 @@ def test_the_resident_write_is_in_place(dtype, layout):
         (1, 4096, "cpu", GradientAlgorithm.COLUMN_GATHER),
         (20, 4096, "cpu", GradientAlgorithm.ROW_BLOCKS),
         (200, 4096, "cpu", GradientAlgorithm.DENSE_CHUNKS),
-        (1, 4096, "gpu", GradientAlgorithm.PALLAS),
+        (1, 4096, "gpu", GradientAlgorithm.COLUMN_GATHER),
+        (2, 4096, "gpu", GradientAlgorithm.PALLAS),
         (20, 4096, "gpu", GradientAlgorithm.PALLAS),
     ],
 )
