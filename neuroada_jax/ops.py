@@ -47,24 +47,27 @@ class GradientAlgorithm(enum.StrEnum):
     PALLAS = "pallas"  # one GPU kernel that gathers rows of x^T, and another for the remainder; interpreted on a CPU
 
 
-def choose_algorithm(k: int, inputs: int, backend: str | None = None, *, split: bool = False) -> GradientAlgorithm:
+def choose_algorithm(k: int, inputs: int, backend: str | None = None, *, split: bool | None = None) -> GradientAlgorithm:
     """Picks the algorithm from static facts, by what was measured on a CPU and on an H100 (docs/performance.md).
 
     On a CPU the column gather wins for k <= 2, row blocks up to about k = I / 48 and the dense product above. On a GPU the
     column gather wins at k = 1, since it is fused with what makes dy, and the kernels above. XLA cannot split the kernels
-    over devices: where it splits the arrays, the column gather goes up to about k = I / 2048, and the dense product follows.
+    over devices: where it splits the arrays, it is the column gather up to about k = I / 2048, and the dense product above.
 
     Args:
       k: connections per neuron.
       inputs: I.
       backend: "cpu" or "gpu"; None for the one that is traced for.
-      split: whether XLA splits the arrays over devices (`jax.jit` on sharded arrays); not so under `shard_map` and `pmap`.
+      split: whether XLA splits the arrays over devices, as `jax.jit` does with sharded ones. None: it may, where there are
+        several devices and neither `shard_map` nor `pmap` is being traced.
     """
     backend = backend or tracing.platform()
     if backend == "cpu":
         if k <= 2:
             return GradientAlgorithm.COLUMN_GATHER
         return GradientAlgorithm.ROW_BLOCKS if k <= inputs // 48 else GradientAlgorithm.DENSE_CHUNKS
+    if split is None:
+        split = jax.device_count() > 1 and not jax.sharding.get_abstract_mesh().manual_axes
     if k > 1 and not split and _has_kernels():
         return GradientAlgorithm.PALLAS
     return GradientAlgorithm.COLUMN_GATHER if k <= max(1, inputs // 2048) else GradientAlgorithm.DENSE_CHUNKS
@@ -347,7 +350,7 @@ def bypass_dense(
       columns: int32 (O, k), distinct within a row, in [0, I).
       values: float (O, k).
       base: float (O, k) in the kernel's dtype, or None.
-      algorithm: how dvalues is computed; None lets `choose_algorithm` decide, for arrays that XLA does not split.
+      algorithm: how dvalues is computed; None lets `choose_algorithm` decide.
       layout: where the kernel has its neurons.
 
     Returns: (..., O) in the dtype of x.

@@ -347,7 +347,29 @@ def test_the_resident_write_is_in_place(dtype, layout):
     ],
 )
 def test_choose_algorithm(k, inputs, backend, expected):
-    assert ops.choose_algorithm(k, inputs, backend) is expected
+    assert ops.choose_algorithm(k, inputs, backend, split=False) is expected
+
+
+def test_arrays_may_be_split_over_devices_but_not_inside_of_shard_map(monkeypatch):
+    found = {}
+
+    def choose(where):
+        return lambda x: found.update({where: ops.choose_algorithm(20, 4096, "gpu")}) or x
+
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.sharding.PartitionSpec("data")
+    jax.jit(choose("jit"))(jnp.ones(2))
+    jax.jit(jax.shard_map(choose("shard_map"), mesh=mesh, in_specs=rows, out_specs=rows))(jnp.ones(2))
+    jax.pmap(choose("pmap"))(jnp.ones((2, 1)))
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    jax.jit(choose("jit on one device"))(jnp.ones(2))
+    kernels = GradientAlgorithm.PALLAS
+    assert found == {
+        "jit": GradientAlgorithm.DENSE_CHUNKS,
+        "shard_map": kernels,
+        "pmap": kernels,
+        "jit on one device": kernels,
+    }
 
 
 @pytest.mark.parametrize("why", ["XLA splits the arrays", "JAX has no kernels"])

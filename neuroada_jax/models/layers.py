@@ -145,7 +145,7 @@ class BypassDense(nn.Module):
                 columns,
                 self.get_variable("bypass", "values"),
                 self.get_variable("base", "base", None),
-                algorithm=ops.choose_algorithm(columns.shape[1], x.shape[-1], split=placement is not None),
+                algorithm=ops.choose_algorithm(columns.shape[1], x.shape[-1], split=None if placement is None else True),
             )
         else:
             y = _product(x, kernel)
