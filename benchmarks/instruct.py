@@ -17,7 +17,6 @@ import json
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from neuroada_jax.cli import one_line_errors
 from neuroada_jax.formats import huggingface
 from neuroada_jax.models.llama import LLAMA_TARGETS
 from neuroada_jax.rows import load_rows
-from neuroada_jax.training import config_file, objectives, optimizer, run
+from neuroada_jax.training import config_file, objectives, run
 from neuroada_jax.training.config import RunConfig
 from neuroada_jax.weights import load_model, open_base, with_weights
 
@@ -141,23 +140,17 @@ def _theirs(chosen: RunConfig, job: Job, folder: Path) -> Row:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "start", dtype=torch.float32)
     model = model.to(common.torch_device())
     torch.manual_seed(job["seed"])
-    model = _lora(model, sweep.number(job["method"]) or 1)
+    model = sweep.torch_lora(model, sweep.number(job["method"]) or 1, list(LLAMA_TARGETS), "CAUSAL_LM")
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    update = torch.optim.AdamW(parameters, lr=job["rate"], weight_decay=0.0)
     total = chosen.training.steps or 1
-    rates = optimizer.schedule(chosen.optimizer, total)
-    losses = []
+    run_step = sweep.torch_step(parameters, chosen.optimizer, total)
+    last_loss = np.nan
     began = time.perf_counter()
     with console.bar("training", total) as shown:
         for step in range(total):
-            update.param_groups[0]["lr"] = float(rates(step))
-            update.zero_grad()
             loss = _loss(model.base_model.model, batches.batch(*divmod(step, batches.steps_per_epoch)))
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            update.step()
-            losses.append(loss.item())
-            shown.update(step + 1, total, f"loss {losses[-1]:.4f}")
+            last_loss = run_step(step, loss)
+            shown.update(step + 1, total, f"loss {last_loss:.4f}")
     seconds = time.perf_counter() - began
     model.merge_and_unload().save_pretrained(folder / "merged")
     params = load_model(str(folder / "merged"), "float32").params
@@ -165,20 +158,10 @@ def _theirs(chosen: RunConfig, job: Job, folder: Path) -> Row:
     scores = run.evaluate_sets(chosen, objective, held_out, base._replace(params={}), params, tokenizer, "after")
     return {
         "trained": sum(parameter.numel() for parameter in parameters),
-        "last_loss": losses[-1],
+        "last_loss": last_loss,
         "train_seconds": seconds,
         "evaluation": {name: {"accuracy_after": score.value, "n": score.n} for name, score in scores.items()},
     }
-
-
-def _lora(model: Any, rank: int) -> Any:
-    """PEFT's LoRA on the linear maps that carry a bypass in our runs."""
-    import peft
-
-    settings = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(LLAMA_TARGETS), task_type="CAUSAL_LM")
-    with warnings.catch_warnings():  # peft 0.21 on transformers 5.23, whenever it wraps a model
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        return peft.get_peft_model(model, settings)
 
 
 def _loss(model: Any, batch: Batch) -> Any:

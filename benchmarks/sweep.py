@@ -9,6 +9,7 @@ there already is not run again.
 import argparse
 import json
 import statistics
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from benchmarks import common
 from benchmarks.common import Column, Row
 from neuroada_jax import console
 from neuroada_jax.errors import UserError
+from neuroada_jax.training import optimizer
+from neuroada_jax.training.config import OptimizerSection
 
 Job = dict[str, Any]
 COLUMNS = (
@@ -74,6 +77,34 @@ def number(method: str) -> int | None:
     """The k or the rank in a method's name."""
     text = method.partition("-")[2]
     return int(text) if text else None
+
+
+def torch_lora(model: Any, rank: int, targets: Any, task_type: str) -> Any:
+    """PEFT's LoRA, with alpha = 2 r and no dropout, on the linear maps that carry a bypass in our runs."""
+    import peft
+
+    settings = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type=task_type)
+    with warnings.catch_warnings():  # peft 0.21 on transformers 5.23, whenever it wraps a model
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        return peft.get_peft_model(model, settings)
+
+
+def torch_step(parameters: Sequence[Any], section: OptimizerSection, total: int) -> Callable[[int, Any], float]:
+    """The update of our runs in PyTorch: (step, loss) -> the loss as a number. AdamW without decay, clipping at 1."""
+    import torch
+
+    update = torch.optim.AdamW(parameters, lr=section.learning_rate, weight_decay=0.0)
+    rates = optimizer.schedule(section, total)
+
+    def run(step: int, loss: Any) -> float:
+        update.param_groups[0]["lr"] = float(rates(step))
+        update.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        update.step()
+        return float(loss.item())
+
+    return run
 
 
 def run(name: str, title: str, settings: Any, fields: Mapping[str, Any], train: Callable[[Job], Row]) -> None:

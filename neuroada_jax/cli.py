@@ -11,6 +11,9 @@ from typing import Any
 from neuroada_jax import __version__, commands
 from neuroada_jax.errors import NeuroadaWarning, UserError
 
+# Without PyTorch, transformers says when it is imported that no models will be available. Ours are, and need none.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0, 2 for an error that is the user's to mend, 130 when interrupted."""
