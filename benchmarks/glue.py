@@ -5,7 +5,8 @@
 Every method starts from the same weights with the same drawn head and sees the same batches: batches are this library's,
 and so are the split of the dev set, the metrics and the choice of the epoch. AdamW without decay, linear schedule with
 warm-up, clipping at 1, dropout 0.1, float32 (on a GPU both libraries multiply in TF32). The rows that choose the epoch
-also choose among learning rates (sweep.py). Needs GLUE in data/, and the extra `torch`.
+also choose among learning rates (sweep.py). The drawn head has a rate of its own, the same for every method: at LoRA's it
+hardly moves in an epoch, and LoRA seems to learn nothing. Needs GLUE in data/, and the extra `torch`.
 """
 
 import argparse
@@ -46,10 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made.add_argument("--model", default=MODEL, help="an encoder: directory, hub id or package:NAME/FILE")
     made.add_argument("--data", default="data/glue", help="folder with a folder for each task")
     made.add_argument("--epochs", type=int, default=5)
+    made.add_argument("--head-rate", type=float, default=1e-2, help="learning rate of the head")
     made.add_argument("--batch-size", type=int, default=32)
     made.add_argument("--limit", type=int, help="training and dev rows, for a short try")
     settings = sweep.parse(made, RATES, arguments)
-    fields = {"epochs": settings.epochs, "limit": settings.limit, "batch_size": settings.batch_size}
+    fields = {name: getattr(settings, name) for name in ("epochs", "limit", "batch_size", "head_rate")}
     sweep.run("glue", f"GLUE in %, {settings.epochs} epochs", settings, fields, lambda job: _run(job, settings))
 
 
@@ -67,6 +69,7 @@ def _content(job: Job, settings: argparse.Namespace, folder: str) -> dict[str, A
         "output": f"{folder}/run",
         "model": {"path": settings.model, "dtype": "float32"},
         "bypass": {"k": sweep.number(job["method"]) or 1},
+        "head": {"learning_rate": job["head_rate"]},
         "data": {
             "train": data,
             "task": job["task"],
@@ -117,9 +120,12 @@ def _theirs(chosen: config.RunConfig, job: Job, folder: Path) -> Row:
     torch.manual_seed(job["seed"])
     if job["method"].startswith("lora-"):
         model = sweep.torch_lora(model, sweep.number(job["method"]) or 8, TARGETS, "SEQ_CLS")
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    head = [parameter for name, parameter in named if "classifier" in name]
+    body = [parameter for name, parameter in named if "classifier" not in name]
     steps = data.train.steps_per_epoch
-    run_step = sweep.torch_step(parameters, chosen.optimizer, job["epochs"] * steps)
+    groups = [(job["rate"], body), (job["head_rate"], head)]
+    run_step = sweep.torch_step(groups, chosen.optimizer, job["epochs"] * steps)
     values, best, test, loss = [], -np.inf, None, np.nan
     train_seconds = 0.0
     for epoch in range(job["epochs"]):
@@ -133,7 +139,7 @@ def _theirs(chosen: config.RunConfig, job: Job, folder: Path) -> Row:
         if values[-1] > best:
             best, test = values[-1], _score(model, data.test, task)
     return {
-        "trained": sum(parameter.numel() for parameter in parameters),
+        "trained": sum(parameter.numel() for _, parameter in named),
         "metric": task.metric,
         "value": test[task.metric],
         "beside": {name: test[name] for name in task.beside},

@@ -143,7 +143,7 @@ def _theirs(chosen: RunConfig, job: Job, folder: Path) -> Row:
     model = sweep.torch_lora(model, sweep.number(job["method"]) or 1, list(LLAMA_TARGETS), "CAUSAL_LM")
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     total = chosen.training.steps or 1
-    run_step = sweep.torch_step(parameters, chosen.optimizer, total)
+    run_step = sweep.torch_step([(job["rate"], parameters)], chosen.optimizer, total)
     last_loss = np.nan
     began = time.perf_counter()
     with console.bar("training", total) as shown:

@@ -89,18 +89,28 @@ def torch_lora(model: Any, rank: int, targets: Any, task_type: str) -> Any:
         return peft.get_peft_model(model, settings)
 
 
-def torch_step(parameters: Sequence[Any], section: OptimizerSection, total: int) -> Callable[[int, Any], float]:
-    """The update of our runs in PyTorch: (step, loss) -> the loss as a number. AdamW without decay, clipping at 1."""
+def torch_step(
+    groups: Sequence[tuple[float, Sequence[Any]]], section: OptimizerSection, total: int
+) -> Callable[[int, Any], float]:
+    """The update of our runs in PyTorch, AdamW without decay and clipping at 1: (step, loss) -> the loss as a number.
+
+    Args:
+      groups: (highest learning rate, parameters).
+      section: whose schedule they follow.
+      total: steps.
+    """
     import torch
 
-    update = torch.optim.AdamW(parameters, lr=section.learning_rate, weight_decay=0.0)
-    rates = optimizer.schedule(section, total)
+    update = torch.optim.AdamW([{"params": parameters} for _, parameters in groups], weight_decay=0.0)
+    schedules = [optimizer.schedule(section, total, rate) for rate, _ in groups]
+    trained = [parameter for _, parameters in groups for parameter in parameters]
 
     def run(step: int, loss: Any) -> float:
-        update.param_groups[0]["lr"] = float(rates(step))
+        for group, rates in zip(update.param_groups, schedules, strict=True):
+            group["lr"] = float(rates(step))
         update.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         update.step()
         return float(loss.item())
 
