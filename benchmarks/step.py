@@ -176,8 +176,8 @@ def _time_alone(methods: Sequence[Method], batches: Mapping[str, Tokens], settin
         with console.bar(labels, len(chosen)) as shown:
             for done, method in enumerate(chosen):
                 shown.update(done, len(chosen), method.label)
-                found[method] = _in_fresh_process(method.label, labels, settings, settings.repeats) or {}
-                if measured := found[method]:
+                measured = found[method] = _in_fresh_process(method.label, labels, settings, settings.repeats) or {}
+                if measured:
                     seconds, total = statistics.median(measured["seconds"]), console.size(measured["total_bytes"])
                     console.say(f"{method.label}: {seconds:.4g} s, {total}")
             shown.update(len(chosen), len(chosen))

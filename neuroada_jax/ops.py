@@ -68,7 +68,7 @@ def choose_algorithm(k: int, inputs: int, backend: str | None = None, *, split: 
         return GradientAlgorithm.ROW_BLOCKS if k <= inputs // 48 else GradientAlgorithm.DENSE_CHUNKS
     if split is None:
         split = jax.device_count() > 1 and not jax.sharding.get_abstract_mesh().manual_axes
-    if k > 1 and not split and _has_kernels():
+    if backend == "gpu" and k > 1 and not split and _has_kernels():
         return GradientAlgorithm.PALLAS
     return GradientAlgorithm.COLUMN_GATHER if k <= max(1, inputs // 2048) else GradientAlgorithm.DENSE_CHUNKS
 

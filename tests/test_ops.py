@@ -344,6 +344,7 @@ def test_the_resident_write_is_in_place(dtype, layout):
         (1, 4096, "gpu", GradientAlgorithm.COLUMN_GATHER),
         (2, 4096, "gpu", GradientAlgorithm.PALLAS),
         (20, 4096, "gpu", GradientAlgorithm.PALLAS),
+        (20, 4096, "tpu", GradientAlgorithm.DENSE_CHUNKS),
     ],
 )
 def test_choose_algorithm(k, inputs, backend, expected):
