@@ -150,7 +150,17 @@ def with_remainder(
 
 
 def _call(kernel: Any, out_shape: jax.ShapeDtypeStruct, grid: tuple[int, int], name: str, *operands: Array) -> Array:
-    """Runs a kernel; by the platform that is lowered for, not the default one: a host without a GPU can compile for one."""
+    """Runs a kernel; by the platform that is lowered for, not the default one: a host without a GPU can compile for one.
+
+    Raises:
+      ValueError: an operand has 2^31 entries or more, which the kernels' 32-bit offsets do not reach.
+    """
+    largest = max(operands, key=lambda operand: operand.size)
+    if largest.size >= 1 << 31:
+        raise ValueError(
+            f"kernel {name!r}: an array {largest.shape} has {largest.size} entries, expected fewer than 2^31; take fewer "
+            "tokens at a time, or another GradientAlgorithm"
+        )
 
     def on_platform(interpret: bool) -> Any:
         parameters = triton.CompilerParams(num_warps=WARPS)

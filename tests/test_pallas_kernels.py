@@ -151,6 +151,12 @@ def test_lowers_to_one_kernel_for_a_gpu_that_is_not_there(form, platform):
     assert lowered(function, *arguments, platform=platform).count("custom_call @__gpu$xla.gpu.triton") == 1
 
 
+def test_more_entries_than_an_offset_reaches_are_refused():
+    dy, x = (jax.ShapeDtypeStruct((1 << 20, width), jnp.bfloat16) for width in (2048, 64))
+    with pytest.raises(ValueError, match=r"an array \(1048576, 2048\) has 2147483648 entries, expected fewer than 2\^31"):
+        jax.eval_shape(gradient, dy, x, jax.ShapeDtypeStruct((2048, 2), jnp.int32))
+
+
 def test_other_platforms_are_refused():
     with pytest.raises(NotImplementedError, match="not found for platform tpu"):
         lowered(gradient, *problem(0, 160, 40, 20, 3), platform="tpu")
