@@ -3,19 +3,22 @@
     make bench-generation        (or: python -m benchmarks.generation --model MODEL --batch-sizes 1 8)
 
 Both libraries have the same float32 weights and the same prompts of random tokens, and nothing ends a continuation. A
-prefill is a call for one new token, and takes in the prompts; a decode is what a call for `--new` more costs besides.
-All figures are from the fastest call of each kind, since what disturbs a call only makes it slower. `speedup` is
-transformers' seconds over a row's own.
+prefill is a call for one new token, and takes in the prompts; a decode is what a call for `--new` more costs besides,
+refused where noise hides it. All figures are from the fastest call of each kind, since what
+disturbs a call only makes it slower. `speedup` is transformers' seconds over a row's own.
 """
 
 import argparse
 import gc
+import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from benchmarks import common
 from benchmarks.common import Column, Row
+from neuroada_jax.cli import one_line_errors
+from neuroada_jax.errors import UserError
 from neuroada_jax.generation import generate
 from neuroada_jax.weights import load_model
 
@@ -108,9 +111,15 @@ def _rows(times: Times, settings: argparse.Namespace) -> Iterator[Row]:
 
 
 def _seconds(times: Times, name: str, batch: int, phase: str, new: int) -> float:
+    """Raises UserError where the decode is too short to be told from noise."""
     first, whole = min(times[name, batch, 1]), min(times[name, batch, 1 + new])
+    if whole <= first:
+        raise UserError(
+            f"--new: {name} took {first:.2g} s for 1 token and {whole:.2g} s for {1 + new} (batch {batch}), too few to "
+            "measure decoding; give more, or more --repeats"
+        )
     return first if phase == "prefill" else whole - first
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(one_line_errors(main))

@@ -235,7 +235,7 @@ def refusal(folder, base):
     began = time.perf_counter()
     message = message_of(official.read, folder, base.model, allow_pickle=True)
     assert message.startswith(str(folder)) and len(message) < 500
-    assert time.perf_counter() - began < 5
+    assert time.perf_counter() - began < 60  # hostile files may not stall the reader
     return message
 
 
