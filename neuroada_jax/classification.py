@@ -140,6 +140,15 @@ def label_columns(base: LoadedModel, task: GlueTask) -> list[int]:
     )
 
 
+def columns_to_train(base: LoadedModel, task: GlueTask) -> list[int]:
+    """The outputs that a run trains for the task's labels: those of a head for this task, which may have its own order
+    (roberta-large-mnli begins with contradiction), else the task's order."""
+    try:
+        return label_columns(base, task)
+    except UserError:  # a head for something else, of which only what fits is used
+        return list(range(len(task.labels)))
+
+
 def _plain(name: Any) -> str:
     return re.sub(r"[^a-z0-9]", "", str(name).lower())
 

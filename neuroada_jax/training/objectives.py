@@ -1,8 +1,10 @@
 """What a run trains a model for. Decoders and encoders differ here, in data, losses and scores, and nowhere else."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 from jaxtyping import Array
 
 from neuroada_jax import classification, console, data, evaluation
@@ -67,7 +69,10 @@ def objective(config: RunConfig, base: LoadedModel) -> tuple[Objective, LoadedMo
     modules.check_kind(config, base.model)
     if base.model.architecture.is_decoder:
         return Continuation(config), base
-    return Classification(config), with_labels(base, GLUE[config.data.task].labels)
+    task = GLUE[config.data.task]
+    columns = classification.columns_to_train(base, task)
+    labels = [task.labels[columns.index(output)] for output in range(len(columns))]
+    return Classification(config, columns), with_labels(base, labels)
 
 
 class Continuation:
@@ -169,9 +174,11 @@ class Classification:
 
     losses = staticmethod(classification_losses)
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, columns: Sequence[int]) -> None:
+        """`columns`: which output of the head each of the task's labels is."""
         self._config = config
         self._task = GLUE[config.data.task]
+        self._columns = np.array(columns, np.int32)
         self.dropout_seed = config.seed
 
     def batches(self, tokenizer: Any, held_out: dict[str, Rows]) -> tuple[AnyBatches, Rows]:
@@ -184,6 +191,8 @@ class Classification:
             f"{len(examples)} examples, {int(examples.lengths.sum())} tokens; "
             f"{examples.cut} cut to {section.max_length} tokens"
         )
+        if not self._task.is_regression:
+            examples = dataclasses.replace(examples, labels=self._columns[examples.labels])
         config = self._config
         batches = ClassificationBatches(
             examples, config.training.batch_size, config.seed, section.buckets, section.group_by_length

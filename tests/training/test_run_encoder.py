@@ -2,10 +2,12 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from data_helpers import write_lines
 from helpers import write_bert, write_config
 
@@ -99,6 +101,31 @@ def test_a_run_keeps_its_best_epoch_and_is_judged_by_the_other_half(trained, dat
     assert results["compiled_steps"] == results["possible_steps"] == 1
     values = 2 * 2 * (16 + 24) + (16 * 2 + 2)
     assert results["trainable"] == values
+
+
+def test_a_head_keeps_its_own_order_of_labels(trained, data, tmp_path):
+    """Going on from a head whose outputs are the other way round, under their names, is going on from the head."""
+    tensors = safetensors.numpy.load_file(str(trained[0] / "merged" / "model.safetensors"))
+    found = {}
+    for name, step, labels in (
+        ("same", 1, ["not_equivalent", "equivalent"]),
+        ("turned", -1, ["EQUIVALENT", "not-equivalent"]),
+    ):
+        base = shutil.copytree(trained[0] / "merged", tmp_path / name)
+        turned = {each: np.ascontiguousarray(array[::step]) for each, array in tensors.items() if "classifier" in each}
+        safetensors.numpy.save_file(tensors | turned, str(base / "model.safetensors"), metadata={"format": "pt"})
+        config = json.loads((base / "config.json").read_text()) | {"id2label": dict(enumerate(labels))}
+        (base / "config.json").write_text(json.dumps(config))
+        results = run.train(settings(tmp_path / f"run-{name}", base, data, training={"epochs": 1}))
+        out = tmp_path / f"run-{name}" / "out"
+        predictions = lines(out / "predictions-dev-after.jsonl")
+        logits = [each.pop("logits") for each in predictions]  # in the task's order
+        found[name] = results["first_loss"], results["last_loss"], logits, predictions
+        kept = native.read(str(out / "adapter")).metadata["base"]["labels"]
+        assert kept == sorted(["equivalent", "not_equivalent"], reverse=step == 1)
+    assert found["same"][:2] == pytest.approx(found["turned"][:2], rel=1e-5)
+    np.testing.assert_allclose(found["same"][2], found["turned"][2], rtol=1e-3, atol=1e-4)
+    assert found["same"][3] == found["turned"][3]
 
 
 def test_the_adapter_is_that_of_the_best_epoch_and_evaluates_to_the_same(trained, data, capsys, tmp_path):
