@@ -8,6 +8,7 @@ import pytest
 from benchmarks import soak
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_ends_as_if_it_was_not(tmp_path, capfd):
     assert soak.soak(tmp_path, 1, ["save"], random.Random(1)) == 0
     out, err = capfd.readouterr()
