@@ -34,7 +34,7 @@ test: $(VENV)/.installed-test  ## run the tests, those on the real SmolLM2 weigh
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.installed-test  ## run the end-to-end tests, which take minutes each
-	$(BIN)/python -m pytest -m slow
+	XLA_FLAGS=--xla_backend_optimization_level=3 $(BIN)/python -m pytest -m slow  # real models: less compiling than computing
 
 soak: $(VENV)/.installed-test  ## kill a tiny run 50 times at random moments, resume it, and compare with one left alone
 	$(BIN)/python -m benchmarks.soak
