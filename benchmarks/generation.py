@@ -4,8 +4,8 @@
 
 Both libraries have the same float32 weights and the same prompts of random tokens, and nothing ends a continuation. A
 prefill is a call for one new token, and takes in the prompts; a decode is what a call for `--new` more costs besides,
-refused where noise hides it. All figures are from the fastest call of each kind, since what
-disturbs a call only makes it slower. `speedup` is transformers' seconds over a row's own.
+refused where noise hides it. All figures are from the fastest call of each kind, since what disturbs a call only makes
+it slower. `speedup` is transformers' seconds over a row's own.
 """
 
 import argparse
