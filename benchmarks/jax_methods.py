@@ -26,9 +26,10 @@ from benchmarks.methods import (
     lora_rank,
     targets,
 )
-from neuroada_jax import bypass, losses, models, ops
+from neuroada_jax import losses, models
 from neuroada_jax.batches import Batch
-from neuroada_jax.bypass import Path, Tree
+from neuroada_jax.core import bypass, ops, trees
+from neuroada_jax.core.trees import Path, Tree
 from neuroada_jax.models import Model, Remat
 from neuroada_jax.models.layers import BypassDense, saved
 from neuroada_jax.training import optimizer, step
@@ -129,11 +130,11 @@ def floor_gradient(model: Model) -> tuple[Callable[[Tree], Tree], Any]:
 
     @jax.jit
     def gradient(norm: Tree, params: Tree, batch: Batch) -> Any:
-        return jax.value_and_grad(
-            lambda norm: mean_loss(model.module(), {"params": bypass.put(params, path, norm)}, batch)
-        )(norm)
+        return jax.value_and_grad(lambda norm: mean_loss(model.module(), {"params": trees.put(params, path, norm)}, batch))(
+            norm
+        )
 
-    return lambda params: bypass.get(params, path), gradient
+    return lambda params: trees.get(params, path), gradient
 
 
 def _ours(base: LoadedModel, k: int, remat: Remat) -> Running:
@@ -188,11 +189,11 @@ def lora_trees(params: Tree, paths: Sequence[Path], rank: int) -> tuple[Tree, Tr
     down: Tree = {}
     up: Tree = {}
     for path in paths:
-        kernel = bypass.get(params, path)["kernel"]
+        kernel = trees.get(params, path)["kernel"]
         layers, outputs, inputs = kernel.shape
         first = jax.random.normal(jax.random.key(0), (layers, rank, inputs), kernel.dtype) * inputs**-0.5
-        down = bypass.put(down, path, {"columns": first})
-        up = bypass.put(up, path, {"values": jnp.zeros((layers, outputs, rank), kernel.dtype)})
+        down = trees.put(down, path, {"columns": first})
+        up = trees.put(up, path, {"values": jnp.zeros((layers, outputs, rank), kernel.dtype)})
     return {"bypass": up, "columns": down}, {}
 
 

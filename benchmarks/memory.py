@@ -29,9 +29,10 @@ from benchmarks import common, jax_methods
 from benchmarks.common import Column, Row
 from benchmarks.jax_methods import ADAMW, LEARNING_RATE, Formula
 from benchmarks.methods import FULL, MASKED, MODELS, OURS, SCATTER, targets
-from neuroada_jax import bypass, console, models, planning
+from neuroada_jax import console, models, planning
 from neuroada_jax.batches import Batch
-from neuroada_jax.bypass import Tree
+from neuroada_jax.core import bypass, trees
+from neuroada_jax.core.trees import Tree
 from neuroada_jax.models import Model, Remat
 from neuroada_jax.roofline import nbytes
 from neuroada_jax.targets import Compiler, compiler_for, find, temporaries
@@ -193,18 +194,18 @@ def _masked(model: Model, remat: Remat, batch: Batch, k: int) -> Program:
     masks: Tree = {}
     chosen = 0
     for path in targets(params, model):
-        node = bypass.get(params, path)
+        node = trees.get(params, path)
         kernel = node["kernel"]
-        kernels = bypass.put(kernels, path, {"kernel": kernel})
-        masks = bypass.put(masks, path, {"kernel": jax.ShapeDtypeStruct(kernel.shape, jnp.bool)})
-        rest = bypass.put(rest, path, {name: leaf for name, leaf in node.items() if name != "kernel"})
+        kernels = trees.put(kernels, path, {"kernel": kernel})
+        masks = trees.put(masks, path, {"kernel": jax.ShapeDtypeStruct(kernel.shape, jnp.bool)})
+        rest = trees.put(rest, path, {name: leaf for name, leaf in node.items() if name != "kernel"})
         chosen += kernel.size // kernel.shape[-1] * min(k, kernel.shape[-1])
     module = model.module(remat)
 
     def loss(kernels: Tree, frozen: Tree, batch: Batch) -> Any:
         params = frozen["params"]
-        for path, kernel in bypass.kernels(kernels):
-            params = bypass.put(params, path, {**bypass.get(params, path), "kernel": kernel})
+        for path, kernel in trees.kernels(kernels):
+            params = trees.put(params, path, {**trees.get(params, path), "kernel": kernel})
         return jax_methods.mean_loss(module, {"params": params}, batch)
 
     def mask(gradient: Tree, frozen: Tree) -> Tree:

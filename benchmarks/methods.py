@@ -8,7 +8,7 @@ from jaxtyping import Bool, Int32
 
 from benchmarks.check_h100 import LLAMA_7B
 from neuroada_jax import data, models
-from neuroada_jax.bypass import Path, kernels
+from neuroada_jax.core.trees import Path, kernels
 from neuroada_jax.models import LLAMA_TARGETS, Model
 from neuroada_jax.tasks import TASKS
 

@@ -22,8 +22,8 @@ from jax import lax
 
 from benchmarks import common
 from benchmarks.common import Column, Row
-from neuroada_jax import ops, selection
-from neuroada_jax.ops import GradientAlgorithm
+from neuroada_jax.core import ops, selection
+from neuroada_jax.core.ops import GradientAlgorithm
 
 # By model: tokens, and the (O, I) of its linear maps.
 SHAPES = {

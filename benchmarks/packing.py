@@ -23,9 +23,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from neuroada_jax import bypass, console, data, evaluation, files, models
+from neuroada_jax import console, data, evaluation, files, models
 from neuroada_jax.batches import Batch, Batches
 from neuroada_jax.cli import one_line_errors
+from neuroada_jax.core import bypass
 from neuroada_jax.data import Examples
 from neuroada_jax.formats.native import installed_versions
 from neuroada_jax.models import LLAMA_TARGETS, Remat

@@ -25,8 +25,9 @@ import numpy as np
 
 from benchmarks import common
 from benchmarks.common import Column, Row
-from neuroada_jax import bypass, evaluation, ops
+from neuroada_jax import evaluation
 from neuroada_jax.cli import one_line_errors
+from neuroada_jax.core import bypass, ops
 from neuroada_jax.formats import native
 from neuroada_jax.prompts import PromptStyle
 from neuroada_jax.tasks import TASKS

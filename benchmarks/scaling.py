@@ -24,8 +24,9 @@ from benchmarks.check_h100 import LLAMA_7B
 from benchmarks.common import Column, Row
 from benchmarks.jax_methods import floor_gradient, to_batch, training_step
 from benchmarks.methods import FLOOR, OURS, random_tokens
-from neuroada_jax import bypass, console, models
-from neuroada_jax.bypass import Tree
+from neuroada_jax import console, models
+from neuroada_jax.core import bypass
+from neuroada_jax.core.trees import Tree
 from neuroada_jax.models import Model, Remat
 
 COMPILED = "LLaMA-7B, compiled only"

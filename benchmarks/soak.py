@@ -31,6 +31,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from neuroada_jax import console
+from neuroada_jax.core import trees
 from neuroada_jax.models import from_hf_config, names
 
 STEPS_OF_EPOCH, EPOCHS, SAVE_EVERY, LOG_EVERY = 30, 4, 7, 3
@@ -248,7 +249,7 @@ def make_inputs(folder: Path) -> None:
     }
     model = from_hf_config(config)
     params = model.abstract_params()
-    shapes = {path: leaf.shape for path, leaf in names.flatten(params)}
+    shapes = {path: leaf.shape for path, leaf in trees.flatten(params)}
     random_numbers = np.random.default_rng(0)
     tensors = {}
     for name, slot in names.checkpoint_names(params, model.stack).items():

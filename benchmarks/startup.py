@@ -23,8 +23,9 @@ from benchmarks import common, process_memory
 from benchmarks.common import Column, Row
 from benchmarks.jax_methods import to_batch
 from benchmarks.methods import LEARNING_RATE, random_tokens, targets
-from neuroada_jax import bypass, console
-from neuroada_jax.bypass import Path
+from neuroada_jax import console
+from neuroada_jax.core import bypass, trees
+from neuroada_jax.core.trees import Path
 from neuroada_jax.models import Remat
 from neuroada_jax.training import optimizer, step
 from neuroada_jax.training.config import OptimizerSection
@@ -114,7 +115,7 @@ def _first_step(settings: argparse.Namespace) -> tuple[LoadedModel, list[Row]]:
 
 def _selection(params: Mapping[str, Any], paths: Sequence[Path], dtype: str, settings: argparse.Namespace) -> list[Row]:
     """A plain read of the kernels at `paths` and selection for every k, in turns."""
-    kernels = [bypass.get(params, path)["kernel"] for path in paths]
+    kernels = [trees.get(params, path)["kernel"] for path in paths]
     read = jax.jit(lambda kernels: [jnp.max(jnp.abs(kernel)) for kernel in kernels])
     runs: dict[int | None, Callable[[], object]] = {None: lambda: jax.block_until_ready(read(kernels))}
     for k in settings.k:

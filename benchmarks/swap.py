@@ -19,8 +19,10 @@ import jax.numpy as jnp
 from benchmarks import common
 from benchmarks.common import Column, Row
 from benchmarks.methods import targets
-from neuroada_jax import bypass, console
-from neuroada_jax.bypass import Bypass, Path, Tree
+from neuroada_jax import console
+from neuroada_jax.core import bypass
+from neuroada_jax.core.bypass import Bypass
+from neuroada_jax.core.trees import Path, Tree
 from neuroada_jax.weights import load_model
 
 MERGE = "full merge"

@@ -3,22 +3,11 @@
 The names here are the core: arrays and trees only. Models, data, training and file formats live in the submodules.
 """
 
-from neuroada_jax.bypass import (
-    Bypass,
-    average,
-    build,
-    count,
-    interpolate,
-    kernels,
-    make_resident,
-    merge,
-    read,
-    swap,
-    unmerge,
-)
+from neuroada_jax.core.bypass import Bypass, average, build, count, interpolate, make_resident, merge, read, swap, unmerge
+from neuroada_jax.core.ops import GradientAlgorithm, Layout, bypass_dense, choose_algorithm
+from neuroada_jax.core.selection import magnitude, select
+from neuroada_jax.core.trees import kernels
 from neuroada_jax.errors import UserError
-from neuroada_jax.ops import GradientAlgorithm, Layout, bypass_dense, choose_algorithm
-from neuroada_jax.selection import magnitude, select
 
 __version__ = "0.1.0"
 

@@ -9,7 +9,7 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from neuroada_jax.bypass import Tree
+from neuroada_jax.core.trees import Tree
 from neuroada_jax.decoding import Caches, Decoder, is_end, prefill, present, reorder_rows, repeat_rows
 from neuroada_jax.sampling import Decoding, process
 

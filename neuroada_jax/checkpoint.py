@@ -26,7 +26,8 @@ import orbax.checkpoint as ocp
 import xxhash
 from orbax.checkpoint import checkpoint_managers
 
-from neuroada_jax import bypass, console, files
+from neuroada_jax import console, files
+from neuroada_jax.core import bypass
 from neuroada_jax.errors import UserError
 from neuroada_jax.training.step import TrainState
 

@@ -11,7 +11,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Float64, Int32
 
 from neuroada_jax.batches import Batch
-from neuroada_jax.bypass import Tree
+from neuroada_jax.core.trees import Tree
 from neuroada_jax.data import Example
 from neuroada_jax.generation import bucket
 from neuroada_jax.losses import target_scores

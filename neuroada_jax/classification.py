@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Num
 
 from neuroada_jax import console, metrics
 from neuroada_jax.batches import ClassificationBatch, ClassificationBatches
-from neuroada_jax.bypass import Tree
+from neuroada_jax.core.trees import Tree
 from neuroada_jax.errors import UserError
 from neuroada_jax.evaluation import Score, wilson_interval
 from neuroada_jax.formats import native

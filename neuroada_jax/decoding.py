@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from neuroada_jax import tracing
-from neuroada_jax.bypass import Tree
+from neuroada_jax.core import platform
+from neuroada_jax.core.trees import Tree
 from neuroada_jax.models.llama import Cache, empty_cache
 
 # Of all layers together, or one (B, K, S, N) for each.
@@ -25,7 +25,7 @@ def one_by_one() -> bool:
     products of SmolLM2-135M took 115 ms that way and 61 ms without. The price is one copy of the layers' weights while
     decoding, and a program that grows with the depth. A GPU's products read from the stack.
     """
-    return tracing.platform() == "cpu"
+    return platform.platform() == "cpu"
 
 
 class Decoder(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import transformers
 
 from neuroada_jax import choices, data, files
-from neuroada_jax.bypass import Tree
+from neuroada_jax.core.trees import Tree
 from neuroada_jax.errors import UserError
 from neuroada_jax.generation import before_stop, check_lengths, generate
 from neuroada_jax.prompts import PromptStyle

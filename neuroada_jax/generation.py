@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Int, UInt
 
 from neuroada_jax import beams
-from neuroada_jax.bypass import Tree
+from neuroada_jax.core.trees import Tree
 from neuroada_jax.decoding import Caches, Decoder, is_end, prefill, present
 from neuroada_jax.errors import UserError
 from neuroada_jax.models import Model

@@ -15,7 +15,7 @@ from flax import linen as nn
 
 from neuroada_jax import files
 from neuroada_jax.batches import Batch, default_buckets
-from neuroada_jax.bypass import Tree
+from neuroada_jax.core.trees import Tree
 from neuroada_jax.errors import UserError
 from neuroada_jax.evaluation import end_tokens
 from neuroada_jax.generation import before_stop, generate

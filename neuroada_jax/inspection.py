@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from neuroada_jax import bypass, console, weights
+from neuroada_jax import console, weights
+from neuroada_jax.core import bypass
 from neuroada_jax.formats import native, official, peft
 
 VALUE_BYTES = 4  # float32

@@ -18,10 +18,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from neuroada_jax import bypass, models, selection
-from neuroada_jax.bypass import Bypass, Path, Tree
+from neuroada_jax import models
+from neuroada_jax.core import bypass, selection, trees
+from neuroada_jax.core.bypass import Bypass
+from neuroada_jax.core.ops import Layout, bypass_dense
+from neuroada_jax.core.trees import Path, Tree
 from neuroada_jax.errors import UserError
-from neuroada_jax.ops import Layout, bypass_dense
 
 # Leaves beside the kernel: whatever Flax does to it, such as slicing by nn.scan, is done to them as well.
 _VALUES, _COLUMNS = "bypass_values", "bypass_columns"
@@ -74,16 +76,16 @@ def build(
 
     found: Tree = {}
     for path in axes:
-        found = bypass.put(found, path, {"kernel": bypass.kernel_at(variables["params"], path)})
+        found = trees.put(found, path, {"kernel": trees.kernel_at(variables["params"], path)})
     paths = models.match_targets(found, targets, ())
     matrices: Tree = {}
     for path in paths:
         if path in refused:
             raise UserError(f"{'.'.join(path)}: {refused[path]}")
-        kernel, (inputs, neurons) = bypass.kernel_at(found, path), axes[path]
+        kernel, (inputs, neurons) = trees.kernel_at(found, path), axes[path]
         stacked = kernel.ndim - inputs - neurons
         shape = (*kernel.shape[:stacked], -1, math.prod(kernel.shape[kernel.ndim - neurons :]))
-        matrices = bypass.put(matrices, path, {"kernel": kernel.reshape(shape)})
+        matrices = trees.put(matrices, path, {"kernel": kernel.reshape(shape)})
     return bypass.build(matrices, paths, k, score=score, dtype=dtype, layout=Layout.IO)
 
 
@@ -111,10 +113,10 @@ def with_bypass(apply: Callable[..., Any]) -> Callable[..., Any]:
         if values is None or columns is None or "base" in rest:
             raise UserError(f"a bypass needs the collections bypass and columns, and no base; found {', '.join(variables)}")
         params: Tree = dict(rest["params"])
-        for path, chosen in bypass.leaves(columns, "columns"):
-            bypass.kernel_at(params, path)
-            leaves = {_VALUES: bypass.get(values, path)["values"], _COLUMNS: chosen}
-            params = bypass.put(params, path, {**bypass.get(params, path), **leaves})
+        for path, chosen in trees.leaves(columns, "columns"):
+            trees.kernel_at(params, path)
+            leaves = {_VALUES: trees.get(values, path)["values"], _COLUMNS: chosen}
+            params = trees.put(params, path, {**trees.get(params, path), **leaves})
         with nn.intercept_methods(_intercept):
             return apply({**rest, "params": params}, *args, **kwargs)
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from neuroada_jax import tracing
+from neuroada_jax.core import platform
 from neuroada_jax.errors import UserError
 
 GB = 10**9
@@ -182,7 +182,7 @@ class Compiler(NamedTuple):
         may be the first one again, whatever it was made for.
         """
         place = jax.sharding.SingleDeviceSharding(self.devices[0])
-        with tracing.planned_for(self.platform, flash_attention=self.flash_attention):
+        with platform.planned_for(self.platform, flash_attention=self.flash_attention):
             return function.trace(
                 *jax.tree.map(lambda leaf: leaf if leaf.sharding else leaf.update(sharding=place), arguments)
             )

@@ -8,8 +8,8 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from .errors import UserError
-from .gguf_header import read_header
+from neuroada_jax.errors import UserError
+from neuroada_jax.gguf_header import read_header
 
 _CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
 

@@ -20,7 +20,8 @@ import xxhash
 from jax import lax
 
 from neuroada_jax import console, gguf_weights, models
-from neuroada_jax.bypass import Path, Tree
+from neuroada_jax.core import trees
+from neuroada_jax.core.trees import Path, Tree
 from neuroada_jax.errors import UserError
 from neuroada_jax.files import read_json
 from neuroada_jax.models import names
@@ -179,8 +180,8 @@ def load_params(
     Raises:
       UserError: a tensor that the model needs is missing or has another shape.
     """
-    flat: dict[tuple[str, ...], Any] = dict(names.flatten(model.abstract_params()))
-    places = dict(names.flatten(shardings or jax.tree.map(lambda _: None, model.abstract_params())))
+    flat: dict[tuple[str, ...], Any] = dict(trees.flatten(model.abstract_params()))
+    places = dict(trees.flatten(shardings or jax.tree.map(lambda _: None, model.abstract_params())))
     slots = names.checkpoint_names(model.abstract_params(), model.stack)
     available, architecture = set(tensors.names()), model.architecture
     digests = {}
@@ -208,7 +209,7 @@ def load_params(
         del tensor
         if on_progress:
             on_progress(done + 1, len(slots))
-    return names.unflatten(filled), digests
+    return trees.unflatten(filled), digests
 
 
 def open_model(

@@ -12,6 +12,7 @@ import yaml
 from data_helpers import CHAT, PAIRS
 
 from neuroada_jax import models
+from neuroada_jax.core import trees
 from neuroada_jax.models import names
 
 CONFIG: dict[str, Any] = {
@@ -38,7 +39,7 @@ def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarra
     """Hugging Face name -> random weights, large enough that logits differ clearly."""
     model = models.from_hf_config(config)
     params = model.abstract_params()
-    flat = dict(names.flatten(params))
+    flat = dict(trees.flatten(params))
     rng = np.random.default_rng(seed)
     tensors = {}
     for name, slot in names.checkpoint_names(params, model.stack).items():

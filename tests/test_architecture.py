@@ -1,77 +1,36 @@
-"""Import directions: the core is arrays and trees only, and arrows point down."""
+"""Import directions: the rooms of the package form no circle, and the core is arrays and trees only."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 PACKAGE = Path(__file__).resolve().parents[1] / "neuroada_jax"
-LEVELS = [
-    {"errors", "tracing", "pallas_kernels", "ops", "selection", "bypass"},
-    {
-        "models",
-        "files",
-        "console",
-        "rows",
-        "prompts",
-        "data",
-        "batches",
-        "labelled",
-        "gguf_header",
-        "gguf_weights",
-        "tokenizer",
-        "safetensors_weights",
-        "targets",
-        "roofline",
-        "collectives",
-        "linen",
-        "metrics",
-    },
-    {
-        "losses",
-        "weights",
-        "tasks",
-        "generation",
-        "choices",
-        "sampling",
-        "decoding",
-        "beams",
-        "inspection",
-        "formats",
-    },
-    {"training", "evaluation", "checkpoint", "classification", "planning", "harness"},
-    {"commands"},
-    {"cli"},
-]
-LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}
 
 
-def imports(path: Path) -> set[str]:
-    """The package's own top-level modules that a file imports."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("neuroada_jax"):
-            parts = node.module.split(".")
-            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level:
-            found |= {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}
-    return found & set(LEVEL)
+def rooms() -> dict[str, set[str]]:
+    """What every room (a folder, or a file beside the folders) imports of the other rooms."""
+    names = {path.name.removesuffix(".py") for path in PACKAGE.iterdir() if path.is_dir() or path.suffix == ".py"}
+    names -= {"__init__", "__pycache__"}
+    graph: dict[str, set[str]] = {name: set() for name in names}
+    for path in PACKAGE.rglob("*.py"):
+        own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and own in graph:
+                assert not node.level, f"{path}: a relative import"
+                module, _, rest = (node.module or "").partition(".")
+                if module == "neuroada_jax":
+                    graph[own] |= ({rest.split(".")[0]} if rest else {alias.name for alias in node.names}) & names
+    return {name: found - {name} for name, found in graph.items()}
 
 
-def test_every_module_has_its_level():
-    modules = {path.stem if path.is_file() else path.name for path in PACKAGE.iterdir()} - {"__init__", "__pycache__", "py"}
-    assert modules == set(LEVEL)
+def test_the_rooms_form_no_circle():
+    graphlib.TopologicalSorter(rooms()).prepare()  # names the circle
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_arrows_point_down(path):
-    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    if own == "__init__":
-        return
-    upward = {name for name in imports(path) if LEVEL[name] > LEVEL[own]}
-    assert not upward, f"{path.name} (level {LEVEL[own]}) imports {upward}"
+def test_the_core_imports_no_other_room():
+    assert rooms()["core"] == {"errors"}
 
 
 def test_the_core_needs_neither_flax_nor_transformers():

@@ -14,8 +14,9 @@ import pytest
 from data_helpers import message_of
 from helpers import run_config, write_model, write_rows
 
-from neuroada_jax import bypass, checkpoint, weights
+from neuroada_jax import checkpoint, weights
 from neuroada_jax.checkpoint import Checkpoints
+from neuroada_jax.core import bypass
 from neuroada_jax.errors import NeuroadaWarning, UserError
 from neuroada_jax.formats import native
 from neuroada_jax.models import names

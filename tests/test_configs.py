@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from neuroada_jax import bypass, planning
+from neuroada_jax import planning
+from neuroada_jax.core import bypass
 from neuroada_jax.roofline import nbytes
 from neuroada_jax.tasks import SUITES
 from neuroada_jax.training import config_file

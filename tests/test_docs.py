@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from helpers import write_model
 
-from neuroada_jax import bypass, models
+from neuroada_jax import models
+from neuroada_jax.core import bypass
 from neuroada_jax.formats import native
 from neuroada_jax.weights import load_model
 

@@ -12,9 +12,10 @@ from helpers import equations
 from quick import jit
 
 import neuroada_jax as na
-from neuroada_jax import bypass, linen, selection
+from neuroada_jax import linen
+from neuroada_jax.core import bypass, selection, trees
+from neuroada_jax.core.ops import Layout
 from neuroada_jax.errors import UserError
-from neuroada_jax.ops import Layout
 from neuroada_jax.training import optimizer
 from neuroada_jax.training.config import OptimizerSection
 
@@ -225,7 +226,7 @@ def test_targets_are_exact_paths_or_last_components():
     model, x, params, _ = prepared()
     paths = lambda *targets: [  # noqa: E731
         ".".join(path)
-        for path, _ in bypass.leaves(
+        for path, _ in trees.leaves(
             linen.build(model, {"params": params}, x, targets=list(targets), k=1).columns, "columns"
         )
     ]

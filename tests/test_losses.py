@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from helpers import CONFIG
 
-from neuroada_jax import bypass, losses, models
+from neuroada_jax import losses, models
 from neuroada_jax.batches import Batch
+from neuroada_jax.core import bypass
 
 ROWS, TIME, TARGETS = 4, 12, 8
 

@@ -15,6 +15,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from neuroada_jax import models, weights
+from neuroada_jax.core import trees
 from neuroada_jax.errors import UserError
 from neuroada_jax.models import names
 
@@ -32,7 +33,7 @@ Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 
 def random_tensors(dtype=np.float32, config=CONFIG, seed=0):
     model = models.from_hf_config(config)
-    params = dict(names.flatten(model.abstract_params()))
+    params = dict(trees.flatten(model.abstract_params()))
     rng = np.random.default_rng(seed)
     shapes = {
         name: params[slot.path].shape[0 if slot.layer is None else 1 :]

@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from neuroada_jax import bypass, console, weights
-from neuroada_jax.bypass import Tree
+from neuroada_jax import console, weights
+from neuroada_jax.core import trees
+from neuroada_jax.core.trees import Tree
 from neuroada_jax.errors import UserError
 from neuroada_jax.formats import huggingface, native, official, peft, verification
 from neuroada_jax.models import names
@@ -118,7 +119,7 @@ def import_adapter(
     model = loaded.model
     targets = [
         names.within_layer(path, model.stack)
-        for path, kernel in bypass.kernels(model.abstract_params())
+        for path, kernel in trees.kernels(model.abstract_params())
         if set(names.module_names(path, kernel, model.stack)) & set(imported.columns)
     ]
     k = max(columns.shape[1] for columns in imported.columns.values())

@@ -13,8 +13,9 @@ import safetensors.numpy
 import transformers
 
 from neuroada_jax import files
-from neuroada_jax.bypass import Path as TreePath
-from neuroada_jax.bypass import Tree
+from neuroada_jax.core import trees
+from neuroada_jax.core.trees import Path as TreePath
+from neuroada_jax.core.trees import Tree
 from neuroada_jax.models import names
 from neuroada_jax.weights import LoadedModel
 
@@ -41,7 +42,7 @@ def save(
     Raises:
       UserError: the directory exists or cannot be written.
     """
-    leaves: dict[TreePath, jax.Array] = dict(names.flatten(params))
+    leaves: dict[TreePath, jax.Array] = dict(trees.flatten(params))
     slots = names.checkpoint_names(params, base.model.stack)
     dtype = np.dtype(next(iter(leaves.values())).dtype)
 

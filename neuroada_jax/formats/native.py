@@ -20,8 +20,10 @@ import numpy as np
 import safetensors.numpy
 import xxhash
 
-from neuroada_jax import bypass, files, models
-from neuroada_jax.bypass import Bypass, Tree
+from neuroada_jax import files, models
+from neuroada_jax.core import bypass, trees
+from neuroada_jax.core.bypass import Bypass
+from neuroada_jax.core.trees import Tree
 from neuroada_jax.errors import UserError
 from neuroada_jax.models import heads as model_heads
 from neuroada_jax.models import names
@@ -265,7 +267,7 @@ def stack(adapter: Adapter, base: LoadedModel) -> Bypass:
     values: Tree = {}
     columns: Tree = {}
     remaining = set(adapter.values)
-    for path, kernel in bypass.kernels(base.model.abstract_params()):
+    for path, kernel in trees.kernels(base.model.abstract_params()):
         stacked = names.is_stacked(path, base.model.stack)
         modules = names.module_names(path, kernel, base.model.stack)
         present = [module for module in modules if module in adapter.values]
@@ -283,8 +285,8 @@ def stack(adapter: Adapter, base: LoadedModel) -> Bypass:
                 raise UserError(f"adapter: {module} has another k than {modules[0]}")
         remaining -= set(modules)
         pick = (lambda arrays: jnp.stack(arrays)) if stacked else (lambda arrays: jnp.asarray(arrays[0]))
-        values = bypass.put(values, path, {"values": pick([adapter.values[module] for module in modules])})
-        columns = bypass.put(columns, path, {"columns": pick([adapter.columns[module] for module in modules])})
+        values = trees.put(values, path, {"values": pick([adapter.values[module] for module in modules])})
+        columns = trees.put(columns, path, {"columns": pick([adapter.columns[module] for module in modules])})
     if remaining:
         raise UserError(f"adapter: the base has no module {min(remaining)!r}")
     return Bypass(values, columns)
@@ -307,7 +309,7 @@ def head_slots(base: models.Model, heads: Mapping[str, np.ndarray], targets: Col
       UserError: the base has no such parameter outside its layers, it has another shape, or it carries a bypass too.
     """
     shapes = base.abstract_params()
-    leaves = dict(names.flatten(shapes))
+    leaves = dict(trees.flatten(shapes))
     slots = {name: slot for name, slot in names.checkpoint_names(shapes, base.stack).items() if slot.layer is None}
     for name, head in heads.items():
         expected = list(leaves[slots[name].path].shape) if name in slots else "no such tensor"
@@ -328,7 +330,7 @@ def head(adapter: Adapter, base: LoadedModel) -> Tree:
     lacking = sorted(set(base.drawn) - set(adapter.heads))
     if lacking:
         raise UserError(f"adapter: neither {base.source} nor the adapter has {lacking[0]!r}")
-    return names.unflatten({slots[name].path: jnp.asarray(array) for name, array in adapter.heads.items()})
+    return trees.unflatten({slots[name].path: jnp.asarray(array) for name, array in adapter.heads.items()})
 
 
 def merge(adapter: Adapter, base: LoadedModel, round_first: Any = jnp.float32) -> Tree:

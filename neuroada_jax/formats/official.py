@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from neuroada_jax import files, models
+from neuroada_jax.core import trees
 from neuroada_jax.errors import UserError
 from neuroada_jax.formats import inert_pickle, native
 from neuroada_jax.formats.imported import Imported
@@ -132,7 +133,7 @@ def read(directory: Path, base: models.Model, *, allow_pickle: bool) -> Imported
             raise UserError(f"{path}: '{module}.weight' has {chosen.shape[1]} entries a row, and others have {k}")
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()} - {"float32"})
     notes = [f"{' and '.join(dtypes)} in the file, float32 from here on; that holds the same numbers"] if dtypes else []
-    leaves, slots = dict(names.flatten(params)), names.checkpoint_names(params, base.stack)
+    leaves, slots = dict(trees.flatten(params)), names.checkpoint_names(params, base.stack)
     heads = {}
     for name, tensor in tensors.items():
         if name in trained:

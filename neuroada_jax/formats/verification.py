@@ -13,7 +13,8 @@ import numpy as np
 import transformers
 
 from neuroada_jax import models
-from neuroada_jax.bypass import Tree
+from neuroada_jax.core import trees
+from neuroada_jax.core.trees import Tree
 from neuroada_jax.errors import UserError
 from neuroada_jax.formats import huggingface
 from neuroada_jax.formats.imported import Imported
@@ -128,7 +129,7 @@ def verify(base: LoadedModel, params: Tree, reload: Callable[[], Reloaded]) -> d
 
     vocabulary = base.model.config.vocab_size
     ids = np.random.default_rng(0).integers(min(8, vocabulary - 1), vocabulary, _TOKENS)  # above the usual special tokens
-    leaves = dict(names.flatten(params))
+    leaves = dict(trees.flatten(params))
     as_stored = next(iter(leaves.values())).dtype
 
     def theirs(model: Any) -> np.ndarray:

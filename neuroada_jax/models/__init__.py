@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from neuroada_jax.bypass import Path, Tree, kernels
+from neuroada_jax.core.trees import Path, Tree, kernels
 from neuroada_jax.errors import UserError
 from neuroada_jax.models import names
 from neuroada_jax.models.encoder import BertForSequenceClassification, RobertaForSequenceClassification

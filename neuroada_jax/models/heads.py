@@ -5,8 +5,8 @@ from typing import Any
 
 import jax
 
-from neuroada_jax import bypass
-from neuroada_jax.bypass import Path, Tree
+from neuroada_jax.core import trees
+from neuroada_jax.core.trees import Path, Tree
 from neuroada_jax.models import names
 
 
@@ -18,7 +18,7 @@ def split(params: Mapping[str, Any], modules: Iterable[Path]) -> tuple[Tree, Tre
     """
     rest, head = dict(params), dict[str, Any]()
     for path in modules:
-        head = bypass.put(head, path, bypass.get(params, path))
+        head = trees.put(head, path, trees.get(params, path))
         rest = _without(rest, path)
     return rest, head
 
@@ -33,12 +33,12 @@ def join(params: Mapping[str, Any], head: Mapping[str, Any]) -> Tree:
     if not head:
         return dict(params)
     dtype = jax.tree.leaves(params)[0].dtype
-    return names.unflatten(
-        {**dict(names.flatten(params)), **{path: leaf.astype(dtype) for path, leaf in names.flatten(head)}}
+    return trees.unflatten(
+        {**dict(trees.flatten(params)), **{path: leaf.astype(dtype) for path, leaf in trees.flatten(head)}}
     )
 
 
 def to_names(head: Mapping[str, Any]) -> dict[str, Any]:
     """The head's leaves by Hugging Face parameter name."""
-    leaves = dict(names.flatten(head))
+    leaves = dict(trees.flatten(head))
     return {name: leaves[slot.path] for name, slot in names.checkpoint_names(head, names.NO_STACK).items()}

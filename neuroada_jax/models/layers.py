@@ -22,7 +22,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from neuroada_jax import ops, tracing
+from neuroada_jax.core import ops, platform
 
 BYPASS_COLLECTIONS = ("bypass", "columns", "base")
 _SAVED = "saved_output"
@@ -157,7 +157,7 @@ class BypassDense(nn.Module):
 
 def _product(x: Any, kernel: Any) -> Array:
     """x W^T of (*B, I) and (O, I). On a CPU few tokens go on the right: XLA takes a fifth less time for that product."""
-    if tracing.platform() == "cpu" and 1 < math.prod(x.shape[:-1]) <= _FEW_TOKENS:
+    if platform.platform() == "cpu" and 1 < math.prod(x.shape[:-1]) <= _FEW_TOKENS:
         y = lax.dot_general(kernel, x.reshape(-1, x.shape[-1]), (((1,), (1,)), ((), ())))
         # Without the barrier XLA turns the product back again.
         return lax.optimization_barrier(y).T.reshape(*x.shape[:-1], kernel.shape[0])
@@ -273,7 +273,7 @@ def attention(
       window: the most slots that a query sees, itself among them; for causal attention.
     """
     half = query.dtype in (jnp.bfloat16, jnp.float16)
-    if causal and mask is None and half and tracing.has_flash_attention():
+    if causal and mask is None and half and platform.has_flash_attention():
         sliding = None if window is None else (window - 1, 0)
         return _attend(query, key, value, is_causal=True, local_window_size=sliding, implementation="cudnn")
     if not causal:

@@ -8,7 +8,7 @@ A module keeps its Hugging Face path without the layer's number, and a leaf gets
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from neuroada_jax.bypass import Path
+from neuroada_jax.core.trees import Path, flatten
 
 _LEAVES_OF_WEIGHT = ("kernel", "scale", "embedding")
 _FIRST_BERTS = (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta"))
@@ -19,26 +19,6 @@ class Slot(NamedTuple):
 
     path: Path
     layer: int | None
-
-
-def flatten(tree: Mapping[str, Any], prefix: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """The (path, leaf) pairs of a nested dict in its order."""
-    for key, node in tree.items():
-        if isinstance(node, Mapping):
-            yield from flatten(node, (*prefix, key))
-        else:
-            yield (*prefix, key), node
-
-
-def unflatten(leaves: Mapping[Path, Any]) -> dict[str, Any]:
-    """The nested dict of the leaves at their paths; what `flatten` takes apart."""
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        node = tree
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = leaf
-    return tree
 
 
 def module_name(path: Path, layer: int | None, stack: Path) -> str:

@@ -15,8 +15,9 @@ import numpy as np
 import xxhash
 from jaxtyping import Int64
 
-from neuroada_jax import bypass, console, files
-from neuroada_jax.bypass import Bypass
+from neuroada_jax import console, files
+from neuroada_jax.core import bypass
+from neuroada_jax.core.bypass import Bypass
 from neuroada_jax.errors import UserError
 from neuroada_jax.evaluation import Score
 from neuroada_jax.formats import native

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from neuroada_jax import bypass, models, selection
-from neuroada_jax.bypass import Bypass, Path, Tree
+from neuroada_jax import models
+from neuroada_jax.core import bypass, selection, trees
+from neuroada_jax.core.bypass import Bypass
+from neuroada_jax.core.trees import Path, Tree
 from neuroada_jax.losses import target_losses
 from neuroada_jax.training.config import RunConfig
 from neuroada_jax.training.step import AnyBatch, split
@@ -62,11 +64,11 @@ def choose(
     values: Tree = {}
     columns: Tree = {}
     for number, path in enumerate(paths):  # one map's scores at a time
-        kernel = bypass.get(params, path)["kernel"]
+        kernel = trees.get(params, path)["kernel"]
         scores = jax.random.uniform(jax.random.fold_in(key, number), kernel.shape)
-        built = bypass.build(bypass.put({}, path, {"kernel": scores}), [path], k, dtype=dtype)
-        values = bypass.put(values, path, bypass.get(built.values, path))
-        columns = bypass.put(columns, path, bypass.get(built.columns, path))
+        built = bypass.build(trees.put({}, path, {"kernel": scores}), [path], k, dtype=dtype)
+        values = trees.put(values, path, trees.get(built.values, path))
+        columns = trees.put(columns, path, trees.get(built.columns, path))
     return Bypass(values, columns)
 
 
@@ -96,12 +98,12 @@ def gradient_sums(
     """
     chosen: Tree = {}
     for path in paths:
-        chosen = bypass.put(chosen, path, {"kernel": bypass.get(params, path)["kernel"]})
+        chosen = trees.put(chosen, path, {"kernel": trees.get(params, path)["kernel"]})
 
     def loss_sum(kernels: Tree, params: Tree, batch: AnyBatch) -> jax.Array:
         for path in paths:
-            node = {**bypass.get(params, path), **bypass.get(kernels, path)}
-            params = bypass.put(params, path, node)
+            node = {**trees.get(params, path), **trees.get(kernels, path)}
+            params = trees.put(params, path, node)
         return jnp.sum(losses(module, {"params": params}, batch))
 
     def add(sums: Tree, params: Tree, kernels: Tree, batch: AnyBatch) -> Tree:

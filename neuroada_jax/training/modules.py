@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from neuroada_jax import bypass, console, models
+from neuroada_jax import console, models
+from neuroada_jax.core import trees
 from neuroada_jax.errors import UserError
 from neuroada_jax.tasks import GLUE, TASKS
 from neuroada_jax.training.config import GenerationSection, HeadSection, RunConfig
@@ -46,7 +47,7 @@ def resolved(config: RunConfig, model: models.Model) -> RunConfig:
     return dataclasses.replace(config, bypass=dataclasses.replace(config.bypass, targets=targets))
 
 
-def head_paths(config: RunConfig, base: LoadedModel, targets: list[bypass.Path]) -> list[bypass.Path]:
+def head_paths(config: RunConfig, base: LoadedModel, targets: list[trees.Path]) -> list[trees.Path]:
     """The modules that train whole: an encoder's head, and whatever else the checkpoint lacks. None of a decoder.
 
     Args:
@@ -80,7 +81,7 @@ def check_length(config: RunConfig, model: models.Model) -> None:
         raise UserError(f"data.max_length: {config.data.max_length} is more than the model's {positions} positions")
 
 
-def target_paths(config: RunConfig, model: models.Model) -> list[bypass.Path]:
+def target_paths(config: RunConfig, model: models.Model) -> list[trees.Path]:
     """The linear maps that carry a bypass; warns where one has fewer than k inputs. Needs no weights.
 
     Raises:
@@ -92,7 +93,7 @@ def target_paths(config: RunConfig, model: models.Model) -> list[bypass.Path]:
     shapes = model.abstract_params()
     paths = models.match_targets(shapes, targets, model.stack)
     for path in paths:
-        inputs = bypass.get(shapes, path)["kernel"].shape[-1]
+        inputs = trees.get(shapes, path)["kernel"].shape[-1]
         if k > inputs:
             console.warn(f"bypass.k: {k} is more than the {inputs} inputs of {'.'.join(path)}; all {inputs} are used there")
     return paths

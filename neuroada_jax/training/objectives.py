@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from neuroada_jax import classification, console, data, evaluation
 from neuroada_jax.batches import AnyBatches, Batches, ClassificationBatches
-from neuroada_jax.bypass import Tree
+from neuroada_jax.core.trees import Tree
 from neuroada_jax.errors import UserError
 from neuroada_jax.evaluation import Progress, Score
 from neuroada_jax.losses import classification_losses, target_losses

@@ -18,8 +18,9 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from neuroada_jax import bypass, console
-from neuroada_jax.bypass import Tree
+from neuroada_jax import console
+from neuroada_jax.core import bypass
+from neuroada_jax.core.trees import Tree
 from neuroada_jax.errors import UserError
 from neuroada_jax.losses import target_losses
 from neuroada_jax.models import layers

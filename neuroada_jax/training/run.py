@@ -5,8 +5,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from neuroada_jax import bypass, checkpoint, console, evaluation, files
-from neuroada_jax.bypass import Tree
+from neuroada_jax import checkpoint, console, evaluation, files
+from neuroada_jax.core import bypass
+from neuroada_jax.core.trees import Tree
 from neuroada_jax.errors import UserError
 from neuroada_jax.formats import huggingface, native
 from neuroada_jax.models import heads

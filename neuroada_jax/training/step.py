@@ -10,8 +10,9 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from neuroada_jax import bypass
-from neuroada_jax.bypass import Bypass, Path, Tree
+from neuroada_jax.core import bypass
+from neuroada_jax.core.bypass import Bypass
+from neuroada_jax.core.trees import Path, Tree
 from neuroada_jax.losses import target_losses
 from neuroada_jax.models import heads
 

@@ -14,8 +14,9 @@ import torch
 from helpers import run_config, write_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from neuroada_jax import bypass, models, weights
-from neuroada_jax.bypass import Bypass
+from neuroada_jax import models, weights
+from neuroada_jax.core import bypass
+from neuroada_jax.core.bypass import Bypass
 from neuroada_jax.formats import huggingface, native
 from neuroada_jax.generation import generate
 from neuroada_jax.models import LLAMA_TARGETS

@@ -13,8 +13,9 @@ from helpers import CONFIG, random_tensors, run_config, write_config, write_mode
 from test_huggingface import load
 from transformers import AutoModelForSequenceClassification
 
-from neuroada_jax import bypass, cli, models, weights
-from neuroada_jax.bypass import Bypass
+from neuroada_jax import cli, models, weights
+from neuroada_jax.core import bypass
+from neuroada_jax.core.bypass import Bypass
 from neuroada_jax.formats import exchange, huggingface, native
 from neuroada_jax.models import heads
 from neuroada_jax.training import modules

@@ -13,8 +13,9 @@ from helpers import CONFIG, write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from neuroada_jax import bypass, models, weights
-from neuroada_jax.bypass import Bypass
+from neuroada_jax import models, weights
+from neuroada_jax.core import bypass
+from neuroada_jax.core.bypass import Bypass
 from neuroada_jax.formats import huggingface
 from neuroada_jax.generation import generate
 

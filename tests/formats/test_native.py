@@ -12,8 +12,9 @@ import safetensors.numpy
 from data_helpers import message_of
 from helpers import CONFIG, random_tensors, write_model
 
-from neuroada_jax import bypass, inspection, models, weights
-from neuroada_jax.bypass import Bypass
+from neuroada_jax import inspection, models, weights
+from neuroada_jax.core import bypass
+from neuroada_jax.core.bypass import Bypass
 from neuroada_jax.formats import native
 
 TARGETS = ["q_proj", "down_proj"]

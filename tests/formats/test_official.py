@@ -19,8 +19,9 @@ import transformers
 from data_helpers import message_of
 from helpers import write_model
 
-from neuroada_jax import bypass, models, weights
-from neuroada_jax.bypass import Bypass
+from neuroada_jax import models, weights
+from neuroada_jax.core import bypass, trees
+from neuroada_jax.core.bypass import Bypass
 from neuroada_jax.errors import UserError
 from neuroada_jax.formats import native, official
 from neuroada_jax.models import names
@@ -145,7 +146,7 @@ def test_the_published_codes_files_become_a_native_adapter(golden_base, tmp_path
             slot = names.checkpoint_names(merged, golden_base.model.stack)[name]
             rows, columns = golden[f"positions/{name}"].T
             np.testing.assert_array_equal(imported.columns[name.removesuffix(".weight")].reshape(-1), columns)
-            kernel = np.asarray(bypass.get(merged, slot.path)[slot.layer])
+            kernel = np.asarray(trees.get(merged, slot.path)[slot.layer])
             np.testing.assert_array_equal(kernel[rows, columns], entries)  # bit for bit
     assert len(expected) == len(imported.values) == 14
 
@@ -195,7 +196,7 @@ def test_there_and_back_and_the_published_formula(checkpoint, tied, dtype, k, tm
     ours = jax.jit(bypass.merge)(base.params, stacked)
     slots = names.checkpoint_names(ours, base.model.stack)
     for name, kernel in merged.items():
-        leaf = bypass.get(ours, slots[name].path)
+        leaf = trees.get(ours, slots[name].path)
         leaf = np.asarray((leaf if slots[name].layer is None else leaf[slots[name].layer]).astype(jnp.float32))
         np.testing.assert_array_equal(leaf, kernel.float().numpy())
     if dtype == "float32":

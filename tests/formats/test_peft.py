@@ -18,6 +18,7 @@ from data_helpers import message_of
 from helpers import CONFIG, random_tensors, write_model
 
 from neuroada_jax import inspection, models, weights
+from neuroada_jax.core import trees
 from neuroada_jax.formats import native, peft
 from neuroada_jax.formats.peft import Kind
 from neuroada_jax.models import names
@@ -149,7 +150,7 @@ def test_peft_has_our_logits_and_our_merged_weights(families, name, dtype, k, ki
     merged = model.merge_and_unload()
     assert_merged(merged, want)
     if k == 2 and (kind is Kind.SHIRA or dtype == "float32"):  # so says our own merge
-        params = dict(names.flatten(native.merge(adapter, family.base)))
+        params = dict(trees.flatten(native.merge(adapter, family.base)))
         for parameter, slot in names.checkpoint_names(family.base.model.abstract_params(), family.base.model.stack).items():
             leaf = params[slot.path] if slot.layer is None else params[slot.path][slot.layer]
             assert np.asarray(leaf).tobytes() == want[parameter].tobytes()

@@ -15,8 +15,9 @@ from quick import jit
 from test_llama import TorchTensors
 from transformers.utils import logging
 
-from neuroada_jax import bypass, models, weights
-from neuroada_jax.bypass import Bypass
+from neuroada_jax import models, weights
+from neuroada_jax.core import bypass
+from neuroada_jax.core.bypass import Bypass
 from neuroada_jax.errors import UserError
 from neuroada_jax.models import Remat, layers, names
 

@@ -18,7 +18,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from neuroada_jax import bypass, gguf_weights, models, weights
+from neuroada_jax import gguf_weights, models, weights
+from neuroada_jax.core import bypass, trees
 from neuroada_jax.errors import UserError
 from neuroada_jax.models import Remat, layers
 from neuroada_jax.models.llama import empty_cache
@@ -309,7 +310,7 @@ def test_no_merged_weights_are_kept_for_the_backward_pass():
     _, vjp = jax.eval_shape(lambda values: jax.vjp(apply, values), built.values)
     stacked = lambda shapes: sorted(shape for shape in shapes if len(shape) == 3 and shape[0] == 5)  # noqa: E731
     kept = stacked(leaf.shape for leaf in jax.tree.leaves(vjp))
-    weight = stacked(leaf.shape for path, leaf in bypass.kernels(params))
+    weight = stacked(leaf.shape for path, leaf in trees.kernels(params))
     for shape in set(weight):
         assert kept.count(shape) <= weight.count(shape), shape
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from neuroada_jax import bypass, models
+from neuroada_jax import models
+from neuroada_jax.core import bypass, trees
 from neuroada_jax.errors import UserError
 from neuroada_jax.models import names
 
@@ -52,7 +53,7 @@ def test_names_and_slots_are_one_to_one_and_cover_the_tree(kind):
     params = abstract(kind)
     slots = names.checkpoint_names(params, STACK)
     assert len(set(slots.values())) == len(slots)
-    for path, leaf in names.flatten(params):
+    for path, leaf in trees.flatten(params):
         layers = [slot.layer for slot in slots.values() if slot.path == path]
         assert layers == (list(range(leaf.shape[0])) if names.is_stacked(path, STACK) else [None])
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from neuroada_jax import bypass, ops
+from neuroada_jax.core import bypass, ops
 from neuroada_jax.training import optimizer
 from neuroada_jax.training.config import OptimizerSection
 

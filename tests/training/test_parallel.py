@@ -11,8 +11,9 @@ import test_step_encoder as encoder
 from data_helpers import message_of
 from helpers import write_model
 
-from neuroada_jax import bypass, models, ops, weights
+from neuroada_jax import models, weights
 from neuroada_jax.collectives import Traffic, collectives
+from neuroada_jax.core import bypass, ops, trees
 from neuroada_jax.losses import classification_losses, target_losses
 from neuroada_jax.models import Remat
 from neuroada_jax.roofline import nbytes
@@ -251,7 +252,7 @@ def sent(k=1, remat=Remat.FULL, **section):
         compiled = program.lower(state, batch).compile()
     else:
         compiled = program.lower(*devices.abstract(state, batch)).compile()
-    kernels = sum(nbytes(kernel) for _, kernel in bypass.kernels(state.params))
+    kernels = sum(nbytes(kernel) for _, kernel in trees.kernels(state.params))
     return collectives(compiled.as_text()), nbytes(state.trainable), kernels, nbytes(state.params["model"]["embed_tokens"])
 
 

@@ -12,9 +12,10 @@ import pytest
 import torch
 import transformers
 
-from neuroada_jax import bypass, models, weights
+from neuroada_jax import models, weights
 from neuroada_jax.batches import Batch
-from neuroada_jax.bypass import Bypass
+from neuroada_jax.core import bypass, trees
+from neuroada_jax.core.bypass import Bypass
 from neuroada_jax.models import names
 from neuroada_jax.training import config_file, connections, optimizer, step
 
@@ -98,7 +99,7 @@ def start(run, dtype="float32"):
 def kernels(model, params):
     """Every linear map's kernel, copied: a step donates the tree."""
     found = {}
-    for path, kernel in bypass.kernels(params):
+    for path, kernel in trees.kernels(params):
         modules = names.module_names(path, kernel, model.stack)
         found |= zip(modules, np.array(kernel) if len(kernel.shape) == 3 else [np.array(kernel)], strict=True)
     return found

@@ -9,10 +9,11 @@ import optax
 import pytest
 from helpers import CONFIG
 
-from neuroada_jax import bypass, losses, models
+from neuroada_jax import losses, models
 from neuroada_jax.batches import Batch, Batches
+from neuroada_jax.core import bypass, trees
 from neuroada_jax.data import Examples
-from neuroada_jax.models import Remat, layers, names
+from neuroada_jax.models import Remat, layers
 from neuroada_jax.training import config, optimizer, step
 
 ALL = list(models.LLAMA_TARGETS)
@@ -211,17 +212,17 @@ def test_full_remat_in_parts_of_the_batch_agrees(tokens, parts, monkeypatch):
 
 def check_resident(params, state):
     """params at columns == base + values, rounded once; everything else bit for bit as it was."""
-    targets = dict(bypass.leaves(state.columns, "columns"))
-    for path, leaf in names.flatten(params):
-        now = np.asarray(bypass.get(state.params, path))
+    targets = dict(trees.leaves(state.columns, "columns"))
+    for path, leaf in trees.flatten(params):
+        now = np.asarray(trees.get(state.params, path))
         assert now.dtype == leaf.dtype
         want = leaf.copy()
         module = path[:-1]
         if module in targets and path[-1] == "kernel":
             chosen = np.asarray(targets[module])
             base = np.take_along_axis(leaf, chosen, -1)
-            values = np.asarray(bypass.get(state.bypass.values, module)["values"])
-            np.testing.assert_array_equal(np.asarray(bypass.get(state.base, module)["base"]), base)
+            values = np.asarray(trees.get(state.bypass.values, module)["values"])
+            np.testing.assert_array_equal(np.asarray(trees.get(state.base, module)["base"]), base)
             assert values.any(axis=(1, 2)).all()  # every layer has learnt something
             np.put_along_axis(want, chosen, (base.astype(np.float32) + values).astype(leaf.dtype), -1)
         assert want.tobytes() == now.tobytes(), path

@@ -9,8 +9,9 @@ import optax
 import pytest
 from test_parity import GOLDEN, load
 
-from neuroada_jax import bypass, checkpoint, models, weights
+from neuroada_jax import checkpoint, models, weights
 from neuroada_jax.batches import ClassificationBatch
+from neuroada_jax.core import bypass, trees
 from neuroada_jax.losses import classification_losses
 from neuroada_jax.models import ENCODER_TARGETS, Remat, heads, names
 from neuroada_jax.training import optimizer, step
@@ -275,7 +276,7 @@ def test_parity_with_the_official_code(k):
 
 
 def named_kernels(params, stack):
-    for path, kernel in bypass.kernels(params):
+    for path, kernel in trees.kernels(params):
         if names.is_stacked(path, stack):
             yield from zip(names.module_names(path, kernel, stack), np.asarray(kernel), strict=True)
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from neuroada_jax import tracing
+from neuroada_jax.core import platform
 
 # Both limits are measured, see docs/performance.md: the gathered rows of a block should stay in a core's L2 cache, and a
 # chunk of a dense dW is all of it where that is small.
@@ -61,7 +61,7 @@ def choose_algorithm(k: int, inputs: int, backend: str | None = None, *, split: 
       split: whether XLA splits the arrays over devices, as `jax.jit` does with sharded ones. None: it may, where there are
         several devices and neither `shard_map` nor `pmap` is being traced.
     """
-    backend = backend or tracing.platform()
+    backend = backend or platform.platform()
     if backend == "cpu":
         if k <= 2:
             return GradientAlgorithm.COLUMN_GATHER
@@ -102,7 +102,7 @@ def value_gradient(
 
     if algorithm is GradientAlgorithm.PALLAS:
         # Imported where it is chosen: a JAX without Pallas for Triton does without.
-        from neuroada_jax.pallas_kernels import gathered_rows_gradient
+        from neuroada_jax.core.pallas_kernels import gathered_rows_gradient
 
         return gathered_rows_gradient(dy, x, columns, wide)
 
@@ -129,7 +129,7 @@ def value_gradient(
 
     # A loop over slices that XLA sees: no transposed copy of dy, none of its chunks.
     rows, tokens_axis = dy, 0
-    if x.dtype == jnp.bfloat16 and tracing.platform() == "cpu":
+    if x.dtype == jnp.bfloat16 and platform.platform() == "cpu":
         # XLA's CPU backend has no bfloat16 dot with a float32 result for a transposed operand: the barrier keeps the
         # transpose out of the dot.
         rows, tokens_axis = lax.optimization_barrier(dy.T), 1
@@ -254,7 +254,7 @@ def _forward(
     wide = values.dtype
     y = _matmul(x, kernel, layout, wide)
     if algorithm is GradientAlgorithm.PALLAS and columns.shape[1] > 1:  # a single pass is as fast without
-        from neuroada_jax.pallas_kernels import with_remainder
+        from neuroada_jax.core.pallas_kernels import with_remainder
 
         flat_y, flat_x = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
         return with_remainder(flat_y, flat_x, columns, remainder).reshape(y.shape)
@@ -265,7 +265,7 @@ def _forward(
         return y + gathered * jnp.broadcast_to(remainders, gathered.shape), None
 
     # A GPU adds a few columns in one pass over y; a CPU takes longer so.
-    unroll = 1 if tracing.platform() == "cpu" else _COLUMNS_AT_ONCE
+    unroll = 1 if platform.platform() == "cpu" else _COLUMNS_AT_ONCE
     return lax.scan(add_column, y, (columns.T, remainder.T), unroll=unroll)[0].astype(x.dtype)
 
 

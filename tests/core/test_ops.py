@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from quick import jit
 
-from neuroada_jax import ops
-from neuroada_jax.ops import GradientAlgorithm, Layout
+from neuroada_jax.core import ops
+from neuroada_jax.core.ops import GradientAlgorithm, Layout
 
 ALGORITHMS = list(GradientAlgorithm)
 LAYOUTS = list(Layout)

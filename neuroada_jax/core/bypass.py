@@ -14,19 +14,17 @@ flattened inputs, and O the flattened neurons.
 Arrays in, arrays out: nothing here knows Flax, files or models.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from neuroada_jax import ops, selection
+from neuroada_jax.core import ops, selection
+from neuroada_jax.core.ops import Layout
+from neuroada_jax.core.trees import Path, Tree, get, kernel_at, leaves, put
 from neuroada_jax.errors import UserError
-from neuroada_jax.ops import Layout
-
-Tree = dict[str, Any]
-Path = tuple[str, ...]
 
 
 class Bypass(NamedTuple):
@@ -34,54 +32,6 @@ class Bypass(NamedTuple):
 
     values: Tree
     columns: Tree
-
-
-def kernels(params: Mapping[str, Any], prefix: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """The (path, kernel) of every node that holds a `kernel`, in the tree's order."""
-    for key, node in params.items():
-        if isinstance(node, Mapping):
-            if "kernel" in node:
-                yield (*prefix, key), node["kernel"]
-            yield from kernels(node, (*prefix, key))
-
-
-def get(tree: Mapping[str, Any], path: Path) -> Any:
-    """The node at `path`."""
-    for key in path:
-        tree = tree[key]
-    return tree
-
-
-def kernel_at(params: Mapping[str, Any], path: Path) -> Any:
-    """The kernel of the linear map at `path`.
-
-    Raises:
-      KeyError: there is none.
-    """
-    node: Any = params
-    for key in path:
-        node = node.get(key) if isinstance(node, Mapping) else None
-    kernel = node.get("kernel") if isinstance(node, Mapping) else node
-    if kernel is None or kernel.ndim < 2:
-        raise KeyError(f"{'.'.join(path)} holds no kernel")
-    return kernel
-
-
-def put(tree: Mapping[str, Any], path: Path, node: Any) -> Tree:
-    """A copy of `tree` (shared but for the nodes on the way) with `node` at `path`."""
-    if not path:
-        return node
-    key, *rest = path
-    return {**tree, key: put(tree.get(key, {}), tuple(rest), node) if rest else node}
-
-
-def leaves(tree: Mapping[str, Any], leaf: str, prefix: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """The (module path, array) of every node that holds `leaf` ("values", "columns" or "base")."""
-    for key, node in tree.items():
-        if key == leaf:
-            yield prefix, node
-        elif isinstance(node, Mapping):
-            yield from leaves(node, leaf, (*prefix, key))
 
 
 def build(

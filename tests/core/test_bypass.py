@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from quick import jit
 
-from neuroada_jax import bypass, models, selection
+from neuroada_jax import models
+from neuroada_jax.core import bypass, selection, trees
+from neuroada_jax.core.ops import Layout
 from neuroada_jax.errors import UserError
-from neuroada_jax.ops import Layout
 
 # Compiled whole: operation by operation they take three times as long.
 merge, read, unmerge, make_resident = map(jit, (bypass.merge, bypass.read, bypass.unmerge, bypass.make_resident))
@@ -47,12 +48,12 @@ def adapter(params, targets, k, seed, *, chosen=0, dtype=jnp.float32, layout=Lay
     rng = np.random.default_rng(chosen)
     values, columns = {}, {}
     for path in targets:
-        *leading, outputs, inputs = bypass.kernel_at(params, path).shape
+        *leading, outputs, inputs = trees.kernel_at(params, path).shape
         if layout is Layout.IO:
             outputs, inputs = inputs, outputs
         order = np.argsort(rng.random((*leading, outputs, inputs)), axis=-1)[..., :k]
-        columns = bypass.put(columns, path, {"columns": jnp.asarray(np.sort(order, axis=-1), jnp.int32)})
-        values = bypass.put(values, path, {"values": np.zeros(order.shape, dtype)})
+        columns = trees.put(columns, path, {"columns": jnp.asarray(np.sort(order, axis=-1), jnp.int32)})
+        values = trees.put(values, path, {"values": np.zeros(order.shape, dtype)})
     return random_values(bypass.Bypass(values, columns), seed=seed, scale=1.0)
 
 
@@ -79,17 +80,17 @@ def assert_identical(a, b):
 
 
 def test_kernels_lists_every_linear_map_in_tree_order():
-    names = [path for path, _ in bypass.kernels(tree(jnp.float32))]
+    names = [path for path, _ in trees.kernels(tree(jnp.float32))]
     assert names == [TARGETS[0], TARGETS[1], ("model", "layers", "o_proj"), TARGETS[2]]
 
 
 def test_build_gives_zero_values_and_the_selected_columns():
     params = tree(jnp.bfloat16)
     built = bypass.build(params, TARGETS, 3)
-    assert [path for path, _ in bypass.leaves(built.columns, "columns")] == TARGETS
+    assert [path for path, _ in trees.leaves(built.columns, "columns")] == TARGETS
     for path in TARGETS:
-        kernel = bypass.get(params, path)["kernel"]
-        columns, values = bypass.get(built.columns, path)["columns"], bypass.get(built.values, path)["values"]
+        kernel = trees.get(params, path)["kernel"]
+        columns, values = trees.get(built.columns, path)["columns"], trees.get(built.values, path)["values"]
         np.testing.assert_array_equal(columns, selection.select(kernel, 3))
         assert (columns.dtype, values.dtype) == (jnp.int32, jnp.float32)
         assert values.shape == columns.shape
@@ -100,10 +101,10 @@ def test_build_gives_zero_values_and_the_selected_columns():
 def test_build_clips_k_to_the_inputs_and_takes_another_score_and_dtype():
     params = tree(jnp.float32)
     built = bypass.build(params, TARGETS, 8, score=lambda kernel: -jnp.abs(kernel), dtype=jnp.bfloat16)
-    assert bypass.get(built.values, TARGETS[0])["values"].shape == (3, 8, 6)
-    assert bypass.get(built.values, TARGETS[1])["values"].shape == (3, 6, 8)
-    assert bypass.get(built.values, TARGETS[1])["values"].dtype == jnp.bfloat16
-    kernel, columns = params["model"]["layers"]["deep"]["down_proj"]["kernel"], bypass.get(built.columns, TARGETS[1])
+    assert trees.get(built.values, TARGETS[0])["values"].shape == (3, 8, 6)
+    assert trees.get(built.values, TARGETS[1])["values"].shape == (3, 6, 8)
+    assert trees.get(built.values, TARGETS[1])["values"].dtype == jnp.bfloat16
+    kernel, columns = params["model"]["layers"]["deep"]["down_proj"]["kernel"], trees.get(built.columns, TARGETS[1])
     np.testing.assert_array_equal(columns["columns"], selection.select(kernel, 8, lambda kernel: -jnp.abs(kernel)))
 
 
@@ -128,11 +129,11 @@ def test_merge_is_the_dense_sum_in_float64():
         merged = merge(params, built)
     for path in TARGETS:
         want = dense_sum(*_arrays(params, built, path))
-        np.testing.assert_array_equal(bypass.get(merged, path)["kernel"], want)
+        np.testing.assert_array_equal(trees.get(merged, path)["kernel"], want)
 
 
 def _arrays(params, built, path):
-    get = bypass.get
+    get = trees.get
     return get(params, path)["kernel"], get(built.columns, path)["columns"], get(built.values, path)["values"]
 
 
@@ -146,8 +147,8 @@ def test_merge_rounds_the_float32_sum_once(dtype):
         want = np.array(kernel)
         base = np.take_along_axis(np.asarray(kernel), np.asarray(columns), axis=-1).astype(np.float32)
         np.put_along_axis(want, np.asarray(columns), (base + np.asarray(values)).astype(want.dtype), axis=-1)
-        np.testing.assert_array_equal(bypass.get(merged, path)["kernel"], want)
-        assert bypass.get(merged, path)["kernel"].dtype == dtype
+        np.testing.assert_array_equal(trees.get(merged, path)["kernel"], want)
+        assert trees.get(merged, path)["kernel"].dtype == dtype
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -194,7 +195,7 @@ def test_other_leaves_are_the_same_objects():
     built = random_values(bypass.build(params, TARGETS, 2))
     base = bypass.read(params, built.columns)
     before = others(params)
-    kernels = {path: bypass.get(params, path)["kernel"] for path in TARGETS}
+    kernels = {path: trees.get(params, path)["kernel"] for path in TARGETS}
     for changed in (
         bypass.merge(params, built),
         bypass.make_resident(params, built, base),
@@ -203,7 +204,7 @@ def test_other_leaves_are_the_same_objects():
         after = others(changed)
         assert after.keys() == before.keys()
         assert all(after[path] is before[path] for path in before)
-    assert all(bypass.get(params, path)["kernel"] is kernels[path] for path in TARGETS)  # the input tree is untouched
+    assert all(trees.get(params, path)["kernel"] is kernels[path] for path in TARGETS)  # the input tree is untouched
 
 
 # Any tree: other layouts, other names, several axes.
@@ -235,15 +236,15 @@ def test_any_tree_merges_to_the_dense_sum_in_float64(layout):
         params = own_tree(jnp.float64, layout)
         built = random_values(bypass.build(params, OWN, 3, dtype=jnp.float64, layout=layout))
         merged = jit(functools.partial(bypass.merge, layout=layout))(params, built)
-        chosen = {path: selection.select(rows(bypass.kernel_at(params, path)), 3) for path in OWN}
+        chosen = {path: selection.select(rows(trees.kernel_at(params, path)), 3) for path in OWN}
     assert jax.tree.structure(merged) == jax.tree.structure(params)
     for path in OWN:
-        kernel, columns = rows(np.asarray(bypass.kernel_at(params, path))), bypass.get(built.columns, path)["columns"]
+        kernel, columns = rows(np.asarray(trees.kernel_at(params, path))), trees.get(built.columns, path)["columns"]
         np.testing.assert_array_equal(columns, chosen[path])
-        want = dense_sum(kernel, columns, bypass.get(built.values, path)["values"])
-        np.testing.assert_array_equal(rows(np.asarray(bypass.kernel_at(merged, path))), want)
+        want = dense_sum(kernel, columns, trees.get(built.values, path)["values"])
+        np.testing.assert_array_equal(rows(np.asarray(trees.kernel_at(merged, path))), want)
     for path in [("embedding",), ("blocks", "scale"), ("head", "bias")]:
-        assert_identical(bypass.get(merged, path), bypass.get(params, path))
+        assert_identical(trees.get(merged, path), trees.get(params, path))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -362,11 +363,11 @@ def test_average_and_interpolation_are_those_of_the_dense_differences():
         for weights, got in merged.items():
             for path in TARGETS:
                 deltas = [
-                    dense_sum(*_arrays(params, each, path)) - bypass.get(params, path)["kernel"]
+                    dense_sum(*_arrays(params, each, path)) - trees.get(params, path)["kernel"]
                     for each in (one, two, three)
                 ]
-                want = bypass.get(params, path)["kernel"] + sum(w * d for w, d in zip(weights, deltas, strict=True))
-                np.testing.assert_allclose(bypass.get(got, path)["kernel"], want, rtol=1e-12, atol=1e-12)
+                want = trees.get(params, path)["kernel"] + sum(w * d for w, d in zip(weights, deltas, strict=True))
+                np.testing.assert_allclose(trees.get(got, path)["kernel"], want, rtol=1e-12, atol=1e-12)
 
 
 def test_the_ends_of_an_interpolation_are_the_adapters_themselves():
@@ -396,7 +397,7 @@ def test_mixing_names_the_module_whose_columns_differ():
         bypass.average([one, one, adapter(params, TARGETS, 4, 1)])
     with pytest.raises(UserError, match=r"^only one of two adapters has columns at head"):
         bypass.interpolate(one, adapter(params, TARGETS[:2], 1, 1), 0.5)
-    columns = bypass.put(one.columns, ("head",), {"columns": one.columns["head"]["columns"].at[7, 0].add(1)})
+    columns = trees.put(one.columns, ("head",), {"columns": one.columns["head"]["columns"].at[7, 0].add(1)})
     found = one.columns["head"]["columns"][7].tolist()
     with pytest.raises(UserError, match=rf"^head: .*neuron \(7,\): \[{found[0]}\] and \[{found[0] + 1}\]"):
         bypass.interpolate(one, one._replace(columns=columns), 0.5)
@@ -454,5 +455,5 @@ def test_published_parameter_counts(name):
         built = jax.eval_shape(lambda params, k=k: bypass.build(params, paths, k), params)
         assert bypass.count(built.values) == count
         assert round(100 * count / total, 4) == percent
-        shapes = {path: leaf.shape for path, leaf in bypass.leaves(built.values, "values")}
-        assert {path: leaf.shape for path, leaf in bypass.leaves(built.columns, "columns")} == shapes
+        shapes = {path: leaf.shape for path, leaf in trees.leaves(built.values, "values")}
+        assert {path: leaf.shape for path, leaf in trees.leaves(built.columns, "columns")} == shapes

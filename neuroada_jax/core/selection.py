@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from neuroada_jax.ops import Layout, wide_dtype
+from neuroada_jax.core.ops import Layout, wide_dtype
 
 _BLOCK = 8  # entries of a match: the most whose maximum XLA computes in one vectorised pass on a CPU
 _FINAL = 16  # entries that the last round may leave over

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from neuroada_jax import selection
-from neuroada_jax.ops import Layout
+from neuroada_jax.core import selection
+from neuroada_jax.core.ops import Layout
 
 
 def oracle(kernel, k):

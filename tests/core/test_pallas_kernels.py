@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, PartitionSpec, SingleDeviceSharding
 from quick import jit
 
-from neuroada_jax import ops, pallas_kernels
-from neuroada_jax.ops import GradientAlgorithm
+from neuroada_jax.core import ops, pallas_kernels
+from neuroada_jax.core.ops import GradientAlgorithm
 
 H100 = """
 gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 core_count: 132

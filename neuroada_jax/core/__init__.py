@@ -1,0 +1,1 @@
+"""The core: arrays and trees alone. It knows neither Flax nor files."""

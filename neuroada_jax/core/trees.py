@@ -1,0 +1,75 @@
+"""Nested dicts of arrays: paths into them, and the leaves and kernels that they hold."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+Tree = dict[str, Any]
+Path = tuple[str, ...]
+
+
+def get(tree: Mapping[str, Any], path: Path) -> Any:
+    """The node at `path`."""
+    for key in path:
+        tree = tree[key]
+    return tree
+
+
+def put(tree: Mapping[str, Any], path: Path, node: Any) -> Tree:
+    """A copy of `tree` (shared but for the nodes on the way) with `node` at `path`."""
+    if not path:
+        return node
+    key, *rest = path
+    return {**tree, key: put(tree.get(key, {}), tuple(rest), node) if rest else node}
+
+
+def flatten(tree: Mapping[str, Any], prefix: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """The (path, leaf) pairs of a nested dict in its order."""
+    for key, node in tree.items():
+        if isinstance(node, Mapping):
+            yield from flatten(node, (*prefix, key))
+        else:
+            yield (*prefix, key), node
+
+
+def unflatten(leaves: Mapping[Path, Any]) -> dict[str, Any]:
+    """The nested dict of the leaves at their paths; what `flatten` takes apart."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = leaf
+    return tree
+
+
+def leaves(tree: Mapping[str, Any], leaf: str, prefix: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """The (module path, array) of every node that holds `leaf` ("values", "columns" or "base")."""
+    for key, node in tree.items():
+        if key == leaf:
+            yield prefix, node
+        elif isinstance(node, Mapping):
+            yield from leaves(node, leaf, (*prefix, key))
+
+
+def kernels(params: Mapping[str, Any], prefix: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """The (path, kernel) of every node that holds a `kernel`, in the tree's order."""
+    for key, node in params.items():
+        if isinstance(node, Mapping):
+            if "kernel" in node:
+                yield (*prefix, key), node["kernel"]
+            yield from kernels(node, (*prefix, key))
+
+
+def kernel_at(params: Mapping[str, Any], path: Path) -> Any:
+    """The kernel of the linear map at `path`.
+
+    Raises:
+      KeyError: there is none.
+    """
+    node: Any = params
+    for key in path:
+        node = node.get(key) if isinstance(node, Mapping) else None
+    kernel = node.get("kernel") if isinstance(node, Mapping) else node
+    if kernel is None or kernel.ndim < 2:
+        raise KeyError(f"{'.'.join(path)} holds no kernel")
+    return kernel
