@@ -23,10 +23,10 @@ from benchmarks import common, sweep
 from benchmarks.common import Row
 from benchmarks.sweep import Job
 from neuroada_jax import classification, console
-from neuroada_jax.batches import ClassificationBatch, ClassificationBatches
 from neuroada_jax.cli import one_line_errors
+from neuroada_jax.data.batches import ClassificationBatch, ClassificationBatches
+from neuroada_jax.data.rows import load_rows
 from neuroada_jax.formats import huggingface
-from neuroada_jax.rows import load_rows
 from neuroada_jax.tasks import GLUE, GlueTask
 from neuroada_jax.training import best_epoch, config, config_file, run
 from neuroada_jax.weights import open_base, with_labels, with_weights

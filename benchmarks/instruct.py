@@ -27,11 +27,11 @@ from benchmarks import common, sweep
 from benchmarks.common import MODEL, Row
 from benchmarks.sweep import Job
 from neuroada_jax import console
-from neuroada_jax.batches import Batch
 from neuroada_jax.cli import one_line_errors
+from neuroada_jax.data.batches import Batch
+from neuroada_jax.data.rows import load_rows
 from neuroada_jax.formats import huggingface
 from neuroada_jax.models.llama import LLAMA_TARGETS
-from neuroada_jax.rows import load_rows
 from neuroada_jax.training import config_file, objectives, run
 from neuroada_jax.training.config import RunConfig
 from neuroada_jax.weights import load_model, open_base, with_weights

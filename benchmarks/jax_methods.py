@@ -27,9 +27,9 @@ from benchmarks.methods import (
     targets,
 )
 from neuroada_jax import losses, models
-from neuroada_jax.batches import Batch
 from neuroada_jax.core import bypass, ops, trees
 from neuroada_jax.core.trees import Path, Tree
+from neuroada_jax.data.batches import Batch
 from neuroada_jax.models import Model, Remat
 from neuroada_jax.models.layers import BypassDense, saved
 from neuroada_jax.training import optimizer, step

@@ -30,9 +30,9 @@ from benchmarks.common import Column, Row
 from benchmarks.jax_methods import ADAMW, LEARNING_RATE, Formula
 from benchmarks.methods import FULL, MASKED, MODELS, OURS, SCATTER, targets
 from neuroada_jax import console, models, planning
-from neuroada_jax.batches import Batch
 from neuroada_jax.core import bypass, trees
 from neuroada_jax.core.trees import Tree
+from neuroada_jax.data.batches import Batch
 from neuroada_jax.models import Model, Remat
 from neuroada_jax.roofline import nbytes
 from neuroada_jax.targets import Compiler, compiler_for, find, temporaries

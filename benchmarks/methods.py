@@ -7,8 +7,11 @@ import numpy as np
 from jaxtyping import Bool, Int32
 
 from benchmarks.check_h100 import LLAMA_7B
-from neuroada_jax import data, models
+from neuroada_jax import models
 from neuroada_jax.core.trees import Path, kernels
+from neuroada_jax.data.examples import encode
+from neuroada_jax.data.rows import load_rows
+from neuroada_jax.errors import UserError
 from neuroada_jax.models import LLAMA_TARGETS, Model
 from neuroada_jax.tasks import TASKS
 
@@ -115,11 +118,11 @@ def real_tokens(source: str, tokenizer: Any, batch: int, length: int) -> tuple[T
       UserError: the file is missing or damaged, or its rows are too few to fill the batch.
     """
     task = TASKS["commonsense"]
-    rows = data.load_rows(source, limit=batch * length // 8)  # no commonsense row is shorter than 8 tokens
+    rows = load_rows(source, limit=batch * length // 8)  # no commonsense row is shorter than 8 tokens
     converted = [task.convert(row, rows.where(index)) for index, row in enumerate(rows.rows)]
-    examples = data.encode(converted, task.style, tokenizer, length)
+    examples = encode(converted, task.style, tokenizer, length)
     if len(examples.token_ids) < batch * length:
-        raise data.UserError(f"{source}: {len(examples.token_ids)} tokens, expected at least {batch * length}")
+        raise UserError(f"{source}: {len(examples.token_ids)} tokens, expected at least {batch * length}")
     ids = examples.token_ids[: batch * length].reshape(batch, length).astype(np.int32)
     answers = examples.is_target[: batch * length].reshape(batch, length)
     return Tokens(ids, _every(ids)), Tokens(ids, answers & _every(ids))

@@ -23,11 +23,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from neuroada_jax import console, data, evaluation, files, models
-from neuroada_jax.batches import Batch, Batches
+from neuroada_jax import console, evaluation, files, models
 from neuroada_jax.cli import one_line_errors
 from neuroada_jax.core import bypass
-from neuroada_jax.data import Examples
+from neuroada_jax.data.batches import Batch, Batches
+from neuroada_jax.data.examples import Examples, encode
+from neuroada_jax.data.rows import load_rows
 from neuroada_jax.formats.native import installed_versions
 from neuroada_jax.models import LLAMA_TARGETS, Remat
 from neuroada_jax.tasks import TASKS
@@ -42,8 +43,8 @@ RESULTS = Path(__file__).parent / "results"
 def read_examples(path: str, tokenizer: Any, max_length: int) -> Examples:
     """The commonsense rows of a file as token ids."""
     task = TASKS["commonsense"]
-    rows = evaluation.convert(data.load_rows(path, "train", None), task)
-    return data.encode(rows, task.style, tokenizer, max_length)
+    rows = evaluation.convert(load_rows(path, "train", None), task)
+    return encode(rows, task.style, tokenizer, max_length)
 
 
 def epoch(batches: Batches) -> list[Batch]:

@@ -28,8 +28,8 @@ from benchmarks.common import Column, Row
 from neuroada_jax import evaluation
 from neuroada_jax.cli import one_line_errors
 from neuroada_jax.core import bypass, ops
+from neuroada_jax.data.prompts import PromptStyle
 from neuroada_jax.formats import native
-from neuroada_jax.prompts import PromptStyle
 from neuroada_jax.tasks import TASKS
 from neuroada_jax.training import config_file, objectives, run
 from neuroada_jax.training.config import RunConfig

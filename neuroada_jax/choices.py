@@ -10,9 +10,9 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Float64, Int32
 
-from neuroada_jax.batches import Batch
 from neuroada_jax.core.trees import Tree
-from neuroada_jax.data import Example
+from neuroada_jax.data.batches import Batch
+from neuroada_jax.data.examples import Example
 from neuroada_jax.generation import bucket
 from neuroada_jax.losses import target_scores
 from neuroada_jax.models import Model

@@ -12,14 +12,14 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Num
 
 from neuroada_jax import console, metrics
-from neuroada_jax.batches import ClassificationBatch, ClassificationBatches
 from neuroada_jax.core.trees import Tree
+from neuroada_jax.data.batches import ClassificationBatch, ClassificationBatches
+from neuroada_jax.data.examples import LabelledExamples, encode_labelled
+from neuroada_jax.data.rows import Rows
 from neuroada_jax.errors import UserError
 from neuroada_jax.evaluation import Score, wilson_interval
 from neuroada_jax.formats import native
-from neuroada_jax.labelled import LabelledExamples, encode_labelled
 from neuroada_jax.losses import classification_logits
-from neuroada_jax.rows import Rows
 from neuroada_jax.tasks import GlueTask
 from neuroada_jax.weights import LoadedModel
 

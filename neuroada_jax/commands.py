@@ -126,7 +126,7 @@ def plan(parsed: argparse.Namespace) -> None:
 def evaluate(parsed: argparse.Namespace) -> None:
     """Scores a model, or one with an adapter, on a file of rows."""
     from neuroada_jax import evaluation
-    from neuroada_jax.rows import load_rows
+    from neuroada_jax.data.rows import load_rows
     from neuroada_jax.tasks import GLUE, TASKS, Source, overlap, unknown
     from neuroada_jax.training import report
 
@@ -191,8 +191,8 @@ def _score_to_json(score: Any) -> dict[str, Any]:
 def _texts(parsed: argparse.Namespace, opened: Any, tokenizer: Any, rows: Any) -> Callable[[Any, Any, Any], Any]:
     """What scores rows by what a decoder says, as (base, params, progress) -> score; whatever can be wrong is told here."""
     from neuroada_jax import evaluation
-    from neuroada_jax.prompts import PromptStyle
-    from neuroada_jax.rows import load_rows
+    from neuroada_jax.data.prompts import PromptStyle
+    from neuroada_jax.data.rows import load_rows
     from neuroada_jax.tasks import TASKS, overlap
 
     task, trained_on = TASKS[parsed.task], None
@@ -274,14 +274,15 @@ def lm_eval(parsed: argparse.Namespace) -> None:
 
 def generate(parsed: argparse.Namespace) -> None:
     """Continues a prompt."""
-    from neuroada_jax import data, evaluation
+    from neuroada_jax import evaluation
+    from neuroada_jax.data.examples import encode_prompt
     from neuroada_jax.generation import before_stop, generate
     from neuroada_jax.sampling import Decoding
 
     fields = {field.name: getattr(parsed, field.name) for field in dataclasses.fields(Decoding)}
     decoding = Decoding(**{**fields, "stop": tuple(parsed.stop)})
     base, params, tokenizer = _load(parsed)
-    prompts = [data.encode_prompt({"prompt": prompt}, parsed.style, tokenizer) for prompt in parsed.prompt]
+    prompts = [encode_prompt({"prompt": prompt}, parsed.style, tokenizer) for prompt in parsed.prompt]
     outputs = generate(
         base.model,
         params,

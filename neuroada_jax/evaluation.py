@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 
 import transformers
 
-from neuroada_jax import choices, data, files
+from neuroada_jax import choices, files
 from neuroada_jax.core.trees import Tree
+from neuroada_jax.data.examples import Example, encode, encode_prompt
+from neuroada_jax.data.prompts import PromptStyle, render_prompt
+from neuroada_jax.data.rows import Rows, rows_from_list
 from neuroada_jax.errors import UserError
 from neuroada_jax.generation import before_stop, check_lengths, generate
-from neuroada_jax.prompts import PromptStyle
-from neuroada_jax.rows import Rows, rows_from_list
 from neuroada_jax.sampling import GREEDY, Decoding
 from neuroada_jax.tasks import Task, overlap
 from neuroada_jax.weights import LoadedModel
@@ -123,7 +124,7 @@ class Prepared(NamedTuple):
     max_new_tokens: int
     prompts: list[list[int]]
     options: list[Sequence[str]]
-    choices: list[list[data.Example]]
+    choices: list[list[Example]]
 
 
 def prepare(
@@ -157,7 +158,7 @@ def prepare(
         options = [row.get("choices", task.choices) for row in converted.rows]
         answers = _with_answers(base, tokenizer, converted, task, style, options)
     else:
-        prompts = [data.encode_prompt(row, style, tokenizer, converted.where(i)) for i, row in enumerate(converted.rows)]
+        prompts = [encode_prompt(row, style, tokenizer, converted.where(i)) for i, row in enumerate(converted.rows)]
         check_lengths(base.model, prompts, length, lambda i: f"{converted.where(i)}: the prompt")
     return Prepared(converted, task, style, method, length, prompts, options, answers)
 
@@ -216,7 +217,7 @@ def score(
             prediction |= {"strict_prediction": strict, "strict_correct": _matches(task, strict, answer)}
         if trained_on is not None:
             prediction["in_training"] = overlap.question(row) in trained_on
-        prediction["prompt"] = data.render_prompt(row, style, tokenizer, rows.where(i))
+        prediction["prompt"] = render_prompt(row, style, tokenizer, rows.where(i))
     return summarise(predictions)
 
 
@@ -258,11 +259,11 @@ def _with_answers(
     task: Task,
     style: PromptStyle,
     options: Sequence[Sequence[str]],
-) -> list[list[data.Example]]:
+) -> list[list[Example]]:
     """Every row with each of its answers as its target."""
     pairs = [(row, each) for row, own in zip(rows.rows, options, strict=True) for each in own]
     candidates = [{**row, "output": task.target(each)} for row, each in pairs]
-    examples = data.encode(rows_from_list(candidates, rows.source), style, tokenizer, base.model.config.max_positions)
+    examples = encode(rows_from_list(candidates, rows.source), style, tokenizer, base.model.config.max_positions)
     if examples.cut or examples.left_out:  # part of an answer would be compared with the whole of another
         raise UserError(f"{rows.source}: a prompt is longer than the model's {base.model.config.max_positions} positions")
     numbers = iter(range(len(candidates)))

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from .errors import UserError
+from neuroada_jax.errors import UserError
 
 # GGUF metadata value types, by id; 8 (string) and 9 (array) have no fixed size.
 _NUMBERS = {

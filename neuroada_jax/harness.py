@@ -14,8 +14,9 @@ import transformers
 from flax import linen as nn
 
 from neuroada_jax import files
-from neuroada_jax.batches import Batch, default_buckets
 from neuroada_jax.core.trees import Tree
+from neuroada_jax.data.batches import Batch
+from neuroada_jax.data.packing import default_buckets
 from neuroada_jax.errors import UserError
 from neuroada_jax.evaluation import end_tokens
 from neuroada_jax.generation import before_stop, generate

@@ -9,8 +9,8 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from neuroada_jax.batches import Batch, ClassificationBatch
 from neuroada_jax.core.trees import Tree
+from neuroada_jax.data.batches import Batch, ClassificationBatch
 from neuroada_jax.models import layers
 
 # How many bytes the float32 logits that exist at a time may take.

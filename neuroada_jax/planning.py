@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from neuroada_jax import checkpoint, console, roofline, targets
-from neuroada_jax.batches import Batch, ClassificationBatch
 from neuroada_jax.collectives import collectives
 from neuroada_jax.core import bypass
 from neuroada_jax.core.trees import Tree
+from neuroada_jax.data.batches import Batch, ClassificationBatch
 from neuroada_jax.errors import UserError
 from neuroada_jax.roofline import nbytes
 from neuroada_jax.targets import Compiler, Target

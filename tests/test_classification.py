@@ -6,9 +6,9 @@ from data_helpers import PAIRS, message_of
 from helpers import random_tensors
 
 from neuroada_jax import classification, metrics, weights
-from neuroada_jax.labelled import encode_labelled
+from neuroada_jax.data.examples import encode_labelled
+from neuroada_jax.data.rows import rows_from_list
 from neuroada_jax.models import from_hf_config
-from neuroada_jax.rows import rows_from_list
 from neuroada_jax.tasks import GLUE
 
 

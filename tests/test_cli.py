@@ -15,8 +15,10 @@ from data_helpers import BYTES, CHAT
 from helpers import CONFIG, NEURONS, random_tensors, run_config, write_config, write_model, write_rows
 from transformers import AutoModelForCausalLM
 
-from neuroada_jax import cli, commands, console, data
-from neuroada_jax.batches import Batches
+from neuroada_jax import cli, commands, console
+from neuroada_jax.data.batches import Batches
+from neuroada_jax.data.examples import encode
+from neuroada_jax.data.rows import load_rows
 from neuroada_jax.formats import native
 from neuroada_jax.tasks import GLUE, TASKS
 from neuroada_jax.training import loop
@@ -103,14 +105,14 @@ def test_metrics_have_a_line_for_every_step(trained):
     assert (lines[0]["loss"], lines[-1]["loss"]) == (results["first_loss"], results["last_loss"])
     rates = [0.02 * (1 - step / 7) for step in range(7)]
     assert [line["learning_rate"] for line in lines] == pytest.approx(rates, rel=1e-5)
-    examples = data.encode(rows(trained), "verbatim", CHAT, 64)
+    examples = encode(rows(trained), "verbatim", CHAT, 64)
     assert sum(line["targets"] for line in lines[:6]) == examples.target_counts.sum()
     assert sum(line["tokens"] for line in lines[:6]) == examples.lengths.sum()
     assert all(line["gradient_norm"] > 0 for line in lines)
 
 
 def rows(trained):
-    return data.load_rows(yaml.safe_load((trained / "config.yaml").read_text())["data"]["train"])
+    return load_rows(yaml.safe_load((trained / "config.yaml").read_text())["data"]["train"])
 
 
 def test_the_other_files_of_a_run(trained):
@@ -171,7 +173,7 @@ def test_a_packed_run_trains_on_every_example_once_an_epoch(tmp_path, inputs, ne
     code, out, err = neuroada("train", config(tmp_path, inputs, **sections), "--json")
     assert code == 0
     results, out = json.loads(out), tmp_path / "out"
-    examples = data.encode(rows(out), "plain", CHAT, 40)
+    examples = encode(rows(out), "plain", CHAT, 40)
     packed = Batches(examples, 4, 42, packed_length=40)
     assert f"packed into {packed.row_count} rows of 40 tokens: {24 / packed.row_count:.1f} examples a row, " in err
     steps = packed.steps_per_epoch

@@ -9,9 +9,10 @@ import pytest
 from data_helpers import CHAT, message_of
 from helpers import write_model
 
-from neuroada_jax import data, evaluation, weights
-from neuroada_jax.prompts import PromptStyle
-from neuroada_jax.rows import load_rows, rows_from_list
+from neuroada_jax import evaluation, weights
+from neuroada_jax.data.examples import encode
+from neuroada_jax.data.prompts import PromptStyle
+from neuroada_jax.data.rows import load_rows, rows_from_list
 from neuroada_jax.tasks import TASKS
 
 
@@ -89,7 +90,7 @@ def test_choices_picks_the_likelier_answer(base):
         losses = {}
         for label, answer in enumerate(("negative", "positive")):
             example = TASKS["sst2"].convert({**row, "label": label}, "here")
-            encoded = data.encode([example], "plain", CHAT, 128)
+            encoded = encode([example], "plain", CHAT, 128)
             ids, is_target = encoded.example(0)
             padded = jnp.asarray(np.pad(ids, (0, 128 - len(ids))))
             picked = np.asarray(log_probabilities(padded))[np.arange(len(ids) - 1), ids[1:]]

@@ -7,8 +7,8 @@ import pytest
 from helpers import CONFIG
 
 from neuroada_jax import losses, models
-from neuroada_jax.batches import Batch
 from neuroada_jax.core import bypass
+from neuroada_jax.data.batches import Batch
 
 ROWS, TIME, TARGETS = 4, 12, 8
 

@@ -11,8 +11,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from neuroada_jax.data.prompts import PromptStyle
 from neuroada_jax.errors import UserError
-from neuroada_jax.prompts import PromptStyle
 from neuroada_jax.tasks.task import Source, Task, published_sources
 
 SUITE = "arithmetic"

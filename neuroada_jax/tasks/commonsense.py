@@ -8,8 +8,8 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from neuroada_jax.data.prompts import PromptStyle
 from neuroada_jax.errors import UserError
-from neuroada_jax.prompts import PromptStyle
 from neuroada_jax.tasks.instruct import TRIGGER, after_trigger
 from neuroada_jax.tasks.task import Source, Task, published_sources
 

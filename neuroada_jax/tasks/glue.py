@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from neuroada_jax import rows
+from neuroada_jax.data import rows
 from neuroada_jax.errors import UserError
 from neuroada_jax.tasks.task import Source
 

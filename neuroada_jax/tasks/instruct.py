@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from neuroada_jax.data.prompts import EXPECTED_COLUMNS, PromptStyle
 from neuroada_jax.errors import UserError
-from neuroada_jax.prompts import EXPECTED_COLUMNS, PromptStyle
 from neuroada_jax.tasks.task import Source, Task
 
 TRIGGER = "the correct answer is "

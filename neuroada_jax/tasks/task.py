@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from neuroada_jax.data.prompts import PromptStyle
 from neuroada_jax.errors import UserError
-from neuroada_jax.prompts import PromptStyle
 
 
 class Source(NamedTuple):

@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 import pydantic
 from pydantic.dataclasses import dataclass
 
+from neuroada_jax.data.prompts import PromptStyle
 from neuroada_jax.errors import UserError
 from neuroada_jax.models import Remat
-from neuroada_jax.prompts import PromptStyle
 from neuroada_jax.sampling import Decoding
 from neuroada_jax.tasks import GLUE, TASKS, unknown
 

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from neuroada_jax import console
-from neuroada_jax.batches import AnyBatches
+from neuroada_jax.data.batches import AnyBatches
 from neuroada_jax.training.signals import Stop, Stopped
 from neuroada_jax.training.step import AnyBatch, StepMetrics, TrainState
 from neuroada_jax.training.trackers import Line, Log

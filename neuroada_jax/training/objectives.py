@@ -7,14 +7,15 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Array
 
-from neuroada_jax import classification, console, data, evaluation
-from neuroada_jax.batches import AnyBatches, Batches, ClassificationBatches
+from neuroada_jax import classification, console, evaluation
 from neuroada_jax.core.trees import Tree
+from neuroada_jax.data.batches import AnyBatches, Batches, ClassificationBatches
+from neuroada_jax.data.examples import encode
+from neuroada_jax.data.prompts import PromptStyle
+from neuroada_jax.data.rows import Rows, load_rows
 from neuroada_jax.errors import UserError
 from neuroada_jax.evaluation import Progress, Score
 from neuroada_jax.losses import classification_losses, target_losses
-from neuroada_jax.prompts import PromptStyle
-from neuroada_jax.rows import Rows, load_rows
 from neuroada_jax.tasks import GLUE, TASKS, Source, Task, overlap
 from neuroada_jax.training import modules
 from neuroada_jax.training.config import EvaluationSet, RunConfig
@@ -91,7 +92,7 @@ class Continuation:
         self._trained_on = overlap.questions(rows.rows)
         style = PromptStyle(config.data.style or TASKS[config.data.task].style)
         with console.bar("tokenising") as shown:
-            examples = data.encode(rows, style, tokenizer, config.data.max_length, console.reporter(shown))
+            examples = encode(rows, style, tokenizer, config.data.max_length, console.reporter(shown))
         console.say(
             f"{len(examples)} examples of {len(rows)} rows, {int(examples.lengths.sum())} tokens, "
             f"{int(examples.target_counts.sum())} of them targets; {examples.cut} cut to {config.data.max_length} tokens, "

@@ -12,8 +12,8 @@ import numpy as np
 import xxhash
 
 from neuroada_jax import console
-from neuroada_jax.batches import AnyBatches
 from neuroada_jax.checkpoint import Checkpoints, Found
+from neuroada_jax.data.batches import AnyBatches
 from neuroada_jax.errors import UserError
 from neuroada_jax.evaluation import Part, Score
 from neuroada_jax.formats import native

@@ -8,10 +8,10 @@ from typing import Any
 from neuroada_jax import checkpoint, console, evaluation, files
 from neuroada_jax.core import bypass
 from neuroada_jax.core.trees import Tree
+from neuroada_jax.data.rows import Rows
 from neuroada_jax.errors import UserError
 from neuroada_jax.formats import huggingface, native
 from neuroada_jax.models import heads
-from neuroada_jax.rows import Rows
 from neuroada_jax.training import (
     best_epoch,
     connections,

@@ -13,9 +13,9 @@ import torch
 import transformers
 
 from neuroada_jax import models, weights
-from neuroada_jax.batches import Batch
 from neuroada_jax.core import bypass, trees
 from neuroada_jax.core.bypass import Bypass
+from neuroada_jax.data.batches import Batch
 from neuroada_jax.models import names
 from neuroada_jax.training import config_file, connections, optimizer, step
 

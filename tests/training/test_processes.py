@@ -15,8 +15,8 @@ from helpers import run_config, write_config, write_model, write_rows
 from test_parallel_runs import SECTIONS, assert_equal, outcome
 
 from neuroada_jax import cli
-from neuroada_jax.batches import Batches
-from neuroada_jax.data import Examples
+from neuroada_jax.data.batches import Batches
+from neuroada_jax.data.examples import Examples
 from neuroada_jax.training import parallel, processes
 from neuroada_jax.training.config import ParallelSection, TrainingSection
 

@@ -10,9 +10,9 @@ import pytest
 from helpers import CONFIG
 
 from neuroada_jax import losses, models
-from neuroada_jax.batches import Batch, Batches
 from neuroada_jax.core import bypass, trees
-from neuroada_jax.data import Examples
+from neuroada_jax.data.batches import Batch, Batches
+from neuroada_jax.data.examples import Examples
 from neuroada_jax.models import Remat, layers
 from neuroada_jax.training import config, optimizer, step
 

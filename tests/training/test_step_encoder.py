@@ -10,8 +10,8 @@ import pytest
 from test_parity import GOLDEN, load
 
 from neuroada_jax import checkpoint, models, weights
-from neuroada_jax.batches import ClassificationBatch
 from neuroada_jax.core import bypass, trees
+from neuroada_jax.data.batches import ClassificationBatch
 from neuroada_jax.losses import classification_losses
 from neuroada_jax.models import ENCODER_TARGETS, Remat, heads, names
 from neuroada_jax.training import optimizer, step

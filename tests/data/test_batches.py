@@ -8,9 +8,9 @@ from data_helpers import byte_level, message_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from neuroada_jax.batches import Batches, ClassificationBatches, default_buckets, pack
-from neuroada_jax.data import Examples, encode
-from neuroada_jax.labelled import LabelledExamples
+from neuroada_jax.data.batches import Batches, ClassificationBatches
+from neuroada_jax.data.examples import Examples, LabelledExamples, encode
+from neuroada_jax.data.packing import default_buckets, pack
 
 
 def examples_of(lengths, targets=None) -> Examples:

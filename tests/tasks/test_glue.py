@@ -3,7 +3,7 @@
 import pytest
 from data_helpers import message_of
 
-from neuroada_jax.rows import load_rows
+from neuroada_jax.data.rows import load_rows
 from neuroada_jax.tasks import GLUE
 
 ROWS = {

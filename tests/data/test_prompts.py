@@ -3,8 +3,9 @@
 import pytest
 from data_helpers import BYTES, CHAT, CHATML, LLAMA, byte_level, decoded, message_of, write_lines
 
-from neuroada_jax.data import encode, encode_prompt, load_rows
-from neuroada_jax.prompts import PromptStyle, render_prompt
+from neuroada_jax.data.examples import encode, encode_prompt
+from neuroada_jax.data.prompts import PromptStyle, render_prompt
+from neuroada_jax.data.rows import load_rows
 
 
 def test_styles():

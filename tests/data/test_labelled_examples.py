@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from data_helpers import BYTES, message_of, sentence_pairs
 
-from neuroada_jax.labelled import encode_labelled
+from neuroada_jax.data.examples import encode_labelled
 
 TEXTS = [("ab", "cde"), ("a" * 20, "b" * 9), ("x", "y")]
 LABELS = np.array([1, 0, 1], np.int32)

@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 from data_helpers import message_of, write_lines
 
-from neuroada_jax.rows import has_split, load_rows, rows_from_list
+from neuroada_jax.data.rows import has_split, load_rows, rows_from_list
 
 ROWS = [{"instruction": f"q{i}", "output": f"a{i}"} for i in range(5)]
 

@@ -8,9 +8,10 @@ from data_helpers import BYTES, CHAT, LLAMA, byte_level, decoded, message_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from neuroada_jax.data import encode, encode_prompt, load_rows
+from neuroada_jax.data.examples import encode, encode_prompt
+from neuroada_jax.data.rows import load_rows
 
-COMMONSENSE = Path(__file__).parents[2] / "shared" / "data" / "train" / "commonsense_15k.jsonl.gz"
+COMMONSENSE = Path(__file__).parents[3] / "shared" / "data" / "train" / "commonsense_15k.jsonl.gz"
 
 
 def one(row, style="plain", tokenizer=BYTES, max_length=10_000):

@@ -3,7 +3,7 @@
 import pytest
 from data_helpers import message_of
 
-from neuroada_jax.prompts import render_example, render_prompt
+from neuroada_jax.data.prompts import render_example, render_prompt
 from neuroada_jax.tasks import GLUE, SUITES, TASKS, Source, listing, overlap
 from neuroada_jax.tasks.arithmetic import first_letter, last_number, stated_letter
 

@@ -1,0 +1,1 @@
+"""Data: a row in a file becomes a batch of arrays."""
