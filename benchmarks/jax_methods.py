@@ -26,12 +26,13 @@ from benchmarks.methods import (
     lora_rank,
     targets,
 )
-from neuroada_jax import losses, models
+from neuroada_jax import models
 from neuroada_jax.core import bypass, ops, trees
 from neuroada_jax.core.trees import Path, Tree
 from neuroada_jax.data.batches import Batch
-from neuroada_jax.models import Model, Remat
-from neuroada_jax.models.layers import BypassDense, saved
+from neuroada_jax.models import Model, Remat, losses
+from neuroada_jax.models.layers import BypassDense
+from neuroada_jax.models.remat import saved
 from neuroada_jax.training import optimizer, step
 from neuroada_jax.training.config import OptimizerSection
 from neuroada_jax.training.step import TrainState

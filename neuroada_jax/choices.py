@@ -14,8 +14,8 @@ from neuroada_jax.core.trees import Tree
 from neuroada_jax.data.batches import Batch
 from neuroada_jax.data.examples import Example
 from neuroada_jax.generation import bucket
-from neuroada_jax.losses import target_scores
 from neuroada_jax.models import Model
+from neuroada_jax.models.losses import target_scores
 
 
 class _Row(NamedTuple):

@@ -26,7 +26,7 @@ class Batch(NamedTuple):
     target_ids: int32 (B, M).
     target_mask: float32 (B, M), 1 for targets, 0 for filling (where position and id are 0).
     positions: int32 (B, T) of a packed batch, None otherwise: each token's position in its own example, 0 beyond a row's
-        length. A token sees just as many tokens before it (`models.layers.packed_mask`), so filling sees itself alone.
+        length. A token sees just as many tokens before it (`models.attention.packed_mask`), so filling sees itself alone.
     """
 
     input_ids: Int32[np.ndarray, "B T"]

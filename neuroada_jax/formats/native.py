@@ -25,7 +25,7 @@ from neuroada_jax.core import bypass, trees
 from neuroada_jax.core.bypass import Bypass
 from neuroada_jax.core.trees import Tree
 from neuroada_jax.errors import UserError
-from neuroada_jax.models import heads as model_heads
+from neuroada_jax.models import dense_modules as model_heads
 from neuroada_jax.models import names
 from neuroada_jax.safetensors_weights import read_whole
 from neuroada_jax.weights import LoadedModel

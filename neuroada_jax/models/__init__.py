@@ -11,10 +11,15 @@ from flax import linen as nn
 from neuroada_jax.core.trees import Path, Tree, kernels
 from neuroada_jax.errors import UserError
 from neuroada_jax.models import names
-from neuroada_jax.models.encoder import BertForSequenceClassification, RobertaForSequenceClassification
-from neuroada_jax.models.encoder_config import ENCODER_TARGETS, EncoderConfig, with_labels
-from neuroada_jax.models.layers import Remat
+from neuroada_jax.models.encoder import (
+    ENCODER_TARGETS,
+    BertForSequenceClassification,
+    EncoderConfig,
+    RobertaForSequenceClassification,
+    with_labels,
+)
 from neuroada_jax.models.llama import LLAMA_TARGETS, LlamaConfig, LlamaForCausalLM
+from neuroada_jax.models.remat import Remat
 
 __all__ = [
     "ARCHITECTURES",

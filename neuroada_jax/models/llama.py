@@ -14,8 +14,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from neuroada_jax.errors import UserError
-from neuroada_jax.models import layers
-from neuroada_jax.models.layers import BypassDense, Embedding, Remat, RMSNorm
+from neuroada_jax.models import attention, layers
+from neuroada_jax.models.layers import BypassDense, Embedding, RMSNorm
+from neuroada_jax.models.remat import BYPASS_COLLECTIONS, Remat, remat_module, saved, token_wise
 from neuroada_jax.models.rope import Rope, rotate, rotations
 
 # Every linear map of a layer, as in the published scripts.
@@ -150,11 +151,11 @@ class SelfAttention(nn.Module):
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         if cache is not None and mask is not None:  # there is always one with a cache
             cache, key, value = _write(cache, jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2), layer)
-            y = layers.cached_attention(query, key, value, mask=mask)
+            y = attention.cached_attention(query, key, value, mask=mask)
         else:
             window = c.windows[0] if mask is None else None  # one window for all layers, or a mask
-            y = layers.attention(query, key, value, mask=mask, causal=True, window=window)
-        y = layers.saved(y.reshape(*x.shape[:2], c.num_heads * c.head_dim))
+            y = attention.attention(query, key, value, mask=mask, causal=True, window=window)
+        y = saved(y.reshape(*x.shape[:2], c.num_heads * c.head_dim))
         return BypassDense(c.hidden_size, c.output_bias, c.dtype, name="o_proj")(y), cache
 
 
@@ -218,7 +219,7 @@ class Layer(nn.Module):
             normed = RMSNorm(c.norm_epsilon, c.dtype, name="post_attention_layernorm")(x)
             return FeedForward(c, name="mlp")(normed)
 
-        return (x + layers.token_wise(feed_forward, self.remat, x.shape)(self, x), cache), None
+        return (x + token_wise(feed_forward, self.remat, x.shape)(self, x), cache), None
 
 
 class LlamaModel(nn.Module):
@@ -231,8 +232,8 @@ class LlamaModel(nn.Module):
         c = self.config
         self.embed_tokens = Embedding(c.vocab_size, c.hidden_size, c.dtype)
         stack = nn.scan(
-            layers.remat_module(Layer, self.remat),
-            variable_axes={"params": 0, **dict.fromkeys(layers.BYPASS_COLLECTIONS, 0)},
+            remat_module(Layer, self.remat),
+            variable_axes={"params": 0, **dict.fromkeys(BYPASS_COLLECTIONS, 0)},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.num_layers,

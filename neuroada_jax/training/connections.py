@@ -13,7 +13,7 @@ from neuroada_jax import models
 from neuroada_jax.core import bypass, selection, trees
 from neuroada_jax.core.bypass import Bypass
 from neuroada_jax.core.trees import Path, Tree
-from neuroada_jax.losses import target_losses
+from neuroada_jax.models.losses import target_losses
 from neuroada_jax.training.config import RunConfig
 from neuroada_jax.training.step import AnyBatch, split
 

@@ -15,7 +15,7 @@ from neuroada_jax.data.prompts import PromptStyle
 from neuroada_jax.data.rows import Rows, load_rows
 from neuroada_jax.errors import UserError
 from neuroada_jax.evaluation import Progress, Score
-from neuroada_jax.losses import classification_losses, target_losses
+from neuroada_jax.models.losses import classification_losses, target_losses
 from neuroada_jax.tasks import GLUE, TASKS, Source, Task, overlap
 from neuroada_jax.training import modules
 from neuroada_jax.training.config import EvaluationSet, RunConfig

@@ -22,8 +22,8 @@ from neuroada_jax import console
 from neuroada_jax.core import bypass
 from neuroada_jax.core.trees import Tree
 from neuroada_jax.errors import UserError
-from neuroada_jax.losses import target_losses
-from neuroada_jax.models import layers
+from neuroada_jax.models.losses import target_losses
+from neuroada_jax.models.remat import Placement, placed
 from neuroada_jax.training import step
 from neuroada_jax.training.config import ParallelSection, RunConfig, TrainingSection
 from neuroada_jax.training.step import AnyBatch, StepMetrics, TrainState
@@ -345,7 +345,7 @@ def jit_step(sums: Callable[..., step.Sums], update: Callable[..., Any], mesh: M
     def run_step(state: TrainState, batch: AnyBatch) -> tuple[TrainState, StepMetrics]:
         ready = jax.tree_util.tree_map_with_path(gather_outside_layers, state)
         parts = step.split(batch, shards)
-        with layers.placed(layers.Placement(gathered, whole_input)):
+        with placed(Placement(gathered, whole_input)):
             if shards == 1:
                 total = sums(ready, batch)
             else:

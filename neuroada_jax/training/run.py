@@ -11,7 +11,7 @@ from neuroada_jax.core.trees import Tree
 from neuroada_jax.data.rows import Rows
 from neuroada_jax.errors import UserError
 from neuroada_jax.formats import huggingface, native
-from neuroada_jax.models import heads
+from neuroada_jax.models import dense_modules
 from neuroada_jax.training import (
     best_epoch,
     connections,
@@ -173,7 +173,7 @@ def train(
     _prepare(directory, config, resumed=found is not None)
 
     total_steps = config.training.steps or (config.training.epochs or 0) * batches.steps_per_epoch
-    in_head = bypass.count(heads.split(base.params, head)[1])
+    in_head = bypass.count(dense_modules.split(base.params, head)[1])
     trainable = bypass.count(built.values) + in_head
     total = bypass.count(base.params)
     console.say(f"training {trainable:,} of {total:,} parameters ({100 * trainable / total:.4f} %) for {total_steps} steps")

@@ -13,8 +13,8 @@ from jaxtyping import Array, Bool, Float, Int
 from neuroada_jax.core import bypass
 from neuroada_jax.core.bypass import Bypass
 from neuroada_jax.core.trees import Path, Tree
-from neuroada_jax.losses import target_losses
-from neuroada_jax.models import heads
+from neuroada_jax.models import dense_modules
+from neuroada_jax.models.losses import target_losses
 
 AnyBatch = Any  # Batch or ClassificationBatch: a tuple of arrays (B, ...) with a `target_mask`
 
@@ -60,7 +60,7 @@ class TrainState(NamedTuple):
     @property
     def merged(self) -> Tree:
         """The parameters of the whole model as trained so far."""
-        return heads.join(self.params, self.head)
+        return dense_modules.join(self.params, self.head)
 
 
 class StepMetrics(NamedTuple):
@@ -91,7 +91,7 @@ def initial_state(
       head: the modules that train whole; none of them carries a bypass.
       skip_nonfinite: leave out steps that are not finite, rather than stay at the first.
     """
-    params, modules = heads.split(params, head)
+    params, modules = dense_modules.split(params, head)
     trainable = {"bypass": built.values}
     if modules:
         trainable["head"] = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), modules)
@@ -144,7 +144,7 @@ def make_sums(
     """
 
     def loss_sum(trainable: Tree, state: TrainState, shard: Array | None, batch: AnyBatch, part: Array) -> Array:
-        params = heads.join(state.params, trainable.get("head", {}))
+        params = dense_modules.join(state.params, trainable.get("head", {}))
         variables = {"params": params, "columns": state.columns, "base": state.base, "bypass": trainable["bypass"]}
         if dropout_seed is None:
             return jnp.sum(losses(module, variables, batch))

@@ -17,7 +17,7 @@ from neuroada_jax import cli, models, weights
 from neuroada_jax.core import bypass
 from neuroada_jax.core.bypass import Bypass
 from neuroada_jax.formats import exchange, huggingface, native
-from neuroada_jax.models import heads
+from neuroada_jax.models import dense_modules
 from neuroada_jax.training import modules
 from neuroada_jax.training.config_file import from_dict
 
@@ -58,7 +58,7 @@ def trained(base, paths=None, k=2):
     built = bypass.build(params, models.match_targets(params, TARGETS, base.model.stack), k)
     rng = np.random.default_rng(0)
     noise = lambda leaf: jnp.asarray(0.3 * rng.standard_normal(leaf.shape, np.float32))  # noqa: E731
-    _, head = heads.split(params, base.model.architecture.head if paths is None else paths)
+    _, head = dense_modules.split(params, base.model.architecture.head if paths is None else paths)
     return Bypass(jax.tree.map(noise, built.values), built.columns), jax.tree.map(noise, head)
 
 
@@ -80,7 +80,7 @@ def test_a_head_comes_back_bit_for_bit(bare):
     assert set(adapter.heads) == set(base.drawn) and adapter.metadata["base"]["labels"] == LABELS
     again = weights.load_model(base.source, labels=adapter.metadata["base"]["labels"], seed=9)  # another head to begin with
     jax.tree.map(np.testing.assert_array_equal, native.head(adapter, again), head)
-    want = heads.join(bypass.merge(base.params, values), head)
+    want = dense_modules.join(bypass.merge(base.params, values), head)
     jax.tree.map(np.testing.assert_array_equal, native.merge(adapter, again), want)
 
 
@@ -138,7 +138,7 @@ def test_which_modules_train_whole(bare, tmp_path):
     targets = modules.target_paths(config, base.model)
     assert len(targets) == 6
     paths = modules.head_paths(config, base, targets)
-    assert jax.tree.structure(heads.split(base.params, paths)[1]) == jax.tree.structure(head)
+    assert jax.tree.structure(dense_modules.split(base.params, paths)[1]) == jax.tree.structure(head)
     message = message_of(modules.head_paths, run(tmp_path, base.source, head={"train": False}), base, targets)
     assert message.startswith(f"head.train: {base.source} has no ")
     message = message_of(modules.head_paths, config, base, [("classifier",)])

@@ -19,7 +19,7 @@ from neuroada_jax import models, weights
 from neuroada_jax.core import bypass
 from neuroada_jax.core.bypass import Bypass
 from neuroada_jax.errors import UserError
-from neuroada_jax.models import Remat, layers, names
+from neuroada_jax.models import Remat, attention, names
 
 logging.disable_progress_bar()
 logging.set_verbosity_error()
@@ -200,8 +200,8 @@ def test_attention_with_dropout_at_rate_zero_is_attention():
     keys = jax.random.split(jax.random.key(0), 3)
     query, key, value = (jax.random.normal(each, (2, 7, 4, 8)) for each in keys)
     mask = jnp.broadcast_to(jnp.arange(7) < 5, (2, 1, 7, 7))
-    found = layers.attention_with_dropout(query, key, value, mask=mask, rate=0.0, rng=keys[0])
-    np.testing.assert_allclose(found, layers.attention(query, key, value, mask=mask, causal=False), atol=1e-5)
+    found = attention.attention_with_dropout(query, key, value, mask=mask, rate=0.0, rng=keys[0])
+    np.testing.assert_allclose(found, attention.attention(query, key, value, mask=mask, causal=False), atol=1e-5)
 
 
 # What a checkpoint may lack, and other names.

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from neuroada_jax.models import layers
+from neuroada_jax.models import attention, layers
 
 
 def dense(query, key, value, seen):
@@ -34,7 +34,7 @@ def test_causal_attention_and_its_gradient_equal_the_plain_formula(tokens, windo
 
     def ours(query, key, value):
         wide = None if mask is None else jnp.asarray(mask[:, None])
-        return layers.attention(query, key, value, mask=wide, causal=True, window=window)
+        return attention.attention(query, key, value, mask=wide, causal=True, window=window)
 
     def with_gradients(attend):
         @jax.jit

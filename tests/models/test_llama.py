@@ -21,7 +21,7 @@ from transformers.utils import logging
 from neuroada_jax import gguf_weights, models, weights
 from neuroada_jax.core import bypass, trees
 from neuroada_jax.errors import UserError
-from neuroada_jax.models import Remat, layers
+from neuroada_jax.models import Remat, attention
 from neuroada_jax.models.llama import empty_cache
 
 logging.disable_progress_bar()
@@ -385,7 +385,7 @@ def test_packed_segments_do_not_see_one_another(name):
     slots = np.arange(17)
     positions = np.where(slots < split, slots, np.where(slots < end, slots - split, 0)).astype(np.int32)
     segment = np.concatenate([[0] * split, [1] * (end - split), [2, 3]])
-    mask = layers.packed_mask(jnp.asarray(positions)[None])
+    mask = attention.packed_mask(jnp.asarray(positions)[None])
     np.testing.assert_array_equal(mask[0], (segment[:, None] == segment[None]) & np.tri(17, dtype=bool))
     apply = jit(lambda params, *args: model.module().apply({"params": params}, *args)[0])
     packed = apply(params, jnp.asarray(ids), jnp.asarray(positions)[None], mask)

@@ -9,11 +9,12 @@ import optax
 import pytest
 from helpers import CONFIG
 
-from neuroada_jax import losses, models
+from neuroada_jax import models
 from neuroada_jax.core import bypass, trees
 from neuroada_jax.data.batches import Batch, Batches
 from neuroada_jax.data.examples import Examples
-from neuroada_jax.models import Remat, layers
+from neuroada_jax.models import Remat, losses
+from neuroada_jax.models import remat as remat_module
 from neuroada_jax.training import config, optimizer, step
 
 ALL = list(models.LLAMA_TARGETS)
@@ -199,7 +200,7 @@ def test_remat_policies_agree(remat):
 def test_full_remat_in_parts_of_the_batch_agrees(tokens, parts, monkeypatch):
     model, transformation, run = compiled()
     whole = train(run, fresh(model, transformation)[1], random_batch())
-    monkeypatch.setattr(layers, "_PART_TOKENS", tokens)
+    monkeypatch.setattr(remat_module, "_PART_TOKENS", tokens)
     run = step.make_step(model.module(Remat.FULL), transformation)
     split = train(run, fresh(model, transformation)[1], random_batch())
     np.testing.assert_allclose(split[1], whole[1], rtol=1e-5)

@@ -12,8 +12,8 @@ from test_parity import GOLDEN, load
 from neuroada_jax import checkpoint, models, weights
 from neuroada_jax.core import bypass, trees
 from neuroada_jax.data.batches import ClassificationBatch
-from neuroada_jax.losses import classification_losses
-from neuroada_jax.models import ENCODER_TARGETS, Remat, heads, names
+from neuroada_jax.models import ENCODER_TARGETS, Remat, dense_modules, names
+from neuroada_jax.models.losses import classification_losses
 from neuroada_jax.training import optimizer, step
 from neuroada_jax.training.config import HeadSection, OptimizerSection
 
@@ -190,11 +190,11 @@ def test_a_bfloat16_base_trains_a_float32_head():
 
 def test_split_and_join_are_inverse():
     params = {"a": {"b": {"kernel": jnp.ones(2)}, "c": {"bias": jnp.zeros(3)}}, "d": {"kernel": jnp.ones(4)}}
-    rest, head = heads.split(params, [("a", "b"), ("d",)])
+    rest, head = dense_modules.split(params, [("a", "b"), ("d",)])
     assert rest == {"a": {"c": params["a"]["c"]}} and set(head) == {"a", "d"}
-    jax.tree.map(np.testing.assert_array_equal, heads.join(rest, head), params)
-    assert set(heads.to_names(head)) == {"a.b.weight", "d.weight"}
-    assert heads.join(params, {}) == params == heads.split(params, [])[0]
+    jax.tree.map(np.testing.assert_array_equal, dense_modules.join(rest, head), params)
+    assert set(dense_modules.to_names(head)) == {"a.b.weight", "d.weight"}
+    assert dense_modules.join(params, {}) == params == dense_modules.split(params, [])[0]
 
 
 # Parity with the official PyTorch code (tests/golden/README.md).
@@ -236,7 +236,7 @@ def run_official(case, section, rows=None):
 def check_trained(model, state, golden, prefix):
     expected = {key.removeprefix(prefix) for key in golden if key.startswith(prefix)}
     values = {f"{name}.weight_new": leaf.reshape(-1) for name, leaf in names.unstacked(state.bypass.values, model.stack)}
-    found = values | heads.to_names(state.head)
+    found = values | dense_modules.to_names(state.head)
     assert set(found) == expected
     for name, leaf in found.items():
         np.testing.assert_allclose(leaf, golden[prefix + name], rtol=1e-4, atol=1e-6, err_msg=name)

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from helpers import CONFIG
 
-from neuroada_jax import losses, models
+from neuroada_jax import models
 from neuroada_jax.core import bypass
 from neuroada_jax.data.batches import Batch
+from neuroada_jax.models import losses
 
 ROWS, TIME, TARGETS = 4, 12, 8
 

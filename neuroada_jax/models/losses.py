@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from neuroada_jax.core.trees import Tree
 from neuroada_jax.data.batches import Batch, ClassificationBatch
-from neuroada_jax.models import layers
+from neuroada_jax.models import attention
 
 # How many bytes the float32 logits that exist at a time may take.
 LOGIT_BYTES = 1 << 27
@@ -63,7 +63,7 @@ def _targets(
 ) -> tuple[Float[Array, "n D"], Int[Array, "n"], int]:
     """Hidden states and ids of all targets, and how many of them may have their logits at a time."""
     if seen is None and batch.positions is not None:
-        seen = layers.packed_mask(jnp.asarray(batch.positions))
+        seen = attention.packed_mask(jnp.asarray(batch.positions))
     hidden, _ = module.apply(variables, batch.input_ids, batch.positions, seen)
     picked = jnp.take_along_axis(hidden, batch.target_positions[:, :, None], axis=1, mode="clip")
     states, ids = picked.reshape(-1, picked.shape[-1]), jnp.asarray(batch.target_ids).reshape(-1)
