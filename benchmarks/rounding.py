@@ -30,10 +30,10 @@ from neuroada_jax.cli import one_line_errors
 from neuroada_jax.core import bypass, ops
 from neuroada_jax.data.prompts import PromptStyle
 from neuroada_jax.formats import native
+from neuroada_jax.pretrained.load import open_base, with_weights
 from neuroada_jax.tasks import TASKS
 from neuroada_jax.training import config_file, objectives, run
 from neuroada_jax.training.config import RunConfig
-from neuroada_jax.weights import open_base, with_weights
 
 PLAIN = "bfloat16, rounded sum"
 METHODS = {"float32": "float32", "bfloat16, remainder": "bfloat16", PLAIN: "bfloat16"}

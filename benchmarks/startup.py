@@ -27,9 +27,9 @@ from neuroada_jax import console
 from neuroada_jax.core import bypass, trees
 from neuroada_jax.core.trees import Path
 from neuroada_jax.models import Remat
+from neuroada_jax.pretrained.load import LoadedModel, load_model
 from neuroada_jax.training import optimizer, step
 from neuroada_jax.training.config import OptimizerSection
-from neuroada_jax.weights import LoadedModel, load_model
 
 KERNEL = (11008, 4096)  # the largest of LLaMA-7B
 READ = "plain read"

@@ -45,7 +45,7 @@ from benchmarks.methods import (
 from neuroada_jax import console
 from neuroada_jax.errors import UserError
 from neuroada_jax.models import Remat
-from neuroada_jax.weights import open_base
+from neuroada_jax.pretrained.load import open_base
 
 DATA = "data/train/commonsense_15k.jsonl.gz"
 EVERY, ANSWERS = "every", "answers"  # which positions are labelled

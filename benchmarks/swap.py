@@ -23,7 +23,7 @@ from neuroada_jax import console
 from neuroada_jax.core import bypass
 from neuroada_jax.core.bypass import Bypass
 from neuroada_jax.core.trees import Path, Tree
-from neuroada_jax.weights import load_model
+from neuroada_jax.pretrained.load import load_model
 
 MERGE = "full merge"
 COLUMNS = (

@@ -31,8 +31,9 @@ from benchmarks.methods import (
     lora_rank,
     target_shapes,
 )
-from neuroada_jax import models, weights
+from neuroada_jax import models
 from neuroada_jax.models import LLAMA_TARGETS, Model, Remat, names
+from neuroada_jax.pretrained.load import open_model
 
 # peft 0.21 on transformers 5.23, whenever it wraps a model, and its SHiRA whenever it runs
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
@@ -55,8 +56,8 @@ def load(source: str, dtype: str) -> Weights:
         with torch.device("meta"):
             shapes = _empty_model(model, where["dtype"]).state_dict()
         return Weights(model, {name: torch.empty(each.shape, **where).normal_(std=0.02) for name, each in shapes.items()})
-    opened = weights.open_model(source, dtype)
-    stored = weights.open_tensors(opened.path)
+    opened = open_model(source, dtype)
+    stored = source.open_tensors(opened.path)
     wanted = names.checkpoint_names(opened.model.abstract_params(), opened.model.stack)
     to_torch = lambda name: torch.from_numpy(np.array(stored.read(name), np.float32)).to(**where)  # noqa: E731
     return Weights(opened.model, {name: to_torch(name) for name in wanted})

@@ -20,8 +20,8 @@ from neuroada_jax.errors import UserError
 from neuroada_jax.evaluation import Score, wilson_interval
 from neuroada_jax.formats import native
 from neuroada_jax.models.losses import classification_logits
+from neuroada_jax.pretrained.load import LoadedModel
 from neuroada_jax.tasks import GlueTask
-from neuroada_jax.weights import LoadedModel
 
 Progress = Callable[[int, int], None]
 

@@ -27,7 +27,7 @@ def _open(parsed: argparse.Namespace, *, decoder: bool = True) -> tuple[Any, Any
     With `decoder`, only a model that continues texts will do.
     """
     from neuroada_jax.formats import native
-    from neuroada_jax.weights import open_base
+    from neuroada_jax.pretrained.load import open_base
 
     adapter = native.read(parsed.adapter) if parsed.adapter else None
     source = parsed.model or (adapter.metadata.get("base", {}).get("source") if adapter else None)
@@ -45,7 +45,7 @@ def _open(parsed: argparse.Namespace, *, decoder: bool = True) -> tuple[Any, Any
 def _read(opened: Any, tokenizer: Any, adapter: Any) -> tuple[Any, Any, Any]:
     """(base, params, tokenizer) of what `_open` opened: the weights, with the adapter merged in."""
     from neuroada_jax.formats import native
-    from neuroada_jax.weights import with_weights
+    from neuroada_jax.pretrained.load import with_weights
 
     base = with_weights(opened)
     return base, base.params if adapter is None else native.merge(adapter, base), tokenizer
@@ -215,8 +215,8 @@ def _texts(parsed: argparse.Namespace, opened: Any, tokenizer: Any, rows: Any) -
 def _labels(parsed: argparse.Namespace, opened: Any, tokenizer: Any, rows: Any) -> Callable[[Any, Any, Any], Any]:
     """As `_texts`, by the labels that an encoder tells apart."""
     from neuroada_jax import classification
+    from neuroada_jax.pretrained.load import lacking
     from neuroada_jax.tasks import GLUE
-    from neuroada_jax.weights import lacking
 
     task, positions = GLUE[parsed.task], opened.model.config.max_positions
     lacks = lacking(opened) if not parsed.adapter else []

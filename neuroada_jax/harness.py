@@ -21,8 +21,8 @@ from neuroada_jax.errors import UserError
 from neuroada_jax.evaluation import end_tokens
 from neuroada_jax.generation import before_stop, generate
 from neuroada_jax.models.losses import target_scores
+from neuroada_jax.pretrained.load import LoadedModel
 from neuroada_jax.sampling import Decoding
-from neuroada_jax.weights import LoadedModel
 
 try:
     import lm_eval

@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from neuroada_jax import console, weights
+from neuroada_jax import console
 from neuroada_jax.core import bypass
 from neuroada_jax.formats import native, official, peft
+from neuroada_jax.pretrained.load import open_model
 
 VALUE_BYTES = 4  # float32
 INDEX_BYTES = 4  # int32
@@ -41,7 +42,7 @@ def inspect_model(path: str, k: int) -> dict[str, Any]:
     Raises:
       UserError: no model there, or one that is not supported.
     """
-    model = weights.open_model(path, config_only=True).model
+    model = open_model(path, config_only=True).model
     total = bypass.count(model.abstract_params())
     rows = [_row(module, outputs, inputs, min(k, inputs)) for module, (outputs, inputs) in model.linear_maps().items()]
     return {

@@ -17,6 +17,7 @@ from neuroada_jax.core import bypass
 from neuroada_jax.core.trees import Tree
 from neuroada_jax.data.batches import Batch, ClassificationBatch
 from neuroada_jax.errors import UserError
+from neuroada_jax.pretrained.load import LoadedModel, open_model
 from neuroada_jax.roofline import nbytes
 from neuroada_jax.targets import Compiler, Target
 from neuroada_jax.tasks import GLUE
@@ -25,7 +26,6 @@ from neuroada_jax.training.config import ParallelSection, RunConfig
 from neuroada_jax.training.config_file import apply_override, from_dict
 from neuroada_jax.training.objectives import Objective
 from neuroada_jax.training.step import AnyBatch
-from neuroada_jax.weights import LoadedModel, open_model
 
 # JAX takes this share of a GPU's memory for itself when it starts, and no more, unless it is told otherwise.
 JAX_SHARE = 0.75

@@ -8,8 +8,9 @@ import torch
 from helpers import CONFIG, write_model
 from transformers import AutoModelForCausalLM
 
-from neuroada_jax import decoding, weights
+from neuroada_jax import decoding
 from neuroada_jax.generation import generate
+from neuroada_jax.pretrained.load import load_model
 from neuroada_jax.sampling import Decoding
 
 NEW = 12
@@ -48,7 +49,7 @@ def family(request, tmp_path_factory):
     """The same random model here and in PyTorch, and tokens that it likes, to end with."""
     directory = tmp_path_factory.mktemp("model") / request.param
     write_model(directory, None, seed=5, model_type=request.param, **FAMILIES[request.param])
-    loaded = weights.load_model(str(directory))
+    loaded = load_model(str(directory))
     said = generate(loaded.model, loaded.params, prompts(), max_new_tokens=NEW, eos_ids=[])
     eos_ids = [token for token, _ in collections.Counter(token for ids in said for token in ids).most_common(6)[3:]]
     reference = AutoModelForCausalLM.from_pretrained(directory).eval()

@@ -14,12 +14,13 @@ import pytest
 from data_helpers import message_of
 from helpers import run_config, write_model, write_rows
 
-from neuroada_jax import checkpoint, weights
+from neuroada_jax import checkpoint
 from neuroada_jax.checkpoint import Checkpoints
 from neuroada_jax.core import bypass
 from neuroada_jax.errors import NeuroadaWarning, UserError
 from neuroada_jax.formats import native
 from neuroada_jax.models import names
+from neuroada_jax.pretrained.load import load_model
 from neuroada_jax.training import config_file, connections, run, step
 
 SETTINGS = {"targets": ["q_proj"], "k": 2}
@@ -104,7 +105,7 @@ def test_resuming_keeps_the_connections_that_were_chosen(tmp_path, inputs, monke
     results = run.train(chosen, overwrite=True)
     whole = native.read(str(tmp_path / "out" / "adapter"))
     assert whole.metadata["rule"] == resumed.metadata["rule"] == "gradient"
-    base = weights.load_model(str(inputs[0]))
+    base = load_model(str(inputs[0]))
     by_magnitude = dict(names.unstacked(bypass.build(base.params, PATHS, 2).columns, base.model.stack))
     assert any((whole.columns[module] != by_magnitude[module]).any() for module in whole.columns)
     for module, columns in whole.columns.items():

@@ -7,7 +7,7 @@ import pytest
 from helpers import write_model
 
 from neuroada_jax import choices
-from neuroada_jax.weights import load_model
+from neuroada_jax.pretrained.load import load_model
 
 
 @pytest.fixture(scope="module", params=[{}, {"model_type": "mistral", "sliding_window": 7}], ids=["llama", "windows"])

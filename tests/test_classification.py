@@ -5,10 +5,11 @@ import pytest
 from data_helpers import PAIRS, message_of
 from helpers import random_tensors
 
-from neuroada_jax import classification, metrics, weights
+from neuroada_jax import classification, metrics
 from neuroada_jax.data.examples import encode_labelled
 from neuroada_jax.data.rows import rows_from_list
 from neuroada_jax.models import from_hf_config
+from neuroada_jax.pretrained.load import LoadedModel, load_params
 from neuroada_jax.tasks import GLUE
 
 
@@ -26,7 +27,7 @@ def encoder(labels):
         "pad_token_id": 1,
     }
     model = from_hf_config(config, labels=labels)
-    return weights.LoadedModel(model, *weights.load_params(model, _Tensors(random_tensors(model.hf_config))), "", "here")
+    return LoadedModel(model, *load_params(model, _Tensors(random_tensors(model.hf_config))), "", "here")
 
 
 class _Tensors:

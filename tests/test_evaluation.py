@@ -9,16 +9,17 @@ import pytest
 from data_helpers import CHAT, message_of
 from helpers import write_model
 
-from neuroada_jax import evaluation, weights
+from neuroada_jax import evaluation
 from neuroada_jax.data.examples import encode
 from neuroada_jax.data.prompts import PromptStyle
 from neuroada_jax.data.rows import load_rows, rows_from_list
+from neuroada_jax.pretrained.load import load_model, open_model
 from neuroada_jax.tasks import TASKS
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    return weights.load_model(str(write_model(tmp_path_factory.mktemp("model") / "m", seed=3)))
+    return load_model(str(write_model(tmp_path_factory.mktemp("model") / "m", seed=3)))
 
 
 # The Wilson intervals in R. G. Newcombe, Two-sided confidence intervals for the single proportion, 1998, table I.
@@ -120,7 +121,7 @@ def test_choices_of_a_question_are_those_that_it_names(base, monkeypatch):
 def test_end_tokens_come_from_everywhere(base, tmp_path):
     directory = write_model(tmp_path / "m", eos_token_id=[5, 6])
     (directory / "generation_config.json").write_text('{"eos_token_id": 7}')
-    other = weights.open_model(str(directory))
+    other = open_model(str(directory))
     assert evaluation.end_tokens(other, CHAT) == sorted({5, 6, 7, CHAT.eos_token_id})
     assert evaluation.end_tokens(base, CHAT) == [CHAT.eos_token_id]
 

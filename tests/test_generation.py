@@ -9,8 +9,9 @@ from data_helpers import message_of
 from helpers import CONFIG, write_model
 from transformers import AutoModelForCausalLM
 
-from neuroada_jax import generation, weights
+from neuroada_jax import generation
 from neuroada_jax.generation import generate
+from neuroada_jax.pretrained.load import load_model
 
 NEW = 12
 LENGTHS = (1, 2, 5, 17, 31, 32, 33, 40)
@@ -20,7 +21,7 @@ LENGTHS = (1, 2, 5, 17, 31, 32, 33, 40)
 def pair(tmp_path_factory):
     """The same random model here and in PyTorch."""
     directory = write_model(tmp_path_factory.mktemp("model") / "m", None, seed=3)
-    return weights.load_model(str(directory)), AutoModelForCausalLM.from_pretrained(directory).eval()
+    return load_model(str(directory)), AutoModelForCausalLM.from_pretrained(directory).eval()
 
 
 def prompts(lengths=LENGTHS):
@@ -93,7 +94,7 @@ def test_bfloat16_decodes(pair):
     loaded = pair[0]
     half = loaded._replace(params=jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), loaded.params))
     config = {**CONFIG, "dtype": "bfloat16"}
-    model = weights.models.from_hf_config(config, jnp.bfloat16)
+    model = models.from_hf_config(config, jnp.bfloat16)
     with jax.numpy_dtype_promotion("standard"):
         got = generate(model, half.params, prompts((3, 9)), max_new_tokens=4, eos_ids=[])
     assert [len(tokens) for tokens in got] == [4, 4]

@@ -12,7 +12,7 @@ from helpers import write_bert, write_model
 import neuroada_jax
 from neuroada_jax import cli
 from neuroada_jax.errors import UserError
-from neuroada_jax.weights import open_base, with_weights
+from neuroada_jax.pretrained.load import open_base, with_weights
 
 WORDS = [*"abcdehinostu", "the", "day", "night", "answer", "question", "option1", "please choose", "correct"]
 MISSING = 'lm-eval is not installed: pip install "neuroada-jax[eval]" (kept out of the extra `test`: 190 MB, 16,000 files)'

@@ -9,7 +9,8 @@ from data_helpers import CHAT, message_of
 from helpers import write_model
 from transformers.generation import logits_process
 
-from neuroada_jax import generation, sampling, weights
+from neuroada_jax import generation, sampling
+from neuroada_jax.pretrained.load import load_model
 from neuroada_jax.sampling import Decoding
 
 VOCABULARY = 23
@@ -105,7 +106,7 @@ def test_draws_follow_the_filtered_distribution():
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    return weights.load_model(str(write_model(tmp_path_factory.mktemp("model") / "m", seed=3)))
+    return load_model(str(write_model(tmp_path_factory.mktemp("model") / "m", seed=3)))
 
 
 def generate(base, prompts, new=20, **settings):

@@ -8,12 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from neuroada_jax import console, weights
+from neuroada_jax import console
 from neuroada_jax.core import trees
 from neuroada_jax.core.trees import Tree
 from neuroada_jax.errors import UserError
-from neuroada_jax.formats import huggingface, native, official, peft, verification
+from neuroada_jax.formats import native, official, peft, verification
 from neuroada_jax.models import names
+from neuroada_jax.pretrained import save
+from neuroada_jax.pretrained.load import open_base, open_model, with_weights
 
 _PEFT = {"peft-supertuning": peft.Kind.SUPERTUNING, "peft-shira": peft.Kind.SHIRA}
 
@@ -48,15 +50,15 @@ def export_adapter(
         raise UserError(f"{source}: adapter.json names no base; give --model")
     merges = verify or target == "huggingface"
     labels = trained_on.get("labels")
-    base = weights.open_model(where, dtype or trained_on.get("dtype") or "auto", config_only=not merges, labels=labels)
+    base = open_model(where, dtype or trained_on.get("dtype") or "auto", config_only=not merges, labels=labels)
     merged_dtype = jnp.dtype(base.model.config.dtype)
     tokenizer = None
     if target == "huggingface":
         stored = base.model.hf_config.get("dtype") or base.model.hf_config.get("torch_dtype")
         # Nothing is rounded before the merge: bfloat16 weights are loaded as such only where they are stored so.
-        base, tokenizer = weights.open_base(where, merged_dtype.name if stored == "bfloat16" else "float32", labels)
+        base, tokenizer = open_base(where, merged_dtype.name if stored == "bfloat16" else "float32", labels)
     if merges:
-        base = weights.with_weights(base)
+        base = with_weights(base)
 
     # The official code and SuperTuning round the values to the weights' dtype before they add; SHiRA and we add in float32.
     round_first = merged_dtype if target in ("official", "peft-supertuning") else jnp.float32
@@ -67,7 +69,7 @@ def export_adapter(
 
     reload: Callable[[], verification.Reloaded]
     if target == "huggingface":
-        huggingface.save(directory, base, params, tokenizer)
+        save.save(directory, base, params, tokenizer)
         notes = [f"merged in float32, saved as {merged_dtype.name}"]
         reload = functools.partial(verification.reload_huggingface, base, directory, merged_dtype)
     elif target in _PEFT:
@@ -110,12 +112,12 @@ def import_adapter(
     """
     if Path(out).exists():
         raise UserError(f"--out: {out} exists already; choose another folder or remove it")
-    opened = weights.open_model(base, dtype or "auto")
+    opened = open_model(base, dtype or "auto")
     if source_format in _PEFT:
         imported = peft.read(Path(directory), opened.model, _PEFT[source_format])
     else:
         imported = official.read(Path(directory), opened.model, allow_pickle=allow_pickle)
-    loaded = weights.with_weights(opened)
+    loaded = with_weights(opened)
     model = loaded.model
     targets = [
         names.within_layer(path, model.stack)

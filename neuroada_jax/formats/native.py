@@ -27,8 +27,8 @@ from neuroada_jax.core.trees import Tree
 from neuroada_jax.errors import UserError
 from neuroada_jax.models import dense_modules as model_heads
 from neuroada_jax.models import names
-from neuroada_jax.safetensors_weights import read_whole
-from neuroada_jax.weights import LoadedModel
+from neuroada_jax.pretrained.load import LoadedModel
+from neuroada_jax.pretrained.safetensors_directory import read_whole
 
 FORMAT = "neuroada-adapter"
 VERSION = 1

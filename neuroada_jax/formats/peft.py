@@ -28,8 +28,8 @@ from neuroada_jax.errors import UserError
 from neuroada_jax.formats.imported import Imported
 from neuroada_jax.formats.native import Adapter, head_slots
 from neuroada_jax.formats.scattered import Entries, rows_of
-from neuroada_jax.safetensors_weights import read_whole
-from neuroada_jax.weights import LoadedModel
+from neuroada_jax.pretrained.load import LoadedModel
+from neuroada_jax.pretrained.safetensors_directory import read_whole
 
 _PREFIX = "base_model.model."
 _MODULE = re.compile(r"\w+(\.\w+)*", re.ASCII)

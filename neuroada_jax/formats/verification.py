@@ -16,10 +16,10 @@ from neuroada_jax import models
 from neuroada_jax.core import trees
 from neuroada_jax.core.trees import Tree
 from neuroada_jax.errors import UserError
-from neuroada_jax.formats import huggingface
 from neuroada_jax.formats.imported import Imported
 from neuroada_jax.models import names
-from neuroada_jax.weights import LoadedModel
+from neuroada_jax.pretrained import save
+from neuroada_jax.pretrained.load import LoadedModel
 
 TOLERANCE = 1e-4  # of logits, as a part of the largest one, or of 1 where all are smaller
 _TOKENS = (2, 24)  # rows and length of the text that is compared
@@ -71,7 +71,7 @@ def _torch_base(base: LoadedModel) -> Any:
     # A GGUF file, which transformers does not read as we do, or an encoder to which it would give another head.
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "base"
-        huggingface.save(directory, base, base.params, None)
+        save.save(directory, base, base.params, None)
         return load_torch(base.model, str(directory), base.model.config.dtype)
 
 

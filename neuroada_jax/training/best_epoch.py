@@ -22,8 +22,8 @@ from neuroada_jax.data.rows import Rows
 from neuroada_jax.errors import UserError
 from neuroada_jax.evaluation import Score
 from neuroada_jax.formats import native
+from neuroada_jax.pretrained.load import LoadedModel
 from neuroada_jax.training.step import TrainState
-from neuroada_jax.weights import LoadedModel
 
 LARGE = 5000
 CHOOSING_OF_LARGE = 1000

@@ -5,9 +5,9 @@ import dataclasses
 from neuroada_jax import console, models
 from neuroada_jax.core import trees
 from neuroada_jax.errors import UserError
+from neuroada_jax.pretrained.load import LoadedModel
 from neuroada_jax.tasks import GLUE, TASKS
 from neuroada_jax.training.config import GenerationSection, HeadSection, RunConfig
-from neuroada_jax.weights import LoadedModel
 
 
 def check_kind(config: RunConfig, model: models.Model) -> None:

@@ -16,10 +16,10 @@ from neuroada_jax.data.rows import Rows, load_rows
 from neuroada_jax.errors import UserError
 from neuroada_jax.evaluation import Progress, Score
 from neuroada_jax.models.losses import classification_losses, target_losses
+from neuroada_jax.pretrained.load import LoadedModel, with_labels
 from neuroada_jax.tasks import GLUE, TASKS, Source, Task, overlap
 from neuroada_jax.training import modules
 from neuroada_jax.training.config import EvaluationSet, RunConfig
-from neuroada_jax.weights import LoadedModel, with_labels
 
 
 @runtime_checkable

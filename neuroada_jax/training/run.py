@@ -10,8 +10,10 @@ from neuroada_jax.core import bypass
 from neuroada_jax.core.trees import Tree
 from neuroada_jax.data.rows import Rows
 from neuroada_jax.errors import UserError
-from neuroada_jax.formats import huggingface, native
+from neuroada_jax.formats import native
 from neuroada_jax.models import dense_modules
+from neuroada_jax.pretrained import save
+from neuroada_jax.pretrained.load import LoadedModel, open_base, with_weights
 from neuroada_jax.training import (
     best_epoch,
     connections,
@@ -31,7 +33,6 @@ from neuroada_jax.training.config import RunConfig
 from neuroada_jax.training.config_file import to_yaml
 from neuroada_jax.training.objectives import Objective
 from neuroada_jax.training.signals import Stop
-from neuroada_jax.weights import LoadedModel, open_base, with_weights
 
 
 def evaluation_rows(config: RunConfig, objective: Objective, base: LoadedModel, tokenizer: Any) -> dict[str, Rows]:
@@ -247,7 +248,7 @@ def train(
                 merged = devices.local(state.merged)
                 after = evaluate_sets(config, objective, held_out, base, merged, tokenizer, "after")
                 if config.merge:
-                    huggingface.save(directory / "merged", base, merged, tokenizer, replace=True)
+                    save.save(directory / "merged", base, merged, tokenizer, replace=True)
     except loop.NotFinite as failure:
         save_adapter(directory / "adapter", failure.state)
         places = ", ".join(rows.where(int(row)) for row in failure.rows[:8])

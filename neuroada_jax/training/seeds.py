@@ -8,10 +8,10 @@ from typing import Any
 
 from neuroada_jax import console, files
 from neuroada_jax.errors import UserError
+from neuroada_jax.pretrained.load import open_base
 from neuroada_jax.training import config_file, modules, report, resuming, run
 from neuroada_jax.training.config import RunConfig
 from neuroada_jax.training.signals import Stop
-from neuroada_jax.weights import open_base
 
 
 def train(

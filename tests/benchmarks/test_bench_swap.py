@@ -8,7 +8,7 @@ from helpers import NEURONS, write_model
 
 from benchmarks import swap
 from neuroada_jax.core import bypass
-from neuroada_jax.weights import load_model
+from neuroada_jax.pretrained.load import load_model
 
 METHODS = ["full merge", "put in", "swap", "overwrite, equal columns", "removal"]
 

@@ -14,14 +14,16 @@ import torch
 from helpers import run_config, write_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from neuroada_jax import models, weights
+from neuroada_jax import models
 from neuroada_jax.core import bypass
 from neuroada_jax.core.bypass import Bypass
-from neuroada_jax.formats import huggingface, native
+from neuroada_jax.formats import native
 from neuroada_jax.generation import generate
 from neuroada_jax.models import LLAMA_TARGETS
+from neuroada_jax.pretrained import save
+from neuroada_jax.pretrained.load import load_model
+from neuroada_jax.pretrained.tokenizer import load_tokenizer
 from neuroada_jax.sampling import Decoding
-from neuroada_jax.tokenizer import load_tokenizer
 
 PROMPTS = [
     "The capital of France is",
@@ -52,7 +54,7 @@ TEXT = "The quick brown fox jumps over the lazy dog, and then it runs away from 
 
 @pytest.fixture(scope="module")
 def base(smollm2_gguf):
-    return weights.load_model(str(smollm2_gguf), "float32")
+    return load_model(str(smollm2_gguf), "float32")
 
 
 def assert_same_logits(model, params, reference, tokenizer):
@@ -108,7 +110,7 @@ def test_a_merged_bypass_is_the_same_model_in_pytorch(base, smollm2_gguf, tmp_pa
     rng = np.random.default_rng(0)
     values = jax.tree.map(lambda leaf: jnp.asarray(0.02 * rng.standard_normal(leaf.shape, np.float32)), built.values)
     params = bypass.merge(base.params, Bypass(values, built.columns))
-    huggingface.save(tmp_path / "merged", base, params, load_tokenizer(str(smollm2_gguf)))
+    save.save(tmp_path / "merged", base, params, load_tokenizer(str(smollm2_gguf)))
     reference, tokenizer = pytorch(tmp_path / "merged")
     assert_same_logits(base.model, params, reference, tokenizer)
     assert_same_texts(tmp_path / "merged", reference, tokenizer, PROMPTS[:3], 12)
@@ -128,7 +130,7 @@ def test_a_merged_bypass_is_the_same_model_in_pytorch(base, smollm2_gguf, tmp_pa
     ids=["greedy", "beams", "beams without repetition"],
 )
 def test_continuations_equal_pytorch_token_for_token(base, smollm2_gguf, tmp_path, settings, theirs):
-    huggingface.save(tmp_path / "model", base, base.params, load_tokenizer(str(smollm2_gguf)))
+    save.save(tmp_path / "model", base, base.params, load_tokenizer(str(smollm2_gguf)))
     reference, tokenizer = pytorch(tmp_path / "model")
     prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
     eos_ids = [tokenizer.eos_token_id]
@@ -166,7 +168,7 @@ def test_training_adapter_merge_and_pytorch(base, smollm2_gguf, tmp_path):
     params = bypass.merge(base.params, trained)
     merged = tmp_path / "merged"
     neuroada("merge", "--adapter", tmp_path / "out" / "adapter", "--dtype", "float32", "--out", merged)
-    again = weights.load_model(str(merged), "float32")
+    again = load_model(str(merged), "float32")
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), again.params, params)
 
     reference, tokenizer = pytorch(merged)

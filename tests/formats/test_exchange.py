@@ -12,8 +12,9 @@ from data_helpers import CHAT
 from helpers import write_model
 from transformers import AutoModelForCausalLM
 
-from neuroada_jax import cli, weights
+from neuroada_jax import cli
 from neuroada_jax.formats import exchange, native, peft
+from neuroada_jax.pretrained.load import load_model
 
 FORMATS = ["peft-supertuning", "peft-shira"]
 if importlib.util.find_spec("neuroada_jax.formats.official"):
@@ -34,7 +35,7 @@ def adapters(bases, tmp_path_factory):
     """A native adapter of each base: two connections of q_proj and down_proj, and the output layer trained densely."""
     made = {}
     for dtype, directory in bases.items():
-        base, rng = weights.load_model(str(directory), "auto"), np.random.default_rng(3)
+        base, rng = load_model(str(directory), "auto"), np.random.default_rng(3)
         columns, values = {}, {}
         for module, outputs in (
             (f"model.layers.{n}.{m}", 64) for n in range(2) for m in ("self_attn.q_proj", "mlp.down_proj")

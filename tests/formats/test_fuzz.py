@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from helpers import write_model
 
-from neuroada_jax import inspection, weights
+from neuroada_jax import inspection
 from neuroada_jax.errors import UserError
 from neuroada_jax.formats import native, peft
+from neuroada_jax.pretrained.load import load_model
 
 MUTATIONS = 200  # of each format
 TARGETS = {"self_attn.k_proj": (32, 64), "mlp.down_proj": (64, 96)}  # out of the seven; (O, I)
@@ -22,7 +23,7 @@ JUNK = [None, True, -1, 0, 1.5, 2**70, float("nan"), "", "\ud800", "../x", [], [
 def base(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "m"
     fields = {"hidden_size": 64, "intermediate_size": 96, "tie_word_embeddings": False}
-    return weights.load_model(str(write_model(path, None, vocab_size=32, **fields)))
+    return load_model(str(write_model(path, None, vocab_size=32, **fields)))
 
 
 @pytest.fixture(scope="module")

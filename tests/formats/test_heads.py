@@ -10,14 +10,16 @@ import safetensors.numpy
 import torch
 from data_helpers import CHAT, message_of
 from helpers import CONFIG, random_tensors, run_config, write_config, write_model, write_rows
-from test_huggingface import load
+from test_save import load
 from transformers import AutoModelForSequenceClassification
 
-from neuroada_jax import cli, models, weights
+from neuroada_jax import cli, models
 from neuroada_jax.core import bypass
 from neuroada_jax.core.bypass import Bypass
-from neuroada_jax.formats import exchange, huggingface, native
+from neuroada_jax.formats import exchange, native
 from neuroada_jax.models import dense_modules
+from neuroada_jax.pretrained import save
+from neuroada_jax.pretrained.load import load_model
 from neuroada_jax.training import modules
 from neuroada_jax.training.config_file import from_dict
 
@@ -67,7 +69,7 @@ def bare(request, tmp_path_factory):
     """(base with a head drawn for three labels, trained bypass, trained head, adapter directory)."""
     folder = tmp_path_factory.mktemp(request.param)
     directory = write_encoder(folder / "model", request.param, bare=True)
-    base = weights.load_model(str(directory), labels=LABELS)
+    base = load_model(str(directory), labels=LABELS)
     paths = base.model.architecture.optional
     values, head = trained(base, paths)
     native.save(folder / "adapter", values, base, k=2, targets=TARGETS, seed=0, head=head)
@@ -78,7 +80,7 @@ def test_a_head_comes_back_bit_for_bit(bare):
     base, values, head, directory = bare
     adapter = native.read(str(directory))
     assert set(adapter.heads) == set(base.drawn) and adapter.metadata["base"]["labels"] == LABELS
-    again = weights.load_model(base.source, labels=adapter.metadata["base"]["labels"], seed=9)  # another head to begin with
+    again = load_model(base.source, labels=adapter.metadata["base"]["labels"], seed=9)  # another head to begin with
     jax.tree.map(np.testing.assert_array_equal, native.head(adapter, again), head)
     want = dense_modules.join(bypass.merge(base.params, values), head)
     jax.tree.map(np.testing.assert_array_equal, native.merge(adapter, again), want)
@@ -87,7 +89,7 @@ def test_a_head_comes_back_bit_for_bit(bare):
 def test_the_merged_model_loads_in_transformers_with_the_same_logits(bare, tmp_path, caplog, capfd):
     base, *_, directory = bare
     params = native.merge(native.read(str(directory)), base)
-    huggingface.save(tmp_path / "merged", base, params, CHAT)
+    save.save(tmp_path / "merged", base, params, CHAT)
     reference = load(tmp_path / "merged", caplog, capfd, AutoModelForSequenceClassification)
     assert type(reference).__name__ == base.model.architecture.transformers_class
     assert [reference.config.id2label[number] for number in range(3)] == LABELS
@@ -100,7 +102,7 @@ def test_the_merged_model_loads_in_transformers_with_the_same_logits(bare, tmp_p
     found = base.model.module().apply({"params": params}, jnp.asarray(ids), jnp.asarray(mask))
     np.testing.assert_allclose(found, want, atol=1e-4)
     assert np.ptp(want) > 0.1
-    again = weights.load_model(str(tmp_path / "merged"))
+    again = load_model(str(tmp_path / "merged"))
     assert again.drawn == []
     jax.tree.map(np.testing.assert_array_equal, again.params, params)
 
@@ -144,7 +146,7 @@ def test_which_modules_train_whole(bare, tmp_path):
     message = message_of(modules.head_paths, config, base, [("classifier",)])
     assert message == "bypass.targets: classifier belongs to the head, which trains whole; leave it out"
 
-    whole = weights.load_model(str(write_encoder(tmp_path / "whole", "bert")))
+    whole = load_model(str(write_encoder(tmp_path / "whole", "bert")))
     assert whole.drawn == [] and modules.head_paths(config, whole, targets) == [("classifier",)]
     assert modules.head_paths(run(tmp_path, base.source, head={"train": False}), whole, targets) == []
 
@@ -166,7 +168,7 @@ def test_the_command_line_on_an_encoder(bare, tmp_path, capsys):
 
     code, _, err = neuroada("merge", "--adapter", directory, "--out", tmp_path / "merged")
     assert code == 0 and "drawn from seed 0" in err
-    merged = weights.load_model(str(tmp_path / "merged"))
+    merged = load_model(str(tmp_path / "merged"))
     jax.tree.map(np.testing.assert_array_equal, merged.params, native.merge(native.read(str(directory)), base))
 
     rows = write_rows(tmp_path / "rows.jsonl")
@@ -196,7 +198,7 @@ def test_a_decoder_has_no_head_to_train(tmp_path, capsys):
 )
 def test_a_trained_head_in_pytorch_and_back(kind, dtype, k, target, tmp_path, capsys):
     directory = write_encoder(tmp_path / "model", kind, dtype=dtype)
-    base = weights.load_model(str(directory), "auto", labels=LABELS)
+    base = load_model(str(directory), "auto", labels=LABELS)
     values, head = trained(base, k=k)
     native.save(tmp_path / "adapter", values, base, k=k, targets=TARGETS, seed=0, head=head)
 

@@ -12,10 +12,11 @@ import safetensors.numpy
 from data_helpers import message_of
 from helpers import CONFIG, random_tensors, write_model
 
-from neuroada_jax import inspection, models, weights
+from neuroada_jax import inspection, models
 from neuroada_jax.core import bypass
 from neuroada_jax.core.bypass import Bypass
 from neuroada_jax.formats import native
+from neuroada_jax.pretrained.load import load_model
 
 TARGETS = ["q_proj", "down_proj"]
 MODULES = [f"model.layers.{layer}.{name}" for layer in range(2) for name in ("mlp.down_proj", "self_attn.q_proj")]
@@ -37,7 +38,7 @@ def save(directory, base, bypass_=None, targets=TARGETS, **options):
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    return weights.load_model(str(write_model(tmp_path_factory.mktemp("model") / "m", None)))
+    return load_model(str(write_model(tmp_path_factory.mktemp("model") / "m", None)))
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def test_round_trip_bit_for_bit(base, pristine):
 
 def test_round_trip_of_an_untied_head(tmp_path):
     directory = write_model(tmp_path / "m", None, tie_word_embeddings=False)
-    base = weights.load_model(str(directory))
+    base = load_model(str(directory))
     made = trained(base, ["lm_head", "k_proj"])
     save(tmp_path / "a", base, made, ["lm_head", "k_proj"])
     assert_same(native.load(str(tmp_path / "a"), base), made)
@@ -104,14 +105,14 @@ def test_another_base_is_refused(base, pristine, tmp_path):
     name = "model.layers.1.mlp.up_proj.weight"  # not even a target
     changed = random_tensors(CONFIG)[name].copy()
     changed[3, 5] = np.nextafter(changed[3, 5], 9, dtype=np.float32)
-    other = weights.load_model(str(write_model(tmp_path / "other", None, weights={name: changed})))
+    other = load_model(str(write_model(tmp_path / "other", None, weights={name: changed})))
     message = message_of(native.load, str(pristine), other)
     assert message == f"{other.source} is not the base of this adapter ({base.source}): tensor {name!r} differs"
-    untied = weights.load_model(str(write_model(tmp_path / "untied", None, tie_word_embeddings=False)))
+    untied = load_model(str(write_model(tmp_path / "untied", None, tie_word_embeddings=False)))
     save(tmp_path / "u", untied)
     message = message_of(native.load, str(tmp_path / "u"), base)
     assert message.endswith("tensor 'lm_head.weight' is missing")
-    copy = weights.load_model(str(write_model(tmp_path / "copy", None)))  # the same weights elsewhere will do
+    copy = load_model(str(write_model(tmp_path / "copy", None)))  # the same weights elsewhere will do
     assert_same(native.load(str(pristine), copy), native.load(str(pristine), base))
 
 

@@ -19,12 +19,13 @@ import transformers
 from data_helpers import message_of
 from helpers import write_model
 
-from neuroada_jax import models, weights
+from neuroada_jax import models
 from neuroada_jax.core import bypass, trees
 from neuroada_jax.core.bypass import Bypass
 from neuroada_jax.errors import UserError
 from neuroada_jax.formats import native, official
 from neuroada_jax.models import names
+from neuroada_jax.pretrained.load import load_model
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -131,7 +132,7 @@ def test_without_pytorch(tmp_path, monkeypatch, golden_base):
 
 @pytest.fixture(scope="module")
 def golden_base():
-    return weights.load_model(str(GOLDEN / "llama_untied"))
+    return load_model(str(GOLDEN / "llama_untied"))
 
 
 def test_the_published_codes_files_become_a_native_adapter(golden_base, tmp_path):
@@ -160,7 +161,7 @@ def checkpoint(tmp_path_factory):
     def get(tied, dtype):
         if (tied, dtype) not in made:
             path = write_model(folder / f"{tied}-{dtype}", None, tie_word_embeddings=tied, dtype=dtype)
-            made[tied, dtype] = weights.load_model(str(path), dtype)
+            made[tied, dtype] = load_model(str(path), dtype)
         return made[tied, dtype]
 
     return get

@@ -17,11 +17,12 @@ import transformers
 from data_helpers import message_of
 from helpers import CONFIG, random_tensors, write_model
 
-from neuroada_jax import inspection, models, weights
+from neuroada_jax import inspection, models
 from neuroada_jax.core import trees
 from neuroada_jax.formats import native, peft
 from neuroada_jax.formats.peft import Kind
 from neuroada_jax.models import names
+from neuroada_jax.pretrained.load import LoadedModel, load_model, open_model
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -32,7 +33,7 @@ Q = "model.layers.0.self_attn.q_proj"
 class Family(NamedTuple):
     """A base as this library and as PyTorch loads it."""
 
-    base: weights.LoadedModel
+    base: LoadedModel
     torch_class: Any
     heads: dict[str, tuple[int, ...]]  # what may be trained densely
 
@@ -51,7 +52,7 @@ def families(tmp_path_factory):
     for name, (fields, heads) in LLAMAS.items():
         for dtype in ("float32", "bfloat16"):
             directory = write_model(folder / f"{name}-{dtype}", None, dtype=dtype, **WIDE, **fields)
-            loaded = weights.load_model(str(directory), "auto")
+            loaded = load_model(str(directory), "auto")
             made[name, dtype] = Family(loaded, transformers.LlamaForCausalLM, heads)
     return made
 
@@ -196,7 +197,7 @@ def test_padding_leaves_the_first_entry_alone(kind, tmp_path):
     weight = random_tensors({**CONFIG, **WIDE})["model.layers.0.self_attn.q_proj.weight"]
     weight[0] = np.float32(-0.0)
     directory = write_model(tmp_path / "m", None, weights={f"{Q}.weight": weight}, **WIDE)
-    family = Family(weights.load_model(str(directory)), transformers.LlamaForCausalLM, {})
+    family = Family(load_model(str(directory)), transformers.LlamaForCausalLM, {})
     adapter = trained(family, 2)
     adapter = adapter._replace(columns={name: leaf.copy() for name, leaf in adapter.columns.items()})
     adapter.columns[Q][0] = [1, 2]
@@ -249,7 +250,7 @@ def test_inspect(untied, tmp_path):
 
 
 def test_what_shira_cannot_hold(tmp_path):
-    family = Family(weights.load_model(str(write_model(tmp_path / "m", None))), transformers.LlamaForCausalLM, {})
+    family = Family(load_model(str(write_model(tmp_path / "m", None))), transformers.LlamaForCausalLM, {})
     adapter = trained(family, 16)
     message = message_of(peft.export, adapter, tmp_path / "x", Kind.SHIRA, family.base)
     assert message.startswith("PEFT SHiRA cannot hold this adapter: it needs r=") and "peft-supertuning can" in message
@@ -261,7 +262,7 @@ def test_what_shira_cannot_hold(tmp_path):
 
 
 def test_an_adapter_of_another_base_is_not_exported(untied, tmp_path):
-    other = weights.open_model(str(write_model(tmp_path / "m", None)))
+    other = open_model(str(write_model(tmp_path / "m", None)))
     message = message_of(peft.export, trained(untied), tmp_path / "x", Kind.SHIRA, other)
     assert "neurons or columns that do not fit" in message
     adapter = trained(untied, targets=["lm_head"])
@@ -398,7 +399,7 @@ def test_modules_and_heads_that_the_base_does_not_have(untied, kind, tmp_path):
     safetensors.numpy.save_file(tensors, str(path))
     message = message_of(peft.read, tmp_path / "x", untied.base.model, kind)
     assert "head 'lm_head.bias' has shape [304], the base has no such tensor" in message
-    tied = weights.open_model(str(write_model(tmp_path / "tied", None, num_hidden_layers=1, **WIDE)))
+    tied = open_model(str(write_model(tmp_path / "tied", None, num_hidden_layers=1, **WIDE)))
     message = message_of(peft.read, tmp_path / "x", tied.model, kind)
     assert message.startswith("the base has no linear map 'model.layers.1.")
 

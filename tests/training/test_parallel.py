@@ -11,11 +11,12 @@ import test_step_encoder as encoder
 from data_helpers import message_of
 from helpers import write_model
 
-from neuroada_jax import models, weights
+from neuroada_jax import models
 from neuroada_jax.collectives import Traffic, collectives
 from neuroada_jax.core import bypass, ops, trees
 from neuroada_jax.models import Remat
 from neuroada_jax.models.losses import classification_losses, target_losses
+from neuroada_jax.pretrained.load import open_model, read_weights
 from neuroada_jax.roofline import nbytes
 from neuroada_jax.training import optimizer, parallel, step
 from neuroada_jax.training.config import OptimizerSection, ParallelSection, TrainingSection
@@ -205,9 +206,9 @@ def test_weights_are_read_to_where_they_belong(tmp_path):
     """No device holds more than its part, from the first tensor on; and what is built on them is split alike."""
     path = str(write_model(tmp_path / "model"))
     devices = parallel.resolve(ParallelSection(mode="jit", fsdp=4, tensor=2))
-    opened = weights.open_model(path)
+    opened = open_model(path)
     placed = devices.weights(opened.model.abstract_params())
-    loaded, plain = weights.read_weights(opened, shardings=placed), weights.read_weights(opened)
+    loaded, plain = read_weights(opened, shardings=placed), read_weights(opened)
     assert loaded.digests == plain.digests
     jax.tree.map(np.testing.assert_array_equal, loaded.params, plain.params)
     same = jax.tree.map(lambda leaf, place: leaf.sharding.is_equivalent_to(place, leaf.ndim), loaded.params, placed)

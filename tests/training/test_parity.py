@@ -12,11 +12,12 @@ import pytest
 import torch
 import transformers
 
-from neuroada_jax import models, weights
+from neuroada_jax import models
 from neuroada_jax.core import bypass, trees
 from neuroada_jax.core.bypass import Bypass
 from neuroada_jax.data.batches import Batch
 from neuroada_jax.models import names
+from neuroada_jax.pretrained.load import load_model
 from neuroada_jax.training import config_file, connections, optimizer, step
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
@@ -90,7 +91,7 @@ class Start(NamedTuple):
 
 
 def start(run, dtype="float32"):
-    loaded = weights.load_model(run.model.path, dtype)
+    loaded = load_model(run.model.path, dtype)
     paths = models.match_targets(loaded.params, run.bypass.targets, loaded.model.stack)
     built = connections.choose(run, loaded.model, loaded.params, paths, batches(run.name))
     return Start(loaded.model, loaded.params, kernels(loaded.model, loaded.params), built)
@@ -157,7 +158,7 @@ def test_gradients_of_parts_of_a_batch_sum_to_the_same():
 
 def test_selection_leaves_the_weights_alone_and_knows_the_output_layer():
     run = settings("llama_untied", 2, bypass={"score": "gradient", "targets": ["lm_head"]})
-    before = weights.load_model(run.model.path)
+    before = load_model(run.model.path)
     begun = start(run)
     for old, new in zip(jax.tree.leaves(before.params), jax.tree.leaves(begun.params), strict=True):
         np.testing.assert_array_equal(old, new)

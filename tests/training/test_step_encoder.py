@@ -9,11 +9,12 @@ import optax
 import pytest
 from test_parity import GOLDEN, load
 
-from neuroada_jax import checkpoint, models, weights
+from neuroada_jax import checkpoint, models
 from neuroada_jax.core import bypass, trees
 from neuroada_jax.data.batches import ClassificationBatch
 from neuroada_jax.models import ENCODER_TARGETS, Remat, dense_modules, names
 from neuroada_jax.models.losses import classification_losses
+from neuroada_jax.pretrained.load import load_model
 from neuroada_jax.training import optimizer, step
 from neuroada_jax.training.config import HeadSection, OptimizerSection
 
@@ -218,7 +219,7 @@ def golden_batches(rows=None):
 def run_official(case, section, rows=None):
     """(model, original parameters, built columns, losses, gradient norms, last state) of a golden case."""
     facts = FACTS[case]
-    loaded = weights.load_model(str(GOLDEN / "roberta_cls"))
+    loaded = load_model(str(GOLDEN / "roberta_cls"))
     original = jax.tree.map(np.array, loaded.params)
     paths = models.match_targets(loaded.params, list(ENCODER_TARGETS), loaded.model.stack)
     built = bypass.build(loaded.params, paths, facts["k"])

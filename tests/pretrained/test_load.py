@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from neuroada_jax import models, weights
+from neuroada_jax import models
 from neuroada_jax.core import trees
 from neuroada_jax.errors import UserError
 from neuroada_jax.models import names
+from neuroada_jax.pretrained.load import load_model
+from neuroada_jax.pretrained.source import config_dtype
 
 CONFIG = {
     "model_type": "llama",
@@ -77,7 +79,7 @@ def assert_identical(a, b):
 def test_every_tensor_arrives_in_its_place(tmp_path):
     tensors = random_tensors()
     seen = []
-    loaded = weights.load_model(str(write(tmp_path, tensors)), on_progress=lambda done, total: seen.append((done, total)))
+    loaded = load_model(str(write(tmp_path, tensors)), on_progress=lambda done, total: seen.append((done, total)))
     for name, tensor in tensors.items():
         np.testing.assert_array_equal(leaf(loaded.params, name), tensor)
     assert jax.tree.map(lambda a: (a.shape, a.dtype), loaded.params) == jax.tree.map(
@@ -90,15 +92,15 @@ def test_every_tensor_arrives_in_its_place(tmp_path):
 
 def test_shards_equal_a_single_file(tmp_path):
     tensors = random_tensors()
-    single = weights.load_model(str(write(tmp_path / "single", tensors)))
-    sharded = weights.load_model(str(write(tmp_path / "sharded", tensors, shards=3)))
+    single = load_model(str(write(tmp_path / "single", tensors)))
+    sharded = load_model(str(write(tmp_path / "sharded", tensors, shards=3)))
     assert_identical(sharded.params, single.params)
     assert sharded.digests == single.digests
 
 
 def test_tensors_that_the_model_does_not_have_are_left_alone(tmp_path):
     tensors = random_tensors() | {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32)}
-    loaded = weights.load_model(str(write(tmp_path, tensors)))
+    loaded = load_model(str(write(tmp_path, tensors)))
     assert loaded.digests.keys() == random_tensors().keys()
 
 
@@ -106,7 +108,7 @@ def test_tensors_that_the_model_does_not_have_are_left_alone(tmp_path):
 @pytest.mark.parametrize("wanted", ["float32", "bfloat16"])
 def test_dtypes(tmp_path, stored, wanted):
     tensors = random_tensors(stored)
-    loaded = weights.load_model(str(write(tmp_path, tensors)), dtype=wanted)
+    loaded = load_model(str(write(tmp_path, tensors)), dtype=wanted)
     assert {a.dtype for a in jax.tree.leaves(loaded.params)} == {jnp.dtype(wanted)}
     assert loaded.model.config.dtype == jnp.dtype(wanted)
     for name in (Q_PROJ, "model.norm.weight", "lm_head.weight"):
@@ -125,25 +127,25 @@ def test_dtypes(tmp_path, stored, wanted):
     ],
 )
 def test_auto_takes_the_dtype_that_the_config_declares(declared, expected):
-    assert weights.config_dtype("auto", declared) == expected
-    assert weights.config_dtype("float32", declared) == jnp.float32
-    assert weights.config_dtype("bfloat16", declared) == jnp.bfloat16
+    assert config_dtype("auto", declared) == expected
+    assert config_dtype("float32", declared) == jnp.float32
+    assert config_dtype("bfloat16", declared) == jnp.bfloat16
 
 
 def test_a_digest_changes_if_and_only_if_its_bytes_change(tmp_path):
     tensors = random_tensors()
-    before = weights.load_model(str(write(tmp_path / "a", tensors))).digests
-    assert weights.load_model(str(write(tmp_path / "b", tensors, shards=2)), dtype="bfloat16").digests == before
+    before = load_model(str(write(tmp_path / "a", tensors))).digests
+    assert load_model(str(write(tmp_path / "b", tensors, shards=2)), dtype="bfloat16").digests == before
     changed = tensors | {Q_PROJ: tensors[Q_PROJ].copy()}
     changed[Q_PROJ].view(np.uint32)[3, 5] ^= 1  # the last bit of one number
-    after = weights.load_model(str(write(tmp_path / "c", changed))).digests
+    after = load_model(str(write(tmp_path / "c", changed))).digests
     assert {name for name in before if before[name] != after[name]} == {Q_PROJ}
     assert len(set(before.values())) == len(before)
 
 
 def error_of(path):
     with pytest.raises(UserError) as error:
-        weights.load_model(str(path))
+        load_model(str(path))
     message = str(error.value)
     assert "\n" not in message
     return message
@@ -272,13 +274,13 @@ MEASURE = """
     import sys
     import jax
     jax.config.update("jax_num_cpu_devices", 1)
-    from neuroada_jax import weights
+    from neuroada_jax.pretrained.load import load_model
     jax.block_until_ready(jax.jit(lambda x: x + 1)(jax.numpy.ones(8)))
     # Not getrusage: its ru_maxrss starts at what the process that started this one held.
     status = lambda key: next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(key)) / 1024
-    weights.load_model(sys.argv[2])  # a tiny one: compiles nothing that counts, imports everything
+    load_model(sys.argv[2])  # a tiny one: compiles nothing that counts, imports everything
     before = status("VmRSS")
-    loaded = weights.load_model(sys.argv[1])
+    loaded = load_model(sys.argv[1])
     jax.block_until_ready(loaded.params)
     size = sum(a.nbytes for a in jax.tree.leaves(loaded.params)) / 2**20
     print(f"{status('VmHWM') - before:.1f} {size:.1f}")
@@ -291,7 +293,7 @@ def test_host_memory_stays_near_the_size_of_the_model(tmp_path):
     config = CONFIG | {"vocab_size": 1000, "hidden_size": 1024, "intermediate_size": 2000, "num_hidden_layers": 5}
     large = write(tmp_path / "large", random_tensors(config=config), shards=3, config=config)
     small = write(tmp_path / "small", random_tensors())
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     run = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(MEASURE), str(large), str(small)],
         capture_output=True,

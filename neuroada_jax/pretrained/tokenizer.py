@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from neuroada_jax.errors import UserError
-from neuroada_jax.gguf_header import read_header
+from neuroada_jax.pretrained.gguf_header import read_header
 
 _CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
 

@@ -13,11 +13,12 @@ from helpers import CONFIG, write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from neuroada_jax import models, weights
+from neuroada_jax import models
 from neuroada_jax.core import bypass
 from neuroada_jax.core.bypass import Bypass
-from neuroada_jax.formats import huggingface
 from neuroada_jax.generation import generate
+from neuroada_jax.pretrained import save
+from neuroada_jax.pretrained.load import load_model
 
 PROMPTS = ["the", "after a,", "Please choose the correct answer", "option1\n", "a  b   c d"]
 
@@ -41,9 +42,9 @@ def saved(tmp_path_factory):
     }
     made = {}
     for name, fields in cases.items():
-        base = weights.load_model(str(write_model(folder / name, **fields)), "auto")
+        base = load_model(str(write_model(folder / name, **fields)), "auto")
         params = merged(base)
-        huggingface.save(folder / f"{name}-merged", base, params, CHAT)
+        save.save(folder / f"{name}-merged", base, params, CHAT)
         made[name] = (base, params, folder / f"{name}-merged")
     return made
 
@@ -84,7 +85,7 @@ def test_loads_in_transformers_with_the_same_logits_and_generations(name, saved,
 
     ids = np.random.default_rng(1).integers(0, CONFIG["vocab_size"], (2, 20)).astype(np.int32)
     if name == "bfloat16":  # both in float32 from the same rounded weights, else rounding hides everything
-        model, base, params = model.float(), weights.load_model(str(directory), "float32"), None
+        model, base, params = model.float(), load_model(str(directory), "float32"), None
         params = base.params
     with torch.no_grad():
         want = model(torch.from_numpy(ids).long()).logits.numpy()
@@ -105,7 +106,7 @@ def test_loads_in_transformers_with_the_same_logits_and_generations(name, saved,
 def test_it_loads_here_again(saved):
     for name in ("tied", "bfloat16"):
         _, params, directory = saved[name]
-        again = weights.load_model(str(directory), "auto").params
+        again = load_model(str(directory), "auto").params
         jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), again, params)
 
 
@@ -134,8 +135,8 @@ def test_the_tokenizer_comes_along(saved):
 @pytest.mark.parametrize("name", ["untied", "bfloat16"])
 def test_shards(name, saved, tmp_path, monkeypatch, caplog, capfd):
     base, params, whole = saved[name]
-    monkeypatch.setattr(huggingface, "SHARD_BYTES", 5_000)
-    huggingface.save(tmp_path / "m", base, params, CHAT)
+    monkeypatch.setattr(save, "SHARD_BYTES", 5_000)
+    save.save(tmp_path / "m", base, params, CHAT)
     files = sorted(path.name for path in tmp_path.glob("m/*.safetensors"))
     assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
     index = json.loads((tmp_path / "m" / "model.safetensors.index.json").read_text())
@@ -144,15 +145,15 @@ def test_shards(name, saved, tmp_path, monkeypatch, caplog, capfd):
     one = load(whole, caplog, capfd).state_dict()
     many = load(tmp_path / "m", caplog, capfd).state_dict()
     assert one.keys() == many.keys() and all(torch.equal(one[key], many[key]) for key in one)
-    again = weights.load_model(str(tmp_path / "m"), "auto").params
+    again = load_model(str(tmp_path / "m"), "auto").params
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), again, params)
 
 
 def test_a_generation_config_is_copied(tmp_path):
     directory = write_model(tmp_path / "m")
     (directory / "generation_config.json").write_text('{"temperature": 0.6, "do_sample": true, "eos_token_id": [1, 3]}')
-    base = weights.load_model(str(directory))
-    huggingface.save(tmp_path / "out", base, base.params, CHAT)
+    base = load_model(str(directory))
+    save.save(tmp_path / "out", base, base.params, CHAT)
     assert (tmp_path / "out" / "generation_config.json").read_text() == (directory / "generation_config.json").read_text()
 
 
@@ -160,8 +161,8 @@ def test_a_config_without_architectures_or_with_an_old_dtype_field(tmp_path):
     directory = write_model(tmp_path / "m")
     config = {key: value for key, value in CONFIG.items() if key not in ("architectures", "dtype")}
     (directory / "config.json").write_text(json.dumps({**config, "torch_dtype": "bfloat16"}))
-    base = weights.load_model(str(directory), "float32")
-    huggingface.save(tmp_path / "out", base, base.params, CHAT)
+    base = load_model(str(directory), "float32")
+    save.save(tmp_path / "out", base, base.params, CHAT)
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["architectures"] == ["LlamaForCausalLM"]
     assert written["dtype"] == "float32" and "torch_dtype" not in written
@@ -170,10 +171,10 @@ def test_a_config_without_architectures_or_with_an_old_dtype_field(tmp_path):
 def test_an_existing_directory_is_refused(saved, tmp_path):
     base, params, _ = saved["tied"]
     (tmp_path / "m").mkdir()
-    message = message_of(huggingface.save, tmp_path / "m", base, params, CHAT)
+    message = message_of(save.save, tmp_path / "m", base, params, CHAT)
     assert message == f"{tmp_path / 'm'} exists already; choose another folder or remove it"
     (tmp_path / "m" / "old.txt").write_text("old")
-    huggingface.save(tmp_path / "m", base, params, CHAT, replace=True)
+    save.save(tmp_path / "m", base, params, CHAT, replace=True)
     assert not (tmp_path / "m" / "old.txt").exists() and (tmp_path / "m" / "model.safetensors").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
@@ -184,7 +185,7 @@ def test_a_failed_save_leaves_nothing(saved, tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(huggingface, "_copy_generation_config", fail)
-    message = message_of(huggingface.save, tmp_path / "m", base, params, CHAT)
+    monkeypatch.setattr(save, "_copy_generation_config", fail)
+    message = message_of(save.save, tmp_path / "m", base, params, CHAT)
     assert message == f"{tmp_path / 'm'}: cannot be written (No space left on device)"
     assert list(tmp_path.iterdir()) == []

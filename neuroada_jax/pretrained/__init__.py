@@ -1,0 +1,1 @@
+"""Pretrained models on disk: found, read and written."""
