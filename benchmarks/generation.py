@@ -19,7 +19,7 @@ from benchmarks import common
 from benchmarks.common import Column, Row
 from neuroada_jax.cli import one_line_errors
 from neuroada_jax.errors import UserError
-from neuroada_jax.generation import generate
+from neuroada_jax.generation.generate import generate
 from neuroada_jax.pretrained.load import load_model
 
 OURS, THEIRS = "neuroada-jax", "transformers"

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Float64, Int32
 from neuroada_jax.core.trees import Tree
 from neuroada_jax.data.batches import Batch
 from neuroada_jax.data.examples import Example
-from neuroada_jax.generation import bucket
+from neuroada_jax.generation.generate import bucket
 from neuroada_jax.models import Model
 from neuroada_jax.models.losses import target_scores
 

@@ -276,8 +276,8 @@ def generate(parsed: argparse.Namespace) -> None:
     """Continues a prompt."""
     from neuroada_jax import evaluation
     from neuroada_jax.data.examples import encode_prompt
-    from neuroada_jax.generation import before_stop, generate
-    from neuroada_jax.sampling import Decoding
+    from neuroada_jax.generation.generate import before_stop, generate
+    from neuroada_jax.generation.sampling import Decoding
 
     fields = {field.name: getattr(parsed, field.name) for field in dataclasses.fields(Decoding)}
     decoding = Decoding(**{**fields, "stop": tuple(parsed.stop)})

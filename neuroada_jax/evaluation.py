@@ -14,9 +14,9 @@ from neuroada_jax.data.examples import Example, encode, encode_prompt
 from neuroada_jax.data.prompts import PromptStyle, render_prompt
 from neuroada_jax.data.rows import Rows, rows_from_list
 from neuroada_jax.errors import UserError
-from neuroada_jax.generation import before_stop, check_lengths, generate
+from neuroada_jax.generation.generate import before_stop, check_lengths, generate
+from neuroada_jax.generation.sampling import GREEDY, Decoding
 from neuroada_jax.pretrained.load import LoadedModel
-from neuroada_jax.sampling import GREEDY, Decoding
 from neuroada_jax.tasks import Task, overlap
 
 Progress = Callable[[int, int], None]

@@ -19,10 +19,10 @@ from neuroada_jax.data.batches import Batch
 from neuroada_jax.data.packing import default_buckets
 from neuroada_jax.errors import UserError
 from neuroada_jax.evaluation import end_tokens
-from neuroada_jax.generation import before_stop, generate
+from neuroada_jax.generation.generate import before_stop, generate
+from neuroada_jax.generation.sampling import Decoding
 from neuroada_jax.models.losses import target_scores
 from neuroada_jax.pretrained.load import LoadedModel
-from neuroada_jax.sampling import Decoding
 
 try:
     import lm_eval

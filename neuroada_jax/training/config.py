@@ -9,8 +9,8 @@ from pydantic.dataclasses import dataclass
 
 from neuroada_jax.data.prompts import PromptStyle
 from neuroada_jax.errors import UserError
+from neuroada_jax.generation.sampling import Decoding
 from neuroada_jax.models import Remat
-from neuroada_jax.sampling import Decoding
 from neuroada_jax.tasks import GLUE, TASKS, unknown
 
 _STRICT = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)

@@ -18,12 +18,12 @@ from neuroada_jax import models
 from neuroada_jax.core import bypass
 from neuroada_jax.core.bypass import Bypass
 from neuroada_jax.formats import native
-from neuroada_jax.generation import generate
+from neuroada_jax.generation.generate import generate
+from neuroada_jax.generation.sampling import Decoding
 from neuroada_jax.models import LLAMA_TARGETS
 from neuroada_jax.pretrained import save
 from neuroada_jax.pretrained.load import load_model
 from neuroada_jax.pretrained.tokenizer import load_tokenizer
-from neuroada_jax.sampling import Decoding
 
 PROMPTS = [
     "The capital of France is",

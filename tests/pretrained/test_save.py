@@ -16,7 +16,7 @@ from transformers.utils import logging
 from neuroada_jax import models
 from neuroada_jax.core import bypass
 from neuroada_jax.core.bypass import Bypass
-from neuroada_jax.generation import generate
+from neuroada_jax.generation.generate import generate
 from neuroada_jax.pretrained import save
 from neuroada_jax.pretrained.load import load_model
 

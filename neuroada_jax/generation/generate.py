@@ -11,12 +11,12 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Int, UInt
 
-from neuroada_jax import beams
 from neuroada_jax.core.trees import Tree
-from neuroada_jax.decoding import Caches, Decoder, is_end, prefill, present
 from neuroada_jax.errors import UserError
+from neuroada_jax.generation import beams
+from neuroada_jax.generation.decoder import Caches, Decoder, is_end, prefill, present
+from neuroada_jax.generation.sampling import GREEDY, Decoding, choose, process
 from neuroada_jax.models import Model
-from neuroada_jax.sampling import GREEDY, Decoding, choose, process
 
 _STOP_EVERY = 16  # tokens between two looks for stop strings, which need the text and so the host
 

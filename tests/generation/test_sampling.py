@@ -9,9 +9,10 @@ from data_helpers import CHAT, message_of
 from helpers import write_model
 from transformers.generation import logits_process
 
-from neuroada_jax import generation, sampling
+from neuroada_jax.generation import generate as generation
+from neuroada_jax.generation import sampling
+from neuroada_jax.generation.sampling import Decoding
 from neuroada_jax.pretrained.load import load_model
-from neuroada_jax.sampling import Decoding
 
 VOCABULARY = 23
 
@@ -165,7 +166,7 @@ def test_a_stop_string_that_never_comes_ends_at_the_longest_continuation(base):
 
 def test_before_stop():
     assert generation.before_stop("a b c", ("c", "b")) == "a "
-    assert generation.before_stop("a b c", ()) == "a b c" == generation.before_stop("a b c", ("d",))
+    assert generation.before_stop("a b c", ()) == "a b c" == before_stop("a b c", ("d",))
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,10 @@ import torch
 from helpers import CONFIG, write_model
 from transformers import AutoModelForCausalLM
 
-from neuroada_jax import decoding
-from neuroada_jax.generation import generate
+from neuroada_jax.generation import decoder
+from neuroada_jax.generation.generate import generate
+from neuroada_jax.generation.sampling import Decoding
 from neuroada_jax.pretrained.load import load_model
-from neuroada_jax.sampling import Decoding
 
 NEW = 12
 LENGTHS = (2, 5, 17, 33)
@@ -112,7 +112,7 @@ def test_equals_transformers(family, name):
 def test_stacked_layers_equal_transformers(family, settings, monkeypatch):
     """Every device but a CPU scans them."""
     asked = []
-    monkeypatch.setattr(decoding, "one_by_one", lambda: bool(asked.append(None)))
+    monkeypatch.setattr(decoder, "one_by_one", lambda: bool(asked.append(None)))
     assert_equal(family, settings, True, batch_size=4)  # a size of its own: what is compiled already is not traced again
     assert asked
 

@@ -10,8 +10,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from neuroada_jax.core.trees import Tree
-from neuroada_jax.decoding import Caches, Decoder, is_end, prefill, present, reorder_rows, repeat_rows
-from neuroada_jax.sampling import Decoding, process
+from neuroada_jax.generation.decoder import Caches, Decoder, is_end, prefill, present, reorder_rows, repeat_rows
+from neuroada_jax.generation.sampling import Decoding, process
 
 _NEVER = -1e9  # the score of what is not to be chosen, as in transformers: a sum with it is still a number
 

@@ -1,0 +1,1 @@
+"""Generation: continuing a prompt, greedily, by sampling or with beams."""
