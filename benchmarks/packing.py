@@ -24,12 +24,12 @@ import jax
 import numpy as np
 
 from neuroada_jax import console, evaluation, files, models
+from neuroada_jax.adapters.native import installed_versions
 from neuroada_jax.cli import one_line_errors
 from neuroada_jax.core import bypass
 from neuroada_jax.data.batches import Batch, Batches
 from neuroada_jax.data.examples import Examples, encode
 from neuroada_jax.data.rows import load_rows
-from neuroada_jax.formats.native import installed_versions
 from neuroada_jax.models import LLAMA_TARGETS, Remat
 from neuroada_jax.pretrained.load import open_base, with_weights
 from neuroada_jax.tasks import TASKS

@@ -26,10 +26,10 @@ import numpy as np
 from benchmarks import common
 from benchmarks.common import Column, Row
 from neuroada_jax import evaluation
+from neuroada_jax.adapters import native
 from neuroada_jax.cli import one_line_errors
 from neuroada_jax.core import bypass, ops
 from neuroada_jax.data.prompts import PromptStyle
-from neuroada_jax.formats import native
 from neuroada_jax.pretrained.load import open_base, with_weights
 from neuroada_jax.tasks import TASKS
 from neuroada_jax.training import config_file, objectives, run

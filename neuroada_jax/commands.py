@@ -26,7 +26,7 @@ def _open(parsed: argparse.Namespace, *, decoder: bool = True) -> tuple[Any, Any
 
     With `decoder`, only a model that continues texts will do.
     """
-    from neuroada_jax.formats import native
+    from neuroada_jax.adapters import native
     from neuroada_jax.pretrained.load import open_base
 
     adapter = native.read(parsed.adapter) if parsed.adapter else None
@@ -44,7 +44,7 @@ def _open(parsed: argparse.Namespace, *, decoder: bool = True) -> tuple[Any, Any
 
 def _read(opened: Any, tokenizer: Any, adapter: Any) -> tuple[Any, Any, Any]:
     """(base, params, tokenizer) of what `_open` opened: the weights, with the adapter merged in."""
-    from neuroada_jax.formats import native
+    from neuroada_jax.adapters import native
     from neuroada_jax.pretrained.load import with_weights
 
     base = with_weights(opened)
@@ -302,7 +302,7 @@ def generate(parsed: argparse.Namespace) -> None:
 
 def inspect(parsed: argparse.Namespace) -> None:
     """Lists the modules of a model or an adapter."""
-    from neuroada_jax import inspection
+    from neuroada_jax.adapters import inspection
 
     _at_least(parsed, k=1)
     content = inspection.inspect(parsed.path, parsed.k)
@@ -311,7 +311,7 @@ def inspect(parsed: argparse.Namespace) -> None:
 
 def merge(parsed: argparse.Namespace) -> None:
     """Writes base and adapter as one model."""
-    from neuroada_jax.formats import exchange
+    from neuroada_jax.adapters import exchange
 
     made = exchange.export_adapter(parsed.adapter, "huggingface", parsed.out, model=parsed.model, dtype=parsed.dtype)
     _print_json({"model": made["out"], "files": made["files"]}) if parsed.json else exchange.print_result(made)
@@ -319,7 +319,7 @@ def merge(parsed: argparse.Namespace) -> None:
 
 def export(parsed: argparse.Namespace) -> None:
     """Writes an adapter for another library."""
-    from neuroada_jax.formats import exchange
+    from neuroada_jax.adapters import exchange
 
     options = {"model": parsed.model, "dtype": parsed.dtype, "verify": parsed.verify}
     made = exchange.export_adapter(parsed.adapter, parsed.to, parsed.out, **options)
@@ -328,7 +328,7 @@ def export(parsed: argparse.Namespace) -> None:
 
 def import_(parsed: argparse.Namespace) -> None:
     """Reads another library's adapter."""
-    from neuroada_jax.formats import exchange
+    from neuroada_jax.adapters import exchange
 
     options = {"dtype": parsed.dtype, "allow_pickle": parsed.allow_pickle}
     made = exchange.import_adapter(parsed.directory, parsed.source_format, parsed.base, parsed.out, **options)

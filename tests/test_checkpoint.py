@@ -15,10 +15,10 @@ from data_helpers import message_of
 from helpers import run_config, write_model, write_rows
 
 from neuroada_jax import checkpoint
+from neuroada_jax.adapters import native
 from neuroada_jax.checkpoint import Checkpoints
 from neuroada_jax.core import bypass
 from neuroada_jax.errors import NeuroadaWarning, UserError
-from neuroada_jax.formats import native
 from neuroada_jax.models import names
 from neuroada_jax.pretrained.load import load_model
 from neuroada_jax.training import config_file, connections, run, step

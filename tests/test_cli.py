@@ -16,10 +16,10 @@ from helpers import CONFIG, NEURONS, random_tensors, run_config, write_config, w
 from transformers import AutoModelForCausalLM
 
 from neuroada_jax import cli, commands, console
+from neuroada_jax.adapters import native
 from neuroada_jax.data.batches import Batches
 from neuroada_jax.data.examples import encode
 from neuroada_jax.data.rows import load_rows
-from neuroada_jax.formats import native
 from neuroada_jax.tasks import GLUE, TASKS
 from neuroada_jax.training import loop
 

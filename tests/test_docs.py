@@ -10,8 +10,8 @@ import pytest
 from helpers import write_model
 
 from neuroada_jax import models
+from neuroada_jax.adapters import native
 from neuroada_jax.core import bypass
-from neuroada_jax.formats import native
 from neuroada_jax.pretrained.load import load_model
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "own-models.md"

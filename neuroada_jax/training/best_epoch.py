@@ -16,12 +16,12 @@ import xxhash
 from jaxtyping import Int64
 
 from neuroada_jax import console, files
+from neuroada_jax.adapters import native
 from neuroada_jax.core import bypass
 from neuroada_jax.core.bypass import Bypass
 from neuroada_jax.data.rows import Rows
 from neuroada_jax.errors import UserError
 from neuroada_jax.evaluation import Score
-from neuroada_jax.formats import native
 from neuroada_jax.pretrained.load import LoadedModel
 from neuroada_jax.training.step import TrainState
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from neuroada_jax import checkpoint, console, evaluation, files
+from neuroada_jax.adapters import native
 from neuroada_jax.core import bypass
 from neuroada_jax.core.trees import Tree
 from neuroada_jax.data.rows import Rows
 from neuroada_jax.errors import UserError
-from neuroada_jax.formats import native
 from neuroada_jax.models import dense_modules
 from neuroada_jax.pretrained import save
 from neuroada_jax.pretrained.load import LoadedModel, open_base, with_weights

@@ -15,9 +15,9 @@ from helpers import run_config, write_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from neuroada_jax import models
+from neuroada_jax.adapters import native
 from neuroada_jax.core import bypass
 from neuroada_jax.core.bypass import Bypass
-from neuroada_jax.formats import native
 from neuroada_jax.generation.generate import generate
 from neuroada_jax.generation.sampling import Decoding
 from neuroada_jax.models import LLAMA_TARGETS

@@ -9,6 +9,7 @@ from data_helpers import message_of
 from helpers import CONFIG, write_model
 from transformers import AutoModelForCausalLM
 
+from neuroada_jax import models
 from neuroada_jax.generation import generate as generation
 from neuroada_jax.generation.generate import generate
 from neuroada_jax.pretrained.load import load_model

@@ -14,8 +14,8 @@ from data_helpers import message_of
 from helpers import run_config, write_config, write_model, write_rows
 
 from neuroada_jax import cli
+from neuroada_jax.adapters import native
 from neuroada_jax.errors import NeuroadaWarning
-from neuroada_jax.formats import native
 from neuroada_jax.training import objectives, signals, trackers
 
 

@@ -12,8 +12,8 @@ import pytest
 from data_helpers import CHAT, message_of
 from helpers import CONFIG, random_tensors, run_config, write_model, write_rows
 
+from neuroada_jax.adapters import native
 from neuroada_jax.errors import NeuroadaWarning, UserError
-from neuroada_jax.formats import native
 from neuroada_jax.training import config_file, run
 from neuroada_jax.training.config import WatchdogSection
 from neuroada_jax.training.watchdog import Failed, Watchdog, in_background

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from helpers import write_model
 
-from neuroada_jax import inspection
+from neuroada_jax.adapters import inspection, native, peft
 from neuroada_jax.errors import UserError
-from neuroada_jax.formats import native, peft
 from neuroada_jax.pretrained.load import load_model
 
 MUTATIONS = 200  # of each format
@@ -84,19 +83,19 @@ class Shira(SuperTuning):
 class Official:
     @staticmethod
     def write(adapter, directory, base):
-        from neuroada_jax.formats import official
+        from neuroada_jax.adapters import official
 
         official.export(adapter, directory)
 
     @staticmethod
     def read(directory, base):
-        from neuroada_jax.formats import official
+        from neuroada_jax.adapters import official
 
         return official.read(directory, base.model, allow_pickle=True)
 
 
 FORMATS = [Native, NativeWithoutDigest, SuperTuning, Shira]
-if importlib.util.find_spec("neuroada_jax.formats.official"):
+if importlib.util.find_spec("neuroada_jax.adapters.official"):
     FORMATS.append(Official)
 
 

@@ -14,9 +14,9 @@ from test_save import load
 from transformers import AutoModelForSequenceClassification
 
 from neuroada_jax import cli, models
+from neuroada_jax.adapters import exchange, native
 from neuroada_jax.core import bypass
 from neuroada_jax.core.bypass import Bypass
-from neuroada_jax.formats import exchange, native
 from neuroada_jax.models import dense_modules
 from neuroada_jax.pretrained import save
 from neuroada_jax.pretrained.load import load_model

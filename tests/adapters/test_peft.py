@@ -17,10 +17,10 @@ import transformers
 from data_helpers import message_of
 from helpers import CONFIG, random_tensors, write_model
 
-from neuroada_jax import inspection, models
+from neuroada_jax import models
+from neuroada_jax.adapters import inspection, native, peft
+from neuroada_jax.adapters.peft import Kind
 from neuroada_jax.core import trees
-from neuroada_jax.formats import native, peft
-from neuroada_jax.formats.peft import Kind
 from neuroada_jax.models import names
 from neuroada_jax.pretrained.load import LoadedModel, load_model, open_model
 

@@ -1,10 +1,26 @@
-"""Entries scattered over a weight as rows of k: other libraries let each row have as many as it likes."""
+"""Foreign adapters: what reading one gives, and its entries, scattered over a weight, as rows of k."""
 
 from typing import NamedTuple
 
 import numpy as np
 
 from neuroada_jax.errors import UserError
+
+
+class Imported(NamedTuple):
+    """A foreign adapter's arrays under Hugging Face names, checked and ready for `native.assemble`.
+
+    Attributes:
+      values: module path -> float32 (O, k).
+      columns: module path -> int32 (O, k), ascending and distinct within a row.
+      heads: parameter name -> float32 array of any shape; what was trained densely, whole.
+      notes: lines that say what was removed or converted.
+    """
+
+    values: dict[str, np.ndarray]
+    columns: dict[str, np.ndarray]
+    heads: dict[str, np.ndarray]
+    notes: list[str]
 
 
 class Entries(NamedTuple):

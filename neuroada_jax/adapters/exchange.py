@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from neuroada_jax import console
+from neuroada_jax.adapters import native, official, peft, verification
 from neuroada_jax.core import trees
 from neuroada_jax.core.trees import Tree
 from neuroada_jax.errors import UserError
-from neuroada_jax.formats import native, official, peft, verification
 from neuroada_jax.models import names
 from neuroada_jax.pretrained import save
 from neuroada_jax.pretrained.load import open_base, open_model, with_weights

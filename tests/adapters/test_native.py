@@ -12,10 +12,10 @@ import safetensors.numpy
 from data_helpers import message_of
 from helpers import CONFIG, random_tensors, write_model
 
-from neuroada_jax import inspection, models
+from neuroada_jax import models
+from neuroada_jax.adapters import inspection, native
 from neuroada_jax.core import bypass
 from neuroada_jax.core.bypass import Bypass
-from neuroada_jax.formats import native
 from neuroada_jax.pretrained.load import load_model
 
 TARGETS = ["q_proj", "down_proj"]

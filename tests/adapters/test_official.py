@@ -20,10 +20,10 @@ from data_helpers import message_of
 from helpers import write_model
 
 from neuroada_jax import models
+from neuroada_jax.adapters import native, official
 from neuroada_jax.core import bypass, trees
 from neuroada_jax.core.bypass import Bypass
 from neuroada_jax.errors import UserError
-from neuroada_jax.formats import native, official
 from neuroada_jax.models import names
 from neuroada_jax.pretrained.load import load_model
 

@@ -13,11 +13,11 @@ from helpers import write_model
 from transformers import AutoModelForCausalLM
 
 from neuroada_jax import cli
-from neuroada_jax.formats import exchange, native, peft
+from neuroada_jax.adapters import exchange, native, peft
 from neuroada_jax.pretrained.load import load_model
 
 FORMATS = ["peft-supertuning", "peft-shira"]
-if importlib.util.find_spec("neuroada_jax.formats.official"):
+if importlib.util.find_spec("neuroada_jax.adapters.official"):
     FORMATS.append("official")
 Q = "model.layers.0.self_attn.q_proj"
 TARGETS = ["mlp.down_proj", "self_attn.q_proj"]

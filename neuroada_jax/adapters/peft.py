@@ -24,10 +24,9 @@ import numpy as np
 import safetensors.numpy
 
 from neuroada_jax import files, models
+from neuroada_jax.adapters.foreign import Entries, Imported, rows_of
+from neuroada_jax.adapters.native import Adapter, head_slots
 from neuroada_jax.errors import UserError
-from neuroada_jax.formats.imported import Imported
-from neuroada_jax.formats.native import Adapter, head_slots
-from neuroada_jax.formats.scattered import Entries, rows_of
 from neuroada_jax.pretrained.load import LoadedModel
 from neuroada_jax.pretrained.safetensors_directory import read_whole
 

@@ -13,10 +13,10 @@ import numpy as np
 import transformers
 
 from neuroada_jax import models
+from neuroada_jax.adapters.foreign import Imported
 from neuroada_jax.core import trees
 from neuroada_jax.core.trees import Tree
 from neuroada_jax.errors import UserError
-from neuroada_jax.formats.imported import Imported
 from neuroada_jax.models import names
 from neuroada_jax.pretrained import save
 from neuroada_jax.pretrained.load import LoadedModel

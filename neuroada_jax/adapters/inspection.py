@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from neuroada_jax import console
+from neuroada_jax.adapters import native, official, peft
 from neuroada_jax.core import bypass
-from neuroada_jax.formats import native, official, peft
 from neuroada_jax.pretrained.load import open_model
 
 VALUE_BYTES = 4  # float32

@@ -17,10 +17,10 @@ from typing import Any, Literal
 import numpy as np
 
 from neuroada_jax import files, models
+from neuroada_jax.adapters import inert_pickle, native
+from neuroada_jax.adapters.foreign import Imported
 from neuroada_jax.core import trees
 from neuroada_jax.errors import UserError
-from neuroada_jax.formats import inert_pickle, native
-from neuroada_jax.formats.imported import Imported
 from neuroada_jax.models import names
 
 VALUES = Path("tunable_para") / "state_dict_tunable.pt"

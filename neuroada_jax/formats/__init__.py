@@ -1,1 +1,0 @@
-"""Adapters and models on disk, one file format each."""
