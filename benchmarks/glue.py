@@ -22,10 +22,11 @@ import numpy as np
 from benchmarks import common, sweep
 from benchmarks.common import Row
 from benchmarks.sweep import Job
-from neuroada_jax import classification, console
+from neuroada_jax import console
 from neuroada_jax.cli import one_line_errors
 from neuroada_jax.data.batches import ClassificationBatch, ClassificationBatches
 from neuroada_jax.data.rows import load_rows
+from neuroada_jax.evaluation import classification
 from neuroada_jax.pretrained import save
 from neuroada_jax.pretrained.load import open_base, with_labels, with_weights
 from neuroada_jax.tasks import GLUE, GlueTask

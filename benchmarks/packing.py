@@ -23,13 +23,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from neuroada_jax import console, evaluation, files, models
+from neuroada_jax import console, files, models
 from neuroada_jax.adapters.native import installed_versions
 from neuroada_jax.cli import one_line_errors
 from neuroada_jax.core import bypass
 from neuroada_jax.data.batches import Batch, Batches
 from neuroada_jax.data.examples import Examples, encode
 from neuroada_jax.data.rows import load_rows
+from neuroada_jax.evaluation import scoring
 from neuroada_jax.models import LLAMA_TARGETS, Remat
 from neuroada_jax.pretrained.load import open_base, with_weights
 from neuroada_jax.tasks import TASKS
@@ -43,7 +44,7 @@ RESULTS = Path(__file__).parent / "results"
 def read_examples(path: str, tokenizer: Any, max_length: int) -> Examples:
     """The commonsense rows of a file as token ids."""
     task = TASKS["commonsense"]
-    rows = evaluation.convert(load_rows(path, "train", None), task)
+    rows = scoring.convert(load_rows(path, "train", None), task)
     return encode(rows, task.style, tokenizer, max_length)
 
 

@@ -25,11 +25,11 @@ import numpy as np
 
 from benchmarks import common
 from benchmarks.common import Column, Row
-from neuroada_jax import evaluation
 from neuroada_jax.adapters import native
 from neuroada_jax.cli import one_line_errors
 from neuroada_jax.core import bypass, ops
 from neuroada_jax.data.prompts import PromptStyle
+from neuroada_jax.evaluation import scoring
 from neuroada_jax.pretrained.load import open_base, with_weights
 from neuroada_jax.tasks import TASKS
 from neuroada_jax.training import config_file, objectives, run
@@ -110,9 +110,9 @@ def _in_float32(chosen: RunConfig, adapter: str) -> Row:
     (each, rows), *_ = run.evaluation_rows(chosen, objectives.Continuation(chosen), base, tokenizer).items()
     section = next(found for found in chosen.evaluation.sets if found.name == each)
     task = TASKS[section.task or chosen.data.task]
-    prepared = evaluation.prepare(base, tokenizer, rows, task, style=PromptStyle(task.style), method=section.method)
+    prepared = scoring.prepare(base, tokenizer, rows, task, style=PromptStyle(task.style), method=section.method)
     batch_size = chosen.evaluation.batch_size
-    score = evaluation.score(wide._replace(params={}), params, tokenizer, prepared, batch_size=batch_size)
+    score = scoring.score(wide._replace(params={}), params, tokenizer, prepared, batch_size=batch_size)
     return {
         "accuracy_float32": score.value,
         "values_rms": float(np.sqrt(np.mean(np.square(flat)))),

@@ -125,8 +125,8 @@ def plan(parsed: argparse.Namespace) -> None:
 
 def evaluate(parsed: argparse.Namespace) -> None:
     """Scores a model, or one with an adapter, on a file of rows."""
-    from neuroada_jax import evaluation
     from neuroada_jax.data.rows import load_rows
+    from neuroada_jax.evaluation import scoring
     from neuroada_jax.tasks import GLUE, TASKS, Source, overlap, unknown
     from neuroada_jax.training import report
 
@@ -155,7 +155,7 @@ def evaluate(parsed: argparse.Namespace) -> None:
         else:
             report.print_scores({parsed.task: report.score(None, score)})
     finally:
-        evaluation.write_predictions(out, score)
+        scoring.write_predictions(out, score)
     note = overlap.known(parsed.task) if is_decoder and score.overlap is None else None
     if note:
         console.say(note)
@@ -190,31 +190,27 @@ def _score_to_json(score: Any) -> dict[str, Any]:
 
 def _texts(parsed: argparse.Namespace, opened: Any, tokenizer: Any, rows: Any) -> Callable[[Any, Any, Any], Any]:
     """What scores rows by what a decoder says, as (base, params, progress) -> score; whatever can be wrong is told here."""
-    from neuroada_jax import evaluation
     from neuroada_jax.data.prompts import PromptStyle
     from neuroada_jax.data.rows import load_rows
+    from neuroada_jax.evaluation import scoring
     from neuroada_jax.tasks import TASKS, overlap
 
     task, trained_on = TASKS[parsed.task], None
     if parsed.trained_on:
-        trained_on = overlap.questions(
-            evaluation.convert(load_rows(parsed.trained_on), TASKS[task.suite or task.name]).rows
-        )
+        trained_on = overlap.questions(scoring.convert(load_rows(parsed.trained_on), TASKS[task.suite or task.name]).rows)
     style, method = PromptStyle(parsed.style or task.style), parsed.method or "generate"
     if method == "choices" and parsed.max_new_tokens is not None:
         raise UserError("--max-new-tokens: method choices generates nothing; leave it out")
-    prepared = evaluation.prepare(
+    prepared = scoring.prepare(
         opened, tokenizer, rows, task, style=style, method=method, max_new_tokens=parsed.max_new_tokens
     )
     options = {"batch_size": parsed.batch_size, "trained_on": trained_on}
-    return lambda base, params, progress: evaluation.score(
-        base, params, tokenizer, prepared, **options, on_progress=progress
-    )
+    return lambda base, params, progress: scoring.score(base, params, tokenizer, prepared, **options, on_progress=progress)
 
 
 def _labels(parsed: argparse.Namespace, opened: Any, tokenizer: Any, rows: Any) -> Callable[[Any, Any, Any], Any]:
     """As `_texts`, by the labels that an encoder tells apart."""
-    from neuroada_jax import classification
+    from neuroada_jax.evaluation import classification
     from neuroada_jax.pretrained.load import lacking
     from neuroada_jax.tasks import GLUE
 
@@ -252,30 +248,32 @@ def tasks(parsed: argparse.Namespace) -> None:
 
 def lm_eval(parsed: argparse.Namespace) -> None:
     """Scores a model on the harness's tasks."""
-    from neuroada_jax import harness
+    from neuroada_jax.evaluation import lm_eval_harness
 
     _at_least(parsed, batch_size=1, limit=1, num_fewshot=0)
     if parsed.out and not Path(parsed.out).parent.is_dir():
         raise UserError(f"--out: the folder {Path(parsed.out).parent} does not exist")
-    tasks = harness.find_tasks(parsed.tasks.split(","), parsed.include_path)  # before the weights, which take longer
+    tasks = lm_eval_harness.find_tasks(
+        parsed.tasks.split(","), parsed.include_path
+    )  # before the weights, which take longer
     base, params, tokenizer = _load(parsed)
     with console.bar("scoring") as shown:
-        results = harness.evaluate(
-            harness.NeuroAdaLM(base, params, tokenizer, parsed.batch_size, console.reporter(shown)),
+        results = lm_eval_harness.evaluate(
+            lm_eval_harness.NeuroAdaLM(base, params, tokenizer, parsed.batch_size, console.reporter(shown)),
             tasks,
             num_fewshot=parsed.num_fewshot,
             limit=parsed.limit,
             apply_chat_template=parsed.apply_chat_template,
         )
     if parsed.out:
-        harness.write_results(Path(parsed.out), results)
-    print(harness.summary_json(results) if parsed.json else harness.summary_table(results))
+        lm_eval_harness.write_results(Path(parsed.out), results)
+    print(lm_eval_harness.summary_json(results) if parsed.json else lm_eval_harness.summary_table(results))
 
 
 def generate(parsed: argparse.Namespace) -> None:
     """Continues a prompt."""
-    from neuroada_jax import evaluation
     from neuroada_jax.data.examples import encode_prompt
+    from neuroada_jax.evaluation import scoring
     from neuroada_jax.generation.generate import before_stop, generate
     from neuroada_jax.generation.sampling import Decoding
 
@@ -288,7 +286,7 @@ def generate(parsed: argparse.Namespace) -> None:
         params,
         prompts,
         max_new_tokens=parsed.max_new_tokens,
-        eos_ids=evaluation.end_tokens(base, tokenizer),
+        eos_ids=scoring.end_tokens(base, tokenizer),
         decoding=decoding,
         decode=tokenizer.decode,
     )

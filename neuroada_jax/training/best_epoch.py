@@ -21,7 +21,7 @@ from neuroada_jax.core import bypass
 from neuroada_jax.core.bypass import Bypass
 from neuroada_jax.data.rows import Rows
 from neuroada_jax.errors import UserError
-from neuroada_jax.evaluation import Score
+from neuroada_jax.evaluation.scoring import Score
 from neuroada_jax.pretrained.load import LoadedModel
 from neuroada_jax.training.step import TrainState
 

@@ -7,14 +7,15 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Array
 
-from neuroada_jax import classification, console, evaluation
+from neuroada_jax import console
 from neuroada_jax.core.trees import Tree
 from neuroada_jax.data.batches import AnyBatches, Batches, ClassificationBatches
 from neuroada_jax.data.examples import encode
 from neuroada_jax.data.prompts import PromptStyle
 from neuroada_jax.data.rows import Rows, load_rows
 from neuroada_jax.errors import UserError
-from neuroada_jax.evaluation import Progress, Score
+from neuroada_jax.evaluation import classification, scoring
+from neuroada_jax.evaluation.scoring import Progress, Score
 from neuroada_jax.models.losses import classification_losses, target_losses
 from neuroada_jax.pretrained.load import LoadedModel, with_labels
 from neuroada_jax.tasks import GLUE, TASKS, Source, Task, overlap
@@ -117,12 +118,12 @@ class Continuation:
     def _training_rows(self, held_out: dict[str, Rows]) -> Rows:
         """The rows to train on in their task's form, without those that `data.drop_overlap` leaves out."""
         section = self._config.data
-        rows = evaluation.convert(load_rows(section.train, section.split, section.limit), TASKS[section.task])
+        rows = scoring.convert(load_rows(section.train, section.split, section.limit), TASKS[section.task])
         if not section.drop_overlap:
             return rows
         asked: set[str] = set()
         for each in self._config.evaluation.sets:
-            asked |= overlap.questions(evaluation.convert(held_out[each.name], self._task(each)).rows)
+            asked |= overlap.questions(scoring.convert(held_out[each.name], self._task(each)).rows)
         kept = [i for i, row in enumerate(rows.rows) if overlap.question(row) not in asked]
         if not kept:
             raise UserError(
@@ -141,9 +142,9 @@ class Continuation:
         self._prepared(each, rows, base, tokenizer)
         return rows
 
-    def _prepared(self, each: EvaluationSet, rows: Rows, base: LoadedModel, tokenizer: Any) -> evaluation.Prepared:
+    def _prepared(self, each: EvaluationSet, rows: Rows, base: LoadedModel, tokenizer: Any) -> scoring.Prepared:
         style, task = self._style(each), self._task(each)
-        return evaluation.prepare(
+        return scoring.prepare(
             base, tokenizer, rows, task, style=style, method=each.method, max_new_tokens=each.max_new_tokens
         )
 
@@ -151,7 +152,7 @@ class Continuation:
         self, each: EvaluationSet, rows: Rows, base: LoadedModel, params: Tree, tokenizer: Any, progress: Progress
     ) -> Score:
         """See `Objective`."""
-        return evaluation.score(
+        return scoring.score(
             base,
             params,
             tokenizer,

@@ -10,7 +10,7 @@ import jax
 from neuroada_jax import console, files
 from neuroada_jax.adapters import native
 from neuroada_jax.data.batches import AnyBatches
-from neuroada_jax.evaluation import Score
+from neuroada_jax.evaluation.scoring import Score
 from neuroada_jax.training.config import RunConfig
 from neuroada_jax.training.loop import Report
 

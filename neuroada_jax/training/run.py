@@ -5,12 +5,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from neuroada_jax import checkpoint, console, evaluation, files
+from neuroada_jax import checkpoint, console, files
 from neuroada_jax.adapters import native
 from neuroada_jax.core import bypass
 from neuroada_jax.core.trees import Tree
 from neuroada_jax.data.rows import Rows
 from neuroada_jax.errors import UserError
+from neuroada_jax.evaluation import scoring
 from neuroada_jax.models import dense_modules
 from neuroada_jax.pretrained import save
 from neuroada_jax.pretrained.load import LoadedModel, open_base, with_weights
@@ -52,7 +53,7 @@ def evaluate_sets(
     params: Tree,
     tokenizer: Any,
     when: str,
-) -> dict[str, evaluation.Score]:
+) -> dict[str, scoring.Score]:
     """Scores every evaluation set of a config; predictions go to predictions-<set>-<when>.jsonl in its folder."""
     scores = {}
     for each in config.evaluation.sets:
@@ -61,7 +62,7 @@ def evaluate_sets(
             score = objective.score(each, rows[each.name], base, params, tokenizer, progress)
         scores[each.name] = score
         console.say(f"{each.name}: {score.metric} {score.value:.4f} of {score.n}")
-        evaluation.write_predictions(config.directory / f"predictions-{each.name}-{when}.jsonl", score)
+        scoring.write_predictions(config.directory / f"predictions-{each.name}-{when}.jsonl", score)
     return scores
 
 
@@ -179,7 +180,7 @@ def train(
     total = bypass.count(base.params)
     console.say(f"training {trainable:,} of {total:,} parameters ({100 * trainable / total:.4f} %) for {total_steps} steps")
 
-    before: dict[str, evaluation.Score] = {}
+    before: dict[str, scoring.Score] = {}
     if found:
         before = resuming.scores_before(found.about)
     elif config.evaluation.before:
@@ -203,7 +204,7 @@ def train(
             replace=True,
         )
 
-    def score_epoch(state: step.TrainState) -> evaluation.Score:
+    def score_epoch(state: step.TrainState) -> scoring.Score:
         each = next(found for found in config.evaluation.sets if found.name == chooser)
         with console.bar(f"evaluating {each.name}") as shown:
             merged = devices.local(state.merged)

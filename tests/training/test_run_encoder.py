@@ -14,7 +14,7 @@ from helpers import write_bert, write_config
 from neuroada_jax import cli, files
 from neuroada_jax.adapters import native
 from neuroada_jax.errors import UserError
-from neuroada_jax.evaluation import Score
+from neuroada_jax.evaluation.scoring import Score
 from neuroada_jax.training import best_epoch, config_file, run, seeds
 from neuroada_jax.training.step import TrainState
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from data_helpers import message_of
 
-from neuroada_jax import metrics
-from neuroada_jax.metrics import METRICS
+from neuroada_jax.evaluation import metrics
+from neuroada_jax.evaluation.metrics import METRICS
 
 # 3 true positives, 1 false positive, 2 false negatives, 4 true negatives.
 FOUND = [1, 1, 1, 1, 0, 0, 0, 0, 0, 0]

@@ -5,9 +5,9 @@ import pytest
 from data_helpers import PAIRS, message_of
 from helpers import random_tensors
 
-from neuroada_jax import classification, metrics
 from neuroada_jax.data.examples import encode_labelled
 from neuroada_jax.data.rows import rows_from_list
+from neuroada_jax.evaluation import classification, metrics
 from neuroada_jax.models import from_hf_config
 from neuroada_jax.pretrained.load import LoadedModel, load_params
 from neuroada_jax.tasks import GLUE

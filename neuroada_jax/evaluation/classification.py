@@ -11,14 +11,15 @@ import transformers
 from flax import linen as nn
 from jaxtyping import Array, Float, Num
 
-from neuroada_jax import console, metrics
+from neuroada_jax import console
 from neuroada_jax.adapters import native
 from neuroada_jax.core.trees import Tree
 from neuroada_jax.data.batches import ClassificationBatch, ClassificationBatches
 from neuroada_jax.data.examples import LabelledExamples, encode_labelled
 from neuroada_jax.data.rows import Rows
 from neuroada_jax.errors import UserError
-from neuroada_jax.evaluation import Score, wilson_interval
+from neuroada_jax.evaluation import metrics
+from neuroada_jax.evaluation.scoring import Score, wilson_interval
 from neuroada_jax.models.losses import classification_logits
 from neuroada_jax.pretrained.load import LoadedModel
 from neuroada_jax.tasks import GlueTask

@@ -9,10 +9,10 @@ import pytest
 from data_helpers import CHAT, message_of
 from helpers import write_model
 
-from neuroada_jax import evaluation
 from neuroada_jax.data.examples import encode
 from neuroada_jax.data.prompts import PromptStyle
 from neuroada_jax.data.rows import load_rows, rows_from_list
+from neuroada_jax.evaluation import scoring
 from neuroada_jax.pretrained.load import load_model, open_model
 from neuroada_jax.tasks import TASKS
 
@@ -34,7 +34,7 @@ def base(tmp_path_factory):
     ],
 )
 def test_wilson_interval(correct, n, low, high):
-    got = evaluation.wilson_interval(correct, n)
+    got = scoring.wilson_interval(correct, n)
     # The bounds p are where (share - p)^2 = z^2 p (1 - p) / n.
     for bound in got:
         if 0 < bound < 1:
@@ -45,8 +45,8 @@ def test_wilson_interval(correct, n, low, high):
 def score(base, rows, task="instruct", batch_size=16, trained_on=None, **options):
     rows = rows_from_list(rows) if isinstance(rows, list) else rows
     options = {"style": PromptStyle.PLAIN, "max_new_tokens": 8, **options}
-    prepared = evaluation.prepare(base, CHAT, rows, TASKS[task], **options)
-    return evaluation.score(base, base.params, CHAT, prepared, batch_size=batch_size, trained_on=trained_on)
+    prepared = scoring.prepare(base, CHAT, rows, TASKS[task], **options)
+    return scoring.score(base, base.params, CHAT, prepared, batch_size=batch_size, trained_on=trained_on)
 
 
 def test_exact_match_and_predictions(base, tmp_path):
@@ -62,8 +62,8 @@ def test_exact_match_and_predictions(base, tmp_path):
     assert second.value == 0.8
     assert [prediction["correct"] for prediction in second.predictions] == [True, True, True, False, True]
     assert second.predictions[0]["prompt"] == "the and\n"
-    assert second.interval == evaluation.wilson_interval(4, 5)
-    evaluation.write_predictions(tmp_path / "p.jsonl", second)
+    assert second.interval == scoring.wilson_interval(4, 5)
+    scoring.write_predictions(tmp_path / "p.jsonl", second)
     lines = (tmp_path / "p.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == second.predictions
 
@@ -109,7 +109,7 @@ def test_choices_of_a_question_are_those_that_it_names(base, monkeypatch):
         sizes.extend(map(len, groups))
         return np.array([[np.inf if at >= len(group) else -at for at in range(5)] for group in groups])
 
-    monkeypatch.setattr(evaluation.choices, "losses", last_is_likeliest)
+    monkeypatch.setattr(scoring.choices, "losses", last_is_likeliest)
     named = [[f"answer{number}" for number in range(1, count + 1)] for count in (4, 3, 5)]
     rows = [{"instruction": f"q\n\nAnswer format: {'/'.join(names)}", "answer": "answer1"} for names in named]
     rows += [{"instruction": "q", "answer": "answer1"}, {**rows[1], "answer": "answer4"}]  # all five
@@ -122,8 +122,8 @@ def test_end_tokens_come_from_everywhere(base, tmp_path):
     directory = write_model(tmp_path / "m", eos_token_id=[5, 6])
     (directory / "generation_config.json").write_text('{"eos_token_id": 7}')
     other = open_model(str(directory))
-    assert evaluation.end_tokens(other, CHAT) == sorted({5, 6, 7, CHAT.eos_token_id})
-    assert evaluation.end_tokens(base, CHAT) == [CHAT.eos_token_id]
+    assert scoring.end_tokens(other, CHAT) == sorted({5, 6, 7, CHAT.eos_token_id})
+    assert scoring.end_tokens(base, CHAT) == [CHAT.eos_token_id]
 
 
 def test_rows_that_cannot_be_scored(base, tmp_path):
@@ -154,8 +154,8 @@ def test_chat_rows_are_scored_against_the_last_assistant_turn(base):
 
 def test_parts_by_a_second_rule_and_without_the_training_rows(base, monkeypatch):
     texts = ["A book: the answer is (B).", "The answer is C", "", "Denote it by x."]
-    monkeypatch.setattr(evaluation, "generate", lambda *_, **options: [[i] for i in range(options["max_new_tokens"] - 508)])
-    monkeypatch.setattr(evaluation, "check_lengths", lambda *_: None)  # of a model with 128 positions
+    monkeypatch.setattr(scoring, "generate", lambda *_, **options: [[i] for i in range(options["max_new_tokens"] - 508)])
+    monkeypatch.setattr(scoring, "check_lengths", lambda *_: None)  # of a model with 128 positions
     monkeypatch.setattr(type(CHAT), "decode", lambda self, ids, **_: texts[ids[0]])
     rows = [{"instruction": f"i{i}", "output": "", "answer": answer} for i, answer in enumerate("BCAD")]
     got = score(base, rows, "aqua", style=PromptStyle.ALPACA, max_new_tokens=None, trained_on=frozenset({"i0", "i3", "i9"}))
@@ -168,7 +168,7 @@ def test_parts_by_a_second_rule_and_without_the_training_rows(base, monkeypatch)
         "clean": (0.5, 2),
         "clean, strict": (0.5, 2),
     }
-    assert got.parts["clean"].interval == evaluation.wilson_interval(1, 2)
+    assert got.parts["clean"].interval == scoring.wilson_interval(1, 2)
     # Without a second rule or known training rows there is nothing to tell apart.
     plain = score(base, [{**row, "answer": "3"} for row in rows], "gsm8k", style=PromptStyle.ALPACA, max_new_tokens=None)
     assert plain.parts == {} and plain.overlap is None and plain.empty == 1
@@ -177,6 +177,6 @@ def test_parts_by_a_second_rule_and_without_the_training_rows(base, monkeypatch)
 
 
 def test_an_empty_generation_is_wrong_whatever_the_answer(base, monkeypatch):
-    monkeypatch.setattr(evaluation, "generate", lambda *_, **__: [[]])
+    monkeypatch.setattr(scoring, "generate", lambda *_, **__: [[]])
     got = score(base, [{"prompt": "a", "completion": " "}])
     assert got.value == 0 and got.empty == 1

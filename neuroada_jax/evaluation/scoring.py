@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 
 import transformers
 
-from neuroada_jax import choices, files
+from neuroada_jax import files
 from neuroada_jax.core.trees import Tree
 from neuroada_jax.data.examples import Example, encode, encode_prompt
 from neuroada_jax.data.prompts import PromptStyle, render_prompt
 from neuroada_jax.data.rows import Rows, rows_from_list
 from neuroada_jax.errors import UserError
+from neuroada_jax.evaluation import choices
 from neuroada_jax.generation.generate import before_stop, check_lengths, generate
 from neuroada_jax.generation.sampling import GREEDY, Decoding
 from neuroada_jax.pretrained.load import LoadedModel

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers import write_model
 
-from neuroada_jax import choices
+from neuroada_jax.evaluation import choices
 from neuroada_jax.pretrained.load import load_model
 
 

@@ -22,11 +22,11 @@ MISSING = 'lm-eval is not installed: pip install "neuroada-jax[eval]" (kept out 
 def harness():
     """The module under test, where lm-eval is installed."""
     pytest.importorskip("lm_eval", reason=MISSING)
-    from neuroada_jax import harness
+    from neuroada_jax.evaluation import lm_eval_harness
 
     with pytest.MonkeyPatch.context() as patch:  # it runs `pip list` and more, for seconds, after every evaluation
         patch.setattr("lm_eval.evaluator.add_env_info", lambda storage: None)
-        yield harness
+        yield lm_eval_harness
 
 
 def sentences(count, seed, least=1, most=12):
@@ -275,7 +275,7 @@ def test_encoders_are_refused(harness, neuroada, tasks, tmp_path):
 
 def test_the_missing_extra_is_named(neuroada, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    monkeypatch.delitem(sys.modules, "neuroada_jax.harness", raising=False)
+    monkeypatch.delitem(sys.modules, "neuroada_jax.evaluation.lm_eval_harness", raising=False)
     monkeypatch.delattr(neuroada_jax, "harness", raising=False)
     told = failure(neuroada("--tasks", "hellaswag", "--model", "m"))
     assert told == 'lm-eval needs lm_eval, which is missing: pip install "neuroada-jax[eval]"'

@@ -1,0 +1,1 @@
+"""Evaluation: rows are scored, and the figures say how sure they are."""
