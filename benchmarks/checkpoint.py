@@ -20,9 +20,10 @@ from benchmarks import common
 from benchmarks.common import Column, Row
 from benchmarks.jax_methods import to_batch, training_step
 from benchmarks.methods import random_tokens
-from neuroada_jax import checkpoint, console
+from neuroada_jax import console
 from neuroada_jax.models import Remat
 from neuroada_jax.pretrained.load import load_model
+from neuroada_jax.training import checkpoint
 
 COLUMNS = (
     Column("method", "method"),

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from neuroada_jax import checkpoint, console, roofline, targets
+from neuroada_jax import console, roofline, targets
 from neuroada_jax.collectives import collectives
 from neuroada_jax.core import bypass
 from neuroada_jax.core.trees import Tree
@@ -21,7 +21,7 @@ from neuroada_jax.pretrained.load import LoadedModel, open_model
 from neuroada_jax.roofline import nbytes
 from neuroada_jax.targets import Compiler, Target
 from neuroada_jax.tasks import GLUE
-from neuroada_jax.training import connections, modules, objectives, optimizer, parallel, step
+from neuroada_jax.training import checkpoint, connections, modules, objectives, optimizer, parallel, step
 from neuroada_jax.training.config import ParallelSection, RunConfig
 from neuroada_jax.training.config_file import apply_override, from_dict
 from neuroada_jax.training.objectives import Objective

@@ -1,7 +1,8 @@
-"""What a finished run says: results.json and the tables that end it."""
+"""What a finished run says: results.json, the tables that end it, and the curve of its loss."""
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -212,3 +213,25 @@ def print_scores(sets: dict[str, dict[str, Any]], mean: dict[str, float | None] 
         console.table(title, ("set", "n", *columns, kind), [(*row[:-2], row[-1]) for row in rows])
     for column in columns:
         console.say(_COUNTS[column])
+
+
+def loss_curve(path: Path, losses: list[float], title: str) -> None:
+    """The loss of every step and its running mean, as a PNG."""
+    try:
+        import matplotlib.figure
+    except ImportError:
+        console.say(f"no {path.name}: install matplotlib (pip install 'neuroada-jax[plots]') to have the curve drawn")
+        return
+    steps = range(1, len(losses) + 1)
+    width = max(1, len(losses) // 20)
+    running = [sum(losses[max(0, i - width) : i]) / min(i, width) for i in steps]
+    figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(steps, losses, alpha=0.35, linewidth=1, label="each step")
+    axes.plot(steps, running, linewidth=2, label=f"mean of the last {width}")
+    axes.set(xlabel="step", ylabel="loss per target token (nats)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, format="png", dpi=120)
+    temporary.replace(path)

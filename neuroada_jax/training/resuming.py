@@ -13,10 +13,10 @@ import xxhash
 
 from neuroada_jax import console
 from neuroada_jax.adapters import native
-from neuroada_jax.checkpoint import Checkpoints, Found
 from neuroada_jax.data.batches import AnyBatches
 from neuroada_jax.errors import UserError
 from neuroada_jax.evaluation.scoring import Part, Score
+from neuroada_jax.training.checkpoint import Checkpoints, Found
 from neuroada_jax.training.config import RunConfig
 from neuroada_jax.training.config_file import flatten_config, from_dict
 from neuroada_jax.training.loop import Report

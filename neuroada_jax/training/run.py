@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from neuroada_jax import checkpoint, console, files
+from neuroada_jax import console, files
 from neuroada_jax.adapters import native
 from neuroada_jax.core import bypass
 from neuroada_jax.core.trees import Tree
@@ -17,13 +17,13 @@ from neuroada_jax.pretrained import save
 from neuroada_jax.pretrained.load import LoadedModel, open_base, with_weights
 from neuroada_jax.training import (
     best_epoch,
+    checkpoint,
     connections,
     loop,
     modules,
     objectives,
     optimizer,
     parallel,
-    plots,
     report,
     resuming,
     step,
@@ -268,7 +268,7 @@ def train(
         results["best_epoch"] = {"set": chooser, **best.best, "split": parts.describe(), "epochs": best.epochs}
     results = files.finite(results)
     files.write_text(directory / "results.json", files.to_json(results, indent=2) + "\n")
-    plots.loss_curve(directory / "loss.png", done.losses, config.name)
+    report.loss_curve(directory / "loss.png", done.losses, config.name)
     if not config.training.save_every:  # else the run may be resumed once more, and need the adapters of its epochs
         for each in ("epochs", "checkpoints"):
             shutil.rmtree(directory / each, ignore_errors=True)

@@ -9,13 +9,13 @@ import optax
 import pytest
 from test_parity import GOLDEN, load
 
-from neuroada_jax import checkpoint, models
+from neuroada_jax import models
 from neuroada_jax.core import bypass, trees
 from neuroada_jax.data.batches import ClassificationBatch
 from neuroada_jax.models import ENCODER_TARGETS, Remat, dense_modules, names
 from neuroada_jax.models.losses import classification_losses
 from neuroada_jax.pretrained.load import load_model
-from neuroada_jax.training import optimizer, step
+from neuroada_jax.training import checkpoint, optimizer, step
 from neuroada_jax.training.config import HeadSection, OptimizerSection
 
 SIZES = {

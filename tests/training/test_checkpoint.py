@@ -14,14 +14,13 @@ import pytest
 from data_helpers import message_of
 from helpers import run_config, write_model, write_rows
 
-from neuroada_jax import checkpoint
 from neuroada_jax.adapters import native
-from neuroada_jax.checkpoint import Checkpoints
 from neuroada_jax.core import bypass
 from neuroada_jax.errors import NeuroadaWarning, UserError
 from neuroada_jax.models import names
 from neuroada_jax.pretrained.load import load_model
-from neuroada_jax.training import config_file, connections, run, step
+from neuroada_jax.training import checkpoint, config_file, connections, run, step
+from neuroada_jax.training.checkpoint import Checkpoints
 
 SETTINGS = {"targets": ["q_proj"], "k": 2}
 PATHS = [("model", "layers", "self_attn", "q_proj")]
