@@ -13,8 +13,9 @@ from pathlib import Path
 
 import jax
 
-from neuroada_jax import console, files, planning
+from neuroada_jax import console, files
 from neuroada_jax.adapters.native import installed_versions
+from neuroada_jax.planning import plan
 from neuroada_jax.training import config_file
 
 RESULTS = Path(__file__).parent / "results"
@@ -54,12 +55,12 @@ def main() -> int:
                 "optimizer": {"learning_rate": 8e-3},
                 "training": {"steps": 1, "batch_size": batch_size, "remat": remat},
             }
-            plan = planning.plan(config_file.from_dict(content, "check_h100"), "h100")
-            if plan["attention"] != "cudnn":
+            made = plan.plan(config_file.from_dict(content, "check_h100"), "h100")
+            if made["attention"] != "cudnn":
                 sys.exit(
-                    f"not compiled as it would run: {'; '.join(plan['notes'])}; `make check-h100` installs what it needs"
+                    f"not compiled as it would run: {'; '.join(made['notes'])}; `make check-h100` installs what it needs"
                 )
-            rows.append({key: plan[key] for key in ("total_bytes", "bytes", "compile_seconds")})
+            rows.append({key: made[key] for key in ("total_bytes", "bytes", "compile_seconds")})
             rows[-1] |= {"k": k, "rows": batch_size, "remat": remat, "bound": bound}
     files.write_text(
         RESULTS / "check_h100.json",

@@ -21,7 +21,8 @@ import jax
 from benchmarks import common
 from benchmarks.common import Column, Row
 from benchmarks.methods import MODELS
-from neuroada_jax import console, planning
+from neuroada_jax import console
+from neuroada_jax.planning import plan
 from neuroada_jax.training import config_file
 
 NAMES = ("llama-7b", "llama-13b", "llama-3-70b")
@@ -91,32 +92,32 @@ def _compiled(settings: argparse.Namespace, name: str, k: int, count: int, fsdp:
             "training": {"steps": 1, "batch_size": rows * count, "remat": "full"},
             "parallel": {"fsdp": fsdp, "tensor": tensor},
         }
-        plan = planning.measure(config_file.from_dict(content, "devices"), target, count)
-    if target != "cpu" and plan["attention"] != "cudnn":
-        sys.exit(f"not compiled as it would run: {'; '.join(plan['notes'])}; `make bench-devices` installs what it needs")
-    kinds = plan["collectives"]
+        made = plan.measure(config_file.from_dict(content, "devices"), target, count)
+    if target != "cpu" and made["attention"] != "cudnn":
+        sys.exit(f"not compiled as it would run: {'; '.join(made['notes'])}; `make bench-devices` installs what it needs")
+    kinds = made["collectives"]
     sent = {kind: kinds.get(kind, {"bytes": 0})["bytes"] for kind in ("all-reduce", "reduce-scatter", "all-gather")}
     return {
         "method": "data parallel" if fsdp == tensor == 1 else "shared weights",
         "model": name,
         "k": k,
         "dtype": "bfloat16",
-        "shape": [plan["rows"], length],
+        "shape": [made["rows"], length],
         "devices": count,
         "fsdp": fsdp,
         "tensor": tensor,
-        "total_bytes": plan["total_bytes"],
-        "bytes": plan["bytes"],
-        "weight_bytes": plan["bytes"]["weights"],
+        "total_bytes": made["total_bytes"],
+        "bytes": made["bytes"],
+        "weight_bytes": made["bytes"]["weights"],
         "summed_bytes": sent["all-reduce"] + sent["reduce-scatter"],
         "gathered_bytes": sent["all-gather"],
         "count": sum(traffic["count"] for traffic in kinds.values()),
         "collectives": kinds,
-        "trained": plan["trainable"],
-        "flops": plan["flops"],
-        "compiled_for": plan["compiled_for"],
+        "trained": made["trainable"],
+        "flops": made["flops"],
+        "compiled_for": made["compiled_for"],
         "seconds": time.perf_counter() - began,
-        "peak_bytes": plan["total_bytes"],
+        "peak_bytes": made["total_bytes"],
     }
 
 

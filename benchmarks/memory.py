@@ -29,13 +29,14 @@ from benchmarks import common, jax_methods
 from benchmarks.common import Column, Row
 from benchmarks.jax_methods import ADAMW, LEARNING_RATE, Formula
 from benchmarks.methods import FULL, MASKED, MODELS, OURS, SCATTER, targets
-from neuroada_jax import console, models, planning
+from neuroada_jax import console, models
 from neuroada_jax.core import bypass, trees
 from neuroada_jax.core.trees import Tree
 from neuroada_jax.data.batches import Batch
 from neuroada_jax.models import Model, Remat
-from neuroada_jax.roofline import nbytes
-from neuroada_jax.targets import Compiler, compiler_for, find, temporaries
+from neuroada_jax.planning import plan
+from neuroada_jax.planning.machines import Compiler, compiler_for, find, temporaries
+from neuroada_jax.planning.roofline import nbytes
 from neuroada_jax.training import optimizer, step
 from neuroada_jax.training.config import OptimizerSection
 
@@ -127,7 +128,7 @@ def _compile_all(
                     group: list[Row] = []
                     for case in cases:
                         shown.update(len(rows) + len(group), total, f"{name}, {batch} rows, remat {remat}: {case.method}")
-                        program = case.build(model, Remat(remat), planning.abstract_batch(batch, length))
+                        program = case.build(model, Remat(remat), plan.abstract_batch(batch, length))
                         row = {"method": case.method, "k": case.k, "rank": case.rank, "dtype": DTYPE, "model": name}
                         row |= {"shape": [batch, length], "remat": remat, "compiled_for": compiler.name}
                         group.append(row | _compiled(compiler, program))

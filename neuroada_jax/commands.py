@@ -111,16 +111,16 @@ def plan(parsed: argparse.Namespace) -> None:
     # Before anything else asks JAX for a device: a described GPU is compiled for without taking a real one, and several
     # CPUs are virtual ones.
     jax.config.update("jax_platforms", "cpu")
-    from neuroada_jax import planning
+    from neuroada_jax.planning import plan
     from neuroada_jax.training import config_file
 
     settings = config_file.load(parsed.config, parsed.overrides)
-    planning.start_devices(settings, parsed.devices)
-    plan = planning.plan(settings, parsed.target, parsed.devices)
+    plan.start_devices(settings, parsed.devices)
+    made = plan.plan(settings, parsed.target, parsed.devices)
     if parsed.json:
-        _print_json(plan)
+        _print_json(made)
     else:
-        planning.print_plan(plan)
+        plan.print_plan(made)
 
 
 def evaluate(parsed: argparse.Namespace) -> None:

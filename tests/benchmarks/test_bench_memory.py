@@ -7,8 +7,9 @@ import pytest
 from helpers import CONFIG, NEURONS
 
 from benchmarks import memory
-from neuroada_jax import models, planning
+from neuroada_jax import models
 from neuroada_jax.models import Remat
+from neuroada_jax.planning import plan
 
 LAYERS, TINY = 2, {**CONFIG, "tie_word_embeddings": False}
 MAPS = LAYERS * (16 * 16 + 2 * 8 * 16 + 16 * 16 + 3 * 16 * 24)  # entries of the adapted kernels
@@ -45,7 +46,7 @@ def test_rows_and_table(tmp_path, capsys):
 def test_the_compiled_steps_train():
     """The same programs on arrays instead of shapes: a step lowers the loss, and the mask holds."""
     model = models.from_hf_config(TINY, "float32")
-    batch = planning.abstract_batch(2, 16)
+    batch = plan.abstract_batch(2, 16)
     rng = np.random.default_rng(0)
     made = batch._replace(
         input_ids=rng.integers(0, 304, (2, 16), dtype=np.int32),

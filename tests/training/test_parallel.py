@@ -12,12 +12,12 @@ from data_helpers import message_of
 from helpers import write_model
 
 from neuroada_jax import models
-from neuroada_jax.collectives import Traffic, collectives
 from neuroada_jax.core import bypass, ops, trees
 from neuroada_jax.models import Remat
 from neuroada_jax.models.losses import classification_losses, target_losses
+from neuroada_jax.planning.collectives import Traffic, collectives
+from neuroada_jax.planning.roofline import nbytes
 from neuroada_jax.pretrained.load import open_model, read_weights
-from neuroada_jax.roofline import nbytes
 from neuroada_jax.training import optimizer, parallel, step
 from neuroada_jax.training.config import OptimizerSection, ParallelSection, TrainingSection
 

@@ -11,15 +11,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from neuroada_jax import console, roofline, targets
-from neuroada_jax.collectives import collectives
+from neuroada_jax import console
 from neuroada_jax.core import bypass
 from neuroada_jax.core.trees import Tree
 from neuroada_jax.data.batches import Batch, ClassificationBatch
 from neuroada_jax.errors import UserError
+from neuroada_jax.planning import machines, roofline
+from neuroada_jax.planning.collectives import collectives
+from neuroada_jax.planning.machines import Compiler, Target
+from neuroada_jax.planning.roofline import nbytes
 from neuroada_jax.pretrained.load import LoadedModel, open_model
-from neuroada_jax.roofline import nbytes
-from neuroada_jax.targets import Compiler, Target
 from neuroada_jax.tasks import GLUE
 from neuroada_jax.training import checkpoint, connections, modules, objectives, optimizer, parallel, step
 from neuroada_jax.training.config import ParallelSection, RunConfig
@@ -157,8 +158,8 @@ def measure(config: RunConfig, target_name: str, devices: int | None) -> dict[st
     may_be_fused = dtype == "bfloat16" and not config.data.packing  # packed rows need a mask, and cuDNN takes none
     section = _mesh(config, devices)
     parallel.layout(section, "gpu", section.devices or 1)  # its errors come before the timings
-    target = targets.find(target_name, dtype)
-    compiler = targets.compiler_for(target, section.devices or 1)
+    target = machines.find(target_name, dtype)
+    compiler = machines.compiler_for(target, section.devices or 1)
     mesh = parallel.resolve(section, compiler.devices)
     rows = mesh.filled_rows(config.training)
     if mesh.mode == "pmap":  # its program, in a form that described devices can be compiled for
@@ -189,7 +190,7 @@ def measure(config: RunConfig, target_name: str, devices: int | None) -> dict[st
         "bypass": _own_bytes((state.trainable, state.columns, state.base)),
         "optimizer": _own_bytes(state.optimizer),
         "batch": nbytes(batch),
-        "temporaries": targets.temporaries(compiled),
+        "temporaries": machines.temporaries(compiled),
     }
     total = sum(by_kind.values())
     sent = collectives(compiled.as_text()) if mesh.mesh.size > 1 else {}

@@ -11,13 +11,14 @@ import pytest
 from data_helpers import message_of
 from helpers import CONFIG, NEURONS, run_config, write_config
 
-from neuroada_jax import cli, planning, roofline, targets
-from neuroada_jax.targets import Target, this_machine
+from neuroada_jax import cli
+from neuroada_jax.planning import machines, plan, roofline
+from neuroada_jax.planning.machines import Target, this_machine
 from neuroada_jax.training import config_file
 
 LAYERS, WIDTH, FEED, HEADS, HEAD, VOCABULARY = 2, 16, 24, 2, 8, 304
 ROWS, LENGTH = 4, 64
-HAS_PLUGIN = targets.compiler_for(targets.find("h100", "bfloat16")).platform == "gpu"
+HAS_PLUGIN = machines.compiler_for(machines.find("h100", "bfloat16")).platform == "gpu"
 
 
 @pytest.fixture(scope="module")
@@ -39,16 +40,16 @@ def bare(folder):
 
 @pytest.fixture(scope="module")
 def planned():
-    """`planning.plan` of a run's content; the same content is compiled once."""
+    """`plan.plan` of a run's content; the same content is compiled once."""
     known = {}
 
-    def plan(content, *arguments):
+    def planned_once(content, *arguments):
         key = json.dumps([content, arguments])
         if key not in known:
-            known[key] = planning.plan(config_file.from_dict(content, "test"), *arguments)
+            known[key] = plan.plan(config_file.from_dict(content, "test"), *arguments)
         return known[key]
 
-    return plan
+    return planned_once
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ def neuroada_plan(tmp_path, capsys):
 @pytest.fixture(autouse=True)
 def quick_cpu(monkeypatch):
     """This machine as a target without its timings."""
-    monkeypatch.setattr(targets, "this_machine", lambda dtype: cpu())
+    monkeypatch.setattr(machines, "this_machine", lambda dtype: cpu())
 
 
 def cpu(memory=16 * 10**9):
@@ -76,26 +77,26 @@ def cpu(memory=16 * 10**9):
 def test_one_object_on_standard_output_and_nothing_else(bare, neuroada_plan):
     code, out, err = neuroada_plan(bare(bypass={}), "--json", "bypass.k=2")
     assert code == 0 and err == "" and out.count("\n") == 1
-    plan = json.loads(out)
-    assert plan["trainable"] == LAYERS * NEURONS * 2
-    assert plan["parameters"] == VOCABULARY * WIDTH + LAYERS * (2 * WIDTH + 3 * WIDTH * FEED + 3 * WIDTH * WIDTH) + WIDTH
-    assert plan["trainable_percent"] == pytest.approx(100 * plan["trainable"] / plan["parameters"])
-    assert set(plan["bytes"]) == {"weights", "bypass", "optimizer", "batch", "temporaries"}
-    assert plan["total_bytes"] == sum(plan["bytes"].values())
-    assert plan["bytes"]["weights"] == 4 * plan["parameters"]
-    assert plan["bytes"]["bypass"] == 3 * 4 * plan["trainable"]  # values, columns and base entries
-    assert plan["bytes"]["batch"] == 4 * (4 * ROWS * LENGTH + ROWS)
-    assert plan["adapter_bytes"] == 8 * plan["trainable"]
+    made = json.loads(out)
+    assert made["trainable"] == LAYERS * NEURONS * 2
+    assert made["parameters"] == VOCABULARY * WIDTH + LAYERS * (2 * WIDTH + 3 * WIDTH * FEED + 3 * WIDTH * WIDTH) + WIDTH
+    assert made["trainable_percent"] == pytest.approx(100 * made["trainable"] / made["parameters"])
+    assert set(made["bytes"]) == {"weights", "bypass", "optimizer", "batch", "temporaries"}
+    assert made["total_bytes"] == sum(made["bytes"].values())
+    assert made["bytes"]["weights"] == 4 * made["parameters"]
+    assert made["bytes"]["bypass"] == 3 * 4 * made["trainable"]  # values, columns and base entries
+    assert made["bytes"]["batch"] == 4 * (4 * ROWS * LENGTH + ROWS)
+    assert made["adapter_bytes"] == 8 * made["trainable"]
     # AdamW's two moments in float32, and counters beside them.
-    assert 8 * plan["trainable"] < plan["bytes"]["optimizer"] < 8 * plan["trainable"] + 64
-    assert plan["checkpoint_bytes"] == 8 * plan["trainable"] + plan["bytes"]["optimizer"] + 4  # values, columns; the step
-    assert plan["fits"] and plan["change_first"] is None and plan["changes"] == []
-    assert plan["compiled_for"] == "cpu" and plan["device_memory_bytes"] == 16e9 and plan["collective_bytes"] == 0
-    assert plan["floor_seconds"] == max(plan["flops"] / 1e11, plan["bytes_moved"] / 1e10)
+    assert 8 * made["trainable"] < made["bytes"]["optimizer"] < 8 * made["trainable"] + 64
+    assert made["checkpoint_bytes"] == 8 * made["trainable"] + made["bytes"]["optimizer"] + 4  # values, columns; the step
+    assert made["fits"] and made["change_first"] is None and made["changes"] == []
+    assert made["compiled_for"] == "cpu" and made["device_memory_bytes"] == 16e9 and made["collective_bytes"] == 0
+    assert made["floor_seconds"] == max(made["flops"] / 1e11, made["bytes_moved"] / 1e10)
 
 
 def test_table(bare, planned, capsys):
-    planning.print_plan(planned(bare()))
+    plan.print_plan(planned(bare()))
     out = capsys.readouterr().out
     for row in ("trained values", "weights, float32", "remat none", "fits", "floor of a step (roofline)", "compiled for"):
         assert row in out
@@ -165,17 +166,17 @@ def test_more_rows_need_more(bare, planned):
     ],
 )
 def test_length_of_the_longest_batch(bare, data, length):
-    batch = planning.longest_batch(config_file.from_dict(bare(data=data), "test"), ROWS)
+    batch = plan.longest_batch(config_file.from_dict(bare(data=data), "test"), ROWS)
     assert batch.input_ids.shape == batch.target_ids.shape == (ROWS, length)
 
 
 def test_a_packed_run_is_planned_with_its_positions(bare, planned):
     packed = bare(data={"max_length": 60, "packing": True})
-    batch = planning.longest_batch(config_file.from_dict(packed, "test"), ROWS)
+    batch = plan.longest_batch(config_file.from_dict(packed, "test"), ROWS)
     assert batch.input_ids.shape == batch.positions.shape == (ROWS, 60)
-    plan = planned(packed)
-    assert plan["attention"] == "xla"
-    assert plan["bytes"]["batch"] == 4 * ROWS * (5 * 60 + 1)  # ids, three arrays of targets, positions; and lengths
+    made = planned(packed)
+    assert made["attention"] == "xla"
+    assert made["bytes"]["batch"] == 4 * ROWS * (5 * 60 + 1)  # ids, three arrays of targets, positions; and lengths
 
 
 def test_devices_share_the_rows_and_sum_the_gradients(bare, planned):
@@ -229,17 +230,17 @@ def test_more_devices_than_jax_has_are_started_by_the_command(tmp_path, bare):
     environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
     command = [sys.executable, "-m", "neuroada_jax.cli", "plan", str(path), "--devices", "16", "--json"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    plan = json.loads(done.stdout)
-    assert plan["devices"] == 16 and plan["collectives"]["all-reduce"]["bytes"] == 4 * plan["trainable"] + 8
+    made = json.loads(done.stdout)
+    assert made["devices"] == 16 and made["collectives"]["all-reduce"]["bytes"] == 4 * made["trainable"] + 8
 
 
 def test_what_to_change_is_found_by_planning_again(bare, planned, monkeypatch):
     total, full = (planned(bare(training={"remat": remat}))["total_bytes"] for remat in ("none", "full"))
-    monkeypatch.setattr(targets, "this_machine", lambda dtype: cpu(memory=full))
-    plan = planning.plan(config_file.from_dict(bare(), "test"))
-    assert not plan["fits"] and plan["total_bytes"] == total > full
-    assert (plan["change_first"], plan["changes"]) == ("training.remat=full", ["training.remat=full"])
-    assert plan["changed_total_bytes"] == full
+    monkeypatch.setattr(machines, "this_machine", lambda dtype: cpu(memory=full))
+    made = plan.plan(config_file.from_dict(bare(), "test"))
+    assert not made["fits"] and made["total_bytes"] == total > full
+    assert (made["change_first"], made["changes"]) == ("training.remat=full", ["training.remat=full"])
+    assert made["changed_total_bytes"] == full
 
 
 def fake_plan(changes, memory, dtype="float32", remat="none"):
@@ -276,20 +277,20 @@ def fake_plan(changes, memory, dtype="float32", remat="none"):
 )
 def test_order_of_what_to_change(memory, settings, first, changes):
     """What costs nothing but time first, the dtype then; only the dtype helps where the weights alone are too many."""
-    plan = planning.with_changes(fake_plan([], memory, **settings), lambda tried: fake_plan(tried, memory, **settings))
-    assert (plan["change_first"], plan["changes"]) == (first, changes)
+    made = plan.with_changes(fake_plan([], memory, **settings), lambda tried: fake_plan(tried, memory, **settings))
+    assert (made["change_first"], made["changes"]) == (first, changes)
 
 
 @pytest.mark.parametrize(("can", "change"), [(True, "parallel.fsdp=8"), (False, "model.dtype=bfloat16")])
 def test_weights_that_do_not_fit_are_shared_where_that_can_be(can, change):
     found = fake_plan([], 90) | {"can_share_weights": can}
     smaller = fake_plan(["model.dtype=bfloat16"], 90, remat="full") | {"fits": True}
-    assert planning.with_changes(found, lambda _: smaller)["change_first"] == change
+    assert plan.with_changes(found, lambda _: smaller)["change_first"] == change
 
 
 def test_a_row_that_is_too_long_however_it_is_computed():
     alone = fake_plan([], 60, dtype="bfloat16", remat="full") | {"rows": 1}
-    assert planning.with_changes(alone, fake_plan)["change_first"] == "data.max_length"
+    assert plan.with_changes(alone, fake_plan)["change_first"] == "data.max_length"
 
 
 @pytest.mark.parametrize(
@@ -321,17 +322,17 @@ def test_an_unknown_target_lists_the_known_ones(bare, neuroada_plan):
 
 @pytest.mark.skipif(HAS_PLUGIN, reason="JAX's CUDA plugin is installed")
 def test_a_gpu_without_the_plugin_is_compiled_for_the_cpu_and_says_so(bare, planned):
-    plan = planned(bare(), "rtx4090")
-    assert plan["compiled_for"] == "cpu" and plan["device_memory_bytes"] == 24e9
-    assert "CUDA plugin is not installed" in plan["notes"][0]
-    assert plan["floor_seconds"] == max(plan["flops"] / 82.6e12, plan["bytes_moved"] / 1.008e12)
+    made = planned(bare(), "rtx4090")
+    assert made["compiled_for"] == "cpu" and made["device_memory_bytes"] == 24e9
+    assert "CUDA plugin is not installed" in made["notes"][0]
+    assert made["floor_seconds"] == max(made["flops"] / 82.6e12, made["bytes_moved"] / 1.008e12)
 
 
 @pytest.mark.skipif(not HAS_PLUGIN, reason="JAX's CUDA plugin is not installed")
-@pytest.mark.parametrize("name", [name for name in targets.NAMES if name != "cpu"])
+@pytest.mark.parametrize("name", [name for name in machines.NAMES if name != "cpu"])
 def test_every_gpu_is_compiled_for(bare, planned, name):
-    plan = planned(bare(model={"dtype": "bfloat16"}), name)
-    assert plan["compiled_for"].startswith(f"{name} (sm_") and plan["bytes"]["temporaries"] > 0
+    made = planned(bare(model={"dtype": "bfloat16"}), name)
+    assert made["compiled_for"].startswith(f"{name} (sm_") and made["bytes"]["temporaries"] > 0
 
 
 def test_this_machine_is_measured():

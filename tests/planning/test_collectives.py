@@ -2,7 +2,7 @@
 
 import pytest
 
-from neuroada_jax.collectives import Traffic, collectives
+from neuroada_jax.planning.collectives import Traffic, collectives
 
 PROGRAM = """HloModule jit_step, entry_computation_layout={(f32[8]{0})->f32[8]{0}}, num_partitions=8
 

@@ -1,0 +1,1 @@
+"""Planning: what a run needs of a machine, before there is one."""
