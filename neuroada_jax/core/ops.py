@@ -22,6 +22,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from neuroada_jax.core import platform
+from neuroada_jax.core.batching import share_examples
 
 # Both limits are measured, see docs/performance.md: the gathered rows of a block should stay in a core's L2 cache, and a
 # chunk of a dense dW is all of it where that is small.
@@ -322,6 +323,7 @@ def _on_the_fly_bwd(algorithm, layout, residuals, dy):
 
 
 _on_the_fly.defvjp(_on_the_fly_fwd, _on_the_fly_bwd)
+_on_the_fly_shared = share_examples("bypass_dense", _on_the_fly)
 
 
 def bypass_dense(
@@ -337,9 +339,10 @@ def bypass_dense(
     """y = x @ (W + D)^T with a gradient for x and `values` only; the kernel is frozen and its cotangent is zero.
 
     Without `base` the kernel holds W and the values are added on the fly, in the forward and again in the backward pass:
-    stateless, so it can be vmapped over adapters. With `base` (the entries of W at `columns`) the kernel is *resident*: it
-    already holds round(W + D), as `write_entries(kernel, columns, base + values)` leaves it, forward and dx are plain
-    matmuls, and `values` is the tap of its gradient.
+    stateless, so it can be vmapped over adapters; a vmap over x alone is one call for all examples. With `base` (the
+    entries of W at `columns`) the kernel is *resident*: it already holds round(W + D), as
+    `write_entries(kernel, columns, base + values)` leaves it, forward and dx are plain matmuls, and `values` is the tap of
+    its gradient.
 
     Where `values` is wider than the kernel (float32 values over a bfloat16 base), the part of the sum that the kernel's
     dtype cannot hold is added to the activations; dx leaves it out, being below half a unit in the last place of W.
@@ -361,5 +364,5 @@ def bypass_dense(
     _check_layout(kernel, columns, layout)
     algorithm = algorithm or choose_algorithm(columns.shape[1], x.shape[-1])
     if base is None:
-        return _on_the_fly(x, kernel, columns, values, algorithm, layout)
+        return _on_the_fly_shared(x, kernel, columns, values, algorithm=algorithm, layout=layout)
     return _resident(x, kernel, columns, values, base, algorithm, layout)

@@ -1,0 +1,63 @@
+"""Makes `jax.vmap` over examples one call of a function with a custom VJP, instead of one backward pass for each example.
+
+JAX batches the backward pass of a custom VJP and sums the results: `jax.vmap(layer)(x)`, which is how Equinox and much code
+by hand writes a batch, forms a value gradient of every example and, where `choose_algorithm` takes the dense product, a
+dense dW of every example. Here the mapped axis becomes one more leading axis of x, before anything is differentiated.
+`jax.custom_batching.custom_vmap` cannot do it: outside of a custom VJP it has no reverse mode, inside it sees one example.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive, jaxpr_as_fun
+from jax.interpreters import ad, batching, mlir
+
+
+def share_examples(name: str, function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Returns `function` with a rule for vmap over x alone: the mapped axis becomes a leading axis of x.
+
+    Everything else stays the function's own: its derivatives, what it keeps for them, and vmap where other arguments are
+    mapped as well, such as several adapters at once or the layers of a stack.
+
+    Args:
+      name: of the primitive that stands for the function in a jaxpr until it is differentiated or compiled.
+      function: (x, *arrays, **static) with x (*B, I) -> (*B, O) for any number of axes B.
+    """
+    primitive = Primitive(name)
+
+    def shared(*arguments: Any, **static: Any) -> jax.Array:
+        if not any(isinstance(argument, jax.core.Tracer) for argument in arguments):
+            return function(*arguments, **static)
+        # Traced here and not where it is lowered, so that settings such as the matmul precision are those of the caller.
+        jaxpr = jax.make_jaxpr(functools.partial(function, **static))(*arguments)
+        return primitive.bind(*arguments, jaxpr=jaxpr, static=tuple(static.items()))
+
+    def evaluate(*arguments: Any, jaxpr: Any, static: Any) -> jax.Array:
+        return jaxpr_as_fun(jaxpr)(*arguments)[0]
+
+    def differentiate(primals: Any, tangents: Any, **params: Any) -> Any:
+        active = [index for index, tangent in enumerate(tangents) if not isinstance(tangent, ad.Zero)]
+
+        def of_active(*arrays: jax.Array) -> jax.Array:
+            arguments = list(primals)
+            for index, array in zip(active, arrays, strict=True):
+                arguments[index] = array
+            return evaluate(*arguments, **params)
+
+        return jax.jvp(of_active, [primals[index] for index in active], [tangents[index] for index in active])
+
+    def batch(arguments: Any, axes: Any, **params: Any) -> Any:
+        x, *others = arguments
+        if all(axis is None for axis in axes[1:]):
+            return shared(jnp.moveaxis(x, axes[0], 0), *others, **dict(params["static"])), 0
+        return jax.vmap(functools.partial(evaluate, **params), in_axes=tuple(axes))(*arguments), 0
+
+    primitive.def_impl(evaluate)
+    primitive.def_abstract_eval(lambda *_, jaxpr, static: jaxpr.out_avals[0])
+    ad.primitive_jvps[primitive] = differentiate
+    batching.primitive_batchers[primitive] = batch
+    mlir.register_lowering(primitive, mlir.lower_fun(evaluate, multiple_results=False))
+    return shared
