@@ -80,32 +80,57 @@ def assemble(
       heads: Hugging Face parameter name -> array, for what was trained densely (whole tensors, no differences).
     """
     shapes = base.model.linear_maps()
-    metadata = {
-        "format": FORMAT,
-        "version": VERSION,
-        "base": {
-            "source": base.source,
-            "dtype": jnp.dtype(base.model.config.dtype).name,
-            "model_type": base.model.hf_config["model_type"],
-            "labels": head_labels(base),
-            "parameters": bypass.count(base.model.abstract_params()),
-            "digests": base.digests,
-        },
-        "inputs": {module: shapes[module][1] for module in values},
-        "k": k,
-        "targets": targets,
-        "rule": rule,
-        "seed": seed,
-        "heads": sorted(heads or {}),
-        "versions": installed_versions(),
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    about = {
+        "source": base.source,
+        "dtype": jnp.dtype(base.model.config.dtype).name,
+        "model_type": base.model.hf_config["model_type"],
+        "labels": head_labels(base),
+        "parameters": bypass.count(base.model.abstract_params()),
+        "digests": base.digests,
     }
+    inputs = {module: shapes[module][1] for module in values}
     return Adapter(
-        metadata,
+        new_metadata(about, inputs, k=k, targets=targets, rule=rule, seed=seed, heads=sorted(heads or {})),
         {module: np.asarray(leaf, np.float32) for module, leaf in values.items()},
         {module: np.asarray(leaf, np.int32) for module, leaf in columns.items()},
         {name: np.asarray(leaf, np.float32) for name, leaf in (heads or {}).items()},
     )
+
+
+def new_metadata(
+    base: Mapping[str, Any],
+    inputs: Mapping[str, int],
+    *,
+    k: int,
+    targets: list[str],
+    rule: str | None,
+    seed: int | None,
+    heads: list[str],
+) -> dict[str, Any]:
+    """The content of adapter.json, whatever the base is.
+
+    Args:
+      base: its `source`, its `digests` (tensor -> digest), and what else is known of it.
+      inputs: module -> I.
+      k: see `assemble`; so are the others.
+      targets: the target names.
+      rule: how the columns were chosen.
+      seed: the run's seed.
+      heads: names of what was trained densely.
+    """
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "base": base,
+        "inputs": inputs,
+        "k": k,
+        "targets": targets,
+        "rule": rule,
+        "seed": seed,
+        "heads": heads,
+        "versions": installed_versions(),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
 
 
 def head_labels(base: LoadedModel) -> list[str] | None:

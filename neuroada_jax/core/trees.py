@@ -1,7 +1,9 @@
 """Nested dicts of arrays: paths into them, and the leaves and kernels that they hold."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+
+import jax
 
 Tree = dict[str, Any]
 Path = tuple[str, ...]
@@ -73,3 +75,18 @@ def kernel_at(params: Mapping[str, Any], path: Path) -> Any:
     if kernel is None or kernel.ndim < 2:
         raise KeyError(f"{'.'.join(path)} holds no kernel")
     return kernel
+
+
+def path_of(keys: Sequence[Any]) -> Path:
+    """The path that JAX gives as keys: names of attributes and of entries, indices of lists."""
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
+
+
+def to_nested(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> Tree:
+    """Any pytree as nested dicts: a list's entries and a module's attributes become keys, as in layers -> 0 -> weight."""
+    return unflatten({path_of(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)})
+
+
+def from_nested(tree: Any, nested: Mapping[str, Any], is_leaf: Callable[[Any], bool] | None = None) -> Any:
+    """The pytree with the leaves of nested dicts that `to_nested` made of it, or of one like it."""
+    return jax.tree_util.tree_map_with_path(lambda keys, _: get(nested, path_of(keys)), tree, is_leaf=is_leaf)
