@@ -34,7 +34,7 @@ Row = dict[str, Any]
 class Column(NamedTuple):
     """A column of a table: its head, the field of the row, and how a value is written (None is always a dash)."""
 
-    head: str
+    classifier: str
     field: str
     write: Callable[[Any], str] = str
 
@@ -147,5 +147,5 @@ def report(name: str, title: str, columns: Sequence[Column], rows: Sequence[Row]
     texts = [
         ["-" if row.get(column.field) is None else column.write(row[column.field]) for column in columns] for row in rows
     ]
-    console.table(title, [column.head for column in columns], texts)
+    console.table(title, [column.classifier for column in columns], texts)
     console.say(f"written to {save(name, rows, settings)}")

@@ -76,7 +76,7 @@ def _content(job: Job, settings: argparse.Namespace, folder: str) -> dict[str, A
         "output": f"{folder}/run",
         "model": {"path": settings.model, "dtype": "float32"},
         "bypass": {"k": sweep.number(job["method"]) or 1},
-        "head": {"learning_rate": job["head_rate"]},
+        "classifier": {"learning_rate": job["head_rate"]},
         "data": {
             "train": data,
             "task": job["task"],
@@ -128,10 +128,10 @@ def _theirs(chosen: config.RunConfig, job: Job, folder: Path) -> Row:
     if job["method"].startswith("lora-"):
         model = sweep.torch_lora(model, sweep.number(job["method"]) or 8, TARGETS, "SEQ_CLS")
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    head = [parameter for name, parameter in named if "classifier" in name]
+    classifier = [parameter for name, parameter in named if "classifier" in name]
     body = [parameter for name, parameter in named if "classifier" not in name]
     steps = data.train.steps_per_epoch
-    groups = [(job["rate"], body), (job["head_rate"], head)]
+    groups = [(job["rate"], body), (job["head_rate"], classifier)]
     run_step = sweep.torch_step(groups, chosen.optimizer, job["epochs"] * steps)
     values, best, test, loss = [], -np.inf, None, np.nan
     train_seconds = 0.0
@@ -204,7 +204,7 @@ def _inputs(model: Any, batch: ClassificationBatch) -> tuple[dict[str, Any], int
     """(what transformers' model takes, where it is, and how many rows are examples); filling is left away."""
     import torch
 
-    real = int(batch.target_mask.sum())
+    real = int(batch.label_mask.sum())
     mask = np.arange(batch.input_ids.shape[1])[None] < batch.lengths[:, None]
     arrays = {"input_ids": batch.input_ids, "attention_mask": mask, "token_type_ids": batch.token_types}
     return {name: torch.from_numpy(array[:real].astype(np.int64)).to(model.device) for name, array in arrays.items()}, real

@@ -173,8 +173,8 @@ def _loss(model: Any, batch: Batch) -> Any:
     on_device = lambda array: torch.from_numpy(array.astype(np.int64)).to(model.device)  # noqa: E731
     ids, mask = on_device(batch.input_ids[:real]), on_device(mask)
     hidden = model.model(input_ids=ids, attention_mask=mask).last_hidden_state
-    rows, places = np.nonzero(batch.target_mask)
-    positions, targets = (on_device(array[rows, places]) for array in (batch.target_positions, batch.target_ids))
+    rows, places = np.nonzero(batch.label_mask)
+    positions, targets = (on_device(array[rows, places]) for array in (batch.label_positions, batch.label_ids))
     return torch.nn.functional.cross_entropy(model.lm_head(hidden[on_device(rows), positions]), targets)
 
 

@@ -28,7 +28,7 @@ from benchmarks.methods import (
 )
 from neuroada_jax import models
 from neuroada_jax.core import bypass, ops, trees
-from neuroada_jax.core.trees import Path, Tree
+from neuroada_jax.core.trees import ModulePath, Tree
 from neuroada_jax.data.batches import Batch
 from neuroada_jax.models import Model, Remat, losses
 from neuroada_jax.models.layers import BypassDense
@@ -96,15 +96,15 @@ def to_batch(tokens: Tokens) -> Batch:
     batch = Batch(
         input_ids=tokens.ids,
         lengths=np.full(rows, tokens.ids.shape[1], np.int32),
-        target_positions=np.zeros((rows, most), np.int32),
-        target_ids=np.zeros((rows, most), np.int32),
-        target_mask=np.zeros((rows, most), np.float32),
+        label_positions=np.zeros((rows, most), np.int32),
+        label_ids=np.zeros((rows, most), np.int32),
+        label_mask=np.zeros((rows, most), np.float32),
     )
     for row, count in enumerate(counts):
         where = tokens.labelled[row].nonzero()[0]
-        batch.target_positions[row, :count] = where - 1
-        batch.target_ids[row, :count] = tokens.ids[row, where]
-        batch.target_mask[row, :count] = 1
+        batch.label_positions[row, :count] = where - 1
+        batch.label_ids[row, :count] = tokens.ids[row, where]
+        batch.label_mask[row, :count] = 1
     return batch
 
 
@@ -127,7 +127,7 @@ def floor_gradient(model: Model) -> tuple[Callable[[Tree], Tree], Any]:
     Returns: the function that finds these scales in the weights, and the jitted (scales, params, batch) -> (loss,
     gradient).
     """
-    path = (*model.stack, "input_layernorm")
+    path = (*model.layers_path, "input_layernorm")
 
     @jax.jit
     def gradient(norm: Tree, params: Tree, batch: Batch) -> Any:
@@ -153,7 +153,7 @@ def _ours(base: LoadedModel, k: int, remat: Remat) -> Running:
 
 def mean_loss(module: nn.Module, variables: Tree, batch: Batch) -> Any:
     """Of the labelled tokens."""
-    return jnp.sum(losses.target_losses(module, variables, batch)) / jnp.sum(batch.target_mask)
+    return jnp.sum(losses.label_losses(module, variables, batch)) / jnp.sum(batch.label_mask)
 
 
 def _floor(base: LoadedModel) -> Running:
@@ -173,7 +173,7 @@ def _lora(base: LoadedModel, k: int) -> Running:
     return _adapted(base, lora_trees(base.params, targets(base.params, base.model), lora_rank(base.model, k)), lora)
 
 
-def scatter_trees(params: Tree, paths: Sequence[Path], k: int) -> tuple[Tree, Tree]:
+def scatter_trees(params: Tree, paths: Sequence[ModulePath], k: int) -> tuple[Tree, Tree]:
     """What `scatter` trains, and what it keeps beside the weights."""
     built = bypass.build(params, paths, k)
     return {"bypass": built.values}, {"columns": built.columns}
@@ -185,7 +185,7 @@ def scatter(module: BypassDense, x: Any, kernel: Any) -> Any:
     return _product(x, ops.add_entries(kernel, columns, values))
 
 
-def lora_trees(params: Tree, paths: Sequence[Path], rank: int) -> tuple[Tree, Tree]:
+def lora_trees(params: Tree, paths: Sequence[ModulePath], rank: int) -> tuple[Tree, Tree]:
     """What `lora` trains, in the kernels' dtype, A and B where a bypass has columns and values; it keeps nothing else."""
     down: Tree = {}
     up: Tree = {}

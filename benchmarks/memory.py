@@ -161,8 +161,8 @@ def _ours(model: Model, remat: Remat, batch: Batch, k: int) -> Program:
     )
     kinds = {
         "weights": state.params,
-        "adapter": (state.trainable, state.columns, state.base),
-        "optimizer": state.optimizer,
+        "adapter": (state.trainable, state.columns, state.base_entries),
+        "optimizer": state.opt_state,
         "batch": batch,
     }
     run_step = step.make_step(model.module(remat), transformation)

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Int32
 
 from benchmarks.check_h100 import LLAMA_7B
 from neuroada_jax import models
-from neuroada_jax.core.trees import Path, kernels
+from neuroada_jax.core.trees import ModulePath, kernels
 from neuroada_jax.data.examples import encode
 from neuroada_jax.data.rows import load_rows
 from neuroada_jax.errors import UserError
@@ -83,9 +83,9 @@ def label_of(framework: str, name: str, k: int | None) -> str:
     return f"{framework}: {name}" + ("" if k is None else f", k={k}")
 
 
-def targets(params: Mapping[str, Any], model: Model) -> list[Path]:
+def targets(params: Mapping[str, Any], model: Model) -> list[ModulePath]:
     """The linear maps that every method adapts: q k v o gate up down."""
-    return models.match_targets(params, list(LLAMA_TARGETS), model.stack)
+    return models.match_targets(params, list(LLAMA_TARGETS), model.layers_path)
 
 
 def target_shapes(model: Model) -> Iterator[tuple[int, int, int]]:
@@ -124,7 +124,7 @@ def real_tokens(source: str, tokenizer: Any, batch: int, length: int) -> tuple[T
     if len(examples.token_ids) < batch * length:
         raise UserError(f"{source}: {len(examples.token_ids)} tokens, expected at least {batch * length}")
     ids = examples.token_ids[: batch * length].reshape(batch, length).astype(np.int32)
-    answers = examples.is_target[: batch * length].reshape(batch, length)
+    answers = examples.is_label[: batch * length].reshape(batch, length)
     return Tokens(ids, _every(ids)), Tokens(ids, answers & _every(ids))
 
 

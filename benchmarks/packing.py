@@ -96,7 +96,7 @@ def main() -> None:
     methods = {name: with_slots(build, settings.tokens, most_rows) for name, build in builders.items()}
 
     base = with_weights(base)
-    built = bypass.build(base.params, models.match_targets(base.params, list(LLAMA_TARGETS), base.model.stack), 1)
+    built = bypass.build(base.params, models.match_targets(base.params, list(LLAMA_TARGETS), base.model.layers_path), 1)
     transformation = optimizer.build(OptimizerSection(learning_rate=1e-3), 1000)
     run_step = step.make_step(base.model.module(Remat.NONE), transformation)
     state = step.initial_state(base.params, built, transformation)

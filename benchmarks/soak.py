@@ -252,7 +252,7 @@ def make_inputs(folder: Path) -> None:
     shapes = {path: leaf.shape for path, leaf in trees.flatten(params)}
     random_numbers = np.random.default_rng(0)
     tensors = {}
-    for name, slot in names.checkpoint_names(params, model.stack).items():
+    for name, slot in names.checkpoint_names(params, model.layers_path).items():
         shape = shapes[slot.path] if slot.layer is None else shapes[slot.path][1:]
         tensors[name] = 0.3 * random_numbers.standard_normal(shape, np.float32) + ("norm" in name)
     (folder / "model").mkdir()

@@ -25,7 +25,7 @@ from benchmarks.jax_methods import to_batch
 from benchmarks.methods import LEARNING_RATE, random_tokens, targets
 from neuroada_jax import console
 from neuroada_jax.core import bypass, trees
-from neuroada_jax.core.trees import Path
+from neuroada_jax.core.trees import ModulePath
 from neuroada_jax.models import Remat
 from neuroada_jax.pretrained.load import LoadedModel, load_model
 from neuroada_jax.training import optimizer, step
@@ -113,7 +113,9 @@ def _first_step(settings: argparse.Namespace) -> tuple[LoadedModel, list[Row]]:
     return base, rows
 
 
-def _selection(params: Mapping[str, Any], paths: Sequence[Path], dtype: str, settings: argparse.Namespace) -> list[Row]:
+def _selection(
+    params: Mapping[str, Any], paths: Sequence[ModulePath], dtype: str, settings: argparse.Namespace
+) -> list[Row]:
     """A plain read of the kernels at `paths` and selection for every k, in turns."""
     kernels = [trees.get(params, path)["kernel"] for path in paths]
     read = jax.jit(lambda kernels: [jnp.max(jnp.abs(kernel)) for kernel in kernels])

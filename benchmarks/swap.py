@@ -22,7 +22,7 @@ from benchmarks.methods import targets
 from neuroada_jax import console
 from neuroada_jax.core import bypass
 from neuroada_jax.core.bypass import Bypass
-from neuroada_jax.core.trees import Path, Tree
+from neuroada_jax.core.trees import ModulePath, Tree
 from neuroada_jax.pretrained.load import load_model
 
 MERGE = "full merge"
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     common.report("swap", "another adapter in a live model", COLUMNS, list(_rows(times, about, settings)), settings)
 
 
-def _adapter(params: Tree, paths: Sequence[Path], k: int, score: Callable[[jax.Array], jax.Array]) -> Bypass:
+def _adapter(params: Tree, paths: Sequence[ModulePath], k: int, score: Callable[[jax.Array], jax.Array]) -> Bypass:
     built = bypass.build(params, paths, k, score=score)
     return built._replace(values=jax.tree.map(lambda leaf: jnp.full_like(leaf, 1e-3), built.values))
 
@@ -82,9 +82,9 @@ def _operations(live: Live, first: Bypass, other: Bypass) -> Iterator[tuple[str,
     stages: list[tuple[str, Any, Callable[[], tuple]]] = [
         (MERGE, jax.jit(bypass.merge), lambda: (live.params, first)),
         ("put in", swap, lambda: (live.params, {}, {}, first)),
-        ("swap", swap, lambda: (live.params, first.columns, live.base, other)),
-        ("overwrite, equal columns", overwrite, lambda: (live.params, live.base)),
-        ("removal", remove, lambda: (live.params, live.base)),
+        ("swap", swap, lambda: (live.params, first.columns, live.base_entries, other)),
+        ("overwrite, equal columns", overwrite, lambda: (live.params, live.base_entries)),
+        ("removal", remove, lambda: (live.params, live.base_entries)),
     ]
     for name, function, arguments in stages:
         compiled = function.lower(*arguments()).compile()
@@ -92,7 +92,7 @@ def _operations(live: Live, first: Bypass, other: Bypass) -> Iterator[tuple[str,
         def run(name: str = name, compiled: Any = compiled, arguments: Callable[[], tuple] = arguments) -> None:
             result = jax.block_until_ready(compiled(*arguments()))
             if name != MERGE:
-                live.params, live.base = result
+                live.params, live.base_entries = result
 
         run()
         memory = compiled.memory_analysis()

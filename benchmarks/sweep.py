@@ -151,7 +151,7 @@ def run(name: str, title: str, settings: Any, fields: Mapping[str, Any], train: 
     common.save(name, rows, settings)
     texts = [["-" if row[each.field] is None else each.write(row[each.field]) for each in COLUMNS] for row in table]
     console.table(
-        f"{title}, mean and standard deviation over seeds {settings.seeds}", [each.head for each in COLUMNS], texts
+        f"{title}, mean and standard deviation over seeds {settings.seeds}", [each.classifier for each in COLUMNS], texts
     )
     console.say(f"written to {settings.out / name}.json")
 

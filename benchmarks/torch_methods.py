@@ -58,7 +58,7 @@ def load(source: str, dtype: str) -> Weights:
         return Weights(model, {name: torch.empty(each.shape, **where).normal_(std=0.02) for name, each in shapes.items()})
     opened = open_model(source, dtype)
     stored = source.open_tensors(opened.path)
-    wanted = names.checkpoint_names(opened.model.abstract_params(), opened.model.stack)
+    wanted = names.checkpoint_names(opened.model.abstract_params(), opened.model.layers_path)
     to_torch = lambda name: torch.from_numpy(np.array(stored.read(name), np.float32)).to(**where)  # noqa: E731
     return Weights(opened.model, {name: to_torch(name) for name in wanted})
 

@@ -47,8 +47,8 @@ def _read(opened: Any, tokenizer: Any, adapter: Any) -> tuple[Any, Any, Any]:
     from neuroada_jax.adapters import native
     from neuroada_jax.pretrained.load import with_weights
 
-    base = with_weights(opened)
-    return base, base.params if adapter is None else native.merge(adapter, base), tokenizer
+    base_model = with_weights(opened)
+    return base_model, base_model.params if adapter is None else native.merge(adapter, base_model), tokenizer
 
 
 def _print_json(content: dict[str, Any]) -> None:
@@ -146,9 +146,9 @@ def evaluate(parsed: argparse.Namespace) -> None:
     source = Source(parsed.data, split) if parsed.data else (TASKS if is_decoder else GLUE)[parsed.task].source()
     rows = load_rows(source.data, source.split, parsed.limit)
     score_rows = (_texts if is_decoder else _labels)(parsed, *opened[:2], rows)
-    base, params, _ = _read(*opened)
+    base_model, params, _ = _read(*opened)
     with console.bar("evaluating") as shown:
-        score = score_rows(base, params, console.reporter(shown))
+        score = score_rows(base_model, params, console.reporter(shown))
     try:  # a score is not lost where its predictions cannot be written, nor they where nobody reads the score
         if parsed.json:
             _print_json({"task": parsed.task} | _score_to_json(score))
@@ -205,7 +205,9 @@ def _texts(parsed: argparse.Namespace, opened: Any, tokenizer: Any, rows: Any) -
         opened, tokenizer, rows, task, style=style, method=method, max_new_tokens=parsed.max_new_tokens
     )
     options = {"batch_size": parsed.batch_size, "trained_on": trained_on}
-    return lambda base, params, progress: scoring.score(base, params, tokenizer, prepared, **options, on_progress=progress)
+    return lambda base_model, params, progress: scoring.score(
+        base_model, params, tokenizer, prepared, **options, on_progress=progress
+    )
 
 
 def _labels(parsed: argparse.Namespace, opened: Any, tokenizer: Any, rows: Any) -> Callable[[Any, Any, Any], Any]:
@@ -222,10 +224,10 @@ def _labels(parsed: argparse.Namespace, opened: Any, tokenizer: Any, rows: Any) 
         raise UserError(f"--max-length: found {parsed.max_length}, expected 1 to the model's {positions} positions")
     length = parsed.max_length or positions
     classification.encode(rows, task, tokenizer, length)
-    classification.label_columns(opened, task)
+    classification.label_classes(opened, task)
     options = {"max_length": length, "batch_size": parsed.batch_size}
-    return lambda base, params, progress: classification.evaluate(
-        base, params, tokenizer, rows, task, **options, on_progress=progress
+    return lambda base_model, params, progress: classification.evaluate(
+        base_model, params, tokenizer, rows, task, **options, on_progress=progress
     )
 
 
@@ -256,10 +258,10 @@ def lm_eval(parsed: argparse.Namespace) -> None:
     tasks = lm_eval_harness.find_tasks(
         parsed.tasks.split(","), parsed.include_path
     )  # before the weights, which take longer
-    base, params, tokenizer = _load(parsed)
+    base_model, params, tokenizer = _load(parsed)
     with console.bar("scoring") as shown:
         results = lm_eval_harness.evaluate(
-            lm_eval_harness.NeuroAdaLM(base, params, tokenizer, parsed.batch_size, console.reporter(shown)),
+            lm_eval_harness.NeuroAdaLM(base_model, params, tokenizer, parsed.batch_size, console.reporter(shown)),
             tasks,
             num_fewshot=parsed.num_fewshot,
             limit=parsed.limit,
@@ -279,14 +281,14 @@ def generate(parsed: argparse.Namespace) -> None:
 
     fields = {field.name: getattr(parsed, field.name) for field in dataclasses.fields(Decoding)}
     decoding = Decoding(**{**fields, "stop": tuple(parsed.stop)})
-    base, params, tokenizer = _load(parsed)
+    base_model, params, tokenizer = _load(parsed)
     prompts = [encode_prompt({"prompt": prompt}, parsed.style, tokenizer) for prompt in parsed.prompt]
     outputs = generate(
-        base.model,
+        base_model.model,
         params,
         prompts,
         max_new_tokens=parsed.max_new_tokens,
-        eos_ids=scoring.end_tokens(base, tokenizer),
+        eos_ids=scoring.end_tokens(base_model, tokenizer),
         decoding=decoding,
         decode=tokenizer.decode,
     )

@@ -22,7 +22,7 @@ from neuroada_jax import models
 from neuroada_jax.core import bypass, selection, trees
 from neuroada_jax.core.bypass import Bypass
 from neuroada_jax.core.ops import Layout, bypass_dense
-from neuroada_jax.core.trees import Path, Tree
+from neuroada_jax.core.trees import ModulePath, Tree
 from neuroada_jax.errors import UserError
 
 # Leaves beside the kernel: whatever Flax does to it, such as slicing by nn.scan, is done to them as well.
@@ -60,8 +60,8 @@ def build(
       UserError: a target that no linear map has (lists them), or one that cannot carry a bypass (says why).
       ValueError: k < 1.
     """
-    axes: dict[Path, tuple[int, int]] = {}
-    refused: dict[Path, str] = {}
+    axes: dict[ModulePath, tuple[int, int]] = {}
+    refused: dict[ModulePath, str] = {}
 
     def record(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         module: Any = context.module
@@ -110,7 +110,7 @@ def with_bypass(apply: Callable[..., Any]) -> Callable[..., Any]:
         values, columns = rest.pop("bypass", None), rest.pop("columns", None)
         if values is None and columns is None:
             return apply(variables, *args, **kwargs)
-        if values is None or columns is None or "base" in rest:
+        if values is None or columns is None or "base_entries" in rest:
             raise UserError(f"a bypass needs the collections bypass and columns, and no base; found {', '.join(variables)}")
         params: Tree = dict(rest["params"])
         for path, chosen in trees.leaves(columns, "columns"):

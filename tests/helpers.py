@@ -42,7 +42,7 @@ def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarra
     flat = dict(trees.flatten(params))
     rng = np.random.default_rng(seed)
     tensors = {}
-    for name, slot in names.checkpoint_names(params, model.stack).items():
+    for name, slot in names.checkpoint_names(params, model.layers_path).items():
         shape = flat[slot.path].shape
         shape = shape if slot.layer is None else shape[1:]
         tensors[name] = 0.3 * rng.standard_normal(shape, np.float32) + ("norm" in name)

@@ -106,7 +106,7 @@ def test_metrics_have_a_line_for_every_step(trained):
     rates = [0.02 * (1 - step / 7) for step in range(7)]
     assert [line["learning_rate"] for line in lines] == pytest.approx(rates, rel=1e-5)
     examples = encode(rows(trained), "verbatim", CHAT, 64)
-    assert sum(line["targets"] for line in lines[:6]) == examples.target_counts.sum()
+    assert sum(line["targets"] for line in lines[:6]) == examples.label_counts.sum()
     assert sum(line["tokens"] for line in lines[:6]) == examples.lengths.sum()
     assert all(line["gradient_norm"] > 0 for line in lines)
 
@@ -127,16 +127,16 @@ def test_the_other_files_of_a_run(trained):
 
 
 def test_the_merged_model_is_base_plus_adapter(trained, inputs):
-    base = safetensors.numpy.load_file(str(inputs[0] / "model.safetensors"))
+    base_model = safetensors.numpy.load_file(str(inputs[0] / "model.safetensors"))
     merged = safetensors.numpy.load_file(str(trained / "merged" / "model.safetensors"))
     adapter = native.read(str(trained / "adapter"))
-    assert merged.keys() == base.keys()
+    assert merged.keys() == base_model.keys()
     for module, values in adapter.values.items():
-        weight = base[f"{module}.weight"]
+        weight = base_model[f"{module}.weight"]
         columns = adapter.columns[module]
         assert (np.sort(np.argsort(-np.abs(weight), axis=1)[:, :2], axis=1) == columns).all()
         np.put_along_axis(weight, columns, np.take_along_axis(weight, columns, 1) + values, 1)
-    for name, weight in base.items():
+    for name, weight in base_model.items():
         assert weight.tobytes() == merged[name].tobytes(), name
     AutoModelForCausalLM.from_pretrained(trained / "merged")
 
@@ -183,7 +183,7 @@ def test_a_packed_run_trains_on_every_example_once_an_epoch(tmp_path, inputs, ne
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     for first in range(0, 3 * steps, steps):
         epoch = lines[first : first + steps]
-        assert sum(line["targets"] for line in epoch) == examples.target_counts.sum()
+        assert sum(line["targets"] for line in epoch) == examples.label_counts.sum()
         assert sum(line["tokens"] for line in epoch) == examples.lengths.sum()
 
 
@@ -195,8 +195,8 @@ def test_evaluate(trained, inputs, neuroada, tmp_path, monkeypatch):
     arguments = ["evaluate", "--model", inputs[0], "--data", inputs[1], "--limit", 6, "--max-new-tokens", 2]
     arguments += ["--style", "verbatim", "--trained-on", inputs[1]]
     results = json.loads((trained / "results.json").read_text())["evaluation"]["held out"]
-    base = one_object(neuroada(*arguments, "--json"))
-    assert base == {
+    base_model = one_object(neuroada(*arguments, "--json"))
+    assert base_model == {
         "empty": results["empty_before"],
         "task": "instruct",
         "metric": "accuracy",

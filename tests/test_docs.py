@@ -22,7 +22,7 @@ def namespace(tmp_path_factory):
     """What the page's code leaves behind, run where it finds a model and two adapters."""
     folder = tmp_path_factory.mktemp("docs")
     model = load_model(str(write_model(folder / "model")))
-    built = bypass.build(model.params, models.match_targets(model.params, ["q_proj"], model.model.stack), 2)
+    built = bypass.build(model.params, models.match_targets(model.params, ["q_proj"], model.model.layers_path), 2)
     for number, name in enumerate(("one", "two"), start=1):
         values = jax.tree.map(lambda leaf, number=number: jnp.full_like(leaf, number), built.values)
         native.save(folder / "adapters" / name, built._replace(values=values), model, k=2, targets=["q_proj"], seed=0)

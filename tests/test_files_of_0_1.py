@@ -16,7 +16,7 @@ from neuroada_jax.training import config_file
 FIXTURE = Path(__file__).parent / "fixtures" / "version_0_1"
 ADAPTERS = {"decoder": "finished/decoder-run/adapter", "encoder": "finished/encoder-seeds/seed-1/adapter"}
 # Names of config fields or whole sections in 0.1 -> today's; an item of a list is `*`, as in "evaluation.sets.*.data".
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {"head": "classifier"}
 TIMES = ("train_seconds", "tokens_per_second")
 
 # The checkpoint names the library versions that wrote it; others are warned of.

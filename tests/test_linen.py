@@ -49,14 +49,14 @@ class Model(nn.Module):
         x = nn.Conv(D, (3,), dtype=self.dtype, name="conv")(x)
         block = nn.remat(Block, prevent_cse=False) if self.remat else Block
         if self.scanned:
-            stack = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
-            x, _ = stack(self.dtype, name="blocks")(x, None)
+            layers_path = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+            x, _ = layers_path(self.dtype, name="blocks")(x, None)
         else:
             for layer in range(2):
                 x, _ = block(self.dtype, name=f"block_{layer}")(x)
         x = nn.Dropout(0.5, deterministic=not train)(x)
         shared = nn.Dense(D, dtype=self.dtype, name="shared")
-        return nn.Dense(4, dtype=self.dtype, name="head")(shared(nn.tanh(shared(x))).mean(1))
+        return nn.Dense(4, dtype=self.dtype, name="classifier")(shared(nn.tanh(shared(x))).mean(1))
 
 
 @functools.cache
@@ -101,12 +101,18 @@ def test_build_stacks_scanned_layers():
 def test_build_starts_from_zero_and_takes_dtype_score_and_k():
     model, x, params, _ = prepared()
     built = linen.build(
-        model, {"params": params}, x, targets=["head"], k=100, dtype=jnp.bfloat16, score=lambda kernel: -jnp.abs(kernel)
+        model,
+        {"params": params},
+        x,
+        targets=["classifier"],
+        k=100,
+        dtype=jnp.bfloat16,
+        score=lambda kernel: -jnp.abs(kernel),
     )
-    values = built.values["head"]["values"]
+    values = built.values["classifier"]["values"]
     assert (values.shape, values.dtype, bool(values.any())) == ((4, D), jnp.bfloat16, False)
     with pytest.raises(ValueError, match="k must be at least 1"):
-        linen.build(model, {"params": params}, x, targets=["head"], k=0)
+        linen.build(model, {"params": params}, x, targets=["classifier"], k=0)
 
 
 @pytest.mark.parametrize("fields", [{}, {"remat": True}, {"scanned": True}, {"scanned": True, "remat": True}], ids=str)
@@ -116,14 +122,14 @@ def test_outputs_are_those_of_the_merged_weights(fields):
     merged = merge(params, built)
     np.testing.assert_allclose(got, jit(model.apply)({"params": merged}, x), rtol=1e-5, atol=1e-5)
     assert np.abs(got - jit(model.apply)({"params": params}, x)).max() > 0.05
-    base = na.read(params, built.columns, layout=Layout.IO)
-    jax.tree.map(np.testing.assert_array_equal, na.unmerge(merged, built.columns, base, layout=Layout.IO), params)
+    base_entries = na.read(params, built.columns, layout=Layout.IO)
+    jax.tree.map(np.testing.assert_array_equal, na.unmerge(merged, built.columns, base_entries, layout=Layout.IO), params)
 
 
 @pytest.mark.parametrize("fields", [{}, {"scanned": True, "remat": True}], ids=str)
 def test_float64_outputs_and_gradients_equal_autodiff_through_the_merged_weights(fields):
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):  # the latter for Flax's own norms
-        model, x, params, built = prepared((*TARGETS, "shared", "head"), dtype=jnp.float64, **fields)
+        model, x, params, built = prepared((*TARGETS, "shared", "classifier"), dtype=jnp.float64, **fields)
 
         def loss(values, form):
             if form == "bypass":
@@ -231,7 +237,7 @@ def test_targets_are_exact_paths_or_last_components():
         )
     ]
     assert paths("block_1.up") == ["block_1.up"]
-    assert paths("up", "head") == ["block_0.up", "block_1.up", "head"]
+    assert paths("up", "classifier") == ["block_0.up", "block_1.up", "classifier"]
     for wrong in ("u", "block_1", "conv", "attention.query"):
         with pytest.raises(UserError, match=rf"'{wrong}' matches no linear map; this model has .*block_0.attention.query"):
             paths(wrong)
@@ -271,8 +277,8 @@ def test_incomplete_or_unfit_collections_are_refused():
     model, x, params, built = prepared(targets=("up",))
     apply = linen.with_bypass(model.apply)
     whole = {"params": params, "bypass": built.values, "columns": built.columns}
-    base = na.read(params, built.columns, layout=Layout.IO)
-    for wrong in ({**whole, "base": base}, {"params": params, "bypass": built.values}):
+    base_entries = na.read(params, built.columns, layout=Layout.IO)
+    for wrong in ({**whole, "base_entries": base_entries}, {"params": params, "bypass": built.values}):
         with pytest.raises(UserError, match="needs the collections bypass and columns, and no base; found params, bypass"):
             apply(wrong, x)
     with pytest.raises(KeyError, match="nowhere holds no kernel"):

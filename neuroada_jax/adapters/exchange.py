@@ -50,39 +50,40 @@ def export_adapter(
         raise UserError(f"{source}: adapter.json names no base; give --model")
     merges = verify or target == "huggingface"
     labels = trained_on.get("labels")
-    base = open_model(where, dtype or trained_on.get("dtype") or "auto", config_only=not merges, labels=labels)
-    merged_dtype = jnp.dtype(base.model.config.dtype)
+    base_model = open_model(where, dtype or trained_on.get("dtype") or "auto", config_only=not merges, labels=labels)
+    merged_dtype = jnp.dtype(base_model.model.config.dtype)
     tokenizer = None
     if target == "huggingface":
-        stored = base.model.hf_config.get("dtype") or base.model.hf_config.get("torch_dtype")
+        stored = base_model.model.hf_config.get("dtype") or base_model.model.hf_config.get("torch_dtype")
         # Nothing is rounded before the merge: bfloat16 weights are loaded as such only where they are stored so.
-        base, tokenizer = open_base(where, merged_dtype.name if stored == "bfloat16" else "float32", labels)
+        base_model, tokenizer = open_base(where, merged_dtype.name if stored == "bfloat16" else "float32", labels)
     if merges:
-        base = with_weights(base)
+        base_model = with_weights(base_model)
 
     # The official code and SuperTuning round the values to the weights' dtype before they add; SHiRA and we add in float32.
     round_first = merged_dtype if target in ("official", "peft-supertuning") else jnp.float32
     params: Tree = {}
-    if base.params:
-        merged = native.merge(adapter, base, round_first)
+    if base_model.params:
+        merged = native.merge(adapter, base_model, round_first)
         params = jax.tree.map(lambda leaf: leaf.astype(merged_dtype), merged)
 
     reload: Callable[[], verification.Reloaded]
     if target == "huggingface":
-        save.save(directory, base, params, tokenizer)
+        save.save(directory, base_model, params, tokenizer)
         notes = [f"merged in float32, saved as {merged_dtype.name}"]
-        reload = functools.partial(verification.reload_huggingface, base, directory, merged_dtype)
+        reload = functools.partial(verification.reload_huggingface, base_model, directory, merged_dtype)
     elif target in _PEFT:
-        notes = peft.export(adapter, directory, _PEFT[target], base)
-        reload = functools.partial(verification.reload_peft, base, directory)
+        notes = peft.export(adapter, directory, _PEFT[target], base_model)
+        reload = functools.partial(verification.reload_peft, base_model, directory)
     else:
         notes = official.export(adapter, directory, merged_dtype.name)
-        reload = lambda: verification.reload_official(base, official.read(directory, base.model, allow_pickle=True))  # noqa: E731
+        read = functools.partial(official.read, directory, base_model.model, allow_pickle=True)
+        reload = lambda: verification.reload_official(base_model, read())  # noqa: E731
 
     result: dict[str, Any] = {"out": out, "files": _files(directory), "notes": notes}
     if not verify:
         return result
-    result |= verification.verify(base, params, reload)
+    result |= verification.verify(base_model, params, reload)
     if not (result["merged_bit_equal"] and result["max_logit_difference"] <= result["logit_tolerance"]):
         raise UserError(
             f"{out} does not hold what the adapter holds: logits differ by up to {result['max_logit_difference']:.3g} "
@@ -93,14 +94,14 @@ def export_adapter(
 
 
 def import_adapter(
-    directory: str, source_format: str, base: str, out: str, *, dtype: str | None = None, allow_pickle: bool = False
+    directory: str, source_format: str, base_model: str, out: str, *, dtype: str | None = None, allow_pickle: bool = False
 ) -> dict[str, Any]:
     """Writes an adapter of another library as a native adapter of `base`.
 
     Args:
       directory: the adapter.
       source_format: "official", "peft-supertuning" or "peft-shira".
-      base: the model it belongs to.
+      base_model: the model it belongs to.
       out: the directory to make.
       dtype: "float32", "bfloat16" or "auto" (the default), in which the adapter's base is loaded from then on.
       allow_pickle: for the official format, whose positions are pickled; they are taken apart, not executed.
@@ -112,7 +113,7 @@ def import_adapter(
     """
     if Path(out).exists():
         raise UserError(f"--out: {out} exists already; choose another folder or remove it")
-    opened = open_model(base, dtype or "auto")
+    opened = open_model(base_model, dtype or "auto")
     if source_format in _PEFT:
         imported = peft.read(Path(directory), opened.model, _PEFT[source_format])
     else:
@@ -120,19 +121,25 @@ def import_adapter(
     loaded = with_weights(opened)
     model = loaded.model
     targets = [
-        names.within_layer(path, model.stack)
+        names.within_layer(path, model.layers_path)
         for path, kernel in trees.kernels(model.abstract_params())
-        if set(names.module_names(path, kernel, model.stack)) & set(imported.columns)
+        if set(names.module_names(path, kernel, model.layers_path)) & set(imported.columns)
     ]
     k = max(columns.shape[1] for columns in imported.columns.values())
     adapter = native.assemble(
-        loaded, imported.values, imported.columns, k=k, targets=targets, rule=None, heads=imported.heads
+        loaded,
+        imported.values,
+        imported.columns,
+        k=k,
+        targets=targets,
+        rule=None,
+        dense_parameters=imported.dense_parameters,
     )
-    native.stack(adapter, loaded)  # this and the next refuse what does not fit
-    native.head(adapter, loaded)
+    native.stack_layers(adapter, loaded)  # this and the next refuse what does not fit
+    native.classifier(adapter, loaded)
     native.write(Path(out), adapter)
     total = sum(values.size for values in imported.values.values())
-    summary = f"{len(imported.values)} modules, {len(imported.heads)} head tensors, k={k}, {total:,} values"
+    summary = f"{len(imported.values)} modules, {len(imported.dense_parameters)} head tensors, k={k}, {total:,} values"
     return {"out": out, "values": total, "k": k, "notes": [summary, *imported.notes]}
 
 

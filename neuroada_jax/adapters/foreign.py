@@ -13,13 +13,13 @@ class Imported(NamedTuple):
     Attributes:
       values: module path -> float32 (O, k).
       columns: module path -> int32 (O, k), ascending and distinct within a row.
-      heads: parameter name -> float32 array of any shape; what was trained densely, whole.
+      dense_parameters: parameter name -> float32 array of any shape; what was trained densely, whole.
       notes: lines that say what was removed or converted.
     """
 
     values: dict[str, np.ndarray]
     columns: dict[str, np.ndarray]
-    heads: dict[str, np.ndarray]
+    dense_parameters: dict[str, np.ndarray]
     notes: list[str]
 
 

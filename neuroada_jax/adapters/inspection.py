@@ -64,15 +64,15 @@ def inspect_adapter(path: str) -> dict[str, Any]:
       UserError: no whole adapter there.
     """
     adapter = native.read(path)
-    base, inputs = adapter.metadata.get("base", {}), adapter.metadata.get("inputs", {})
+    base_model, inputs = adapter.metadata.get("base", {}), adapter.metadata.get("inputs", {})
     rows = [_row(module, len(values), inputs.get(module), values.shape[1]) for module, values in adapter.values.items()]
     about = {key: adapter.metadata.get(key) for key in ("version", "k", "targets", "rule", "seed", "created", "versions")}
     return {
         "kind": "adapter",
         "path": path,
-        "base": base.get("source"),
+        "base": base_model.get("source"),
         **about,
-        **_totals(rows, base.get("parameters")),
+        **_totals(rows, base_model.get("parameters")),
         "modules": rows,
     }
 
@@ -96,7 +96,11 @@ def inspect_peft(path: str) -> dict[str, Any]:
             _foreign_row(module, neurons, k, count)
             | {"padding": length - count, "bytes": length * VALUE_BYTES + indices * INDEX_BYTES}
         )
-    about = {"version": None, "base": stored.config.get("base_model_name_or_path"), "heads": sorted(stored.heads)}
+    about = {
+        "version": None,
+        "base": stored.config.get("base_model_name_or_path"),
+        "dense_parameters": sorted(stored.dense_parameters),
+    }
     return {"kind": f"PEFT {stored.kind.value} adapter", "path": path, **about, **_totals(rows, None), "modules": rows}
 
 
@@ -114,8 +118,15 @@ def inspect_official(path: str) -> dict[str, Any]:
         for name, tensor in tensors.items()
         if name.endswith(suffix)
     ]
-    heads = sorted(name for name in tensors if not name.endswith(suffix))
-    return {"kind": "official adapter", "path": path, "base": None, "heads": heads, **_totals(rows, None), "modules": rows}
+    dense_parameters = sorted(name for name in tensors if not name.endswith(suffix))
+    return {
+        "kind": "official adapter",
+        "path": path,
+        "base": None,
+        "dense_parameters": dense_parameters,
+        **_totals(rows, None),
+        "modules": rows,
+    }
 
 
 def _foreign_row(module: str, neurons: int | None, k: int | None, values: int) -> dict[str, Any]:

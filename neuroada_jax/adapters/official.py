@@ -82,7 +82,7 @@ def export(
         rows = np.arange(len(values), dtype=np.int64).repeat(values.shape[1])
         # Transposed, as torch.nonzero leaves it.
         positions[f"{module}.weight"] = torch.from_numpy(np.stack([rows, columns.reshape(-1).astype(np.int64)])).T
-    for name, head in adapter.heads.items():
+    for name, head in adapter.dense_parameters.items():
         content[name] = torch.nn.Parameter(torch.from_numpy(head.copy()).to(getattr(torch, chosen)))
     with files.new_directory(directory, replace=replace) as temporary:
         (temporary / VALUES).parent.mkdir()
@@ -92,12 +92,12 @@ def export(
     return [f"{changed} of {count} values rounded to {chosen}, the base's dtype"] if changed else []
 
 
-def read(directory: Path, base: models.Model, *, allow_pickle: bool) -> Imported:
+def read(directory: Path, base_model: models.Model, *, allow_pickle: bool) -> Imported:
     """Reads what a run of the published code left.
 
     Args:
       directory: its output folder, with `VALUES` and `POSITIONS` in it.
-      base: the model that it was trained on; its shapes are what the files are checked against.
+      base_model: the model that it was trained on; its shapes are what the files are checked against.
       allow_pickle: read `POSITIONS`, which is a pickled file; `inert_pickle` takes it apart and runs nothing of it.
 
     Raises:
@@ -110,8 +110,8 @@ def read(directory: Path, base: models.Model, *, allow_pickle: bool) -> Imported
             f"{path} is a pickled file, a kind that can run code when Python loads it; --allow-pickle reads it with a "
             "parser of our own, which runs nothing and takes a dict of integer tensors only"
         )
-    params = base.abstract_params()
-    shapes = base.linear_maps()
+    params = base_model.abstract_params()
+    shapes = base_model.linear_maps()
     positions = inert_pickle.read_tensors(path)
     tensors = load_tensors(directory / VALUES)
     trained = {name: tensor for name, tensor in tensors.items() if name.endswith(".weight_new")}
@@ -133,16 +133,16 @@ def read(directory: Path, base: models.Model, *, allow_pickle: bool) -> Imported
             raise UserError(f"{path}: '{module}.weight' has {chosen.shape[1]} entries a row, and others have {k}")
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()} - {"float32"})
     notes = [f"{' and '.join(dtypes)} in the file, float32 from here on; that holds the same numbers"] if dtypes else []
-    leaves, slots = dict(trees.flatten(params)), names.checkpoint_names(params, base.stack)
-    heads = {}
+    leaves, slots = dict(trees.flatten(params)), names.checkpoint_names(params, base_model.layers_path)
+    dense_parameters = {}
     for name, tensor in tensors.items():
         if name in trained:
             continue
         if name not in slots or name.removesuffix(".weight") in values:
             raise UserError(f"{directory / VALUES}: the base has no parameter {name!r}, or one that carries a bypass")
         leaf, layer = leaves[slots[name].path], slots[name].layer
-        heads[name] = _numbers(directory / VALUES, name, tensor, leaf.shape if layer is None else leaf.shape[1:])
-    return Imported(values, columns, heads, notes)
+        dense_parameters[name] = _numbers(directory / VALUES, name, tensor, leaf.shape if layer is None else leaf.shape[1:])
+    return Imported(values, columns, dense_parameters, notes)
 
 
 def load_tensors(path: Path) -> dict[str, Any]:

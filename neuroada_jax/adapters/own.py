@@ -60,7 +60,7 @@ def save(
         targets=list(columns),
         rule=rule,
         seed=seed,
-        heads=[],
+        dense_parameters=[],
     )
     about["shapes"] = {name: list(chosen.shape) for name, chosen in columns.items()}
     flat_values, flat_columns = (
@@ -100,9 +100,9 @@ def load(directory: str | Path, params: Any) -> Bypass:
     return Bypass(values, columns)
 
 
-def _kernels(params: Any) -> dict[str, tuple[trees.Path, Any]]:
+def _kernels(params: Any) -> dict[str, tuple[trees.ModulePath, Any]]:
     """The (path, array) of whatever may be a kernel, by dotted name: the array itself, and the module that holds it."""
-    kernels: dict[str, tuple[trees.Path, Any]] = {}
+    kernels: dict[str, tuple[trees.ModulePath, Any]] = {}
     for path, leaf in trees.flatten(trees.to_nested(params)):
         if getattr(leaf, "ndim", 0) >= 2:
             for place in [path, path[:-1]] if path[-1] == "kernel" else [path]:
@@ -113,7 +113,7 @@ def _kernels(params: Any) -> dict[str, tuple[trees.Path, Any]]:
     return kernels
 
 
-def _inputs(name: str, kernels: Mapping[str, tuple[trees.Path, Any]], columns: np.ndarray) -> int:
+def _inputs(name: str, kernels: Mapping[str, tuple[trees.ModulePath, Any]], columns: np.ndarray) -> int:
     """The number of inputs of a kernel that the columns fit."""
     if name not in kernels:
         raise UserError(f"{name} holds no kernel")

@@ -25,10 +25,10 @@ import safetensors.numpy
 
 from neuroada_jax import files, models
 from neuroada_jax.adapters.foreign import Entries, Imported, rows_of
-from neuroada_jax.adapters.native import Adapter, head_slots
+from neuroada_jax.adapters.native import Adapter, dense_slots
 from neuroada_jax.errors import UserError
 from neuroada_jax.pretrained.load import LoadedModel
-from neuroada_jax.pretrained.safetensors_directory import read_whole
+from neuroada_jax.pretrained.safetensors_directory import read_all
 
 _PREFIX = "base_model.model."
 _MODULE = re.compile(r"\w+(\.\w+)*", re.ASCII)
@@ -55,7 +55,7 @@ class Stored(NamedTuple):
       values: module path -> float32 (n,), padding included.
       indices: module path -> int64 (n,) for SuperTuning, (2, n) for SHiRA.
       entries: module path -> how many of the n are not padding.
-      heads: parameter name -> float32 array, from `modules_to_save`.
+      dense_parameters: parameter name -> float32 array, from `modules_to_save`.
     """
 
     kind: Kind
@@ -63,7 +63,7 @@ class Stored(NamedTuple):
     values: dict[str, np.ndarray]
     indices: dict[str, np.ndarray]
     entries: dict[str, int]
-    heads: dict[str, np.ndarray]
+    dense_parameters: dict[str, np.ndarray]
 
 
 def supertuning_length(outputs: int, inputs: int, sparsity: float) -> int:
@@ -91,14 +91,14 @@ def _rank(shapes: dict[str, tuple[int, int, int]]) -> int:
     return rank
 
 
-def export(adapter: Adapter, directory: Path, kind: Kind, base: LoadedModel) -> list[str]:
+def export(adapter: Adapter, directory: Path, kind: Kind, base_model: LoadedModel) -> list[str]:
     """Writes a directory that `PeftModel.from_pretrained` loads.
 
     Args:
       adapter: what to write.
       directory: where; must not exist.
       kind: for which tuner.
-      base: the model it belongs to; its weights are not needed.
+      base_model: the model it belongs to; its weights are not needed.
 
     Returns: lines that say what was padded.
 
@@ -106,7 +106,7 @@ def export(adapter: Adapter, directory: Path, kind: Kind, base: LoadedModel) -> 
       UserError: the adapter does not fit the base or the format, or the directory exists or cannot be written.
     """
     shapes = {}
-    for module, (outputs, inputs) in _shapes(base.model, list(adapter.values)).items():
+    for module, (outputs, inputs) in _shapes(base_model.model, list(adapter.values)).items():
         columns = adapter.columns[module]
         if len(columns) != outputs or columns.max() >= inputs:
             raise UserError(
@@ -117,7 +117,7 @@ def export(adapter: Adapter, directory: Path, kind: Kind, base: LoadedModel) -> 
         shapes[module] = (outputs, inputs, columns.shape[1])
     sparsity = _sparsity(shapes) if kind is Kind.SUPERTUNING else 0.0
     rank = _rank(shapes) if kind is Kind.SHIRA else 0
-    tensors: dict[str, np.ndarray] = {f"{_PREFIX}{name}": leaf for name, leaf in adapter.heads.items()}
+    tensors: dict[str, np.ndarray] = {f"{_PREFIX}{name}": leaf for name, leaf in adapter.dense_parameters.items()}
     padding = 0
     for module, (outputs, inputs, k) in shapes.items():
         length = supertuning_length(outputs, inputs, sparsity) if kind is Kind.SUPERTUNING else rank * (inputs + outputs)
@@ -135,10 +135,10 @@ def export(adapter: Adapter, directory: Path, kind: Kind, base: LoadedModel) -> 
         "peft_type": kind.value,
         # PEFT's class for sequence classification would make one module of RoBERTa's head, and its merge_and_unload fails
         # on a saved module that has parts: heads go module by module, without a task.
-        "task_type": "CAUSAL_LM" if base.model.architecture.is_decoder else None,
-        "base_model_name_or_path": base.source,
+        "task_type": "CAUSAL_LM" if base_model.model.architecture.is_decoder else None,
+        "base_model_name_or_path": base_model.source,
         "target_modules": sorted(shapes),
-        "modules_to_save": sorted({name.rpartition(".")[0] for name in adapter.heads}) or None,
+        "modules_to_save": sorted({name.rpartition(".")[0] for name in adapter.dense_parameters}) or None,
         "inference_mode": True,
     }
     if kind is Kind.SUPERTUNING:
@@ -153,9 +153,9 @@ def export(adapter: Adapter, directory: Path, kind: Kind, base: LoadedModel) -> 
     return [f"{setting}: {total:,} values, and {padding:,} that only pad (value -0.0 at row 0, column 0)"]
 
 
-def _shapes(base: models.Model, modules: list[str]) -> dict[str, tuple[int, int]]:
+def _shapes(base_model: models.Model, modules: list[str]) -> dict[str, tuple[int, int]]:
     """The (O, I) of modules of the base."""
-    known = base.linear_maps()
+    known = base_model.linear_maps()
     for module in modules:
         if module not in known:
             raise UserError(f"the base has no linear map {module!r}")
@@ -181,8 +181,8 @@ def open_stored(directory: Path) -> Stored:
     path = directory / "adapter_model.safetensors"
     if not path.is_file() and (directory / "adapter_model.bin").is_file():
         raise UserError(f"{directory}: adapter_model.bin is a pickle and is not read; save it again as safetensors")
-    values, indices, heads = {}, {}, {}
-    for name, leaf in read_whole(path).items():
+    values, indices, dense_parameters = {}, {}, {}
+    for name, leaf in read_all(path).items():
         if not name.startswith(_PREFIX) or not _MODULE.fullmatch(name):
             raise UserError(f"{path}: tensor {name!r}, expected names like {_PREFIX}<module>.{_VALUES[kind]}")
         module, _, last = name.removeprefix(_PREFIX).rpartition(".")
@@ -191,7 +191,7 @@ def open_stored(directory: Path) -> Stored:
         elif last == _INDICES[kind]:
             indices[module] = leaf
         else:
-            heads[f"{module}.{last}"] = leaf
+            dense_parameters[f"{module}.{last}"] = leaf
     if not values or set(values) != set(indices):
         raise UserError(f"{path}: expected pairs of {_VALUES[kind]} and {_INDICES[kind]}")
     targets = config.get("target_modules")
@@ -200,7 +200,7 @@ def open_stored(directory: Path) -> Stored:
             if not any(f".{module}".endswith(f".{target}") for target in targets):
                 raise UserError(f"{where}: target_modules does not name {module}, which has values")
     saved = config.get("modules_to_save") or []
-    for name, leaf in heads.items():
+    for name, leaf in dense_parameters.items():
         if not any(name.startswith(f"{module}.") for module in saved):
             raise UserError(f"{path}: tensor {name!r} belongs to no tuner and to none of modules_to_save {saved}")
         if leaf.dtype != np.float32 or not np.isfinite(leaf).all():
@@ -209,7 +209,7 @@ def open_stored(directory: Path) -> Stored:
         _check_tensors(f"{path}: {module}", kind, leaf, indices[module])
     indices = {module: leaf.astype(np.int64) for module, leaf in indices.items()}
     entries = {module: _without_padding(values[module], indices[module]) for module in values}
-    return Stored(kind, config, values, indices, entries, heads)
+    return Stored(kind, config, values, indices, entries, dense_parameters)
 
 
 def _check_config(where: Path, config: dict[str, Any]) -> Kind:
@@ -252,7 +252,7 @@ def _without_padding(values: np.ndarray, indices: np.ndarray) -> int:
     return int(real[-1]) + 1 if len(real) else 1
 
 
-def read(directory: Path, base: models.Model, kind: Kind) -> Imported:
+def read(directory: Path, base_model: models.Model, kind: Kind) -> Imported:
     """Reads a PEFT adapter of `base`, without its padding. Nothing in it is executed.
 
     Entries may lie anywhere, as PEFT's own training leaves them; rows that have fewer than others are filled with zeros.
@@ -265,7 +265,7 @@ def read(directory: Path, base: models.Model, kind: Kind) -> Imported:
     if stored.kind is not kind:
         raise UserError(f"{directory}: this is a {stored.kind.value} adapter, not {kind.value}")
     entries = {}
-    shapes = _shapes(base, list(stored.values))
+    shapes = _shapes(base_model, list(stored.values))
     for module, (outputs, inputs) in shapes.items():
         found = len(stored.values[module])
         if kind is Kind.SUPERTUNING:
@@ -282,11 +282,11 @@ def read(directory: Path, base: models.Model, kind: Kind) -> Imported:
         flat = indices[0] * inputs + indices[1] if kind is Kind.SHIRA else indices
         entries[module] = Entries(stored.values[module][: stored.entries[module]], flat, (outputs, inputs))
     try:
-        head_slots(base, stored.heads, stored.values)
+        dense_slots(base_model, stored.dense_parameters, stored.values)
         values, columns, notes = rows_of(entries)
     except UserError as error:
         raise UserError(f"{directory}: {error}") from error
     padding = sum(leaf.size for leaf in stored.values.values()) - sum(stored.entries.values())
     if padding:
         notes = [f"removed {padding:,} padding entries (value 0 at row 0, column 0, behind the others)", *notes]
-    return Imported(values, columns, stored.heads, notes)
+    return Imported(values, columns, stored.dense_parameters, notes)

@@ -65,35 +65,35 @@ def load_torch(model: models.Model, directory: str, dtype: Any) -> Any:
     return load(directory, dtype=getattr(torch, jnp.dtype(dtype).name)).eval()
 
 
-def _torch_base(base: LoadedModel) -> Any:
-    if Path(base.path).is_dir() and not base.drawn:
-        return load_torch(base.model, base.path, base.model.config.dtype)
+def _torch_base(base_model: LoadedModel) -> Any:
+    if Path(base_model.path).is_dir() and not base_model.drawn:
+        return load_torch(base_model.model, base_model.path, base_model.model.config.dtype)
     # A GGUF file, which transformers does not read as we do, or an encoder to which it would give another head.
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "base"
-        save.save(directory, base, base.params, None)
-        return load_torch(base.model, str(directory), base.model.config.dtype)
+        save.save(directory, base_model, base_model.params, None)
+        return load_torch(base_model.model, str(directory), base_model.model.config.dtype)
 
 
-def reload_huggingface(base: LoadedModel, directory: Path, dtype: Any) -> Reloaded:
+def reload_huggingface(base_model: LoadedModel, directory: Path, dtype: Any) -> Reloaded:
     """A merged model."""
-    model = load_torch(base.model, str(directory), dtype)
+    model = load_torch(base_model.model, str(directory), dtype)
     return Reloaded(model, lambda: model)
 
 
-def reload_peft(base: LoadedModel, directory: Path) -> Reloaded:
+def reload_peft(base_model: LoadedModel, directory: Path) -> Reloaded:
     """The base with a PEFT adapter attached."""
     import peft
 
-    model = peft.PeftModel.from_pretrained(_torch_base(base), directory)
+    model = peft.PeftModel.from_pretrained(_torch_base(base_model), directory)
     return Reloaded(model, model.merge_and_unload)
 
 
-def reload_official(base: LoadedModel, adapter: Imported) -> Reloaded:
+def reload_official(base_model: LoadedModel, adapter: Imported) -> Reloaded:
     """The base with an official adapter's entries added by the official formula, a scatter-add on the flat weight."""
     import torch
 
-    model = _torch_base(base)
+    model = _torch_base(base_model)
     with torch.no_grad():
         for module, columns in adapter.columns.items():
             weight = model.get_submodule(module).weight
@@ -101,12 +101,12 @@ def reload_official(base: LoadedModel, adapter: Imported) -> Reloaded:
             values = torch.from_numpy(adapter.values[module]).reshape(-1).to(weight.dtype)
             merged = weight.flatten().scatter_add(0, torch.from_numpy(flat).reshape(-1), values)
             weight.copy_(merged.reshape(weight.shape))
-        for name, head in adapter.heads.items():
+        for name, head in adapter.dense_parameters.items():
             model.get_parameter(name).copy_(torch.from_numpy(head))
     return Reloaded(model, lambda: model)
 
 
-def verify(base: LoadedModel, params: Tree, reload: Callable[[], Reloaded]) -> dict[str, Any]:
+def verify(base_model: LoadedModel, params: Tree, reload: Callable[[], Reloaded]) -> dict[str, Any]:
     """Compares an export with our own merged model.
 
     The merged weights are compared bit for bit. In float32 the logits of the reloaded model and of its merged form are
@@ -114,7 +114,7 @@ def verify(base: LoadedModel, params: Tree, reload: Callable[[], Reloaded]) -> d
     weights give in float32.
 
     Args:
-      base: the model's architecture and config.
+      base_model: the model's architecture and config.
       params: our merged parameters, in the dtype of the export.
       reload: loads the export.
 
@@ -127,7 +127,7 @@ def verify(base: LoadedModel, params: Tree, reload: Callable[[], Reloaded]) -> d
     require_torch()
     import torch
 
-    vocabulary = base.model.config.vocab_size
+    vocabulary = base_model.model.config.vocab_size
     ids = np.random.default_rng(0).integers(min(8, vocabulary - 1), vocabulary, _TOKENS)  # above the usual special tokens
     leaves = dict(trees.flatten(params))
     as_stored = next(iter(leaves.values())).dtype
@@ -141,13 +141,13 @@ def verify(base: LoadedModel, params: Tree, reload: Callable[[], Reloaded]) -> d
         found = [theirs(reloaded.model)] if as_stored == jnp.float32 else []
         merged = reloaded.merge()
         state = merged.state_dict()
-        slots = names.checkpoint_names(params, base.model.stack)
+        slots = names.checkpoint_names(params, base_model.model.layers_path)
         equal = all(
             _same_bits(state[name], leaves[slot.path] if slot.layer is None else leaves[slot.path][slot.layer])
             for name, slot in slots.items()
         )
         found.append(theirs(merged.float()))
-    ours = _logits(base, params, ids)
+    ours = _logits(base_model, params, ids)
     return {
         "max_logit_difference": max(float(np.abs(each - ours).max()) for each in found),
         "merged_bit_equal": equal,
@@ -167,10 +167,10 @@ def _same_bits(theirs: Any, ours: jax.Array) -> bool:
     return np.array_equal(theirs.contiguous().view(for_torch).numpy(), host.view(for_numpy))
 
 
-def _logits(base: LoadedModel, params: Tree, ids: np.ndarray) -> np.ndarray:
+def _logits(base_model: LoadedModel, params: Tree, ids: np.ndarray) -> np.ndarray:
     """The logits of `params` in float32 arithmetic, whatever their dtype: (B, T, V), of an encoder (B, labels)."""
-    module = models.from_hf_config(base.model.hf_config, jnp.float32).module()
-    is_decoder = base.model.architecture.is_decoder
+    module = models.from_hf_config(base_model.model.hf_config, jnp.float32).module()
+    is_decoder = base_model.model.architecture.is_decoder
 
     @jax.jit
     def forward(params: Tree, ids: jax.Array) -> jax.Array:

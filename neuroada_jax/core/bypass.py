@@ -23,7 +23,7 @@ import numpy as np
 
 from neuroada_jax.core import ops, selection
 from neuroada_jax.core.ops import Layout
-from neuroada_jax.core.trees import Path, Tree, get, kernel_at, leaves, put
+from neuroada_jax.core.trees import ModulePath, Tree, get, kernel_at, leaves, put
 from neuroada_jax.errors import UserError
 
 
@@ -36,7 +36,7 @@ class Bypass(NamedTuple):
 
 def build(
     params: Mapping[str, Any],
-    paths: Iterable[Path],
+    paths: Iterable[ModulePath],
     k: int,
     *,
     score: Callable[[jax.Array], jax.Array] = selection.magnitude,
@@ -82,17 +82,17 @@ def _as_matrices(kernel: jax.Array, columns: jax.Array, layout: Layout) -> jax.A
 
 def read(params: Mapping[str, Any], columns: Mapping[str, Any], *, layout: Layout = Layout.OI) -> Tree:
     """The base tree: the kernels' entries at the columns, in the kernels' dtype."""
-    base: Tree = {}
+    base_entries: Tree = {}
     for path, chosen in leaves(columns, "columns"):
         kernel = _as_matrices(kernel_at(params, path), chosen, layout)
-        base = put(base, path, {"base": ops.read_entries(kernel, chosen, layout)})
-    return base
+        base_entries = put(base_entries, path, {"base_entries": ops.read_entries(kernel, chosen, layout)})
+    return base_entries
 
 
 def _map_kernels(
     params: Mapping[str, Any],
     columns: Mapping[str, Any],
-    update: Callable[[Path, jax.Array, jax.Array], jax.Array],
+    update: Callable[[ModulePath, jax.Array, jax.Array], jax.Array],
     layout: Layout,
 ) -> Tree:
     merged = dict(params)
@@ -106,14 +106,14 @@ def _map_kernels(
 def merge(params: Mapping[str, Any], bypass: Bypass, *, layout: Layout = Layout.OI) -> Tree:
     """The parameters with every target kernel replaced by W + D, summed in the values' dtype and rounded once to W's."""
 
-    def update(path: Path, kernel: jax.Array, chosen: jax.Array) -> jax.Array:
+    def update(path: ModulePath, kernel: jax.Array, chosen: jax.Array) -> jax.Array:
         return ops.add_entries(kernel, chosen, get(bypass.values, path)["values"], layout)
 
     return _map_kernels(params, bypass.columns, update, layout)
 
 
 def make_resident(
-    params: Mapping[str, Any], bypass: Bypass, base: Mapping[str, Any], *, layout: Layout = Layout.OI
+    params: Mapping[str, Any], bypass: Bypass, base_entries: Mapping[str, Any], *, layout: Layout = Layout.OI
 ) -> Tree:
     """The parameters with base + values written over the chosen entries; in place under jit where `params` is donated.
 
@@ -121,21 +121,21 @@ def make_resident(
     so it puts in another adapter with equal columns.
     """
 
-    def update(path: Path, kernel: jax.Array, chosen: jax.Array) -> jax.Array:
+    def update(path: ModulePath, kernel: jax.Array, chosen: jax.Array) -> jax.Array:
         values = get(bypass.values, path)["values"]
-        entries = get(base, path)["base"].astype(values.dtype) + values
+        entries = get(base_entries, path)["base_entries"].astype(values.dtype) + values
         return ops.write_entries(kernel, chosen, entries, layout)
 
     return _map_kernels(params, bypass.columns, update, layout)
 
 
 def unmerge(
-    params: Mapping[str, Any], columns: Mapping[str, Any], base: Mapping[str, Any], *, layout: Layout = Layout.OI
+    params: Mapping[str, Any], columns: Mapping[str, Any], base_entries: Mapping[str, Any], *, layout: Layout = Layout.OI
 ) -> Tree:
     """The original parameters, bit for bit, from merged or resident ones and the base entries that `read` kept."""
 
-    def update(path: Path, kernel: jax.Array, chosen: jax.Array) -> jax.Array:
-        return ops.write_entries(kernel, chosen, get(base, path)["base"], layout)
+    def update(path: ModulePath, kernel: jax.Array, chosen: jax.Array) -> jax.Array:
+        return ops.write_entries(kernel, chosen, get(base_entries, path)["base_entries"], layout)
 
     return _map_kernels(params, columns, update, layout)
 
@@ -143,7 +143,7 @@ def unmerge(
 def swap(
     params: Mapping[str, Any],
     columns: Mapping[str, Any],
-    base: Mapping[str, Any],
+    base_entries: Mapping[str, Any],
     new: Bypass,
     *,
     layout: Layout = Layout.OI,
@@ -156,7 +156,7 @@ def swap(
     Args:
       params: parameters that hold an adapter, merged or resident, or none.
       columns: the columns of the adapter that they hold; {} for none.
-      base: the base entries of the adapter that they hold, as `read` or the last swap gave them; {} for none.
+      base_entries: the base entries of the adapter that they hold, as `read` or the last swap gave them; {} for none.
       new: the adapter to put in, chosen on the same base.
       layout: where the kernels have their neurons.
 
@@ -165,9 +165,9 @@ def swap(
     Raises:
       KeyError: `new` has a path at which the parameters hold no kernel.
     """
-    original = unmerge(params, columns, base, layout=layout)
-    new_base = read(original, new.columns, layout=layout)
-    return make_resident(original, new, new_base, layout=layout), new_base
+    original = unmerge(params, columns, base_entries, layout=layout)
+    new_entries = read(original, new.columns, layout=layout)
+    return make_resident(original, new, new_entries, layout=layout), new_entries
 
 
 def average(adapters: Sequence[Bypass], weights: Sequence[float] | None = None) -> Bypass:

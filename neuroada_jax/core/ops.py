@@ -228,14 +228,14 @@ def add_entries(
     if values.dtype == kernel.dtype:
         _check_layout(kernel, columns, layout)
         return kernel.at[entry_indices(columns, layout)].add(values, unique_indices=True, mode="promise_in_bounds")
-    base = read_entries(kernel, columns, layout).astype(values.dtype)
-    return write_entries(kernel, columns, base + values, layout)
+    base_entries = read_entries(kernel, columns, layout).astype(values.dtype)
+    return write_entries(kernel, columns, base_entries + values, layout)
 
 
-def rounding_remainder(base: Float[Array, "*L O k"], values: Float[Array, "*L O k"]) -> Float[Array, "*L O k"]:
-    """What is lost when base + values is rounded to the dtype of `base`; (O, k) in the dtype of `values`."""
-    exact = base.astype(values.dtype) + values
-    return exact - exact.astype(base.dtype).astype(values.dtype)
+def rounding_remainder(base_entries: Float[Array, "*L O k"], values: Float[Array, "*L O k"]) -> Float[Array, "*L O k"]:
+    """What is lost when base + values is rounded to the dtype of `base_entries`; (O, k) in the dtype of `values`."""
+    exact = base_entries.astype(values.dtype) + values
+    return exact - exact.astype(base_entries.dtype).astype(values.dtype)
 
 
 def _matmul(x: Array, kernel: Array, layout: Layout, wide: Any = None) -> Array:
@@ -246,12 +246,18 @@ def _matmul(x: Array, kernel: Array, layout: Layout, wide: Any = None) -> Array:
 
 
 def _forward(
-    x: Array, kernel: Array, columns: Array, values: Array, base: Array, algorithm: GradientAlgorithm, layout: Layout
+    x: Array,
+    kernel: Array,
+    columns: Array,
+    values: Array,
+    base_entries: Array,
+    algorithm: GradientAlgorithm,
+    layout: Layout,
 ) -> Array:
     """y for a kernel that holds round(base + values) at the chosen entries."""
     if values.dtype == kernel.dtype:
         return _matmul(x, kernel, layout)
-    remainder = rounding_remainder(base, values)
+    remainder = rounding_remainder(base_entries, values)
     wide = values.dtype
     y = _matmul(x, kernel, layout, wide)
     if algorithm is GradientAlgorithm.PALLAS and columns.shape[1] > 1:  # a single pass is as fast without
@@ -283,14 +289,20 @@ def _backward(
 # Both forms take x of any rank and keep it as it came: maps that read the same x then keep one array between them.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _resident(
-    x: Array, kernel: Array, columns: Array, values: Array, base: Array, algorithm: GradientAlgorithm, layout: Layout
+    x: Array,
+    kernel: Array,
+    columns: Array,
+    values: Array,
+    base_entries: Array,
+    algorithm: GradientAlgorithm,
+    layout: Layout,
 ) -> Array:
-    return _forward(x, kernel, columns, values, base, algorithm, layout)
+    return _forward(x, kernel, columns, values, base_entries, algorithm, layout)
 
 
-def _resident_fwd(x, kernel, columns, values, base, algorithm, layout):
+def _resident_fwd(x, kernel, columns, values, base_entries, algorithm, layout):
     # Only the dtype of values is needed in the backward pass: an empty array carries it.
-    return _forward(x, kernel, columns, values, base, algorithm, layout), (x, kernel, columns, values[:0])
+    return _forward(x, kernel, columns, values, base_entries, algorithm, layout), (x, kernel, columns, values[:0])
 
 
 def _resident_bwd(algorithm, layout, residuals, dy):
@@ -306,8 +318,8 @@ _resident.defvjp(_resident_fwd, _resident_bwd)
 def _on_the_fly(
     x: Array, kernel: Array, columns: Array, values: Array, algorithm: GradientAlgorithm, layout: Layout
 ) -> Array:
-    merged, base = add_entries(kernel, columns, values, layout), read_entries(kernel, columns, layout)
-    return _forward(x, merged, columns, values, base, algorithm, layout)
+    merged, base_entries = add_entries(kernel, columns, values, layout), read_entries(kernel, columns, layout)
+    return _forward(x, merged, columns, values, base_entries, algorithm, layout)
 
 
 def _on_the_fly_fwd(x, kernel, columns, values, algorithm, layout):
@@ -331,18 +343,18 @@ def bypass_dense(
     kernel: Float[Array, "_ _"],
     columns: Int[Array, "O k"],
     values: Float[Array, "O k"],
-    base: Float[Array, "O k"] | None = None,
+    base_entries: Float[Array, "O k"] | None = None,
     *,
     algorithm: GradientAlgorithm | None = None,
     layout: Layout = Layout.OI,
 ) -> Float[Array, "*B O"]:
     """y = x @ (W + D)^T with a gradient for x and `values` only; the kernel is frozen and its cotangent is zero.
 
-    Without `base` the kernel holds W and the values are added on the fly, in the forward and again in the backward pass:
-    stateless, so it can be vmapped over adapters; a vmap over x alone is one call for all examples. With `base` (the
-    entries of W at `columns`) the kernel is *resident*: it already holds round(W + D), as
-    `write_entries(kernel, columns, base + values)` leaves it, forward and dx are plain matmuls, and `values` is the tap of
-    its gradient.
+    Without `base_entries` the kernel holds W and the values are added on the fly, in the forward and again in the
+    backward pass: stateless, so it can be vmapped over adapters; a vmap over x alone is one call for all examples. With
+    `base_entries` (the entries of W at `columns`) the kernel is *resident*: it already holds round(W + D), as
+    `write_entries(kernel, columns, base_entries + values)` leaves it, forward and dx are plain matmuls, and `values` is the
+    tap of its gradient.
 
     Where `values` is wider than the kernel (float32 values over a bfloat16 base), the part of the sum that the kernel's
     dtype cannot hold is added to the activations; dx leaves it out, being below half a unit in the last place of W.
@@ -352,7 +364,7 @@ def bypass_dense(
       kernel: float (O, I), or (I, O) as `layout` says.
       columns: int32 (O, k), distinct within a row, in [0, I).
       values: float (O, k).
-      base: float (O, k) in the kernel's dtype, or None.
+      base_entries: float (O, k) in the kernel's dtype, or None.
       algorithm: how dvalues is computed; None lets `choose_algorithm` decide.
       layout: where the kernel has its neurons.
 
@@ -363,6 +375,6 @@ def bypass_dense(
     """
     _check_layout(kernel, columns, layout)
     algorithm = algorithm or choose_algorithm(columns.shape[1], x.shape[-1])
-    if base is None:
+    if base_entries is None:
         return _on_the_fly_shared(x, kernel, columns, values, algorithm=algorithm, layout=layout)
-    return _resident(x, kernel, columns, values, base, algorithm, layout)
+    return _resident(x, kernel, columns, values, base_entries, algorithm, layout)

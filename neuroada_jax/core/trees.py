@@ -6,17 +6,17 @@ from typing import Any
 import jax
 
 Tree = dict[str, Any]
-Path = tuple[str, ...]
+ModulePath = tuple[str, ...]
 
 
-def get(tree: Mapping[str, Any], path: Path) -> Any:
+def get(tree: Mapping[str, Any], path: ModulePath) -> Any:
     """The node at `path`."""
     for key in path:
         tree = tree[key]
     return tree
 
 
-def put(tree: Mapping[str, Any], path: Path, node: Any) -> Tree:
+def put(tree: Mapping[str, Any], path: ModulePath, node: Any) -> Tree:
     """A copy of `tree` (shared but for the nodes on the way) with `node` at `path`."""
     if not path:
         return node
@@ -24,7 +24,7 @@ def put(tree: Mapping[str, Any], path: Path, node: Any) -> Tree:
     return {**tree, key: put(tree.get(key, {}), tuple(rest), node) if rest else node}
 
 
-def flatten(tree: Mapping[str, Any], prefix: Path = ()) -> Iterator[tuple[Path, Any]]:
+def flatten(tree: Mapping[str, Any], prefix: ModulePath = ()) -> Iterator[tuple[ModulePath, Any]]:
     """The (path, leaf) pairs of a nested dict in its order."""
     for key, node in tree.items():
         if isinstance(node, Mapping):
@@ -33,7 +33,7 @@ def flatten(tree: Mapping[str, Any], prefix: Path = ()) -> Iterator[tuple[Path, 
             yield (*prefix, key), node
 
 
-def unflatten(leaves: Mapping[Path, Any]) -> dict[str, Any]:
+def unflatten(leaves: Mapping[ModulePath, Any]) -> dict[str, Any]:
     """The nested dict of the leaves at their paths; what `flatten` takes apart."""
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
@@ -44,7 +44,7 @@ def unflatten(leaves: Mapping[Path, Any]) -> dict[str, Any]:
     return tree
 
 
-def leaves(tree: Mapping[str, Any], leaf: str, prefix: Path = ()) -> Iterator[tuple[Path, Any]]:
+def leaves(tree: Mapping[str, Any], leaf: str, prefix: ModulePath = ()) -> Iterator[tuple[ModulePath, Any]]:
     """The (module path, array) of every node that holds `leaf` ("values", "columns" or "base")."""
     for key, node in tree.items():
         if key == leaf:
@@ -53,7 +53,7 @@ def leaves(tree: Mapping[str, Any], leaf: str, prefix: Path = ()) -> Iterator[tu
             yield from leaves(node, leaf, (*prefix, key))
 
 
-def kernels(params: Mapping[str, Any], prefix: Path = ()) -> Iterator[tuple[Path, Any]]:
+def kernels(params: Mapping[str, Any], prefix: ModulePath = ()) -> Iterator[tuple[ModulePath, Any]]:
     """The (path, kernel) of every node that holds a `kernel`, in the tree's order."""
     for key, node in params.items():
         if isinstance(node, Mapping):
@@ -62,7 +62,7 @@ def kernels(params: Mapping[str, Any], prefix: Path = ()) -> Iterator[tuple[Path
             yield from kernels(node, (*prefix, key))
 
 
-def kernel_at(params: Mapping[str, Any], path: Path) -> Any:
+def kernel_at(params: Mapping[str, Any], path: ModulePath) -> Any:
     """The kernel of the linear map at `path`.
 
     Raises:
@@ -77,7 +77,7 @@ def kernel_at(params: Mapping[str, Any], path: Path) -> Any:
     return kernel
 
 
-def path_of(keys: Sequence[Any]) -> Path:
+def path_of(keys: Sequence[Any]) -> ModulePath:
     """The path that JAX gives as keys: names of attributes and of entries, indices of lists."""
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
 

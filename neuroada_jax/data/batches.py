@@ -22,18 +22,18 @@ class Batch(NamedTuple):
 
     input_ids: int32 (B, T), zeros beyond a row's length.
     lengths: int32 (B,), the tokens in a row, 0 for rows that only fill the batch.
-    target_positions: int32 (B, M), the position whose hidden state predicts the target (index of the target - 1).
-    target_ids: int32 (B, M).
-    target_mask: float32 (B, M), 1 for targets, 0 for filling (where position and id are 0).
+    label_positions: int32 (B, M), the position whose hidden state predicts the target (index of the target - 1).
+    label_ids: int32 (B, M).
+    label_mask: float32 (B, M), 1 for targets, 0 for filling (where position and id are 0).
     positions: int32 (B, T) of a packed batch, None otherwise: each token's position in its own example, 0 beyond a row's
         length. A token sees just as many tokens before it (`models.attention.packed_mask`), so filling sees itself alone.
     """
 
     input_ids: Int32[np.ndarray, "B T"]
     lengths: Int32[np.ndarray, "B"]
-    target_positions: Int32[np.ndarray, "B M"]
-    target_ids: Int32[np.ndarray, "B M"]
-    target_mask: Float32[np.ndarray, "B M"]
+    label_positions: Int32[np.ndarray, "B M"]
+    label_ids: Int32[np.ndarray, "B M"]
+    label_mask: Float32[np.ndarray, "B M"]
     positions: Int32[np.ndarray, "B T"] | None = None
 
 
@@ -44,14 +44,14 @@ class ClassificationBatch(NamedTuple):
     lengths: int32 (B,), the tokens in a row, 0 for rows that only fill the batch.
     token_types: int32 (B, T), 0 for the first and 1 for the second text of a pair.
     labels: (B,), int32 classes, or float32 numbers for regression.
-    target_mask: float32 (B,), 1 for examples, 0 for filling.
+    label_mask: float32 (B,), 1 for examples, 0 for filling.
     """
 
     input_ids: Int32[np.ndarray, "B T"]
     lengths: Int32[np.ndarray, "B"]
     token_types: Int32[np.ndarray, "B T"]
     labels: Num[np.ndarray, "B"]
-    target_mask: Float32[np.ndarray, "B"]
+    label_mask: Float32[np.ndarray, "B"]
 
 
 Made = TypeVar("Made", Batch, ClassificationBatch)
@@ -100,7 +100,7 @@ class AnyBatches(Generic[Made]):
         self.examples, self.batch_size, self.seed = examples, batch_size, seed
         self.group_by_length, self.shuffle = group_by_length, shuffle
         self.packed = packed_length is not None
-        lengths, targets = examples.lengths, examples.target_counts
+        lengths, targets = examples.lengths, examples.label_counts
         self._rows = np.arange(len(examples))[:, None]  # row -> its examples, -1 where it has fewer than others
         if packed_length is not None:
             if buckets is not None or group_by_length:
@@ -181,25 +181,25 @@ class Batches(AnyBatches[Batch]):
         batch = Batch(
             input_ids=np.zeros((self.batch_size, time), np.int32),
             lengths=np.zeros(self.batch_size, np.int32),
-            target_positions=np.zeros((self.batch_size, targets), np.int32),
-            target_ids=np.zeros((self.batch_size, targets), np.int32),
-            target_mask=np.zeros((self.batch_size, targets), np.float32),
+            label_positions=np.zeros((self.batch_size, targets), np.int32),
+            label_ids=np.zeros((self.batch_size, targets), np.int32),
+            label_mask=np.zeros((self.batch_size, targets), np.float32),
             positions=np.zeros((self.batch_size, time), np.int32) if self.packed else None,
         )
         batch.lengths[: len(chosen)] = self._lengths[chosen]
         for row, numbers in list(enumerate(self._rows[chosen]))[self.own_rows]:
             token = target = 0  # the next free places
             for number in numbers[numbers >= 0].tolist():
-                ids, is_target = self.examples.example(number)
-                where = is_target.nonzero()[0]
+                ids, is_label = self.examples.example(number)
+                where = is_label.nonzero()[0]
                 own, labelled = slice(token, token + len(ids)), slice(target, target + len(where))
                 batch.input_ids[row, own] = ids
-                batch.target_positions[row, labelled] = token + where - 1
-                batch.target_ids[row, labelled] = ids[where]
+                batch.label_positions[row, labelled] = token + where - 1
+                batch.label_ids[row, labelled] = ids[where]
                 if batch.positions is not None:
                     batch.positions[row, own] = np.arange(len(ids))
                 token, target = own.stop, labelled.stop
-            batch.target_mask[row, :target] = 1
+            batch.label_mask[row, :target] = 1
         return batch
 
 
@@ -215,7 +215,7 @@ class ClassificationBatches(AnyBatches[ClassificationBatch]):
             lengths=np.zeros(rows, np.int32),
             token_types=np.zeros((rows, time), np.int32),
             labels=np.zeros(rows, labels.dtype),
-            target_mask=np.zeros(rows, np.float32),
+            label_mask=np.zeros(rows, np.float32),
         )
         batch.lengths[: len(chosen)] = self._lengths[chosen]
         for row, number in list(enumerate(chosen.tolist()))[self.own_rows]:
@@ -223,5 +223,5 @@ class ClassificationBatches(AnyBatches[ClassificationBatch]):
             batch.input_ids[row, : len(ids)] = ids
             batch.token_types[row, : len(ids)] = token_types
         batch.labels[: len(chosen)] = labels[chosen]
-        batch.target_mask[: len(chosen)] = 1
+        batch.label_mask[: len(chosen)] = 1
         return batch

@@ -15,7 +15,7 @@ from neuroada_jax.errors import UserError
 # Rows handed to the tokenizer at once: enough to keep its threads busy, few enough for lively progress.
 CHUNK = 1000
 
-Example = tuple[Int32[np.ndarray, "_"], Bool[np.ndarray, "_"]]  # input_ids, is_target
+Example = tuple[Int32[np.ndarray, "_"], Bool[np.ndarray, "_"]]  # input_ids, is_label
 Coded = tuple[Int32[np.ndarray, "_"], Int32[np.ndarray, "_"], Int32[np.ndarray, "_"]]  # ids, starts, ends
 Texts = tuple[str, ...]  # one text, or a pair
 
@@ -25,19 +25,19 @@ class Examples:
     """n tokenised examples end to end, N tokens in all.
 
     token_ids: int32 (N,).
-    is_target: bool (N,); never true for an example's first token, which nothing predicts, nor for a BOS.
+    is_label: bool (N,); never true for an example's first token, which nothing predicts, nor for a BOS.
     row_numbers: int32 (n,), the row each example came from, ascending.
     offsets: int64 (n + 1,); example i is tokens offsets[i] to offsets[i + 1].
     cut: how many examples lost tokens at the right end to max_length but kept a target.
-    left_out: how many rows are not here because no target was left (not counted in `cut`).
+    dropped: how many rows are not here because no target was left (not counted in `cut`).
     """
 
     token_ids: Int32[np.ndarray, "N"]
-    is_target: Bool[np.ndarray, "N"]
+    is_label: Bool[np.ndarray, "N"]
     row_numbers: Int32[np.ndarray, "n"]
     offsets: Int64[np.ndarray, "n+1"]
     cut: int
-    left_out: int
+    dropped: int
 
     def __len__(self) -> int:
         return len(self.row_numbers)
@@ -48,14 +48,14 @@ class Examples:
         return np.diff(self.offsets).astype(np.int32)
 
     @property
-    def target_counts(self) -> Int32[np.ndarray, "n"]:
+    def label_counts(self) -> Int32[np.ndarray, "n"]:
         """int32 (n,): targets per example, at least 1."""
-        return np.add.reduceat(self.is_target, self.offsets[:-1], dtype=np.int32)
+        return np.add.reduceat(self.is_label, self.offsets[:-1], dtype=np.int32)
 
     def example(self, index: int) -> Example:
-        """Example `index` as (input_ids int32 (t,), is_target bool (t,))."""
+        """Example `index` as (input_ids int32 (t,), is_label bool (t,))."""
         part = slice(self.offsets[index], self.offsets[index + 1])
-        return self.token_ids[part], self.is_target[part]
+        return self.token_ids[part], self.is_label[part]
 
 
 def encode(
@@ -85,13 +85,13 @@ def encode(
         chunk = range(first, min(first + CHUNK, len(rows)))
         rendered = [render_example(rows.rows[i], style, tokenizer, rows.where(i)) for i in chunk]
         coded = tokens.examples(rendered, [rows.where(i) for i in chunk])
-        for number, (row_ids, is_target) in zip(chunk, coded, strict=True):
-            kept = is_target[:max_length].nonzero()[0]
+        for number, (row_ids, is_label) in zip(chunk, coded, strict=True):
+            kept = is_label[:max_length].nonzero()[0]
             if not len(kept):
                 continue
             cut += len(row_ids) > max_length
             ids.append(row_ids[: kept[-1] + 1])
-            targets.append(is_target[: kept[-1] + 1])
+            targets.append(is_label[: kept[-1] + 1])
             numbers.append(number)
         if on_progress is not None:
             on_progress(chunk.stop, len(rows))
@@ -103,11 +103,11 @@ def encode(
     offsets = np.concatenate([[0], np.cumsum([len(one) for one in ids])]).astype(np.int64)
     return Examples(
         token_ids=np.concatenate(ids),
-        is_target=np.concatenate(targets),
+        is_label=np.concatenate(targets),
         row_numbers=np.array(numbers, np.int32),
         offsets=offsets,
         cut=cut,
-        left_out=len(rows) - len(numbers),
+        dropped=len(rows) - len(numbers),
     )
 
 
@@ -162,7 +162,7 @@ class _Tokens:
         return result
 
     def examples(self, rendered: list[Rendered], where: list[str]) -> list[Example]:
-        """Per text: ids int32 (t,) and is_target bool (t,), ended but not cut."""
+        """Per text: ids int32 (t,) and is_label bool (t,), ended but not cut."""
         result: list = [None] * len(rendered)
         for templated in (False, True):
             chosen = [i for i, one in enumerate(rendered) if one.templated is templated]
@@ -174,27 +174,27 @@ class _Tokens:
 
     def _finish(self, one: Rendered, coded: Coded, where: str) -> Example:
         ids, starts, ends = coded
-        is_target = np.zeros(len(ids), bool)
+        is_label = np.zeros(len(ids), bool)
         for start, stop in one.spans:
             # A byte-level tokenizer may shrink a white-space token to nothing at its end, so a last token
             # can start where the text stops: only what lies before a later turn is bounded from above.
             bounded = starts < stop if stop < len(one.text) else True
-            is_target |= (ends > start) & bounded
+            is_label |= (ends > start) & bounded
         if self.bos != self.eos:
-            is_target &= ids != self.bos
-        last = is_target.nonzero()[0]
+            is_label &= ids != self.bos
+        last = is_label.nonzero()[0]
         if one.templated and len(last) and int(ids[last[-1]]) in self.control:
-            ids, is_target = ids[: last[-1] + 1], is_target[: last[-1] + 1]
+            ids, is_label = ids[: last[-1] + 1], is_label[: last[-1] + 1]
         else:
             if self.eos is None:
                 raise UserError(f"{where}: the tokenizer has no EOS token, expected one to end the target with")
             stop = last[-1] + 1 if len(last) else len(ids)
-            while stop and is_target[stop - 1] and ids[stop - 1] == self.eos:
+            while stop and is_label[stop - 1] and ids[stop - 1] == self.eos:
                 stop -= 1  # targets that bring their own EOS still end with one
             ids = np.append(ids[:stop], np.int32(self.eos))
-            is_target = np.append(is_target[:stop], True)
-        is_target[:1] = False
-        return ids, is_target
+            is_label = np.append(is_label[:stop], True)
+        is_label[:1] = False
+        return ids, is_label
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ class LabelledExamples:
     offsets: Int64[np.ndarray, "n+1"]
     cut: int
     pad_id: int
-    left_out: int = 0  # a label needs no tokens, so that every row is an example
+    dropped: int = 0  # a label needs no tokens, so that every row is an example
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -230,7 +230,7 @@ class LabelledExamples:
         return np.diff(self.offsets).astype(np.int32)
 
     @property
-    def target_counts(self) -> Int32[np.ndarray, "n"]:
+    def label_counts(self) -> Int32[np.ndarray, "n"]:
         """int32 (n,): 0, since no token is a target."""
         return np.zeros(len(self), np.int32)
 

@@ -83,7 +83,7 @@ def default_buckets(lengths: Integer[np.ndarray, "n"], draws: int = 1) -> list[i
 
 
 def shapes(
-    buckets: Sequence[int], lengths: Integer[np.ndarray, "rows"], target_counts: Integer[np.ndarray, "rows"]
+    buckets: Sequence[int], lengths: Integer[np.ndarray, "rows"], label_counts: Integer[np.ndarray, "rows"]
 ) -> list[tuple[int, int]]:
     """(T, M) for every bucket that some row needs; M covers every row that fits into T."""
     sizes, longest = sorted(set(buckets)), int(lengths.max())
@@ -93,7 +93,7 @@ def shapes(
     for size in sizes:
         fits = lengths <= size
         if (fits & (lengths > below)).any():
-            shapes.append((size, min(_round_up(int(target_counts[fits].max())), size)))
+            shapes.append((size, min(_round_up(int(label_counts[fits].max())), size)))
         below = size
     return shapes
 

@@ -15,7 +15,7 @@ from neuroada_jax.data.batches import Batch
 from neuroada_jax.data.examples import Example
 from neuroada_jax.generation.generate import bucket
 from neuroada_jax.models import Model
-from neuroada_jax.models.losses import target_scores
+from neuroada_jax.models.losses import label_scores
 
 
 class _Row(NamedTuple):
@@ -77,7 +77,7 @@ def losses(
 
 @functools.partial(jax.jit, static_argnames="module")
 def _scored(module: nn.Module, params: Tree, batch: Batch, seen: Array) -> Float[Array, "B M"]:
-    return target_scores(module, {"params": params}, batch, seen)[0]
+    return label_scores(module, {"params": params}, batch, seen)[0]
 
 
 def _row(examples: Sequence[Example]) -> _Row:
@@ -87,8 +87,8 @@ def _row(examples: Sequence[Example]) -> _Row:
     shared = int(differs[0]) if len(differs) else shortest
     ids, positions, owner, targets = [examples[0][0][:shared]], [np.arange(shared)], [np.full(shared, -1)], []
     begin = shared
-    for number, (own, is_target) in enumerate(examples):
-        where = is_target.nonzero()[0]
+    for number, (own, is_label) in enumerate(examples):
+        where = is_label.nonzero()[0]
         before = where - 1  # the token whose hidden state predicts the target
         targets.append((np.where(before < shared, before, before - shared + begin), own[where]))
         ids.append(own[shared:])

@@ -45,7 +45,7 @@ def encode(
 
 
 def evaluate(
-    base: LoadedModel,
+    base_model: LoadedModel,
     params: Tree,
     tokenizer: transformers.PreTrainedTokenizerBase,
     rows: Rows,
@@ -58,7 +58,7 @@ def evaluate(
     """Scores `rows` with plain (base or merged) parameters, nothing dropped.
 
     Args:
-      base: architecture and config; its head must have the task's labels.
+      base_model: architecture and config; its head must have the task's labels.
       params: what to score.
       tokenizer: of the base.
       rows: raw rows of the task.
@@ -70,11 +70,11 @@ def evaluate(
     Raises:
       UserError: rows that do not fit the task, or a head with other labels.
     """
-    columns = label_columns(base, task)
+    columns = label_classes(base_model, task)
     examples = encode(rows, task, tokenizer, max_length)
     if examples.cut:
         console.say(f"{rows.source}: {examples.cut} of {len(rows)} examples cut to {max_length} tokens")
-    outputs = predict(base, params, examples, batch_size, on_progress)[:, columns]
+    outputs = predict(base_model, params, examples, batch_size, on_progress)[:, columns]
     values, n = figures(outputs, examples.labels, task), len(examples)
     found = _found(outputs, task)
     intervals = {name: _interval(name, value, found, examples.labels) for name, value in values.items()}
@@ -113,7 +113,7 @@ def _interval(
     return metrics.interval(metric, found, labels)
 
 
-def label_columns(base: LoadedModel, task: GlueTask) -> list[int]:
+def label_classes(base_model: LoadedModel, task: GlueTask) -> list[int]:
     """Which output of the model's head each of the task's labels is.
 
     Names are compared by their letters and digits, in any case. A head without names of its own, such as LABEL_0 and
@@ -122,11 +122,11 @@ def label_columns(base: LoadedModel, task: GlueTask) -> list[int]:
     Raises:
       UserError: a head with another number of labels, or with other names.
     """
-    names, count = native.head_labels(base) or [], base.model.config.num_labels
+    names, count = native.classifier_labels(base_model) or [], base_model.model.config.num_labels
     if count != len(task.labels):
         raise UserError(
             f"task {task.name!r} has {len(task.labels)} label(s) ({', '.join(task.labels)}), "
-            f"and the head of {base.source} has {count}"
+            f"and the head of {base_model.source} has {count}"
         )
     if task.is_regression:
         return [0]
@@ -137,15 +137,15 @@ def label_columns(base: LoadedModel, task: GlueTask) -> list[int]:
             return [found.index(name) for name in wanted]
     raise UserError(
         f"task {task.name!r} has the labels {', '.join(task.labels)}, "
-        f"and the head of {base.source} tells apart {', '.join(map(str, names))}"
+        f"and the head of {base_model.source} tells apart {', '.join(map(str, names))}"
     )
 
 
-def columns_to_train(base: LoadedModel, task: GlueTask) -> list[int]:
+def classes_to_train(base_model: LoadedModel, task: GlueTask) -> list[int]:
     """The outputs that a run trains for the task's labels: those of a head for this task, which may have its own order
     (roberta-large-mnli begins with contradiction), else the task's order."""
     try:
-        return label_columns(base, task)
+        return label_classes(base_model, task)
     except UserError:  # a head for something else, of which only what fits is used
         return list(range(len(task.labels)))
 
@@ -170,7 +170,7 @@ def _prediction(row: dict[str, Any], task: GlueTask, outputs: np.ndarray, label:
 
 
 def predict(
-    base: LoadedModel,
+    base_model: LoadedModel,
     params: Tree,
     examples: LabelledExamples,
     batch_size: int,
@@ -178,8 +178,8 @@ def predict(
 ) -> np.ndarray:
     """float32 (n, labels): the head's logits of every example, or its number, in row order."""
     batches = ClassificationBatches(examples, batch_size, seed=0, group_by_length=True, shuffle=False)
-    module = base.model.module()
-    outputs = np.zeros((len(examples), base.model.config.num_labels), np.float32)
+    module = base_model.model.module()
+    outputs = np.zeros((len(examples), base_model.model.config.num_labels), np.float32)
     for index in range(batches.steps_per_epoch):
         numbers = batches.rows(0, index)
         outputs[numbers] = np.asarray(_logits(module, params, batches.batch(0, index)))[: len(numbers)]

@@ -21,7 +21,7 @@ from neuroada_jax.errors import UserError
 from neuroada_jax.evaluation.scoring import end_tokens
 from neuroada_jax.generation.generate import before_stop, generate
 from neuroada_jax.generation.sampling import Decoding
-from neuroada_jax.models.losses import target_scores
+from neuroada_jax.models.losses import label_scores
 from neuroada_jax.pretrained.load import LoadedModel
 
 try:
@@ -48,7 +48,7 @@ class _Row(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames="module")
 def _scores(module: nn.Module, params: Tree, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    return target_scores(module, {"params": params}, batch)
+    return label_scores(module, {"params": params}, batch)
 
 
 class NeuroAdaLM(TemplateLM):
@@ -59,7 +59,7 @@ class NeuroAdaLM(TemplateLM):
 
     def __init__(
         self,
-        base: LoadedModel,
+        base_model: LoadedModel,
         params: Tree,
         tokenizer: transformers.PreTrainedTokenizerBase,
         batch_size: int = 16,
@@ -70,9 +70,9 @@ class NeuroAdaLM(TemplateLM):
         batch_size: texts at a time. on_progress: called with (done, in all) of the requests of one kind.
         """
         super().__init__()
-        self.base, self.params, self.tokenizer = base, params, tokenizer
+        self.base_model, self.params, self.tokenizer = base_model, params, tokenizer
         self.batch_size, self.on_progress = batch_size, on_progress
-        self.max_length: int = base.model.config.max_positions
+        self.max_length: int = base_model.model.config.max_positions
 
     @property
     def eot_token_id(self) -> int:
@@ -123,7 +123,7 @@ class NeuroAdaLM(TemplateLM):
             tokens = tuple([*context, *continuation][-(self.max_length + 1) : -1])
             rows.setdefault(tokens, _Row(tokens, [])).requests.append(number)
         continuations = [continuation for _, _, continuation in requests]
-        module = self.base.model.module()
+        module = self.base_model.model.module()
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         done = 0
         for chosen, batch in _batches(list(rows.values()), continuations, self.batch_size):
@@ -173,11 +173,11 @@ class NeuroAdaLM(TemplateLM):
                 )
             prompts = [self.tok_encode(requests[number].args[0])[-room:] or [self.prefix_token_id] for number in numbers]
             outputs = generate(
-                self.base.model,
+                self.base_model.model,
                 self.params,
                 prompts,
                 max_new_tokens=new_tokens,
-                eos_ids=end_tokens(self.base, self.tokenizer),
+                eos_ids=end_tokens(self.base_model, self.tokenizer),
                 decoding=Decoding(stop=until),
                 decode=lambda ids: str(self.tokenizer.decode(ids)),  # with special tokens, as where lm-eval looks for stops
                 batch_size=self.batch_size,
@@ -204,9 +204,9 @@ def _batches(rows: list[_Row], continuations: list[list[int]], batch_size: int) 
         batch = Batch(
             input_ids=np.zeros((batch_size, time), np.int32),
             lengths=np.zeros(batch_size, np.int32),
-            target_positions=np.zeros((batch_size, most), np.int32),
-            target_ids=np.zeros((batch_size, most), np.int32),
-            target_mask=np.zeros((batch_size, most), np.float32),
+            label_positions=np.zeros((batch_size, most), np.int32),
+            label_ids=np.zeros((batch_size, most), np.int32),
+            label_mask=np.zeros((batch_size, most), np.float32),
         )
         for place, row in enumerate(chosen):
             length = len(row.tokens)
@@ -214,9 +214,9 @@ def _batches(rows: list[_Row], continuations: list[list[int]], batch_size: int) 
             count = sum(map(len, own))
             batch.input_ids[place, :length] = row.tokens
             batch.lengths[place] = length
-            batch.target_positions[place, :count] = np.concatenate([np.arange(length - len(each), length) for each in own])
-            batch.target_ids[place, :count] = np.concatenate(own)
-            batch.target_mask[place, :count] = 1
+            batch.label_positions[place, :count] = np.concatenate([np.arange(length - len(each), length) for each in own])
+            batch.label_ids[place, :count] = np.concatenate(own)
+            batch.label_mask[place, :count] = 1
         yield chosen, jax.tree.map(jnp.asarray, batch)
 
 

@@ -70,12 +70,15 @@ def wilson_interval(correct: int, n: int) -> tuple[float, float]:
     return low, high
 
 
-def end_tokens(base: LoadedModel, tokenizer: transformers.PreTrainedTokenizerBase) -> list[int]:
+def end_tokens(base_model: LoadedModel, tokenizer: transformers.PreTrainedTokenizerBase) -> list[int]:
     """The tokens that end a generation: the checkpoint's generation config, its config, the tokenizer's EOS."""
     found: list[int] = []
-    generation = Path(base.path) / "generation_config.json"
+    generation = Path(base_model.path) / "generation_config.json"
     sources = [files.read_json(generation)] if generation.is_file() else []
-    for value in [*(source.get("eos_token_id") for source in [*sources, base.model.hf_config]), tokenizer.eos_token_id]:
+    for value in [
+        *(source.get("eos_token_id") for source in [*sources, base_model.model.hf_config]),
+        tokenizer.eos_token_id,
+    ]:
         found += value if isinstance(value, list) else [] if value is None else [value]
     return sorted(set(found))
 
@@ -129,7 +132,7 @@ class Prepared(NamedTuple):
 
 
 def prepare(
-    base: LoadedModel,
+    base_model: LoadedModel,
     tokenizer: transformers.PreTrainedTokenizerBase,
     rows: Rows,
     task: Task,
@@ -141,7 +144,7 @@ def prepare(
     """The rows as `score` needs them. Needs no weights.
 
     Args:
-      base: architecture and config.
+      base_model: architecture and config.
       tokenizer: of the base.
       rows: raw rows of the task.
       task: see `Prepared`, as for style and method.
@@ -157,15 +160,15 @@ def prepare(
     prompts, options, answers = [], [], []
     if method == "choices":
         options = [row.get("choices", task.choices) for row in converted.rows]
-        answers = _with_answers(base, tokenizer, converted, task, style, options)
+        answers = _with_answers(base_model, tokenizer, converted, task, style, options)
     else:
         prompts = [encode_prompt(row, style, tokenizer, converted.where(i)) for i, row in enumerate(converted.rows)]
-        check_lengths(base.model, prompts, length, lambda i: f"{converted.where(i)}: the prompt")
+        check_lengths(base_model.model, prompts, length, lambda i: f"{converted.where(i)}: the prompt")
     return Prepared(converted, task, style, method, length, prompts, options, answers)
 
 
 def score(
-    base: LoadedModel,
+    base_model: LoadedModel,
     params: Tree,
     tokenizer: transformers.PreTrainedTokenizerBase,
     prepared: Prepared,
@@ -178,7 +181,7 @@ def score(
     """Scores rows with plain (base or merged) parameters.
 
     Args:
-      base: architecture and config.
+      base_model: architecture and config.
       params: what to score.
       tokenizer: of the base.
       prepared: the rows, from `prepare`.
@@ -189,17 +192,17 @@ def score(
     """
     rows, task, style, method = prepared.rows, prepared.task, prepared.style, prepared.method
     if method == "choices":
-        best = choices.losses(base.model, params, prepared.choices, batch_size, on_progress).argmin(axis=1)
+        best = choices.losses(base_model.model, params, prepared.choices, batch_size, on_progress).argmin(axis=1)
         predictions: list[dict[str, Any]] = [
             {"prediction": own[choice]} for own, choice in zip(prepared.options, best, strict=True)
         ]
     else:
         outputs = generate(
-            base.model,
+            base_model.model,
             params,
             prepared.prompts,
             max_new_tokens=prepared.max_new_tokens,
-            eos_ids=end_tokens(base, tokenizer),
+            eos_ids=end_tokens(base_model, tokenizer),
             decoding=decoding,
             decode=lambda ids: str(tokenizer.decode(ids)),
             batch_size=batch_size,
@@ -254,7 +257,7 @@ def summarise(predictions: list[dict[str, Any]]) -> Score:
 
 
 def _with_answers(
-    base: LoadedModel,
+    base_model: LoadedModel,
     tokenizer: transformers.PreTrainedTokenizerBase,
     rows: Rows,
     task: Task,
@@ -264,9 +267,11 @@ def _with_answers(
     """Every row with each of its answers as its target."""
     pairs = [(row, each) for row, own in zip(rows.rows, options, strict=True) for each in own]
     candidates = [{**row, "output": task.target(each)} for row, each in pairs]
-    examples = encode(rows_from_list(candidates, rows.source), style, tokenizer, base.model.config.max_positions)
-    if examples.cut or examples.left_out:  # part of an answer would be compared with the whole of another
-        raise UserError(f"{rows.source}: a prompt is longer than the model's {base.model.config.max_positions} positions")
+    examples = encode(rows_from_list(candidates, rows.source), style, tokenizer, base_model.model.config.max_positions)
+    if examples.cut or examples.dropped:  # part of an answer would be compared with the whole of another
+        raise UserError(
+            f"{rows.source}: a prompt is longer than the model's {base_model.model.config.max_positions} positions"
+        )
     numbers = iter(range(len(candidates)))
     return [[examples.example(next(numbers)) for _ in own] for own in options]
 

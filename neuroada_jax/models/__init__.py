@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from neuroada_jax.core.trees import Path, Tree, kernels
+from neuroada_jax.core.trees import ModulePath, Tree, kernels
 from neuroada_jax.errors import UserError
 from neuroada_jax.models import names
 from neuroada_jax.models.encoder import (
@@ -39,27 +39,27 @@ class Architecture(NamedTuple):
     Attributes:
       read_config: (Hugging Face config, dtype) -> static config.
       module: (static config, remat policy) -> Flax module.
-      stack: the path of the layer scan in the parameter tree.
+      layers_path: the path of the layer scan in the parameter tree.
       targets: the bypass targets where a run names none.
       transformers_class: the class whose checkpoints have this parameter tree.
       prefix: what the tensor names of a checkpoint of the bare model lack, "" where there is no such checkpoint.
-      head: the modules that a task brings and that train whole, empty for a decoder.
+      classifier: the modules that a task brings and that train whole, empty for a decoder.
       optional: the modules that a checkpoint may lack; they start from a seed.
     """
 
     read_config: Callable[..., Any]
     module: Callable[..., nn.Module]
-    stack: Path
+    layers_path: ModulePath
     targets: tuple[str, ...]
     transformers_class: str
     prefix: str = ""
-    head: tuple[Path, ...] = ()
-    optional: tuple[Path, ...] = ()
+    classifier: tuple[ModulePath, ...] = ()
+    optional: tuple[ModulePath, ...] = ()
 
     @property
     def is_decoder(self) -> bool:
         """Whether the model continues texts, rather than judging them."""
-        return not self.head
+        return not self.classifier
 
 
 def _llama(transformers_class: str) -> Architecture:
@@ -74,7 +74,7 @@ def _roberta(transformers_class: str) -> Architecture:
         ENCODER_TARGETS,
         transformers_class,
         prefix="roberta.",
-        head=(("classifier",),),
+        classifier=(("classifier",),),
         optional=(("classifier",),),
     )
 
@@ -86,7 +86,7 @@ _BERT = Architecture(
     ENCODER_TARGETS,
     "BertForSequenceClassification",
     prefix="bert.",
-    head=(("classifier",),),
+    classifier=(("classifier",),),
     optional=(("classifier",), ("bert", "pooler")),
 )
 
@@ -110,9 +110,9 @@ class Model(NamedTuple):
     hf_config: dict[str, Any]
 
     @property
-    def stack(self) -> Path:
+    def layers_path(self) -> ModulePath:
         """The path of the layer scan in the parameter tree."""
-        return self.architecture.stack
+        return self.architecture.layers_path
 
     def module(self, remat: Remat = Remat.NONE) -> nn.Module:
         """The Flax module; the remat policy matters to training only."""
@@ -127,7 +127,7 @@ class Model(NamedTuple):
         return {
             module: kernel.shape[-2:]
             for path, kernel in kernels(self.abstract_params())
-            for module in names.module_names(path, kernel, self.stack)
+            for module in names.module_names(path, kernel, self.layers_path)
         }
 
 
@@ -165,7 +165,7 @@ def from_hf_config(config: Mapping[str, Any], dtype: Any = jnp.float32, labels: 
     return Model(architecture, architecture.read_config(config, dtype), dict(config))
 
 
-def match_targets(params: Mapping[str, Any], targets: list[str], stack: Path) -> list[Path]:
+def match_targets(params: Mapping[str, Any], targets: list[str], layers_path: ModulePath) -> list[ModulePath]:
     """The module paths that the names in `targets` select, in the tree's order.
 
     A target is a module's exact path within its layer ("self_attn.q_proj"; "lm_head" outside the layers) or, where no
@@ -174,7 +174,7 @@ def match_targets(params: Mapping[str, Any], targets: list[str], stack: Path) ->
     Raises:
       UserError: a target that matches nothing (lists what exists), or the tied output layer.
     """
-    modules = {names.within_layer(path, stack): path for path, _ in kernels(params)}
+    modules = {names.within_layer(path, layers_path): path for path, _ in kernels(params)}
     chosen = set()
     for target in targets:
         if target in modules:

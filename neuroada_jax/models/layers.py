@@ -46,7 +46,7 @@ class BypassDense(nn.Module):
                 kernel,
                 columns,
                 self.get_variable("bypass", "values"),
-                self.get_variable("base", "base", None),
+                self.get_variable("base_entries", "base_entries", None),
                 algorithm=ops.choose_algorithm(columns.shape[1], x.shape[-1], split=None if placement is None else True),
             )
         else:

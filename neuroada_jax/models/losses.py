@@ -17,7 +17,7 @@ from neuroada_jax.models import attention
 LOGIT_BYTES = 1 << 27
 
 
-def target_losses(module: nn.Module, variables: Tree, batch: Batch, *, output_trains: bool = False) -> Float[Array, "B M"]:
+def label_losses(module: nn.Module, variables: Tree, batch: Batch, *, output_trains: bool = False) -> Float[Array, "B M"]:
     """Cross-entropy of every target in float32, 0 where the mask is 0.
 
     The hidden states of the labelled positions are gathered first, and the vocabulary matmul runs over a chunk of them at a
@@ -35,13 +35,13 @@ def target_losses(module: nn.Module, variables: Tree, batch: Batch, *, output_tr
         nll = _in_chunks(jax.checkpoint(losses), states, ids, chunk)
     else:
         nll = _with_gradient_at_once(losses, states, ids, chunk)
-    return nll.reshape(batch.target_ids.shape) * batch.target_mask
+    return nll.reshape(batch.label_ids.shape) * batch.label_mask
 
 
-def target_scores(
+def label_scores(
     module: nn.Module, variables: Tree, batch: Batch, seen: Array | None = None
 ) -> tuple[Float[Array, "B M"], Bool[Array, "B M"]]:
-    """The losses of `target_losses`, and whether each target is the likeliest token; (0, True) where the mask is 0.
+    """The losses of `label_losses`, and whether each target is the likeliest token; (0, True) where the mask is 0.
 
     For scoring: the same gathering and chunks, and no gradient. `seen` (B, T, T) says which slots each token sees, where
     that is not what `batch.positions` says.
@@ -54,8 +54,8 @@ def target_scores(
         return losses, jnp.argmax(logits, axis=-1).astype(ids.dtype) == ids
 
     losses, likeliest = _in_chunks(scores, states, ids, chunk)
-    shape = batch.target_ids.shape
-    return losses.reshape(shape) * batch.target_mask, likeliest.reshape(shape) | (jnp.asarray(batch.target_mask) == 0)
+    shape = batch.label_ids.shape
+    return losses.reshape(shape) * batch.label_mask, likeliest.reshape(shape) | (jnp.asarray(batch.label_mask) == 0)
 
 
 def _targets(
@@ -65,8 +65,8 @@ def _targets(
     if seen is None and batch.positions is not None:
         seen = attention.packed_mask(jnp.asarray(batch.positions))
     hidden, _ = module.apply(variables, batch.input_ids, batch.positions, seen)
-    picked = jnp.take_along_axis(hidden, batch.target_positions[:, :, None], axis=1, mode="clip")
-    states, ids = picked.reshape(-1, picked.shape[-1]), jnp.asarray(batch.target_ids).reshape(-1)
+    picked = jnp.take_along_axis(hidden, batch.label_positions[:, :, None], axis=1, mode="clip")
+    states, ids = picked.reshape(-1, picked.shape[-1]), jnp.asarray(batch.label_ids).reshape(-1)
     vocabulary = jax.eval_shape(lambda states: _logits(module, variables, states), states).shape[-1]
     return states, ids, max(LOGIT_BYTES // (4 * vocabulary), 1)
 
@@ -122,7 +122,7 @@ def classification_losses(
         losses = jnp.square(logits[:, 0] - labels.astype(jnp.float32))
     else:
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    return losses * batch.target_mask
+    return losses * batch.label_mask
 
 
 def classification_logits(

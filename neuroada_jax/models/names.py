@@ -8,7 +8,7 @@ A module keeps its Hugging Face path without the layer's number, and a leaf gets
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from neuroada_jax.core.trees import Path, flatten
+from neuroada_jax.core.trees import ModulePath, flatten
 
 _LEAVES_OF_WEIGHT = ("kernel", "scale", "embedding")
 _FIRST_BERTS = (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta"))
@@ -17,44 +17,44 @@ _FIRST_BERTS = (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "Lay
 class Slot(NamedTuple):
     """Where a checkpoint tensor lives: the tree path of its (stacked) leaf and its layer, None if it is not stacked."""
 
-    path: Path
+    path: ModulePath
     layer: int | None
 
 
-def module_name(path: Path, layer: int | None, stack: Path) -> str:
+def module_name(path: ModulePath, layer: int | None, layers_path: ModulePath) -> str:
     """The Hugging Face path of a module: ("model", "layers", "mlp", "up_proj"), layer 3 -> "model.layers.3.mlp.up_proj"."""
     if layer is None:
         return ".".join(path)
-    return ".".join((*stack, str(layer), *path[len(stack) :]))
+    return ".".join((*layers_path, str(layer), *path[len(layers_path) :]))
 
 
-NO_STACK: Path = ("",)  # where no layer scan lives, for trees without one
+NO_LAYERS: ModulePath = ("",)  # where no layer scan lives, for trees without one
 
 
-def is_stacked(path: Path, stack: Path) -> bool:
-    """Whether a module or leaf belongs to the layer scan that lives at `stack`."""
-    return path[: len(stack)] == stack
+def is_stacked(path: ModulePath, layers_path: ModulePath) -> bool:
+    """Whether a module or leaf belongs to the layer scan that lives at `layers_path`."""
+    return path[: len(layers_path)] == layers_path
 
 
-def within_layer(path: Path, stack: Path) -> str:
+def within_layer(path: ModulePath, layers_path: ModulePath) -> str:
     """A module's path below the layer: "self_attn.q_proj"; the whole path for modules outside the stack."""
-    return ".".join(path[len(stack) :] if is_stacked(path, stack) else path)
+    return ".".join(path[len(layers_path) :] if is_stacked(path, layers_path) else path)
 
 
-def checkpoint_names(params: Mapping[str, Any], stack: Path) -> dict[str, Slot]:
+def checkpoint_names(params: Mapping[str, Any], layers_path: ModulePath) -> dict[str, Slot]:
     """Every tensor that a checkpoint of this (possibly abstract) tree holds, by its Hugging Face name.
 
     Args:
-      params: nested dict of arrays or shapes; leaves below `stack` have a leading layer axis.
-      stack: path of the layer scan, such as ("model", "layers").
+      params: nested dict of arrays or shapes; leaves below `layers_path` have a leading layer axis.
+      layers_path: path of the layer scan, such as ("model", "layers").
     """
     names = {}
     for path, leaf in flatten(params):
         *module, name = path
         suffix = "weight" if name in _LEAVES_OF_WEIGHT else name
-        layers = range(leaf.shape[0]) if is_stacked(path, stack) else [None]
+        layers = range(leaf.shape[0]) if is_stacked(path, layers_path) else [None]
         for layer in layers:
-            names[f"{module_name(tuple(module), layer, stack)}.{suffix}"] = Slot(path, layer)
+            names[f"{module_name(tuple(module), layer, layers_path)}.{suffix}"] = Slot(path, layer)
     return names
 
 
@@ -70,14 +70,16 @@ def spellings(name: str, prefix: str) -> list[str]:
     return found + [each.replace(new, old) for each in found for new, old in _FIRST_BERTS if each.endswith(new)]
 
 
-def module_names(path: Path, leaf: Any, stack: Path) -> list[str]:
+def module_names(path: ModulePath, leaf: Any, layers_path: ModulePath) -> list[str]:
     """The Hugging Face names of the modules that a (stacked) leaf of the module at `path` belongs to, layer by layer."""
-    layers = range(leaf.shape[0]) if is_stacked(path, stack) else [None]
-    return [module_name(path, layer, stack) for layer in layers]
+    layers = range(leaf.shape[0]) if is_stacked(path, layers_path) else [None]
+    return [module_name(path, layer, layers_path) for layer in layers]
 
 
-def unstacked(tree: Mapping[str, Any], stack: Path) -> Iterator[tuple[str, Any]]:
+def unstacked(tree: Mapping[str, Any], layers_path: ModulePath) -> Iterator[tuple[str, Any]]:
     """The (Hugging Face module name, array) pairs of a bypass tree, one per layer, in the tree's order."""
     for path, leaf in flatten(tree):
         module = path[:-1]
-        yield from zip(module_names(module, leaf, stack), leaf if is_stacked(module, stack) else [leaf], strict=True)
+        yield from zip(
+            module_names(module, leaf, layers_path), leaf if is_stacked(module, layers_path) else [leaf], strict=True
+        )

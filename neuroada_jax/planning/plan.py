@@ -111,9 +111,9 @@ def abstract_batch(rows: int, length: int, packed: bool = False) -> Batch:
     return Batch(
         input_ids=shape(length),
         lengths=shape(),
-        target_positions=shape(length),
-        target_ids=shape(length),
-        target_mask=shape(length, dtype=jnp.float32),
+        label_positions=shape(length),
+        label_ids=shape(length),
+        label_mask=shape(length, dtype=jnp.float32),
         positions=shape(length) if packed else None,
     )
 
@@ -124,20 +124,20 @@ def abstract_state(config: RunConfig) -> tuple[LoadedModel, Any, step.TrainState
     Raises:
       UserError: a model or target module that is not there, rows longer than the model allows.
     """
-    base = open_model(config.model.path, config.model.dtype, config_only=True)
-    objective, base = objectives.objective(config, base)
-    modules.check_length(config, base.model)
-    paths = modules.target_paths(config, base.model)
+    base_model = open_model(config.model.path, config.model.dtype, config_only=True)
+    objective, base_model = objectives.objective(config, base_model)
+    modules.check_length(config, base_model.model)
+    paths = modules.target_paths(config, base_model.model)
     # The number of steps is a constant in the schedule: it takes no room.
-    transformation = optimizer.build(config.optimizer, 1, config.head)
+    transformation = optimizer.build(config.optimizer, 1, config.classifier)
 
     def initial_state(params: Tree) -> step.TrainState:
-        built = bypass.build(params, paths, config.bypass.k, dtype=connections.value_dtype(config, base.model))
-        return step.initial_state(params, built, transformation, head)
+        built = bypass.build(params, paths, config.bypass.k, dtype=connections.value_dtype(config, base_model.model))
+        return step.initial_state(params, built, transformation, classifier)
 
     # Whether the checkpoint lacks more than the head (BERT's pooler) is only known from its weights.
-    head = base.model.architecture.head if config.head.train else ()
-    return base, transformation, jax.eval_shape(initial_state, base.model.abstract_params()), objective
+    classifier = base_model.model.architecture.classifier if config.classifier.train else ()
+    return base_model, transformation, jax.eval_shape(initial_state, base_model.model.abstract_params()), objective
 
 
 def _mesh(config: RunConfig, devices: int | None) -> ParallelSection:
@@ -153,8 +153,8 @@ def _mesh(config: RunConfig, devices: int | None) -> ParallelSection:
 
 def measure(config: RunConfig, target_name: str, devices: int | None) -> dict[str, Any]:
     """The plan of a config as it stands."""
-    base, transformation, state, objective = abstract_state(config)
-    dtype = jnp.dtype(base.model.config.dtype).name
+    base_model, transformation, state, objective = abstract_state(config)
+    dtype = jnp.dtype(base_model.model.config.dtype).name
     may_be_fused = dtype == "bfloat16" and not config.data.packing  # packed rows need a mask, and cuDNN takes none
     section = _mesh(config, devices)
     parallel.layout(section, "gpu", section.devices or 1)  # its errors come before the timings
@@ -164,9 +164,9 @@ def measure(config: RunConfig, target_name: str, devices: int | None) -> dict[st
     rows = mesh.filled_rows(config.training)
     if mesh.mode == "pmap":  # its program, in a form that described devices can be compiled for
         mesh = dataclasses.replace(mesh, mode="shard_map")
-    is_decoder = base.model.architecture.is_decoder
+    is_decoder = base_model.model.architecture.is_decoder
     whole, batch = (longest_batch(config, count, is_decoder) for count in (rows, rows // mesh.shards))
-    module = base.model.module(config.training.remat_policy)
+    module = base_model.model.module(config.training.remat_policy)
     settings = (module, transformation, config.training.accumulation, objective.losses, objective.dropout_seed)
 
     def trace_part(compiler: Compiler) -> Any:
@@ -187,8 +187,8 @@ def measure(config: RunConfig, target_name: str, devices: int | None) -> dict[st
     seconds = time.perf_counter() - began
     by_kind = {
         "weights": _own_bytes(state.params),
-        "bypass": _own_bytes((state.trainable, state.columns, state.base)),
-        "optimizer": _own_bytes(state.optimizer),
+        "bypass": _own_bytes((state.trainable, state.columns, state.base_entries)),
+        "optimizer": _own_bytes(state.opt_state),
         "batch": nbytes(batch),
         "temporaries": machines.temporaries(compiled),
     }
@@ -203,10 +203,10 @@ def measure(config: RunConfig, target_name: str, devices: int | None) -> dict[st
     # Devices along the axis tensor share the products of the same rows.
     tensor = section.tensor
     flops = roofline.work(spelt_out.jaxpr, frozen).flops // tensor
-    in_and_out = work.stacked_bytes + _own_bytes((state.trainable, state.optimizer))
-    moved = work.weight_bytes // tensor + 2 * in_and_out + _own_bytes((state.columns, state.base))
+    in_and_out = work.stacked_bytes + _own_bytes((state.trainable, state.opt_state))
+    moved = work.weight_bytes // tensor + 2 * in_and_out + _own_bytes((state.columns, state.base_entries))
 
-    trainable, parameters = bypass.count(state.trainable), bypass.count(base.model.abstract_params())
+    trainable, parameters = bypass.count(state.trainable), bypass.count(base_model.model.abstract_params())
     return {
         "name": config.name,
         "model": config.model.path,
@@ -220,7 +220,7 @@ def measure(config: RunConfig, target_name: str, devices: int | None) -> dict[st
         "accumulation": config.training.accumulation,
         "rows": batch.input_ids.shape[0],
         "tokens_per_row": batch.input_ids.shape[1],
-        "labelled_per_row": math.prod(batch.target_mask.shape[1:]),
+        "labelled_per_row": math.prod(batch.label_mask.shape[1:]),
         "trainable": trainable,
         "parameters": parameters,
         "trainable_percent": 100 * trainable / parameters,

@@ -17,7 +17,7 @@ from jax import lax
 
 from neuroada_jax import console, models
 from neuroada_jax.core import trees
-from neuroada_jax.core.trees import Path, Tree
+from neuroada_jax.core.trees import ModulePath, Tree
 from neuroada_jax.errors import UserError
 from neuroada_jax.models import names
 from neuroada_jax.pretrained.source import HUB_FILES, TensorSource, config_dtype, open_tensors, read_config, resolve
@@ -57,11 +57,11 @@ def lacking(opened: LoadedModel) -> list[str]:
 
 def _optional(model: models.Model) -> list[str]:
     """The Hugging Face names of the tensors that a checkpoint may lack."""
-    slots = names.checkpoint_names(model.abstract_params(), model.stack)
+    slots = names.checkpoint_names(model.abstract_params(), model.layers_path)
     return [name for name, slot in slots.items() if _is_below(slot.path, model.architecture.optional)]
 
 
-def _is_below(path: Path, modules: tuple[Path, ...]) -> bool:
+def _is_below(path: ModulePath, modules: tuple[ModulePath, ...]) -> bool:
     return any(path[: len(module)] == module for module in modules)
 
 
@@ -100,7 +100,7 @@ def load_params(
     """
     flat: dict[tuple[str, ...], Any] = dict(trees.flatten(model.abstract_params()))
     places = dict(trees.flatten(shardings or jax.tree.map(lambda _: None, model.abstract_params())))
-    slots = names.checkpoint_names(model.abstract_params(), model.stack)
+    slots = names.checkpoint_names(model.abstract_params(), model.layers_path)
     available, architecture = set(tensors.names()), model.architecture
     digests = {}
     filled: dict[tuple[str, ...], jax.Array] = {}

@@ -14,7 +14,7 @@ from neuroada_jax.files import read_json
 _DTYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}  # as safetensors names them
 
 
-def read_whole(path: Path) -> dict[str, np.ndarray]:
+def read_all(path: Path) -> dict[str, np.ndarray]:
     """All tensors of a small safetensors file, whose header is checked against the file's length first.
 
     Raises:

@@ -14,8 +14,7 @@ import transformers
 
 from neuroada_jax import files
 from neuroada_jax.core import trees
-from neuroada_jax.core.trees import Path as TreePath
-from neuroada_jax.core.trees import Tree
+from neuroada_jax.core.trees import ModulePath, Tree
 from neuroada_jax.models import names
 from neuroada_jax.pretrained.load import LoadedModel
 
@@ -24,7 +23,7 @@ SHARD_BYTES = 5 * 10**9
 
 def save(
     directory: Path,
-    base: LoadedModel,
+    base_model: LoadedModel,
     params: Tree,
     tokenizer: transformers.PreTrainedTokenizerBase | None,
     *,
@@ -34,7 +33,7 @@ def save(
 
     Args:
       directory: where; must not exist unless `replace`.
-      base: the model whose architecture and config it is.
+      base_model: the model whose architecture and config it is.
       params: merged parameters; their dtype is the checkpoint's.
       tokenizer: saved beside the weights; None leaves it out.
       replace: overwrite what is there.
@@ -42,8 +41,8 @@ def save(
     Raises:
       UserError: the directory exists or cannot be written.
     """
-    leaves: dict[TreePath, jax.Array] = dict(trees.flatten(params))
-    slots = names.checkpoint_names(params, base.model.stack)
+    leaves: dict[ModulePath, jax.Array] = dict(trees.flatten(params))
+    slots = names.checkpoint_names(params, base_model.model.layers_path)
     dtype = np.dtype(next(iter(leaves.values())).dtype)
 
     def tensor(name: str) -> np.ndarray:
@@ -67,9 +66,9 @@ def save(
         if plan.is_sharded:
             index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
             _write_json(temporary / "model.safetensors.index.json", index)
-        _write_json(temporary / "config.json", _config(base, dtype))
-        if base.model.architecture.is_decoder:
-            _copy_generation_config(base, temporary)
+        _write_json(temporary / "config.json", _config(base_model, dtype))
+        if base_model.model.architecture.is_decoder:
+            _copy_generation_config(base_model, temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(temporary))
 
@@ -78,20 +77,20 @@ def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _config(base: LoadedModel, dtype: np.dtype) -> dict[str, Any]:
-    config = dict(base.model.hf_config)
+def _config(base_model: LoadedModel, dtype: np.dtype) -> dict[str, Any]:
+    config = dict(base_model.model.hf_config)
     config.pop("torch_dtype", None)
     config["dtype"] = "bfloat16" if dtype == jnp.bfloat16 else str(dtype)
     # The class of what is written, which may be more than what was read: a bare encoder has got a head.
-    config["architectures"] = [base.model.architecture.transformers_class]
+    config["architectures"] = [base_model.model.architecture.transformers_class]
     return config
 
 
-def _copy_generation_config(base: LoadedModel, target: Path) -> None:
-    source = Path(base.path) / "generation_config.json"
+def _copy_generation_config(base_model: LoadedModel, target: Path) -> None:
+    source = Path(base_model.path) / "generation_config.json"
     if source.is_file():
         shutil.copy(source, target)
         return
-    config = base.model.hf_config
+    config = base_model.model.hf_config
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key) is not None}
     _write_json(target / "generation_config.json", ids)

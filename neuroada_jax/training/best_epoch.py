@@ -110,12 +110,12 @@ class BestEpoch:
         files.write_text(self._log, "".join(json.dumps(each) + "\n" for each in self.epochs))
         console.say(f"epoch {epoch['epoch']}: {score.metric} {score.value:.4f}, best {_rank(self.best):.4f}")
 
-    def restore(self, state: TrainState, base: LoadedModel) -> TrainState:
+    def restore(self, state: TrainState, base_model: LoadedModel) -> TrainState:
         """The last state with the best epoch's values and head in it."""
         adapter = native.read(str(self._adapters / str(self.best["step"])))
-        tree: dict[str, Any] = {"bypass": native.stack(adapter, base).values}
-        if state.head:
-            tree["head"] = native.head(adapter, base)
+        tree: dict[str, Any] = {"bypass": native.stack_layers(adapter, base_model).values}
+        if state.classifier:
+            tree["classifier"] = native.classifier(adapter, base_model)
         trainable = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), tree, state.trainable)
-        params = bypass.make_resident(state.params, Bypass(trainable["bypass"], state.columns), state.base)
+        params = bypass.make_resident(state.params, Bypass(trainable["bypass"], state.columns), state.base_entries)
         return state._replace(trainable=trainable, params=params)

@@ -31,7 +31,8 @@ from neuroada_jax.core import bypass
 from neuroada_jax.errors import UserError
 from neuroada_jax.training.step import TrainState
 
-FORMAT = 2  # 1 had the state alone
+FORMAT = 3
+FORMER_FORMAT = 2  # of neuroada-jax 0.1: the same arrays under other names
 ABOUT, DIGESTS = "about.json", "digests.json"
 
 
@@ -99,7 +100,7 @@ class Checkpoints:
         try:
             if step in self._manager.all_steps():
                 return
-            self._saving = Found(step, {"format": FORMAT, "step": step, "arrays": _arrays(state), **(about or {})})
+            self._saving = Found(step, {"format": FORMAT, "step": step, "arrays": _arrays(saved(state)), **(about or {})})
             with tempfile.TemporaryDirectory(prefix=".probe", dir=self._directory) as probe:
                 (Path(probe) / "probe").write_bytes(bytes(4096))  # where this fails, Orbax's threads wait for ten minutes
             args = ocp.args.Composite(state=ocp.args.StandardSave(saved(state)))
@@ -160,7 +161,7 @@ class Checkpoints:
                 console.warn(f"{damage}: passed over")
                 self.damaged.append(folder)
                 continue
-            if about.get("format") != FORMAT:
+            if about.get("format") not in (FORMAT, FORMER_FORMAT):
                 raise UserError(f"{folder}: expected checkpoint format {FORMAT}, found {about.get('format')}")
             return Found(step, about)
         return None
@@ -182,35 +183,52 @@ class Checkpoints:
                 folder.rename(aside)
             except OSError as error:
                 raise UserError(f"{folder}: the damaged checkpoint cannot be renamed ({error.strerror})") from error
-        step, here, there = self.newest.step, _arrays(state), self.newest.about["arrays"]
+        former = self.newest.about["format"] == FORMER_FORMAT
+        content = _with_former_names(saved(state)) if former else saved(state)
+        step, here, there = self.newest.step, _arrays(content), self.newest.about["arrays"]
         if other := sorted(name for name in {**here, **there} if here.get(name) != there.get(name)):
             one = other[0]
             raise UserError(
                 f"{self._directory / str(step)}: this checkpoint is of another model or config: {one}: expected "
                 f"{here.get(one, 'none')}, found {there.get(one, 'none')}"
             )
-        wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, saved(state))
+        wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, content)
         try:
             found = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted)))["state"]
         except Exception as error:
             reason = _reason(error)
             raise UserError(f"{self._directory / str(step)}: this checkpoint cannot be resumed from ({reason})") from error
+        # Both trees have the same leaves in the same order: the keys that differ stand at the same place in it.
+        found = jax.tree.unflatten(jax.tree.structure(saved(state)), jax.tree.leaves(found)) if former else found
         trained = bypass.Bypass(found["trainable"]["bypass"], found["columns"])
-        base = bypass.read(state.params, trained.columns)  # no step was taken: these are the original weights
-        whole = state._replace(**found, base=base, params=bypass.make_resident(state.params, trained, base))
+        base_entries = bypass.read(state.params, trained.columns)  # no step was taken: these are the original weights
+        complete = state._replace(
+            **found, base_entries=base_entries, params=bypass.make_resident(state.params, trained, base_entries)
+        )
         # Orbax ties arrays to their device, as device_put does: all are tied alike, or the second step compiles once more.
-        return jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding), whole)
+        return jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding), complete)
 
 
 def saved(state: TrainState) -> dict[str, Any]:
     """What a checkpoint holds of a state, abstract or real."""
-    kept = ("step", "trainable", "columns", "optimizer")
+    kept = ("step", "trainable", "columns", "opt_state")
     return {field: getattr(state, field) for field in kept}
 
 
-def _arrays(state: TrainState) -> dict[str, str]:
+def _with_former_names(content: Any) -> Any:
+    """The content of a checkpoint under the names that neuroada-jax 0.1 gave to its parts."""
+    if isinstance(content, dict):
+        names = {"opt_state": "optimizer"} | ({"classifier": "head"} if "bypass" in content else {})
+        return {names.get(key, key): _with_former_names(node) for key, node in content.items()}
+    if isinstance(content, tuple):
+        parts = [_with_former_names(node) for node in content]
+        return type(content)(*parts) if hasattr(content, "_fields") else tuple(parts)
+    return content
+
+
+def _arrays(content: dict[str, Any]) -> dict[str, str]:
     """Type and shape of everything that is saved, by its place."""
-    leaves = jax.tree_util.tree_leaves_with_path(saved(state))
+    leaves = jax.tree_util.tree_leaves_with_path(content)
     return {jax.tree_util.keystr(path, simple=True, separator="."): str(jax.typeof(leaf)) for path, leaf in leaves}
 
 

@@ -39,7 +39,7 @@ class BypassSection:
 
 
 @dataclass(frozen=True, config=_STRICT)
-class HeadSection:
+class ClassifierSection:
     """How an encoder's head trains, whole, beside the bypass. Its biases do not decay."""
 
     train: bool = True
@@ -234,7 +234,7 @@ class RunConfig:
     training: TrainingSection
     bypass: BypassSection = dataclasses.field(default_factory=BypassSection)
     fidelity: Literal["recommended", "official"] = "recommended"
-    head: HeadSection = dataclasses.field(default_factory=HeadSection)
+    classifier: ClassifierSection = dataclasses.field(default_factory=ClassifierSection)
     evaluation: EvaluationSection = dataclasses.field(default_factory=EvaluationSection)
     parallel: ParallelSection = dataclasses.field(default_factory=ParallelSection)
     watchdog: WatchdogSection = dataclasses.field(default_factory=WatchdogSection)

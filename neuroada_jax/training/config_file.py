@@ -119,12 +119,23 @@ def from_dict(content: Any, where: str) -> RunConfig:
     """
     if not isinstance(content, dict):
         raise UserError(f"{where}: expected a mapping of sections, found {type(content).__name__}")
-    content = _without_suites(content, where)
+    content = _without_suites(_with_current_names(content, where), where)
     try:
         # Through JSON, since pydantic's strict mode takes mappings for dataclasses from there only.
         return pydantic.TypeAdapter(RunConfig).validate_json(json.dumps(content, default=str))
     except pydantic.ValidationError as error:
         raise UserError(f"{where}: {_message(error)}") from error
+
+
+# Sections that neuroada-jax 0.1 had under another name.
+FORMER_SECTIONS = {"head": "classifier"}
+
+
+def _with_current_names(content: dict[str, Any], where: str) -> dict[str, Any]:
+    for former, name in FORMER_SECTIONS.items():
+        if former in content and name in content:
+            raise UserError(f"{where}: {former} is the former name of {name}; give one of them")
+    return {FORMER_SECTIONS.get(key, key): section for key, section in content.items()}
 
 
 def _without_suites(content: dict[str, Any], where: str) -> dict[str, Any]:

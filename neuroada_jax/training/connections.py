@@ -12,8 +12,8 @@ from jax import lax
 from neuroada_jax import models
 from neuroada_jax.core import bypass, selection, trees
 from neuroada_jax.core.bypass import Bypass
-from neuroada_jax.core.trees import Path, Tree
-from neuroada_jax.models.losses import target_losses
+from neuroada_jax.core.trees import ModulePath, Tree
+from neuroada_jax.models.losses import label_losses
 from neuroada_jax.training.config import RunConfig
 from neuroada_jax.training.step import AnyBatch, split
 
@@ -27,9 +27,9 @@ def choose(
     config: RunConfig,
     model: models.Model,
     params: Tree,
-    paths: list[Path],
+    paths: list[ModulePath],
     batches: Iterable[AnyBatch] | None = None,
-    losses: Callable[..., jax.Array] = target_losses,
+    losses: Callable[..., jax.Array] = label_losses,
     by_neuron: Callable[..., Any] = lambda function: function,
 ) -> Bypass:
     """The bypass of a run before its first step: zero values, and columns by the score of its config.
@@ -75,10 +75,10 @@ def choose(
 def gradient_sums(
     module: nn.Module,
     params: Tree,
-    paths: list[Path],
+    paths: list[ModulePath],
     batches: Iterable[AnyBatch],
     accumulation: int = 1,
-    losses: Callable[..., jax.Array] = target_losses,
+    losses: Callable[..., jax.Array] = label_losses,
 ) -> Tree:
     """The gradient of the mean loss with respect to the target kernels, summed over batches; no weight changes meanwhile.
 
@@ -107,7 +107,7 @@ def gradient_sums(
         return jnp.sum(losses(module, {"params": params}, batch))
 
     def add(sums: Tree, params: Tree, kernels: Tree, batch: AnyBatch) -> Tree:
-        targets = jnp.maximum(jnp.sum(batch.target_mask), 1)
+        targets = jnp.maximum(jnp.sum(batch.label_mask), 1)
 
         def add_part(sums: Tree, part: AnyBatch) -> tuple[Tree, None]:
             gradient = jax.grad(loss_sum)(kernels, params, part)

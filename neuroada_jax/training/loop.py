@@ -158,7 +158,7 @@ def run(
 
 def _announce(batch: AnyBatch, compiled: set[tuple[int, ...]], possible: int) -> bool:
     """Whether the batch has a shape that was not compiled yet, and says which."""
-    shape = (batch.input_ids.shape[1], *batch.target_mask.shape[1:])
+    shape = (batch.input_ids.shape[1], *batch.label_mask.shape[1:])
     if shape in compiled:
         return False
     compiled.add(shape)

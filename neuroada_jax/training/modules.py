@@ -7,14 +7,14 @@ from neuroada_jax.core import trees
 from neuroada_jax.errors import UserError
 from neuroada_jax.pretrained.load import LoadedModel
 from neuroada_jax.tasks import GLUE, TASKS
-from neuroada_jax.training.config import GenerationSection, HeadSection, RunConfig
+from neuroada_jax.training.config import ClassifierSection, GenerationSection, RunConfig
 
 
 def check_kind(config: RunConfig, model: models.Model) -> None:
     """Raises UserError where the config asks of a decoder what only an encoder does, or the reverse."""
     kind = model.hf_config["model_type"]
     is_decoder = model.architecture.is_decoder
-    if is_decoder and config.head != HeadSection():
+    if is_decoder and config.classifier != ClassifierSection():
         raise UserError(f"head: {kind} is a decoder, which has no head to train; leave this section out")
     if not is_decoder and config.data.packing:
         raise UserError(f"data.packing: {kind} is an encoder, which reads one example a row; set it to false")
@@ -47,26 +47,27 @@ def resolved(config: RunConfig, model: models.Model) -> RunConfig:
     return dataclasses.replace(config, bypass=dataclasses.replace(config.bypass, targets=targets))
 
 
-def head_paths(config: RunConfig, base: LoadedModel, targets: list[trees.Path]) -> list[trees.Path]:
+def dense_paths(config: RunConfig, base_model: LoadedModel, targets: list[trees.ModulePath]) -> list[trees.ModulePath]:
     """The modules that train whole: an encoder's head, and whatever else the checkpoint lacks. None of a decoder.
 
     Args:
       config: the run.
-      base: the model with its weights, since only then it is known what the checkpoint lacks.
+      base_model: the model with its weights, since only then it is known what the checkpoint lacks.
       targets: the linear maps that carry a bypass.
 
     Raises:
       UserError: the head is not to be trained, and the checkpoint has none; or a part of it is to carry a bypass.
     """
-    architecture = base.model.architecture
-    drawn = base.drawn
-    if drawn and not config.head.train:
-        raise UserError(f"head.train: {base.source} has no {drawn[0]}, so that the head must be trained")
+    architecture = base_model.model.architecture
+    drawn = base_model.drawn
+    if drawn and not config.classifier.train:
+        raise UserError(f"head.train: {base_model.source} has no {drawn[0]}, so that the head must be trained")
     lacking = {tuple(name.split(".")) for name in drawn}
     paths = [
         path
         for path in architecture.optional
-        if (path in architecture.head and config.head.train) or any(name[: len(path)] == path for name in lacking)
+        if (path in architecture.classifier and config.classifier.train)
+        or any(name[: len(path)] == path for name in lacking)
     ]
     for target in targets:
         if any(target[: len(path)] == path for path in paths):
@@ -81,7 +82,7 @@ def check_length(config: RunConfig, model: models.Model) -> None:
         raise UserError(f"data.max_length: {config.data.max_length} is more than the model's {positions} positions")
 
 
-def target_paths(config: RunConfig, model: models.Model) -> list[trees.Path]:
+def target_paths(config: RunConfig, model: models.Model) -> list[trees.ModulePath]:
     """The linear maps that carry a bypass; warns where one has fewer than k inputs. Needs no weights.
 
     Raises:
@@ -91,7 +92,7 @@ def target_paths(config: RunConfig, model: models.Model) -> list[trees.Path]:
     if "lm_head" in targets and model.architecture.is_decoder and model.config.tied:
         raise UserError("bypass.targets: 'lm_head' shares its weights with the embedding in this model (tied embeddings)")
     shapes = model.abstract_params()
-    paths = models.match_targets(shapes, targets, model.stack)
+    paths = models.match_targets(shapes, targets, model.layers_path)
     for path in paths:
         inputs = trees.get(shapes, path)["kernel"].shape[-1]
         if k > inputs:

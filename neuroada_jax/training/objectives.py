@@ -16,7 +16,7 @@ from neuroada_jax.data.rows import Rows, load_rows
 from neuroada_jax.errors import UserError
 from neuroada_jax.evaluation import classification, scoring
 from neuroada_jax.evaluation.scoring import Progress, Score
-from neuroada_jax.models.losses import classification_losses, target_losses
+from neuroada_jax.models.losses import classification_losses, label_losses
 from neuroada_jax.pretrained.load import LoadedModel, with_labels
 from neuroada_jax.tasks import GLUE, TASKS, Source, Task, overlap
 from neuroada_jax.training import modules
@@ -49,7 +49,7 @@ class Objective(Protocol):
           UserError: rows that do not fit the task, or none left.
         """
 
-    def rows(self, each: EvaluationSet, base: LoadedModel, tokenizer: Any) -> Rows:
+    def rows(self, each: EvaluationSet, base_model: LoadedModel, tokenizer: Any) -> Rows:
         """The rows of an evaluation set, read and checked, so that no score fails for them after the training.
 
         Raises:
@@ -57,30 +57,30 @@ class Objective(Protocol):
         """
 
     def score(
-        self, each: EvaluationSet, rows: Rows, base: LoadedModel, params: Tree, tokenizer: Any, progress: Progress
+        self, each: EvaluationSet, rows: Rows, base_model: LoadedModel, params: Tree, tokenizer: Any, progress: Progress
     ) -> Score:
         """Scores rows of an evaluation set with the parameters of the whole model."""
 
 
-def objective(config: RunConfig, base: LoadedModel) -> tuple[Objective, LoadedModel]:
+def objective(config: RunConfig, base_model: LoadedModel) -> tuple[Objective, LoadedModel]:
     """The run's objective, and the opened model with the head that it asks for.
 
     Raises:
       UserError: the config asks of a decoder what only an encoder does, or the reverse.
     """
-    modules.check_kind(config, base.model)
-    if base.model.architecture.is_decoder:
-        return Continuation(config), base
+    modules.check_kind(config, base_model.model)
+    if base_model.model.architecture.is_decoder:
+        return Continuation(config), base_model
     task = GLUE[config.data.task]
-    columns = classification.columns_to_train(base, task)
+    columns = classification.classes_to_train(base_model, task)
     labels = [task.labels[columns.index(output)] for output in range(len(columns))]
-    return Classification(config, columns), with_labels(base, labels)
+    return Classification(config, columns), with_labels(base_model, labels)
 
 
 class Continuation:
     """A decoder learns to continue prompts, and is scored by what it generates."""
 
-    losses = staticmethod(target_losses)
+    losses = staticmethod(label_losses)
     dropout_seed = None
 
     def __init__(self, config: RunConfig) -> None:
@@ -96,8 +96,8 @@ class Continuation:
             examples = encode(rows, style, tokenizer, config.data.max_length, console.reporter(shown))
         console.say(
             f"{len(examples)} examples of {len(rows)} rows, {int(examples.lengths.sum())} tokens, "
-            f"{int(examples.target_counts.sum())} of them targets; {examples.cut} cut to {config.data.max_length} tokens, "
-            f"{examples.left_out} left out since nothing of their target was left"
+            f"{int(examples.label_counts.sum())} of them targets; {examples.cut} cut to {config.data.max_length} tokens, "
+            f"{examples.dropped} left out since nothing of their target was left"
         )
         batches = Batches(
             examples,
@@ -135,28 +135,28 @@ class Continuation:
     def _task(self, each: EvaluationSet) -> Task:
         return TASKS[each.task or self._config.data.task]
 
-    def rows(self, each: EvaluationSet, base: LoadedModel, tokenizer: Any) -> Rows:
+    def rows(self, each: EvaluationSet, base_model: LoadedModel, tokenizer: Any) -> Rows:
         """See `Objective`."""
         source = Source(each.data, each.split or "test") if each.data else self._task(each).source()
         rows = load_rows(source.data, source.split, each.limit)
-        self._prepared(each, rows, base, tokenizer)
+        self._prepared(each, rows, base_model, tokenizer)
         return rows
 
-    def _prepared(self, each: EvaluationSet, rows: Rows, base: LoadedModel, tokenizer: Any) -> scoring.Prepared:
+    def _prepared(self, each: EvaluationSet, rows: Rows, base_model: LoadedModel, tokenizer: Any) -> scoring.Prepared:
         style, task = self._style(each), self._task(each)
         return scoring.prepare(
-            base, tokenizer, rows, task, style=style, method=each.method, max_new_tokens=each.max_new_tokens
+            base_model, tokenizer, rows, task, style=style, method=each.method, max_new_tokens=each.max_new_tokens
         )
 
     def score(
-        self, each: EvaluationSet, rows: Rows, base: LoadedModel, params: Tree, tokenizer: Any, progress: Progress
+        self, each: EvaluationSet, rows: Rows, base_model: LoadedModel, params: Tree, tokenizer: Any, progress: Progress
     ) -> Score:
         """See `Objective`."""
         return scoring.score(
-            base,
+            base_model,
             params,
             tokenizer,
-            self._prepared(each, rows, base, tokenizer),
+            self._prepared(each, rows, base_model, tokenizer),
             decoding=each.generation,
             batch_size=self._config.evaluation.batch_size,
             trained_on=self._trained_on,
@@ -201,7 +201,7 @@ class Classification:
         )
         return batches, rows
 
-    def rows(self, each: EvaluationSet, base: LoadedModel, tokenizer: Any) -> Rows:
+    def rows(self, each: EvaluationSet, base_model: LoadedModel, tokenizer: Any) -> Rows:
         """See `Objective`."""
         source = Source(each.data, each.split or "test") if each.data else self._task.source()
         rows = load_rows(source.data, source.split, each.limit)
@@ -209,11 +209,11 @@ class Classification:
         return rows
 
     def score(
-        self, each: EvaluationSet, rows: Rows, base: LoadedModel, params: Tree, tokenizer: Any, progress: Progress
+        self, each: EvaluationSet, rows: Rows, base_model: LoadedModel, params: Tree, tokenizer: Any, progress: Progress
     ) -> Score:
         """See `Objective`."""
         return classification.evaluate(
-            base,
+            base_model,
             params,
             tokenizer,
             rows,

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from neuroada_jax.training.config import HeadSection, OptimizerSection
+from neuroada_jax.training.config import ClassifierSection, OptimizerSection
 
-TRAINED = ("bypass", "head")
+TRAINED = ("bypass", "classifier")
 
 
 def schedule(config: OptimizerSection, total_steps: int, learning_rate: float | None = None) -> optax.Schedule:
@@ -45,13 +45,15 @@ def labels(tree: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def build(config: OptimizerSection, total_steps: int, head: HeadSection | None = None) -> optax.GradientTransformation:
+def build(
+    config: OptimizerSection, total_steps: int, classifier: ClassifierSection | None = None
+) -> optax.GradientTransformation:
     """AdamW with clipping by the global norm; moments in the values' dtype (float32).
 
-    The head has its own learning rate and weight decay where `head` says so; biases do not decay, as in transformers'
+    The head has its own learning rate and weight decay where `classifier` says so; biases do not decay, as in transformers'
     Trainer.
     """
-    head = head or HeadSection()
+    classifier = classifier or ClassifierSection()
 
     def adamw(learning_rate: float | None, weight_decay: float | None) -> optax.GradientTransformation:
         return optax.chain(
@@ -63,7 +65,7 @@ def build(config: OptimizerSection, total_steps: int, head: HeadSection | None =
 
     transforms = {
         "bypass": adamw(None, None),
-        "head": adamw(head.learning_rate, head.weight_decay),
+        "classifier": adamw(classifier.learning_rate, classifier.weight_decay),
         "frozen": optax.set_to_zero(),
     }
     partitioned = optax.partition(transforms, labels)

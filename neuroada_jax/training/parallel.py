@@ -22,7 +22,7 @@ from neuroada_jax import console
 from neuroada_jax.core import bypass
 from neuroada_jax.core.trees import Tree
 from neuroada_jax.errors import UserError
-from neuroada_jax.models.losses import target_losses
+from neuroada_jax.models.losses import label_losses
 from neuroada_jax.models.remat import Placement, placed
 from neuroada_jax.training import step
 from neuroada_jax.training.config import ParallelSection, RunConfig, TrainingSection
@@ -130,7 +130,7 @@ class Parallel:
         module: nn.Module,
         optimizer: optax.GradientTransformation,
         training: TrainingSection,
-        losses: Callable[..., Array] = target_losses,
+        losses: Callable[..., Array] = label_losses,
         dropout_seed: int | None = None,
     ) -> RunStep:
         """The step (state, batch) -> (state, metrics) of a placed state and a whole batch; the state is donated.
@@ -161,7 +161,7 @@ class Parallel:
         module: nn.Module,
         optimizer: optax.GradientTransformation,
         accumulation: int = 1,
-        losses: Callable[..., Array] = target_losses,
+        losses: Callable[..., Array] = label_losses,
         dropout_seed: int | None = None,
     ) -> Any:
         """What `make_step` runs: the jitted function of a placed state and a placed batch; arguments as in `make_step`."""

@@ -55,7 +55,7 @@ def results(
         "possible_steps": len(batches.shapes),
         "examples": len(batches.examples),
         "cut": batches.examples.cut,
-        "left_out": batches.examples.left_out,
+        "dropped": batches.examples.dropped,
         "evaluation": {name: score(before.get(name), scored) for name, scored in after.items()},
         "mean": _mean(before, after),
         **_headline(before, after),

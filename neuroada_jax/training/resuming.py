@@ -39,20 +39,24 @@ FREE = (
 )
 
 
+# Fields under the name that neuroada-jax 0.1 digested them by, so that the digests of its checkpoints still agree.
+_DIGESTED_AS = {"is_label": "is_target"}
+
+
 def digest_of_data(batches: AnyBatches) -> str:
     """Of the examples that a run trains on; it differs where a token or their order does."""
     digest, examples = xxhash.xxh3_128(), batches.examples
     for field in dataclasses.fields(examples):
         value = getattr(examples, field.name)
         if isinstance(value, np.ndarray):
-            digest.update(field.name.encode())
+            digest.update(_DIGESTED_AS.get(field.name, field.name).encode())
             digest.update(np.ascontiguousarray(value).data)
     return digest.hexdigest()
 
 
 def digest_of_base(state: TrainState) -> str | None:
     """Of the original weights at the chosen entries; None where they are spread over several processes."""
-    leaves = jax.tree.leaves(state.base)
+    leaves = jax.tree.leaves(state.base_entries)
     if not all(leaf.is_fully_addressable for leaf in leaves):
         return None
     digest = xxhash.xxh3_128()
@@ -112,8 +116,8 @@ def check_base(about: dict[str, Any], directory: Path, state: TrainState, force:
     Raises:
       UserError: the weights differ, without `force`.
     """
-    base = digest_of_base(state)
-    if None not in (base, about["base"]) and base != about["base"]:
+    base_model = digest_of_base(state)
+    if None not in (base_model, about["base"]) and base_model != about["base"]:
         _refuse(f"{directory}: cannot resume on another base model than the one that the run began with", force)
     then, now = about["versions"], native.installed_versions()
     if other := [f"{name} {then[name]} then, {now.get(name)} now" for name in then if now.get(name) != then[name]]:
@@ -185,7 +189,7 @@ class Saver:
     @contextlib.contextmanager
     def on_stop(self, state: TrainState) -> Iterator[None]:
         """Work that comes after the training: the state is saved where that is interrupted."""
-        state = state._replace(params={}, base={})  # the weights shall not be held twice
+        state = state._replace(params={}, base_entries={})  # the weights shall not be held twice
         try:
             yield
         except Stopped as stopped:

@@ -36,20 +36,20 @@ from neuroada_jax.training.objectives import Objective
 from neuroada_jax.training.signals import Stop
 
 
-def evaluation_rows(config: RunConfig, objective: Objective, base: LoadedModel, tokenizer: Any) -> dict[str, Rows]:
+def evaluation_rows(config: RunConfig, objective: Objective, base_model: LoadedModel, tokenizer: Any) -> dict[str, Rows]:
     """The rows of every evaluation set, read and checked. Needs no weights.
 
     Raises:
       UserError: a file that is missing, or rows that do not fit their task or the model's positions.
     """
-    return {each.name: objective.rows(each, base, tokenizer) for each in config.evaluation.sets}
+    return {each.name: objective.rows(each, base_model, tokenizer) for each in config.evaluation.sets}
 
 
 def evaluate_sets(
     config: RunConfig,
     objective: Objective,
     rows: dict[str, Rows],
-    base: LoadedModel,
+    base_model: LoadedModel,
     params: Tree,
     tokenizer: Any,
     when: str,
@@ -59,7 +59,7 @@ def evaluate_sets(
     for each in config.evaluation.sets:
         with console.bar(f"evaluating {each.name}") as shown:
             progress = console.reporter(shown)
-            score = objective.score(each, rows[each.name], base, params, tokenizer, progress)
+            score = objective.score(each, rows[each.name], base_model, params, tokenizer, progress)
         scores[each.name] = score
         console.say(f"{each.name}: {score.metric} {score.value:.4f} of {score.n}")
         scoring.write_predictions(config.directory / f"predictions-{each.name}-{when}.jsonl", score)
@@ -149,14 +149,14 @@ def train(
     devices.check(config)
     checkpoints = checkpoint.Checkpoints(directory / "checkpoints", config.training.keep_last, config.training.keep_best)
     found = _newest(checkpoints, directory) if resume else None
-    base, tokenizer = open_base(config.model.path, config.model.dtype)
-    config = modules.resolved(config, base.model)
+    base_model, tokenizer = open_base(config.model.path, config.model.dtype)
+    config = modules.resolved(config, base_model.model)
     if found:
         resuming.check_config(found.about, config, force_resume)
-    objective, base = objectives.objective(config, base)
-    modules.check_length(config, base.model)
-    paths = modules.target_paths(config, base.model)
-    held_out = evaluation_rows(config, objective, base, tokenizer)
+    objective, base_model = objectives.objective(config, base_model)
+    modules.check_length(config, base_model.model)
+    paths = modules.target_paths(config, base_model.model)
+    held_out = evaluation_rows(config, objective, base_model, tokenizer)
     batches, rows = objective.batches(tokenizer, held_out)
     if found:
         resuming.check_data(found.about, directory, batches, force_resume)
@@ -164,43 +164,47 @@ def train(
     if chooser is not None:
         parts = best_epoch.split(len(held_out[chooser]), config.seed)
         choosing, held_out[chooser] = (best_epoch.part(held_out[chooser], numbers) for numbers in parts)
-    base = with_weights(base, config.seed, devices.weights(base.model.abstract_params()))
-    head = modules.head_paths(config, base, paths)
+    base_model = with_weights(base_model, config.seed, devices.weights(base_model.model.abstract_params()))
+    classifier = modules.dense_paths(config, base_model, paths)
     if found:  # the columns of its checkpoint will take the place of these
         magnitude = dataclasses.replace(config, bypass=dataclasses.replace(config.bypass, score="magnitude"))
-        built = connections.choose(magnitude, base.model, base.params, paths, by_neuron=devices.by_neuron)
+        built = connections.choose(magnitude, base_model.model, base_model.params, paths, by_neuron=devices.by_neuron)
     else:
         first_epoch = (batches.batch(0, index) for index in range(batches.steps_per_epoch))
-        built = connections.choose(config, base.model, base.params, paths, first_epoch, objective.losses, devices.by_neuron)
+        built = connections.choose(
+            config, base_model.model, base_model.params, paths, first_epoch, objective.losses, devices.by_neuron
+        )
     _prepare(directory, config, resumed=found is not None)
 
     total_steps = config.training.steps or (config.training.epochs or 0) * batches.steps_per_epoch
-    in_head = bypass.count(dense_modules.split(base.params, head)[1])
-    trainable = bypass.count(built.values) + in_head
-    total = bypass.count(base.params)
+    in_classifier = bypass.count(dense_modules.split(base_model.params, classifier)[1])
+    trainable = bypass.count(built.values) + in_classifier
+    total = bypass.count(base_model.params)
     console.say(f"training {trainable:,} of {total:,} parameters ({100 * trainable / total:.4f} %) for {total_steps} steps")
 
     before: dict[str, scoring.Score] = {}
     if found:
         before = resuming.scores_before(found.about)
     elif config.evaluation.before:
-        before = evaluate_sets(config, objective, held_out, base, base.params, tokenizer, "before")
+        before = evaluate_sets(config, objective, held_out, base_model, base_model.params, tokenizer, "before")
 
-    transformation = optimizer.build(config.optimizer, total_steps, config.head)
-    state = devices.place(step.initial_state(base.params, built, transformation, head, config.watchdog.nonfinite == "skip"))
-    base = base._replace(params={})  # the state owns the weights now: its buffers are donated step by step
+    transformation = optimizer.build(config.optimizer, total_steps, config.classifier)
+    state = devices.place(
+        step.initial_state(base_model.params, built, transformation, classifier, config.watchdog.nonfinite == "skip")
+    )
+    base_model = base_model._replace(params={})  # the state owns the weights now: its buffers are donated step by step
 
     def save_adapter(path: Path, state: step.TrainState) -> None:
-        values, trained_head = devices.whole((state.bypass, state.head))
+        values, trained_classifier = devices.whole((state.bypass, state.classifier))
         native.save(
             path,
             values,
-            base,
+            base_model,
             k=config.bypass.k,
             targets=config.bypass.targets or [],
             seed=config.seed,
             rule=config.bypass.score,
-            head=trained_head,
+            classifier=trained_classifier,
             replace=True,
         )
 
@@ -208,9 +212,9 @@ def train(
         each = next(found for found in config.evaluation.sets if found.name == chooser)
         with console.bar(f"evaluating {each.name}") as shown:
             merged = devices.local(state.merged)
-            return objective.score(each, choosing, base, merged, tokenizer, console.reporter(shown))
+            return objective.score(each, choosing, base_model, merged, tokenizer, console.reporter(shown))
 
-    module = base.model.module(config.training.remat_policy)
+    module = base_model.model.module(config.training.remat_policy)
     batches.own_rows = devices.own_rows(config.training)
     run_step = devices.make_step(module, transformation, config.training, objective.losses, objective.dropout_seed)
     rates = optimizer.schedule(config.optimizer, total_steps)
@@ -244,12 +248,12 @@ def train(
             )
             with saver.on_stop(state):
                 if best:
-                    state = best.restore(state, base)
+                    state = best.restore(state, base_model)
                 save_adapter(directory / "adapter", state)
                 merged = devices.local(state.merged)
-                after = evaluate_sets(config, objective, held_out, base, merged, tokenizer, "after")
+                after = evaluate_sets(config, objective, held_out, base_model, merged, tokenizer, "after")
                 if config.merge:
-                    save.save(directory / "merged", base, merged, tokenizer, replace=True)
+                    save.save(directory / "merged", base_model, merged, tokenizer, replace=True)
     except loop.NotFinite as failure:
         save_adapter(directory / "adapter", failure.state)
         places = ", ".join(rows.where(int(row)) for row in failure.rows[:8])
@@ -262,7 +266,7 @@ def train(
             log.close()
 
     results = report.results(config, batches, total_steps, (trainable, total), done, before, after)
-    results["trainable_in_head"] = in_head  # published shares leave the head out
+    results["trainable_in_classifier"] = in_classifier  # published shares leave the head out
     results["watchdog"] = done.warnings
     if best:
         results["best_epoch"] = {"set": chooser, **best.best, "split": parts.describe(), "epochs": best.epochs}

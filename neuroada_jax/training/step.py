@@ -12,11 +12,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from neuroada_jax.core import bypass
 from neuroada_jax.core.bypass import Bypass
-from neuroada_jax.core.trees import Path, Tree
+from neuroada_jax.core.trees import ModulePath, Tree
 from neuroada_jax.models import dense_modules
-from neuroada_jax.models.losses import target_losses
+from neuroada_jax.models.losses import label_losses
 
-AnyBatch = Any  # Batch or ClassificationBatch: a tuple of arrays (B, ...) with a `target_mask`
+AnyBatch = Any  # Batch or ClassificationBatch: a tuple of arrays (B, ...) with a `label_mask`
 
 
 SKIP = -2
@@ -29,11 +29,11 @@ class TrainState(NamedTuple):
       step: int32 scalar, updates done.
       trainable: {"bypass": values}, and with a head that trains {"head": modules}, float32; the only tree that gradients
         and optimiser state mirror.
-      optimizer: state of the optax transformation.
+      opt_state: state of the optax transformation.
       params: the frozen weights with base + values written over the chosen entries (resident), without the head that
         trains.
       columns: int32 columns of the bypass.
-      base: the chosen entries of the original weights.
+      base_entries: the chosen entries of the original weights.
       failed_step: int32 scalar, the first step whose loss, gradient or updated values were not finite, -1 if none. From
         there on the state does not change any more: it stays the last good one. SKIP where such a step is left out: it
         counts as a step, but changes neither values nor moments, and the next one goes on.
@@ -41,10 +41,10 @@ class TrainState(NamedTuple):
 
     step: Int[Array, ""]
     trainable: Tree
-    optimizer: Any
+    opt_state: Any
     params: Tree
     columns: Tree
-    base: Tree
+    base_entries: Tree
     failed_step: Int[Array, ""]
 
     @property
@@ -53,14 +53,14 @@ class TrainState(NamedTuple):
         return Bypass(self.trainable["bypass"], self.columns)
 
     @property
-    def head(self) -> Tree:
+    def classifier(self) -> Tree:
         """The head as trained so far, empty where none trains."""
-        return self.trainable.get("head", {})
+        return self.trainable.get("classifier", {})
 
     @property
     def merged(self) -> Tree:
         """The parameters of the whole model as trained so far."""
-        return dense_modules.join(self.params, self.head)
+        return dense_modules.join(self.params, self.classifier)
 
 
 class StepMetrics(NamedTuple):
@@ -79,7 +79,7 @@ def initial_state(
     params: Tree,
     built: Bypass,
     optimizer: optax.GradientTransformation,
-    head: Sequence[Path] = (),
+    classifier: Sequence[ModulePath] = (),
     skip_nonfinite: bool = False,
 ) -> TrainState:
     """The state before the first step. It takes `params` over: the step donates them.
@@ -87,21 +87,21 @@ def initial_state(
     Args:
       params: of the whole model.
       built: zero values and the columns.
-      optimizer: what updates the trainable tree.
-      head: the modules that train whole; none of them carries a bypass.
+      opt_state: what updates the trainable tree.
+      classifier: the modules that train whole; none of them carries a bypass.
       skip_nonfinite: leave out steps that are not finite, rather than stay at the first.
     """
-    params, modules = dense_modules.split(params, head)
+    params, modules = dense_modules.split(params, classifier)
     trainable = {"bypass": built.values}
     if modules:
-        trainable["head"] = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), modules)
+        trainable["classifier"] = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), modules)
     return TrainState(
         step=jnp.int32(0),
         trainable=trainable,
-        optimizer=optimizer.init(trainable),
+        opt_state=optimizer.init(trainable),
         params=params,
         columns=built.columns,
-        base=bypass.read(params, built.columns),
+        base_entries=bypass.read(params, built.columns),
         failed_step=jnp.int32(SKIP if skip_nonfinite else -1),
     )
 
@@ -128,7 +128,7 @@ class Sums(NamedTuple):
 def make_sums(
     module: nn.Module,
     accumulation: int = 1,
-    losses: Callable[..., Array] = target_losses,
+    losses: Callable[..., Array] = label_losses,
     dropout_seed: int | None = None,
 ) -> Callable[..., Sums]:
     """The first half of a step: (state, batch, shard) -> the sums over the rows of this batch, or part of a batch.
@@ -138,14 +138,19 @@ def make_sums(
     Args:
       module: the model.
       accumulation: the micro batches that the rows are computed in, one after the other.
-      losses: (module, variables, batch) -> the loss of every target, of the shape of `batch.target_mask`.
+      losses: (module, variables, batch) -> the loss of every target, of the shape of `batch.label_mask`.
       dropout_seed: `losses` also gets `dropout=key`, which follows from this seed, the step, the micro batch and the shard
         alone, so that a resumed run drops what the whole run drops. None: it gets no key.
     """
 
     def loss_sum(trainable: Tree, state: TrainState, shard: Array | None, batch: AnyBatch, part: Array) -> Array:
-        params = dense_modules.join(state.params, trainable.get("head", {}))
-        variables = {"params": params, "columns": state.columns, "base": state.base, "bypass": trainable["bypass"]}
+        params = dense_modules.join(state.params, trainable.get("classifier", {}))
+        variables = {
+            "params": params,
+            "columns": state.columns,
+            "base_entries": state.base_entries,
+            "bypass": trainable["bypass"],
+        }
         if dropout_seed is None:
             return jnp.sum(losses(module, variables, batch))
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(dropout_seed), state.step), part)
@@ -154,7 +159,7 @@ def make_sums(
         return jnp.sum(losses(module, variables, batch, dropout=key))
 
     def sums(state: TrainState, batch: AnyBatch, shard: Array | None = None) -> Sums:
-        targets = jnp.sum(batch.target_mask)
+        targets = jnp.sum(batch.label_mask)
         value_and_grad = jax.value_and_grad(loss_sum)
         if accumulation == 1:
             loss, gradient = value_and_grad(state.trainable, state, shard, batch, jnp.int32(0))
@@ -177,7 +182,7 @@ def make_update(
     """The second half of a step: (state, sums over the whole batch) -> (state, metrics). One division, then the update.
 
     Args:
-      optimizer: what updates the trainable tree.
+      opt_state: what updates the trainable tree.
       write: puts the new values into the resident weights.
     """
 
@@ -188,23 +193,23 @@ def make_update(
         norm = optax.tree.norm(gradient)
 
         with jax.numpy_dtype_promotion("standard"):  # optax's own code mixes int32 counts and float32 in there
-            updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.trainable)
+            updates, opt_state = optimizer.update(gradient, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         # The values too: an absurd learning rate overflows them although loss and gradient are finite.
         sound = [jnp.all(jnp.isfinite(leaf)) for leaf in [loss, norm, *jax.tree.leaves(trainable)]]
         finite = jnp.all(jnp.stack(sound))
         good = finite & (state.failed_step < 0)
         # The small trees alone are chosen between: a bad step leaves the last good state behind.
-        trainable, optimizer_state = jax.tree.map(
-            lambda new, old: jnp.where(good, new, old), (trainable, optimizer_state), (state.trainable, state.optimizer)
+        trainable, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(good, new, old), (trainable, opt_state), (state.trainable, state.opt_state)
         )
         new = TrainState(
             step=state.step + (good | (state.failed_step == SKIP)).astype(jnp.int32),
             trainable=trainable,
-            optimizer=optimizer_state,
-            params=write(state.params, Bypass(trainable["bypass"], state.columns), state.base),
+            opt_state=opt_state,
+            params=write(state.params, Bypass(trainable["bypass"], state.columns), state.base_entries),
             columns=state.columns,
-            base=state.base,
+            base_entries=state.base_entries,
             failed_step=jnp.where((state.failed_step == -1) & ~finite, state.step, state.failed_step),
         )
         return new, StepMetrics(loss, norm, sums.targets, finite)
@@ -216,7 +221,7 @@ def make_step(
     module: nn.Module,
     optimizer: optax.GradientTransformation,
     accumulation: int = 1,
-    losses: Callable[..., Array] = target_losses,
+    losses: Callable[..., Array] = label_losses,
     dropout_seed: int | None = None,
 ) -> Callable[[TrainState, AnyBatch], tuple[TrainState, StepMetrics]]:
     """The jitted step of one device, (state, batch) -> (state, metrics); the state is donated.

@@ -54,14 +54,14 @@ def write_encoder(directory, kind, bare=False, dtype="float32"):
     return directory
 
 
-def trained(base, paths=None, k=2):
+def trained(base_model, paths=None, k=2):
     """A bypass with random values and a random head, as after training."""
-    params = base.params
-    built = bypass.build(params, models.match_targets(params, TARGETS, base.model.stack), k)
+    params = base_model.params
+    built = bypass.build(params, models.match_targets(params, TARGETS, base_model.model.layers_path), k)
     rng = np.random.default_rng(0)
     noise = lambda leaf: jnp.asarray(0.3 * rng.standard_normal(leaf.shape, np.float32))  # noqa: E731
-    _, head = dense_modules.split(params, base.model.architecture.head if paths is None else paths)
-    return Bypass(jax.tree.map(noise, built.values), built.columns), jax.tree.map(noise, head)
+    _, classifier = dense_modules.split(params, base_model.model.architecture.classifier if paths is None else paths)
+    return Bypass(jax.tree.map(noise, built.values), built.columns), jax.tree.map(noise, classifier)
 
 
 @pytest.fixture(scope="module", params=["bert", "roberta"])
@@ -69,29 +69,29 @@ def bare(request, tmp_path_factory):
     """(base with a head drawn for three labels, trained bypass, trained head, adapter directory)."""
     folder = tmp_path_factory.mktemp(request.param)
     directory = write_encoder(folder / "model", request.param, bare=True)
-    base = load_model(str(directory), labels=LABELS)
-    paths = base.model.architecture.optional
-    values, head = trained(base, paths)
-    native.save(folder / "adapter", values, base, k=2, targets=TARGETS, seed=0, head=head)
-    return base, values, head, folder / "adapter"
+    base_model = load_model(str(directory), labels=LABELS)
+    paths = base_model.model.architecture.optional
+    values, classifier = trained(base_model, paths)
+    native.save(folder / "adapter", values, base_model, k=2, targets=TARGETS, seed=0, classifier=classifier)
+    return base_model, values, classifier, folder / "adapter"
 
 
 def test_a_head_comes_back_bit_for_bit(bare):
-    base, values, head, directory = bare
+    base_model, values, classifier, directory = bare
     adapter = native.read(str(directory))
-    assert set(adapter.heads) == set(base.drawn) and adapter.metadata["base"]["labels"] == LABELS
-    again = load_model(base.source, labels=adapter.metadata["base"]["labels"], seed=9)  # another head to begin with
-    jax.tree.map(np.testing.assert_array_equal, native.head(adapter, again), head)
-    want = dense_modules.join(bypass.merge(base.params, values), head)
+    assert set(adapter.dense_parameters) == set(base_model.drawn) and adapter.metadata["base"]["labels"] == LABELS
+    again = load_model(base_model.source, labels=adapter.metadata["base"]["labels"], seed=9)  # another head to begin with
+    jax.tree.map(np.testing.assert_array_equal, native.classifier(adapter, again), classifier)
+    want = dense_modules.join(bypass.merge(base_model.params, values), classifier)
     jax.tree.map(np.testing.assert_array_equal, native.merge(adapter, again), want)
 
 
 def test_the_merged_model_loads_in_transformers_with_the_same_logits(bare, tmp_path, caplog, capfd):
-    base, *_, directory = bare
-    params = native.merge(native.read(str(directory)), base)
-    save.save(tmp_path / "merged", base, params, CHAT)
+    base_model, *_, directory = bare
+    params = native.merge(native.read(str(directory)), base_model)
+    save.save(tmp_path / "merged", base_model, params, CHAT)
     reference = load(tmp_path / "merged", caplog, capfd, AutoModelForSequenceClassification)
-    assert type(reference).__name__ == base.model.architecture.transformers_class
+    assert type(reference).__name__ == base_model.model.architecture.transformers_class
     assert [reference.config.id2label[number] for number in range(3)] == LABELS
     assert not (tmp_path / "merged" / "generation_config.json").exists()
     ids = np.random.default_rng(0).integers(5, SIZES["vocab_size"], (3, 9)).astype(np.int32)
@@ -99,7 +99,7 @@ def test_the_merged_model_loads_in_transformers_with_the_same_logits(bare, tmp_p
     ids = np.where(mask, ids, SIZES["pad_token_id"]).astype(np.int32)
     with torch.no_grad():
         want = reference(torch.from_numpy(ids).long(), torch.from_numpy(mask).long()).logits.numpy()
-    found = base.model.module().apply({"params": params}, jnp.asarray(ids), jnp.asarray(mask))
+    found = base_model.model.module().apply({"params": params}, jnp.asarray(ids), jnp.asarray(mask))
     np.testing.assert_allclose(found, want, atol=1e-4)
     assert np.ptp(want) > 0.1
     again = load_model(str(tmp_path / "merged"))
@@ -108,16 +108,23 @@ def test_the_merged_model_loads_in_transformers_with_the_same_logits(bare, tmp_p
 
 
 def test_heads_that_do_not_fit_or_are_missing(bare):
-    base, *_, directory = bare
+    base_model, *_, directory = bare
     adapter = native.read(str(directory))
-    name = min(adapter.heads)
-    without = adapter._replace(heads={key: leaf for key, leaf in adapter.heads.items() if key != name})
-    assert message_of(native.head, without, base) == f"adapter: neither {base.source} nor the adapter has {name!r}"
-    wide = adapter._replace(heads={**adapter.heads, name: np.zeros(7, np.float32)})
-    assert message_of(native.head, wide, base).startswith(f"adapter: head {name!r} has shape [7], the base has [")
-    layer = f"{base.model.architecture.prefix}encoder.layer.0.output.dense.bias"
-    stacked = adapter._replace(heads={**adapter.heads, layer: np.zeros(16, np.float32)})
-    assert message_of(native.head, stacked, base).endswith("the base has no such tensor")
+    name = min(adapter.dense_parameters)
+    without = adapter._replace(
+        dense_parameters={key: leaf for key, leaf in adapter.dense_parameters.items() if key != name}
+    )
+    assert (
+        message_of(native.classifier, without, base_model)
+        == f"adapter: neither {base_model.source} nor the adapter has {name!r}"
+    )
+    wide = adapter._replace(dense_parameters={**adapter.dense_parameters, name: np.zeros(7, np.float32)})
+    assert message_of(native.classifier, wide, base_model).startswith(
+        f"adapter: head {name!r} has shape [7], the base has ["
+    )
+    layer = f"{base_model.model.architecture.prefix}encoder.layer.0.output.dense.bias"
+    stacked = adapter._replace(dense_parameters={**adapter.dense_parameters, layer: np.zeros(16, np.float32)})
+    assert message_of(native.classifier, stacked, base_model).endswith("the base has no such tensor")
 
 
 def test_labels_of_an_adapter_are_checked(bare, tmp_path):
@@ -133,34 +140,36 @@ def run(folder, model, **sections):
 
 
 def test_which_modules_train_whole(bare, tmp_path):
-    base, _, head, _ = bare
-    config = run(tmp_path, base.source)
+    base_model, _, classifier, _ = bare
+    config = run(tmp_path, base_model.source)
     assert config.bypass.targets is None
-    assert modules.resolved(config, base.model).bypass.targets == list(models.ENCODER_TARGETS)
-    targets = modules.target_paths(config, base.model)
+    assert modules.resolved(config, base_model.model).bypass.targets == list(models.ENCODER_TARGETS)
+    targets = modules.target_paths(config, base_model.model)
     assert len(targets) == 6
-    paths = modules.head_paths(config, base, targets)
-    assert jax.tree.structure(dense_modules.split(base.params, paths)[1]) == jax.tree.structure(head)
-    message = message_of(modules.head_paths, run(tmp_path, base.source, head={"train": False}), base, targets)
-    assert message.startswith(f"head.train: {base.source} has no ")
-    message = message_of(modules.head_paths, config, base, [("classifier",)])
+    paths = modules.dense_paths(config, base_model, targets)
+    assert jax.tree.structure(dense_modules.split(base_model.params, paths)[1]) == jax.tree.structure(classifier)
+    message = message_of(
+        modules.dense_paths, run(tmp_path, base_model.source, classifier={"train": False}), base_model, targets
+    )
+    assert message.startswith(f"head.train: {base_model.source} has no ")
+    message = message_of(modules.dense_paths, config, base_model, [("classifier",)])
     assert message == "bypass.targets: classifier belongs to the head, which trains whole; leave it out"
 
     whole = load_model(str(write_encoder(tmp_path / "whole", "bert")))
-    assert whole.drawn == [] and modules.head_paths(config, whole, targets) == [("classifier",)]
-    assert modules.head_paths(run(tmp_path, base.source, head={"train": False}), whole, targets) == []
+    assert whole.drawn == [] and modules.dense_paths(config, whole, targets) == [("classifier",)]
+    assert modules.dense_paths(run(tmp_path, base_model.source, classifier={"train": False}), whole, targets) == []
 
 
 def test_the_command_line_on_an_encoder(bare, tmp_path, capsys):
-    base, *_, directory = bare
-    kind = base.model.hf_config["model_type"]
+    base_model, *_, directory = bare
+    kind = base_model.model.hf_config["model_type"]
 
     def neuroada(*arguments):
         capsys.readouterr()
         code = cli.main([str(argument) for argument in arguments])
         return code, *capsys.readouterr()
 
-    code, out, _ = neuroada("inspect", base.source, "--json")
+    code, out, _ = neuroada("inspect", base_model.source, "--json")
     names = [row["module"] for row in json.loads(out)["modules"]]
     assert code == 0 and f"{kind}.encoder.layer.1.attention.self.query" in names
     code, out, _ = neuroada("inspect", directory, "--json")
@@ -169,11 +178,11 @@ def test_the_command_line_on_an_encoder(bare, tmp_path, capsys):
     code, _, err = neuroada("merge", "--adapter", directory, "--out", tmp_path / "merged")
     assert code == 0 and "drawn from seed 0" in err
     merged = load_model(str(tmp_path / "merged"))
-    jax.tree.map(np.testing.assert_array_equal, merged.params, native.merge(native.read(str(directory)), base))
+    jax.tree.map(np.testing.assert_array_equal, merged.params, native.merge(native.read(str(directory)), base_model))
 
     rows = write_rows(tmp_path / "rows.jsonl")
     for command in ("train", "plan"):
-        path = write_config(tmp_path / "run.yaml", run_config(tmp_path, base.source, rows))
+        path = write_config(tmp_path / "run.yaml", run_config(tmp_path, base_model.source, rows))
         code, _, err = neuroada(command, path)
         assert code == 2 and f"error: data.task: 'instruct' trains a decoder to continue texts, and {kind} is" in err
         code, _, err = neuroada(command, path, "data.packing=true")
@@ -185,7 +194,7 @@ def test_the_command_line_on_an_encoder(bare, tmp_path, capsys):
 
 def test_a_decoder_has_no_head_to_train(tmp_path, capsys):
     model = write_model(tmp_path / "model")
-    content = run_config(tmp_path, model, write_rows(tmp_path / "rows.jsonl"), head={"learning_rate": 0.1})
+    content = run_config(tmp_path, model, write_rows(tmp_path / "rows.jsonl"), classifier={"learning_rate": 0.1})
     path = write_config(tmp_path / "run.yaml", content)
     assert cli.main(["train", str(path)]) == 2
     assert "head: llama is a decoder, which has no head to train" in capsys.readouterr().err
@@ -198,9 +207,9 @@ def test_a_decoder_has_no_head_to_train(tmp_path, capsys):
 )
 def test_a_trained_head_in_pytorch_and_back(kind, dtype, k, target, tmp_path, capsys):
     directory = write_encoder(tmp_path / "model", kind, dtype=dtype)
-    base = load_model(str(directory), "auto", labels=LABELS)
-    values, head = trained(base, k=k)
-    native.save(tmp_path / "adapter", values, base, k=k, targets=TARGETS, seed=0, head=head)
+    base_model = load_model(str(directory), "auto", labels=LABELS)
+    values, classifier = trained(base_model, k=k)
+    native.save(tmp_path / "adapter", values, base_model, k=k, targets=TARGETS, seed=0, classifier=classifier)
 
     made = exchange.export_adapter(str(tmp_path / "adapter"), target, str(tmp_path / "x"), verify=True)
     assert made["merged_bit_equal"] is True and made["max_logit_difference"] <= 1e-4
@@ -210,9 +219,9 @@ def test_a_trained_head_in_pytorch_and_back(kind, dtype, k, target, tmp_path, ca
     arguments = (str(tmp_path / "x"), target, str(directory), str(tmp_path / "back"))
     exchange.import_adapter(*arguments, allow_pickle=target == "official")
     before, after = native.read(str(tmp_path / "adapter")), native.read(str(tmp_path / "back"))
-    assert before.heads.keys() == after.heads.keys() and before.values.keys() == after.values.keys()
+    assert before.dense_parameters.keys() == after.dense_parameters.keys() and before.values.keys() == after.values.keys()
     rounds = target == "official" and dtype == "bfloat16"
-    for ours, theirs in ((before.values, after.values), (before.heads, after.heads)):
+    for ours, theirs in ((before.values, after.values), (before.dense_parameters, after.dense_parameters)):
         for name in ours:
             expected = ours[name].astype(jnp.bfloat16).astype(np.float32) if rounds else ours[name]
             np.testing.assert_array_equal(theirs[name], expected, err_msg=name)

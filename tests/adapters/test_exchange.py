@@ -35,15 +35,15 @@ def adapters(bases, tmp_path_factory):
     """A native adapter of each base: two connections of q_proj and down_proj, and the output layer trained densely."""
     made = {}
     for dtype, directory in bases.items():
-        base, rng = load_model(str(directory), "auto"), np.random.default_rng(3)
+        base_model, rng = load_model(str(directory), "auto"), np.random.default_rng(3)
         columns, values = {}, {}
         for module, outputs in (
             (f"model.layers.{n}.{m}", 64) for n in range(2) for m in ("self_attn.q_proj", "mlp.down_proj")
         ):
             columns[module] = np.sort(rng.permuted(np.tile(np.arange(64), (outputs, 1)), axis=1)[:, :2], axis=1)
             values[module] = 0.05 * rng.standard_normal((outputs, 2))
-        heads = {"lm_head.weight": 0.3 * rng.standard_normal((304, 64))}
-        adapter = native.assemble(base, values, columns, k=2, targets=TARGETS, heads=heads)
+        dense_parameters = {"lm_head.weight": 0.3 * rng.standard_normal((304, 64))}
+        adapter = native.assemble(base_model, values, columns, k=2, targets=TARGETS, dense_parameters=dense_parameters)
         made[dtype] = tmp_path_factory.mktemp("adapters") / dtype
         native.write(made[dtype], adapter)
     return made
@@ -92,9 +92,9 @@ def test_there_and_back(target, dtype, bases, adapters, tmp_path, capsys):
         rounded = ml_dtypes.bfloat16 if (target, dtype) == ("official", "bfloat16") else np.float32
         np.testing.assert_array_equal(after.values[name], before.values[name].astype(rounded).astype(np.float32))
         np.testing.assert_array_equal(after.columns[name], before.columns[name])
-    assert after.heads.keys() == before.heads.keys()
+    assert after.dense_parameters.keys() == before.dense_parameters.keys()
     assert sorted(after.metadata["targets"]) == TARGETS
-    for key in ("k", "inputs", "heads", "base"):
+    for key in ("k", "inputs", "dense_parameters", "base"):
         assert after.metadata[key] == before.metadata[key]
 
 
@@ -111,7 +111,7 @@ def test_merged_models(trained_in, saved_in, bases, adapters, tmp_path, capsys):
     merged = safetensors.numpy.load_file(str(tmp_path / "x" / "model.safetensors"))
     want = stored.astype(ml_dtypes.bfloat16 if saved_in == "bfloat16" else np.float32)
     assert merged[f"{Q}.weight"].tobytes() == want.tobytes()  # rounded once, after the merge
-    np.testing.assert_array_equal(merged["lm_head.weight"], adapter.heads["lm_head.weight"].astype(want.dtype))
+    np.testing.assert_array_equal(merged["lm_head.weight"], adapter.dense_parameters["lm_head.weight"].astype(want.dtype))
     AutoModelForCausalLM.from_pretrained(tmp_path / "x")
 
 
@@ -132,10 +132,10 @@ def test_a_base_that_moved_and_no_verification(bases, adapters, tmp_path, capsys
 def test_an_export_that_is_not_what_we_hold_fails(adapters, tmp_path, capsys, monkeypatch):
     real = peft.export
 
-    def wrong(adapter, directory, kind, base):
+    def wrong(adapter, directory, kind, base_model):
         values = {name: leaf.copy() for name, leaf in adapter.values.items()}
         values[Q][0, 0] += 1
-        return real(adapter._replace(values=values), directory, kind, base)
+        return real(adapter._replace(values=values), directory, kind, base_model)
 
     monkeypatch.setattr(exchange.peft, "export", wrong)
     arguments = ("export", adapters["float32"], "--to", "peft-shira", "--verify", "--json", "--out", tmp_path / "x")
@@ -153,13 +153,13 @@ def test_another_base_is_refused(adapters, tmp_path, capsys):
 
 
 def test_errors(bases, adapters, tmp_path, capsys, monkeypatch):
-    base, adapter = bases["float32"], adapters["float32"]
+    base_model, adapter = bases["float32"], adapters["float32"]
     exported = tmp_path / "x"
     export(capsys, adapter, "peft-shira", exported)
     assert "exists already" in failed(capsys, "export", adapter, "--to", "peft-shira", "--out", exported)
-    arguments = ("import", exported, "--from", "peft-supertuning", "--base", base, "--out", tmp_path / "y")
+    arguments = ("import", exported, "--from", "peft-supertuning", "--base", base_model, "--out", tmp_path / "y")
     assert failed(capsys, *arguments) == f"{exported}: this is a SHIRA adapter, not SUPERTUNING"
-    arguments = ("import", exported, "--from", "peft-shira", "--base", base, "--out", exported)
+    arguments = ("import", exported, "--from", "peft-shira", "--base", base_model, "--out", exported)
     assert "exists already" in failed(capsys, *arguments)
     assert "no adapter here" in failed(capsys, "export", exported, "--to", "peft-shira", "--out", tmp_path / "y")
     other = write_model(tmp_path / "small", None)

@@ -19,14 +19,14 @@ JUNK = [None, True, -1, 0, 1.5, 2**70, float("nan"), "", "\ud800", "../x", [], [
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
+def base_model(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "m"
     fields = {"hidden_size": 64, "intermediate_size": 96, "tie_word_embeddings": False}
     return load_model(str(write_model(path, None, vocab_size=32, **fields)))
 
 
 @pytest.fixture(scope="module")
-def adapter(base):
+def adapter(base_model):
     rng = np.random.default_rng(0)
     columns, values = {}, {}
     for name, (outputs, inputs) in TARGETS.items():
@@ -34,22 +34,22 @@ def adapter(base):
             chosen = rng.permuted(np.tile(np.arange(inputs), (outputs, 1)), axis=1)[:, :2]
             columns[f"model.layers.{layer}.{name}"] = np.sort(chosen, axis=1)
             values[f"model.layers.{layer}.{name}"] = rng.standard_normal((outputs, 2))
-    heads = {HEAD: rng.standard_normal((32, 64))}
-    return native.assemble(base, values, columns, k=2, targets=list(TARGETS), heads=heads)
+    dense_parameters = {HEAD: rng.standard_normal((32, 64))}
+    return native.assemble(base_model, values, columns, k=2, targets=list(TARGETS), dense_parameters=dense_parameters)
 
 
 class Native:
     """With its digest, which notices everything in the tensors."""
 
     @staticmethod
-    def write(adapter, directory, base):
+    def write(adapter, directory, base_model):
         native.write(directory, adapter)
 
     @staticmethod
-    def read(directory, base):
+    def read(directory, base_model):
         found = native.read(str(directory))
-        native.stack(found, base)
-        native.head_slots(base.model, found.heads, found.values)
+        native.stack_layers(found, base_model)
+        native.dense_slots(base_model.model, found.dense_parameters, found.values)
         return found
 
 
@@ -57,7 +57,7 @@ class NativeWithoutDigest(Native):
     """As the first releases wrote it."""
 
     @staticmethod
-    def write(adapter, directory, base):
+    def write(adapter, directory, base_model):
         native.write(directory, adapter)
         metadata = json.loads((directory / "adapter.json").read_text())
         del metadata["digest"]
@@ -68,12 +68,12 @@ class SuperTuning:
     kind = peft.Kind.SUPERTUNING
 
     @classmethod
-    def write(cls, adapter, directory, base):
-        peft.export(adapter, directory, cls.kind, base)
+    def write(cls, adapter, directory, base_model):
+        peft.export(adapter, directory, cls.kind, base_model)
 
     @classmethod
-    def read(cls, directory, base):
-        return peft.read(directory, base.model, cls.kind)
+    def read(cls, directory, base_model):
+        return peft.read(directory, base_model.model, cls.kind)
 
 
 class Shira(SuperTuning):
@@ -82,16 +82,16 @@ class Shira(SuperTuning):
 
 class Official:
     @staticmethod
-    def write(adapter, directory, base):
+    def write(adapter, directory, base_model):
         from neuroada_jax.adapters import official
 
         official.export(adapter, directory)
 
     @staticmethod
-    def read(directory, base):
+    def read(directory, base_model):
         from neuroada_jax.adapters import official
 
-        return official.read(directory, base.model, allow_pickle=True)
+        return official.read(directory, base_model.model, allow_pickle=True)
 
 
 FORMATS = [Native, NativeWithoutDigest, SuperTuning, Shira]
@@ -194,22 +194,31 @@ def assert_sound(found, original):
         assert values.shape == columns.shape == (outputs, values.shape[1]) and np.isfinite(values).all()
         for row in columns:
             assert list(row) == sorted(set(row)) and row[0] >= 0 and row[-1] < inputs
-    for name, head in found.heads.items():
-        assert name == HEAD and head.dtype == np.float32 and head.shape == (32, 64) and np.isfinite(head).all()
+    for name, classifier in found.dense_parameters.items():
+        assert (
+            name == HEAD
+            and classifier.dtype == np.float32
+            and classifier.shape == (32, 64)
+            and np.isfinite(classifier).all()
+        )
 
 
 def assert_identical(found, original, where=""):
-    for left, right in ((found.values, original.values), (found.columns, original.columns), (found.heads, original.heads)):
+    for left, right in (
+        (found.values, original.values),
+        (found.columns, original.columns),
+        (found.dense_parameters, original.dense_parameters),
+    ):
         assert left.keys() == right.keys(), where
         assert all(leaf.tobytes() == right[name].tobytes() for name, leaf in left.items()), where
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.__name__)
-def test_mutations(form, base, adapter, tmp_path):
+def test_mutations(form, base_model, adapter, tmp_path):
     rng = np.random.default_rng(20)
     directory = tmp_path / "x"
-    form.write(adapter, directory, base)
-    assert_identical(form.read(directory, base), adapter)
+    form.write(adapter, directory, base_model)
+    assert_identical(form.read(directory, base_model), adapter)
     contents = {path: path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
     outcomes = {"refused": 0, "the same": 0, "another": 0}
     for number in range(MUTATIONS):
@@ -219,7 +228,7 @@ def test_mutations(form, base, adapter, tmp_path):
         path.write_bytes(mutated)
         where = f"{form.__name__} mutation {number}: {mutate.__name__} of {path.name}"
         try:
-            found = form.read(directory, base)
+            found = form.read(directory, base_model)
         except UserError as error:
             outcomes["refused"] += 1
             if not str(error):
@@ -236,5 +245,5 @@ def test_mutations(form, base, adapter, tmp_path):
         with contextlib.suppress(UserError):
             inspection.inspect(str(directory), 1)
         path.write_bytes(contents[path])
-    assert_identical(form.read(directory, base), adapter)
+    assert_identical(form.read(directory, base_model), adapter)
     assert MUTATIONS // 3 < outcomes["refused"] < MUTATIONS

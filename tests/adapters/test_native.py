@@ -23,27 +23,29 @@ MODULES = [f"model.layers.{layer}.{name}" for layer in range(2) for name in ("ml
 Q = "model.layers.0.self_attn.q_proj"
 
 
-def trained(base, targets=TARGETS, k=3, seed=0):
+def trained(base_model, targets=TARGETS, k=3, seed=0):
     """A bypass with random values, as after training."""
-    built = bypass.build(base.params, models.match_targets(base.params, targets, base.model.stack), k)
+    built = bypass.build(
+        base_model.params, models.match_targets(base_model.params, targets, base_model.model.layers_path), k
+    )
     rng = np.random.default_rng(seed)
     values = jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape, np.float32)), built.values)
     return Bypass(values, built.columns)
 
 
-def save(directory, base, bypass_=None, targets=TARGETS, **options):
-    native.save(directory, bypass_ or trained(base, targets), base, k=3, targets=targets, seed=7, **options)
+def save(directory, base_model, bypass_=None, targets=TARGETS, **options):
+    native.save(directory, bypass_ or trained(base_model, targets), base_model, k=3, targets=targets, seed=7, **options)
     return directory
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
+def base_model(tmp_path_factory):
     return load_model(str(write_model(tmp_path_factory.mktemp("model") / "m", None)))
 
 
 @pytest.fixture(scope="module")
-def pristine(base, tmp_path_factory):
-    return save(tmp_path_factory.mktemp("adapter") / "a", base)
+def pristine(base_model, tmp_path_factory):
+    return save(tmp_path_factory.mktemp("adapter") / "a", base_model)
 
 
 @pytest.fixture
@@ -58,20 +60,20 @@ def assert_same(a, b):
         assert x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
-def test_round_trip_bit_for_bit(base, pristine):
-    assert_same(native.load(str(pristine), base), trained(base))
+def test_round_trip_bit_for_bit(base_model, pristine):
+    assert_same(native.load(str(pristine), base_model), trained(base_model))
 
 
 def test_round_trip_of_an_untied_head(tmp_path):
     directory = write_model(tmp_path / "m", None, tie_word_embeddings=False)
-    base = load_model(str(directory))
-    made = trained(base, ["lm_head", "k_proj"])
-    save(tmp_path / "a", base, made, ["lm_head", "k_proj"])
-    assert_same(native.load(str(tmp_path / "a"), base), made)
+    base_model = load_model(str(directory))
+    made = trained(base_model, ["lm_head", "k_proj"])
+    save(tmp_path / "a", base_model, made, ["lm_head", "k_proj"])
+    assert_same(native.load(str(tmp_path / "a"), base_model), made)
     assert native.read(str(tmp_path / "a")).values["lm_head"].shape == (CONFIG["vocab_size"], 3)
 
 
-def test_what_is_in_it(base, pristine):
+def test_what_is_in_it(base_model, pristine):
     tensors = safetensors.numpy.load_file(str(pristine / "adapter.safetensors"))
     assert sorted(tensors) == sorted(f"{module}.{leaf}" for module in MODULES for leaf in ("values", "columns"))
     assert tensors[f"{Q}.values"].shape == (16, 3) and tensors[f"{Q}.values"].dtype == np.float32
@@ -83,37 +85,39 @@ def test_what_is_in_it(base, pristine):
     metadata = json.loads((pristine / "adapter.json").read_text())
     assert (metadata["format"], metadata["version"]) == ("neuroada-adapter", 1)
     assert (metadata["k"], metadata["targets"], metadata["rule"], metadata["seed"]) == (3, TARGETS, "magnitude", 7)
-    assert metadata["base"]["source"] == base.source and metadata["base"]["model_type"] == "llama"
-    assert metadata["base"]["digests"] == base.digests and len(base.digests) == len(random_tensors(CONFIG))
+    assert metadata["base"]["source"] == base_model.source and metadata["base"]["model_type"] == "llama"
+    assert metadata["base"]["digests"] == base_model.digests and len(base_model.digests) == len(random_tensors(CONFIG))
     assert metadata["inputs"][Q] == 16
     assert {"jax", "neuroada-jax"} <= set(metadata["versions"]) and metadata["created"].endswith("+00:00")
     assert sorted(path.name for path in pristine.iterdir()) == ["adapter.json", "adapter.safetensors"]
-    assert native.is_adapter(str(pristine)) and not native.is_adapter(base.path)
+    assert native.is_adapter(str(pristine)) and not native.is_adapter(base_model.path)
 
 
-def test_merging_equals_the_bypass_on_the_fly(base, pristine):
-    loaded = native.load(str(pristine), base)
-    merged = bypass.merge(base.params, loaded)
-    ids, module = jnp.arange(8, dtype=jnp.int32)[None], base.model.module()
+def test_merging_equals_the_bypass_on_the_fly(base_model, pristine):
+    loaded = native.load(str(pristine), base_model)
+    merged = bypass.merge(base_model.params, loaded)
+    ids, module = jnp.arange(8, dtype=jnp.int32)[None], base_model.model.module()
     plain, _ = jax.jit(module.apply)({"params": merged}, ids)
-    on_the_fly, _ = jax.jit(module.apply)({"params": base.params, "bypass": loaded.values, "columns": loaded.columns}, ids)
+    on_the_fly, _ = jax.jit(module.apply)(
+        {"params": base_model.params, "bypass": loaded.values, "columns": loaded.columns}, ids
+    )
     np.testing.assert_allclose(plain, on_the_fly, atol=1e-5)
-    assert np.abs(np.asarray(plain) - np.asarray(jax.jit(module.apply)({"params": base.params}, ids)[0])).max() > 0.1
+    assert np.abs(np.asarray(plain) - np.asarray(jax.jit(module.apply)({"params": base_model.params}, ids)[0])).max() > 0.1
 
 
-def test_another_base_is_refused(base, pristine, tmp_path):
+def test_another_base_is_refused(base_model, pristine, tmp_path):
     name = "model.layers.1.mlp.up_proj.weight"  # not even a target
     changed = random_tensors(CONFIG)[name].copy()
     changed[3, 5] = np.nextafter(changed[3, 5], 9, dtype=np.float32)
     other = load_model(str(write_model(tmp_path / "other", None, weights={name: changed})))
     message = message_of(native.load, str(pristine), other)
-    assert message == f"{other.source} is not the base of this adapter ({base.source}): tensor {name!r} differs"
+    assert message == f"{other.source} is not the base of this adapter ({base_model.source}): tensor {name!r} differs"
     untied = load_model(str(write_model(tmp_path / "untied", None, tie_word_embeddings=False)))
     save(tmp_path / "u", untied)
-    message = message_of(native.load, str(tmp_path / "u"), base)
+    message = message_of(native.load, str(tmp_path / "u"), base_model)
     assert message.endswith("tensor 'lm_head.weight' is missing")
     copy = load_model(str(write_model(tmp_path / "copy", None)))  # the same weights elsewhere will do
-    assert_same(native.load(str(pristine), copy), native.load(str(pristine), base))
+    assert_same(native.load(str(pristine), copy), native.load(str(pristine), base_model))
 
 
 def rewrite_metadata(adapter, **fields):
@@ -132,22 +136,22 @@ def rewrite_metadata(adapter, **fields):
         ({"base": {}}, "'base', its 'digests' or 'inputs' is missing or no object"),
     ],
 )
-def test_wrong_metadata(adapter, base, fields, message):
+def test_wrong_metadata(adapter, base_model, fields, message):
     rewrite_metadata(adapter, **fields)
-    found = message_of(native.load, str(adapter), base)
+    found = message_of(native.load, str(adapter), base_model)
     assert found.startswith(str(adapter / "adapter.json")) and message in found
 
 
-def test_files_that_are_missing_or_not_whole(adapter, base, tmp_path):
+def test_files_that_are_missing_or_not_whole(adapter, base_model, tmp_path):
     path = adapter / "adapter.safetensors"
     whole = path.read_bytes()
     for size in (0, 5, 100, len(whole) - 1):
         path.write_bytes(whole[:size])
-        assert message_of(native.load, str(adapter), base).startswith(f"{path}: not a whole safetensors file (")
+        assert message_of(native.load, str(adapter), base_model).startswith(f"{path}: not a whole safetensors file (")
     path.unlink()
-    assert message_of(native.load, str(adapter), base).startswith(f"{path}: not a whole safetensors file (")
+    assert message_of(native.load, str(adapter), base_model).startswith(f"{path}: not a whole safetensors file (")
     (adapter / "adapter.json").write_text("{")
-    assert message_of(native.load, str(adapter), base).startswith(f"{adapter / 'adapter.json'}: not JSON")
+    assert message_of(native.load, str(adapter), base_model).startswith(f"{adapter / 'adapter.json'}: not JSON")
     (adapter / "adapter.json").unlink()
     assert message_of(native.read, str(adapter)) == f"{adapter}: no adapter here (adapter.json is missing)"
 
@@ -222,33 +226,33 @@ def spoil(tensors, spoiled):
         ("other k", "model.layers.1.self_attn.q_proj has another k than model.layers.0.self_attn.q_proj"),
     ],
 )
-def test_tensors_that_are_no_adapter(adapter, base, spoiled, message):
+def test_tensors_that_are_no_adapter(adapter, base_model, spoiled, message):
     path = str(adapter / "adapter.safetensors")
     tensors = safetensors.numpy.load_file(path)
     spoil(tensors, spoiled)
     safetensors.numpy.save_file(tensors, path)
     rewrite_metadata(adapter, digest=None)
-    assert message in message_of(native.load, str(adapter), base)
+    assert message in message_of(native.load, str(adapter), base_model)
 
 
-def test_a_flipped_bit_in_the_values_is_noticed(adapter, base):
+def test_a_flipped_bit_in_the_values_is_noticed(adapter, base_model):
     path = adapter / "adapter.safetensors"
     content = bytearray(path.read_bytes())
     content[-2] ^= 1  # still finite float32, or a column in range
     path.write_bytes(content)
-    message = message_of(native.load, str(adapter), base)
+    message = message_of(native.load, str(adapter), base_model)
     assert message == f"{path}: not the file that adapter.json's digest describes; it was damaged or changed"
 
 
-def test_an_adapter_without_a_digest_is_read(adapter, base):
+def test_an_adapter_without_a_digest_is_read(adapter, base_model):
     rewrite_metadata(adapter, digest=None)
-    assert_same(native.load(str(adapter), base), trained(base))
+    assert_same(native.load(str(adapter), base_model), trained(base_model))
 
 
-def test_a_failed_save_leaves_nothing_and_keeps_the_old_one(base, tmp_path, monkeypatch):
-    old = save(tmp_path / "a", base)
+def test_a_failed_save_leaves_nothing_and_keeps_the_old_one(base_model, tmp_path, monkeypatch):
+    old = save(tmp_path / "a", base_model)
     before = {path.name: path.read_bytes() for path in old.iterdir()}
-    assert message_of(save, old, base) == f"{old} exists already; choose another folder or remove it"
+    assert message_of(save, old, base_model) == f"{old} exists already; choose another folder or remove it"
 
     def fill(tensors, path, **_):
         with open(path, "wb") as file:
@@ -257,9 +261,9 @@ def test_a_failed_save_leaves_nothing_and_keeps_the_old_one(base, tmp_path, monk
 
     with monkeypatch.context() as patched:
         patched.setattr(safetensors.numpy, "save_file", fill)
-        message = message_of(save, old, base, replace=True)
+        message = message_of(save, old, base_model, replace=True)
         assert message == f"{old}: cannot be written (No space left on device)"
-        message_of(save, tmp_path / "b", base)
+        message_of(save, tmp_path / "b", base_model)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert {path.name: path.read_bytes() for path in old.iterdir()} == before
 
@@ -269,28 +273,28 @@ def test_a_failed_save_leaves_nothing_and_keeps_the_old_one(base, tmp_path, monk
     with monkeypatch.context() as patched:
         patched.setattr(native.json, "dumps", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            save(old, base, replace=True)
+            save(old, base_model, replace=True)
     assert {path.name: path.read_bytes() for path in old.iterdir()} == before
 
-    save(old, base, trained(base, seed=1), replace=True)
-    assert_same(native.load(str(old), base), trained(base, seed=1))
+    save(old, base_model, trained(base_model, seed=1), replace=True)
+    assert_same(native.load(str(old), base_model), trained(base_model, seed=1))
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-def test_a_place_that_cannot_be_written(base, tmp_path):
+def test_a_place_that_cannot_be_written(base_model, tmp_path):
     (tmp_path / "file").write_text("")
-    message = message_of(save, tmp_path / "file" / "a", base)
+    message = message_of(save, tmp_path / "file" / "a", base_model)
     assert message.startswith(f"{tmp_path / 'file' / 'a'}: cannot be written (")
 
 
-def test_inspection(base, pristine):
+def test_inspection(base_model, pristine):
     found = inspection.inspect_adapter(str(pristine))
     assert found["values"] == 2 * 3 * (16 + 16) and found["bytes"] == 8 * found["values"]
     assert {row["module"] for row in found["modules"]} == set(MODULES)
-    model = inspection.inspect_model(base.path, 3)
-    assert model["parameters"] == bypass.count(base.params)
+    model = inspection.inspect_model(base_model.path, 3)
+    assert model["parameters"] == bypass.count(base_model.params)
     row = next(row for row in model["modules"] if row["module"] == "model.layers.1.mlp.down_proj")
     assert (row["neurons"], row["inputs"], row["values"], row["bytes"]) == (16, 24, 48, 384)
     assert row["percent"] == pytest.approx(12.5)
-    clamped = inspection.inspect_model(base.path, 20)["modules"]
+    clamped = inspection.inspect_model(base_model.path, 20)["modules"]
     assert {row["k"] for row in clamped} == {16, 20}

@@ -46,20 +46,22 @@ def as_adapter(tensors, positions, dtype="float32"):
         outputs = int(where[:, 0].max()) + 1
         columns[module] = where[:, 1].reshape(outputs, -1).numpy().astype(np.int32)
         values[module] = tensors[f"{name}_new"].detach().float().reshape(outputs, -1).numpy()
-    heads = {name: tensor.detach().numpy() for name, tensor in tensors.items() if not name.endswith("_new")}
-    return native.Adapter({"base": {"dtype": dtype}}, values, columns, heads)
+    dense_parameters = {name: tensor.detach().numpy() for name, tensor in tensors.items() if not name.endswith("_new")}
+    return native.Adapter({"base": {"dtype": dtype}}, values, columns, dense_parameters)
 
 
-def trained(base, k, *, dtype=jnp.float32, seed=0, targets=TARGETS):
+def trained(base_model, k, *, dtype=jnp.float32, seed=0, targets=TARGETS):
     """A native adapter with random values that `dtype` can hold, as after training."""
-    built = bypass.build(base.params, models.match_targets(base.params, targets, base.model.stack), k)
+    built = bypass.build(
+        base_model.params, models.match_targets(base_model.params, targets, base_model.model.layers_path), k
+    )
     rng = np.random.default_rng(seed)
     values = jax.tree.map(
         lambda leaf: jnp.asarray(0.1 * rng.standard_normal(leaf.shape), dtype).astype(jnp.float32), built.values
     )
     stacked = Bypass(values, built.columns)
-    arrays = (dict(names.unstacked(tree, base.model.stack)) for tree in stacked)
-    return native.assemble(base, *arrays, k=k, targets=targets), stacked
+    arrays = (dict(names.unstacked(tree, base_model.model.layers_path)) for tree in stacked)
+    return native.assemble(base_model, *arrays, k=k, targets=targets), stacked
 
 
 # Writing
@@ -69,7 +71,9 @@ def trained(base, k, *, dtype=jnp.float32, seed=0, targets=TARGETS):
 def test_it_writes_what_the_published_code_writes(name, tmp_path):
     tensors, positions = golden_files(name)
     adapter = as_adapter(tensors, positions)
-    shuffled = native.Adapter(adapter.metadata, dict(sorted(adapter.values.items())), adapter.columns, adapter.heads)
+    shuffled = native.Adapter(
+        adapter.metadata, dict(sorted(adapter.values.items())), adapter.columns, adapter.dense_parameters
+    )
     assert official.export(shuffled, tmp_path / "out") == []
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")) == [
         "out/positions.npy",
@@ -137,14 +141,14 @@ def golden_base():
 
 def test_the_published_codes_files_become_a_native_adapter(golden_base, tmp_path):
     imported = official.read(GOLDEN / "official" / "llama_untied", golden_base.model, allow_pickle=True)
-    assert (imported.heads, imported.notes) == ({}, [])
+    assert (imported.dense_parameters, imported.notes) == ({}, [])
     adapter = native.assemble(golden_base, imported.values, imported.columns, k=1, targets=TARGETS, rule=None)
     native.write(tmp_path / "a", adapter)
     merged = bypass.merge(golden_base.params, native.load(str(tmp_path / "a"), golden_base))
     with np.load(GOLDEN / "llama_untied_k1_adamw_const.npz") as golden:
         expected = {key.partition("/")[2]: golden[key] for key in golden if key.startswith("merged_values/")}
         for name, entries in expected.items():
-            slot = names.checkpoint_names(merged, golden_base.model.stack)[name]
+            slot = names.checkpoint_names(merged, golden_base.model.layers_path)[name]
             rows, columns = golden[f"positions/{name}"].T
             np.testing.assert_array_equal(imported.columns[name.removesuffix(".weight")].reshape(-1), columns)
             kernel = np.asarray(trees.get(merged, slot.path)[slot.layer])
@@ -173,11 +177,11 @@ def checkpoint(tmp_path_factory):
     + [(tied, dtype, k) for tied, dtype in ((False, "float32"), (True, "bfloat16")) for k in (2, 5)],
 )
 def test_there_and_back_and_the_published_formula(checkpoint, tied, dtype, k, tmp_path):
-    base = checkpoint(tied, dtype)
+    base_model = checkpoint(tied, dtype)
     targets = TARGETS if tied else [*TARGETS, "lm_head"]
-    adapter, stacked = trained(base, k, dtype=jnp.dtype(dtype), targets=targets)
+    adapter, stacked = trained(base_model, k, dtype=jnp.dtype(dtype), targets=targets)
     assert official.export(adapter, tmp_path / "out") == []
-    back = official.read(tmp_path / "out", base.model, allow_pickle=True)
+    back = official.read(tmp_path / "out", base_model.model, allow_pickle=True)
     assert set(back.values) == set(adapter.values)
     for module in adapter.values:
         np.testing.assert_array_equal(back.values[module], adapter.values[module], strict=True)
@@ -186,7 +190,7 @@ def test_there_and_back_and_the_published_formula(checkpoint, tied, dtype, k, tm
         assert back.notes == ["bfloat16 in the file, float32 from here on; that holds the same numbers"]
 
     # The model rebuilt in PyTorch from the two files alone.
-    model = transformers.AutoModelForCausalLM.from_pretrained(base.path, dtype=getattr(torch, dtype))
+    model = transformers.AutoModelForCausalLM.from_pretrained(base_model.path, dtype=getattr(torch, dtype))
     tensors = torch.load(tmp_path / "out" / official.VALUES, weights_only=True)
     positions = np.load(tmp_path / "out" / official.POSITIONS, allow_pickle=True).item()
     merged = {}
@@ -194,8 +198,8 @@ def test_there_and_back_and_the_published_formula(checkpoint, tied, dtype, k, tm
         kernel = model.get_parameter(name).detach()
         flat = where[:, 0] * kernel.size(1) + where[:, 1]
         merged[name] = kernel.flatten().scatter_add(0, flat, tensors[f"{name}_new"].detach()).view_as(kernel)
-    ours = jax.jit(bypass.merge)(base.params, stacked)
-    slots = names.checkpoint_names(ours, base.model.stack)
+    ours = jax.jit(bypass.merge)(base_model.params, stacked)
+    slots = names.checkpoint_names(ours, base_model.model.layers_path)
     for name, kernel in merged.items():
         leaf = trees.get(ours, slots[name].path)
         leaf = np.asarray((leaf if slots[name].layer is None else leaf[slots[name].layer]).astype(jnp.float32))
@@ -204,7 +208,7 @@ def test_there_and_back_and_the_published_formula(checkpoint, tied, dtype, k, tm
         ids = np.random.default_rng(0).integers(0, 300, (2, 9)).astype(np.int32)
         with torch.no_grad():
             theirs = torch.func.functional_call(model.eval(), merged, torch.from_numpy(ids).long()).logits
-        module = base.model.module()
+        module = base_model.model.module()
 
         @jax.jit
         def logits_of(params):
@@ -233,9 +237,9 @@ def spoiled(tmp_path):
     return write
 
 
-def refusal(folder, base):
+def refusal(folder, base_model):
     began = time.perf_counter()
-    message = message_of(official.read, folder, base.model, allow_pickle=True)
+    message = message_of(official.read, folder, base_model.model, allow_pickle=True)
     assert message.startswith(str(folder)) and len(message) < 500
     assert time.perf_counter() - began < 60  # hostile files may not stall the reader
     return message
@@ -329,12 +333,12 @@ def test_pickles_that_do_something_else(golden_base, spoiled, instructions, mess
 def storage(numbers, kind="LongStorage", count=None):
     """A storage in PyTorch's older format, which np.save has inside; `count` is what it says of itself."""
     count = len(numbers) if count is None else count
-    head = [pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})]
+    classifier = [pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})]
     parts = [b"X\x07\x00\x00\x00storage", b"ctorch\n" + kind.encode() + b"\n", b"X\x01\x00\x00\x001"]
     parts += [b"X\x03\x00\x00\x00cpu", pickle.dumps(count, 2)[2:-1], b"N"]
     reference = b"\x80\x02(" + b"".join(parts) + b"tQ."
     data = struct.pack("<q", count) + np.asarray(numbers, np.int64).tobytes()
-    return b"".join([*head, reference, pickle.dumps(["1"], 2), data])
+    return b"".join([*classifier, reference, pickle.dumps(["1"], 2), data])
 
 
 class Storage:
@@ -536,8 +540,8 @@ def test_mutated_files_load_whole_or_not_at_all(golden_base, spoiled, file):
         def abstract_params(self):
             return params
 
-    base = Traced(*golden_base.model)
-    original = official.read(folder, base, allow_pickle=True)
+    base_model = Traced(*golden_base.model)
+    original = official.read(folder, base_model, allow_pickle=True)
     rng = np.random.default_rng(0)
     messages = []
     for _ in range(100):
@@ -552,7 +556,7 @@ def test_mutated_files_load_whole_or_not_at_all(golden_base, spoiled, file):
             mutated[at:at] = mutated[at : at + length]
         path.write_bytes(bytes(mutated))
         try:
-            found = official.read(folder, base, allow_pickle=True)
+            found = official.read(folder, base_model, allow_pickle=True)
         except UserError as error:
             messages.append(str(error))
             continue

@@ -33,13 +33,13 @@ Q = "model.layers.0.self_attn.q_proj"
 class Family(NamedTuple):
     """A base as this library and as PyTorch loads it."""
 
-    base: LoadedModel
+    base_model: LoadedModel
     torch_class: Any
-    heads: dict[str, tuple[int, ...]]  # what may be trained densely
+    dense_parameters: dict[str, tuple[int, ...]]  # what may be trained densely
 
     def in_torch(self):
-        dtype = getattr(torch, jnp.dtype(self.base.model.config.dtype).name)
-        return self.torch_class.from_pretrained(self.base.path, dtype=dtype).eval()
+        dtype = getattr(torch, jnp.dtype(self.base_model.model.config.dtype).name)
+        return self.torch_class.from_pretrained(self.base_model.path, dtype=dtype).eval()
 
 
 LLAMAS = {"tied": ({}, {}), "untied": ({"tie_word_embeddings": False}, {"lm_head.weight": (304, 64)})}
@@ -49,11 +49,11 @@ LLAMAS = {"tied": ({}, {}), "untied": ({"tie_word_embeddings": False}, {"lm_head
 def families(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     made = {}
-    for name, (fields, heads) in LLAMAS.items():
+    for name, (fields, dense_parameters) in LLAMAS.items():
         for dtype in ("float32", "bfloat16"):
             directory = write_model(folder / f"{name}-{dtype}", None, dtype=dtype, **WIDE, **fields)
             loaded = load_model(str(directory), "auto")
-            made[name, dtype] = Family(loaded, transformers.LlamaForCausalLM, heads)
+            made[name, dtype] = Family(loaded, transformers.LlamaForCausalLM, dense_parameters)
     return made
 
 
@@ -62,10 +62,10 @@ def untied(families):
     return families["untied", "float32"]
 
 
-def trained(family, k=3, seed=0, targets=TARGETS, heads=()):
+def trained(family, k=3, seed=0, targets=TARGETS, dense_parameters=()):
     """An adapter with random values of the size that training leaves."""
-    base, rng = family.base, np.random.default_rng(seed)
-    stored = safetensors.numpy.load_file(f"{base.path}/model.safetensors")
+    base_model, rng = family.base_model, np.random.default_rng(seed)
+    stored = safetensors.numpy.load_file(f"{base_model.path}/model.safetensors")
     columns = {}
     for name, weight in stored.items():
         module = name.removesuffix(".weight")
@@ -73,13 +73,13 @@ def trained(family, k=3, seed=0, targets=TARGETS, heads=()):
             largest = np.argsort(-np.abs(weight.astype(np.float32)), axis=1)[:, :k]
             columns[module] = np.sort(largest, axis=1).astype(np.int32)
     values = {module: 0.05 * rng.standard_normal(leaf.shape, np.float32) for module, leaf in columns.items()}
-    dense = {name: 0.3 * rng.standard_normal(family.heads[name], np.float32) for name in heads}
-    return native.assemble(base, values, columns, k=k, targets=targets, seed=seed, heads=dense)
+    dense = {name: 0.3 * rng.standard_normal(family.dense_parameters[name], np.float32) for name in dense_parameters}
+    return native.assemble(base_model, values, columns, k=k, targets=targets, seed=seed, dense_parameters=dense)
 
 
 def merged_weights(family, adapter, kind):
     """The merged weights by plain numpy. On bfloat16 SuperTuning rounds the values first, SHiRA adds them in float32."""
-    stored = safetensors.numpy.load_file(f"{family.base.path}/model.safetensors")
+    stored = safetensors.numpy.load_file(f"{family.base_model.path}/model.safetensors")
     for module, columns in adapter.columns.items():
         weight = stored[f"{module}.weight"]
         values = adapter.values[module]
@@ -87,18 +87,18 @@ def merged_weights(family, adapter, kind):
             values = values.astype(weight.dtype).astype(np.float32)
         rows = np.arange(len(columns))[:, None]
         weight[rows, columns] = (weight[rows, columns].astype(np.float32) + values).astype(weight.dtype)
-    return stored | {name: head.astype(stored[name].dtype) for name, head in adapter.heads.items()}
+    return stored | {name: classifier.astype(stored[name].dtype) for name, classifier in adapter.dense_parameters.items()}
 
 
 def our_logits(family, weights_by_name, ids):
     """Logits of this library's model on given weights, in float32."""
-    model = models.from_hf_config(family.base.model.hf_config)
+    model = models.from_hf_config(family.base_model.model.hf_config)
     tensors = {name: tensor.astype(np.float32) for name, tensor in weights_by_name.items()}
     params: dict[str, Any] = {}
-    slots = names.checkpoint_names(model.abstract_params(), model.stack)
+    slots = names.checkpoint_names(model.abstract_params(), model.layers_path)
     for path in dict.fromkeys(slot.path for slot in slots.values()):
         layers = [tensors[name] for name, slot in slots.items() if slot.path == path]
-        stacked = names.is_stacked(path, model.stack)
+        stacked = names.is_stacked(path, model.layers_path)
         leaf = jnp.asarray(np.stack(layers) if stacked else layers[0])
         node = params
         for key in path[:-1]:
@@ -130,7 +130,7 @@ def assert_merged(model, want):
 
 
 def assert_same_arrays(a, b):
-    for left, right in ((a.values, b.values), (a.columns, b.columns), (a.heads, b.heads)):
+    for left, right in ((a.values, b.values), (a.columns, b.columns), (a.dense_parameters, b.dense_parameters)):
         assert left.keys() == right.keys()
         for name, leaf in left.items():
             assert leaf.dtype == right[name].dtype and leaf.tobytes() == right[name].tobytes(), name
@@ -142,8 +142,8 @@ def assert_same_arrays(a, b):
 @pytest.mark.parametrize("name", list(LLAMAS))
 def test_peft_has_our_logits_and_our_merged_weights(families, name, dtype, k, kind, tmp_path):
     family = families[name, dtype]
-    adapter = trained(family, k, heads=family.heads if k == 2 else ())
-    notes = peft.export(adapter, tmp_path / "x", kind, family.base)
+    adapter = trained(family, k, dense_parameters=family.dense_parameters if k == 2 else ())
+    notes = peft.export(adapter, tmp_path / "x", kind, family.base_model)
     assert len(notes) == 1 and f"{sum(leaf.size for leaf in adapter.values.values()):,} values" in notes[0]
     model = real_peft.PeftModel.from_pretrained(family.in_torch(), tmp_path / "x").eval()
     attached = logits(model, IDS)
@@ -151,8 +151,10 @@ def test_peft_has_our_logits_and_our_merged_weights(families, name, dtype, k, ki
     merged = model.merge_and_unload()
     assert_merged(merged, want)
     if k == 2 and (kind is Kind.SHIRA or dtype == "float32"):  # so says our own merge
-        params = dict(trees.flatten(native.merge(adapter, family.base)))
-        for parameter, slot in names.checkpoint_names(family.base.model.abstract_params(), family.base.model.stack).items():
+        params = dict(trees.flatten(native.merge(adapter, family.base_model)))
+        for parameter, slot in names.checkpoint_names(
+            family.base_model.model.abstract_params(), family.base_model.model.layers_path
+        ).items():
             leaf = params[slot.path] if slot.layer is None else params[slot.path][slot.layer]
             assert np.asarray(leaf).tobytes() == want[parameter].tobytes()
     np.testing.assert_array_equal(logits(merged, IDS), attached)
@@ -160,7 +162,7 @@ def test_peft_has_our_logits_and_our_merged_weights(families, name, dtype, k, ki
     ours = our_logits(family, want, IDS)
     np.testing.assert_allclose(logits(merged.float(), IDS), ours, rtol=0, atol=1e-4)
 
-    back = peft.read(tmp_path / "x", family.base.model, kind)
+    back = peft.read(tmp_path / "x", family.base_model.model, kind)
     assert_same_arrays(back, adapter)
     assert all("padding" in note for note in back.notes)
 
@@ -168,8 +170,8 @@ def test_peft_has_our_logits_and_our_merged_weights(families, name, dtype, k, ki
 @KINDS
 def test_two_adapters_and_none(untied, kind, tmp_path):
     first, second = trained(untied, 3), trained(untied, 20, seed=1, targets=["q_proj", "down_proj"])
-    peft.export(first, tmp_path / "first", kind, untied.base)
-    peft.export(second, tmp_path / "second", kind, untied.base)
+    peft.export(first, tmp_path / "first", kind, untied.base_model)
+    peft.export(second, tmp_path / "second", kind, untied.base_model)
     model = real_peft.PeftModel.from_pretrained(untied.in_torch(), tmp_path / "first", adapter_name="first").eval()
     model.load_adapter(tmp_path / "second", adapter_name="second")
     for name, adapter in (("second", second), ("first", first), ("second", second)):
@@ -182,7 +184,7 @@ def test_two_adapters_and_none(untied, kind, tmp_path):
 
 def test_supertuning_through_transformers_itself(untied, tmp_path):
     adapter = trained(untied)
-    peft.export(adapter, tmp_path / "x", Kind.SUPERTUNING, untied.base)
+    peft.export(adapter, tmp_path / "x", Kind.SUPERTUNING, untied.base_model)
     model = untied.in_torch()
     model.load_adapter(str(tmp_path / "x"))
     want = our_logits(untied, merged_weights(untied, adapter, Kind.SUPERTUNING), IDS)
@@ -201,12 +203,12 @@ def test_padding_leaves_the_first_entry_alone(kind, tmp_path):
     adapter = trained(family, 2)
     adapter = adapter._replace(columns={name: leaf.copy() for name, leaf in adapter.columns.items()})
     adapter.columns[Q][0] = [1, 2]
-    peft.export(adapter, tmp_path / "x", kind, family.base)
+    peft.export(adapter, tmp_path / "x", kind, family.base_model)
     merged = real_peft.PeftModel.from_pretrained(family.in_torch(), tmp_path / "x").merge_and_unload()
     assert_merged(merged, merged_weights(family, adapter, kind))
     adapter.columns[Q][0], adapter.values[Q][0, 0] = [0, 2], 0.0
-    peft.export(adapter, tmp_path / "y", kind, family.base)
-    assert_same_arrays(peft.read(tmp_path / "y", family.base.model, kind), adapter)
+    peft.export(adapter, tmp_path / "y", kind, family.base_model)
+    assert_same_arrays(peft.read(tmp_path / "y", family.base_model.model, kind), adapter)
 
 
 @KINDS
@@ -222,24 +224,24 @@ def test_what_peft_trained_itself_comes_in(untied, kind, tmp_path):
             if "shira_weight" in name or "supertuning_values" in name:
                 parameter.mul_(0.05)
     model.save_pretrained(tmp_path / "x")
-    imported = peft.read(tmp_path / "x", untied.base.model, kind)
+    imported = peft.read(tmp_path / "x", untied.base_model.model, kind)
     k = imported.values[Q].shape[1]
     assert f"entries: filled up to {k} with zero values" in imported.notes[0]
-    adapter = native.assemble(untied.base, imported.values, imported.columns, k=k, targets=["q_proj", "down_proj"])
+    adapter = native.assemble(untied.base_model, imported.values, imported.columns, k=k, targets=["q_proj", "down_proj"])
     native.write(tmp_path / "native", adapter)
     again = native.read(str(tmp_path / "native"))  # passes the native checks
     assert_merged(model.merge_and_unload(), merged_weights(untied, again, kind))
 
 
 def test_inspect(untied, tmp_path):
-    adapter = trained(untied, 3, heads=["lm_head.weight"])
+    adapter = trained(untied, 3, dense_parameters=["lm_head.weight"])
     for kind in Kind:
         path = tmp_path / kind.name
-        peft.export(adapter, path, kind, untied.base)
+        peft.export(adapter, path, kind, untied.base_model)
         content = inspection.inspect(str(path), 1)
-        assert content["kind"] == f"PEFT {kind.name} adapter" and content["base"] == untied.base.source
+        assert content["kind"] == f"PEFT {kind.name} adapter" and content["base"] == untied.base_model.source
         assert content["values"] == sum(leaf.size for leaf in adapter.values.values())
-        assert content["heads"] == ["lm_head.weight"] and len(content["modules"]) == 14
+        assert content["dense_parameters"] == ["lm_head.weight"] and len(content["modules"]) == 14
         rows = {row["module"]: row for row in content["modules"]}
         assert (rows[Q]["neurons"], rows[Q]["k"]) == ((64, 3) if kind is Kind.SHIRA else (None, None))
         tensors = safetensors.numpy.load_file(str(path / "adapter_model.safetensors"))
@@ -252,12 +254,12 @@ def test_inspect(untied, tmp_path):
 def test_what_shira_cannot_hold(tmp_path):
     family = Family(load_model(str(write_model(tmp_path / "m", None))), transformers.LlamaForCausalLM, {})
     adapter = trained(family, 16)
-    message = message_of(peft.export, adapter, tmp_path / "x", Kind.SHIRA, family.base)
+    message = message_of(peft.export, adapter, tmp_path / "x", Kind.SHIRA, family.base_model)
     assert message.startswith("PEFT SHiRA cannot hold this adapter: it needs r=") and "peft-supertuning can" in message
     assert not (tmp_path / "x").exists()
-    peft.export(adapter, tmp_path / "x", Kind.SUPERTUNING, family.base)  # every connection of q_proj: sparsity 0
-    assert_same_arrays(peft.read(tmp_path / "x", family.base.model, Kind.SUPERTUNING), adapter)
-    message = message_of(peft.export, adapter, tmp_path / "x", Kind.SUPERTUNING, family.base)
+    peft.export(adapter, tmp_path / "x", Kind.SUPERTUNING, family.base_model)  # every connection of q_proj: sparsity 0
+    assert_same_arrays(peft.read(tmp_path / "x", family.base_model.model, Kind.SUPERTUNING), adapter)
+    message = message_of(peft.export, adapter, tmp_path / "x", Kind.SUPERTUNING, family.base_model)
     assert message == f"{tmp_path / 'x'} exists already; choose another folder or remove it"
 
 
@@ -286,7 +288,7 @@ def test_the_sparsity_leaves_room_and_little_more(shapes):
 def pristine(untied, tmp_path_factory):
     folder = tmp_path_factory.mktemp("exports")
     for kind in Kind:
-        peft.export(trained(untied), folder / kind.name, kind, untied.base)
+        peft.export(trained(untied), folder / kind.name, kind, untied.base_model)
     return folder
 
 
@@ -349,7 +351,7 @@ def test_tensors_that_are_no_adapter(untied, pristine, kind, spoiled, tmp_path):
         entry[..., 0] = 0  # the first entry is at row 0, column 0
     SPOILED_TENSORS[spoiled](tensors, f"{PREFIX}.{peft._VALUES[kind]}", f"{PREFIX}.{peft._INDICES[kind]}")
     safetensors.numpy.save_file(tensors, path)
-    message = message_of(peft.read, directory, untied.base.model, kind)
+    message = message_of(peft.read, directory, untied.base_model.model, kind)
     wanted = TENSOR_MESSAGES[spoiled]
     assert any(each in message for each in ([wanted] if isinstance(wanted, str) else wanted))
     assert "\n" not in message
@@ -384,20 +386,20 @@ def test_configs_that_are_no_adapters(untied, pristine, kind, fields, message, t
     path = directory / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
     if message is None:
-        assert_same_arrays(peft.read(directory, untied.base.model, kind), trained(untied))
+        assert_same_arrays(peft.read(directory, untied.base_model.model, kind), trained(untied))
     else:
-        assert message in message_of(peft.read, directory, untied.base.model, kind)
+        assert message in message_of(peft.read, directory, untied.base_model.model, kind)
 
 
 @KINDS
 def test_modules_and_heads_that_the_base_does_not_have(untied, kind, tmp_path):
-    adapter = trained(untied, heads=["lm_head.weight"])
-    peft.export(adapter, tmp_path / "x", kind, untied.base)
+    adapter = trained(untied, dense_parameters=["lm_head.weight"])
+    peft.export(adapter, tmp_path / "x", kind, untied.base_model)
     path = tmp_path / "x" / "adapter_model.safetensors"
     tensors = safetensors.numpy.load_file(str(path))
     tensors["base_model.model.lm_head.bias"] = np.zeros(304, np.float32)
     safetensors.numpy.save_file(tensors, str(path))
-    message = message_of(peft.read, tmp_path / "x", untied.base.model, kind)
+    message = message_of(peft.read, tmp_path / "x", untied.base_model.model, kind)
     assert "head 'lm_head.bias' has shape [304], the base has no such tensor" in message
     tied = open_model(str(write_model(tmp_path / "tied", None, num_hidden_layers=1, **WIDE)))
     message = message_of(peft.read, tmp_path / "x", tied.model, kind)
@@ -405,7 +407,7 @@ def test_modules_and_heads_that_the_base_does_not_have(untied, kind, tmp_path):
 
 
 def test_files_that_are_missing_or_another_kind(untied, pristine, tmp_path):
-    model = untied.base.model
+    model = untied.base_model.model
     message = message_of(peft.read, tmp_path, model, Kind.SHIRA)
     assert message == f"{tmp_path}: no PEFT adapter here (adapter_config.json is missing)"
     directory = shutil.copytree(pristine / "SHIRA", tmp_path / "x")
@@ -424,4 +426,4 @@ def test_a_huge_declared_shape(untied, pristine, tmp_path):
         header = {f"{PREFIX}.shira_weight": {"dtype": dtype, "shape": shape, "data_offsets": [0, 0]}}
         text = json.dumps(header).encode()
         (directory / "adapter_model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
-        assert str(directory) in message_of(peft.read, directory, untied.base.model, Kind.SHIRA)
+        assert str(directory) in message_of(peft.read, directory, untied.base_model.model, Kind.SHIRA)

@@ -51,9 +51,9 @@ def test_the_compiled_steps_train():
     made = batch._replace(
         input_ids=rng.integers(0, 304, (2, 16), dtype=np.int32),
         lengths=np.full(2, 16, np.int32),
-        target_positions=np.broadcast_to(np.arange(16, dtype=np.int32), (2, 16)),
-        target_ids=rng.integers(0, 304, (2, 16), dtype=np.int32),
-        target_mask=np.ones((2, 16), np.float32),
+        label_positions=np.broadcast_to(np.arange(16, dtype=np.int32), (2, 16)),
+        label_ids=rng.integers(0, 304, (2, 16), dtype=np.int32),
+        label_mask=np.ones((2, 16), np.float32),
     )
 
     def random(leaf):

@@ -29,13 +29,13 @@ def test_every_operation_has_a_row(model, tmp_path, capsys):
 
 
 def test_a_turn_ends_with_the_original_weights_and_allocates_less_than_a_merge(model):
-    base = load_model(model)
-    live, paths = swap.Live(jax.tree.map(np.copy, base.params)), swap.targets(base.params, base.model)
-    first, other = (swap._adapter(base.params, paths, 1, score) for score in (abs, lambda kernel: -abs(kernel)))
-    merged = bypass.merge(base.params, other)
+    base_model = load_model(model)
+    live, paths = swap.Live(jax.tree.map(np.copy, base_model.params)), swap.targets(base_model.params, base_model.model)
+    first, other = (swap._adapter(base_model.params, paths, 1, score) for score in (abs, lambda kernel: -abs(kernel)))
+    merged = bypass.merge(base_model.params, other)
     allocated = {}
     for name, _, allocated[name] in swap._operations(live, first, other):
         if name == "overwrite, equal columns":
             jax.tree.map(np.testing.assert_array_equal, live.params, merged)
-    jax.tree.map(np.testing.assert_array_equal, live.params, base.params)
+    jax.tree.map(np.testing.assert_array_equal, live.params, base_model.params)
     assert allocated["full merge"] > max(allocated[name] for name in METHODS[1:])

@@ -145,8 +145,8 @@ def test_merge_rounds_the_float32_sum_once(dtype):
     for path in TARGETS:
         kernel, columns, values = _arrays(params, built, path)
         want = np.array(kernel)
-        base = np.take_along_axis(np.asarray(kernel), np.asarray(columns), axis=-1).astype(np.float32)
-        np.put_along_axis(want, np.asarray(columns), (base + np.asarray(values)).astype(want.dtype), axis=-1)
+        base_entries = np.take_along_axis(np.asarray(kernel), np.asarray(columns), axis=-1).astype(np.float32)
+        np.put_along_axis(want, np.asarray(columns), (base_entries + np.asarray(values)).astype(want.dtype), axis=-1)
         np.testing.assert_array_equal(trees.get(merged, path)["kernel"], want)
         assert trees.get(merged, path)["kernel"].dtype == dtype
 
@@ -155,51 +155,51 @@ def test_merge_rounds_the_float32_sum_once(dtype):
 def test_unmerge_gives_the_base_back_bit_for_bit(dtype):
     params = tree(dtype)
     built = random_values(bypass.build(params, TARGETS, 4), scale=3.0)
-    base = read(params, built.columns)
-    assert_identical(unmerge(merge(params, built), built.columns, base), params)
+    base_entries = read(params, built.columns)
+    assert_identical(unmerge(merge(params, built), built.columns, base_entries), params)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_many_resident_writes_neither_drift_nor_lose_the_base(dtype):
     params = tree(dtype)
     built = bypass.build(params, TARGETS, 4)
-    base = read(params, built.columns)
+    base_entries = read(params, built.columns)
     write = jit(bypass.make_resident, donate_argnums=0)
     resident = jax.tree.map(jnp.copy, params)
     for step in range(30):
         built = random_values(built, seed=step, scale=10.0 ** (step % 5 - 3))
-        resident = write(resident, built, base)
+        resident = write(resident, built, base_entries)
     assert_identical(resident, merge(params, built))  # whatever was written before
-    assert_identical(unmerge(resident, built.columns, base), params)
+    assert_identical(unmerge(resident, built.columns, base_entries), params)
 
 
 def test_a_resident_write_from_unmerged_or_merged_params_is_the_same():
     params = tree(jnp.float32)
     built = random_values(bypass.build(params, TARGETS, 2))
-    base = read(params, built.columns)
-    once = make_resident(params, built, base)
-    assert_identical(make_resident(once, built, base), once)
+    base_entries = read(params, built.columns)
+    once = make_resident(params, built, base_entries)
+    assert_identical(make_resident(once, built, base_entries), once)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_resident_write_aliases_the_donated_parameters(dtype):
     params = {"layers": {"q_proj": {"kernel": jax.ShapeDtypeStruct((4, 256, 192), dtype)}}}
     built = jax.eval_shape(lambda params: bypass.build(params, [("layers", "q_proj")], 2), params)
-    base = jax.eval_shape(bypass.read, params, built.columns)
-    memory = jax.jit(bypass.make_resident, donate_argnums=0).lower(params, built, base).compile().memory_analysis()
+    base_entries = jax.eval_shape(bypass.read, params, built.columns)
+    memory = jax.jit(bypass.make_resident, donate_argnums=0).lower(params, built, base_entries).compile().memory_analysis()
     assert memory.alias_size_in_bytes >= 4 * 256 * 192 * dtype.dtype.itemsize
 
 
 def test_other_leaves_are_the_same_objects():
     params = tree(jnp.float32)
     built = random_values(bypass.build(params, TARGETS, 2))
-    base = bypass.read(params, built.columns)
+    base_entries = bypass.read(params, built.columns)
     before = others(params)
     kernels = {path: trees.get(params, path)["kernel"] for path in TARGETS}
     for changed in (
         bypass.merge(params, built),
-        bypass.make_resident(params, built, base),
-        bypass.unmerge(params, built.columns, base),
+        bypass.make_resident(params, built, base_entries),
+        bypass.unmerge(params, built.columns, base_entries),
     ):
         after = others(changed)
         assert after.keys() == before.keys()
@@ -252,10 +252,10 @@ def test_any_tree_merges_to_the_dense_sum_in_float64(layout):
 def test_any_tree_comes_back_bit_for_bit(layout, dtype):
     params = own_tree(dtype, layout)
     built = adapter(params, OWN, 3, 0, layout=layout)
-    base = bypass.read(params, built.columns, layout=layout)
+    base_entries = bypass.read(params, built.columns, layout=layout)
     merged = bypass.merge(params, built, layout=layout)
-    assert_identical(bypass.make_resident(params, built, base, layout=layout), merged)
-    assert_identical(bypass.unmerge(merged, built.columns, base, layout=layout), params)
+    assert_identical(bypass.make_resident(params, built, base_entries, layout=layout), merged)
+    assert_identical(bypass.unmerge(merged, built.columns, base_entries, layout=layout), params)
 
 
 @pytest.mark.parametrize("layout", Layout)
@@ -268,12 +268,12 @@ def test_a_kernel_may_have_its_inputs_and_neurons_over_several_axes(layout):
     wide = {"map": {"kernel": jnp.asarray(rng.normal(size=(3, *axes)), jnp.float32)}}
     matrix = {"map": {"kernel": wide["map"]["kernel"].reshape(3, *flat)}}
     built = random_values(bypass.build(matrix, [("map",)], 4, layout=layout))
-    base = bypass.read(wide, built.columns, layout=layout)
-    assert_identical(base, bypass.read(matrix, built.columns, layout=layout))
+    base_entries = bypass.read(wide, built.columns, layout=layout)
+    assert_identical(base_entries, bypass.read(matrix, built.columns, layout=layout))
     merged = bypass.merge(wide, built, layout=layout)
     want = bypass.merge(matrix, built, layout=layout)["map"]["kernel"]
     np.testing.assert_array_equal(merged["map"]["kernel"], want.reshape(3, *axes))
-    assert_identical(bypass.unmerge(merged, built.columns, base, layout=layout), wide)
+    assert_identical(bypass.unmerge(merged, built.columns, base_entries, layout=layout), wide)
 
 
 def test_a_tree_in_the_other_layout_is_refused():
@@ -295,23 +295,23 @@ def test_swaps_between_different_columns_k_and_targets_lose_nothing(dtype):
         adapter(params, TARGETS, 6, 2, chosen=2),
     ]
     swap = jit(bypass.swap, donate_argnums=0)
-    live, columns, base = jax.tree.map(jnp.copy, params), {}, {}
+    live, columns, base_entries = jax.tree.map(jnp.copy, params), {}, {}
     for new in adapters:
-        live, base = swap(live, columns, base, new)
+        live, base_entries = swap(live, columns, base_entries, new)
         columns = new.columns
         assert_identical(live, merge(params, new))
-        assert_identical(base, read(params, columns))
-    assert_identical(unmerge(live, columns, base), params)
+        assert_identical(base_entries, read(params, columns))
+    assert_identical(unmerge(live, columns, base_entries), params)
 
 
 def test_equal_columns_only_need_overwriting():
     params = tree(jnp.float32)
     one, two = adapter(params, TARGETS, 3, 0), adapter(params, TARGETS, 3, 1)
-    base = read(params, one.columns)
-    overwritten = make_resident(make_resident(params, one, base), two, base)
-    swapped, new_base = bypass.swap(make_resident(params, one, base), one.columns, base, two)
+    base_entries = read(params, one.columns)
+    overwritten = make_resident(make_resident(params, one, base_entries), two, base_entries)
+    swapped, new_entries = bypass.swap(make_resident(params, one, base_entries), one.columns, base_entries, two)
     assert_identical(overwritten, swapped)
-    assert_identical(new_base, base)
+    assert_identical(new_entries, base_entries)
 
 
 def test_swap_in_the_other_layout():
@@ -319,10 +319,10 @@ def test_swap_in_the_other_layout():
     one = adapter(params, OWN[:2], 2, 0, layout=Layout.IO)
     two = adapter(params, OWN[1:], 4, 1, layout=Layout.IO, chosen=1)
     swap = jit(functools.partial(bypass.swap, layout=Layout.IO))
-    live, base = swap(params, {}, {}, one)
-    live, base = swap(live, one.columns, base, two)
+    live, base_entries = swap(params, {}, {}, one)
+    live, base_entries = swap(live, one.columns, base_entries, two)
     assert_identical(live, bypass.merge(params, two, layout=Layout.IO))
-    assert_identical(bypass.unmerge(live, two.columns, base, layout=Layout.IO), params)
+    assert_identical(bypass.unmerge(live, two.columns, base_entries, layout=Layout.IO), params)
 
 
 def test_swap_refuses_a_path_without_a_kernel():
@@ -340,11 +340,11 @@ def test_a_swap_allocates_nothing_weight_sized(layout):
 
     def abstract(k):
         leaf = lambda name, dtype: {"layers": {"q_proj": {name: jax.ShapeDtypeStruct((4, 256, k), dtype)}}}  # noqa: E731
-        return bypass.Bypass(leaf("values", jnp.float32), leaf("columns", jnp.int32)), leaf("base", jnp.float32)
+        return bypass.Bypass(leaf("values", jnp.float32), leaf("columns", jnp.int32)), leaf("base_entries", jnp.float32)
 
-    (old, base), (new, _) = abstract(1), abstract(3)
+    (old, base_entries), (new, _) = abstract(1), abstract(3)
     swap = jax.jit(functools.partial(bypass.swap, layout=layout), donate_argnums=0)
-    memory = swap.lower(params, old.columns, base, new).compile().memory_analysis()
+    memory = swap.lower(params, old.columns, base_entries, new).compile().memory_analysis()
     assert memory.alias_size_in_bytes >= size
     assert memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes < size / 8
 
@@ -450,7 +450,7 @@ def test_published_parameter_counts(name):
     params = model.abstract_params()  # shapes alone: nothing is allocated
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == total
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    paths = models.match_targets(params, targets, model.stack)
+    paths = models.match_targets(params, targets, model.layers_path)
     for k, (count, percent) in trainable.items():
         built = jax.eval_shape(lambda params, k=k: bypass.build(params, paths, k), params)
         assert bypass.count(built.values) == count

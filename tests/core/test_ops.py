@@ -50,8 +50,8 @@ def oracle(x, kernel, columns, values, dy):
 
 def resident_kernel(kernel, columns, values, layout=Layout.OI):
     """The buffer of the resident form and the base entries that belong to it."""
-    base = ops.read_entries(kernel, columns, layout)
-    return ops.write_entries(kernel, columns, base.astype(values.dtype) + values, layout), base
+    base_entries = ops.read_entries(kernel, columns, layout)
+    return ops.write_entries(kernel, columns, base_entries.astype(values.dtype) + values, layout), base_entries
 
 
 def laid_out(kernel, layout):
@@ -65,10 +65,10 @@ def actual(x, kernel, columns, values, dy, algorithm, resident, dtype, values_dt
 
     @jit
     def value_and_pullback(x, kernel, columns, values, dy):
-        kernel, base = resident_kernel(kernel, columns, values, layout) if resident else (kernel, None)
+        kernel, base_entries = resident_kernel(kernel, columns, values, layout) if resident else (kernel, None)
 
         def apply(x, kernel, values):
-            return ops.bypass_dense(x, kernel, columns, values, base, algorithm=algorithm, layout=layout)
+            return ops.bypass_dense(x, kernel, columns, values, base_entries, algorithm=algorithm, layout=layout)
 
         y, vjp = jax.vjp(apply, x, kernel, values)
         return y, *vjp(dy)
@@ -158,8 +158,8 @@ def test_float32_values_survive_a_bfloat16_base(resident, k):
     np.put_along_axis(delta, np.asarray(columns), np.asarray(values, np.float64), axis=1)
     truth = np.asarray(x, np.float64) @ (np.asarray(kernel, np.float64) + delta).T
     plain = np.asarray(x @ ops.add_entries(kernel, columns, values).T, np.float64)
-    merged, base = resident_kernel(kernel, columns, values) if resident else (kernel, None)
-    y = np.asarray(ops.bypass_dense(x, merged, columns, values, base), np.float64)
+    merged, base_entries = resident_kernel(kernel, columns, values) if resident else (kernel, None)
+    y = np.asarray(ops.bypass_dense(x, merged, columns, values, base_entries), np.float64)
     error, plain_error = np.linalg.norm(y - truth), np.linalg.norm(plain - truth)
     assert plain_error > 0.99 * np.linalg.norm(truth)
     assert error < 0.01 * plain_error
@@ -167,11 +167,11 @@ def test_float32_values_survive_a_bfloat16_base(resident, k):
 
 def test_rounding_remainder_is_what_the_kernel_dtype_cannot_hold():
     rng = np.random.default_rng(4)
-    base = jnp.asarray(rng.normal(size=(6, 3)), jnp.bfloat16)
+    base_entries = jnp.asarray(rng.normal(size=(6, 3)), jnp.bfloat16)
     values = jnp.asarray(rng.normal(size=(6, 3)) * 1e-2, jnp.float32)
-    stored = (base.astype(jnp.float32) + values).astype(jnp.bfloat16)
-    remainder = ops.rounding_remainder(base, values)
-    np.testing.assert_array_equal(stored.astype(jnp.float32) + remainder, base.astype(jnp.float32) + values)
+    stored = (base_entries.astype(jnp.float32) + values).astype(jnp.bfloat16)
+    remainder = ops.rounding_remainder(base_entries, values)
+    np.testing.assert_array_equal(stored.astype(jnp.float32) + remainder, base_entries.astype(jnp.float32) + values)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -253,9 +253,12 @@ def arguments(dtype=jnp.float32):
 @pytest.mark.parametrize("resident", [False, True], ids=["on_the_fly", "resident"])
 def test_residuals_are_the_arguments_alone(algorithm, resident, dtype):
     x, kernel, columns, values, _ = arguments(dtype)
-    base = ops.read_entries(kernel, columns) if resident else None
+    base_entries = ops.read_entries(kernel, columns) if resident else None
     _, vjp = jax.vjp(
-        lambda x, kernel, values: ops.bypass_dense(x, kernel, columns, values, base, algorithm=algorithm), x, kernel, values
+        lambda x, kernel, values: ops.bypass_dense(x, kernel, columns, values, base_entries, algorithm=algorithm),
+        x,
+        kernel,
+        values,
     )
     residuals = [leaf for leaf in jax.tree.leaves(vjp) if leaf.size]
     kept = {"kernel": kernel, "columns": columns} if resident else {"kernel": kernel, "columns": columns, "values": values}
@@ -267,11 +270,13 @@ def test_residuals_are_the_arguments_alone(algorithm, resident, dtype):
 
 def gradient_equations(algorithm, resident, layout=Layout.OI):
     x, kernel, columns, values, _ = arguments()
-    base = ops.read_entries(kernel, columns) if resident else None
+    base_entries = ops.read_entries(kernel, columns) if resident else None
     kernel = laid_out(kernel, layout)
 
     def loss(x, values, kernel):
-        return jnp.sum(jnp.sin(ops.bypass_dense(x, kernel, columns, values, base, algorithm=algorithm, layout=layout)))
+        return jnp.sum(
+            jnp.sin(ops.bypass_dense(x, kernel, columns, values, base_entries, algorithm=algorithm, layout=layout))
+        )
 
     return list(equations(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(x, values, kernel).jaxpr))
 
@@ -326,7 +331,7 @@ def test_blocks_need_not_divide_the_neurons(algorithm, outputs, monkeypatch):
 def test_the_resident_write_is_in_place(dtype, layout):
     kernel = jax.ShapeDtypeStruct((4, 256, 192) if layout is Layout.OI else (4, 192, 256), dtype)
     entries, columns = jax.ShapeDtypeStruct((4, 256, 2), jnp.float32), jax.ShapeDtypeStruct((4, 256, 2), jnp.int32)
-    write = lambda kernel, columns, base, values: ops.write_entries(kernel, columns, base + values, layout)  # noqa: E731
+    write = lambda kernel, columns, base_entries, values: ops.write_entries(kernel, columns, base_entries + values, layout)  # noqa: E731
     compiled = jax.jit(write, donate_argnums=0).lower(kernel, columns, entries, entries).compile()
     memory = compiled.memory_analysis()
     size = 4 * 256 * 192 * dtype.dtype.itemsize

@@ -17,10 +17,10 @@ def examples_of(lengths, targets=None) -> Examples:
     """Example i has lengths[i] tokens with the id i + 1, the last targets[i] of them targets, from row 2 * i."""
     lengths = np.asarray(lengths)
     targets = np.minimum(3, lengths - 1) if targets is None else np.asarray(targets)
-    is_target = [np.arange(n) >= n - m for n, m in zip(lengths, targets, strict=True)]
+    is_label = [np.arange(n) >= n - m for n, m in zip(lengths, targets, strict=True)]
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     ids = np.repeat(np.arange(1, len(lengths) + 1, dtype=np.int32), lengths)
-    return Examples(ids, np.concatenate(is_target), np.arange(len(lengths), dtype=np.int32) * 2, offsets, 0, 0)
+    return Examples(ids, np.concatenate(is_label), np.arange(len(lengths), dtype=np.int32) * 2, offsets, 0, 0)
 
 
 @settings(max_examples=60)
@@ -39,7 +39,7 @@ def test_an_epoch_has_every_example_once_in_few_shapes(lengths, batch_size, grou
     seen = []
     for index in range(batches.steps_per_epoch):
         batch, rows = batches.batch(1, index), batches.rows(1, index)
-        shape = batch.input_ids.shape[1], batch.target_ids.shape[1]
+        shape = batch.input_ids.shape[1], batch.label_ids.shape[1]
         assert shape in batches.shapes
         assert batch.positions is None
         assert {len(part) for part in batch[:5]} == {batch_size}
@@ -53,15 +53,15 @@ def test_an_epoch_has_every_example_once_in_few_shapes(lengths, batch_size, grou
         for b in range(batch_size):
             n = batch.lengths[b]
             assert not batch.input_ids[b, n:].any()
-            real = batch.target_mask[b] == 1
+            real = batch.label_mask[b] == 1
             assert np.array_equal(real, np.arange(shape[1]) < real.sum())
-            assert not batch.target_positions[b, ~real].any()
-            assert not batch.target_ids[b, ~real].any()
+            assert not batch.label_positions[b, ~real].any()
+            assert not batch.label_ids[b, ~real].any()
             if n:
-                ids, is_target = examples.example(int(rows[b]) // 2)
+                ids, is_label = examples.example(int(rows[b]) // 2)
                 assert np.array_equal(batch.input_ids[b, :n], ids)
-                assert np.array_equal(batch.target_positions[b, real] + 1, is_target.nonzero()[0])
-                assert np.array_equal(batch.target_ids[b, real], ids[is_target])
+                assert np.array_equal(batch.label_positions[b, real] + 1, is_label.nonzero()[0])
+                assert np.array_equal(batch.label_ids[b, real], ids[is_label])
             else:
                 assert not real.any()
         seen.extend(rows)
@@ -85,30 +85,30 @@ def test_a_packed_epoch_has_every_example_once(lengths, batch_size, shuffle, len
     for index in range(batches.steps_per_epoch):
         batch, numbers = batches.batch(2, index), batches.rows(2, index) // 2
         assert batch.input_ids.shape == batch.positions.shape == (batch_size, length)
-        assert batch.target_ids.shape == (batch_size, most)
+        assert batch.label_ids.shape == (batch_size, most)
         assert batch.positions.dtype == np.int32
         rows_seen += np.count_nonzero(batch.lengths)
-        fullest = max(fullest, batch.target_mask.sum(axis=1).max())
+        fullest = max(fullest, batch.label_mask.sum(axis=1).max())
         expected = iter(numbers.tolist())
         for b in range(batch_size):
             slot = target = 0
             while slot < batch.lengths[b]:
                 number = next(expected)
-                ids, is_target = examples.example(number)
+                ids, is_label = examples.example(number)
                 own = slice(slot, slot + len(ids))
                 assert np.array_equal(batch.input_ids[b, own], ids)  # whole: examples never share an id here
                 assert np.array_equal(batch.positions[b, own], np.arange(len(ids)))
-                count = is_target.sum()
+                count = is_label.sum()
                 labelled = slice(target, target + count)
-                assert np.array_equal(batch.target_positions[b, labelled], slot + is_target.nonzero()[0] - 1)
-                assert np.array_equal(batch.target_ids[b, labelled], ids[is_target])
+                assert np.array_equal(batch.label_positions[b, labelled], slot + is_label.nonzero()[0] - 1)
+                assert np.array_equal(batch.label_ids[b, labelled], ids[is_label])
                 slot, target = own.stop, labelled.stop
             assert slot == batch.lengths[b] <= length
             assert not batch.input_ids[b, slot:].any()
             assert not batch.positions[b, slot:].any()
-            assert np.array_equal(batch.target_mask[b], np.arange(most) < target)
-            assert not batch.target_positions[b, target:].any()
-            assert not batch.target_ids[b, target:].any()
+            assert np.array_equal(batch.label_mask[b], np.arange(most) < target)
+            assert not batch.label_positions[b, target:].any()
+            assert not batch.label_ids[b, target:].any()
         assert next(expected, None) is None
         seen.extend(numbers)
     assert sorted(seen) == list(range(len(lengths)))
@@ -248,9 +248,9 @@ def test_masks_come_from_lengths_not_from_the_pad_token():
     eos = tokenizer.eos_token_id
     assert batch.lengths.tolist() == [6, 0]
     assert batch.input_ids[0, :6].tolist().count(eos) == 2
-    assert batch.target_ids[0, :2].tolist()[-1] == eos
-    assert batch.target_mask.sum() == 2
-    assert batch.target_positions[0, :2].tolist() == [3, 4]
+    assert batch.label_ids[0, :2].tolist()[-1] == eos
+    assert batch.label_mask.sum() == 2
+    assert batch.label_positions[0, :2].tolist() == [3, 4]
     # id 0 is "<s>" here: a real token may also equal the filling
     assert tokenizer.bos_token_id == 0
     assert batch.input_ids[0, 0] == 0
@@ -274,7 +274,7 @@ def test_classification_batches_have_every_example_once_and_pad_with_the_tokeniz
         assert (rows * 2 == order.rows(2, index)).all()
         count = len(rows)
         seen += rows.tolist()
-        assert batch.target_mask.tolist() == [1.0] * count + [0.0] * (3 - count)
+        assert batch.label_mask.tolist() == [1.0] * count + [0.0] * (3 - count)
         assert batch.lengths.tolist() == [*lengths[rows], *[0] * (3 - count)]
         assert batch.labels.tolist() == [*labels[rows], *[0] * (3 - count)]
         for b, row in enumerate(rows):

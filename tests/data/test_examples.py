@@ -25,17 +25,17 @@ TEXT = st.text(st.sampled_from("ab ct\nhe🙂é."), max_size=12)
 @given(prompt=TEXT, target=TEXT, tokenizer=st.sampled_from([BYTES, CHAT, LLAMA, byte_level("<s> $A </s>")]))
 def test_targets_are_the_target_text_and_one_eos(prompt, target, tokenizer):
     row = {"prompt": "a" + prompt, "completion": target}
-    ids, is_target = one(row, "verbatim", tokenizer)
+    ids, is_label = one(row, "verbatim", tokenizer)
     assert ids.dtype == np.int32
-    assert is_target.dtype == bool
-    assert ids.shape == is_target.shape
+    assert is_label.dtype == bool
+    assert ids.shape == is_label.shape
     assert ids[-1] == tokenizer.eos_token_id
-    assert is_target[-1]
-    assert not is_target[0]
+    assert is_label[-1]
+    assert not is_label[0]
     assert np.count_nonzero(ids == tokenizer.eos_token_id) == 1
     assert np.count_nonzero(ids == tokenizer.bos_token_id) == (0 if tokenizer is CHAT else 1)
-    first = int(is_target.argmax())
-    assert is_target[first:].all()  # one run to the end
+    first = int(is_label.argmax())
+    assert is_label[first:].all()  # one run to the end
     # The joint text's own tokens, untouched, between BOS and EOS.
     begin = 0 if tokenizer is CHAT else 1
     assert list(ids[begin:-1]) == tokenizer(row["prompt"] + target, add_special_tokens=False)["input_ids"]
@@ -52,30 +52,30 @@ def test_targets_are_the_target_text_and_one_eos(prompt, target, tokenizer):
 def test_bos_is_never_doubled_and_eos_comes_once():
     bos, eos = BYTES.bos_token_id, BYTES.eos_token_id
     for prompt, target in [("<s>a", "b</s>"), ("a", "b</s></s>"), ("a", "b")]:
-        ids, is_target = one({"prompt": prompt, "completion": target}, "verbatim")
+        ids, is_label = one({"prompt": prompt, "completion": target}, "verbatim")
         assert decoded(BYTES, ids) == "<s>ab</s>"
-        assert is_target.tolist() == [False, False, True, True]
-    ids, is_target = one({"prompt": "a", "completion": "<s>b"}, "verbatim")
+        assert is_label.tolist() == [False, False, True, True]
+    ids, is_label = one({"prompt": "a", "completion": "<s>b"}, "verbatim")
     assert ids.tolist().count(bos) == 2
-    assert not is_target[ids == bos].any()
-    ids, is_target = one({"prompt": "a</s>", "completion": ""}, "verbatim")  # the prompt's EOS is not the target's
+    assert not is_label[ids == bos].any()
+    ids, is_label = one({"prompt": "a</s>", "completion": ""}, "verbatim")  # the prompt's EOS is not the target's
     assert ids[-2:].tolist() == [eos, eos]
-    assert is_target.tolist() == [False, False, False, True]
-    ids, is_target = one({"prompt": "", "completion": "ab"}, "verbatim", CHAT)
-    assert is_target.tolist() == [False, True, True]  # nothing predicts the first token
+    assert is_label.tolist() == [False, False, False, True]
+    ids, is_label = one({"prompt": "", "completion": "ab"}, "verbatim", CHAT)
+    assert is_label.tolist() == [False, True, True]  # nothing predicts the first token
 
 
 def test_a_space_at_the_end_of_the_target_is_a_target():
-    ids, is_target = one({"prompt": "a", "completion": "b "}, "verbatim")
-    assert decoded(BYTES, ids[is_target]) == "b </s>"
+    ids, is_label = one({"prompt": "a", "completion": "b "}, "verbatim")
+    assert decoded(BYTES, ids[is_label]) == "b </s>"
 
 
 def test_bos_and_eos_may_be_the_same_token():
     tokenizer = byte_level()
     tokenizer.eos_token = "<s>"
-    ids, is_target = one({"prompt": "a", "completion": "b"}, "verbatim", tokenizer)
+    ids, is_label = one({"prompt": "a", "completion": "b"}, "verbatim", tokenizer)
     assert decoded(tokenizer, ids) == "<s>ab<s>"
-    assert is_target.tolist() == [False, False, True, True]
+    assert is_label.tolist() == [False, False, True, True]
 
 
 def test_chat_targets_are_every_answer_with_its_end_of_turn():
@@ -87,25 +87,25 @@ def test_chat_targets_are_every_answer_with_its_end_of_turn():
         {"role": "assistant", "content": "option2"},
         {"role": "user", "content": "never answered"},
     ]
-    ids, is_target = one({"messages": messages}, "plain", CHAT)
-    assert decoded(CHAT, ids[is_target]) == " the answer\n<|im_end|>option2<|im_end|>"
+    ids, is_label = one({"messages": messages}, "plain", CHAT)
+    assert decoded(CHAT, ids[is_label]) == " the answer\n<|im_end|>option2<|im_end|>"
     # What comes before is as the template writes it; what follows the last target is not kept.
     whole = CHAT.apply_chat_template(messages, tokenize=False)
     assert decoded(CHAT, ids) == whole[: whole.index("option2<|im_end|>") + len("option2<|im_end|>")]
 
-    ids, is_target = one({"messages": messages[1:5]}, "plain", LLAMA)
-    assert decoded(LLAMA, ids[is_target]).replace("  ", " ") == " the answer\n </s> option2 </s>"
+    ids, is_label = one({"messages": messages[1:5]}, "plain", LLAMA)
+    assert decoded(LLAMA, ids[is_label]).replace("  ", " ") == " the answer\n </s> option2 </s>"
     assert ids.tolist().count(LLAMA.bos_token_id) == 2
-    assert not is_target[ids == LLAMA.bos_token_id].any()
+    assert not is_label[ids == LLAMA.bos_token_id].any()
 
 
 def test_chat_without_an_end_of_turn_token_gets_an_eos():
     turns = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     template = turns + "{% if add_generation_prompt %}assistant: {% endif %}"
     tokenizer = byte_level(template=template)
-    ids, is_target = one({"instruction": "a", "output": "b"}, "chat", tokenizer)
+    ids, is_label = one({"instruction": "a", "output": "b"}, "chat", tokenizer)
     assert decoded(tokenizer, ids) == "user: a\nassistant: b</s>"
-    assert decoded(tokenizer, ids[is_target]) == " b</s>"  # the token that straddles the border counts as target
+    assert decoded(tokenizer, ids[is_label]) == " b</s>"  # the token that straddles the border counts as target
 
 
 def test_mixed_rows_keep_their_order():
@@ -126,11 +126,11 @@ def test_cut_and_left_out_are_counted():
     calls = []
     examples = encode(rows, "verbatim", tokenizer, 8, lambda done, total: calls.append((done, total)))
     assert examples.row_numbers.tolist() == [0, 1, 3, 5]
-    assert (examples.cut, examples.left_out) == (2, 2)
+    assert (examples.cut, examples.dropped) == (2, 2)
     assert examples.lengths.tolist() == [7, 8, 8, 8]
     assert examples.lengths.dtype == np.int32
-    assert examples.target_counts.tolist() == [4, 5, 1, 2]
-    assert examples.target_counts.dtype == np.int32
+    assert examples.label_counts.tolist() == [4, 5, 1, 2]
+    assert examples.label_counts.dtype == np.int32
     assert calls == [(6, 6)]
     assert tokenizer.eos_token_id not in examples.example(1)[0]  # a cut target is not said to end
     message = message_of(encode, rows[2:3], "verbatim", tokenizer, 8)
@@ -148,10 +148,10 @@ def test_commonsense_15k():
     assert some.rows == rows.rows[:1500]
     examples = encode(some, "plain", BYTES, 4096)
     assert len(examples) == 1500
-    assert examples.cut == examples.left_out == 0
+    assert examples.cut == examples.dropped == 0
     for i in (0, 700, 1499):
-        ids, is_target = examples.example(i)
+        ids, is_label = examples.example(i)
         row = some.rows[i]
         assert decoded(BYTES, ids) == "<s>" + row["instruction"] + "\n" + row["output"] + "</s>"
-        assert decoded(BYTES, ids[is_target]) == f"the correct answer is {row['answer']}</s>"
-        assert list(ids[~is_target]) == encode_prompt(row, "plain", BYTES)
+        assert decoded(BYTES, ids[is_label]) == f"the correct answer is {row['answer']}</s>"
+        assert list(ids[~is_label]) == encode_prompt(row, "plain", BYTES)

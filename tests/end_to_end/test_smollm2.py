@@ -53,7 +53,7 @@ TEXT = "The quick brown fox jumps over the lazy dog, and then it runs away from 
 
 
 @pytest.fixture(scope="module")
-def base(smollm2_gguf):
+def base_model(smollm2_gguf):
     return load_model(str(smollm2_gguf), "float32")
 
 
@@ -105,14 +105,16 @@ def assert_same_texts(directory, reference, tokenizer, prompts, new):
     assert [each["text"] for each in said] == [pytorch_text(reference, tokenizer, prompt, new) for prompt in prompts]
 
 
-def test_a_merged_bypass_is_the_same_model_in_pytorch(base, smollm2_gguf, tmp_path):
-    built = bypass.build(base.params, models.match_targets(base.params, list(LLAMA_TARGETS), base.model.stack), 1)
+def test_a_merged_bypass_is_the_same_model_in_pytorch(base_model, smollm2_gguf, tmp_path):
+    built = bypass.build(
+        base_model.params, models.match_targets(base_model.params, list(LLAMA_TARGETS), base_model.model.layers_path), 1
+    )
     rng = np.random.default_rng(0)
     values = jax.tree.map(lambda leaf: jnp.asarray(0.02 * rng.standard_normal(leaf.shape, np.float32)), built.values)
-    params = bypass.merge(base.params, Bypass(values, built.columns))
-    save.save(tmp_path / "merged", base, params, load_tokenizer(str(smollm2_gguf)))
+    params = bypass.merge(base_model.params, Bypass(values, built.columns))
+    save.save(tmp_path / "merged", base_model, params, load_tokenizer(str(smollm2_gguf)))
     reference, tokenizer = pytorch(tmp_path / "merged")
-    assert_same_logits(base.model, params, reference, tokenizer)
+    assert_same_logits(base_model.model, params, reference, tokenizer)
     assert_same_texts(tmp_path / "merged", reference, tokenizer, PROMPTS[:3], 12)
 
 
@@ -129,13 +131,13 @@ def test_a_merged_bypass_is_the_same_model_in_pytorch(base, smollm2_gguf, tmp_pa
     ],
     ids=["greedy", "beams", "beams without repetition"],
 )
-def test_continuations_equal_pytorch_token_for_token(base, smollm2_gguf, tmp_path, settings, theirs):
-    save.save(tmp_path / "model", base, base.params, load_tokenizer(str(smollm2_gguf)))
+def test_continuations_equal_pytorch_token_for_token(base_model, smollm2_gguf, tmp_path, settings, theirs):
+    save.save(tmp_path / "model", base_model, base_model.params, load_tokenizer(str(smollm2_gguf)))
     reference, tokenizer = pytorch(tmp_path / "model")
     prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
     eos_ids = [tokenizer.eos_token_id]
     options = {"max_new_tokens": 64, "eos_ids": eos_ids, "decoding": Decoding(**settings), "batch_size": 10}
-    got = generate(base.model, base.params, prompts, **options)
+    got = generate(base_model.model, base_model.params, prompts, **options)
     for prompt, ids in zip(prompts, got, strict=True):
         inputs = {"input_ids": torch.tensor([prompt]), "attention_mask": torch.ones((1, len(prompt)), dtype=torch.long)}
         out = reference.generate(
@@ -147,7 +149,7 @@ def test_continuations_equal_pytorch_token_for_token(base, smollm2_gguf, tmp_pat
 
 
 @pytest.mark.slow
-def test_training_adapter_merge_and_pytorch(base, smollm2_gguf, tmp_path):
+def test_training_adapter_merge_and_pytorch(base_model, smollm2_gguf, tmp_path):
     rows = tmp_path / "rows.jsonl"
     pairs = [(prompt, f" {number * 7} bananas") for number, prompt in enumerate(PROMPTS[:8])]
     rows.write_text("".join(json.dumps({"prompt": prompt, "completion": text}) + "\n" for prompt, text in pairs))
@@ -163,14 +165,14 @@ def test_training_adapter_merge_and_pytorch(base, smollm2_gguf, tmp_path):
     )
     results = neuroada("train", write_config(tmp_path / "run.yaml", content))
     assert results["last_loss"] < results["first_loss"]
-    trained = native.load(str(tmp_path / "out" / "adapter"), base)
+    trained = native.load(str(tmp_path / "out" / "adapter"), base_model)
     assert bypass.count(trained.values) == results["trainable"] == 4 * 30 * (576 * 3 + 192 * 2 + 1536 * 2)
-    params = bypass.merge(base.params, trained)
+    params = bypass.merge(base_model.params, trained)
     merged = tmp_path / "merged"
     neuroada("merge", "--adapter", tmp_path / "out" / "adapter", "--dtype", "float32", "--out", merged)
     again = load_model(str(merged), "float32")
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), again.params, params)
 
     reference, tokenizer = pytorch(merged)
-    assert_same_logits(base.model, params, reference, tokenizer)
+    assert_same_logits(base_model.model, params, reference, tokenizer)
     assert_same_texts(merged, reference, tokenizer, PROMPTS, 24)

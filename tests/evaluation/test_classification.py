@@ -56,16 +56,16 @@ def rows(labels):
 
 
 def test_accuracy_and_f1_of_predictions_in_row_order():
-    base = encoder(["not_equivalent", "equivalent"])
+    base_model = encoder(["not_equivalent", "equivalent"])
     data = rows([0, 1, 1, 0, 1, 0, 1])
     seen = []
     options = {"max_length": 30, "on_progress": lambda *done: seen.append(done)}
-    score = classification.evaluate(base, base.params, PAIRS, data, GLUE["mrpc"], batch_size=3, **options)
+    score = classification.evaluate(base_model, base_model.params, PAIRS, data, GLUE["mrpc"], batch_size=3, **options)
     assert seen[-1] == (3, 3) and score.n == 7 and score.metric == "accuracy"
     for number, prediction in enumerate(score.predictions):  # each row by itself
         row = data.rows[number]
         examples = encode_labelled([(row["sentence1"], row["sentence2"])], np.zeros(1, np.int32), PAIRS, 30)
-        alone = classification.predict(base, base.params, examples, 1)[0]
+        alone = classification.predict(base_model, base_model.params, examples, 1)[0]
         np.testing.assert_allclose(prediction["logits"], alone, atol=1e-5)
         assert prediction["prediction"] == GLUE["mrpc"].labels[int(alone.argmax())]
         assert prediction["answer"] == GLUE["mrpc"].labels[row["label"]]
@@ -79,8 +79,10 @@ def test_accuracy_and_f1_of_predictions_in_row_order():
 
 
 def test_regression_has_correlations_with_intervals():
-    base = encoder(["similarity"])
-    score = classification.evaluate(base, base.params, PAIRS, rows([0.0, 5.0, 2.5, 1.0]), GLUE["stsb"], max_length=30)
+    base_model = encoder(["similarity"])
+    score = classification.evaluate(
+        base_model, base_model.params, PAIRS, rows([0.0, 5.0, 2.5, 1.0]), GLUE["stsb"], max_length=30
+    )
     found, want = ([each[field] for each in score.predictions] for field in ("prediction", "answer"))
     assert want == [0.0, 5.0, 2.5, 1.0] and score.interval[0] <= score.value <= score.interval[1]
     assert score.beside_intervals["spearman"] == metrics.interval("spearman", found, want)
@@ -91,23 +93,23 @@ def test_a_head_may_have_its_labels_in_another_order_but_no_others():
     data, task = rows([0, 1, 1, 0]), GLUE["mrpc"]
     logits = {}
     for names in (["LABEL_0", "LABEL_1"], ["EQUIVALENT", "not-equivalent"]):  # the same weights
-        base = encoder(names)
-        score = classification.evaluate(base, base.params, PAIRS, data, task, max_length=30)
+        base_model = encoder(names)
+        score = classification.evaluate(base_model, base_model.params, PAIRS, data, task, max_length=30)
         logits[names[0]] = np.array([each["logits"] for each in score.predictions])
     np.testing.assert_array_equal(logits["LABEL_0"], logits["EQUIVALENT"][:, ::-1])
-    assert classification.label_columns(encoder(["CONTRADICTION", "NEUTRAL", "ENTAILMENT"]), GLUE["mnli"]) == [2, 1, 0]
-    assert classification.label_columns(encoder(["score"]), GLUE["stsb"]) == [0]
-    message = message_of(classification.label_columns, encoder(list(task.labels)), GLUE["rte"])
+    assert classification.label_classes(encoder(["CONTRADICTION", "NEUTRAL", "ENTAILMENT"]), GLUE["mnli"]) == [2, 1, 0]
+    assert classification.label_classes(encoder(["score"]), GLUE["stsb"]) == [0]
+    message = message_of(classification.label_classes, encoder(list(task.labels)), GLUE["rte"])
     want = (
         "task 'rte' has the labels entailment, not_entailment, and the head of here tells apart not_equivalent, equivalent"
     )
     assert message == want
-    message = message_of(classification.label_columns, encoder(["no", "yes"]), GLUE["mnli"])
+    message = message_of(classification.label_classes, encoder(["no", "yes"]), GLUE["mnli"])
     want = "task 'mnli' has 3 label(s) (entailment, neutral, contradiction), and the head of here has 2"
     assert message == want
 
 
 def test_cut_rows_are_said(capsys):
-    base = encoder(["entailment", "not_entailment"])
-    classification.evaluate(base, base.params, PAIRS, rows([0, 1]), GLUE["rte"], max_length=6)
+    base_model = encoder(["entailment", "not_entailment"])
+    classification.evaluate(base_model, base_model.params, PAIRS, rows([0, 1]), GLUE["rte"], max_length=6)
     assert "rows: 2 of 2 examples cut to 6 tokens" in capsys.readouterr().err

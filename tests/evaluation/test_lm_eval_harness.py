@@ -170,7 +170,7 @@ def test_few_shapes_and_one_text_for_answers_of_one_token(harness, pair, monkeyp
 
     def watched(module, params, batch):
         nonlocal texts
-        shapes.add((batch.input_ids.shape, batch.target_ids.shape))
+        shapes.add((batch.input_ids.shape, batch.label_ids.shape))
         texts += int((batch.lengths > 0).sum())
         return real(module, params, batch)
 

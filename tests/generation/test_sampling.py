@@ -106,44 +106,44 @@ def test_draws_follow_the_filtered_distribution():
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
+def base_model(tmp_path_factory):
     return load_model(str(write_model(tmp_path_factory.mktemp("model") / "m", seed=3)))
 
 
-def generate(base, prompts, new=20, **settings):
+def generate(base_model, prompts, new=20, **settings):
     options = {name: settings.pop(name) for name in ("batch_size", "decode") if name in settings}
     options |= {"max_new_tokens": new, "eos_ids": [], "decoding": Decoding(**settings)}
-    return generation.generate(base.model, base.params, prompts, **options)
+    return generation.generate(base_model.model, base_model.params, prompts, **options)
 
 
 PROMPTS = [[5, 6, 7], [8, 9], [5, 6, 7], [4] * 9]
 
 
-def test_sampling_depends_on_the_seed_and_the_prompts_place_only(base):
-    first = generate(base, PROMPTS, temperature=1.3, top_k=50, seed=1)
-    assert generate(base, PROMPTS, temperature=1.3, top_k=50, seed=1, batch_size=3) == first
-    assert generate(base, PROMPTS, temperature=1.3, top_k=50, seed=2) != first
+def test_sampling_depends_on_the_seed_and_the_prompts_place_only(base_model):
+    first = generate(base_model, PROMPTS, temperature=1.3, top_k=50, seed=1)
+    assert generate(base_model, PROMPTS, temperature=1.3, top_k=50, seed=1, batch_size=3) == first
+    assert generate(base_model, PROMPTS, temperature=1.3, top_k=50, seed=2) != first
     assert first[0] != first[2]  # the same prompt in another place
     assert all(len(ids) == 20 for ids in first)
-    assert generate(base, PROMPTS, top_k=1, seed=5) == generate(base, PROMPTS)
+    assert generate(base_model, PROMPTS, top_k=1, seed=5) == generate(base_model, PROMPTS)
 
 
-def test_another_seed_and_another_length_compile_nothing(base):
-    generate(base, PROMPTS, temperature=0.7, seed=1)
+def test_another_seed_and_another_length_compile_nothing(base_model):
+    generate(base_model, PROMPTS, temperature=0.7, seed=1)
     before = generation._start._cache_size(), generation._continue._cache_size()
-    generate(base, PROMPTS, temperature=0.7, seed=9, new=18)
+    generate(base_model, PROMPTS, temperature=0.7, seed=9, new=18)
     assert (generation._start._cache_size(), generation._continue._cache_size()) == before
 
 
-def test_stop_strings(base):
+def test_stop_strings(base_model):
     text_of = lambda ids: CHAT.decode(ids)  # noqa: E731
-    free = generate(base, PROMPTS, new=40)
+    free = generate(base_model, PROMPTS, new=40)
     texts = [text_of(ids) for ids in free]
     # ASCII, which a random byte before or behind cannot become part of.
     readable = lambda text: [letter for letter in text if " " < letter < "\x7f"]  # noqa: E731
     said = readable("".join(texts))
     stop = (said[1], said[-2], "never said")
-    got = generate(base, PROMPTS, new=40, stop=stop, decode=text_of)
+    got = generate(base_model, PROMPTS, new=40, stop=stop, decode=text_of)
     for ids, all_ids, text in zip(got, free, texts, strict=True):
         assert ids == all_ids[: len(ids)]
         want = generation.before_stop(text, stop)
@@ -153,15 +153,15 @@ def test_stop_strings(base):
         else:  # not a token more than the stop text needs
             assert any(each in text_of(ids) for each in stop) and not any(each in text_of(ids[:-1]) for each in stop)
     assert any(len(ids) < 40 for ids in got)
-    searched = generate(base, PROMPTS, new=20, beams=2)
+    searched = generate(base_model, PROMPTS, new=20, beams=2)
     which, letter = next((i, readable(text_of(ids))[0]) for i, ids in enumerate(searched) if readable(text_of(ids)))
-    cut = generate(base, PROMPTS, new=20, beams=2, stop=(letter,), decode=text_of)
+    cut = generate(base_model, PROMPTS, new=20, beams=2, stop=(letter,), decode=text_of)
     assert cut[which] == searched[which][: len(cut[which])] and text_of(cut[which])[-1] == letter
 
 
-def test_a_stop_string_that_never_comes_ends_at_the_longest_continuation(base):
-    got = generate(base, PROMPTS, new=33, stop=("\x00never",), decode=CHAT.decode)
-    assert got == generate(base, PROMPTS, new=33)
+def test_a_stop_string_that_never_comes_ends_at_the_longest_continuation(base_model):
+    got = generate(base_model, PROMPTS, new=33, stop=("\x00never",), decode=CHAT.decode)
+    assert got == generate(base_model, PROMPTS, new=33)
 
 
 def test_before_stop():
@@ -191,6 +191,6 @@ def test_settings_that_make_no_sense(settings, message):
     assert message_of(Decoding, **settings).startswith(message)
 
 
-def test_stop_strings_need_a_tokenizer(base):
-    message = message_of(generate, base, PROMPTS, stop=("a",))
+def test_stop_strings_need_a_tokenizer(base_model):
+    message = message_of(generate, base_model, PROMPTS, stop=("a",))
     assert message == "stop: texts that end a continuation need the tokenizer (decode)"

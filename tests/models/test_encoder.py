@@ -125,8 +125,8 @@ def test_a_row_without_tokens_is_finite():
 
 def test_the_bypass_forms_agree_with_merged_weights():
     model, params, batch = bert()
-    paths = models.match_targets(params, list(models.ENCODER_TARGETS), model.stack)
-    assert [names.within_layer(path, model.stack) for path in paths] == [
+    paths = models.match_targets(params, list(models.ENCODER_TARGETS), model.layers_path)
+    assert [names.within_layer(path, model.layers_path) for path in paths] == [
         "attention.output.dense",
         "attention.self.key",
         "attention.self.query",
@@ -137,12 +137,12 @@ def test_the_bypass_forms_agree_with_merged_weights():
     built = bypass.build(params, paths, 2)
     values = jax.tree.map(lambda leaf: 0.3 * jax.random.normal(jax.random.key(0), leaf.shape), built.values)
     trained = Bypass(values, built.columns)
-    base = bypass.read(params, built.columns)
+    base_model = bypass.read(params, built.columns)
     merged = apply(model, bypass.merge(params, trained), batch)
     collections = {"bypass": values, "columns": built.columns}
     np.testing.assert_allclose(apply(model, params, batch, collections=collections), merged, atol=1e-5)
-    resident = bypass.make_resident(params, trained, base)
-    found = apply(model, resident, batch, collections={**collections, "base": base})
+    resident = bypass.make_resident(params, trained, base_model)
+    found = apply(model, resident, batch, collections={**collections, "base": base_model})
     np.testing.assert_allclose(found, merged, atol=1e-5)
     assert np.abs(merged - apply(model, params, batch)).max() > 0.1
 
@@ -345,21 +345,21 @@ def sapiens_tensors():
     path = Path(spec.submodule_search_locations[0]) / "models" / "v1" / "checkpoint_vh.pt"
     with torch.serialization.safe_globals([argparse.Namespace]):
         stored = torch.load(path, map_location="cpu", weights_only=True)["model"]
-    encoder, head = {}, {}
+    encoder, classifier = {}, {}
     for name, tensor in stored.items():
         if name.startswith("decoder.lm_head."):
-            head[name.removeprefix("decoder.lm_head.")] = tensor
+            classifier[name.removeprefix("decoder.lm_head.")] = tensor
             continue
         name = name.removeprefix("decoder.sentence_encoder.")
         for old, new in SAPIENS_NAMES.items():
             name = name.replace(old, new)
         encoder[name] = tensor
     encoder["embeddings.token_type_embeddings.weight"] = torch.zeros(1, 128)  # fairseq has none
-    return encoder, head
+    return encoder, classifier
 
 
 def test_hidden_states_of_sapiens():
-    encoder, head = sapiens_tensors()
+    encoder, classifier = sapiens_tensors()
     config = transformers.RobertaConfig(
         vocab_size=25,
         hidden_size=128,
@@ -389,9 +389,9 @@ def test_hidden_states_of_sapiens():
     np.testing.assert_allclose(found[mask], want[mask], rtol=0, atol=1e-4)
 
     # Its own language modelling head knows most residues: so the names above are right.
-    hidden = torch.nn.functional.linear(torch.tensor(found[0]), head["dense.weight"], head["dense.bias"])
+    hidden = torch.nn.functional.linear(torch.tensor(found[0]), classifier["dense.weight"], classifier["dense.bias"])
     hidden = torch.nn.functional.layer_norm(
-        torch.nn.functional.gelu(hidden), (128,), head["layer_norm.weight"], head["layer_norm.bias"]
+        torch.nn.functional.gelu(hidden), (128,), classifier["layer_norm.weight"], classifier["layer_norm.bias"]
     )
-    guesses = torch.nn.functional.linear(hidden, head["weight"], head["bias"]).argmax(dim=1).numpy()
+    guesses = torch.nn.functional.linear(hidden, classifier["weight"], classifier["bias"]).argmax(dim=1).numpy()
     assert np.mean(guesses == ids[0]) > 0.8

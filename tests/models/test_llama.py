@@ -210,7 +210,7 @@ def random_model(kind="llama", dtype=jnp.float32, seed=0, **fields):
 
 
 def random_bypass(model, params, k, targets=("q_proj", "down_proj", "lm_head"), dtype=jnp.float32):
-    built = bypass.build(params, models.match_targets(params, list(targets), model.stack), k, dtype=dtype)
+    built = bypass.build(params, models.match_targets(params, list(targets), model.layers_path), k, dtype=dtype)
     rng = np.random.default_rng(9)
     values = jax.tree.map(lambda v: jnp.asarray((0.2 * rng.normal(size=v.shape)).astype(v.dtype)), built.values)
     return built._replace(values=values)
@@ -223,10 +223,10 @@ def loss_of(module, ids, variables):
     return -jnp.mean(picked)
 
 
-def value_and_grad(model, params, built, ids, remat=Remat.NONE, base=None):
+def value_and_grad(model, params, built, ids, remat=Remat.NONE, base_model=None):
     """Loss and the gradient of the values: on the fly, or resident where `base` is given."""
     module = model.module(remat)
-    extra = {} if base is None else {"base": base}
+    extra = {} if base_model is None else {"base": base_model}
 
     @jit
     def run(params, values):
@@ -258,9 +258,9 @@ def test_gradient_through_the_scan_equals_the_gradient_of_merging():
 
         want = dense(params, built.values)
         assert_close(value_and_grad(model, params, built, ids), want, 1e-6, 1e-7)  # the loss itself is float32
-        base = bypass.read(params, built.columns)
-        resident = make_resident(params, built, base)
-        assert_close(value_and_grad(model, resident, built, ids, base=base), want, 1e-6, 1e-7)
+        base_model = bypass.read(params, built.columns)
+        resident = make_resident(params, built, base_model)
+        assert_close(value_and_grad(model, resident, built, ids, base_model=base_model), want, 1e-6, 1e-7)
 
 
 def test_resident_equals_on_the_fly_with_a_bfloat16_base():
@@ -269,9 +269,9 @@ def test_resident_equals_on_the_fly_with_a_bfloat16_base():
         model, params = random_model(dtype=jnp.bfloat16)
         built = random_bypass(model, params, 2, ["q_proj", "down_proj"])
         ids = jnp.asarray(random_ids((2, 9)))
-        base = bypass.read(params, built.columns)
+        base_model = bypass.read(params, built.columns)
         want = value_and_grad(model, params, built, ids)
-        got = value_and_grad(model, make_resident(params, built, base), built, ids, base=base)
+        got = value_and_grad(model, make_resident(params, built, base_model), built, ids, base_model=base_model)
     assert {leaf.dtype for leaf in jax.tree.leaves(got[1])} == {jnp.dtype(jnp.float32)}
     assert_close(got, want, 1e-5, 1e-5)
 
@@ -279,12 +279,12 @@ def test_resident_equals_on_the_fly_with_a_bfloat16_base():
 def test_remat_changes_neither_loss_nor_gradient():
     model, params = random_model()
     built = random_bypass(model, params, 2)
-    base = bypass.read(params, built.columns)
-    resident = make_resident(params, built, base)
+    base_model = bypass.read(params, built.columns)
+    resident = make_resident(params, built, base_model)
     ids = jnp.asarray(random_ids((2, 9)))
-    want = value_and_grad(model, resident, built, ids, Remat.NONE, base)
-    assert_close(value_and_grad(model, resident, built, ids, Remat.NAMES, base), want, 1e-5, 1e-6)
-    assert_close(value_and_grad(model, resident, built, ids, Remat.FULL, base), want, 1e-5, 1e-6)
+    want = value_and_grad(model, resident, built, ids, Remat.NONE, base_model)
+    assert_close(value_and_grad(model, resident, built, ids, Remat.NAMES, base_model), want, 1e-5, 1e-6)
+    assert_close(value_and_grad(model, resident, built, ids, Remat.FULL, base_model), want, 1e-5, 1e-6)
     assert_close(value_and_grad(model, params, built, ids, Remat.FULL), want, 1e-4, 1e-5)  # on the fly
 
 

@@ -20,16 +20,16 @@ def problem(dtype=jnp.float32):
     rng = np.random.default_rng(0)
     normal = lambda leaf: jnp.asarray(0.3 * rng.standard_normal(leaf.shape), leaf.dtype)  # noqa: E731
     params = jax.tree.map(normal, model.abstract_params())
-    built = bypass.build(params, models.match_targets(params, ["q_proj", "lm_head"], model.stack), 2)
+    built = bypass.build(params, models.match_targets(params, ["q_proj", "lm_head"], model.layers_path), 2)
     built = built._replace(values=jax.tree.map(normal, built.values))
     vocabulary = CONFIG["vocab_size"]
     mask = (np.arange(TARGETS)[None] < rng.integers(1, TARGETS + 1, ROWS)[:, None]).astype(np.float32)
     batch = Batch(
         input_ids=rng.integers(0, vocabulary, (ROWS, TIME)).astype(np.int32),
         lengths=np.full(ROWS, TIME, np.int32),
-        target_positions=(rng.integers(0, TIME - 1, (ROWS, TARGETS)) * mask).astype(np.int32),
-        target_ids=(rng.integers(0, vocabulary, (ROWS, TARGETS)) * mask).astype(np.int32),
-        target_mask=mask,
+        label_positions=(rng.integers(0, TIME - 1, (ROWS, TARGETS)) * mask).astype(np.int32),
+        label_ids=(rng.integers(0, vocabulary, (ROWS, TARGETS)) * mask).astype(np.int32),
+        label_mask=mask,
     )
     return model.module(), params, built, jax.tree.map(jnp.asarray, batch)
 
@@ -39,7 +39,7 @@ def plain_losses(module, variables, batch):
     hidden, _ = module.apply(variables, batch.input_ids)
     scores = jax.nn.log_softmax(module.apply(variables, hidden, method="unembed").astype(jnp.float32))
     rows = jnp.arange(ROWS)[:, None]
-    return -scores[rows, batch.target_positions, batch.target_ids] * batch.target_mask
+    return -scores[rows, batch.label_positions, batch.label_ids] * batch.label_mask
 
 
 def losses_and_gradient(function, head: bool):
@@ -62,7 +62,7 @@ def losses_and_gradient(function, head: bool):
 @pytest.mark.parametrize("chunk", [1, 10, 32, 100])  # of 32 targets: one at a time, uneven, exactly full, all
 def test_losses_and_gradients_equal_the_plain_ones(head, chunk, monkeypatch):
     monkeypatch.setattr(losses, "LOGIT_BYTES", chunk * 4 * CONFIG["vocab_size"])
-    gradient, each = losses_and_gradient(losses.target_losses, head)
+    gradient, each = losses_and_gradient(losses.label_losses, head)
     plain_gradient, plain = losses_and_gradient(plain_losses, head)
     np.testing.assert_allclose(each, plain, rtol=1e-5, atol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), gradient, plain_gradient)
@@ -88,7 +88,7 @@ def test_no_more_logits_exist_than_a_chunk_of_them(head, monkeypatch):
     values = built.values if head else {"model": built.values["model"]}
 
     def total(values):
-        return jnp.sum(losses.target_losses(module, {"params": params, "bypass": values, "columns": built.columns}, batch))
+        return jnp.sum(losses.label_losses(module, {"params": params, "bypass": values, "columns": built.columns}, batch))
 
     found = [s for s in shapes(jax.make_jaxpr(jax.grad(total))(values).jaxpr) if s and s[-1] == vocabulary]
     assert found

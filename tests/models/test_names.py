@@ -146,6 +146,6 @@ def test_the_registry_keeps_the_config_and_the_dtype():
     config = {**SIZES, "model_type": "llama", "extra": 1}
     model = models.from_hf_config(config, jnp.bfloat16)
     assert model.hf_config == config
-    assert model.stack == STACK
+    assert model.layers_path == STACK
     assert {leaf.dtype for leaf in jax.tree.leaves(model.abstract_params())} == {jnp.dtype(jnp.bfloat16)}
     assert model.abstract_params()["model"]["layers"]["mlp"]["up_proj"]["kernel"].shape == (3, 12, 8)

@@ -167,7 +167,7 @@ def test_more_rows_need_more(bare, planned):
 )
 def test_length_of_the_longest_batch(bare, data, length):
     batch = plan.longest_batch(config_file.from_dict(bare(data=data), "test"), ROWS)
-    assert batch.input_ids.shape == batch.target_ids.shape == (ROWS, length)
+    assert batch.input_ids.shape == batch.label_ids.shape == (ROWS, length)
 
 
 def test_a_packed_run_is_planned_with_its_positions(bare, planned):

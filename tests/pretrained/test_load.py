@@ -39,7 +39,7 @@ def random_tensors(dtype=np.float32, config=CONFIG, seed=0):
     rng = np.random.default_rng(seed)
     shapes = {
         name: params[slot.path].shape[0 if slot.layer is None else 1 :]
-        for name, slot in names.checkpoint_names(model.abstract_params(), model.stack).items()
+        for name, slot in names.checkpoint_names(model.abstract_params(), model.layers_path).items()
     }
     return {name: rng.normal(size=shape).astype(dtype) for name, shape in shapes.items()}
 
@@ -61,9 +61,9 @@ def write(directory, tensors, shards=1, config=CONFIG):
     return directory
 
 
-def leaf(params, name, stack=("model", "layers")):
+def leaf(params, name, layers_path=("model", "layers")):
     """The array that a checkpoint tensor became."""
-    slot = names.checkpoint_names(params, stack)[name]
+    slot = names.checkpoint_names(params, layers_path)[name]
     for key in slot.path:
         params = params[key]
     return params if slot.layer is None else params[slot.layer]

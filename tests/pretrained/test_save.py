@@ -23,12 +23,14 @@ from neuroada_jax.pretrained.load import load_model
 PROMPTS = ["the", "after a,", "Please choose the correct answer", "option1\n", "a  b   c d"]
 
 
-def merged(base, seed=0):
+def merged(base_model, seed=0):
     """The base with a random bypass merged into it."""
-    built = bypass.build(base.params, models.match_targets(base.params, ["q_proj", "down_proj"], base.model.stack), 3)
+    built = bypass.build(
+        base_model.params, models.match_targets(base_model.params, ["q_proj", "down_proj"], base_model.model.layers_path), 3
+    )
     rng = np.random.default_rng(seed)
     values = jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.standard_normal(leaf.shape, np.float32)), built.values)
-    return bypass.merge(base.params, Bypass(values, built.columns))
+    return bypass.merge(base_model.params, Bypass(values, built.columns))
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +44,10 @@ def saved(tmp_path_factory):
     }
     made = {}
     for name, fields in cases.items():
-        base = load_model(str(write_model(folder / name, **fields)), "auto")
-        params = merged(base)
-        save.save(folder / f"{name}-merged", base, params, CHAT)
-        made[name] = (base, params, folder / f"{name}-merged")
+        base_model = load_model(str(write_model(folder / name, **fields)), "auto")
+        params = merged(base_model)
+        save.save(folder / f"{name}-merged", base_model, params, CHAT)
+        made[name] = (base_model, params, folder / f"{name}-merged")
     return made
 
 
@@ -62,8 +64,8 @@ def load(directory, caplog, capfd, auto=AutoModelForCausalLM):
     return model
 
 
-def jax_logits(base, params, ids):
-    module = base.model.module()
+def jax_logits(base_model, params, ids):
+    module = base_model.model.module()
 
     @jax.jit
     def forward(params):
@@ -75,7 +77,7 @@ def jax_logits(base, params, ids):
 
 @pytest.mark.parametrize("name", ["tied", "untied", "bfloat16"])
 def test_loads_in_transformers_with_the_same_logits_and_generations(name, saved, caplog, capfd):
-    base, params, directory = saved[name]
+    base_model, params, directory = saved[name]
     model = load(directory, caplog, capfd)
     assert model.dtype == (torch.bfloat16 if name == "bfloat16" else torch.float32)
     stored = safetensors.numpy.load_file(str(directory / "model.safetensors"))
@@ -85,17 +87,17 @@ def test_loads_in_transformers_with_the_same_logits_and_generations(name, saved,
 
     ids = np.random.default_rng(1).integers(0, CONFIG["vocab_size"], (2, 20)).astype(np.int32)
     if name == "bfloat16":  # both in float32 from the same rounded weights, else rounding hides everything
-        model, base, params = model.float(), load_model(str(directory), "float32"), None
-        params = base.params
+        model, base_model, params = model.float(), load_model(str(directory), "float32"), None
+        params = base_model.params
     with torch.no_grad():
         want = model(torch.from_numpy(ids).long()).logits.numpy()
-    np.testing.assert_allclose(jax_logits(base, params, ids), want, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(jax_logits(base_model, params, ids), want, rtol=0, atol=1e-4)
 
     if name == "bfloat16":
         return
     tokenizer = AutoTokenizer.from_pretrained(directory)
     coded = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
-    got = generate(base.model, params, coded, max_new_tokens=10, eos_ids=[])
+    got = generate(base_model.model, params, coded, max_new_tokens=10, eos_ids=[])
     for prompt, tokens in zip(coded, got, strict=True):
         inputs = torch.tensor([prompt])
         options = {"do_sample": False, "max_new_tokens": 10, "eos_token_id": None, "pad_token_id": 0}
@@ -111,9 +113,9 @@ def test_it_loads_here_again(saved):
 
 
 def test_files_and_config(saved):
-    base, _, directory = saved["bfloat16"]
+    base_model, _, directory = saved["bfloat16"]
     config = json.loads((directory / "config.json").read_text())
-    assert config == {**base.model.hf_config, "dtype": "bfloat16"}
+    assert config == {**base_model.model.hf_config, "dtype": "bfloat16"}
     generation = json.loads((directory / "generation_config.json").read_text())
     assert generation == {"bos_token_id": CHAT.bos_token_id, "eos_token_id": CHAT.eos_token_id}
     assert not (directory / "model.safetensors.index.json").exists()
@@ -134,9 +136,9 @@ def test_the_tokenizer_comes_along(saved):
 
 @pytest.mark.parametrize("name", ["untied", "bfloat16"])
 def test_shards(name, saved, tmp_path, monkeypatch, caplog, capfd):
-    base, params, whole = saved[name]
+    base_model, params, whole = saved[name]
     monkeypatch.setattr(save, "SHARD_BYTES", 5_000)
-    save.save(tmp_path / "m", base, params, CHAT)
+    save.save(tmp_path / "m", base_model, params, CHAT)
     files = sorted(path.name for path in tmp_path.glob("m/*.safetensors"))
     assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
     index = json.loads((tmp_path / "m" / "model.safetensors.index.json").read_text())
@@ -152,8 +154,8 @@ def test_shards(name, saved, tmp_path, monkeypatch, caplog, capfd):
 def test_a_generation_config_is_copied(tmp_path):
     directory = write_model(tmp_path / "m")
     (directory / "generation_config.json").write_text('{"temperature": 0.6, "do_sample": true, "eos_token_id": [1, 3]}')
-    base = load_model(str(directory))
-    save.save(tmp_path / "out", base, base.params, CHAT)
+    base_model = load_model(str(directory))
+    save.save(tmp_path / "out", base_model, base_model.params, CHAT)
     assert (tmp_path / "out" / "generation_config.json").read_text() == (directory / "generation_config.json").read_text()
 
 
@@ -161,31 +163,31 @@ def test_a_config_without_architectures_or_with_an_old_dtype_field(tmp_path):
     directory = write_model(tmp_path / "m")
     config = {key: value for key, value in CONFIG.items() if key not in ("architectures", "dtype")}
     (directory / "config.json").write_text(json.dumps({**config, "torch_dtype": "bfloat16"}))
-    base = load_model(str(directory), "float32")
-    save.save(tmp_path / "out", base, base.params, CHAT)
+    base_model = load_model(str(directory), "float32")
+    save.save(tmp_path / "out", base_model, base_model.params, CHAT)
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["architectures"] == ["LlamaForCausalLM"]
     assert written["dtype"] == "float32" and "torch_dtype" not in written
 
 
 def test_an_existing_directory_is_refused(saved, tmp_path):
-    base, params, _ = saved["tied"]
+    base_model, params, _ = saved["tied"]
     (tmp_path / "m").mkdir()
-    message = message_of(save.save, tmp_path / "m", base, params, CHAT)
+    message = message_of(save.save, tmp_path / "m", base_model, params, CHAT)
     assert message == f"{tmp_path / 'm'} exists already; choose another folder or remove it"
     (tmp_path / "m" / "old.txt").write_text("old")
-    save.save(tmp_path / "m", base, params, CHAT, replace=True)
+    save.save(tmp_path / "m", base_model, params, CHAT, replace=True)
     assert not (tmp_path / "m" / "old.txt").exists() and (tmp_path / "m" / "model.safetensors").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
 def test_a_failed_save_leaves_nothing(saved, tmp_path, monkeypatch):
-    base, params, _ = saved["tied"]
+    base_model, params, _ = saved["tied"]
 
     def fail(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(save, "_copy_generation_config", fail)
-    message = message_of(save.save, tmp_path / "m", base, params, CHAT)
+    message = message_of(save.save, tmp_path / "m", base_model, params, CHAT)
     assert message == f"{tmp_path / 'm'}: cannot be written (No space left on device)"
     assert list(tmp_path.iterdir()) == []

@@ -104,8 +104,8 @@ def test_resuming_keeps_the_connections_that_were_chosen(tmp_path, inputs, monke
     results = run.train(chosen, overwrite=True)
     whole = native.read(str(tmp_path / "out" / "adapter"))
     assert whole.metadata["rule"] == resumed.metadata["rule"] == "gradient"
-    base = load_model(str(inputs[0]))
-    by_magnitude = dict(names.unstacked(bypass.build(base.params, PATHS, 2).columns, base.model.stack))
+    base_model = load_model(str(inputs[0]))
+    by_magnitude = dict(names.unstacked(bypass.build(base_model.params, PATHS, 2).columns, base_model.model.layers_path))
     assert any((whole.columns[module] != by_magnitude[module]).any() for module in whole.columns)
     for module, columns in whole.columns.items():
         np.testing.assert_array_equal(resumed.columns[module], columns)

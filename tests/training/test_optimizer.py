@@ -101,7 +101,7 @@ def test_bfloat16_values_follow_the_published_formula_on_one_linear_map():
     params = {"map": {"kernel": jnp.asarray(0.1 * kernel, jnp.bfloat16)}}
     x, y = jnp.asarray(x, jnp.bfloat16), jnp.asarray(y, jnp.bfloat16)
     built = bypass.build(params, [("map",)], k, dtype=jnp.bfloat16)
-    columns, base = built.columns["map"]["columns"], bypass.read(params, built.columns)
+    columns, base_model = built.columns["map"]["columns"], bypass.read(params, built.columns)
 
     weight, their_x, their_y = (
         torch.from_numpy(np.array(array, np.float32)).bfloat16() for array in (params["map"]["kernel"], x, y)
@@ -116,10 +116,10 @@ def test_bfloat16_values_follow_the_published_formula_on_one_linear_map():
     @jax.jit
     def step(values, state):
         trained = bypass.Bypass(values["bypass"], built.columns)
-        resident = bypass.make_resident(params, trained, base)["map"]["kernel"]
+        resident = bypass.make_resident(params, trained, base_model)["map"]["kernel"]
 
         def loss(values):
-            out = ops.bypass_dense(x, resident, columns, values["bypass"]["map"]["values"], base["map"]["base"])
+            out = ops.bypass_dense(x, resident, columns, values["bypass"]["map"]["values"], base_model["map"]["base"])
             return jnp.mean(jnp.square((out - y).astype(jnp.float32)))
 
         value, gradient = jax.value_and_grad(loss)(values)

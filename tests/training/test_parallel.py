@@ -14,7 +14,7 @@ from helpers import write_model
 from neuroada_jax import models
 from neuroada_jax.core import bypass, ops, trees
 from neuroada_jax.models import Remat
-from neuroada_jax.models.losses import classification_losses, target_losses
+from neuroada_jax.models.losses import classification_losses, label_losses
 from neuroada_jax.planning.collectives import Traffic, collectives
 from neuroada_jax.planning.roofline import nbytes
 from neuroada_jax.pretrained.load import open_model, read_weights
@@ -41,7 +41,7 @@ def rows_of(batch, empty):
     return batch
 
 
-def train(form, make_state, module, transformation, batches, losses=target_losses, dropout_seed=None, accumulation=1):
+def train(form, make_state, module, transformation, batches, losses=label_losses, dropout_seed=None, accumulation=1):
     """(losses of the steps, gradient norms, trained tree, targets of the last step) of a run on the devices of `form`."""
     devices = parallel.resolve(ParallelSection(**form))
     rows = batches[0].input_ids.shape[0]
@@ -54,7 +54,7 @@ def train(form, make_state, module, transformation, batches, losses=target_losse
         old = state
         state, metrics = run_step(state, batch)
         history.append([float(each) for each in metrics])
-        donated = (old.params, old.trainable, old.optimizer)
+        donated = (old.params, old.trainable, old.opt_state)
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(donated))
     assert int(state.step) == len(batches)
     kept = jax.tree.map(lambda leaf, place: leaf.sharding.is_equivalent_to(place, leaf.ndim), state, where)
@@ -242,7 +242,7 @@ def sent(k=1, remat=Remat.FULL, **section):
     devices = parallel.resolve(ParallelSection(**section))
 
     def first_state(params):
-        built = bypass.build(params, models.match_targets(params, decoder.ALL, model.stack), k)
+        built = bypass.build(params, models.match_targets(params, decoder.ALL, model.layers_path), k)
         return step.initial_state(params, built, transformation)
 
     state = jax.eval_shape(first_state, model.abstract_params())

@@ -42,9 +42,9 @@ def causal_batch(data, rows):
     return Batch(
         input_ids=flat["input_ids"],
         lengths=flat["attention_mask"].sum(axis=1).astype(np.int32),
-        target_positions=position,
-        target_ids=ids,
-        target_mask=(np.arange(width)[None] < mask.sum(axis=1)[:, None]).astype(np.float32),
+        label_positions=position,
+        label_ids=ids,
+        label_mask=(np.arange(width)[None] < mask.sum(axis=1)[:, None]).astype(np.float32),
     )
 
 
@@ -92,7 +92,7 @@ class Start(NamedTuple):
 
 def start(run, dtype="float32"):
     loaded = load_model(run.model.path, dtype)
-    paths = models.match_targets(loaded.params, run.bypass.targets, loaded.model.stack)
+    paths = models.match_targets(loaded.params, run.bypass.targets, loaded.model.layers_path)
     built = connections.choose(run, loaded.model, loaded.params, paths, batches(run.name))
     return Start(loaded.model, loaded.params, kernels(loaded.model, loaded.params), built)
 
@@ -101,13 +101,13 @@ def kernels(model, params):
     """Every linear map's kernel, copied: a step donates the tree."""
     found = {}
     for path, kernel in trees.kernels(params):
-        modules = names.module_names(path, kernel, model.stack)
+        modules = names.module_names(path, kernel, model.layers_path)
         found |= zip(modules, np.array(kernel) if len(kernel.shape) == 3 else [np.array(kernel)], strict=True)
     return found
 
 
 def flat(model, tree):
-    return {module: np.asarray(leaf) for module, leaf in names.unstacked(tree, model.stack)}
+    return {module: np.asarray(leaf) for module, leaf in names.unstacked(tree, model.layers_path)}
 
 
 def train(run, begun, data):
@@ -297,7 +297,7 @@ def test_a_bfloat16_base_under_official_fidelity():
     expected, published = published_run(run, begun, load("data_causal.npz"), 0.01)
     with jax.numpy_dtype_promotion("standard"):  # JAX transposes its own attention in mixed precision
         state, losses, _ = train(run, begun, batches("llama_untied"))
-    small = jax.tree.leaves((state.bypass.values, state.optimizer))
+    small = jax.tree.leaves((state.bypass.values, state.opt_state))
     assert {leaf.dtype for leaf in small if leaf.ndim} == {jnp.dtype("bfloat16")}
     np.testing.assert_allclose(losses, expected, rtol=2e-3)
     values = flat(begun.model, state.bypass.values)
@@ -319,6 +319,6 @@ def test_a_bfloat16_base_under_official_fidelity():
             want = want.flatten().scatter_add(0, torch.from_numpy(places).long().flatten(), trained).view_as(want)
         np.testing.assert_array_equal(merged[module].astype(np.float32), want.float().numpy())
     ids, module = jnp.asarray(load("data_causal.npz")["input_ids"][0]), begun.model.module()
-    variables = {"params": state.params, "columns": state.columns, "base": state.base, **state.trainable}
+    variables = {"params": state.params, "columns": state.columns, "base": state.base_entries, **state.trainable}
     resident, plain = (jax.jit(module.apply)(tree, ids)[0] for tree in (variables, {"params": state.params}))
     np.testing.assert_array_equal(resident.astype(jnp.float32), plain.astype(jnp.float32))

@@ -130,8 +130,8 @@ def test_a_process_makes_its_own_rows_alone():
         np.testing.assert_array_equal(found.lengths, wanted.lengths)  # what the log counts
         assert found.input_ids.shape == wanted.input_ids.shape
         for leaf, full in zip(
-            (found.input_ids, found.target_ids, found.target_mask),
-            (wanted.input_ids, wanted.target_ids, wanted.target_mask),
+            (found.input_ids, found.label_ids, found.label_mask),
+            (wanted.input_ids, wanted.label_ids, wanted.label_mask),
             strict=True,
         ):
             np.testing.assert_array_equal(leaf[2:4], full[2:4])

@@ -111,12 +111,12 @@ def test_a_head_keeps_its_own_order_of_labels(trained, data, tmp_path):
         ("same", 1, ["not_equivalent", "equivalent"]),
         ("turned", -1, ["EQUIVALENT", "not-equivalent"]),
     ):
-        base = shutil.copytree(trained[0] / "merged", tmp_path / name)
+        base_model = shutil.copytree(trained[0] / "merged", tmp_path / name)
         turned = {each: np.ascontiguousarray(array[::step]) for each, array in tensors.items() if "classifier" in each}
-        safetensors.numpy.save_file(tensors | turned, str(base / "model.safetensors"), metadata={"format": "pt"})
-        config = json.loads((base / "config.json").read_text()) | {"id2label": dict(enumerate(labels))}
-        (base / "config.json").write_text(json.dumps(config))
-        results = run.train(settings(tmp_path / f"run-{name}", base, data, training={"epochs": 1}))
+        safetensors.numpy.save_file(tensors | turned, str(base_model / "model.safetensors"), metadata={"format": "pt"})
+        config = json.loads((base_model / "config.json").read_text()) | {"id2label": dict(enumerate(labels))}
+        (base_model / "config.json").write_text(json.dumps(config))
+        results = run.train(settings(tmp_path / f"run-{name}", base_model, data, training={"epochs": 1}))
         out = tmp_path / f"run-{name}" / "out"
         predictions = lines(out / "predictions-dev-after.jsonl")
         logits = [each.pop("logits") for each in predictions]  # in the task's order

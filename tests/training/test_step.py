@@ -36,9 +36,9 @@ def random_batch(rows=4, time=12, targets=8, seed=0):
     return Batch(
         input_ids=rng.integers(0, CONFIG["vocab_size"], (rows, time)).astype(np.int32),
         lengths=lengths,
-        target_positions=(rng.integers(0, time - 1, (rows, targets)) * mask).astype(np.int32),
-        target_ids=(rng.integers(0, CONFIG["vocab_size"], (rows, targets)) * mask).astype(np.int32),
-        target_mask=mask,
+        label_positions=(rng.integers(0, time - 1, (rows, targets)) * mask).astype(np.int32),
+        label_ids=(rng.integers(0, CONFIG["vocab_size"], (rows, targets)) * mask).astype(np.int32),
+        label_mask=mask,
     )
 
 
@@ -56,11 +56,11 @@ def fresh(model, transformation, targets=SOME, k=1):
     """(params, state); `params` are NumPy copies, since the state's are donated."""
     params = random_params(model)
     kept = jax.tree.map(lambda leaf: np.array(leaf), params)
-    built = bypass.build(params, models.match_targets(params, list(targets), model.stack), k)
+    built = bypass.build(params, models.match_targets(params, list(targets), model.layers_path), k)
     return kept, step.initial_state(params, built, transformation)
 
 
-def test_no_base_leaf_is_in_gradients_or_optimizer_state():
+def test_no_base_leaf_is_in_gradients_or_opt_state():
     model, transformation, _ = compiled()
     params, state = fresh(model, transformation, ALL, k=3)
     allowed = {leaf.shape for leaf in jax.tree.leaves(state.trainable)}
@@ -75,7 +75,7 @@ def test_no_base_leaf_is_in_gradients_or_optimizer_state():
     (gradient,) = seen
     assert jax.tree.structure(gradient) == jax.tree.structure(state.trainable)
     assert {leaf.shape for leaf in jax.tree.leaves(gradient)} == allowed
-    for tree in (state.optimizer, new.optimizer):
+    for tree in (state.opt_state, new.opt_state):
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             keys = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
             assert leaf.ndim == 0 or (leaf.shape in allowed and keys[-1] == "values"), path
@@ -86,7 +86,7 @@ def test_no_base_leaf_is_in_gradients_or_optimizer_state():
 @pytest.mark.parametrize(("parts", "packed"), [(2, False), (4, False), (2, True)])
 def test_accumulation_equals_one_batch(parts, packed):
     batch = random_batch()
-    batch.target_mask[3] = 0  # parts with different numbers of targets, one of them empty
+    batch.label_mask[3] = 0  # parts with different numbers of targets, one of them empty
     if packed:
         positions = [[*range(split), *range(12 - split)] for split in (5, 1, 8, 12)]
         batch = batch._replace(positions=np.array(positions, np.int32))
@@ -108,8 +108,8 @@ def dense_loss(model, params, batch):
     logits = np.asarray(model.module().apply({"params": params}, hidden, method="unembed"), np.float64)
     log_z = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
     rows = np.arange(len(logits))[:, None]
-    picked = logits[rows, batch.target_positions, batch.target_ids] - log_z[rows, batch.target_positions]
-    return -(picked * batch.target_mask).sum() / batch.target_mask.sum()
+    picked = logits[rows, batch.label_positions, batch.label_ids] - log_z[rows, batch.label_positions]
+    return -(picked * batch.label_mask).sum() / batch.label_mask.sum()
 
 
 def test_loss_equals_the_one_over_full_logits():
@@ -119,7 +119,7 @@ def test_loss_equals_the_one_over_full_logits():
     want = dense_loss(model, params, batch)
     new, metrics = run(state, batch)
     assert float(metrics.loss) == pytest.approx(want, rel=1e-5)
-    assert float(metrics.targets) == batch.target_mask.sum()
+    assert float(metrics.targets) == batch.label_mask.sum()
     assert float(metrics.gradient_norm) > 0
     # The next loss is that of the updated weights: the resident write has happened.
     want = dense_loss(model, new.params, batch)
@@ -139,19 +139,19 @@ DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "f
 def test_packed_losses_and_gradients_equal_unpacked_ones(fields):
     model = models.from_hf_config({**CONFIG, **fields})
     params, module = random_params(model), model.module()
-    built = bypass.build(params, models.match_targets(params, list(SOME), model.stack), 2)
+    built = bypass.build(params, models.match_targets(params, list(SOME), model.layers_path), 2)
     rng = np.random.default_rng(0)
     lengths = rng.integers(4, 15, 9)
     ids = rng.integers(0, CONFIG["vocab_size"], lengths.sum()).astype(np.int32)
-    is_target = rng.random(len(ids)) < 0.4
+    is_label = rng.random(len(ids)) < 0.4
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    is_target[offsets[:-1]], is_target[offsets[1:] - 1] = False, True
-    examples = Examples(ids, is_target, np.arange(9, dtype=np.int32), offsets, 0, 0)
+    is_label[offsets[:-1]], is_label[offsets[1:] - 1] = False, True
+    examples = Examples(ids, is_label, np.arange(9, dtype=np.int32), offsets, 0, 0)
 
     @jax.jit
     def gradient_and_losses(values, batch):
         def total(values):
-            each = losses.target_losses(module, {"params": params, "bypass": values, "columns": built.columns}, batch)
+            each = losses.label_losses(module, {"params": params, "bypass": values, "columns": built.columns}, batch)
             return jnp.sum(each), each
 
         return jax.grad(total, has_aux=True)(values)
@@ -160,8 +160,8 @@ def test_packed_losses_and_gradients_equal_unpacked_ones(fields):
     for batches in (Batches(examples, 9, 0, [16]), Batches(examples, 6, 0, packed_length=24)):  # an empty row at the end
         batch = batches.batch(0, 0)
         gradient, each = gradient_and_losses(built.values, batch)
-        counts = examples.target_counts[batches.rows(0, 0)]
-        per_example = np.split(np.asarray(each)[batch.target_mask == 1], np.cumsum(counts)[:-1])
+        counts = examples.label_counts[batches.rows(0, 0)]
+        per_example = np.split(np.asarray(each)[batch.label_mask == 1], np.cumsum(counts)[:-1])
         results.append((gradient, dict(zip(batches.rows(0, 0).tolist(), per_example, strict=True))))
     (gradient, unpacked), (packed_gradient, packed) = results
     assert not batch.lengths[-1] and batch.positions[0].tolist().count(0) > 1
@@ -221,11 +221,11 @@ def check_resident(params, state):
         module = path[:-1]
         if module in targets and path[-1] == "kernel":
             chosen = np.asarray(targets[module])
-            base = np.take_along_axis(leaf, chosen, -1)
+            base_model = np.take_along_axis(leaf, chosen, -1)
             values = np.asarray(trees.get(state.bypass.values, module)["values"])
-            np.testing.assert_array_equal(np.asarray(trees.get(state.base, module)["base"]), base)
+            np.testing.assert_array_equal(np.asarray(trees.get(state.base_entries, module)["base"]), base_model)
             assert values.any(axis=(1, 2)).all()  # every layer has learnt something
-            np.put_along_axis(want, chosen, (base.astype(np.float32) + values).astype(leaf.dtype), -1)
+            np.put_along_axis(want, chosen, (base_model.astype(np.float32) + values).astype(leaf.dtype), -1)
         assert want.tobytes() == now.tobytes(), path
 
 
@@ -237,19 +237,19 @@ def test_bfloat16_base_trains_float32_values():
     assert losses[-1] < losses[0]
     assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(state.params))
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.trainable))
-    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim)
     check_resident(params, state)
 
 
 def snapshot(state):
-    return jax.tree.map(lambda leaf: np.array(leaf), (state.step, state.trainable, state.optimizer, state.params))
+    return jax.tree.map(lambda leaf: np.array(leaf), (state.step, state.trainable, state.opt_state, state.params))
 
 
 def test_a_step_that_is_not_finite_freezes_the_state():
     model, transformation, run = compiled()
     _, state = fresh(model, transformation)
     good, bad = random_batch(), random_batch(seed=1)
-    bad = bad._replace(target_mask=np.full_like(bad.target_mask, np.nan))
+    bad = bad._replace(label_mask=np.full_like(bad.label_mask, np.nan))
     state, _ = run(state, good)
     state, _ = run(state, good)
     kept = snapshot(state)
@@ -288,7 +288,7 @@ def test_the_state_is_donated():
     model, transformation, run = compiled()
     _, state = fresh(model, transformation)
     new, _ = run(state, random_batch())
-    for path, leaf in jax.tree_util.tree_leaves_with_path((state.params, state.trainable, state.optimizer)):
+    for path, leaf in jax.tree_util.tree_leaves_with_path((state.params, state.trainable, state.opt_state)):
         assert leaf.is_deleted(), path
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(new))
 
@@ -297,7 +297,7 @@ def test_an_empty_batch_changes_nothing_but_the_count():
     model, transformation, run = compiled()
     _, state = fresh(model, transformation)
     batch = random_batch()
-    batch = batch._replace(target_mask=np.zeros_like(batch.target_mask))
+    batch = batch._replace(label_mask=np.zeros_like(batch.label_mask))
     state, metrics = run(state, batch)
     assert (float(metrics.loss), float(metrics.gradient_norm), int(state.failed_step)) == (0, 0, -1)
     assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(state.trainable))

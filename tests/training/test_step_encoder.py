@@ -16,7 +16,7 @@ from neuroada_jax.models import ENCODER_TARGETS, Remat, dense_modules, names
 from neuroada_jax.models.losses import classification_losses
 from neuroada_jax.pretrained.load import load_model
 from neuroada_jax.training import checkpoint, optimizer, step
-from neuroada_jax.training.config import HeadSection, OptimizerSection
+from neuroada_jax.training.config import ClassifierSection, OptimizerSection
 
 SIZES = {
     "vocab_size": 31,
@@ -31,19 +31,19 @@ HEAD = [("classifier",)]
 SOME = ["query", "intermediate.dense"]  # fewer targets compile faster
 
 
-def setup(kind="roberta", labels=("a", "b", "c"), dropout=0.0, dtype=jnp.float32, head=None, targets=SOME, **section):
+def setup(kind="roberta", labels=("a", "b", "c"), dropout=0.0, dtype=jnp.float32, classifier=None, targets=SOME, **section):
     """(model, transformation, make_state) of a random encoder; every state starts from the same numbers."""
     rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     model = models.from_hf_config({"model_type": kind, **SIZES, **rates}, dtype, labels)
     section = OptimizerSection(**{"learning_rate": 0.02, "schedule": "constant", **section})
-    transformation = optimizer.build(section, 100, head)
+    transformation = optimizer.build(section, 100, classifier)
 
     def make_state(paths=HEAD):
         rng = np.random.default_rng(0)
         params = jax.tree.map(
             lambda leaf: jnp.asarray(0.3 * rng.standard_normal(leaf.shape), leaf.dtype), model.abstract_params()
         )
-        built = bypass.build(params, models.match_targets(params, targets, model.stack), 2)
+        built = bypass.build(params, models.match_targets(params, targets, model.layers_path), 2)
         return step.initial_state(params, built, transformation, paths)
 
     return model, transformation, make_state
@@ -56,7 +56,7 @@ def random_batch(rows=4, time=12, classes=3, seed=0):
         lengths=rng.integers(4, time + 1, rows).astype(np.int32),
         token_types=rng.integers(0, 2, (rows, time)).astype(np.int32),
         labels=rng.integers(0, classes, rows).astype(np.int32) if classes else rng.standard_normal(rows, np.float32),
-        target_mask=np.ones(rows, np.float32),
+        label_mask=np.ones(rows, np.float32),
     )
 
 
@@ -67,7 +67,7 @@ def make_step(model, transformation, accumulation=1, dropout_seed=None):
 def test_the_head_is_in_the_trainable_tree_and_nowhere_else():
     model, transformation, make_state = setup()
     state = make_state()
-    assert "classifier" not in state.params and set(state.trainable) == {"bypass", "head"}
+    assert "classifier" not in state.params and set(state.trainable) == {"bypass", "classifier"}
     assert jax.tree.map(jnp.shape, state.merged) == jax.tree.map(lambda leaf: leaf.shape, model.abstract_params())
     seen = []
     spy = optax.GradientTransformation(
@@ -78,7 +78,7 @@ def test_the_head_is_in_the_trainable_tree_and_nowhere_else():
     new, _ = jax.eval_shape(run, state, random_batch())
     assert jax.tree.structure(seen[0]) == jax.tree.structure(state.trainable)
     assert jax.tree.structure(new) == jax.tree.structure(state)
-    moments = [leaf.shape for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim]
+    moments = [leaf.shape for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
     assert sorted(moments) == sorted(2 * [leaf.shape for leaf in jax.tree.leaves(state.trainable)])
 
 
@@ -93,8 +93,8 @@ def test_a_step_moves_head_and_values_and_nothing_else():
     assert losses[-1] < losses[0] and float(metrics.targets) == 4
     for leaf, old in zip(jax.tree.leaves(state.trainable), jax.tree.leaves(before.trainable), strict=True):
         assert np.abs(leaf - old).max() > 1e-3
-    kept = bypass.unmerge(state.params, state.columns, state.base)
-    originals = bypass.unmerge(before.params, before.columns, before.base)
+    kept = bypass.unmerge(state.params, state.columns, state.base_entries)
+    originals = bypass.unmerge(before.params, before.columns, before.base_model)
     jax.tree.map(np.testing.assert_array_equal, kept, originals)
 
 
@@ -108,7 +108,7 @@ def apply(model, state, batch):
 def test_the_loss_is_the_mean_over_examples():
     model, transformation, make_state = setup("bert")
     state, batch = make_state(), random_batch()
-    batch = batch._replace(target_mask=np.array([1, 1, 1, 0], np.float32), lengths=np.array([12, 5, 3, 0], np.int32))
+    batch = batch._replace(label_mask=np.array([1, 1, 1, 0], np.float32), lengths=np.array([12, 5, 3, 0], np.int32))
     want = -jax.nn.log_softmax(apply(model, state, batch))[np.arange(3), batch.labels[:3]].mean()
     _, metrics = make_step(model, transformation)(state, batch)
     assert float(metrics.loss) == pytest.approx(float(want), rel=1e-5)
@@ -125,7 +125,7 @@ def test_regression_takes_the_mean_squared_error():
 
 def test_accumulation_equals_one_batch():
     batch = random_batch()
-    batch.target_mask[3] = 0  # parts with different numbers of examples
+    batch.label_mask[3] = 0  # parts with different numbers of examples
     results = []
     for parts in (1, 2):
         model, transformation, make_state = setup()
@@ -162,17 +162,21 @@ def test_dropout_follows_from_seed_and_step_and_survives_a_resume(tmp_path):
 
 def test_rates_and_decay_of_the_head_are_its_own():
     batch, trained = random_batch(), {}
-    sections = {"same": HeadSection(), "slow": HeadSection(learning_rate=0.002), "decay": HeadSection(weight_decay=0.5)}
+    sections = {
+        "same": ClassifierSection(),
+        "slow": ClassifierSection(learning_rate=0.002),
+        "decay": ClassifierSection(weight_decay=0.5),
+    }
     for name, section in sections.items():
-        model, transformation, make_state = setup(head=section, clip_norm=None)
+        model, transformation, make_state = setup(classifier=section, clip_norm=None)
         before = jax.tree.map(np.array, make_state().trainable)
         state, _ = make_step(model, transformation)(make_state(), batch)
         trained[name] = jax.tree.map(lambda new, old: np.asarray(new) - old, state.trainable, before)
     jax.tree.map(np.testing.assert_array_equal, trained["same"]["bypass"], trained["slow"]["bypass"])
     jax.tree.map(np.testing.assert_array_equal, trained["same"]["bypass"], trained["decay"]["bypass"])
-    same, slow, decay = (trained[name]["head"]["classifier"]["dense"] for name in ("same", "slow", "decay"))
+    same, slow, decay = (trained[name]["classifier"]["classifier"]["dense"] for name in ("same", "slow", "decay"))
     np.testing.assert_allclose(slow["kernel"], 0.1 * same["kernel"], rtol=1e-3, atol=1e-6)
-    kernel = before["head"]["classifier"]["dense"]["kernel"]
+    kernel = before["classifier"]["classifier"]["dense"]["kernel"]
     np.testing.assert_allclose(decay["kernel"], same["kernel"] - 0.02 * 0.5 * kernel, rtol=1e-3, atol=1e-6)
     np.testing.assert_array_equal(decay["bias"], same["bias"])
 
@@ -191,10 +195,10 @@ def test_a_bfloat16_base_trains_a_float32_head():
 
 def test_split_and_join_are_inverse():
     params = {"a": {"b": {"kernel": jnp.ones(2)}, "c": {"bias": jnp.zeros(3)}}, "d": {"kernel": jnp.ones(4)}}
-    rest, head = dense_modules.split(params, [("a", "b"), ("d",)])
-    assert rest == {"a": {"c": params["a"]["c"]}} and set(head) == {"a", "d"}
-    jax.tree.map(np.testing.assert_array_equal, dense_modules.join(rest, head), params)
-    assert set(dense_modules.to_names(head)) == {"a.b.weight", "d.weight"}
+    rest, classifier = dense_modules.split(params, [("a", "b"), ("d",)])
+    assert rest == {"a": {"c": params["a"]["c"]}} and set(classifier) == {"a", "d"}
+    jax.tree.map(np.testing.assert_array_equal, dense_modules.join(rest, classifier), params)
+    assert set(dense_modules.to_names(classifier)) == {"a.b.weight", "d.weight"}
     assert dense_modules.join(params, {}) == params == dense_modules.split(params, [])[0]
 
 
@@ -212,7 +216,7 @@ def golden_batches(rows=None):
             lengths=flat["attention_mask"][chosen].sum(axis=1).astype(np.int32),
             token_types=np.zeros((4, 16), np.int32),
             labels=flat["labels"][chosen],
-            target_mask=np.ones(4, np.float32),
+            label_mask=np.ones(4, np.float32),
         )
 
 
@@ -221,7 +225,7 @@ def run_official(case, section, rows=None):
     facts = FACTS[case]
     loaded = load_model(str(GOLDEN / "roberta_cls"))
     original = jax.tree.map(np.array, loaded.params)
-    paths = models.match_targets(loaded.params, list(ENCODER_TARGETS), loaded.model.stack)
+    paths = models.match_targets(loaded.params, list(ENCODER_TARGETS), loaded.model.layers_path)
     built = bypass.build(loaded.params, paths, facts["k"])
     transformation = optimizer.build(section, 5)
     state = step.initial_state(loaded.params, built, transformation, HEAD)
@@ -236,8 +240,10 @@ def run_official(case, section, rows=None):
 
 def check_trained(model, state, golden, prefix):
     expected = {key.removeprefix(prefix) for key in golden if key.startswith(prefix)}
-    values = {f"{name}.weight_new": leaf.reshape(-1) for name, leaf in names.unstacked(state.bypass.values, model.stack)}
-    found = values | dense_modules.to_names(state.head)
+    values = {
+        f"{name}.weight_new": leaf.reshape(-1) for name, leaf in names.unstacked(state.bypass.values, model.layers_path)
+    }
+    found = values | dense_modules.to_names(state.classifier)
     assert set(found) == expected
     for name, leaf in found.items():
         np.testing.assert_allclose(leaf, golden[prefix + name], rtol=1e-4, atol=1e-6, err_msg=name)
@@ -254,8 +260,8 @@ def test_parity_with_the_official_code(k):
     np.testing.assert_allclose(norms, facts["grad_norm"], rtol=1e-4)
     check_trained(model, state, golden, "param_step5/")
 
-    merged, kept = (dict(named_kernels(tree, model.stack)) for tree in (state.merged, original))
-    for name, columns in names.unstacked(state.columns, model.stack):
+    merged, kept = (dict(named_kernels(tree, model.layers_path)) for tree in (state.merged, original))
+    for name, columns in names.unstacked(state.columns, model.layers_path):
         rows, cols = golden[f"positions/{name}.weight"].T
         np.testing.assert_array_equal(columns.reshape(-1), cols)
         np.testing.assert_array_equal(np.arange(len(columns)).repeat(k), rows)
@@ -276,10 +282,10 @@ def test_parity_with_the_official_code(k):
     np.testing.assert_allclose(after, facts["losses_after_5"], rtol=1e-5)
 
 
-def named_kernels(params, stack):
+def named_kernels(params, layers_path):
     for path, kernel in trees.kernels(params):
-        if names.is_stacked(path, stack):
-            yield from zip(names.module_names(path, kernel, stack), np.asarray(kernel), strict=True)
+        if names.is_stacked(path, layers_path):
+            yield from zip(names.module_names(path, kernel, layers_path), np.asarray(kernel), strict=True)
 
 
 def test_parity_with_the_official_trainer():
