@@ -34,6 +34,7 @@ from benchmarks.methods import (
 from neuroada_jax import models
 from neuroada_jax.models import LLAMA_TARGETS, Model, Remat, names
 from neuroada_jax.pretrained.load import open_model
+from neuroada_jax.pretrained.source import open_tensors
 
 # peft 0.21 on transformers 5.23, whenever it wraps a model, and its SHiRA whenever it runs
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
@@ -57,7 +58,7 @@ def load(source: str, dtype: str) -> Weights:
             shapes = _empty_model(model, where["dtype"]).state_dict()
         return Weights(model, {name: torch.empty(each.shape, **where).normal_(std=0.02) for name, each in shapes.items()})
     opened = open_model(source, dtype)
-    stored = source.open_tensors(opened.path)
+    stored = open_tensors(opened.path)
     wanted = names.checkpoint_names(opened.model.abstract_params(), opened.model.layers_path)
     to_torch = lambda name: torch.from_numpy(np.array(stored.read(name), np.float32)).to(**where)  # noqa: E731
     return Weights(opened.model, {name: to_torch(name) for name in wanted})

@@ -130,3 +130,19 @@ def equations(jaxpr):
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
                 yield from equations(inner)
+
+
+def load_in_transformers(directory, caplog, capfd, auto="AutoModelForCausalLM"):
+    """The directory in PyTorch, without a word from transformers."""
+    import transformers
+    from transformers.utils import logging
+
+    logging.enable_propagation()
+    try:
+        with caplog.at_level("WARNING"):
+            model = getattr(transformers, auto).from_pretrained(directory).eval()
+    finally:
+        logging.disable_propagation()
+    assert [record.getMessage() for record in caplog.records] == []
+    assert "Warning" not in capfd.readouterr().err
+    return model

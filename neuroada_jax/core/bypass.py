@@ -4,9 +4,9 @@ Trees are plain nested dicts that mirror the parameters (docs/design.md). A line
 `kernel`, or the kernel itself where a tree has another name for it. Kernels are (*L, O, I), or (*L, I, O) where the
 functions are told so, L being the stacked layers if there are any. At the same path the bypass trees hold
 
-    values   {"values":  (*L, O, k)}   trainable, float32, zero at the start
-    columns  {"columns": (*L, O, k)}   int32, static
-    base     {"base":    (*L, O, k)}   the kernel's own entries at the columns, kept while the kernel is resident
+    values        {"values": (*L, O, k)}        trainable, float32, zero at the start
+    columns       {"columns": (*L, O, k)}       int32, static
+    base_entries  {"base_entries": (*L, O, k)}  the kernel's own entries at the columns, kept while the kernel is resident
 
 Inputs and neurons may each take several axes of a kernel, as in the (D, H, N) of Flax's attention: columns then count the
 flattened inputs, and O the flattened neurons.

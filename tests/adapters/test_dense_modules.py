@@ -9,9 +9,7 @@ import pytest
 import safetensors.numpy
 import torch
 from data_helpers import CHAT, message_of
-from helpers import CONFIG, random_tensors, run_config, write_config, write_model, write_rows
-from test_save import load
-from transformers import AutoModelForSequenceClassification
+from helpers import CONFIG, load_in_transformers, random_tensors, run_config, write_config, write_model, write_rows
 
 from neuroada_jax import cli, models
 from neuroada_jax.adapters import exchange, native
@@ -90,7 +88,7 @@ def test_the_merged_model_loads_in_transformers_with_the_same_logits(bare, tmp_p
     base_model, *_, directory = bare
     params = native.merge(native.read(str(directory)), base_model)
     save.save(tmp_path / "merged", base_model, params, CHAT)
-    reference = load(tmp_path / "merged", caplog, capfd, AutoModelForSequenceClassification)
+    reference = load_in_transformers(tmp_path / "merged", caplog, capfd, "AutoModelForSequenceClassification")
     assert type(reference).__name__ == base_model.model.architecture.transformers_class
     assert [reference.config.id2label[number] for number in range(3)] == LABELS
     assert not (tmp_path / "merged" / "generation_config.json").exists()

@@ -166,7 +166,7 @@ def test_a_stop_string_that_never_comes_ends_at_the_longest_continuation(base_mo
 
 def test_before_stop():
     assert generation.before_stop("a b c", ("c", "b")) == "a "
-    assert generation.before_stop("a b c", ()) == "a b c" == before_stop("a b c", ("d",))
+    assert generation.before_stop("a b c", ()) == "a b c" == generation.before_stop("a b c", ("d",))
 
 
 @pytest.mark.parametrize(

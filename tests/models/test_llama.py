@@ -223,10 +223,10 @@ def loss_of(module, ids, variables):
     return -jnp.mean(picked)
 
 
-def value_and_grad(model, params, built, ids, remat=Remat.NONE, base_model=None):
+def value_and_grad(model, params, built, ids, remat=Remat.NONE, base_entries=None):
     """Loss and the gradient of the values: on the fly, or resident where `base` is given."""
     module = model.module(remat)
-    extra = {} if base_model is None else {"base": base_model}
+    extra = {} if base_entries is None else {"base_entries": base_entries}
 
     @jit
     def run(params, values):
@@ -258,9 +258,9 @@ def test_gradient_through_the_scan_equals_the_gradient_of_merging():
 
         want = dense(params, built.values)
         assert_close(value_and_grad(model, params, built, ids), want, 1e-6, 1e-7)  # the loss itself is float32
-        base_model = bypass.read(params, built.columns)
-        resident = make_resident(params, built, base_model)
-        assert_close(value_and_grad(model, resident, built, ids, base_model=base_model), want, 1e-6, 1e-7)
+        base_entries = bypass.read(params, built.columns)
+        resident = make_resident(params, built, base_entries)
+        assert_close(value_and_grad(model, resident, built, ids, base_entries=base_entries), want, 1e-6, 1e-7)
 
 
 def test_resident_equals_on_the_fly_with_a_bfloat16_base():
@@ -269,9 +269,9 @@ def test_resident_equals_on_the_fly_with_a_bfloat16_base():
         model, params = random_model(dtype=jnp.bfloat16)
         built = random_bypass(model, params, 2, ["q_proj", "down_proj"])
         ids = jnp.asarray(random_ids((2, 9)))
-        base_model = bypass.read(params, built.columns)
+        base_entries = bypass.read(params, built.columns)
         want = value_and_grad(model, params, built, ids)
-        got = value_and_grad(model, make_resident(params, built, base_model), built, ids, base_model=base_model)
+        got = value_and_grad(model, make_resident(params, built, base_entries), built, ids, base_entries=base_entries)
     assert {leaf.dtype for leaf in jax.tree.leaves(got[1])} == {jnp.dtype(jnp.float32)}
     assert_close(got, want, 1e-5, 1e-5)
 
@@ -279,12 +279,12 @@ def test_resident_equals_on_the_fly_with_a_bfloat16_base():
 def test_remat_changes_neither_loss_nor_gradient():
     model, params = random_model()
     built = random_bypass(model, params, 2)
-    base_model = bypass.read(params, built.columns)
-    resident = make_resident(params, built, base_model)
+    base_entries = bypass.read(params, built.columns)
+    resident = make_resident(params, built, base_entries)
     ids = jnp.asarray(random_ids((2, 9)))
-    want = value_and_grad(model, resident, built, ids, Remat.NONE, base_model)
-    assert_close(value_and_grad(model, resident, built, ids, Remat.NAMES, base_model), want, 1e-5, 1e-6)
-    assert_close(value_and_grad(model, resident, built, ids, Remat.FULL, base_model), want, 1e-5, 1e-6)
+    want = value_and_grad(model, resident, built, ids, Remat.NONE, base_entries)
+    assert_close(value_and_grad(model, resident, built, ids, Remat.NAMES, base_entries), want, 1e-5, 1e-6)
+    assert_close(value_and_grad(model, resident, built, ids, Remat.FULL, base_entries), want, 1e-5, 1e-6)
     assert_close(value_and_grad(model, params, built, ids, Remat.FULL), want, 1e-4, 1e-5)  # on the fly
 
 

@@ -9,9 +9,8 @@ import pytest
 import safetensors.numpy
 import torch
 from data_helpers import CHAT, message_of
-from helpers import CONFIG, write_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
+from helpers import CONFIG, load_in_transformers, write_model
+from transformers import AutoTokenizer
 
 from neuroada_jax import models
 from neuroada_jax.core import bypass
@@ -51,19 +50,6 @@ def saved(tmp_path_factory):
     return made
 
 
-def load(directory, caplog, capfd, auto=AutoModelForCausalLM):
-    """The directory in PyTorch, without a word from transformers."""
-    logging.enable_propagation()
-    try:
-        with caplog.at_level("WARNING"):
-            model = auto.from_pretrained(directory).eval()
-    finally:
-        logging.disable_propagation()
-    assert [record.getMessage() for record in caplog.records] == []
-    assert "Warning" not in capfd.readouterr().err
-    return model
-
-
 def jax_logits(base_model, params, ids):
     module = base_model.model.module()
 
@@ -78,7 +64,7 @@ def jax_logits(base_model, params, ids):
 @pytest.mark.parametrize("name", ["tied", "untied", "bfloat16"])
 def test_loads_in_transformers_with_the_same_logits_and_generations(name, saved, caplog, capfd):
     base_model, params, directory = saved[name]
-    model = load(directory, caplog, capfd)
+    model = load_in_transformers(directory, caplog, capfd)
     assert model.dtype == (torch.bfloat16 if name == "bfloat16" else torch.float32)
     stored = safetensors.numpy.load_file(str(directory / "model.safetensors"))
     assert ("lm_head.weight" in stored) == (name == "untied")
@@ -144,8 +130,8 @@ def test_shards(name, saved, tmp_path, monkeypatch, caplog, capfd):
     index = json.loads((tmp_path / "m" / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == set(files)
     assert index["metadata"]["total_size"] == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    one = load(whole, caplog, capfd).state_dict()
-    many = load(tmp_path / "m", caplog, capfd).state_dict()
+    one = load_in_transformers(whole, caplog, capfd).state_dict()
+    many = load_in_transformers(tmp_path / "m", caplog, capfd).state_dict()
     assert one.keys() == many.keys() and all(torch.equal(one[key], many[key]) for key in one)
     again = load_model(str(tmp_path / "m"), "auto").params
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), again, params)

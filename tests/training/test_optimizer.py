@@ -38,7 +38,7 @@ def tree(scale: float):
         "params": module,
         "bypass": {"self_attn": {"q_proj": {"values": jnp.full((3, 5, 2), scale)}}},
         "columns": {"self_attn": {"q_proj": {"columns": jnp.ones((3, 5, 2), jnp.int32)}}},
-        "base": {"self_attn": {"q_proj": {"base": jnp.full((3, 5, 2), scale)}}},
+        "base_entries": {"self_attn": {"q_proj": {"base_entries": jnp.full((3, 5, 2), scale)}}},
     }
 
 
@@ -50,7 +50,7 @@ def test_a_combined_tree_moves_in_its_bypass_alone():
     assert [leaf.shape for leaf in moments] == [(3, 5, 2)] * 2  # mu and nu of the values, nothing else
     with jax.numpy_dtype_promotion("standard"):
         updates, _ = transformation.update(gradients, state, weights)
-    for collection in ("params", "columns", "base"):
+    for collection in ("params", "columns", "base_entries"):
         assert all(not np.asarray(leaf).any() for leaf in jax.tree.leaves(updates[collection]))
     assert all(np.asarray(leaf).all() for leaf in jax.tree.leaves(updates["bypass"]))
 
@@ -101,7 +101,7 @@ def test_bfloat16_values_follow_the_published_formula_on_one_linear_map():
     params = {"map": {"kernel": jnp.asarray(0.1 * kernel, jnp.bfloat16)}}
     x, y = jnp.asarray(x, jnp.bfloat16), jnp.asarray(y, jnp.bfloat16)
     built = bypass.build(params, [("map",)], k, dtype=jnp.bfloat16)
-    columns, base_model = built.columns["map"]["columns"], bypass.read(params, built.columns)
+    columns, base_entries = built.columns["map"]["columns"], bypass.read(params, built.columns)
 
     weight, their_x, their_y = (
         torch.from_numpy(np.array(array, np.float32)).bfloat16() for array in (params["map"]["kernel"], x, y)
@@ -116,10 +116,12 @@ def test_bfloat16_values_follow_the_published_formula_on_one_linear_map():
     @jax.jit
     def step(values, state):
         trained = bypass.Bypass(values["bypass"], built.columns)
-        resident = bypass.make_resident(params, trained, base_model)["map"]["kernel"]
+        resident = bypass.make_resident(params, trained, base_entries)["map"]["kernel"]
 
         def loss(values):
-            out = ops.bypass_dense(x, resident, columns, values["bypass"]["map"]["values"], base_model["map"]["base"])
+            out = ops.bypass_dense(
+                x, resident, columns, values["bypass"]["map"]["values"], base_entries["map"]["base_entries"]
+            )
             return jnp.mean(jnp.square((out - y).astype(jnp.float32)))
 
         value, gradient = jax.value_and_grad(loss)(values)

@@ -221,11 +221,11 @@ def check_resident(params, state):
         module = path[:-1]
         if module in targets and path[-1] == "kernel":
             chosen = np.asarray(targets[module])
-            base_model = np.take_along_axis(leaf, chosen, -1)
+            base_entries = np.take_along_axis(leaf, chosen, -1)
             values = np.asarray(trees.get(state.bypass.values, module)["values"])
-            np.testing.assert_array_equal(np.asarray(trees.get(state.base_entries, module)["base"]), base_model)
+            np.testing.assert_array_equal(np.asarray(trees.get(state.base_entries, module)["base_entries"]), base_entries)
             assert values.any(axis=(1, 2)).all()  # every layer has learnt something
-            np.put_along_axis(want, chosen, (base_model.astype(np.float32) + values).astype(leaf.dtype), -1)
+            np.put_along_axis(want, chosen, (base_entries.astype(np.float32) + values).astype(leaf.dtype), -1)
         assert want.tobytes() == now.tobytes(), path
 
 
