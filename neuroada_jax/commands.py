@@ -274,30 +274,26 @@ def lm_eval(parsed: argparse.Namespace) -> None:
 
 def generate(parsed: argparse.Namespace) -> None:
     """Continues a prompt."""
-    from neuroada_jax.data.examples import encode_prompt
-    from neuroada_jax.evaluation import scoring
-    from neuroada_jax.generation.generate import before_stop, generate
     from neuroada_jax.generation.sampling import Decoding
+    from neuroada_jax.generation.texts import continue_texts
 
     fields = {field.name: getattr(parsed, field.name) for field in dataclasses.fields(Decoding)}
     decoding = Decoding(**{**fields, "stop": tuple(parsed.stop)})
     base_model, params, tokenizer = _load(parsed)
-    prompts = [encode_prompt({"prompt": prompt}, parsed.style, tokenizer) for prompt in parsed.prompt]
-    outputs = generate(
-        base_model.model,
+    made = continue_texts(
+        base_model,
         params,
-        prompts,
+        tokenizer,
+        parsed.prompt,
+        style=parsed.style,
         max_new_tokens=parsed.max_new_tokens,
-        eos_ids=scoring.end_tokens(base_model, tokenizer),
         decoding=decoding,
-        decode=tokenizer.decode,
     )
-    texts = [before_stop(tokenizer.decode(ids, skip_special_tokens=True), decoding.stop) for ids in outputs]
     if parsed.json:
-        pairs = zip(parsed.prompt, texts, outputs, strict=True)
-        _print_json({"generations": [{"prompt": p, "text": text, "tokens": len(ids)} for p, text, ids in pairs]})
+        pairs = zip(parsed.prompt, made, strict=True)
+        _print_json({"generations": [{"prompt": prompt, **each._asdict()} for prompt, each in pairs]})
     else:
-        print("\n\n".join(texts))
+        print("\n\n".join(each.text for each in made))
 
 
 def inspect(parsed: argparse.Namespace) -> None:

@@ -18,9 +18,9 @@ from neuroada_jax.core.trees import Tree
 from neuroada_jax.data.batches import Batch
 from neuroada_jax.data.packing import default_buckets
 from neuroada_jax.errors import UserError
-from neuroada_jax.evaluation.scoring import end_tokens
 from neuroada_jax.generation.generate import before_stop, generate
 from neuroada_jax.generation.sampling import Decoding
+from neuroada_jax.generation.texts import end_tokens
 from neuroada_jax.models.losses import label_scores
 from neuroada_jax.pretrained.load import LoadedModel
 

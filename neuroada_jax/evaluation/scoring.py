@@ -17,6 +17,7 @@ from neuroada_jax.errors import UserError
 from neuroada_jax.evaluation import choices
 from neuroada_jax.generation.generate import before_stop, check_lengths, generate
 from neuroada_jax.generation.sampling import GREEDY, Decoding
+from neuroada_jax.generation.texts import end_tokens
 from neuroada_jax.pretrained.load import LoadedModel
 from neuroada_jax.tasks import Task, overlap
 
@@ -68,19 +69,6 @@ def wilson_interval(correct: int, n: int) -> tuple[float, float]:
     low = 0.0 if correct == 0 else centre - half  # exactly, where rounding would leave 1e-19
     high = 1.0 if correct == n else centre + half
     return low, high
-
-
-def end_tokens(base_model: LoadedModel, tokenizer: transformers.PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a generation: the checkpoint's generation config, its config, the tokenizer's EOS."""
-    found: list[int] = []
-    generation = Path(base_model.path) / "generation_config.json"
-    sources = [files.read_json(generation)] if generation.is_file() else []
-    for value in [
-        *(source.get("eos_token_id") for source in [*sources, base_model.model.hf_config]),
-        tokenizer.eos_token_id,
-    ]:
-        found += value if isinstance(value, list) else [] if value is None else [value]
-    return sorted(set(found))
 
 
 def convert(rows: Rows, task: Task) -> Rows:

@@ -13,7 +13,7 @@ from neuroada_jax.data.examples import encode
 from neuroada_jax.data.prompts import PromptStyle
 from neuroada_jax.data.rows import load_rows, rows_from_list
 from neuroada_jax.evaluation import scoring
-from neuroada_jax.pretrained.load import load_model, open_model
+from neuroada_jax.pretrained.load import load_model
 from neuroada_jax.tasks import TASKS
 
 
@@ -116,14 +116,6 @@ def test_choices_of_a_question_are_those_that_it_names(base_model, monkeypatch):
     got = score(base_model, rows, "arc_easy", method="choices")
     assert sizes == [4, 3, 5, 5, 5]
     assert [each["prediction"] for each in got.predictions] == [f"answer{size}" for size in sizes]
-
-
-def test_end_tokens_come_from_everywhere(base_model, tmp_path):
-    directory = write_model(tmp_path / "m", eos_token_id=[5, 6])
-    (directory / "generation_config.json").write_text('{"eos_token_id": 7}')
-    other = open_model(str(directory))
-    assert scoring.end_tokens(other, CHAT) == sorted({5, 6, 7, CHAT.eos_token_id})
-    assert scoring.end_tokens(base_model, CHAT) == [CHAT.eos_token_id]
 
 
 def test_rows_that_cannot_be_scored(base_model, tmp_path):

@@ -1,0 +1,72 @@
+"""Generation on texts: prompts are tokenised in their style, continuations are decoded and end where they should."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import transformers
+
+from neuroada_jax import files
+from neuroada_jax.core.trees import Tree
+from neuroada_jax.data.examples import encode_prompt
+from neuroada_jax.data.prompts import PromptStyle
+from neuroada_jax.generation.generate import before_stop, check_lengths, generate
+from neuroada_jax.generation.sampling import GREEDY, Decoding
+from neuroada_jax.pretrained.load import LoadedModel
+
+
+class Continuation(NamedTuple):
+    """The text that follows a prompt, without stop strings and special tokens, and the number of tokens generated."""
+
+    text: str
+    tokens: int
+
+
+def end_tokens(base_model: LoadedModel, tokenizer: transformers.PreTrainedTokenizerBase) -> list[int]:
+    """Return the ids that end a generation: those of generation_config.json, of config.json and the tokenizer's EOS."""
+    found: list[int] = []
+    generation = Path(base_model.path) / "generation_config.json"
+    sources = [files.read_json(generation)] if generation.is_file() else []
+    declared = [source.get("eos_token_id") for source in [*sources, base_model.model.hf_config]]
+    for value in [*declared, tokenizer.eos_token_id]:
+        found += value if isinstance(value, list) else [] if value is None else [value]
+    return sorted(set(found))
+
+
+def continue_texts(
+    base_model: LoadedModel,
+    params: Tree,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    style: PromptStyle | str = PromptStyle.VERBATIM,
+    max_new_tokens: int = 256,
+    decoding: Decoding = GREEDY,
+) -> list[Continuation]:
+    """Continue prompts with plain (base or merged) parameters of a decoder.
+
+    Args:
+      base_model: architecture, config and where its generation_config.json is.
+      params: the parameters to generate with.
+      tokenizer: of the model.
+      prompts: the texts, each read as the `prompt` of a row.
+      style: how a prompt is written around the text.
+      max_new_tokens: the most tokens of a continuation.
+      decoding: greedy, sampling or beam search.
+
+    Raises:
+      UserError: an unknown style, an empty prompt, or one that exceeds the model's positions with its continuation.
+    """
+    ids = [encode_prompt({"prompt": prompt}, style, tokenizer, f"prompt {i}") for i, prompt in enumerate(prompts)]
+    check_lengths(base_model.model, ids, max_new_tokens, lambda i: f"prompt {i}")
+    outputs = generate(
+        base_model.model,
+        params,
+        ids,
+        max_new_tokens=max_new_tokens,
+        eos_ids=end_tokens(base_model, tokenizer),
+        decoding=decoding,
+        decode=lambda tokens: str(tokenizer.decode(tokens)),
+    )
+    texts = [before_stop(str(tokenizer.decode(each, skip_special_tokens=True)), decoding.stop) for each in outputs]
+    return [Continuation(text, len(each)) for text, each in zip(texts, outputs, strict=True)]
