@@ -21,7 +21,7 @@ CUDA_COMPILER := jax-cuda12-pjrt jax-cuda12-plugin nvidia-cudnn-cu12
 # The tests compile without XLA's optimisation, which tiny models do not repay; the real ones of the slow tests do.
 OPTIMISED := --xla_backend_optimization_level=3
 
-.PHONY: help install quickstart test test-slow soak bench-ops bench-step bench-memory bench-memory-h100 bench-devices bench-startup bench-scaling bench-packing bench-swap bench-rounding bench-generation bench-glue bench-instruct bench-checkpoint check-h100 lint format clean
+.PHONY: help install quickstart test test-slow soak bench-ops bench-step bench-memory bench-memory-h100 bench-devices bench-glue bench-instruct check-h100 lint format clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
@@ -39,8 +39,8 @@ test: $(VENV)/.installed-test  ## run the tests, those on the real SmolLM2 weigh
 test-slow: $(VENV)/.installed-test  ## run the end-to-end tests, which take minutes each
 	XLA_FLAGS=$(OPTIMISED) $(BIN)/python -m pytest -m slow
 
-soak: $(VENV)/.installed-test  ## kill a tiny run 50 times at random moments, resume it, and compare with one left alone
-	$(BIN)/python -m benchmarks.soak
+soak: $(VENV)/.installed-test  ## kill a tiny training run 50 times, resume it, compare it with an undisturbed one
+	$(BIN)/python tests/soak.py
 
 bench-ops: $(VENV)/.installed-core  ## measure one linear map: the bypass against autodiff, LoRA and the floor
 	$(BIN)/python -m benchmarks.ops
@@ -57,32 +57,11 @@ bench-memory-h100: $(H100)/.installed  ## the same, compiled for an H100, withou
 bench-devices: $(H100)/.installed  ## compile the steps of LLaMA-7B to 70B for 1, 8 and 64 H100s: bytes of each and between them
 	$(H100)/bin/python -m benchmarks.devices
 
-bench-startup: $(VENV)/.installed-quickstart  ## measure loading, selection, compilation and the first step
-	$(BIN)/python -m benchmarks.startup
-
-bench-scaling: $(VENV)/.installed-quickstart  ## measure a step against k, depth, width and tokens, and its compile time against depth
-	$(BIN)/python -m benchmarks.scaling
-
-bench-packing: $(VENV)/.installed-quickstart  ## examples per second, padded, grouped and packed; needs commonsense_15k in data/
-	$(BIN)/python -m benchmarks.packing
-
-bench-swap: $(VENV)/.installed-quickstart  ## measure swapping an adapter in a live model against a full merge
-	$(BIN)/python -m benchmarks.swap
-
-bench-rounding: $(VENV)/.installed-quickstart  ## train SST-2 with a bfloat16 base, with and without the remainder
-	$(BIN)/python -m benchmarks.rounding
-
-bench-generation: $(VENV)/.installed-test  ## measure prefill and decode in tokens per second, against transformers
-	$(BIN)/python -m benchmarks.generation
-
 bench-glue: $(VENV)/.installed-test  ## train MiniLM on GLUE: against LoRA and full fine-tuning; needs glue in data/ (hours)
 	$(BIN)/python -m benchmarks.glue
 
 bench-instruct: $(VENV)/.installed-test  ## train SmolLM2-135M on SST-2 and commonsense: against LoRA; needs the rows that the configs name (hours)
 	$(BIN)/python -m benchmarks.instruct
-
-bench-checkpoint: $(VENV)/.installed-quickstart  ## measure what saving a checkpoint costs a training run
-	$(BIN)/python -m benchmarks.checkpoint
 
 check-h100: $(H100)/.installed  ## compile LLaMA-7B's step for an H100, without having one, and check its bytes (installs 2.8 GB)
 	$(H100)/bin/python benchmarks/check_h100.py

@@ -1,11 +1,10 @@
-"""The short form of `make soak`: one kill, in a save. And what it compares."""
+"""A short form of `make soak` with one kill, during a save; and its comparisons."""
 
 import json
 import random
 
 import pytest
-
-from benchmarks import soak
+import soak
 
 
 @pytest.mark.slow
@@ -13,7 +12,7 @@ def test_a_run_that_is_killed_ends_as_if_it_was_not(tmp_path, capfd):
     assert soak.soak(tmp_path, 1, ["save"], random.Random(1)) == 0
     out, err = capfd.readouterr()
     assert out == "soak: 1 kills, 1 resumes, 0 mismatches\n"
-    assert "kill 1 of 1" in err and "run 1 ends, equal to the one left alone" in err
+    assert "kill 1 of 1" in err and "run 1 ends, equal to the undisturbed one" in err
 
 
 @pytest.mark.parametrize("name", [*soak.COMPARED, "results.json"])
@@ -37,4 +36,4 @@ def test_half_a_line_is_found(tmp_path):
         (lines + '{"step": 2}\n', "metrics.jsonl repeats or lacks a step"),
     ):
         (tmp_path / "metrics.jsonl").write_text(content)
-        assert soak._broken_lines(tmp_path) == found
+        assert soak.broken_lines(tmp_path) == found
