@@ -28,7 +28,7 @@ from neuroada_jax.data.batches import ClassificationBatch, ClassificationBatches
 from neuroada_jax.data.rows import load_rows
 from neuroada_jax.evaluation import classification
 from neuroada_jax.pretrained import save
-from neuroada_jax.pretrained.load import open_base, with_labels, with_weights
+from neuroada_jax.pretrained.load import load_with_progress, open_with_tokenizer
 from neuroada_jax.tasks import GLUE, GlueTask
 from neuroada_jax.training import best_epoch, config, config_file, run
 
@@ -166,8 +166,8 @@ def _start(chosen: config.RunConfig, task: GlueTask, folder: Path) -> Any:
     """transformers' model with the weights and the drawn head that our run starts from."""
     import transformers
 
-    opened, tokenizer = open_base(chosen.model.path, chosen.model.dtype)
-    base = with_weights(with_labels(opened, task.labels), chosen.seed)
+    opened, tokenizer = open_with_tokenizer(chosen.model.path, chosen.model.dtype)
+    base = load_with_progress(opened.with_labels(task.labels), chosen.seed)
     save.save(folder / "start", base, base.params, tokenizer)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "start")
     return model.to(common.torch_device())
@@ -182,7 +182,7 @@ class _Data(NamedTuple):
 
 def _data(chosen: config.RunConfig, task: GlueTask) -> _Data:
     """The batches of our run, and the parts of its dev set."""
-    _, tokenizer = open_base(chosen.model.path, chosen.model.dtype)
+    _, tokenizer = open_with_tokenizer(chosen.model.path, chosen.model.dtype)
     section, dev = chosen.data, chosen.evaluation.sets[0]
     rows = load_rows(section.train, section.split, section.limit)
     held_out = load_rows(dev.data, dev.split, dev.limit)

@@ -4,6 +4,7 @@ The last two are the model's own layers with another formula in them (flax's met
 is the same.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -54,7 +55,7 @@ def load(source: str, dtype: str) -> LoadedModel:
     shapes, structure = jax.tree.flatten(model.abstract_params())
     keys = jax.random.split(jax.random.key(0), len(shapes))
     drawn = [_drawn(key, each.shape, each.dtype) for key, each in zip(keys, shapes, strict=True)]
-    return LoadedModel(model, jax.tree.unflatten(structure, drawn), {}, source, source)
+    return LoadedModel(model, source, source, {}, jax.tree.unflatten(structure, drawn))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -72,7 +73,7 @@ def gpu_memory() -> tuple[int, int]:
 
 def own(loaded: LoadedModel) -> LoadedModel:
     """The model with weights of its own, for a method that writes to them."""
-    return loaded._replace(params=jax.tree.map(jnp.copy, loaded.params))
+    return dataclasses.replace(loaded, params=jax.tree.map(jnp.copy, loaded.params))
 
 
 def methods(ks: Sequence[int], remats: Iterable[Remat]) -> list[Method]:

@@ -45,7 +45,7 @@ from benchmarks.methods import (
 from neuroada_jax import console
 from neuroada_jax.errors import UserError
 from neuroada_jax.models import Remat
-from neuroada_jax.pretrained.load import open_base
+from neuroada_jax.pretrained.load import open_with_tokenizer
 
 DATA = "data/train/commonsense_15k.jsonl.gz"
 EVERY, ANSWERS = "every", "answers"  # which positions are labelled
@@ -113,7 +113,7 @@ def _batches(settings: argparse.Namespace) -> dict[str, Tokens]:
     """The tokens under each label setting."""
     if settings.model in MODELS:
         return {EVERY: random_tokens(settings.batch, settings.length, MODELS[settings.model]["vocab_size"])}
-    opened, tokenizer = open_base(settings.model, settings.dtype)
+    opened, tokenizer = open_with_tokenizer(settings.model, settings.dtype)
     try:
         every, answers = real_tokens(settings.data, tokenizer, settings.batch, settings.length)
     except UserError as error:

@@ -27,7 +27,7 @@ def _open(parsed: argparse.Namespace, *, decoder: bool = True) -> tuple[Any, Any
     With `decoder`, only a model that continues texts will do.
     """
     from neuroada_jax.adapters import native
-    from neuroada_jax.pretrained.load import open_base
+    from neuroada_jax.pretrained.load import open_with_tokenizer
 
     adapter = native.read(parsed.adapter) if parsed.adapter else None
     source = parsed.model or (adapter.metadata.get("base", {}).get("source") if adapter else None)
@@ -35,7 +35,7 @@ def _open(parsed: argparse.Namespace, *, decoder: bool = True) -> tuple[Any, Any
         raise UserError("give --model, or an --adapter that names its base")
     trained_in = adapter.metadata["base"].get("dtype") if adapter else None
     labels = adapter.metadata["base"].get("labels") if adapter else None
-    opened, tokenizer = open_base(source, parsed.dtype or trained_in or "auto", labels)
+    opened, tokenizer = open_with_tokenizer(source, parsed.dtype or trained_in or "auto", labels)
     if decoder and not opened.model.architecture.is_decoder:
         kind = opened.model.hf_config["model_type"]
         raise UserError(f"{source}: {kind} is an encoder, which cannot continue a text; this command needs a decoder")
@@ -45,9 +45,9 @@ def _open(parsed: argparse.Namespace, *, decoder: bool = True) -> tuple[Any, Any
 def _read(opened: Any, tokenizer: Any, adapter: Any) -> tuple[Any, Any, Any]:
     """(base, params, tokenizer) of what `_open` opened: the weights, with the adapter merged in."""
     from neuroada_jax.adapters import native
-    from neuroada_jax.pretrained.load import with_weights
+    from neuroada_jax.pretrained.load import load_with_progress
 
-    base_model = with_weights(opened)
+    base_model = load_with_progress(opened)
     return base_model, base_model.params if adapter is None else native.merge(adapter, base_model), tokenizer
 
 
@@ -213,13 +213,12 @@ def _texts(parsed: argparse.Namespace, opened: Any, tokenizer: Any, rows: Any) -
 def _labels(parsed: argparse.Namespace, opened: Any, tokenizer: Any, rows: Any) -> Callable[[Any, Any, Any], Any]:
     """As `_texts`, by the labels that an encoder tells apart."""
     from neuroada_jax.evaluation import classification
-    from neuroada_jax.pretrained.load import lacking
     from neuroada_jax.tasks import GLUE
 
     task, positions = GLUE[parsed.task], opened.model.config.max_positions
-    lacks = lacking(opened) if not parsed.adapter else []
-    if lacks:
-        raise UserError(f"{opened.source} has no {lacks[0]}: give an --adapter, which brings its trained head")
+    missing = opened.missing() if not parsed.adapter else []
+    if missing:
+        raise UserError(f"{opened.source} has no {missing[0]}: give an --adapter, which brings its trained head")
     if parsed.max_length is not None and parsed.max_length > positions:
         raise UserError(f"--max-length: found {parsed.max_length}, expected 1 to the model's {positions} positions")
     length = parsed.max_length or positions

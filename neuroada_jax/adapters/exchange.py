@@ -15,7 +15,7 @@ from neuroada_jax.core.trees import Tree
 from neuroada_jax.errors import UserError
 from neuroada_jax.models import names
 from neuroada_jax.pretrained import save
-from neuroada_jax.pretrained.load import open_base, open_model, with_weights
+from neuroada_jax.pretrained.load import LoadedModel, load_with_progress, open_model, open_with_tokenizer
 
 _PEFT = {"peft-supertuning": peft.Kind.SUPERTUNING, "peft-shira": peft.Kind.SHIRA}
 
@@ -50,40 +50,39 @@ def export_adapter(
         raise UserError(f"{source}: adapter.json names no base; give --model")
     merges = verify or target == "huggingface"
     labels = trained_on.get("labels")
-    base_model = open_model(where, dtype or trained_on.get("dtype") or "auto", config_only=not merges, labels=labels)
-    merged_dtype = jnp.dtype(base_model.model.config.dtype)
+    opened = open_model(where, dtype or trained_on.get("dtype") or "auto", config_only=not merges, labels=labels)
+    merged_dtype = jnp.dtype(opened.model.config.dtype)
     tokenizer = None
     if target == "huggingface":
-        stored = base_model.model.hf_config.get("dtype") or base_model.model.hf_config.get("torch_dtype")
+        stored = opened.model.hf_config.get("dtype") or opened.model.hf_config.get("torch_dtype")
         # Nothing is rounded before the merge: bfloat16 weights are loaded as such only where they are stored so.
-        base_model, tokenizer = open_base(where, merged_dtype.name if stored == "bfloat16" else "float32", labels)
-    if merges:
-        base_model = with_weights(base_model)
+        opened, tokenizer = open_with_tokenizer(where, merged_dtype.name if stored == "bfloat16" else "float32", labels)
+    base_model = load_with_progress(opened) if merges else None
 
     # The official code and SuperTuning round the values to the weights' dtype before they add; SHiRA and we add in float32.
     round_first = merged_dtype if target in ("official", "peft-supertuning") else jnp.float32
     params: Tree = {}
-    if base_model.params:
+    if base_model:
         merged = native.merge(adapter, base_model, round_first)
         params = jax.tree.map(lambda leaf: leaf.astype(merged_dtype), merged)
 
-    reload: Callable[[], verification.Reloaded]
+    reload: Callable[[LoadedModel], verification.Reloaded]
     if target == "huggingface":
-        save.save(directory, base_model, params, tokenizer)
+        save.save(directory, opened, params, tokenizer)
         notes = [f"merged in float32, saved as {merged_dtype.name}"]
-        reload = functools.partial(verification.reload_huggingface, base_model, directory, merged_dtype)
+        reload = lambda base: verification.reload_huggingface(base, directory, merged_dtype)  # noqa: E731
     elif target in _PEFT:
-        notes = peft.export(adapter, directory, _PEFT[target], base_model)
-        reload = functools.partial(verification.reload_peft, base_model, directory)
+        notes = peft.export(adapter, directory, _PEFT[target], opened)
+        reload = lambda base: verification.reload_peft(base, directory)  # noqa: E731
     else:
         notes = official.export(adapter, directory, merged_dtype.name)
-        read = functools.partial(official.read, directory, base_model.model, allow_pickle=True)
-        reload = lambda: verification.reload_official(base_model, read())  # noqa: E731
+        read = functools.partial(official.read, directory, opened.model, allow_pickle=True)
+        reload = lambda base: verification.reload_official(base, read())  # noqa: E731
 
     result: dict[str, Any] = {"out": out, "files": _files(directory), "notes": notes}
-    if not verify:
+    if not verify or base_model is None:
         return result
-    result |= verification.verify(base_model, params, reload)
+    result |= verification.verify(base_model, params, functools.partial(reload, base_model))
     if not (result["merged_bit_equal"] and result["max_logit_difference"] <= result["logit_tolerance"]):
         raise UserError(
             f"{out} does not hold what the adapter holds: logits differ by up to {result['max_logit_difference']:.3g} "
@@ -118,7 +117,7 @@ def import_adapter(
         imported = peft.read(Path(directory), opened.model, _PEFT[source_format])
     else:
         imported = official.read(Path(directory), opened.model, allow_pickle=allow_pickle)
-    loaded = with_weights(opened)
+    loaded = load_with_progress(opened)
     model = loaded.model
     targets = [
         names.within_layer(path, model.layers_path)

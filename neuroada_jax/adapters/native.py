@@ -27,7 +27,7 @@ from neuroada_jax.core.trees import Tree
 from neuroada_jax.errors import UserError
 from neuroada_jax.models import dense_modules as dense_modules
 from neuroada_jax.models import names
-from neuroada_jax.pretrained.load import LoadedModel
+from neuroada_jax.pretrained.load import IdentifiedModel, LoadedModel, OpenedModel
 from neuroada_jax.pretrained.safetensors_directory import read_all
 
 FORMAT = "neuroada-adapter"
@@ -57,7 +57,7 @@ def installed_versions() -> dict[str, str]:
 
 
 def assemble(
-    base_model: LoadedModel,
+    base_model: IdentifiedModel,
     values: Mapping[str, Any],
     columns: Mapping[str, Any],
     *,
@@ -70,7 +70,7 @@ def assemble(
     """An adapter of `base` from arrays that are named by Hugging Face module path.
 
     Args:
-      base_model: the model that it was trained on; its digests go into the metadata. Its weights are not read.
+      base_model: the model that it was trained on; its digests go into the metadata.
       values: module path -> (O, k).
       columns: module path -> (O, k), ascending within a row.
       k: connections per neuron that were asked for; maps with fewer inputs have fewer.
@@ -135,7 +135,7 @@ def new_metadata(
     }
 
 
-def classifier_labels(base_model: LoadedModel) -> list[str] | None:
+def classifier_labels(base_model: OpenedModel) -> list[str] | None:
     """What the head of an encoder tells apart; a base without a head cannot say it again."""
     if base_model.model.architecture.is_decoder:
         return None
@@ -167,7 +167,7 @@ def _digest(path: Path) -> str:
 def save(
     directory: Path,
     trained: Bypass,
-    base_model: LoadedModel,
+    base_model: IdentifiedModel,
     *,
     k: int,
     targets: list[str],
@@ -293,7 +293,7 @@ def check_base(adapter: Adapter, digests: Mapping[str, str], source: str) -> Non
             raise UserError(f"{source} is not the base of this adapter ({trained_on}): tensor {name!r} {found}")
 
 
-def stack_layers(adapter: Adapter, base_model: LoadedModel) -> Bypass:
+def stack_layers(adapter: Adapter, base_model: IdentifiedModel) -> Bypass:
     """The adapter's arrays as stacked trees (*L, O, k) for `base`.
 
     Raises:
@@ -328,7 +328,7 @@ def stack_layers(adapter: Adapter, base_model: LoadedModel) -> Bypass:
     return Bypass(values, columns)
 
 
-def load(directory: str, base_model: LoadedModel) -> Bypass:
+def load(directory: str, base_model: IdentifiedModel) -> Bypass:
     """Reads an adapter for `base`; see `read` and `stack` for what is refused."""
     return stack_layers(read(directory), base_model)
 
@@ -360,14 +360,14 @@ def dense_slots(
     return {name: slots[name] for name in dense_parameters}
 
 
-def classifier(adapter: Adapter, base_model: LoadedModel) -> Tree:
+def classifier(adapter: Adapter, base_model: IdentifiedModel) -> Tree:
     """The densely trained head as a tree of whole float32 parameters, empty where the adapter has none.
 
     Raises:
       UserError: see `dense_slots`; also a tensor that the base lacks, and the adapter too.
     """
     slots = dense_slots(base_model.model, adapter.dense_parameters, adapter.values)
-    lacking = sorted(set(base_model.drawn) - set(adapter.dense_parameters))
+    lacking = sorted(set(base_model.initialised) - set(adapter.dense_parameters))
     if lacking:
         raise UserError(f"adapter: neither {base_model.source} nor the adapter has {lacking[0]!r}")
     return trees.unflatten({slots[name].path: jnp.asarray(array) for name, array in adapter.dense_parameters.items()})
@@ -378,7 +378,7 @@ def merge(adapter: Adapter, base_model: LoadedModel, round_first: Any = jnp.floa
 
     Args:
       adapter: for this base.
-      base_model: with its weights.
+      base_model: the model that the adapter was trained on.
       round_first: round the values to this dtype before they are added; PyTorch's libraries that hold values in the base's
         dtype do so.
 

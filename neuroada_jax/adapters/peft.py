@@ -27,7 +27,7 @@ from neuroada_jax import files, models
 from neuroada_jax.adapters.foreign import Entries, Imported, rows_of
 from neuroada_jax.adapters.native import Adapter, dense_slots
 from neuroada_jax.errors import UserError
-from neuroada_jax.pretrained.load import LoadedModel
+from neuroada_jax.pretrained.load import OpenedModel
 from neuroada_jax.pretrained.safetensors_directory import read_all
 
 _PREFIX = "base_model.model."
@@ -91,7 +91,7 @@ def _rank(shapes: dict[str, tuple[int, int, int]]) -> int:
     return rank
 
 
-def export(adapter: Adapter, directory: Path, kind: Kind, base_model: LoadedModel) -> list[str]:
+def export(adapter: Adapter, directory: Path, kind: Kind, base_model: OpenedModel) -> list[str]:
     """Writes a directory that `PeftModel.from_pretrained` loads.
 
     Args:

@@ -19,7 +19,7 @@ from neuroada_jax.core.trees import Tree
 from neuroada_jax.errors import UserError
 from neuroada_jax.models import names
 from neuroada_jax.pretrained import save
-from neuroada_jax.pretrained.load import LoadedModel
+from neuroada_jax.pretrained.load import LoadedModel, OpenedModel
 
 TOLERANCE = 1e-4  # of logits, as a part of the largest one, or of 1 where all are smaller
 _TOKENS = (2, 24)  # rows and length of the text that is compared
@@ -66,7 +66,7 @@ def load_torch(model: models.Model, directory: str, dtype: Any) -> Any:
 
 
 def _torch_base(base_model: LoadedModel) -> Any:
-    if Path(base_model.path).is_dir() and not base_model.drawn:
+    if Path(base_model.path).is_dir() and not base_model.initialised:
         return load_torch(base_model.model, base_model.path, base_model.model.config.dtype)
     # A GGUF file, which transformers does not read as we do, or an encoder to which it would give another head.
     with tempfile.TemporaryDirectory() as folder:
@@ -75,7 +75,7 @@ def _torch_base(base_model: LoadedModel) -> Any:
         return load_torch(base_model.model, str(directory), base_model.model.config.dtype)
 
 
-def reload_huggingface(base_model: LoadedModel, directory: Path, dtype: Any) -> Reloaded:
+def reload_huggingface(base_model: OpenedModel, directory: Path, dtype: Any) -> Reloaded:
     """A merged model."""
     model = load_torch(base_model.model, str(directory), dtype)
     return Reloaded(model, lambda: model)
@@ -106,7 +106,7 @@ def reload_official(base_model: LoadedModel, adapter: Imported) -> Reloaded:
     return Reloaded(model, lambda: model)
 
 
-def verify(base_model: LoadedModel, params: Tree, reload: Callable[[], Reloaded]) -> dict[str, Any]:
+def verify(base_model: OpenedModel, params: Tree, reload: Callable[[], Reloaded]) -> dict[str, Any]:
     """Compares an export with our own merged model.
 
     The merged weights are compared bit for bit. In float32 the logits of the reloaded model and of its merged form are
@@ -167,7 +167,7 @@ def _same_bits(theirs: Any, ours: jax.Array) -> bool:
     return np.array_equal(theirs.contiguous().view(for_torch).numpy(), host.view(for_numpy))
 
 
-def _logits(base_model: LoadedModel, params: Tree, ids: np.ndarray) -> np.ndarray:
+def _logits(base_model: OpenedModel, params: Tree, ids: np.ndarray) -> np.ndarray:
     """The logits of `params` in float32 arithmetic, whatever their dtype: (B, T, V), of an encoder (B, labels)."""
     module = models.from_hf_config(base_model.model.hf_config, jnp.float32).module()
     is_decoder = base_model.model.architecture.is_decoder

@@ -21,7 +21,7 @@ from neuroada_jax.errors import UserError
 from neuroada_jax.evaluation import metrics
 from neuroada_jax.evaluation.scoring import Score, wilson_interval
 from neuroada_jax.models.losses import classification_logits
-from neuroada_jax.pretrained.load import LoadedModel
+from neuroada_jax.pretrained.load import OpenedModel
 from neuroada_jax.tasks import GlueTask
 
 Progress = Callable[[int, int], None]
@@ -45,7 +45,7 @@ def encode(
 
 
 def evaluate(
-    base_model: LoadedModel,
+    base_model: OpenedModel,
     params: Tree,
     tokenizer: transformers.PreTrainedTokenizerBase,
     rows: Rows,
@@ -113,7 +113,7 @@ def _interval(
     return metrics.interval(metric, found, labels)
 
 
-def label_classes(base_model: LoadedModel, task: GlueTask) -> list[int]:
+def label_classes(base_model: OpenedModel, task: GlueTask) -> list[int]:
     """Which output of the model's head each of the task's labels is.
 
     Names are compared by their letters and digits, in any case. A head without names of its own, such as LABEL_0 and
@@ -141,7 +141,7 @@ def label_classes(base_model: LoadedModel, task: GlueTask) -> list[int]:
     )
 
 
-def classes_to_train(base_model: LoadedModel, task: GlueTask) -> list[int]:
+def classes_to_train(base_model: OpenedModel, task: GlueTask) -> list[int]:
     """The outputs that a run trains for the task's labels: those of a head for this task, which may have its own order
     (roberta-large-mnli begins with contradiction), else the task's order."""
     try:
@@ -170,7 +170,7 @@ def _prediction(row: dict[str, Any], task: GlueTask, outputs: np.ndarray, label:
 
 
 def predict(
-    base_model: LoadedModel,
+    base_model: OpenedModel,
     params: Tree,
     examples: LabelledExamples,
     batch_size: int,

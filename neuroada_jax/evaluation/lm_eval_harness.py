@@ -22,7 +22,7 @@ from neuroada_jax.generation.generate import before_stop, generate
 from neuroada_jax.generation.sampling import Decoding
 from neuroada_jax.generation.texts import end_tokens
 from neuroada_jax.models.losses import label_scores
-from neuroada_jax.pretrained.load import LoadedModel
+from neuroada_jax.pretrained.load import OpenedModel
 
 try:
     import lm_eval
@@ -59,7 +59,7 @@ class NeuroAdaLM(TemplateLM):
 
     def __init__(
         self,
-        base_model: LoadedModel,
+        base_model: OpenedModel,
         params: Tree,
         tokenizer: transformers.PreTrainedTokenizerBase,
         batch_size: int = 16,

@@ -18,7 +18,7 @@ from neuroada_jax.evaluation import choices
 from neuroada_jax.generation.generate import before_stop, check_lengths, generate
 from neuroada_jax.generation.sampling import GREEDY, Decoding
 from neuroada_jax.generation.texts import end_tokens
-from neuroada_jax.pretrained.load import LoadedModel
+from neuroada_jax.pretrained.load import OpenedModel
 from neuroada_jax.tasks import Task, overlap
 
 Progress = Callable[[int, int], None]
@@ -120,7 +120,7 @@ class Prepared(NamedTuple):
 
 
 def prepare(
-    base_model: LoadedModel,
+    base_model: OpenedModel,
     tokenizer: transformers.PreTrainedTokenizerBase,
     rows: Rows,
     task: Task,
@@ -156,7 +156,7 @@ def prepare(
 
 
 def score(
-    base_model: LoadedModel,
+    base_model: OpenedModel,
     params: Tree,
     tokenizer: transformers.PreTrainedTokenizerBase,
     prepared: Prepared,
@@ -245,7 +245,7 @@ def summarise(predictions: list[dict[str, Any]]) -> Score:
 
 
 def _with_answers(
-    base_model: LoadedModel,
+    base_model: OpenedModel,
     tokenizer: transformers.PreTrainedTokenizerBase,
     rows: Rows,
     task: Task,

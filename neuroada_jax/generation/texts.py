@@ -12,7 +12,7 @@ from neuroada_jax.data.examples import encode_prompt
 from neuroada_jax.data.prompts import PromptStyle
 from neuroada_jax.generation.generate import before_stop, check_lengths, generate
 from neuroada_jax.generation.sampling import GREEDY, Decoding
-from neuroada_jax.pretrained.load import LoadedModel
+from neuroada_jax.pretrained.load import OpenedModel
 
 
 class Continuation(NamedTuple):
@@ -22,7 +22,7 @@ class Continuation(NamedTuple):
     tokens: int
 
 
-def end_tokens(base_model: LoadedModel, tokenizer: transformers.PreTrainedTokenizerBase) -> list[int]:
+def end_tokens(base_model: OpenedModel, tokenizer: transformers.PreTrainedTokenizerBase) -> list[int]:
     """Return the ids that end a generation: those of generation_config.json, of config.json and the tokenizer's EOS."""
     found: list[int] = []
     generation = Path(base_model.path) / "generation_config.json"
@@ -34,7 +34,7 @@ def end_tokens(base_model: LoadedModel, tokenizer: transformers.PreTrainedTokeni
 
 
 def continue_texts(
-    base_model: LoadedModel,
+    base_model: OpenedModel,
     params: Tree,
     tokenizer: transformers.PreTrainedTokenizerBase,
     prompts: Sequence[str],

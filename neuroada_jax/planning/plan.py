@@ -20,7 +20,7 @@ from neuroada_jax.planning import machines, roofline
 from neuroada_jax.planning.collectives import collectives
 from neuroada_jax.planning.machines import Compiler, Target
 from neuroada_jax.planning.roofline import nbytes
-from neuroada_jax.pretrained.load import LoadedModel, open_model
+from neuroada_jax.pretrained.load import OpenedModel, open_model
 from neuroada_jax.tasks import GLUE
 from neuroada_jax.training import checkpoint, connections, modules, objectives, optimizer, parallel, step
 from neuroada_jax.training.config import ParallelSection, RunConfig
@@ -118,7 +118,7 @@ def abstract_batch(rows: int, length: int, packed: bool = False) -> Batch:
     )
 
 
-def abstract_state(config: RunConfig) -> tuple[LoadedModel, Any, step.TrainState, Objective]:
+def abstract_state(config: RunConfig) -> tuple[OpenedModel, Any, step.TrainState, Objective]:
     """A config's model without weights, its optimiser, the shapes of what training keeps between steps, and its objective.
 
     Raises:

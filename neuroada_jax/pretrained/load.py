@@ -4,9 +4,10 @@ Host memory stays near one tensor above the model's size: each tensor is read by
 (donated) stacked buffer on the device.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,36 +24,75 @@ from neuroada_jax.models import names
 from neuroada_jax.pretrained.source import HUB_FILES, TensorSource, config_dtype, open_tensors, read_config, resolve
 from neuroada_jax.pretrained.tokenizer import load_tokenizer
 
-Progress = Callable[[int, int], None]
 
-
-class LoadedModel(NamedTuple):
-    """A model with its weights.
+@dataclasses.dataclass(frozen=True, eq=False)
+class OpenedModel:
+    """A model whose config has been read and whose tensors have not.
 
     Attributes:
       model: architecture and config.
-      params: parameter tree.
-      digests: Hugging Face tensor name -> hex digest of its stored bytes; adapters use them to recognise their base.
-      path: the local directory or GGUF file that was read.
+      path: the local directory or GGUF file.
       source: the path or hub id that was asked for.
     """
 
     model: models.Model
-    params: Tree
-    digests: dict[str, str]
     path: str
     source: str
 
+    def with_labels(self, labels: Sequence[str]) -> "OpenedModel":
+        """Return this encoder with a classifier for these labels; one label means regression."""
+        model = models.from_hf_config(self.model.hf_config, self.model.config.dtype, labels)
+        return OpenedModel(model, self.path, self.source)
+
+    def missing(self) -> list[str]:
+        """Return the Hugging Face names of the optional tensors that the checkpoint lacks, from its headers alone."""
+        available, prefix = set(open_tensors(self.path).names()), self.model.architecture.prefix
+        return [name for name in _optional(self.model) if available.isdisjoint(names.spellings(name, prefix))]
+
+    def load(
+        self, seed: int = 0, shardings: Tree | None = None, on_progress: Callable[[int, int], None] | None = None
+    ) -> "LoadedModel":
+        """Read the weights; arguments as in `load_params`.
+
+        Raises:
+          UserError: a file or tensor that is missing, truncated or of another shape.
+        """
+        try:
+            params, digests = load_params(self.model, open_tensors(self.path), on_progress, seed, shardings)
+        except UserError as error:
+            raise UserError(str(error) if self.path in str(error) else f"{self.path}: {error}") from error
+        return LoadedModel(self.model, self.path, self.source, digests, params)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class IdentifiedModel(OpenedModel):
+    """A model whose tensors have been read once; their digests are kept, the parameters need not be.
+
+    Attributes:
+      digests: Hugging Face tensor name -> hex digest of its stored bytes; adapters recognise their base model by them.
+    """
+
+    digests: dict[str, str]
+
     @property
-    def drawn(self) -> list[str]:
-        """The Hugging Face names of the tensors that the checkpoint lacks: a head that starts from a seed."""
+    def initialised(self) -> list[str]:
+        """The Hugging Face names of the tensors that the checkpoint lacks, so that they were initialised from a seed."""
         return [name for name in _optional(self.model) if name not in self.digests]
 
 
-def lacking(opened: LoadedModel) -> list[str]:
-    """What `drawn` will be once the weights are read, from the names in the checkpoint alone."""
-    available, prefix = set(open_tensors(opened.path).names()), opened.model.architecture.prefix
-    return [name for name in _optional(opened.model) if available.isdisjoint(names.spellings(name, prefix))]
+@dataclasses.dataclass(frozen=True, eq=False)
+class LoadedModel(IdentifiedModel):
+    """A model with its parameters.
+
+    Attributes:
+      params: parameter tree.
+    """
+
+    params: Tree
+
+    def without_params(self) -> IdentifiedModel:
+        """Return the model for which somebody else holds the parameters, such as a training state that donates them."""
+        return IdentifiedModel(self.model, self.path, self.source, self.digests)
 
 
 def _optional(model: models.Model) -> list[str]:
@@ -81,7 +121,7 @@ def _draw(name: str, shape: tuple[int, ...], spread: float, seed: int) -> np.nda
 def load_params(
     model: models.Model,
     tensors: TensorSource,
-    on_progress: Progress | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
     seed: int = 0,
     shardings: Tree | None = None,
 ) -> tuple[Tree, dict[str, str]]:
@@ -132,8 +172,8 @@ def load_params(
 
 def open_model(
     source: str, dtype: str = "auto", *, config_only: bool = False, labels: Sequence[str] | None = None
-) -> LoadedModel:
-    """Everything about a model but its weights: `params` and `digests` are empty until `read_weights`.
+) -> OpenedModel:
+    """Find a model and read its config; its weights are read by `OpenedModel.load`.
 
     Args:
       source: local Hugging Face directory, hub id or GGUF file.
@@ -150,40 +190,25 @@ def open_model(
         model = models.from_hf_config(hf_config, config_dtype(dtype, hf_config), labels)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    return LoadedModel(model, {}, {}, path, source)
-
-
-def read_weights(
-    opened: LoadedModel, on_progress: Progress | None = None, seed: int = 0, shardings: Tree | None = None
-) -> LoadedModel:
-    """The opened model with its weights; `seed` and `shardings` as in `load_params`.
-
-    Raises:
-      UserError: a file or tensor that is missing, truncated or of another shape.
-    """
-    try:
-        params, digests = load_params(opened.model, open_tensors(opened.path), on_progress, seed, shardings)
-    except UserError as error:
-        raise UserError(str(error) if opened.path in str(error) else f"{opened.path}: {error}") from error
-    return opened._replace(params=params, digests=digests)
+    return OpenedModel(model, path, source)
 
 
 def load_model(
     source: str,
     dtype: str = "auto",
-    on_progress: Progress | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
     *,
     labels: Sequence[str] | None = None,
     seed: int = 0,
 ) -> LoadedModel:
-    """Opens a model and reads its weights; see `open_model` and `read_weights`."""
-    return read_weights(open_model(source, dtype, labels=labels), on_progress, seed)
+    """Open a model and read its weights; see `open_model` and `OpenedModel.load`."""
+    return open_model(source, dtype, labels=labels).load(seed, on_progress=on_progress)
 
 
-def open_base(
+def open_with_tokenizer(
     source: str, dtype: str, labels: Sequence[str] | None = None
-) -> tuple[LoadedModel, transformers.PreTrainedTokenizerFast]:
-    """A model without its weights yet, and its tokenizer.
+) -> tuple[OpenedModel, transformers.PreTrainedTokenizerFast]:
+    """Open a model and read its tokenizer.
 
     Raises:
       UserError: see `open_model` and `tokenizer.load_tokenizer`; also a tokenizer that has more tokens than the
@@ -199,21 +224,16 @@ def open_base(
     return opened, tokenizer
 
 
-def with_labels(opened: LoadedModel, labels: Sequence[str]) -> LoadedModel:
-    """The opened encoder, without its weights yet, with a head for these labels; one label means regression."""
-    model = models.from_hf_config(opened.model.hf_config, opened.model.config.dtype, labels)
-    return opened._replace(model=model)
-
-
-def with_weights(opened: LoadedModel, seed: int = 0, shardings: Tree | None = None) -> LoadedModel:
-    """The opened model with its weights, read under a progress bar; says which of them come from `seed`.
+def load_with_progress(opened: OpenedModel, seed: int = 0, shardings: Tree | None = None) -> LoadedModel:
+    """Read the weights under a progress bar, and report the tensors that were initialised from `seed`.
 
     Arguments as in `load_params`.
     """
     with console.bar("loading weights") as shown:
-        loaded = read_weights(opened, console.reporter(shown), seed, shardings)
-    if loaded.drawn:
+        loaded = opened.load(seed, shardings, console.reporter(shown))
+    if loaded.initialised:
         console.say(
-            f"{opened.path} has no {', '.join(loaded.drawn)}: drawn from seed {seed}, to be trained or to be an adapter's"
+            f"{opened.path} has no {', '.join(loaded.initialised)}: initialised from seed {seed}, to be trained or to be "
+            "an adapter's"
         )
     return loaded

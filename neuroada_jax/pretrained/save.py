@@ -16,14 +16,14 @@ from neuroada_jax import files
 from neuroada_jax.core import trees
 from neuroada_jax.core.trees import ModulePath, Tree
 from neuroada_jax.models import names
-from neuroada_jax.pretrained.load import LoadedModel
+from neuroada_jax.pretrained.load import OpenedModel
 
 SHARD_BYTES = 5 * 10**9
 
 
 def save(
     directory: Path,
-    base_model: LoadedModel,
+    base_model: OpenedModel,
     params: Tree,
     tokenizer: transformers.PreTrainedTokenizerBase | None,
     *,
@@ -77,7 +77,7 @@ def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _config(base_model: LoadedModel, dtype: np.dtype) -> dict[str, Any]:
+def _config(base_model: OpenedModel, dtype: np.dtype) -> dict[str, Any]:
     config = dict(base_model.model.hf_config)
     config.pop("torch_dtype", None)
     config["dtype"] = "bfloat16" if dtype == jnp.bfloat16 else str(dtype)
@@ -86,7 +86,7 @@ def _config(base_model: LoadedModel, dtype: np.dtype) -> dict[str, Any]:
     return config
 
 
-def _copy_generation_config(base_model: LoadedModel, target: Path) -> None:
+def _copy_generation_config(base_model: OpenedModel, target: Path) -> None:
     source = Path(base_model.path) / "generation_config.json"
     if source.is_file():
         shutil.copy(source, target)

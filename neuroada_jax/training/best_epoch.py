@@ -22,7 +22,7 @@ from neuroada_jax.core.bypass import Bypass
 from neuroada_jax.data.rows import Rows
 from neuroada_jax.errors import UserError
 from neuroada_jax.evaluation.scoring import Score
-from neuroada_jax.pretrained.load import LoadedModel
+from neuroada_jax.pretrained.load import IdentifiedModel
 from neuroada_jax.training.step import TrainState
 
 LARGE = 5000
@@ -110,7 +110,7 @@ class BestEpoch:
         files.write_text(self._log, "".join(json.dumps(each) + "\n" for each in self.epochs))
         console.say(f"epoch {epoch['epoch']}: {score.metric} {score.value:.4f}, best {_rank(self.best):.4f}")
 
-    def restore(self, state: TrainState, base_model: LoadedModel) -> TrainState:
+    def restore(self, state: TrainState, base_model: IdentifiedModel) -> TrainState:
         """The last state with the best epoch's values and head in it."""
         adapter = native.read(str(self._adapters / str(self.best["step"])))
         tree: dict[str, Any] = {"bypass": native.stack_layers(adapter, base_model).values}

@@ -5,7 +5,7 @@ import dataclasses
 from neuroada_jax import console, models
 from neuroada_jax.core import trees
 from neuroada_jax.errors import UserError
-from neuroada_jax.pretrained.load import LoadedModel
+from neuroada_jax.pretrained.load import IdentifiedModel
 from neuroada_jax.tasks import GLUE, TASKS
 from neuroada_jax.training.config import ClassifierSection, GenerationSection, RunConfig
 
@@ -47,27 +47,27 @@ def resolved(config: RunConfig, model: models.Model) -> RunConfig:
     return dataclasses.replace(config, bypass=dataclasses.replace(config.bypass, targets=targets))
 
 
-def dense_paths(config: RunConfig, base_model: LoadedModel, targets: list[trees.ModulePath]) -> list[trees.ModulePath]:
+def dense_paths(config: RunConfig, base_model: IdentifiedModel, targets: list[trees.ModulePath]) -> list[trees.ModulePath]:
     """The modules that train whole: an encoder's head, and whatever else the checkpoint lacks. None of a decoder.
 
     Args:
       config: the run.
-      base_model: the model with its weights, since only then it is known what the checkpoint lacks.
+      base_model: the model; reading its weights showed which tensors the checkpoint lacks.
       targets: the linear maps that carry a bypass.
 
     Raises:
       UserError: the head is not to be trained, and the checkpoint has none; or a part of it is to carry a bypass.
     """
     architecture = base_model.model.architecture
-    drawn = base_model.drawn
-    if drawn and not config.classifier.train:
-        raise UserError(f"head.train: {base_model.source} has no {drawn[0]}, so that the head must be trained")
-    lacking = {tuple(name.split(".")) for name in drawn}
+    initialised = base_model.initialised
+    if initialised and not config.classifier.train:
+        raise UserError(f"head.train: {base_model.source} has no {initialised[0]}, so that the head must be trained")
+    parameters = {tuple(name.split(".")) for name in initialised}
     paths = [
         path
         for path in architecture.optional
         if (path in architecture.classifier and config.classifier.train)
-        or any(name[: len(path)] == path for name in lacking)
+        or any(name[: len(path)] == path for name in parameters)
     ]
     for target in targets:
         if any(target[: len(path)] == path for path in paths):

@@ -17,7 +17,7 @@ from neuroada_jax.errors import UserError
 from neuroada_jax.evaluation import classification, scoring
 from neuroada_jax.evaluation.scoring import Progress, Score
 from neuroada_jax.models.losses import classification_losses, label_losses
-from neuroada_jax.pretrained.load import LoadedModel, with_labels
+from neuroada_jax.pretrained.load import OpenedModel
 from neuroada_jax.tasks import GLUE, TASKS, Source, Task, overlap
 from neuroada_jax.training import modules
 from neuroada_jax.training.config import EvaluationSet, RunConfig
@@ -49,7 +49,7 @@ class Objective(Protocol):
           UserError: rows that do not fit the task, or none left.
         """
 
-    def rows(self, each: EvaluationSet, base_model: LoadedModel, tokenizer: Any) -> Rows:
+    def rows(self, each: EvaluationSet, base_model: OpenedModel, tokenizer: Any) -> Rows:
         """The rows of an evaluation set, read and checked, so that no score fails for them after the training.
 
         Raises:
@@ -57,12 +57,12 @@ class Objective(Protocol):
         """
 
     def score(
-        self, each: EvaluationSet, rows: Rows, base_model: LoadedModel, params: Tree, tokenizer: Any, progress: Progress
+        self, each: EvaluationSet, rows: Rows, base_model: OpenedModel, params: Tree, tokenizer: Any, progress: Progress
     ) -> Score:
         """Scores rows of an evaluation set with the parameters of the whole model."""
 
 
-def objective(config: RunConfig, base_model: LoadedModel) -> tuple[Objective, LoadedModel]:
+def objective(config: RunConfig, base_model: OpenedModel) -> tuple[Objective, OpenedModel]:
     """The run's objective, and the opened model with the head that it asks for.
 
     Raises:
@@ -74,7 +74,7 @@ def objective(config: RunConfig, base_model: LoadedModel) -> tuple[Objective, Lo
     task = GLUE[config.data.task]
     columns = classification.classes_to_train(base_model, task)
     labels = [task.labels[columns.index(output)] for output in range(len(columns))]
-    return Classification(config, columns), with_labels(base_model, labels)
+    return Classification(config, columns), base_model.with_labels(labels)
 
 
 class Continuation:
@@ -135,21 +135,21 @@ class Continuation:
     def _task(self, each: EvaluationSet) -> Task:
         return TASKS[each.task or self._config.data.task]
 
-    def rows(self, each: EvaluationSet, base_model: LoadedModel, tokenizer: Any) -> Rows:
+    def rows(self, each: EvaluationSet, base_model: OpenedModel, tokenizer: Any) -> Rows:
         """See `Objective`."""
         source = Source(each.data, each.split or "test") if each.data else self._task(each).source()
         rows = load_rows(source.data, source.split, each.limit)
         self._prepared(each, rows, base_model, tokenizer)
         return rows
 
-    def _prepared(self, each: EvaluationSet, rows: Rows, base_model: LoadedModel, tokenizer: Any) -> scoring.Prepared:
+    def _prepared(self, each: EvaluationSet, rows: Rows, base_model: OpenedModel, tokenizer: Any) -> scoring.Prepared:
         style, task = self._style(each), self._task(each)
         return scoring.prepare(
             base_model, tokenizer, rows, task, style=style, method=each.method, max_new_tokens=each.max_new_tokens
         )
 
     def score(
-        self, each: EvaluationSet, rows: Rows, base_model: LoadedModel, params: Tree, tokenizer: Any, progress: Progress
+        self, each: EvaluationSet, rows: Rows, base_model: OpenedModel, params: Tree, tokenizer: Any, progress: Progress
     ) -> Score:
         """See `Objective`."""
         return scoring.score(
@@ -201,7 +201,7 @@ class Classification:
         )
         return batches, rows
 
-    def rows(self, each: EvaluationSet, base_model: LoadedModel, tokenizer: Any) -> Rows:
+    def rows(self, each: EvaluationSet, base_model: OpenedModel, tokenizer: Any) -> Rows:
         """See `Objective`."""
         source = Source(each.data, each.split or "test") if each.data else self._task.source()
         rows = load_rows(source.data, source.split, each.limit)
@@ -209,7 +209,7 @@ class Classification:
         return rows
 
     def score(
-        self, each: EvaluationSet, rows: Rows, base_model: LoadedModel, params: Tree, tokenizer: Any, progress: Progress
+        self, each: EvaluationSet, rows: Rows, base_model: OpenedModel, params: Tree, tokenizer: Any, progress: Progress
     ) -> Score:
         """See `Objective`."""
         return classification.evaluate(

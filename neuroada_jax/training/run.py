@@ -14,7 +14,7 @@ from neuroada_jax.errors import UserError
 from neuroada_jax.evaluation import scoring
 from neuroada_jax.models import dense_modules
 from neuroada_jax.pretrained import save
-from neuroada_jax.pretrained.load import LoadedModel, open_base, with_weights
+from neuroada_jax.pretrained.load import OpenedModel, load_with_progress, open_with_tokenizer
 from neuroada_jax.training import (
     best_epoch,
     checkpoint,
@@ -36,7 +36,7 @@ from neuroada_jax.training.objectives import Objective
 from neuroada_jax.training.signals import Stop
 
 
-def evaluation_rows(config: RunConfig, objective: Objective, base_model: LoadedModel, tokenizer: Any) -> dict[str, Rows]:
+def evaluation_rows(config: RunConfig, objective: Objective, base_model: OpenedModel, tokenizer: Any) -> dict[str, Rows]:
     """The rows of every evaluation set, read and checked. Needs no weights.
 
     Raises:
@@ -49,7 +49,7 @@ def evaluate_sets(
     config: RunConfig,
     objective: Objective,
     rows: dict[str, Rows],
-    base_model: LoadedModel,
+    base_model: OpenedModel,
     params: Tree,
     tokenizer: Any,
     when: str,
@@ -149,14 +149,14 @@ def train(
     devices.check(config)
     checkpoints = checkpoint.Checkpoints(directory / "checkpoints", config.training.keep_last, config.training.keep_best)
     found = _newest(checkpoints, directory) if resume else None
-    base_model, tokenizer = open_base(config.model.path, config.model.dtype)
-    config = modules.resolved(config, base_model.model)
+    opened, tokenizer = open_with_tokenizer(config.model.path, config.model.dtype)
+    config = modules.resolved(config, opened.model)
     if found:
         resuming.check_config(found.about, config, force_resume)
-    objective, base_model = objectives.objective(config, base_model)
-    modules.check_length(config, base_model.model)
-    paths = modules.target_paths(config, base_model.model)
-    held_out = evaluation_rows(config, objective, base_model, tokenizer)
+    objective, opened = objectives.objective(config, opened)
+    modules.check_length(config, opened.model)
+    paths = modules.target_paths(config, opened.model)
+    held_out = evaluation_rows(config, objective, opened, tokenizer)
     batches, rows = objective.batches(tokenizer, held_out)
     if found:
         resuming.check_data(found.about, directory, batches, force_resume)
@@ -164,35 +164,36 @@ def train(
     if chooser is not None:
         parts = best_epoch.split(len(held_out[chooser]), config.seed)
         choosing, held_out[chooser] = (best_epoch.part(held_out[chooser], numbers) for numbers in parts)
-    base_model = with_weights(base_model, config.seed, devices.weights(base_model.model.abstract_params()))
-    classifier = modules.dense_paths(config, base_model, paths)
+    loaded = load_with_progress(opened, config.seed, devices.weights(opened.model.abstract_params()))
+    classifier = modules.dense_paths(config, loaded, paths)
     if found:  # the columns of its checkpoint will take the place of these
         magnitude = dataclasses.replace(config, bypass=dataclasses.replace(config.bypass, score="magnitude"))
-        built = connections.choose(magnitude, base_model.model, base_model.params, paths, by_neuron=devices.by_neuron)
+        built = connections.choose(magnitude, loaded.model, loaded.params, paths, by_neuron=devices.by_neuron)
     else:
         first_epoch = (batches.batch(0, index) for index in range(batches.steps_per_epoch))
         built = connections.choose(
-            config, base_model.model, base_model.params, paths, first_epoch, objective.losses, devices.by_neuron
+            config, loaded.model, loaded.params, paths, first_epoch, objective.losses, devices.by_neuron
         )
     _prepare(directory, config, resumed=found is not None)
 
     total_steps = config.training.steps or (config.training.epochs or 0) * batches.steps_per_epoch
-    in_classifier = bypass.count(dense_modules.split(base_model.params, classifier)[1])
+    in_classifier = bypass.count(dense_modules.split(loaded.params, classifier)[1])
     trainable = bypass.count(built.values) + in_classifier
-    total = bypass.count(base_model.params)
+    total = bypass.count(loaded.params)
     console.say(f"training {trainable:,} of {total:,} parameters ({100 * trainable / total:.4f} %) for {total_steps} steps")
 
     before: dict[str, scoring.Score] = {}
     if found:
         before = resuming.scores_before(found.about)
     elif config.evaluation.before:
-        before = evaluate_sets(config, objective, held_out, base_model, base_model.params, tokenizer, "before")
+        before = evaluate_sets(config, objective, held_out, loaded, loaded.params, tokenizer, "before")
 
     transformation = optimizer.build(config.optimizer, total_steps, config.classifier)
     state = devices.place(
-        step.initial_state(base_model.params, built, transformation, classifier, config.watchdog.nonfinite == "skip")
+        step.initial_state(loaded.params, built, transformation, classifier, config.watchdog.nonfinite == "skip")
     )
-    base_model = base_model._replace(params={})  # the state owns the weights now: its buffers are donated step by step
+    base_model = loaded.without_params()  # the state owns the weights now: its buffers are donated step by step
+    del loaded
 
     def save_adapter(path: Path, state: step.TrainState) -> None:
         values, trained_classifier = devices.whole((state.bypass, state.classifier))

@@ -8,7 +8,7 @@ from typing import Any
 
 from neuroada_jax import console, files
 from neuroada_jax.errors import UserError
-from neuroada_jax.pretrained.load import open_base
+from neuroada_jax.pretrained.load import open_with_tokenizer
 from neuroada_jax.training import config_file, modules, report, resuming, run
 from neuroada_jax.training.config import RunConfig
 from neuroada_jax.training.signals import Stop
@@ -80,7 +80,7 @@ def _finished(runs: dict[int, RunConfig], force: bool) -> dict[int, dict[str, An
     if not done:
         return {}
     first = next(iter(done.values()))
-    model = open_base(first.model.path, first.model.dtype)[0].model
+    model = open_with_tokenizer(first.model.path, first.model.dtype)[0].model
     found = {}
     for seed, each in done.items():
         written = config_file.load(str(each.directory / "config.yaml"))

@@ -77,7 +77,7 @@ def bare(request, tmp_path_factory):
 def test_a_head_comes_back_bit_for_bit(bare):
     base_model, values, classifier, directory = bare
     adapter = native.read(str(directory))
-    assert set(adapter.dense_parameters) == set(base_model.drawn) and adapter.metadata["base"]["labels"] == LABELS
+    assert set(adapter.dense_parameters) == set(base_model.initialised) and adapter.metadata["base"]["labels"] == LABELS
     again = load_model(base_model.source, labels=adapter.metadata["base"]["labels"], seed=9)  # another head to begin with
     jax.tree.map(np.testing.assert_array_equal, native.classifier(adapter, again), classifier)
     want = dense_modules.join(bypass.merge(base_model.params, values), classifier)
@@ -101,7 +101,7 @@ def test_the_merged_model_loads_in_transformers_with_the_same_logits(bare, tmp_p
     np.testing.assert_allclose(found, want, atol=1e-4)
     assert np.ptp(want) > 0.1
     again = load_model(str(tmp_path / "merged"))
-    assert again.drawn == []
+    assert again.initialised == []
     jax.tree.map(np.testing.assert_array_equal, again.params, params)
 
 
@@ -154,7 +154,7 @@ def test_which_modules_train_whole(bare, tmp_path):
     assert message == "bypass.targets: classifier belongs to the head, which trains whole; leave it out"
 
     whole = load_model(str(write_encoder(tmp_path / "whole", "bert")))
-    assert whole.drawn == [] and modules.dense_paths(config, whole, targets) == [("classifier",)]
+    assert whole.initialised == [] and modules.dense_paths(config, whole, targets) == [("classifier",)]
     assert modules.dense_paths(run(tmp_path, base_model.source, classifier={"train": False}), whole, targets) == []
 
 
@@ -174,7 +174,7 @@ def test_the_command_line_on_an_encoder(bare, tmp_path, capsys):
     assert code == 0 and len(json.loads(out)["modules"]) == 4
 
     code, _, err = neuroada("merge", "--adapter", directory, "--out", tmp_path / "merged")
-    assert code == 0 and "drawn from seed 0" in err
+    assert code == 0 and "initialised from seed 0" in err
     merged = load_model(str(tmp_path / "merged"))
     jax.tree.map(np.testing.assert_array_equal, merged.params, native.merge(native.read(str(directory)), base_model))
 

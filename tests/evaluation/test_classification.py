@@ -27,7 +27,8 @@ def encoder(labels):
         "pad_token_id": 1,
     }
     model = from_hf_config(config, labels=labels)
-    return LoadedModel(model, *load_params(model, _Tensors(random_tensors(model.hf_config))), "", "here")
+    params, digests = load_params(model, _Tensors(random_tensors(model.hf_config)))
+    return LoadedModel(model, "", "here", digests, params)
 
 
 class _Tensors:

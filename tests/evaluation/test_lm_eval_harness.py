@@ -12,7 +12,7 @@ from helpers import write_bert, write_model
 import neuroada_jax
 from neuroada_jax import cli
 from neuroada_jax.errors import UserError
-from neuroada_jax.pretrained.load import open_base, with_weights
+from neuroada_jax.pretrained.load import load_with_progress, open_with_tokenizer
 
 WORDS = [*"abcdehinostu", "the", "day", "night", "answer", "question", "option1", "please choose", "correct"]
 MISSING = 'lm-eval is not installed: pip install "neuroada-jax[eval]" (kept out of the extra `test`: 190 MB, 16,000 files)'
@@ -85,8 +85,8 @@ def pair(request, harness, tmp_path_factory):
     from lm_eval.models.huggingface import HFLM
 
     directory = write_model(tmp_path_factory.mktemp("model") / "m", request.param, seed=3)
-    opened, tokenizer = open_base(str(directory), "float32")
-    ours = harness.NeuroAdaLM(opened, with_weights(opened).params, tokenizer, batch_size=4)
+    opened, tokenizer = open_with_tokenizer(str(directory), "float32")
+    ours = harness.NeuroAdaLM(opened, load_with_progress(opened).params, tokenizer, batch_size=4)
     return ours, HFLM(pretrained=str(directory), device="cpu", dtype="float32", batch_size=4)
 
 

@@ -93,11 +93,11 @@ def test_few_programs_are_compiled(pair):
 
 def test_bfloat16_decodes(pair):
     loaded = pair[0]
-    half = loaded._replace(params=jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), loaded.params))
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), loaded.params)
     config = {**CONFIG, "dtype": "bfloat16"}
     model = models.from_hf_config(config, jnp.bfloat16)
     with jax.numpy_dtype_promotion("standard"):
-        got = generate(model, half.params, prompts((3, 9)), max_new_tokens=4, eos_ids=[])
+        got = generate(model, params, prompts((3, 9)), max_new_tokens=4, eos_ids=[])
     assert [len(tokens) for tokens in got] == [4, 4]
 
 

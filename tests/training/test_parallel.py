@@ -17,7 +17,7 @@ from neuroada_jax.models import Remat
 from neuroada_jax.models.losses import classification_losses, label_losses
 from neuroada_jax.planning.collectives import Traffic, collectives
 from neuroada_jax.planning.roofline import nbytes
-from neuroada_jax.pretrained.load import open_model, read_weights
+from neuroada_jax.pretrained.load import open_model
 from neuroada_jax.training import optimizer, parallel, step
 from neuroada_jax.training.config import OptimizerSection, ParallelSection, TrainingSection
 
@@ -208,7 +208,7 @@ def test_weights_are_read_to_where_they_belong(tmp_path):
     devices = parallel.resolve(ParallelSection(mode="jit", fsdp=4, tensor=2))
     opened = open_model(path)
     placed = devices.weights(opened.model.abstract_params())
-    loaded, plain = read_weights(opened, shardings=placed), read_weights(opened)
+    loaded, plain = opened.load(shardings=placed), opened.load()
     assert loaded.digests == plain.digests
     jax.tree.map(np.testing.assert_array_equal, loaded.params, plain.params)
     same = jax.tree.map(lambda leaf, place: leaf.sharding.is_equivalent_to(place, leaf.ndim), loaded.params, placed)
