@@ -18,11 +18,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from neuroada_jax import models
 from neuroada_jax.core import bypass, selection, trees
 from neuroada_jax.core.bypass import Bypass
 from neuroada_jax.core.ops import Layout, bypass_dense
-from neuroada_jax.core.trees import ModulePath, Tree
+from neuroada_jax.core.trees import ModulePath, Targets, Tree
 from neuroada_jax.errors import UserError
 
 # Leaves beside the kernel: whatever Flax does to it, such as slicing by nn.scan, is done to them as well.
@@ -33,7 +32,7 @@ def build(
     module: nn.Module,
     variables: Mapping[str, Any],
     *args: Any,
-    targets: list[str],
+    targets: Targets,
     k: int,
     score: Callable[[jax.Array], jax.Array] = selection.magnitude,
     dtype: Any = jnp.float32,
@@ -48,7 +47,8 @@ def build(
       module: any Linen module.
       variables: its variables; the kernels are those of "params".
       args: as for `module.apply`, such as one batch.
-      targets: exact module paths ("encoder.block_0.query") or last components of some ("query"); never substrings.
+      targets: exact module paths ("encoder.block_0.query") or last components of some ("query"), never substrings; or a
+        predicate of the path, or None for all of them.
       k: connections per neuron; a map with fewer inputs gets all of them.
       score: elementwise, kernel -> scores of the same shape.
       dtype: of the values.
@@ -57,7 +57,7 @@ def build(
     Returns: values (*L, O, min(k, I)) and int32 columns of the same shape, at the modules' paths.
 
     Raises:
-      UserError: a target that no linear map has (lists them), or one that cannot carry a bypass (says why).
+      UserError: no linear maps, a target that none of them has (lists them), or one that cannot carry a bypass (says why).
       ValueError: k < 1.
     """
     axes: dict[ModulePath, tuple[int, int]] = {}
@@ -74,18 +74,16 @@ def build(
     with nn.intercept_methods(record):
         jax.eval_shape(lambda variables: module.apply(variables, *args, **kwargs), variables)
 
-    found: Tree = {}
-    for path in axes:
-        found = trees.put(found, path, {"kernel": trees.kernel_at(variables["params"], path)})
-    paths = models.match_targets(found, targets, ())
+    if not axes:
+        raise UserError(f"a {type(module).__name__} without Dense or DenseGeneral layers: nothing in it can carry a bypass")
+    names = {".".join(path): path for path in axes}
     matrices: Tree = {}
+    paths = [names[name] for name in trees.matching(names, targets)]
     for path in paths:
         if path in refused:
             raise UserError(f"{'.'.join(path)}: {refused[path]}")
-        kernel, (inputs, neurons) = trees.kernel_at(found, path), axes[path]
-        stacked = kernel.ndim - inputs - neurons
-        shape = (*kernel.shape[:stacked], -1, math.prod(kernel.shape[kernel.ndim - neurons :]))
-        matrices = trees.put(matrices, path, {"kernel": kernel.reshape(shape)})
+        matrix = as_matrices(trees.kernel_at(variables["params"], path), *axes[path])
+        matrices = trees.put(matrices, path, {"kernel": matrix})
     return bypass.build(matrices, paths, k, score=score, dtype=dtype, layout=Layout.IO)
 
 
@@ -98,8 +96,8 @@ def with_bypass(apply: Callable[..., Any]) -> Callable[..., Any]:
     `nn.vmap` over stacked layers whose parameters have the layer axis in front.
 
     Raises (the function that comes back):
-      UserError: one of the two collections is missing, a "base" collection (a resident kernel holds the values already), or
-        a path whose module cannot carry a bypass.
+      UserError: one of the two collections is missing, there is a "base_entries" collection (a resident kernel holds the
+        values already), or a path whose module cannot carry a bypass.
       KeyError: a path without a kernel.
       ValueError: columns that do not fit their kernel.
     """
@@ -149,20 +147,26 @@ def _intercept(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.mod
     columns, values = (module.get_variable("params", name) for name in (_COLUMNS, _VALUES))
     # Flax does all else: dtypes, axes, bias. A bound module is frozen and lives for one call of apply; a clone of it would
     # show up in captured intermediates.
-    object.__setattr__(module, "dot_general", functools.partial(_dot_general, columns=columns, values=values))
+    object.__setattr__(module, "dot_general", functools.partial(bypass_dot_general, columns=columns, values=values))
     try:
         return call(*args, **kwargs)
     finally:
         object.__setattr__(module, "dot_general", None)
 
 
-def _dot_general(
+def as_matrices(kernel: jax.Array, inputs: int, neurons: int) -> jax.Array:
+    """The kernel as (*L, I, O), of the axes that inputs and neurons take; axes of stacked layers are in front."""
+    stacked = kernel.ndim - inputs - neurons
+    return kernel.reshape(*kernel.shape[:stacked], -1, math.prod(kernel.shape[stacked + inputs :]))
+
+
+def bypass_dot_general(
     x: jax.Array, kernel: jax.Array, dimension_numbers: Any, precision: None, *, columns: jax.Array, values: jax.Array
 ) -> jax.Array:
-    """`lax.dot_general` as Dense and DenseGeneral call it: a kernel (*I, *O), its first axes against some of x."""
+    """`lax.dot_general` as Flax's linear layers call it: a kernel (*I, *O), its first axes against some of x."""
     (axes, inputs), _ = dimension_numbers
     x = jnp.moveaxis(x, axes, tuple(range(-len(axes), 0)))
     batch, features = x.shape[: x.ndim - len(axes)], kernel.shape[len(inputs) :]
-    matrix = kernel.reshape(-1, math.prod(features))
+    matrix = as_matrices(kernel, len(inputs), len(features))
     y = bypass_dense(x.reshape(*batch, matrix.shape[0]), matrix, columns, values, layout=Layout.IO)
     return y.reshape(*batch, *features)

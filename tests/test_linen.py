@@ -13,6 +13,7 @@ from quick import jit
 
 import neuroada_jax as na
 from neuroada_jax import linen
+from neuroada_jax.adapters import own
 from neuroada_jax.core import bypass, selection, trees
 from neuroada_jax.core.ops import Layout
 from neuroada_jax.errors import UserError
@@ -241,6 +242,26 @@ def test_targets_are_exact_paths_or_last_components():
     for wrong in ("u", "block_1", "conv", "attention.query"):
         with pytest.raises(UserError, match=rf"'{wrong}' matches no linear map; this model has .*block_0.attention.query"):
             paths(wrong)
+
+
+def test_targets_may_be_a_predicate_or_all_and_there_must_be_some():
+    model, x, params, _ = prepared()
+    build = functools.partial(linen.build, model, {"params": params}, x, k=1)
+    assert na.count(build(targets=lambda path: path.startswith("block_1.attention")).values) == 4 * D
+    assert na.count(build(targets=None).values) == 2 * (5 * D + F) + D + 4
+    with pytest.raises(
+        UserError, match=r"^a LayerNorm without Dense or DenseGeneral layers: nothing in it can carry a bypass$"
+    ):
+        linen.build(nn.LayerNorm(), {"params": {"scale": jnp.ones(D), "bias": jnp.ones(D)}}, x, targets=None, k=1)
+
+
+def test_adapters_come_back_and_other_parameters_are_refused(tmp_path):
+    _, _, params, built = prepared(scanned=True)
+    own.save(tmp_path / "adapter", built, params)
+    jax.tree.map(np.testing.assert_array_equal, own.load(tmp_path / "adapter", params), built)
+    scaled = {**params, "blocks": {**params["blocks"], "up": {"kernel": 2 * params["blocks"]["up"]["kernel"]}}}
+    with pytest.raises(UserError, match=r"^this tree is not the base .*: tensor 'blocks.up' differs$"):
+        own.load(tmp_path / "adapter", scaled)
 
 
 class Odd(nn.Module):

@@ -1,12 +1,15 @@
 """Nested dicts of arrays: paths into them, and the leaves and kernels that they hold."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 
+from neuroada_jax.errors import UserError
+
 Tree = dict[str, Any]
 ModulePath = tuple[str, ...]
+Targets = Sequence[str] | Callable[[str], bool] | None
 
 
 def get(tree: Mapping[str, Any], path: ModulePath) -> Any:
@@ -90,3 +93,30 @@ def to_nested(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> Tree:
 def from_nested(tree: Any, nested: Mapping[str, Any], is_leaf: Callable[[Any], bool] | None = None) -> Any:
     """The pytree with the leaves of nested dicts that `to_nested` made of it, or of one like it."""
     return jax.tree_util.tree_map_with_path(lambda keys, _: get(nested, path_of(keys)), tree, is_leaf=is_leaf)
+
+
+def matching(modules: Collection[str], targets: Targets) -> list[str]:
+    """The linear maps that `targets` select, in the order of `modules`.
+
+    Args:
+      modules: the dotted paths of all linear maps.
+      targets: exact paths or, where no module has that path, the last component of one, never a substring; or a predicate
+        of the path, or None for all of them.
+
+    Raises:
+      UserError: a target, or the predicate, that selects nothing (lists what exists).
+    """
+    if targets is None:
+        return list(modules)
+    if callable(targets):
+        chosen = set(filter(targets, modules))
+        if not chosen:
+            raise UserError(f"bypass.targets: the predicate selects no linear map; this model has {', '.join(modules)}")
+        return [name for name in modules if name in chosen]
+    chosen = set()
+    for target in targets:
+        matches = [target] if target in modules else [name for name in modules if name.rpartition(".")[2] == target]
+        if not matches:
+            raise UserError(f"bypass.targets: {target!r} matches no linear map; this model has {', '.join(modules)}")
+        chosen.update(matches)
+    return [name for name in modules if name in chosen]

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from neuroada_jax.core.trees import ModulePath, Tree, kernels
+from neuroada_jax.core.trees import ModulePath, Tree, kernels, matching
 from neuroada_jax.errors import UserError
 from neuroada_jax.models import names
 from neuroada_jax.models.encoder import (
@@ -175,13 +175,4 @@ def match_targets(params: Mapping[str, Any], targets: list[str], layers_path: Mo
       UserError: a target that matches nothing (lists what exists), or the tied output layer.
     """
     modules = {names.within_layer(path, layers_path): path for path, _ in kernels(params)}
-    chosen = set()
-    for target in targets:
-        if target in modules:
-            chosen.add(target)
-            continue
-        matches = [name for name in modules if name.rpartition(".")[2] == target]
-        if not matches:
-            raise UserError(f"bypass.targets: {target!r} matches no linear map; this model has {', '.join(modules)}")
-        chosen.update(matches)
-    return [path for name, path in modules.items() if name in chosen]
+    return [modules[name] for name in matching(modules, targets)]

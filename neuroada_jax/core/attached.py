@@ -1,0 +1,137 @@
+"""A kernel and its bypass as one object in the place of the array, so that code which multiplies by it needs no change.
+
+    def loss(values):
+        return objective(model(attach(params, Bypass(values, columns), layout=Layout.IO), x))
+
+Inside the model, `x @ params["hidden"]["w"]` is then a bypass layer. Anything else that is done to the weight raises: W + D
+as an array would bring the dense gradient back.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+
+from neuroada_jax.core import trees
+from neuroada_jax.core.bypass import Bypass
+from neuroada_jax.core.ops import Layout, bypass_dense
+from neuroada_jax.core.trees import Tree
+from neuroada_jax.errors import UserError
+
+
+class _NotSupported(UserError, AttributeError):
+    """An array's attribute that a kernel with a bypass lacks; `hasattr` expects an AttributeError."""
+
+
+# jax puts other things than arrays into the fields while it transforms: they stay unchecked.
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["kernel", "columns", "values"],
+    meta_fields=["layout", "name", "transposed"],
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class BypassKernel:
+    """A frozen kernel with its trainable values: `x @ w`, `w @ x`, the same with `w.T`, and `w(x)`.
+
+    A pytree of three arrays, which goes through jit, grad, vmap, remat and, with stacked layers in front, scan.
+
+    Attributes:
+      kernel: float (*L, O, I), or (*L, I, O) as `layout` says.
+      columns: int32 (*L, O, k).
+      values: float (*L, O, k).
+      layout: where the kernel has its neurons.
+      name: the path of the kernel, for messages.
+      transposed: whether this stands for the transpose of the kernel.
+    """
+
+    kernel: Any
+    columns: Any
+    values: Any
+    layout: Layout
+    name: str
+    transposed: bool = False
+
+    __array_ufunc__ = None  # a NumPy array on the left of `@` gives way
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes."""
+        return self.kernel.ndim
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the array that this stands for."""
+        *leading, rows, columns = self.kernel.shape
+        return (*leading, columns, rows) if self.transposed else (*leading, rows, columns)
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the kernel."""
+        return self.kernel.dtype
+
+    @property
+    def T(self) -> "BypassKernel":
+        """The transpose; nothing is moved."""
+        return dataclasses.replace(self, transposed=not self.transposed)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Computes the linear map (..., I) -> (..., O), under both layouts."""
+        if self.ndim != 2:
+            raise UserError(f"{self.name}: stacked kernels {self.shape} are no single linear map; scan or vmap over them")
+        dtype = jnp.promote_types(x.dtype, self.dtype)
+        kernel = self.kernel.astype(dtype)
+        return bypass_dense(x.astype(dtype), kernel, self.columns, self.values, layout=self.layout)
+
+    def __rmatmul__(self, x: Any) -> jax.Array:
+        """Computes `x @ w`."""
+        self._check_sums_over_inputs("x @ w", Layout.IO)
+        return self(jnp.asarray(x))
+
+    def __matmul__(self, x: Any) -> jax.Array:
+        """Computes `w @ x`."""
+        self._check_sums_over_inputs("w @ x", Layout.OI)
+        x = jnp.asarray(x)
+        return self(x) if x.ndim == 1 else jnp.matrix_transpose(self(jnp.matrix_transpose(x)))
+
+    def _check_sums_over_inputs(self, product: str, layout: Layout) -> None:
+        if (self.layout is layout) == self.transposed:
+            of = "the transpose of layout" if self.transposed else "layout"
+            raise UserError(f"{self.name}: {product} with {of} {self.layout} sums over neurons, expected over inputs")
+
+    def __getattr__(self, attribute: str) -> NoReturn:
+        if attribute.startswith("__"):
+            raise AttributeError(attribute)
+        self._refuse()
+
+    def _refuse(self, *_: Any) -> NoReturn:
+        raise _NotSupported(f"{self.name} carries a bypass, which is only for x @ w, w @ x, w.T and w(x)")
+
+    __getitem__ = __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __pow__ = __neg__ = _refuse
+
+
+def attach(params: Mapping[str, Any], bypass: Bypass, *, layout: Layout = Layout.OI) -> Tree:
+    """The parameters with a BypassKernel in the place of every kernel that has a bypass.
+
+    Args:
+      params: parameter tree, with kernels as for `build`.
+      bypass: its values are what to differentiate by.
+      layout: where the kernels have their neurons.
+
+    Raises:
+      UserError: a kernel does not fit its columns, or carries a bypass already.
+      KeyError: a path that holds no kernel.
+    """
+    attached = dict(params)
+    for path, columns in trees.leaves(bypass.columns, "columns"):
+        kernel, node, name = trees.kernel_at(params, path), trees.get(params, path), ".".join(path)
+        if isinstance(kernel, BypassKernel):
+            raise UserError(f"{name} carries a bypass already")
+        outputs = kernel.shape[-2] if layout is Layout.OI else kernel.shape[-1]
+        if (*kernel.shape[:-2], outputs) != columns.shape[:-1]:
+            raise UserError(f"{name}: a kernel {kernel.shape} in layout {layout} does not fit columns {columns.shape}")
+        new = BypassKernel(kernel, columns, trees.get(bypass.values, path)["values"], layout, name)
+        attached = trees.put(attached, path, {**node, "kernel": new} if isinstance(node, Mapping) else new)
+    return attached

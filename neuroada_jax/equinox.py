@@ -1,0 +1,96 @@
+"""Bypass layers in any Equinox model that uses `eqx.nn.Linear`, with no change to the model.
+
+    bypass = na.equinox.build(model, targets=["query_proj", "value_proj"], k=1)
+
+    def loss(values):
+        return objective(jax.vmap(na.equinox.attach(model, na.Bypass(values, bypass.columns)))(x))
+
+    merged = na.equinox.merge(model, na.Bypass(values, bypass.columns))
+
+The values are a tree of their own for `jax.grad` and optax, so the model needs no filter. Kernels are (O, I), with the axis
+of an ensemble or of stacked layers in front; a layer's path is that of its weight, such as `layers.0.weight`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from neuroada_jax.core import attached, selection, trees
+from neuroada_jax.core import bypass as core
+from neuroada_jax.core.bypass import Bypass
+from neuroada_jax.core.trees import ModulePath, Targets, Tree
+from neuroada_jax.errors import UserError
+
+
+def build(
+    model: Any,
+    *,
+    targets: Targets = None,
+    k: int,
+    score: Callable[[jax.Array], jax.Array] = selection.magnitude,
+    dtype: Any = jnp.float32,
+) -> Bypass:
+    """Zero values and selected columns for linear layers of a model.
+
+    Args:
+      model: any Equinox module, or a pytree of some.
+      targets: exact paths of layers ("blocks.0.query_proj") or last components of some ("query_proj"), a predicate of the
+        path, or None for every `eqx.nn.Linear`.
+      k: connections per neuron; a layer with fewer inputs gets all of them.
+      score: elementwise, kernel -> scores of the same shape.
+      dtype: of the values.
+
+    Returns: values (*L, O, min(k, I)) and int32 columns of the same shape, at the paths of the layers' weights.
+
+    Raises:
+      UserError: the model has no linear layer, or a target selects none (lists them).
+      ValueError: k < 1.
+    """
+    layers: dict[str, ModulePath] = {}
+    for keys, node in jax.tree_util.tree_leaves_with_path(model, is_leaf=_is_linear):
+        if _is_linear(node):
+            path = trees.path_of(keys)
+            layers[".".join(path)] = (*path, "weight")
+    if not layers:
+        raise UserError(f"a {type(model).__name__} without eqx.nn.Linear layers: nothing in it can carry a bypass")
+    paths = [layers[name] for name in trees.matching(layers, targets)]
+    return core.build(parameters(model), paths, k, score=score, dtype=dtype)
+
+
+def attach(model: Any, bypass: Bypass) -> Any:
+    """The model with bypass layers; it is called as before, and its own arrays get no gradient from these layers.
+
+    Raises:
+      UserError: a weight does not fit its columns, or carries a bypass already.
+      KeyError: a path without a weight.
+    """
+    return trees.from_nested(model, attached.attach(parameters(model), bypass), is_leaf=_is_attached)
+
+
+def merge(model: Any, trained: Bypass) -> Any:
+    """The model with W + D for the weights of its layers: of the same structure as before.
+
+    Args:
+      model: without a bypass attached.
+      trained: see `build`.
+
+    Raises:
+      KeyError: a path without a weight.
+    """
+    return trees.from_nested(model, core.merge(parameters(model), trained))
+
+
+def parameters(model: Any) -> Tree:
+    """The leaves of a model as nested dicts, for `adapters.own` and the functions of the core."""
+    return trees.to_nested(model, is_leaf=_is_attached)
+
+
+def _is_linear(node: Any) -> bool:
+    return isinstance(node, eqx.nn.Linear)
+
+
+def _is_attached(node: Any) -> bool:
+    return isinstance(node, attached.BypassKernel)
