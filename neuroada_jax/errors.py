@@ -7,3 +7,8 @@ class UserError(Exception):
 
 class NeuroadaWarning(UserWarning):
     """Something the user should know, though the work goes on."""
+
+
+def install_line(extra: str) -> str:
+    """Return the command that installs an extra from a clone; the package is on no index yet."""
+    return f'pip install -e ".[{extra}]"'

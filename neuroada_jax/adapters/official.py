@@ -20,7 +20,7 @@ from neuroada_jax import files, models
 from neuroada_jax.adapters import inert_pickle, native
 from neuroada_jax.adapters.foreign import Imported
 from neuroada_jax.core import trees
-from neuroada_jax.errors import UserError
+from neuroada_jax.errors import UserError, install_line
 from neuroada_jax.models import names
 
 VALUES = Path("tunable_para") / "state_dict_tunable.pt"
@@ -37,7 +37,7 @@ def _torch() -> types.ModuleType:
     try:
         import torch
     except ImportError as error:
-        raise UserError('the official format needs PyTorch: pip install "neuroada-jax[torch]"') from error
+        raise UserError(f"the official format needs PyTorch: {install_line('torch')}") from error
     return torch
 
 

@@ -16,7 +16,7 @@ from neuroada_jax import models
 from neuroada_jax.adapters.foreign import Imported
 from neuroada_jax.core import trees
 from neuroada_jax.core.trees import Tree
-from neuroada_jax.errors import UserError
+from neuroada_jax.errors import UserError, install_line
 from neuroada_jax.models import names
 from neuroada_jax.pretrained import save
 from neuroada_jax.pretrained.load import LoadedModel, OpenedModel
@@ -38,7 +38,7 @@ def require_torch() -> None:
         import peft  # noqa: F401
         import torch  # noqa: F401
     except ImportError as error:
-        raise UserError(f'--verify needs PyTorch and PEFT ({error}): pip install "neuroada-jax[torch]"') from error
+        raise UserError(f"--verify needs PyTorch and PEFT ({error}): {install_line('torch')}") from error
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from neuroada_jax import files
 from neuroada_jax.core.trees import Tree
 from neuroada_jax.data.batches import Batch
 from neuroada_jax.data.packing import default_buckets
-from neuroada_jax.errors import UserError
+from neuroada_jax.errors import UserError, install_line
 from neuroada_jax.generation.generate import before_stop, generate
 from neuroada_jax.generation.sampling import Decoding
 from neuroada_jax.generation.texts import end_tokens
@@ -31,7 +31,7 @@ try:
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import get_rolling_token_windows, handle_non_serializable, make_disjoint_window, make_table
 except ModuleNotFoundError as error:
-    raise UserError(f'lm-eval needs {error.name}, which is missing: pip install "neuroada-jax[eval]"') from error
+    raise UserError(f"lm-eval needs {error.name}, which is missing: {install_line('eval')}") from error
 
 Progress = Callable[[int, int], None]
 

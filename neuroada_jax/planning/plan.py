@@ -15,7 +15,7 @@ from neuroada_jax import console
 from neuroada_jax.core import bypass
 from neuroada_jax.core.trees import Tree
 from neuroada_jax.data.batches import Batch, ClassificationBatch
-from neuroada_jax.errors import UserError
+from neuroada_jax.errors import UserError, install_line
 from neuroada_jax.planning import machines, roofline
 from neuroada_jax.planning.collectives import collectives
 from neuroada_jax.planning.machines import Compiler, Target
@@ -255,7 +255,7 @@ def _notes(target: Target, compiler: Compiler, dtype: str, may_be_fused: bool, d
         yield f"the floor is at this machine's speed just now: {rate:.0f} GFLOP/s in {dtype}, {bandwidth:.1f} GB/s"
     if target.gpu and compiler.platform == "cpu":
         yield (
-            "compiled for this CPU, since JAX's CUDA plugin is not installed (pip install 'neuroada-jax[cuda]'): the "
+            f"compiled for this CPU, since JAX's CUDA plugin is not installed ({install_line('cuda')}): the "
             f"temporaries on {target.name} will differ, and be several times smaller in bfloat16, which a CPU widens"
         )
     elif target.gpu and may_be_fused and not compiler.flash_attention:

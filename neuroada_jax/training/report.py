@@ -11,6 +11,7 @@ import jax
 from neuroada_jax import console, files
 from neuroada_jax.adapters import native
 from neuroada_jax.data.batches import AnyBatches
+from neuroada_jax.errors import install_line
 from neuroada_jax.evaluation.scoring import Score
 from neuroada_jax.training.config import RunConfig
 from neuroada_jax.training.loop import Report
@@ -220,7 +221,7 @@ def loss_curve(path: Path, losses: list[float], title: str) -> None:
     try:
         import matplotlib.figure
     except ImportError:
-        console.say(f"no {path.name}: install matplotlib (pip install 'neuroada-jax[plots]') to have the curve drawn")
+        console.say(f"no {path.name}: install matplotlib ({install_line('plots')}) to have the curve drawn")
         return
     steps = range(1, len(losses) + 1)
     width = max(1, len(losses) // 20)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from neuroada_jax import console, files
-from neuroada_jax.errors import UserError
+from neuroada_jax.errors import UserError, install_line
 from neuroada_jax.training.config import RunConfig
 
 Line = dict[str, Any]  # of one step: "step", "loss", ...
@@ -41,7 +41,7 @@ def check(names: Sequence[str]) -> None:
     """
     for name in names:
         if importlib.util.find_spec(name) is None:
-            raise UserError(f'tracking: {name} is not installed; pip install "neuroada-jax[tracking]"')
+            raise UserError(f"tracking: {name} is not installed; {install_line('tracking')}")
 
 
 class Log:

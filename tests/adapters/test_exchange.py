@@ -167,5 +167,5 @@ def test_errors(bases, adapters, tmp_path, capsys, monkeypatch):
     assert "but the config means" in message
     monkeypatch.setitem(sys.modules, "peft", None)
     message = failed(capsys, "export", adapter, "--to", "peft-shira", "--verify", "--out", tmp_path / "y")
-    assert 'pip install "neuroada-jax[torch]"' in message
+    assert 'pip install -e ".[torch]"' in message
     assert not (tmp_path / "y").exists()

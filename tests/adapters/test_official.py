@@ -127,7 +127,7 @@ def test_without_pytorch(tmp_path, monkeypatch, golden_base):
         message_of(official.export, adapter, tmp_path / "a"),
         message_of(official.read, GOLDEN / "official" / "llama_untied", golden_base.model, allow_pickle=True),
     ):
-        assert message == 'the official format needs PyTorch: pip install "neuroada-jax[torch]"'
+        assert message == 'the official format needs PyTorch: pip install -e ".[torch]"'
     assert not (tmp_path / "a").exists()
 
 

@@ -38,7 +38,7 @@ def test_without_data_and_pytorch_the_rest_runs(model, tmp_path, capsys, monkeyp
     monkeypatch.setattr(common, "installed", lambda package: package not in ("torch", "peft"))
     settings, rows = run(tmp_path, model, "--data", "nowhere.jsonl")
     printed = capsys.readouterr()
-    assert 'torch, peft missing, so their rows are left out: pip install "neuroada-jax[torch]"' in printed.err
+    assert 'torch, peft missing, so their rows are omitted: pip install -e ".[torch]"' in printed.err
     assert "nowhere.jsonl: no such file or directory: random tokens instead" in printed.err
     assert contract.printed_rows(printed.out) == len(rows)
     assert settings["labels"] == ["every"]

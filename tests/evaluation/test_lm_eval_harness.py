@@ -15,7 +15,7 @@ from neuroada_jax.errors import UserError
 from neuroada_jax.pretrained.load import load_with_progress, open_with_tokenizer
 
 WORDS = [*"abcdehinostu", "the", "day", "night", "answer", "question", "option1", "please choose", "correct"]
-MISSING = 'lm-eval is not installed: pip install "neuroada-jax[eval]" (kept out of the extra `test`: 190 MB, 16,000 files)'
+MISSING = 'lm-eval is not installed: pip install -e ".[eval]" (kept out of the extra `test`: 190 MB, 16,000 files)'
 
 
 @pytest.fixture(scope="module")
@@ -278,4 +278,4 @@ def test_the_missing_extra_is_named(neuroada, monkeypatch):
     monkeypatch.delitem(sys.modules, "neuroada_jax.evaluation.lm_eval_harness", raising=False)
     monkeypatch.delattr(neuroada_jax, "harness", raising=False)
     told = failure(neuroada("--tasks", "hellaswag", "--model", "m"))
-    assert told == 'lm-eval needs lm_eval, which is missing: pip install "neuroada-jax[eval]"'
+    assert told == 'lm-eval needs lm_eval, which is missing: pip install -e ".[eval]"'

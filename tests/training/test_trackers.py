@@ -34,7 +34,7 @@ def log(settings, *parts):
 
 def needs(name):
     missing = importlib.util.find_spec(name) is None
-    return pytest.mark.skipif(missing, reason=f'{name} is not installed (pip install "neuroada-jax[tracking]")')
+    return pytest.mark.skipif(missing, reason=f'{name} is not installed (pip install -e ".[tracking]")')
 
 
 FIRST = (0, [line(1, 4.0), line(2, float("nan")), line(3, 2.0)])
@@ -92,7 +92,7 @@ def test_trackio(tmp_path):
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     trackers.check([])
-    assert message_of(trackers.check, ["wandb"]) == 'tracking: wandb is not installed; pip install "neuroada-jax[tracking]"'
+    assert message_of(trackers.check, ["wandb"]) == 'tracking: wandb is not installed; pip install -e ".[tracking]"'
 
 
 def test_a_tracker_that_fails_is_left_out(tmp_path, monkeypatch):
