@@ -8,7 +8,6 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -125,9 +124,8 @@ def plan(parsed: argparse.Namespace) -> None:
 
 def evaluate(parsed: argparse.Namespace) -> None:
     """Scores a model, or one with an adapter, on a file of rows."""
-    from neuroada_jax.data.rows import load_rows
     from neuroada_jax.evaluation import scoring
-    from neuroada_jax.tasks import GLUE, TASKS, Source, overlap, unknown
+    from neuroada_jax.tasks import GLUE, TASKS, overlap, read_rows, unknown
     from neuroada_jax.training import report
 
     if parsed.task not in TASKS | GLUE:
@@ -142,13 +140,11 @@ def evaluate(parsed: argparse.Namespace) -> None:
     _check_kind(parsed, opened[0].model)
     if parsed.split and not parsed.data:
         raise UserError("--split: it is of --data, and the task's own rows have theirs; leave it out or give both")
-    split = parsed.split or "test"
-    source = Source(parsed.data, split) if parsed.data else (TASKS if is_decoder else GLUE)[parsed.task].source()
-    rows = load_rows(source.data, source.split, parsed.limit)
-    score_rows = (_texts if is_decoder else _labels)(parsed, *opened[:2], rows)
+    rows = read_rows((TASKS if is_decoder else GLUE)[parsed.task], parsed.data, parsed.split, parsed.limit)
+    scorer = (_continuation if is_decoder else _classification)(parsed, *opened[:2], rows)
     base_model, params, _ = _read(*opened)
     with console.bar("evaluating") as shown:
-        score = score_rows(base_model, params, console.reporter(shown))
+        score = scorer.score(base_model, params, console.reporter(shown))
     try:  # a score is not lost where its predictions cannot be written, nor they where nobody reads the score
         if parsed.json:
             _print_json({"task": parsed.task} | _score_to_json(score))
@@ -188,46 +184,39 @@ def _score_to_json(score: Any) -> dict[str, Any]:
     }
 
 
-def _texts(parsed: argparse.Namespace, opened: Any, tokenizer: Any, rows: Any) -> Callable[[Any, Any, Any], Any]:
-    """What scores rows by what a decoder says, as (base, params, progress) -> score; whatever can be wrong is told here."""
+def _continuation(parsed: argparse.Namespace, opened: Any, tokenizer: Any, rows: Any) -> Any:
+    """Validate the options and return the decoder's scorer."""
     from neuroada_jax.data.prompts import PromptStyle
     from neuroada_jax.data.rows import load_rows
-    from neuroada_jax.evaluation import scoring
+    from neuroada_jax.evaluation import continuation
     from neuroada_jax.tasks import TASKS, overlap
 
     task, trained_on = TASKS[parsed.task], None
     if parsed.trained_on:
-        trained_on = overlap.questions(scoring.convert(load_rows(parsed.trained_on), TASKS[task.suite or task.name]).rows)
+        training_rows = continuation.convert(load_rows(parsed.trained_on), TASKS[task.suite or task.name])
+        trained_on = overlap.questions(training_rows.rows)
     style, method = PromptStyle(parsed.style or task.style), parsed.method or "generate"
     if method == "choices" and parsed.max_new_tokens is not None:
         raise UserError("--max-new-tokens: method choices generates nothing; leave it out")
-    prepared = scoring.prepare(
-        opened, tokenizer, rows, task, style=style, method=method, max_new_tokens=parsed.max_new_tokens
+    options = continuation.Options(
+        style, method, parsed.max_new_tokens, batch_size=parsed.batch_size, trained_on=trained_on
     )
-    options = {"batch_size": parsed.batch_size, "trained_on": trained_on}
-    return lambda base_model, params, progress: scoring.score(
-        base_model, params, tokenizer, prepared, **options, on_progress=progress
-    )
+    return continuation.ContinuationScorer.prepare(opened, tokenizer, rows, task, options)
 
 
-def _labels(parsed: argparse.Namespace, opened: Any, tokenizer: Any, rows: Any) -> Callable[[Any, Any, Any], Any]:
-    """As `_texts`, by the labels that an encoder tells apart."""
+def _classification(parsed: argparse.Namespace, opened: Any, tokenizer: Any, rows: Any) -> Any:
+    """Validate the options and return the encoder's scorer."""
     from neuroada_jax.evaluation import classification
     from neuroada_jax.tasks import GLUE
 
-    task, positions = GLUE[parsed.task], opened.model.config.max_positions
+    positions = opened.model.config.max_positions
     missing = opened.missing() if not parsed.adapter else []
     if missing:
         raise UserError(f"{opened.source} has no {missing[0]}: give an --adapter, which brings its trained head")
     if parsed.max_length is not None and parsed.max_length > positions:
         raise UserError(f"--max-length: found {parsed.max_length}, expected 1 to the model's {positions} positions")
-    length = parsed.max_length or positions
-    classification.encode(rows, task, tokenizer, length)
-    classification.label_classes(opened, task)
-    options = {"max_length": length, "batch_size": parsed.batch_size}
-    return lambda base_model, params, progress: classification.evaluate(
-        base_model, params, tokenizer, rows, task, **options, on_progress=progress
-    )
+    options = {"max_length": parsed.max_length or positions, "batch_size": parsed.batch_size}
+    return classification.ClassificationScorer.prepare(opened, tokenizer, rows, GLUE[parsed.task], **options)
 
 
 def tasks(parsed: argparse.Namespace) -> None:

@@ -4,7 +4,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,11 @@ class Rows:
         """'file:line' of a row, or 'file: row 3' (counted from 0) for sources without lines."""
         file, number = self.places[index]
         return f"{file}:{number}" if file.lower().endswith(JSON_SUFFIXES) else f"{file}: row {number}"
+
+    def part(self, numbers: Iterable[int]) -> "Rows":
+        """Return the rows with these numbers, in the order given."""
+        chosen = list(numbers)
+        return Rows([self.rows[i] for i in chosen], self.source, [self.places[i] for i in chosen])
 
 
 def rows_from_list(rows: list[dict], source: str = "rows") -> Rows:

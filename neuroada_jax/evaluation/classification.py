@@ -1,15 +1,15 @@
-"""Scoring an encoder on rows with labels: predictions, the task's metric, and what stands beside it."""
+"""Scoring an encoder on labelled rows: predictions, the task's metric, and the further metrics that are reported."""
 
 import functools
 import re
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
 import transformers
 from flax import linen as nn
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Float, Float32, Num
 
 from neuroada_jax import console
 from neuroada_jax.adapters import native
@@ -19,12 +19,75 @@ from neuroada_jax.data.examples import LabelledExamples, encode_labelled
 from neuroada_jax.data.rows import Rows
 from neuroada_jax.errors import UserError
 from neuroada_jax.evaluation import metrics
-from neuroada_jax.evaluation.scoring import Score, wilson_interval
+from neuroada_jax.evaluation.scoring import Progress, Score
 from neuroada_jax.models.losses import classification_logits
 from neuroada_jax.pretrained.load import OpenedModel
 from neuroada_jax.tasks import GlueTask
 
-Progress = Callable[[int, int], None]
+
+@dataclass(frozen=True)
+class ClassificationScorer:
+    """Validated and tokenised rows of a GLUE task (see `scoring.Scorer`).
+
+    Attributes:
+      rows: raw rows of the task.
+      task: fields, labels and metrics.
+      examples: the rows as token ids, none dropped.
+      classes: the class of the model's classifier that each of the task's labels is.
+      batch_size: examples at a time.
+    """
+
+    rows: Rows
+    task: GlueTask
+    examples: LabelledExamples
+    classes: list[int]
+    batch_size: int
+
+    @classmethod
+    def prepare(
+        cls,
+        base_model: OpenedModel,
+        tokenizer: transformers.PreTrainedTokenizerBase,
+        rows: Rows,
+        task: GlueTask,
+        *,
+        max_length: int,
+        batch_size: int = 16,
+    ) -> "ClassificationScorer":
+        """Validate and tokenise raw rows of a task; says how many were truncated. Needs no weights.
+
+        Args:
+          base_model: architecture and config; its classifier must have the task's labels.
+          tokenizer: the base model's.
+          rows: raw rows of the task.
+          task: fields, labels and metrics.
+          max_length: longer examples are truncated to this many tokens.
+          batch_size: examples at a time.
+
+        Raises:
+          UserError: rows that do not fit the task, or a classifier with other labels.
+        """
+        examples = encode(rows, task, tokenizer, max_length)
+        classes = label_classes(base_model, task)
+        if examples.cut:
+            console.say(f"{rows.source}: {examples.cut} of {len(rows)} examples truncated to {max_length} tokens")
+        return cls(rows, task, examples, classes, batch_size)
+
+    def score(self, base_model: OpenedModel, params: Tree, on_progress: Progress | None = None) -> Score:
+        """See `Scorer`."""
+        task, labels = self.task, self.examples.labels
+        logits = predict(base_model, params, self.examples, self.batch_size, on_progress)[:, self.classes]
+        values, found = figures(logits, labels, task), _decisions(logits, task)
+        intervals = {name: metrics.interval(name, found, labels) for name in values}
+        return Score(
+            values[task.metric],
+            len(labels),
+            intervals[task.metric],
+            [_prediction(row, task, logits[i], labels[i]) for i, row in enumerate(self.rows.rows)],
+            task.metric,
+            beside={name: values[name] for name in task.beside},
+            beside_intervals={name: intervals[name] for name in task.beside},
+        )
 
 
 def encode(
@@ -34,99 +97,42 @@ def encode(
     max_length: int,
     on_progress: Progress | None = None,
 ) -> LabelledExamples:
-    """The rows of a task as an encoder reads them, in row order.
+    """Tokenise the rows of a task for an encoder, in row order.
 
     Raises:
-      UserError: rows that do not fit the task; see also `labelled.encode_labelled`.
+      UserError: rows that do not fit the task; see also `examples.encode_labelled`.
     """
     texts, labels = zip(*(task.convert(row, rows.where(i)) for i, row in enumerate(rows.rows)), strict=True)
     dtype = np.float32 if task.is_regression else np.int32
     return encode_labelled(texts, np.array(labels, dtype), tokenizer, max_length, on_progress)
 
 
-def evaluate(
-    base_model: OpenedModel,
-    params: Tree,
-    tokenizer: transformers.PreTrainedTokenizerBase,
-    rows: Rows,
-    task: GlueTask,
-    *,
-    max_length: int,
-    batch_size: int = 16,
-    on_progress: Progress | None = None,
-) -> Score:
-    """Scores `rows` with plain (base or merged) parameters, nothing dropped.
-
-    Args:
-      base_model: architecture and config; its head must have the task's labels.
-      params: what to score.
-      tokenizer: of the base.
-      rows: raw rows of the task.
-      task: columns, labels and metrics.
-      max_length: longer examples are cut to it.
-      batch_size: examples at a time.
-      on_progress: called with (batches done, in all).
-
-    Raises:
-      UserError: rows that do not fit the task, or a head with other labels.
-    """
-    columns = label_classes(base_model, task)
-    examples = encode(rows, task, tokenizer, max_length)
-    if examples.cut:
-        console.say(f"{rows.source}: {examples.cut} of {len(rows)} examples cut to {max_length} tokens")
-    outputs = predict(base_model, params, examples, batch_size, on_progress)[:, columns]
-    values, n = figures(outputs, examples.labels, task), len(examples)
-    found = _found(outputs, task)
-    intervals = {name: _interval(name, value, found, examples.labels) for name, value in values.items()}
-    beside = {name: values[name] for name in task.beside}
-    predictions = [_prediction(rows.rows[i], task, outputs[i], examples.labels[i]) for i in range(n)]
-    beside_intervals = {name: intervals[name] for name in task.beside}
-    return Score(
-        values[task.metric],
-        n,
-        intervals[task.metric],
-        predictions,
-        task.metric,
-        beside,
-        beside_intervals=beside_intervals,
-    )
-
-
-def figures(outputs: Float[np.ndarray, "n labels"], labels: Num[np.ndarray, "n"], task: GlueTask) -> dict[str, float]:
-    """The task's metric and those beside it, by name, of a head's outputs."""
-    found = _found(outputs, task)
+def figures(logits: Float[np.ndarray, "n labels"], labels: Num[np.ndarray, "n"], task: GlueTask) -> dict[str, float]:
+    """Return the task's metric and those reported beside it, by name."""
+    found = _decisions(logits, task)
     return {name: metrics.METRICS[name](found, labels) for name in (task.metric, *task.beside)}
 
 
-def _found(outputs: Float[np.ndarray, "n labels"], task: GlueTask) -> Num[np.ndarray, "n"]:
-    """The classes, or for regression the numbers, that a head's outputs say."""
+def _decisions(logits: Float[np.ndarray, "n labels"], task: GlueTask) -> Num[np.ndarray, "n"]:
+    """Return the most likely labels, or for regression the predicted numbers."""
     # A correlation of nearly equal numbers needs more digits than float32 has.
-    return outputs[:, 0].astype(np.float64) if task.is_regression else outputs.argmax(axis=1)
-
-
-def _interval(
-    metric: str, value: float, found: Num[np.ndarray, "n"], labels: Num[np.ndarray, "n"]
-) -> tuple[float, float] | None:
-    """The 95 % interval of a metric's value."""
-    if metric == "accuracy":
-        return wilson_interval(round(value * len(labels)), len(labels))
-    return metrics.interval(metric, found, labels)
+    return logits[:, 0].astype(np.float64) if task.is_regression else logits.argmax(axis=1)
 
 
 def label_classes(base_model: OpenedModel, task: GlueTask) -> list[int]:
-    """Which output of the model's head each of the task's labels is.
+    """Return the class of the model's classifier that each of the task's labels is.
 
-    Names are compared by their letters and digits, in any case. A head without names of its own, such as LABEL_0 and
-    LABEL_1, is taken to have the task's order, and a single number is regression whatever its name.
+    Names are compared by their letters and digits, case-insensitively. A classifier without names of its own, such as
+    LABEL_0 and LABEL_1, is assumed to have the task's order, and a single class is regression whatever its name.
 
     Raises:
-      UserError: a head with another number of labels, or with other names.
+      UserError: a classifier with another number of classes, or with other names.
     """
     names, count = native.classifier_labels(base_model) or [], base_model.model.config.num_labels
     if count != len(task.labels):
         raise UserError(
             f"task {task.name!r} has {len(task.labels)} label(s) ({', '.join(task.labels)}), "
-            f"and the head of {base_model.source} has {count}"
+            f"and the classifier of {base_model.source} has {count}"
         )
     if task.is_regression:
         return [0]
@@ -137,16 +143,19 @@ def label_classes(base_model: OpenedModel, task: GlueTask) -> list[int]:
             return [found.index(name) for name in wanted]
     raise UserError(
         f"task {task.name!r} has the labels {', '.join(task.labels)}, "
-        f"and the head of {base_model.source} tells apart {', '.join(map(str, names))}"
+        f"and the classifier of {base_model.source} has {', '.join(map(str, names))}"
     )
 
 
 def classes_to_train(base_model: OpenedModel, task: GlueTask) -> list[int]:
-    """The outputs that a run trains for the task's labels: those of a head for this task, which may have its own order
-    (roberta-large-mnli begins with contradiction), else the task's order."""
+    """Return the class to train for each of the task's labels.
+
+    A classifier for this task keeps its own order (roberta-large-mnli begins with contradiction); any other gets the
+    task's order.
+    """
     try:
         return label_classes(base_model, task)
-    except UserError:  # a head for something else, of which only what fits is used
+    except UserError:  # a classifier for another task, of which only the fitting tensors are kept
         return list(range(len(task.labels)))
 
 
@@ -154,18 +163,18 @@ def _plain(name: Any) -> str:
     return re.sub(r"[^a-z0-9]", "", str(name).lower())
 
 
-def _prediction(row: dict[str, Any], task: GlueTask, outputs: np.ndarray, label: Any) -> dict[str, Any]:
-    """One line of the predictions' file."""
-    texts = {column: row[column] for column in task.texts}
+def _prediction(row: dict[str, Any], task: GlueTask, logits: np.ndarray, label: Any) -> dict[str, Any]:
+    """Return one line of the predictions file."""
+    texts = {field: row[field] for field in task.texts}
     if task.is_regression:
-        return {**texts, "prediction": float(outputs[0]), "answer": float(label)}
-    found = int(outputs.argmax())
+        return {**texts, "prediction": float(logits[0]), "answer": float(label)}
+    found = int(logits.argmax())
     return {
         **texts,
         "prediction": task.labels[found],
         "answer": task.labels[label],
         "correct": bool(found == label),
-        "logits": [round(float(number), 6) for number in outputs],
+        "logits": [round(float(number), 6) for number in logits],
     }
 
 
@@ -175,19 +184,19 @@ def predict(
     examples: LabelledExamples,
     batch_size: int,
     on_progress: Progress | None = None,
-) -> np.ndarray:
-    """float32 (n, labels): the head's logits of every example, or its number, in row order."""
+) -> Float32[np.ndarray, "n classes"]:
+    """Return the classifier's logits of every example (regression: its number), in row order."""
     batches = ClassificationBatches(examples, batch_size, seed=0, group_by_length=True, shuffle=False)
     module = base_model.model.module()
-    outputs = np.zeros((len(examples), base_model.model.config.num_labels), np.float32)
+    logits = np.zeros((len(examples), base_model.model.config.num_labels), np.float32)
     for index in range(batches.steps_per_epoch):
         numbers = batches.rows(0, index)
-        outputs[numbers] = np.asarray(_logits(module, params, batches.batch(0, index)))[: len(numbers)]
+        logits[numbers] = np.asarray(_logits(module, params, batches.batch(0, index)))[: len(numbers)]
         if on_progress:
             on_progress(index + 1, batches.steps_per_epoch)
-    return outputs
+    return logits
 
 
 @functools.partial(jax.jit, static_argnames="module")
-def _logits(module: nn.Module, params: Tree, batch: ClassificationBatch) -> Float[Array, "B labels"]:
+def _logits(module: nn.Module, params: Tree, batch: ClassificationBatch) -> Float[Array, "B classes"]:
     return classification_logits(module, {"params": params}, batch)

@@ -12,7 +12,7 @@ Values = Sequence[Any] | npt.NDArray
 _RESAMPLES = 1000
 _RESAMPLED_AT_ONCE = 1_000_000  # row numbers in memory
 
-__all__ = ["METRICS", "accuracy", "f1", "interval", "matthews", "pearson", "spearman"]
+__all__ = ["METRICS", "accuracy", "f1", "interval", "matthews", "pearson", "spearman", "wilson_interval"]
 
 
 def accuracy(predictions: Values, labels: Values) -> float:
@@ -61,15 +61,31 @@ METRICS: dict[str, Callable[[Values, Values], float]] = {
 }
 
 
-def interval(metric: str, predictions: Values, labels: Values) -> tuple[float, float] | None:
-    """The 95 % interval of a metric: percentiles of 1,000 resamples of the pairs, the same ones for the same data.
+def wilson_interval(correct: int, n: int) -> tuple[float, float]:
+    """Return the 95 % Wilson score interval of a proportion; exactly 0 or 1 at an end that is reached."""
+    from scipy import stats
 
-    None where there is none to give: all predictions, or all labels, are the same, or a value is not finite. Raises
-    UserError as the metric does.
+    low, high = stats.binomtest(correct, n).proportion_ci(method="wilson")
+    return float(low), float(high)
+
+
+def interval(metric: str, predictions: Values, labels: Values) -> tuple[float, float] | None:
+    """Return the 95 % interval of a metric: Wilson's for accuracy, else by resampling.
+
+    Resampling takes percentiles of 1,000 resamples of the pairs, the same resamples for the same data.
+
+    Returns:
+      (low, high), or None where resampling gives none: all predictions, or all labels, are the same, or a value is not
+      finite.
+
+    Raises:
+      UserError: as the metric does.
     """
     from scipy import stats
 
     found, expected = _pair(predictions, labels)
+    if metric == "accuracy":
+        return wilson_interval(int((found == expected).sum()), len(found))
     if _constant(found) or _constant(expected) or not (np.isfinite(found).all() and np.isfinite(expected).all()):
         return None
     resampled = stats.bootstrap(

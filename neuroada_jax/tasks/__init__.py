@@ -3,12 +3,13 @@
 import difflib
 from typing import Any
 
+from neuroada_jax.data.rows import Rows, load_rows
 from neuroada_jax.tasks import arithmetic, commonsense
 from neuroada_jax.tasks.glue import GLUE, GlueTask
 from neuroada_jax.tasks.instruct import ALPACA, INSTRUCT, SST2
 from neuroada_jax.tasks.task import Source, Task
 
-__all__ = ["GLUE", "SUITES", "TASKS", "GlueTask", "Source", "Task", "listing", "unknown"]
+__all__ = ["GLUE", "SUITES", "TASKS", "GlueTask", "Source", "Task", "listing", "read_rows", "unknown"]
 
 # What a decoder is trained for; GLUE is what an encoder is trained for, and sst2 is in both.
 # commonsense and arithmetic read the training rows that their suites share.
@@ -28,6 +29,22 @@ TASKS: dict[str, Task] = {
 SUITES: dict[str, tuple[str, ...]] = {
     module.SUITE: tuple(task.name for task in module.TASKS) for module in (commonsense, arithmetic)
 }
+
+
+def read_rows(task: Task | GlueTask, data: str | None, split: str | None = None, limit: int | None = None) -> Rows:
+    """Read the first `limit` rows of `data`, or of the task's own source where `data` is None.
+
+    Args:
+      task: the rows' task.
+      data: see `rows.load_rows`.
+      split: split of `data`, "test" by default; the task's own source has its own.
+      limit: None for all rows.
+
+    Raises:
+      UserError: see `Task.source` and `rows.load_rows`.
+    """
+    source = Source(data, split or "test") if data else task.source()
+    return load_rows(source.data, source.split, limit)
 
 
 def unknown(name: str) -> str:

@@ -14,11 +14,11 @@ from neuroada_jax.data.examples import encode
 from neuroada_jax.data.prompts import PromptStyle
 from neuroada_jax.data.rows import Rows, load_rows
 from neuroada_jax.errors import UserError
-from neuroada_jax.evaluation import classification, scoring
-from neuroada_jax.evaluation.scoring import Progress, Score
+from neuroada_jax.evaluation import classification, continuation
+from neuroada_jax.evaluation.scoring import Progress, Score, Scorer
 from neuroada_jax.models.losses import classification_losses, label_losses
 from neuroada_jax.pretrained.load import OpenedModel
-from neuroada_jax.tasks import GLUE, TASKS, Source, Task, overlap
+from neuroada_jax.tasks import GLUE, TASKS, Task, overlap, read_rows
 from neuroada_jax.training import modules
 from neuroada_jax.training.config import EvaluationSet, RunConfig
 
@@ -118,12 +118,12 @@ class Continuation:
     def _training_rows(self, held_out: dict[str, Rows]) -> Rows:
         """The rows to train on in their task's form, without those that `data.drop_overlap` leaves out."""
         section = self._config.data
-        rows = scoring.convert(load_rows(section.train, section.split, section.limit), TASKS[section.task])
+        rows = continuation.convert(load_rows(section.train, section.split, section.limit), TASKS[section.task])
         if not section.drop_overlap:
             return rows
         asked: set[str] = set()
         for each in self._config.evaluation.sets:
-            asked |= overlap.questions(scoring.convert(held_out[each.name], self._task(each)).rows)
+            asked |= overlap.questions(continuation.convert(held_out[each.name], self._task(each)).rows)
         kept = [i for i, row in enumerate(rows.rows) if overlap.question(row) not in asked]
         if not kept:
             raise UserError(
@@ -137,31 +137,26 @@ class Continuation:
 
     def rows(self, each: EvaluationSet, base_model: OpenedModel, tokenizer: Any) -> Rows:
         """See `Objective`."""
-        source = Source(each.data, each.split or "test") if each.data else self._task(each).source()
-        rows = load_rows(source.data, source.split, each.limit)
-        self._prepared(each, rows, base_model, tokenizer)
+        rows = read_rows(self._task(each), each.data, each.split, each.limit)
+        self._scorer(each, rows, base_model, tokenizer)
         return rows
 
-    def _prepared(self, each: EvaluationSet, rows: Rows, base_model: OpenedModel, tokenizer: Any) -> scoring.Prepared:
-        style, task = self._style(each), self._task(each)
-        return scoring.prepare(
-            base_model, tokenizer, rows, task, style=style, method=each.method, max_new_tokens=each.max_new_tokens
+    def _scorer(self, each: EvaluationSet, rows: Rows, base_model: OpenedModel, tokenizer: Any) -> Scorer:
+        options = continuation.Options(
+            self._style(each),
+            each.method,
+            each.max_new_tokens,
+            each.generation,
+            self._config.evaluation.batch_size,
+            self._trained_on,
         )
+        return continuation.ContinuationScorer.prepare(base_model, tokenizer, rows, self._task(each), options)
 
     def score(
         self, each: EvaluationSet, rows: Rows, base_model: OpenedModel, params: Tree, tokenizer: Any, progress: Progress
     ) -> Score:
         """See `Objective`."""
-        return scoring.score(
-            base_model,
-            params,
-            tokenizer,
-            self._prepared(each, rows, base_model, tokenizer),
-            decoding=each.generation,
-            batch_size=self._config.evaluation.batch_size,
-            trained_on=self._trained_on,
-            on_progress=progress,
-        )
+        return self._scorer(each, rows, base_model, tokenizer).score(base_model, params, progress)
 
     def _style(self, each: EvaluationSet) -> PromptStyle:
         """The set's own style, else the training data's where the task or its suite is the same, else the task's."""
@@ -203,22 +198,22 @@ class Classification:
 
     def rows(self, each: EvaluationSet, base_model: OpenedModel, tokenizer: Any) -> Rows:
         """See `Objective`."""
-        source = Source(each.data, each.split or "test") if each.data else self._task.source()
-        rows = load_rows(source.data, source.split, each.limit)
-        classification.encode(rows, self._task, tokenizer, self._config.data.max_length)
+        rows = read_rows(self._task, each.data, each.split, each.limit)
+        self._scorer(rows, base_model, tokenizer)
         return rows
 
-    def score(
-        self, each: EvaluationSet, rows: Rows, base_model: OpenedModel, params: Tree, tokenizer: Any, progress: Progress
-    ) -> Score:
-        """See `Objective`."""
-        return classification.evaluate(
+    def _scorer(self, rows: Rows, base_model: OpenedModel, tokenizer: Any) -> Scorer:
+        return classification.ClassificationScorer.prepare(
             base_model,
-            params,
             tokenizer,
             rows,
             self._task,
             max_length=self._config.data.max_length,
             batch_size=self._config.evaluation.batch_size,
-            on_progress=progress,
         )
+
+    def score(
+        self, each: EvaluationSet, rows: Rows, base_model: OpenedModel, params: Tree, tokenizer: Any, progress: Progress
+    ) -> Score:
+        """See `Objective`."""
+        return self._scorer(rows, base_model, tokenizer).score(base_model, params, progress)

@@ -8,13 +8,14 @@ from helpers import random_tensors
 from neuroada_jax.data.examples import encode_labelled
 from neuroada_jax.data.rows import rows_from_list
 from neuroada_jax.evaluation import classification, metrics
+from neuroada_jax.evaluation.classification import ClassificationScorer
 from neuroada_jax.models import from_hf_config
 from neuroada_jax.pretrained.load import LoadedModel, load_params
 from neuroada_jax.tasks import GLUE
 
 
 def encoder(labels):
-    """A random RoBERTa with a head for these labels."""
+    """A random RoBERTa with a classifier for these labels."""
     config = {
         "model_type": "roberta",
         "vocab_size": 260,
@@ -56,12 +57,16 @@ def rows(labels):
     return rows_from_list([{"sentence1": a, "sentence2": a[::-1], "label": b} for a, b in zip(texts, labels, strict=True)])
 
 
+def scored(base_model, data, task, on_progress=None, **options):
+    scorer = ClassificationScorer.prepare(base_model, PAIRS, data, GLUE[task], **{"max_length": 30, **options})
+    return scorer.score(base_model, base_model.params, on_progress)
+
+
 def test_accuracy_and_f1_of_predictions_in_row_order():
     base_model = encoder(["not_equivalent", "equivalent"])
     data = rows([0, 1, 1, 0, 1, 0, 1])
     seen = []
-    options = {"max_length": 30, "on_progress": lambda *done: seen.append(done)}
-    score = classification.evaluate(base_model, base_model.params, PAIRS, data, GLUE["mrpc"], batch_size=3, **options)
+    score = scored(base_model, data, "mrpc", lambda *done: seen.append(done), batch_size=3)
     assert seen[-1] == (3, 3) and score.n == 7 and score.metric == "accuracy"
     for number, prediction in enumerate(score.predictions):  # each row by itself
         row = data.rows[number]
@@ -81,36 +86,32 @@ def test_accuracy_and_f1_of_predictions_in_row_order():
 
 def test_regression_has_correlations_with_intervals():
     base_model = encoder(["similarity"])
-    score = classification.evaluate(
-        base_model, base_model.params, PAIRS, rows([0.0, 5.0, 2.5, 1.0]), GLUE["stsb"], max_length=30
-    )
+    score = scored(base_model, rows([0.0, 5.0, 2.5, 1.0]), "stsb")
     found, want = ([each[field] for each in score.predictions] for field in ("prediction", "answer"))
     assert want == [0.0, 5.0, 2.5, 1.0] and score.interval[0] <= score.value <= score.interval[1]
     assert score.beside_intervals["spearman"] == metrics.interval("spearman", found, want)
     assert score.value == pytest.approx(np.corrcoef(found, want)[0, 1], abs=1e-4) and set(score.beside) == {"spearman"}
 
 
-def test_a_head_may_have_its_labels_in_another_order_but_no_others():
+def test_a_classifier_may_have_its_labels_in_another_order_but_no_others():
     data, task = rows([0, 1, 1, 0]), GLUE["mrpc"]
     logits = {}
     for names in (["LABEL_0", "LABEL_1"], ["EQUIVALENT", "not-equivalent"]):  # the same weights
         base_model = encoder(names)
-        score = classification.evaluate(base_model, base_model.params, PAIRS, data, task, max_length=30)
+        score = scored(base_model, data, "mrpc")
         logits[names[0]] = np.array([each["logits"] for each in score.predictions])
     np.testing.assert_array_equal(logits["LABEL_0"], logits["EQUIVALENT"][:, ::-1])
     assert classification.label_classes(encoder(["CONTRADICTION", "NEUTRAL", "ENTAILMENT"]), GLUE["mnli"]) == [2, 1, 0]
     assert classification.label_classes(encoder(["score"]), GLUE["stsb"]) == [0]
     message = message_of(classification.label_classes, encoder(list(task.labels)), GLUE["rte"])
-    want = (
-        "task 'rte' has the labels entailment, not_entailment, and the head of here tells apart not_equivalent, equivalent"
-    )
+    want = "task 'rte' has the labels entailment, not_entailment, and the classifier of here has not_equivalent, equivalent"
     assert message == want
     message = message_of(classification.label_classes, encoder(["no", "yes"]), GLUE["mnli"])
-    want = "task 'mnli' has 3 label(s) (entailment, neutral, contradiction), and the head of here has 2"
+    want = "task 'mnli' has 3 label(s) (entailment, neutral, contradiction), and the classifier of here has 2"
     assert message == want
 
 
-def test_cut_rows_are_said(capsys):
+def test_truncated_rows_are_reported(capsys):
     base_model = encoder(["entailment", "not_entailment"])
-    classification.evaluate(base_model, base_model.params, PAIRS, rows([0, 1]), GLUE["rte"], max_length=6)
-    assert "rows: 2 of 2 examples cut to 6 tokens" in capsys.readouterr().err
+    scored(base_model, rows([0, 1]), "rte", max_length=6)
+    assert "rows: 2 of 2 examples truncated to 6 tokens" in capsys.readouterr().err

@@ -64,3 +64,24 @@ def test_intervals_by_resampling():
     assert low < metrics.matthews(found > 0, labels > 0) < high
     for constant in ([1, 1, 1], [1.0, math.nan, 2.0]):
         assert metrics.interval("spearman", constant, [1, 2, 3]) is None is metrics.interval("f1", [0, 1, 0], constant)
+
+
+# The Wilson intervals in R. G. Newcombe, Two-sided confidence intervals for the single proportion, 1998, table I.
+@pytest.mark.parametrize(
+    ("correct", "n", "low", "high"),
+    [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+        (20, 20, 0.8389, 1.0),
+    ],
+)
+def test_wilson_interval(correct, n, low, high):
+    got = metrics.wilson_interval(correct, n)
+    assert metrics.interval("accuracy", [1] * correct + [0] * (n - correct), [1] * n) == got
+    # The bounds p are where (share - p)^2 = z^2 p (1 - p) / n.
+    for bound in got:
+        if 0 < bound < 1:
+            assert (correct / n - bound) ** 2 == pytest.approx(1.959964**2 * bound * (1 - bound) / n, rel=1e-6)
+    assert got == pytest.approx((low, high), abs=5e-5)

@@ -1,4 +1,4 @@
-"""Scores: the interval, exact match, choices by likelihood, and rows that cannot be scored."""
+"""Scores of a decoder: exact match, choices by likelihood, and rows that cannot be scored."""
 
 import json
 
@@ -12,7 +12,8 @@ from helpers import write_model
 from neuroada_jax.data.examples import encode
 from neuroada_jax.data.prompts import PromptStyle
 from neuroada_jax.data.rows import load_rows, rows_from_list
-from neuroada_jax.evaluation import scoring
+from neuroada_jax.evaluation import choices, continuation, metrics, scoring
+from neuroada_jax.evaluation.continuation import ContinuationScorer, Options
 from neuroada_jax.pretrained.load import load_model
 from neuroada_jax.tasks import TASKS
 
@@ -22,31 +23,11 @@ def base_model(tmp_path_factory):
     return load_model(str(write_model(tmp_path_factory.mktemp("model") / "m", seed=3)))
 
 
-# The Wilson intervals in R. G. Newcombe, Two-sided confidence intervals for the single proportion, 1998, table I.
-@pytest.mark.parametrize(
-    ("correct", "n", "low", "high"),
-    [
-        (81, 263, 0.2553, 0.3662),
-        (15, 148, 0.0624, 0.1605),
-        (0, 20, 0.0, 0.1611),
-        (1, 29, 0.0061, 0.1718),
-        (20, 20, 0.8389, 1.0),
-    ],
-)
-def test_wilson_interval(correct, n, low, high):
-    got = scoring.wilson_interval(correct, n)
-    # The bounds p are where (share - p)^2 = z^2 p (1 - p) / n.
-    for bound in got:
-        if 0 < bound < 1:
-            assert (correct / n - bound) ** 2 == pytest.approx(1.959964**2 * bound * (1 - bound) / n, rel=1e-6)
-    assert got == pytest.approx((low, high), abs=5e-5)
-
-
 def score(base_model, rows, task="instruct", batch_size=16, trained_on=None, **options):
     rows = rows_from_list(rows) if isinstance(rows, list) else rows
     options = {"style": PromptStyle.PLAIN, "max_new_tokens": 8, **options}
-    prepared = scoring.prepare(base_model, CHAT, rows, TASKS[task], **options)
-    return scoring.score(base_model, base_model.params, CHAT, prepared, batch_size=batch_size, trained_on=trained_on)
+    options = Options(**options, batch_size=batch_size, trained_on=trained_on)
+    return ContinuationScorer.prepare(base_model, CHAT, rows, TASKS[task], options).score(base_model, base_model.params)
 
 
 def test_exact_match_and_predictions(base_model, tmp_path):
@@ -62,7 +43,7 @@ def test_exact_match_and_predictions(base_model, tmp_path):
     assert second.value == 0.8
     assert [prediction["correct"] for prediction in second.predictions] == [True, True, True, False, True]
     assert second.predictions[0]["prompt"] == "the and\n"
-    assert second.interval == scoring.wilson_interval(4, 5)
+    assert second.interval == metrics.wilson_interval(4, 5)
     scoring.write_predictions(tmp_path / "p.jsonl", second)
     lines = (tmp_path / "p.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == second.predictions
@@ -109,7 +90,7 @@ def test_choices_of_a_question_are_those_that_it_names(base_model, monkeypatch):
         sizes.extend(map(len, groups))
         return np.array([[np.inf if at >= len(group) else -at for at in range(5)] for group in groups])
 
-    monkeypatch.setattr(scoring.choices, "losses", last_is_likeliest)
+    monkeypatch.setattr(choices, "losses", last_is_likeliest)
     named = [[f"answer{number}" for number in range(1, count + 1)] for count in (4, 3, 5)]
     rows = [{"instruction": f"q\n\nAnswer format: {'/'.join(names)}", "answer": "answer1"} for names in named]
     rows += [{"instruction": "q", "answer": "answer1"}, {**rows[1], "answer": "answer4"}]  # all five
@@ -146,8 +127,10 @@ def test_chat_rows_are_scored_against_the_last_assistant_turn(base_model):
 
 def test_parts_by_a_second_rule_and_without_the_training_rows(base_model, monkeypatch):
     texts = ["A book: the answer is (B).", "The answer is C", "", "Denote it by x."]
-    monkeypatch.setattr(scoring, "generate", lambda *_, **options: [[i] for i in range(options["max_new_tokens"] - 508)])
-    monkeypatch.setattr(scoring, "check_lengths", lambda *_: None)  # of a model with 128 positions
+    monkeypatch.setattr(
+        continuation, "generate", lambda *_, **options: [[i] for i in range(options["max_new_tokens"] - 508)]
+    )
+    monkeypatch.setattr(continuation, "check_lengths", lambda *_: None)  # of a model with 128 positions
     monkeypatch.setattr(type(CHAT), "decode", lambda self, ids, **_: texts[ids[0]])
     rows = [{"instruction": f"i{i}", "output": "", "answer": answer} for i, answer in enumerate("BCAD")]
     got = score(
@@ -162,7 +145,7 @@ def test_parts_by_a_second_rule_and_without_the_training_rows(base_model, monkey
         "clean": (0.5, 2),
         "clean, strict": (0.5, 2),
     }
-    assert got.parts["clean"].interval == scoring.wilson_interval(1, 2)
+    assert got.parts["clean"].interval == metrics.wilson_interval(1, 2)
     # Without a second rule or known training rows there is nothing to tell apart.
     plain = score(
         base_model, [{**row, "answer": "3"} for row in rows], "gsm8k", style=PromptStyle.ALPACA, max_new_tokens=None
@@ -173,6 +156,6 @@ def test_parts_by_a_second_rule_and_without_the_training_rows(base_model, monkey
 
 
 def test_an_empty_generation_is_wrong_whatever_the_answer(base_model, monkeypatch):
-    monkeypatch.setattr(scoring, "generate", lambda *_, **__: [[]])
+    monkeypatch.setattr(continuation, "generate", lambda *_, **__: [[]])
     got = score(base_model, [{"prompt": "a", "completion": " "}])
     assert got.value == 0 and got.empty == 1

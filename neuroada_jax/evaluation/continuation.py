@@ -1,0 +1,210 @@
+"""Scoring a decoder: generate or choose an answer for every row, and compare it by the task's rule."""
+
+from collections.abc import Iterable, Sequence, Set
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import transformers
+
+from neuroada_jax.core.trees import Tree
+from neuroada_jax.data.examples import Example, encode, encode_prompt
+from neuroada_jax.data.prompts import PromptStyle, render_prompt
+from neuroada_jax.data.rows import Rows, rows_from_list
+from neuroada_jax.errors import UserError
+from neuroada_jax.evaluation import choices, metrics
+from neuroada_jax.evaluation.scoring import Part, Progress, Score
+from neuroada_jax.generation.generate import before_stop, check_lengths, generate
+from neuroada_jax.generation.sampling import GREEDY, Decoding
+from neuroada_jax.generation.texts import end_tokens
+from neuroada_jax.pretrained.load import OpenedModel
+from neuroada_jax.tasks import Task, overlap
+
+
+class Options(NamedTuple):
+    """How a decoder is prompted and how its answers are found.
+
+    Attributes:
+      style: prompt style.
+      method: "generate" continues the prompt and extracts the answer; "choices" takes the most likely of the task's
+        answers.
+      max_new_tokens: longest generation; None for the task's own limit.
+      decoding: how "generate" picks tokens.
+      batch_size: prompts, or rows with all their choices, at a time.
+      trained_on: questions of the training rows (`tasks.overlap.questions`), to score rows apart that are among them;
+        None where the training rows are not known.
+    """
+
+    style: PromptStyle
+    method: str = "generate"
+    max_new_tokens: int | None = None
+    decoding: Decoding = GREEDY
+    batch_size: int = 16
+    trained_on: Set[str] | None = None
+
+
+@dataclass(frozen=True)
+class ContinuationScorer:
+    """Validated and tokenised rows of a task (see `scoring.Scorer`).
+
+    Attributes:
+      rows: in the task's own form, each with its answer.
+      task: how answers are extracted and compared.
+      options: see `Options`.
+      tokenizer: the base model's.
+      max_new_tokens: longest generation.
+      prompts: token ids of every row's prompt, for "generate".
+      answers: the answers to choose from, for every row, for "choices".
+      candidates: every row with each of these answers as its completion, for "choices".
+    """
+
+    rows: Rows
+    task: Task
+    options: Options
+    tokenizer: transformers.PreTrainedTokenizerBase
+    max_new_tokens: int
+    prompts: list[list[int]]
+    answers: list[Sequence[str]]
+    candidates: list[list[Example]]
+
+    @classmethod
+    def prepare(
+        cls,
+        base_model: OpenedModel,
+        tokenizer: transformers.PreTrainedTokenizerBase,
+        rows: Rows,
+        task: Task,
+        options: Options,
+    ) -> "ContinuationScorer":
+        """Validate and tokenise raw rows of a task. Needs no weights.
+
+        Raises:
+          UserError: rows that do not fit the task or have no answer, "choices" for a task without fixed answers, or
+            prompts that with their generation or answers exceed the model's positions.
+        """
+        style, converted = options.style, _check_rows(rows, task, options.method)
+        length = task.max_new_tokens if options.max_new_tokens is None else options.max_new_tokens
+        prompts, answers, candidates = [], [], []
+        if options.method == "choices":
+            answers = [row.get("choices", task.choices) for row in converted.rows]
+            candidates = _candidates(base_model, tokenizer, converted, task, style, answers)
+        else:
+            prompts = [encode_prompt(row, style, tokenizer, converted.where(i)) for i, row in enumerate(converted.rows)]
+            check_lengths(base_model.model, prompts, length, lambda i: f"{converted.where(i)}: the prompt")
+        return cls(converted, task, options, tokenizer, length, prompts, answers, candidates)
+
+    def score(self, base_model: OpenedModel, params: Tree, on_progress: Progress | None = None) -> Score:
+        """See `Scorer`."""
+        if self.options.method == "choices":
+            predictions = self._choose(base_model, params, on_progress)
+        else:
+            predictions = self._generate(base_model, params, on_progress)
+        for i, (row, prediction) in enumerate(zip(self.rows.rows, predictions, strict=True)):
+            self._compare(row, prediction)
+            prediction["prompt"] = render_prompt(row, self.options.style, self.tokenizer, self.rows.where(i))
+        return summarise(predictions)
+
+    def _choose(self, base_model: OpenedModel, params: Tree, on_progress: Progress | None) -> list[dict[str, Any]]:
+        """Return the most likely of every row's answers as its prediction."""
+        losses = choices.losses(base_model.model, params, self.candidates, self.options.batch_size, on_progress)
+        best = losses.argmin(axis=1)
+        return [{"prediction": own[choice]} for own, choice in zip(self.answers, best, strict=True)]
+
+    def _generate(self, base_model: OpenedModel, params: Tree, on_progress: Progress | None) -> list[dict[str, Any]]:
+        """Return the continuation of every row's prompt."""
+        decoding, tokenizer = self.options.decoding, self.tokenizer
+        outputs = generate(
+            base_model.model,
+            params,
+            self.prompts,
+            max_new_tokens=self.max_new_tokens,
+            eos_ids=end_tokens(base_model, tokenizer),
+            decoding=decoding,
+            decode=lambda ids: str(tokenizer.decode(ids)),
+            batch_size=self.options.batch_size,
+            on_progress=on_progress,
+        )
+        texts = (str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in outputs)
+        return [{"generation": before_stop(text, decoding.stop)} for text in texts]
+
+    def _compare(self, row: dict[str, Any], prediction: dict[str, Any]) -> None:
+        """Extract the answers of a prediction and add whether they are correct."""
+        task, answer = self.task, row["answer"].strip()
+        generation = prediction.get("generation")
+        if generation is not None:
+            prediction["prediction"] = task.extract(generation, answer)
+        prediction |= {"answer": answer, "correct": _matches(task, prediction["prediction"], answer)}
+        if task.strict and generation is not None:
+            strict = task.strict(generation, answer)
+            prediction |= {"strict_prediction": strict, "strict_correct": _matches(task, strict, answer)}
+        if self.options.trained_on is not None:
+            prediction["in_training"] = overlap.question(row) in self.options.trained_on
+
+
+def convert(rows: Rows, task: Task) -> Rows:
+    """Return the rows in the task's own form, each with an `answer`.
+
+    Raises:
+      UserError: a row that does not fit the task; names file and line.
+    """
+    return Rows([task.convert(row, rows.where(i)) for i, row in enumerate(rows.rows)], rows.source, rows.places)
+
+
+def _check_rows(rows: Rows, task: Task, method: str) -> Rows:
+    """Return the rows in the task's own form; every one has an answer, and the task allows the method."""
+    if method == "choices" and not task.choices:
+        raise UserError(f"evaluation method 'choices': task {task.name!r} has no fixed answers; use 'generate'")
+    converted = convert(rows, task)
+    for i, row in enumerate(converted.rows):
+        if not isinstance(row["answer"], str):
+            raise UserError(f"{converted.where(i)}: no answer to compare with (columns {', '.join(rows.rows[i])})")
+    return converted
+
+
+def _candidates(
+    base_model: OpenedModel,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    rows: Rows,
+    task: Task,
+    style: PromptStyle,
+    answers: Sequence[Sequence[str]],
+) -> list[list[Example]]:
+    """Return every row with each of its answers as its completion."""
+    pairs = [(row, each) for row, own in zip(rows.rows, answers, strict=True) for each in own]
+    candidates = [{**row, "output": task.target(each)} for row, each in pairs]
+    positions = base_model.model.config.max_positions
+    examples = encode(rows_from_list(candidates, rows.source), style, tokenizer, positions)
+    if examples.cut or examples.dropped:  # part of an answer would be compared with another answer in full
+        raise UserError(f"{rows.source}: a prompt is longer than the model's {positions} positions")
+    numbers = iter(range(len(candidates)))
+    return [[examples.example(next(numbers)) for _ in own] for own in answers]
+
+
+def _matches(task: Task, found: str, answer: str) -> bool:
+    return found != "" and task.matches(found, answer)
+
+
+def _part(correct: Iterable[bool]) -> Part:
+    each = list(correct)
+    return Part(sum(each) / len(each), len(each), metrics.wilson_interval(sum(each), len(each)))
+
+
+def summarise(predictions: list[dict[str, Any]]) -> Score:
+    """Return the score of all predictions, and of the subsets that their fields tell apart."""
+    value, n, interval = _part(each["correct"] for each in predictions)
+    clean = [each for each in predictions if not each.get("in_training")]
+    parts = {}
+    if "strict_correct" in predictions[0]:
+        parts["strict"] = _part(each["strict_correct"] for each in predictions)
+    if 0 < len(clean) < n:
+        parts["clean"] = _part(each["correct"] for each in clean)
+        if "strict" in parts:
+            parts["clean, strict"] = _part(each["strict_correct"] for each in clean)
+    return Score(
+        value,
+        n,
+        interval,
+        predictions,
+        empty=sum(not each["generation"].strip() for each in predictions) if "generation" in predictions[0] else None,
+        overlap=n - len(clean) if "in_training" in predictions[0] else None,
+        parts=parts,
+    )
