@@ -131,7 +131,7 @@ def test_a_head_keeps_its_own_order_of_labels(trained, data, tmp_path):
 def test_the_adapter_is_that_of_the_best_epoch_and_evaluates_to_the_same(trained, data, capsys, tmp_path):
     out, results = trained
     kept, best = native.read(str(out / "adapter")), native.read(str(out / "epochs" / str(results["best_epoch"]["step"])))
-    for found, want in ((kept.values, best.values), (kept.heads, best.heads)):
+    for found, want in ((kept.values, best.values), (kept.dense_parameters, best.dense_parameters)):
         assert found.keys() == want.keys()
         assert all(found[name].tobytes() == want[name].tobytes() for name in want)
     assert kept.metadata["base"]["labels"] == ["not_equivalent", "equivalent"]
@@ -208,7 +208,7 @@ def test_several_seeds(tmp_path, model, data, capsys):
     assert accuracy["deviation"] == pytest.approx(np.std(values, ddof=1))
     assert len({row["best_epoch"]["split"]["digest"] for row in results["runs"]}) == 2
     assert json.loads((out / "seed-7" / "results.json").read_text())["evaluation"] == results["runs"][1]["evaluation"]
-    heads = [native.read(str(out / f"seed-{seed}" / "adapter")).heads["classifier.weight"] for seed in (1, 7)]
+    heads = [native.read(str(out / f"seed-{seed}" / "adapter")).dense_parameters["classifier.weight"] for seed in (1, 7)]
     assert np.abs(heads[0] - heads[1]).max() > 1e-3
 
     code, _, err = neuroada(capsys, "train", path, "seeds=[7, 8]")
