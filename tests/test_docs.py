@@ -46,7 +46,7 @@ def own_models(tmp_path_factory):
     return {**run_page("docs/own-models.md", folder), "loaded": load_model(str(folder / "model"))}
 
 
-@pytest.mark.parametrize("losses", ["losses", "vit_losses"])
+@pytest.mark.parametrize("losses", ["losses", "vit_losses", "nnx_losses", "equinox_losses"])
 def test_the_own_models_learn(own_models, losses):
     assert own_models[losses][-1] < 0.7 * own_models[losses][0]
 
