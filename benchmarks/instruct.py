@@ -32,8 +32,8 @@ from neuroada_jax.data.batches import Batch
 from neuroada_jax.data.rows import load_rows
 from neuroada_jax.models.llama import LLAMA_TARGETS
 from neuroada_jax.pretrained import save
-from neuroada_jax.pretrained.load import load_model, load_with_progress, open_with_tokenizer
-from neuroada_jax.training import config_file, objectives, run
+from neuroada_jax.pretrained.load import load_model, load_with_progress
+from neuroada_jax.training import config_file, run
 from neuroada_jax.training.config import RunConfig
 
 CONFIGS = {"sst2": "configs/smollm2-135m-sst2-k1.yaml", "commonsense": "configs/smollm2-135m-commonsense-k20.yaml"}
@@ -131,12 +131,9 @@ def _theirs(chosen: RunConfig, job: Job, folder: Path) -> Row:
     import torch
     import transformers
 
-    opened, tokenizer = open_with_tokenizer(chosen.model.path, chosen.model.dtype)
-    objective, opened = objectives.objective(chosen, opened)
-    held_out = run.evaluation_rows(chosen, objective, opened, tokenizer)
-    batches, _ = objective.batches(tokenizer, held_out)
-    base = load_with_progress(opened)
-    save.save(folder / "start", base, base.params, tokenizer)
+    prepared = run.prepare(chosen)
+    batches, base = prepared.batches, load_with_progress(prepared.opened)
+    save.save(folder / "start", base, base.params, prepared.tokenizer)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "start", dtype=torch.float32)
     model = model.to(common.torch_device())
     torch.manual_seed(job["seed"])
@@ -155,7 +152,7 @@ def _theirs(chosen: RunConfig, job: Job, folder: Path) -> Row:
     model.merge_and_unload().save_pretrained(folder / "merged")
     params = load_model(str(folder / "merged"), "float32").params
     chosen.directory.mkdir()
-    scores = run.evaluate_sets(chosen, objective, held_out, opened, params, tokenizer, "after")
+    scores = prepared.score_sets(prepared.opened, params, "after")
     return {
         "trained": sum(parameter.numel() for parameter in parameters),
         "last_loss": last_loss,

@@ -237,3 +237,30 @@ def load_with_progress(opened: OpenedModel, seed: int = 0, shardings: Tree | Non
             "an adapter's"
         )
     return loaded
+
+
+def with_params(opened: OpenedModel, loaded: LoadedModel, seed: int = 0) -> LoadedModel:
+    """Return the opened model with the weights of `loaded`, as if they had been read from its checkpoint.
+
+    Args:
+      opened: architecture and config; the classifier may be another than that of `loaded`.
+      loaded: the same model in memory; its arrays are used, not copied.
+      seed: of the tensors that the checkpoint lacks; those of `loaded` are not used.
+
+    Raises:
+      UserError: an array that is missing or has another shape or dtype.
+    """
+    slots = names.checkpoint_names(opened.model.abstract_params(), opened.model.layers_path)
+    wanted, found = dict(trees.flatten(opened.model.abstract_params())), dict(trees.flatten(loaded.params))
+    for name in IdentifiedModel(opened.model, opened.path, opened.source, loaded.digests).initialised:
+        leaf = wanted[slots[name].path]
+        tensor = _draw(name, leaf.shape, opened.model.hf_config.get("initializer_range", 0.02), seed)
+        found[slots[name].path] = jnp.asarray(tensor).astype(leaf.dtype)
+    for path, leaf in wanted.items():
+        have = f"{found[path].dtype} {list(found[path].shape)}" if path in found else "none"
+        if have != f"{leaf.dtype} {list(leaf.shape)}":
+            raise UserError(
+                f"{loaded.source}: {'.'.join(path)}: expected {leaf.dtype} {list(leaf.shape)}, found {have} in memory"
+            )
+    params = trees.unflatten({path: found[path] for path in wanted})
+    return LoadedModel(opened.model, opened.path, opened.source, loaded.digests, params)

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,26 +13,37 @@ from neuroada_jax import console
 from neuroada_jax.data.batches import AnyBatches
 from neuroada_jax.training.signals import Stop, Stopped
 from neuroada_jax.training.step import AnyBatch, StepMetrics, TrainState
-from neuroada_jax.training.trackers import Line, Log
+from neuroada_jax.training.trackers import Line
 from neuroada_jax.training.watchdog import Failed, Watchdog, in_background
 
 
 @dataclasses.dataclass
-class Report:
-    """What the loop knows of a run, the parts before it was resumed included.
+class History:
+    """The course of a run so far, including the steps before it was resumed.
 
-    losses: of every step, NaN where there was none.
-    tokens: seen, padding left out.
-    shapes: of the steps used.
-    seconds: of training, epochs' scores left out.
-    warnings: what the watchdog counted.
+    Attributes:
+      losses: mean loss per label of every step, in nats; NaN where it was not finite or is not known.
+      learning_rates: of every step, as many as losses.
+      tokens: seen in training, without padding.
+      shapes: of the batches, (T, M) or (T,); as many as compiled steps.
+      seconds: of training, without the scores of epochs.
+      warnings: the watchdog's counts by kind.
     """
 
     losses: list[float] = dataclasses.field(default_factory=list)
+    learning_rates: list[float] = dataclasses.field(default_factory=list)
     tokens: int = 0
     shapes: set[tuple[int, ...]] = dataclasses.field(default_factory=set)
     seconds: float = 0.0
     warnings: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def add(self, lines: Sequence[Line], shapes: set[tuple[int, ...]], seconds: float) -> None:
+        """Add the log lines of further steps; `seconds` and `shapes` are those of the run up to here."""
+        self.losses += [line["loss"] for line in lines]
+        self.learning_rates += [line["learning_rate"] for line in lines]
+        self.tokens += sum(line["tokens"] for line in lines)
+        self.shapes |= shapes
+        self.seconds = seconds
 
 
 class NotFinite(Exception):
@@ -43,8 +54,41 @@ class NotFinite(Exception):
         self.rows, self.state = rows, state
 
 
-class _Pending(NamedTuple):
-    step: int
+class Settings(NamedTuple):
+    """How far and how often.
+
+    Attributes:
+      total_steps: updates of the complete run.
+      rates: learning rate by update, for the log.
+      log_every: steps between two log steps.
+      save_every: steps between two saves; None: save only where the run is to stop.
+    """
+
+    total_steps: int
+    rates: optax.Schedule
+    log_every: int
+    save_every: int | None = None
+
+
+class Hooks(NamedTuple):
+    """What the loop calls.
+
+    Attributes:
+      on_lines: called with the log lines of finished steps, in order.
+      save: called with a good state every `save_every` steps and after the last one, and when the run is to stop.
+      after_epoch: called with a good state at the end of every epoch and of the run, before it is saved; and first of all
+        with a state that starts there, whose score an interruption may have prevented. Its states are saved too.
+    """
+
+    on_lines: Callable[[Sequence[Line]], None]
+    save: Callable[[TrainState], None]
+    after_epoch: Callable[[TrainState], None] | None = None
+
+
+class _Step(NamedTuple):
+    """A step that was dispatched and whose metrics have not been read."""
+
+    number: int
     metrics: StepMetrics
     tokens: int
 
@@ -53,19 +97,13 @@ def run(
     state: TrainState,
     run_step: Callable[[TrainState, AnyBatch], tuple[TrainState, StepMetrics]],
     batches: AnyBatches,
-    total_steps: int,
-    rates: optax.Schedule,
-    report: Report,
-    log: Log,
+    settings: Settings,
+    history: History,
     watchdog: Watchdog,
     stop: Stop,
-    *,
-    log_every: int,
-    save: Callable[[TrainState], None],
-    save_every: int | None = None,
-    after_epoch: Callable[[TrainState], None] | None = None,
+    hooks: Hooks,
 ) -> TrainState:
-    """Takes the steps from `state.step` up to `total_steps`.
+    """Take the steps from `state.step` up to `settings.total_steps`.
 
     The host waits for the device at log and save steps, and where an epoch ends, only; the next batch is built meanwhile.
 
@@ -73,17 +111,11 @@ def run(
       state: where to start; donated.
       run_step: the jitted step.
       batches: what to train on, epoch after epoch.
-      total_steps: updates to make.
-      rates: learning rate by step, for the log.
-      report: of the earlier parts of the run; brought up to date.
-      log: gets a line for every step.
+      settings: see `Settings`.
+      history: of the steps before; brought up to date.
       watchdog: sees every batch, call and line.
       stop: looked at after every step. While an epoch is scored, a request interrupts that.
-      log_every: steps between two log steps.
-      save: called with a good state every `save_every` steps and after the last one, and when the run is to stop.
-      save_every: None for never, but when the run is to stop.
-      after_epoch: called with a good state at the end of every epoch and of the run, before it is saved; and first of all
-        with a state that starts there, whose score an interruption may have left out. Its states are saved too.
+      hooks: see `Hooks`.
 
     Returns: the last state.
 
@@ -92,50 +124,45 @@ def run(
       UserError: a batch that did not come, or a file that cannot be written.
       Stopped: on request, when the state is saved.
     """
-    start = int(state.step)
-    pending: list[_Pending] = []
+    start, total, after_epoch = int(state.step), settings.total_steps, hooks.after_epoch
+    pending: list[_Step] = []
 
     def fetch(number: int) -> AnyBatch:
         return batches.batch(*divmod(number, batches.steps_per_epoch))
 
     def epoch_ends(steps: int) -> bool:
-        return after_epoch is not None and steps > 0 and (steps == total_steps or steps % batches.steps_per_epoch == 0)
+        return after_epoch is not None and steps > 0 and (steps == total or steps % batches.steps_per_epoch == 0)
 
     if after_epoch is not None and epoch_ends(start):
         after_epoch(state)
     began = last = time.perf_counter()
-    earlier, compiled = report.seconds, set[tuple[int, ...]]()
-    with console.bar("training", total_steps) as shown, stop.held():
+    earlier, compiled = history.seconds, set[tuple[int, ...]]()
+    with console.bar("training", total) as bar, stop.held():
         ahead = in_background(functools.partial(fetch, start))
-        for number in range(start, total_steps):
-            batch = watchdog.wait(ahead, number + 1)
-            if number + 1 < total_steps:
-                ahead = in_background(functools.partial(fetch, number + 1))
-            with watchdog.compiling(number + 1, expected=_announce(batch, compiled, len(batches.shapes))):
+        for number in range(start, total):
+            done = number + 1
+            batch = watchdog.wait(ahead, done)
+            if done < total:
+                ahead = in_background(functools.partial(fetch, done))
+            with watchdog.compiling(done, expected=_announce(batch, compiled, len(batches.shapes))):
                 state, metrics = run_step(state, batch)
-            pending.append(_Pending(number, metrics, int(batch.lengths.sum())))
-            last_one = number + 1 == total_steps
-            scoring, stopping = epoch_ends(number + 1), stop.requested
-            saving = save_every is not None and ((number + 1) % save_every == 0 or last_one or scoring)
-            if (number + 1) % log_every and not (last_one or saving or scoring or stopping):
+            pending.append(_Step(number, metrics, int(batch.lengths.sum())))
+            scoring, stopping, every = epoch_ends(done), stop.requested, settings.save_every
+            saving = every is not None and (done % every == 0 or done == total or scoring)
+            if done % settings.log_every and not (done == total or saving or scoring or stopping):
                 continue
 
-            window = sum(entry.tokens for entry in pending)
-            lines = _lines(pending, rates, watchdog)  # waits for the device
+            tokens = sum(each.tokens for each in pending)
+            lines = _lines(pending, settings.rates, watchdog)  # waits for the device
             pending.clear()
-            log.write(lines)
+            hooks.on_lines(lines)
             try:
                 watchdog.look(lines)
             except Failed as failed:
-                raise NotFinite(
-                    str(failed), batches.rows(*divmod(failed.step - 1, batches.steps_per_epoch)), state
-                ) from None
-            report.losses += [line["loss"] for line in lines]
-            report.tokens += window
-            report.shapes |= compiled
+                rows = batches.rows(*divmod(failed.step - 1, batches.steps_per_epoch))
+                raise NotFinite(str(failed), rows, state) from None
             now = time.perf_counter()
-            report.seconds = earlier + now - began
-            note = f"loss {report.losses[-1]:.4f}, {window / (now - last):.0f} tokens/s"
+            history.add(lines, compiled, earlier + now - began)
             if after_epoch is not None and scoring and not stopping:
                 try:
                     with stop.held(False):
@@ -145,14 +172,15 @@ def run(
                 began += time.perf_counter() - now
             stopping = stopping or stop.requested
             if saving or stopping:
-                save(state)
+                hooks.save(state)
             if stopping:
-                raise Stopped(number + 1)
+                raise Stopped(done)
+            note = f"loss {history.losses[-1]:.4f}, {tokens / (now - last):.0f} tokens/s"
             last = time.perf_counter()
-            shown.update(number + 1, total_steps, note)
+            bar.update(done, total, note)
             if not console.is_terminal():
-                left = (now - began) / (number + 1 - start) * (total_steps - number - 1)
-                console.say(f"step {number + 1} of {total_steps}: {note}, {left:.0f} s left")
+                left = (now - began) / (done - start) * (total - done)
+                console.say(f"step {done} of {total}: {note}, {left:.0f} s left")
     return state
 
 
@@ -167,16 +195,16 @@ def _announce(batch: AnyBatch, compiled: set[tuple[int, ...]], possible: int) ->
     return True
 
 
-def _lines(pending: list[_Pending], rates: optax.Schedule, watchdog: Watchdog) -> list[Line]:
+def _lines(pending: list[_Step], rates: optax.Schedule, watchdog: Watchdog) -> list[Line]:
     """What metrics.jsonl says of some steps. A step that is left out does not move the learning rate on."""
     lines: list[Line] = []
     skipped = watchdog.counts["skipped"]
     for entry in pending:
         lines.append(
             {
-                "step": entry.step + 1,
+                "step": entry.number + 1,
                 "loss": float(entry.metrics.loss),
-                "learning_rate": float(rates(entry.step - skipped)),
+                "learning_rate": float(rates(entry.number - skipped)),
                 "gradient_norm": float(entry.metrics.gradient_norm),
                 "targets": int(entry.metrics.targets),
                 "tokens": entry.tokens,

@@ -20,7 +20,7 @@ from neuroada_jax.models.losses import classification_losses, label_losses
 from neuroada_jax.pretrained.load import OpenedModel
 from neuroada_jax.tasks import GLUE, TASKS, Task, overlap, read_rows
 from neuroada_jax.training import modules
-from neuroada_jax.training.config import EvaluationSet, RunConfig
+from neuroada_jax.training.config import DataSection, EvaluationSet, RunConfig
 
 
 @runtime_checkable
@@ -38,12 +38,13 @@ class Objective(Protocol):
     @property
     def dropout_seed(self) -> int | None: ...
 
-    def batches(self, tokenizer: Any, held_out: dict[str, Rows]) -> tuple[AnyBatches, Rows]:
+    def batches(self, tokenizer: Any, held_out: dict[str, Rows], rows: Rows | None = None) -> tuple[AnyBatches, Rows]:
         """The training data, and the rows that a batch's numbers mean.
 
         Args:
           tokenizer: of the model.
           held_out: the rows of every evaluation set, for `data.drop_overlap`.
+          rows: to train on, where they are in memory; None: those of `data.train`.
 
         Raises:
           UserError: rows that do not fit the task, or none left.
@@ -77,6 +78,15 @@ def objective(config: RunConfig, base_model: OpenedModel) -> tuple[Objective, Op
     return Classification(config, columns), base_model.with_labels(labels)
 
 
+def _training_rows(section: DataSection, rows: Rows | None) -> Rows:
+    """Return the first `data.limit` of the rows in memory, or of those of `data.train`."""
+    if rows is None:
+        return load_rows(section.train, section.split, section.limit)
+    if not rows.rows:
+        raise UserError(f"{rows.source}: no rows, expected at least one")
+    return Rows(rows.rows[: section.limit], rows.source, rows.places[: section.limit])
+
+
 class Continuation:
     """A decoder learns to continue prompts, and is scored by what it generates."""
 
@@ -87,9 +97,9 @@ class Continuation:
         self._config = config
         self._trained_on: frozenset[str] = frozenset()  # the questions of the training rows
 
-    def batches(self, tokenizer: Any, held_out: dict[str, Rows]) -> tuple[AnyBatches, Rows]:
+    def batches(self, tokenizer: Any, held_out: dict[str, Rows], rows: Rows | None = None) -> tuple[AnyBatches, Rows]:
         """See `Objective`."""
-        config, rows = self._config, self._training_rows(held_out)
+        config, rows = self._config, self._training_rows(held_out, rows)
         self._trained_on = overlap.questions(rows.rows)
         style = PromptStyle(config.data.style or TASKS[config.data.task].style)
         with console.bar("tokenising") as shown:
@@ -115,10 +125,10 @@ class Continuation:
             )
         return batches, rows
 
-    def _training_rows(self, held_out: dict[str, Rows]) -> Rows:
+    def _training_rows(self, held_out: dict[str, Rows], rows: Rows | None) -> Rows:
         """The rows to train on in their task's form, without those that `data.drop_overlap` leaves out."""
         section = self._config.data
-        rows = continuation.convert(load_rows(section.train, section.split, section.limit), TASKS[section.task])
+        rows = continuation.convert(_training_rows(section, rows), TASKS[section.task])
         if not section.drop_overlap:
             return rows
         asked: set[str] = set()
@@ -178,10 +188,10 @@ class Classification:
         self._columns = np.array(columns, np.int32)
         self.dropout_seed = config.seed
 
-    def batches(self, tokenizer: Any, held_out: dict[str, Rows]) -> tuple[AnyBatches, Rows]:
+    def batches(self, tokenizer: Any, held_out: dict[str, Rows], rows: Rows | None = None) -> tuple[AnyBatches, Rows]:
         """See `Objective`."""
         section = self._config.data
-        rows = load_rows(section.train, section.split, section.limit)
+        rows = _training_rows(section, rows)
         with console.bar("tokenising") as shown:
             examples = classification.encode(rows, self._task, tokenizer, section.max_length, console.reporter(shown))
         console.say(

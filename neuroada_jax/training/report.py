@@ -14,7 +14,7 @@ from neuroada_jax.data.batches import AnyBatches
 from neuroada_jax.errors import install_line
 from neuroada_jax.evaluation.scoring import Score
 from neuroada_jax.training.config import RunConfig
-from neuroada_jax.training.loop import Report
+from neuroada_jax.training.loop import History
 
 
 def results(
@@ -22,7 +22,7 @@ def results(
     batches: AnyBatches,
     total_steps: int,
     parameters: tuple[int, int],
-    done: Report,
+    done: History,
     before: dict[str, Score],
     after: dict[str, Score],
 ) -> dict[str, Any]:

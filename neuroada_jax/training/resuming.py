@@ -19,7 +19,7 @@ from neuroada_jax.evaluation.scoring import Part, Score
 from neuroada_jax.training.checkpoint import Checkpoints, Found
 from neuroada_jax.training.config import RunConfig
 from neuroada_jax.training.config_file import flatten_config, from_dict
-from neuroada_jax.training.loop import Report
+from neuroada_jax.training.loop import History
 from neuroada_jax.training.signals import Stopped
 from neuroada_jax.training.step import TrainState
 from neuroada_jax.training.trackers import Line
@@ -141,16 +141,23 @@ def scores_before(about: dict[str, Any]) -> dict[str, Score]:
     return {name: _score_from_json(content) for name, content in about["before"].items()}
 
 
-def report(found: Found | None, lines: Sequence[Line]) -> Report:
-    """What the loop reported up to the checkpoint, from it and from the lines of metrics.jsonl; empty for a new run."""
+def history(found: Found | None, lines: Sequence[Line]) -> History:
+    """Return the history up to the checkpoint, from it and from the lines of metrics.jsonl; empty for a new run."""
     if found is None:
-        return Report()
-    losses = [math.nan] * found.step
+        return History()
+    losses, rates = [math.nan] * found.step, [math.nan] * found.step
     for line in lines:
         losses[line["step"] - 1] = math.nan if line["loss"] is None else line["loss"]
+        rates[line["step"] - 1] = line["learning_rate"]
     progress = found.about["progress"]
-    tokens = sum(line["tokens"] for line in lines)
-    return Report(losses, tokens, {tuple(shape) for shape in progress["shapes"]}, progress["seconds"], progress["warnings"])
+    return History(
+        losses=losses,
+        learning_rates=rates,
+        tokens=sum(line["tokens"] for line in lines),
+        shapes={tuple(shape) for shape in progress["shapes"]},
+        seconds=progress["seconds"],
+        warnings=progress["warnings"],
+    )
 
 
 class Saver:
@@ -161,17 +168,17 @@ class Saver:
         checkpoints: Checkpoints,
         about: dict[str, Any],
         batches: AnyBatches,
-        report: Report,
+        history: History,
         score: Callable[[int], float | None] | None = None,
     ) -> None:
         """score: that of the epoch that ended with a step, by which the best checkpoints are chosen; else the loss."""
         self._checkpoints, self._about, self._batches = checkpoints, about, batches
-        self._report, self._score = report, score
-        self._last = len(report.losses)  # the steps at the save before
+        self._history, self._score = history, score
+        self._last = len(history.losses)  # the steps at the save before
 
     def __call__(self, state: TrainState) -> None:
         """Saves it in the background."""
-        step, done = int(state.step), self._report
+        step, done = int(state.step), self._history
         epoch, index = divmod(step, self._batches.steps_per_epoch)
         changing = {
             "data": {"seed": self._batches.seed, "epoch": epoch, "index": index},  # of the next batch
@@ -183,7 +190,7 @@ class Saver:
     def _merit(self, step: int) -> float | None:
         if self._score is not None:
             return self._score(step)
-        losses = [loss for loss in self._report.losses[self._last :] if math.isfinite(loss)]
+        losses = [loss for loss in self._history.losses[self._last :] if math.isfinite(loss)]
         return -sum(losses) / len(losses) if losses else None
 
     @contextlib.contextmanager

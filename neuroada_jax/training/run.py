@@ -1,119 +1,317 @@
-"""One run from config to adapter: load, select, evaluate, train, evaluate, save. The loop itself is in loop.py."""
+"""A run from config to adapter in three stages: `prepare` checks, `fit` trains, `finish` saves and scores.
 
+`prepare` is in preparation.py, the training loop in loop.py, the run's directory in run_directory.py.
+"""
+
+import contextlib
 import dataclasses
+import functools
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from neuroada_jax import console, files
 from neuroada_jax.adapters import native
 from neuroada_jax.core import bypass
-from neuroada_jax.core.trees import Tree
-from neuroada_jax.data.rows import Rows
+from neuroada_jax.core.bypass import Bypass
 from neuroada_jax.errors import UserError
-from neuroada_jax.evaluation import scoring
+from neuroada_jax.evaluation.scoring import Score
 from neuroada_jax.models import dense_modules
 from neuroada_jax.pretrained import save
-from neuroada_jax.pretrained.load import OpenedModel, load_with_progress, open_with_tokenizer
+from neuroada_jax.pretrained.load import IdentifiedModel, LoadedModel, load_with_progress, with_params
 from neuroada_jax.training import (
     best_epoch,
-    checkpoint,
     connections,
     loop,
     modules,
-    objectives,
     optimizer,
     parallel,
     report,
     resuming,
+    run_directory,
     step,
     trackers,
     watchdog,
 )
 from neuroada_jax.training.config import RunConfig
-from neuroada_jax.training.config_file import to_yaml
-from neuroada_jax.training.objectives import Objective
+from neuroada_jax.training.preparation import Prepared, prepare
 from neuroada_jax.training.signals import Stop
+from neuroada_jax.training.step import TrainState
+from neuroada_jax.training.trackers import Line
+
+OnLines = Callable[[Sequence[Line]], None]
 
 
-def evaluation_rows(config: RunConfig, objective: Objective, base_model: OpenedModel, tokenizer: Any) -> dict[str, Rows]:
-    """The rows of every evaluation set, read and checked. Needs no weights.
+class Sizes(NamedTuple):
+    """Numbers of parameters: all that train, those of the classifier among them, and all of the model."""
+
+    trainable: int
+    in_classifier: int
+    total: int
+
+
+class _Started(NamedTuple):
+    """A run before its first step. The model is without parameters: the state owns them."""
+
+    base_model: IdentifiedModel
+    run_step: parallel.RunStep
+    sizes: Sizes
+    before: dict[str, Score]
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """A trained run. `finish` releases its checkpoint manager; without `finish`, call `close`.
+
+    Attributes:
+      prepared: the run.
+      base_model: the model with its digests, without parameters: `state` owns them.
+      state: the final state, that of the best epoch where one was chosen. Its `params` are resident (base + values).
+      history: losses, learning rates, tokens and times.
+      sizes: numbers of parameters.
+      before: scores of the base model by evaluation set; empty where `evaluation.before` is off.
+      best: the epochs' scores; None where the last epoch is kept.
+      saver: saves a checkpoint of the last step where `finish` is interrupted.
+      last: the state of the last step without weights, for `saver`.
+      resources: what is open until `finish` or `close`.
+    """
+
+    prepared: Prepared
+    base_model: IdentifiedModel
+    state: TrainState
+    history: loop.History
+    sizes: Sizes
+    before: dict[str, Score]
+    best: best_epoch.BestEpoch | None
+    saver: resuming.Saver
+    last: TrainState
+    resources: contextlib.ExitStack
+
+    @property
+    def config(self) -> RunConfig:
+        """The run, with the defaults that depend on the model filled in."""
+        return self.prepared.config
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        return self.prepared.tokenizer
+
+    def save_adapter(self, directory: Path) -> None:
+        """Write the trained values and the classifier, replacing an adapter that is there."""
+        _save_adapter(self.prepared, self.base_model, directory, self.state)
+
+    def close(self) -> None:
+        """Wait for a checkpoint under way and release the checkpoint manager."""
+        self.resources.close()
+
+
+def fit(
+    prepared: Prepared,
+    *,
+    loaded: LoadedModel | None = None,
+    stop: Stop | None = None,
+    on_lines: OnLines | None = None,
+) -> Fitted:
+    """Read the weights, choose the connections, score the base model, and train.
+
+    Args:
+      prepared: the run.
+      loaded: the model with its weights, where they are in memory. They are donated: its arrays are deleted. A
+        classifier that its checkpoint lacks is initialised anew from the run's seed.
+      stop: by which an early end, with a checkpoint, is requested.
+      on_lines: called with the log lines of finished steps, in order: dicts of "step" (from 1), "loss" (mean over the
+        step's labels, in nats; NaN where it was not finite), "learning_rate", "gradient_norm", "labels" and "tokens".
 
     Raises:
-      UserError: a file that is missing, or rows that do not fit their task or the model's positions.
+      UserError: weights that do not fit; a directory that cannot be written; a loss that becomes NaN or infinite (the
+        adapter of the last good step is kept).
+      Stopped: on request.
     """
-    return {each.name: objective.rows(each, base_model, tokenizer) for each in config.evaluation.sets}
-
-
-def evaluate_sets(
-    config: RunConfig,
-    objective: Objective,
-    rows: dict[str, Rows],
-    base_model: OpenedModel,
-    params: Tree,
-    tokenizer: Any,
-    when: str,
-) -> dict[str, scoring.Score]:
-    """Scores every evaluation set of a config; predictions go to predictions-<set>-<when>.jsonl in its folder."""
-    scores = {}
-    for each in config.evaluation.sets:
-        with console.bar(f"evaluating {each.name}") as shown:
-            progress = console.reporter(shown)
-            score = objective.score(each, rows[each.name], base_model, params, tokenizer, progress)
-        scores[each.name] = score
-        console.say(f"{each.name}: {score.metric} {score.value:.4f} of {score.n}")
-        scoring.write_predictions(config.directory / f"predictions-{each.name}-{when}.jsonl", score)
-    return scores
-
-
-def _check_output(config: RunConfig, overwrite: bool, resume: bool, force_resume: bool) -> None:
-    """Refuses a folder that holds a run, unless it is to be replaced or resumed."""
-    if force_resume and not resume:
-        raise UserError("--force-resume: only together with --resume")
-    written = config.directory / "config.yaml"
-    if overwrite and resume:
-        raise UserError("give --overwrite or --resume, not both")
-    if any(config.directory.glob("seed-*/config.yaml")):
-        raise UserError(f"{config.directory} holds runs of several seeds; use another name, or remove them")
-    if not written.exists():
-        if resume:
-            raise UserError(f"{config.directory} holds no run to resume")
-        return
-    if not overwrite and not resume:
-        raise UserError(
-            f"{config.directory} holds a run already; use --overwrite to replace it, --resume to go on, or another name"
-        )
-
-
-def _newest(checkpoints: checkpoint.Checkpoints, directory: Path) -> checkpoint.Found | None:
-    """The checkpoint to go on from; None for a run that was interrupted before its first one.
-
-    Raises:
-      UserError: there was one but it is damaged, or the run has ended without any.
-    """
-    found = checkpoints.newest
-    if found is None:
-        if checkpoints.damaged or any((directory / each).exists() for each in ("results.json", "adapter")):
-            raise UserError(f"{directory}: no checkpoint to resume from; --overwrite starts again")
-        console.say("no checkpoint yet: starting from the beginning")
-    return found
-
-
-def _prepare(directory: Path, config: RunConfig, resumed: bool) -> None:
-    """Makes the run's folder, writes its config, and removes what earlier work left there.
-
-    Of a run that is resumed that is what it had not finished writing; else all under the names of this one's results.
-    """
-    folders = ("adapter", "merged", "checkpoints", "epochs", "tensorboard", "wandb")
-    written = (trackers.WANDB_ID, "results.json", "metrics.jsonl", "epochs.jsonl", "loss.png", "predictions-*.jsonl")
-    stale = [f".{name}*" for name in (*folders, *written, "config.yaml")] + ([] if resumed else [*folders, *written])
+    config, found = prepared.config, prepared.found
+    started, state = _start(prepared, loaded)
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        for path in [path for pattern in stale for path in directory.glob(pattern)]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    except OSError as error:
-        raise UserError(f"{directory}: cannot be written ({error.strerror})") from error
-    files.write_text(directory / "config.yaml", to_yaml(config))
+        with contextlib.ExitStack() as resources:
+            resources.enter_context(prepared.checkpoints)
+            if found:
+                state = prepared.devices.place(prepared.checkpoints.restore(state))
+                resuming.check_base(found.about, config.directory, state, prepared.force_resume)
+                console.say(f"resuming after step {found.step}")
+            return _train(prepared, started, state, stop or Stop(), on_lines, resources)
+    except loop.NotFinite as failure:
+        adapter = config.directory / "adapter"
+        _save_adapter(prepared, started.base_model, adapter, failure.state)
+        places = ", ".join(prepared.rows.where(int(row)) for row in failure.rows[:8])
+        more = ", ..." if len(failure.rows) > 8 else ""
+        raise UserError(f"{failure} (rows {places}{more}); the adapter of the last good step is in {adapter}") from failure
+
+
+def _start(prepared: Prepared, loaded: LoadedModel | None) -> tuple[_Started, TrainState]:
+    """Read the weights, choose the connections, score the base model, and initialise the state."""
+    config, devices, objective = prepared.config, prepared.devices, prepared.objective
+    if loaded is None:
+        shardings = devices.weights(prepared.opened.model.abstract_params())
+        loaded = load_with_progress(prepared.opened, config.seed, shardings)
+    else:
+        loaded = with_params(prepared.opened, loaded, config.seed)
+    classifier = modules.dense_paths(config, loaded, prepared.target_paths)
+    built = _connections(prepared, loaded)
+    run_directory.start(config, resumed=prepared.found is not None)
+
+    in_classifier = bypass.count(dense_modules.split(loaded.params, classifier)[1])
+    sizes = Sizes(bypass.count(built.values) + in_classifier, in_classifier, bypass.count(loaded.params))
+    console.say(
+        f"training {sizes.trainable:,} of {sizes.total:,} parameters ({100 * sizes.trainable / sizes.total:.4f} %) for "
+        f"{prepared.total_steps} steps"
+    )
+    before: dict[str, Score] = {}
+    if prepared.found:
+        before = resuming.scores_before(prepared.found.about)
+    elif config.evaluation.before:
+        before = prepared.score_sets(loaded, loaded.params, "before")
+
+    transformation = optimizer.build(config.optimizer, prepared.total_steps, config.classifier)
+    state = devices.place(
+        step.initial_state(loaded.params, built, transformation, classifier, config.watchdog.nonfinite == "skip")
+    )
+    base_model = loaded.without_params()  # the state owns the weights now: its buffers are donated step by step
+    module = base_model.model.module(config.training.remat_policy)
+    prepared.batches.own_rows = devices.own_rows(config.training)
+    run_step = devices.make_step(module, transformation, config.training, objective.losses, objective.dropout_seed)
+    return _Started(base_model, run_step, sizes, before), state
+
+
+def _connections(prepared: Prepared, loaded: LoadedModel) -> Bypass:
+    """Choose the connections of a new run; for a resumed one, placeholders of the right shapes."""
+    config, batches, devices = prepared.config, prepared.batches, prepared.devices
+    if prepared.found:  # the columns of its checkpoint will take the place of these
+        config = dataclasses.replace(config, bypass=dataclasses.replace(config.bypass, score="magnitude"))
+    return connections.choose(
+        config,
+        loaded.model,
+        loaded.params,
+        prepared.target_paths,
+        (batches.batch(0, index) for index in range(batches.steps_per_epoch)),
+        prepared.objective.losses,
+        devices.by_neuron,
+    )
+
+
+def _train(
+    prepared: Prepared,
+    started: _Started,
+    state: TrainState,
+    stop: Stop,
+    on_lines: OnLines | None,
+    resources: contextlib.ExitStack,
+) -> Fitted:
+    """Take the remaining steps from a placed state; `resources` passes to the result."""
+    config, objective, batches = prepared.config, prepared.objective, prepared.batches
+    about = resuming.describe(config, batches, objective.dropout_seed, state, started.before)
+    with contextlib.closing(trackers.Log(config, int(state.step))) as log:
+        history = resuming.history(prepared.found, log.lines)
+        best = None
+        if config.evaluation.best_epoch is not None:
+            best = best_epoch.BestEpoch(
+                config.directory,
+                functools.partial(prepared.score_epoch, started.base_model),
+                functools.partial(_save_adapter, prepared, started.base_model),
+                int(state.step),
+            )
+        saver = resuming.Saver(prepared.checkpoints, about, batches, history, best.value if best else None)
+
+        def write(lines: Sequence[Line]) -> None:
+            log.write(lines)
+            if on_lines:
+                on_lines(lines)
+
+        state = loop.run(
+            state,
+            started.run_step,
+            batches,
+            loop.Settings(
+                prepared.total_steps,
+                optimizer.schedule(config.optimizer, prepared.total_steps),
+                config.training.log_every,
+                config.training.save_every,
+            ),
+            history,
+            watchdog.Watchdog(config.watchdog, history.warnings, log.lines),
+            stop,
+            loop.Hooks(write, saver, best),
+        )
+    last = state._replace(params={}, base_entries={})  # the weights shall not be held twice
+    if best:
+        with saver.on_stop(last):
+            state = best.restore(state, started.base_model)
+    return Fitted(
+        prepared=prepared,
+        base_model=started.base_model,
+        state=state,
+        history=history,
+        sizes=started.sizes,
+        before=started.before,
+        best=best,
+        saver=saver,
+        last=last,
+        resources=resources.pop_all(),
+    )
+
+
+def _save_adapter(prepared: Prepared, base_model: IdentifiedModel, directory: Path, state: TrainState) -> None:
+    config = prepared.config
+    values, classifier = prepared.devices.whole((state.bypass, state.classifier))
+    native.save(
+        directory,
+        values,
+        base_model,
+        k=config.bypass.k,
+        targets=config.bypass.targets or [],
+        seed=config.seed,
+        rule=config.bypass.score,
+        classifier=classifier,
+        replace=True,
+    )
+
+
+def finish(fitted: Fitted) -> dict[str, Any]:
+    """Save the adapter, score it, write the merged model if the config asks for it, results.json and loss.png.
+
+    Returns: the content of results.json.
+
+    Raises:
+      UserError: a file that cannot be written.
+      Stopped: on request; the last step is saved as a checkpoint.
+    """
+    prepared, config, directory = fitted.prepared, fitted.config, fitted.config.directory
+    with fitted.resources, fitted.saver.on_stop(fitted.last):
+        fitted.save_adapter(directory / "adapter")
+        merged = prepared.devices.local(fitted.state.merged)
+        after = prepared.score_sets(fitted.base_model, merged, "after")
+        if config.merge:
+            save.save(directory / "merged", fitted.base_model, merged, fitted.tokenizer, replace=True)
+
+    sizes, history = fitted.sizes, fitted.history
+    results = report.results(
+        config, prepared.batches, prepared.total_steps, (sizes.trainable, sizes.total), history, fitted.before, after
+    )
+    results["trainable_in_classifier"] = sizes.in_classifier  # published shares exclude the classifier
+    results["watchdog"] = history.warnings
+    if fitted.best and prepared.split:
+        results["best_epoch"] = {
+            "set": config.evaluation.best_epoch,
+            **fitted.best.best,
+            "split": prepared.split.describe(),
+            "epochs": fitted.best.epochs,
+        }
+    results = files.finite(results)
+    files.write_text(directory / "results.json", files.to_json(results, indent=2) + "\n")
+    report.loss_curve(directory / "loss.png", history.losses, config.name)
+    if not config.training.save_every:  # else the run may be resumed once more, and need the adapters of its epochs
+        for each in ("epochs", "checkpoints"):
+            shutil.rmtree(directory / each, ignore_errors=True)
+    return results
 
 
 def train(
@@ -124,157 +322,9 @@ def train(
     force_resume: bool = False,
     stop: Stop | None = None,
 ) -> dict[str, Any]:
-    """Runs a config from start to end and leaves a run's files (docs/design.md) in its directory.
-
-    Args:
-      config: the run.
-      overwrite: replace a run that is already in the output directory.
-      resume: go on with that run from its newest checkpoint, or from the start if it was interrupted before the first.
-      force_resume: go on although the config, the training rows or the base have changed in what the result depends on.
-      stop: by which somebody may ask for an early end, with a checkpoint.
+    """Run a config from start to end: `prepare`, `fit` and `finish`, whose arguments and errors these are.
 
     Returns: the content of results.json.
-
-    Raises:
-      UserError: anything wrong with config, model, data or output folder; a loss that becomes NaN or infinite (the
-        adapter of the last good step is kept).
-      Stopped: on request.
     """
-    # What is cheap to check comes before the weights are read, and the folder is touched when all of it is right.
-    stop = stop or Stop()
-    directory = config.directory
-    _check_output(config, overwrite, resume, force_resume)
-    trackers.check(config.tracking)
-    devices = parallel.resolve(config.parallel)
-    devices.check(config)
-    checkpoints = checkpoint.Checkpoints(directory / "checkpoints", config.training.keep_last, config.training.keep_best)
-    found = _newest(checkpoints, directory) if resume else None
-    opened, tokenizer = open_with_tokenizer(config.model.path, config.model.dtype)
-    config = modules.resolved(config, opened.model)
-    if found:
-        resuming.check_config(found.about, config, force_resume)
-    objective, opened = objectives.objective(config, opened)
-    modules.check_length(config, opened.model)
-    paths = modules.target_paths(config, opened.model)
-    held_out = evaluation_rows(config, objective, opened, tokenizer)
-    batches, rows = objective.batches(tokenizer, held_out)
-    if found:
-        resuming.check_data(found.about, directory, batches, force_resume)
-    chooser = config.evaluation.best_epoch
-    if chooser is not None:
-        parts = best_epoch.split(len(held_out[chooser]), config.seed)
-        choosing, held_out[chooser] = (best_epoch.part(held_out[chooser], numbers) for numbers in parts)
-    loaded = load_with_progress(opened, config.seed, devices.weights(opened.model.abstract_params()))
-    classifier = modules.dense_paths(config, loaded, paths)
-    if found:  # the columns of its checkpoint will take the place of these
-        magnitude = dataclasses.replace(config, bypass=dataclasses.replace(config.bypass, score="magnitude"))
-        built = connections.choose(magnitude, loaded.model, loaded.params, paths, by_neuron=devices.by_neuron)
-    else:
-        first_epoch = (batches.batch(0, index) for index in range(batches.steps_per_epoch))
-        built = connections.choose(
-            config, loaded.model, loaded.params, paths, first_epoch, objective.losses, devices.by_neuron
-        )
-    _prepare(directory, config, resumed=found is not None)
-
-    total_steps = config.training.steps or (config.training.epochs or 0) * batches.steps_per_epoch
-    in_classifier = bypass.count(dense_modules.split(loaded.params, classifier)[1])
-    trainable = bypass.count(built.values) + in_classifier
-    total = bypass.count(loaded.params)
-    console.say(f"training {trainable:,} of {total:,} parameters ({100 * trainable / total:.4f} %) for {total_steps} steps")
-
-    before: dict[str, scoring.Score] = {}
-    if found:
-        before = resuming.scores_before(found.about)
-    elif config.evaluation.before:
-        before = evaluate_sets(config, objective, held_out, loaded, loaded.params, tokenizer, "before")
-
-    transformation = optimizer.build(config.optimizer, total_steps, config.classifier)
-    state = devices.place(
-        step.initial_state(loaded.params, built, transformation, classifier, config.watchdog.nonfinite == "skip")
-    )
-    base_model = loaded.without_params()  # the state owns the weights now: its buffers are donated step by step
-    del loaded
-
-    def save_adapter(path: Path, state: step.TrainState) -> None:
-        values, trained_classifier = devices.whole((state.bypass, state.classifier))
-        native.save(
-            path,
-            values,
-            base_model,
-            k=config.bypass.k,
-            targets=config.bypass.targets or [],
-            seed=config.seed,
-            rule=config.bypass.score,
-            classifier=trained_classifier,
-            replace=True,
-        )
-
-    def score_epoch(state: step.TrainState) -> scoring.Score:
-        each = next(found for found in config.evaluation.sets if found.name == chooser)
-        with console.bar(f"evaluating {each.name}") as shown:
-            merged = devices.local(state.merged)
-            return objective.score(each, choosing, base_model, merged, tokenizer, console.reporter(shown))
-
-    module = base_model.model.module(config.training.remat_policy)
-    batches.own_rows = devices.own_rows(config.training)
-    run_step = devices.make_step(module, transformation, config.training, objective.losses, objective.dropout_seed)
-    rates = optimizer.schedule(config.optimizer, total_steps)
-    log = None
-    try:
-        with checkpoints:
-            if found:
-                state = devices.place(checkpoints.restore(state))
-                resuming.check_base(found.about, directory, state, force_resume)
-                console.say(f"resuming after step {found.step}")
-            log = trackers.Log(config, int(state.step))
-            done = resuming.report(found, log.lines)
-            best = best_epoch.BestEpoch(directory, score_epoch, save_adapter, int(state.step)) if chooser else None
-            about = resuming.describe(config, batches, objective.dropout_seed, state, before)
-            watching = watchdog.Watchdog(config.watchdog, done.warnings, log.lines)
-            saver = resuming.Saver(checkpoints, about, batches, done, best.value if best else None)
-            state = loop.run(
-                state,
-                run_step,
-                batches,
-                total_steps,
-                rates,
-                done,
-                log,
-                watching,
-                stop,
-                log_every=config.training.log_every,
-                save=saver,
-                save_every=config.training.save_every,
-                after_epoch=best,
-            )
-            with saver.on_stop(state):
-                if best:
-                    state = best.restore(state, base_model)
-                save_adapter(directory / "adapter", state)
-                merged = devices.local(state.merged)
-                after = evaluate_sets(config, objective, held_out, base_model, merged, tokenizer, "after")
-                if config.merge:
-                    save.save(directory / "merged", base_model, merged, tokenizer, replace=True)
-    except loop.NotFinite as failure:
-        save_adapter(directory / "adapter", failure.state)
-        places = ", ".join(rows.where(int(row)) for row in failure.rows[:8])
-        more = ", ..." if len(failure.rows) > 8 else ""
-        raise UserError(
-            f"{failure} (rows {places}{more}); the adapter of the last good step is in {directory / 'adapter'}"
-        ) from failure
-    finally:
-        if log:
-            log.close()
-
-    results = report.results(config, batches, total_steps, (trainable, total), done, before, after)
-    results["trainable_in_classifier"] = in_classifier  # published shares leave the head out
-    results["watchdog"] = done.warnings
-    if best:
-        results["best_epoch"] = {"set": chooser, **best.best, "split": parts.describe(), "epochs": best.epochs}
-    results = files.finite(results)
-    files.write_text(directory / "results.json", files.to_json(results, indent=2) + "\n")
-    report.loss_curve(directory / "loss.png", done.losses, config.name)
-    if not config.training.save_every:  # else the run may be resumed once more, and need the adapters of its epochs
-        for each in ("epochs", "checkpoints"):
-            shutil.rmtree(directory / each, ignore_errors=True)
-    return results
+    prepared = prepare(config, overwrite=overwrite, resume=resume, force_resume=force_resume)
+    return finish(fit(prepared, stop=stop))

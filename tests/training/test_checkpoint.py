@@ -197,8 +197,8 @@ def test_no_whole_checkpoint(tmp_path):
 
 def test_a_checkpoint_of_another_version(tmp_path, monkeypatch):
     save_steps(tmp_path, 2)
-    monkeypatch.setattr(checkpoint, "FORMAT", 3)
-    assert message_of(lambda: Checkpoints(tmp_path).newest) == f"{tmp_path}/2: expected checkpoint format 3, found 2"
+    monkeypatch.setattr(checkpoint, "FORMAT", 4)
+    assert message_of(lambda: Checkpoints(tmp_path).newest) == f"{tmp_path}/2: expected checkpoint format 4, found 3"
     (tmp_path / "2" / "default").mkdir()
     assert "found 1, which an older version wrote" in message_of(lambda: Checkpoints(tmp_path).newest)
 

@@ -1,0 +1,159 @@
+"""The first stage of a run: everything that can be checked without weights, and before a file is written."""
+
+import dataclasses
+from typing import Any
+
+from neuroada_jax import console
+from neuroada_jax.core.trees import ModulePath, Tree
+from neuroada_jax.data.batches import AnyBatches
+from neuroada_jax.data.rows import Rows
+from neuroada_jax.evaluation import scoring
+from neuroada_jax.evaluation.scoring import Score
+from neuroada_jax.pretrained.load import OpenedModel, open_with_tokenizer
+from neuroada_jax.training import best_epoch, checkpoint, modules, objectives, parallel, resuming, run_directory, trackers
+from neuroada_jax.training.config import EvaluationSet, RunConfig
+from neuroada_jax.training.objectives import Objective
+from neuroada_jax.training.step import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A run that has passed every check that needs no weights; nothing is written yet.
+
+    Attributes:
+      config: the run, with the defaults that depend on the model filled in.
+      opened: the model, whose weights have not been read, with the classifier that the task needs.
+      tokenizer: of the model.
+      objective: data, loss and score of the task.
+      target_paths: the linear maps that carry a bypass.
+      held_out: the rows of every evaluation set by name; of the set that chooses the epoch, its test part.
+      choosing: the rows that choose the epoch; None where the last epoch is kept.
+      split: the row numbers of the two parts of that set.
+      batches: the training data.
+      rows: the rows that the numbers in a batch refer to, for messages.
+      devices: that the run uses.
+      checkpoints: of the run's directory.
+      found: the checkpoint to resume from; None to start at step 0.
+      force_resume: resume although the base weights differ from those that the run began with.
+    """
+
+    config: RunConfig
+    opened: OpenedModel
+    tokenizer: Any
+    objective: Objective
+    target_paths: list[ModulePath]
+    held_out: dict[str, Rows]
+    choosing: Rows | None
+    split: best_epoch.Split | None
+    batches: AnyBatches
+    rows: Rows
+    devices: parallel.Parallel
+    checkpoints: checkpoint.Checkpoints
+    found: checkpoint.Found | None
+    force_resume: bool
+
+    @property
+    def total_steps(self) -> int:
+        """Updates of the complete run."""
+        training = self.config.training
+        return training.steps or (training.epochs or 0) * self.batches.steps_per_epoch
+
+    def score_sets(self, base_model: OpenedModel, params: Tree, when: str) -> dict[str, Score]:
+        """Score every evaluation set and write its predictions to predictions-<set>-<when>.jsonl in the run's directory.
+
+        Args:
+          base_model: architecture and config.
+          params: the complete parameters to score.
+          when: "before" or "after".
+        """
+        scores = {}
+        for each in self.config.evaluation.sets:
+            scores[each.name] = score = self._score(each, self.held_out[each.name], base_model, params)
+            console.say(f"{each.name}: {score.metric} {score.value:.4f} of {score.n}")
+            scoring.write_predictions(self.config.directory / f"predictions-{each.name}-{when}.jsonl", score)
+        return scores
+
+    def score_epoch(self, base_model: OpenedModel, state: TrainState) -> Score:
+        """Score a state on the rows that choose the epoch."""
+        evaluation = self.config.evaluation
+        assert self.choosing is not None
+        chooser = next(each for each in evaluation.sets if each.name == evaluation.best_epoch)
+        return self._score(chooser, self.choosing, base_model, self.devices.local(state.merged))
+
+    def _score(self, each: EvaluationSet, rows: Rows, base_model: OpenedModel, params: Tree) -> Score:
+        with console.bar(f"evaluating {each.name}") as bar:
+            progress = console.reporter(bar)
+            return self.objective.score(each, rows, base_model, params, self.tokenizer, progress)
+
+
+def evaluation_rows(config: RunConfig, objective: Objective, opened: OpenedModel, tokenizer: Any) -> dict[str, Rows]:
+    """Read and check the rows of every evaluation set. Needs no weights.
+
+    Raises:
+      UserError: a file that is missing, or rows that do not fit their task or the model's positions.
+    """
+    return {each.name: objective.rows(each, opened, tokenizer) for each in config.evaluation.sets}
+
+
+def prepare(
+    config: RunConfig,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    force_resume: bool = False,
+    model: tuple[OpenedModel, Any] | None = None,
+    rows: Rows | None = None,
+) -> Prepared:
+    """Check everything that can be checked without weights. Touches no file.
+
+    Args:
+      config: the run.
+      overwrite: replace a run that is already in the output directory.
+      resume: continue that run from its newest checkpoint, or from the start if it was interrupted before the first.
+      force_resume: resume although the config, the training rows or the base weights have changed in a way that changes
+        the result.
+      model: a model and its tokenizer that are already in memory; None: open those of `config.model`.
+      rows: training rows that are already in memory; None: read those of `config.data`.
+
+    Raises:
+      UserError: anything wrong with config, model, data or output directory.
+    """
+    run_directory.check(config, overwrite, resume, force_resume)
+    trackers.check(config.tracking)
+    devices = parallel.resolve(config.parallel)
+    devices.check(config)
+    directory, training = config.directory, config.training
+    checkpoints = checkpoint.Checkpoints(directory / "checkpoints", training.keep_last, training.keep_best)
+    found = run_directory.newest_checkpoint(checkpoints, directory) if resume else None
+    opened, tokenizer = model or open_with_tokenizer(config.model.path, config.model.dtype)
+    opened = OpenedModel(opened.model, opened.path, opened.source)  # a caller's own weights are given to `fit`
+    config = modules.resolved(config, opened.model)
+    if found:
+        resuming.check_config(found.about, config, force_resume)
+    objective, opened = objectives.objective(config, opened)
+    modules.check_length(config, opened.model)
+    target_paths = modules.target_paths(config, opened.model)
+    held_out = evaluation_rows(config, objective, opened, tokenizer)
+    batches, rows = objective.batches(tokenizer, held_out, rows)
+    if found:
+        resuming.check_data(found.about, directory, batches, force_resume)
+    choosing, split, chooser = None, None, config.evaluation.best_epoch
+    if chooser is not None:
+        split = best_epoch.split(len(held_out[chooser]), config.seed)
+        choosing, held_out[chooser] = (best_epoch.part(held_out[chooser], numbers) for numbers in split)
+    return Prepared(
+        config=config,
+        opened=opened,
+        tokenizer=tokenizer,
+        objective=objective,
+        target_paths=target_paths,
+        held_out=held_out,
+        choosing=choosing,
+        split=split,
+        batches=batches,
+        rows=rows,
+        devices=devices,
+        checkpoints=checkpoints,
+        found=found,
+        force_resume=force_resume,
+    )
