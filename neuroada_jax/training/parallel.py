@@ -41,7 +41,7 @@ TABLE = (
     ("*/bias", PartitionSpec(NEURONS)),
     ("*/values", PartitionSpec(NEURONS, None)),
     ("*/columns", PartitionSpec(NEURONS, None)),
-    ("*/base", PartitionSpec(NEURONS, None)),
+    ("*/base_entries", PartitionSpec(NEURONS, None)),
     ("*", PartitionSpec()),
 )
 RunStep = Callable[[TrainState, AnyBatch], tuple[TrainState, StepMetrics]]
