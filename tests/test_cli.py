@@ -15,8 +15,9 @@ from data_helpers import BYTES, CHAT
 from helpers import CONFIG, NEURONS, random_tensors, run_config, write_config, write_model, write_rows
 from transformers import AutoModelForCausalLM
 
-from neuroada_jax import cli, commands, console
+from neuroada_jax import cli, console
 from neuroada_jax.adapters import native
+from neuroada_jax.commands import shared
 from neuroada_jax.data.batches import Batches
 from neuroada_jax.data.examples import encode
 from neuroada_jax.data.rows import load_rows
@@ -287,13 +288,25 @@ def test_the_console_entry(inputs):
 
 
 def test_usage_errors(neuroada, capsys, tmp_path):
-    for arguments in ([], ["fly"], ["train"], ["train", "x", "--fast"], ["generate"], ["train", "x", "--overwrite", "y"]):
+    for arguments in ([], ["fly"], ["train"], ["train", "x", "--fast"], ["generate"], ["tasks", "--json", "y"]):
         with pytest.raises(SystemExit) as caught:
             cli.main(arguments)
         assert caught.value.code == 2
     with pytest.raises(SystemExit) as caught:
         cli.main(["--version"])
     assert caught.value.code == 0 and "neuroada-jax" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("at", [0, 1, 3])
+def test_overrides_may_stand_anywhere_behind_the_config(at, tmp_path, inputs, neuroada):
+    """Python's releases differ in which of them argparse finds behind an option."""
+    path = config(tmp_path, inputs)
+    arguments = ["--overwrite", "--seeds", "1,2"]
+    arguments.insert(at, "bypass.kk=1")
+    found = bad_run(neuroada, tmp_path, path, "name=a", *arguments)
+    assert found == f"{path}: bypass.kk: unknown field; did you mean 'k'?"
+    arguments[arguments.index("bypass.kk=1")] = "y"
+    assert bad_run(neuroada, tmp_path, path, *arguments) == "override 'y': expected the form section.field=value"
 
 
 # Bad inputs. Each gives one line, exit code 2, and leaves nothing behind.
@@ -456,7 +469,7 @@ def test_an_adapter_for_another_base(trained, tmp_path, inputs, neuroada):
 def test_bad_arguments_of_the_other_commands(trained, tmp_path, inputs, neuroada):
     model = ["--model", inputs[0]]
     for arguments, part in (
-        (["generate", "--prompt", "a"], "give --model, or an --adapter that names its base"),
+        (["generate", "--prompt", "a"], "give --model, or an --adapter that names its base model"),
         (["generate", *model, "--prompt", ""], "the prompt has no tokens"),
         (["generate", *model, "--prompt", "a", "--style", "fancy"], "prompt style: found 'fancy'"),
         (["generate", *model, "--prompt", "a", "--max-new-tokens", 0], "max_new_tokens: expected at least 1, found 0"),
@@ -472,7 +485,7 @@ def test_bad_arguments_of_the_other_commands(trained, tmp_path, inputs, neuroada
             "--task: unknown task 'sst'; did you mean 'sst2'? known: i",
         ),
         (["evaluate", *model, "--data", inputs[1], "--limit", 0], "--limit: expected at least 1, found 0"),
-        (["evaluate", *model, "--task", "boolq", "--split", "train"], "--split: it is of --data"),
+        (["evaluate", *model, "--task", "boolq", "--split", "train"], "--split needs --data; without it, the task's own"),
         (["evaluate", *model, "--batch-size", 0], "--batch-size: expected at least 1, found 0"),
         (["evaluate", *model, "--max-new-tokens", 0], "--max-new-tokens: expected at least 1, found 0"),
         (["evaluate", *model, "--data", tmp_path / "none.jsonl"], "no such file or directory"),
@@ -485,12 +498,12 @@ def test_bad_arguments_of_the_other_commands(trained, tmp_path, inputs, neuroada
 
 
 def test_evaluate_checks_before_it_reads_weights(inputs, tmp_path, neuroada, monkeypatch):
-    monkeypatch.setattr(commands, "_read", None)
+    monkeypatch.setattr(shared, "load_params", None)
     arguments = ["evaluate", "--model", inputs[0], "--data", inputs[1]]
     for options, part in (
         (["--task", "sst2"], "rows.jsonl:1: task 'sst2' needs"),
         (["--style", "fancy"], "prompt style: found 'fancy'"),
-        (["--max-length", 9], "--max-length: llama is a decoder, whose prompts are not cut; leave it out"),
+        (["--max-length", 9], "--max-length: llama is a decoder, whose prompts are not truncated; leave it out"),
         (["--method", "choices", "--max-new-tokens", 9], "--max-new-tokens: method choices generates nothing"),
         (["--method", "choices"], "has no fixed answers"),
         (["--trained-on", tmp_path / "none.jsonl"], "none.jsonl: no such file or directory"),

@@ -1,0 +1,98 @@
+"""`neuroada inspect`, `merge`, `export` and `import`: adapters and models on disk."""
+
+import argparse
+from typing import Any
+
+from neuroada_jax.commands import shared
+
+
+def add(commands: shared.Commands) -> None:
+    """Add the commands."""
+    _add_inspect(commands)
+    _add_merge(commands)
+    _add_export(commands)
+    _add_import(commands)
+
+
+def _add_inspect(commands: shared.Commands) -> None:
+    summary = "list the modules of a model or an adapter with their neurons, values and bytes"
+    parser = shared.add_command(commands, "inspect", _inspect, summary)
+    parser.add_argument("path", metavar="PATH", help="model directory, hub id, .gguf file or adapter directory")
+    parser.add_argument("--k", type=int, default=1, metavar="N", help="connections per neuron, for a model (default: 1)")
+
+
+def _inspect(parsed: argparse.Namespace) -> None:
+    from neuroada_jax.adapters import inspection
+
+    shared.check_minimum(parsed, k=1)
+    content = inspection.inspect(parsed.path, parsed.k)
+    shared.print_json(content) if parsed.json else inspection.print_inspection(content)
+
+
+def _add_merge(commands: shared.Commands) -> None:
+    summary = "merge an adapter into its base model and write a Hugging Face model directory"
+    parser = shared.add_command(commands, "merge", _merge, summary)
+    shared.add_model(parser, adapter_required=True)
+    parser.add_argument("--out", required=True, metavar="DIRECTORY", help="directory to create")
+
+
+def _merge(parsed: argparse.Namespace) -> None:
+    from neuroada_jax.adapters import exchange
+
+    made = exchange.export_adapter(parsed.adapter, "huggingface", parsed.out, model=parsed.model, dtype=parsed.dtype)
+    shared.print_json({"model": made["out"], "files": made["files"]}) if parsed.json else exchange.print_result(made)
+
+
+def _add_export(commands: shared.Commands) -> None:
+    summary = "write an adapter for PyTorch libraries: PEFT, transformers or the official code"
+    parser = shared.add_command(commands, "export", _export, summary)
+    parser.add_argument("adapter", metavar="ADAPTER", help="adapter directory")
+    parser.add_argument(
+        "--to",
+        required=True,
+        choices=["official", "peft-supertuning", "peft-shira", "huggingface"],
+        help="format to write",
+    )
+    parser.add_argument("--out", required=True, metavar="DIRECTORY", help="directory to create")
+    parser.add_argument("--model", metavar="MODEL", help="base model (default: the one that the adapter names)")
+    parser.add_argument("--dtype", choices=shared.DTYPES, help="dtype of the base model (default: the adapter's)")
+    parser.add_argument(
+        "--verify", action="store_true", help="load the export in its library and fail if its outputs differ"
+    )
+
+
+def _export(parsed: argparse.Namespace) -> None:
+    from neuroada_jax.adapters import exchange
+
+    options = {"model": parsed.model, "dtype": parsed.dtype, "verify": parsed.verify}
+    _print_result(exchange.export_adapter(parsed.adapter, parsed.to, parsed.out, **options), parsed)
+
+
+def _add_import(commands: shared.Commands) -> None:
+    parser = shared.add_command(commands, "import", _import, "turn another library's adapter into a native adapter")
+    parser.add_argument("directory", metavar="ADAPTER", help="directory of the other library's adapter")
+    parser.add_argument(
+        "--from",
+        dest="source_format",
+        required=True,
+        choices=["official", "peft-supertuning", "peft-shira"],
+        help="format to read",
+    )
+    parser.add_argument("--base", required=True, metavar="MODEL", help="base model: directory, hub id or .gguf file")
+    parser.add_argument("--out", required=True, metavar="DIRECTORY", help="adapter directory to create")
+    parser.add_argument("--dtype", choices=shared.DTYPES, default="auto", help="dtype of the base model (default: auto)")
+    parser.add_argument("--allow-pickle", action="store_true", help="read the pickled positions of the official format")
+
+
+def _import(parsed: argparse.Namespace) -> None:
+    from neuroada_jax.adapters import exchange
+
+    options = {"dtype": parsed.dtype, "allow_pickle": parsed.allow_pickle}
+    made = exchange.import_adapter(parsed.directory, parsed.source_format, parsed.base, parsed.out, **options)
+    _print_result(made, parsed)
+
+
+def _print_result(made: dict[str, Any], parsed: argparse.Namespace) -> None:
+    from neuroada_jax.adapters import exchange
+
+    shared.print_json(made) if parsed.json else exchange.print_result(made)

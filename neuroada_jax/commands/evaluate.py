@@ -1,0 +1,133 @@
+"""`neuroada evaluate`: score a base model, or one with an adapter, on the rows of a task."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from neuroada_jax import console, files
+from neuroada_jax.commands import shared
+from neuroada_jax.errors import UserError
+
+
+def add(commands: shared.Commands) -> None:
+    """Add the command."""
+    parser = shared.add_command(commands, "evaluate", run, "score a base model, or one with an adapter, on rows of a task")
+    shared.add_model(parser)
+    parser.add_argument("--task", default="instruct", metavar="TASK", help="task of the rows (default: instruct)")
+    parser.add_argument(
+        "--data", metavar="ROWS", help="file, directory of files or `datasets`, or hub name (default: the task's own rows)"
+    )
+    parser.add_argument("--split", metavar="NAME", help="split of --data, where it has several (default: test)")
+    parser.add_argument("--limit", type=int, metavar="N", help="score the first N rows only")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="rows at a time (default: 16)")
+    parser.add_argument("--out", metavar="FILE", help="JSON lines of predictions (default: runs/evaluate/TASK.jsonl)")
+    decoder = parser.add_argument_group("options for a decoder")
+    decoder.add_argument("--style", metavar="STYLE", help="plain, alpaca, chat or verbatim (default: the task's)")
+    decoder.add_argument(
+        "--method", choices=["generate", "choices"], help="generate answers, or choose the likeliest (default: generate)"
+    )
+    decoder.add_argument("--max-new-tokens", type=int, metavar="N", help="longest generation (default: the task's)")
+    decoder.add_argument(
+        "--trained-on", metavar="ROWS", help="training rows, to score apart the questions that are among them"
+    )
+    encoder = parser.add_argument_group("options for an encoder")
+    encoder.add_argument(
+        "--max-length", type=int, metavar="N", help="tokens to truncate examples to (default: the model's positions)"
+    )
+
+
+def run(parsed: argparse.Namespace) -> None:
+    """Score the rows, print the score and write every prediction."""
+    from neuroada_jax.evaluation import scoring
+    from neuroada_jax.tasks import GLUE, TASKS, overlap, read_rows, unknown
+    from neuroada_jax.training import report
+
+    if parsed.task not in TASKS | GLUE:
+        raise UserError(f"--task: {unknown(parsed.task)}")
+    shared.check_minimum(parsed, limit=1, max_new_tokens=1, max_length=1, batch_size=1)
+    out = Path(parsed.out or f"runs/evaluate/{parsed.task}.jsonl")
+    files.check_writable(out)
+    opened, tokenizer, adapter = shared.open_model(parsed, decoder=parsed.task not in GLUE)
+    is_decoder = opened.model.architecture.is_decoder
+    if is_decoder and parsed.task not in TASKS:
+        raise UserError(f"--task: {parsed.task!r} needs an encoder with a classifier, and {opened.source} is a decoder")
+    _check_kind(parsed, opened.model)
+    if parsed.split and not parsed.data:
+        raise UserError("--split needs --data; without it, the task's own split is used")
+    rows = read_rows((TASKS if is_decoder else GLUE)[parsed.task], parsed.data, parsed.split, parsed.limit)
+    scorer = (_continuation if is_decoder else _classification)(parsed, opened, tokenizer, rows)
+    base_model, params = shared.load_params(opened, adapter)
+    with console.bar("evaluating") as bar:
+        score = scorer.score(base_model, params, console.reporter(bar))
+    try:  # a score is not lost where its predictions cannot be written, nor they where standard output is closed
+        if parsed.json:
+            shared.print_json({"task": parsed.task} | _summary(score))
+        else:
+            report.print_scores({parsed.task: report.score(None, score)})
+    finally:
+        scoring.write_predictions(out, score)
+    note = overlap.known(parsed.task) if is_decoder and score.overlap is None else None
+    if note:
+        console.say(note)
+    console.say(f"every prediction is in {out}")
+
+
+def _check_kind(parsed: argparse.Namespace, model: Any) -> None:
+    """Raise UserError where an option is given that this kind of model cannot use."""
+    kind, others = "a decoder, whose prompts are not truncated", ["max_length"]
+    if not model.architecture.is_decoder:
+        kind, others = "an encoder, which has no prompts", ["method", "style", "max_new_tokens", "trained_on"]
+    for name in others:
+        if getattr(parsed, name) is not None:
+            raise UserError(f"{shared.flag(name)}: {model.hf_config['model_type']} is {kind}; leave it out")
+
+
+def _continuation(parsed: argparse.Namespace, opened: Any, tokenizer: Any, rows: Any) -> Any:
+    """Validate the options and return the decoder's scorer."""
+    from neuroada_jax.data.prompts import PromptStyle
+    from neuroada_jax.data.rows import load_rows
+    from neuroada_jax.evaluation import continuation
+    from neuroada_jax.tasks import TASKS, overlap
+
+    task, trained_on = TASKS[parsed.task], None
+    if parsed.trained_on:
+        training_rows = continuation.convert(load_rows(parsed.trained_on), TASKS[task.suite or task.name])
+        trained_on = overlap.questions(training_rows.rows)
+    style, method = PromptStyle(parsed.style or task.style), parsed.method or "generate"
+    if method == "choices" and parsed.max_new_tokens is not None:
+        raise UserError("--max-new-tokens: method choices generates nothing; leave it out")
+    options = continuation.Options(
+        style, method, parsed.max_new_tokens, batch_size=parsed.batch_size, trained_on=trained_on
+    )
+    return continuation.ContinuationScorer.prepare(opened, tokenizer, rows, task, options)
+
+
+def _classification(parsed: argparse.Namespace, opened: Any, tokenizer: Any, rows: Any) -> Any:
+    """Validate the options and return the encoder's scorer."""
+    from neuroada_jax.evaluation import classification
+    from neuroada_jax.tasks import GLUE
+
+    positions = opened.model.config.max_positions
+    missing = opened.missing() if not parsed.adapter else []
+    if missing:
+        raise UserError(f"{opened.source} has no {missing[0]}: give an --adapter, which brings its trained classifier")
+    if parsed.max_length is not None and parsed.max_length > positions:
+        raise UserError(f"--max-length: found {parsed.max_length}, expected 1 to the model's {positions} positions")
+    options = {"max_length": parsed.max_length or positions, "batch_size": parsed.batch_size}
+    return classification.ClassificationScorer.prepare(opened, tokenizer, rows, GLUE[parsed.task], **options)
+
+
+def _summary(score: Any) -> dict[str, Any]:
+    """Return the content of `evaluate --json` beside the task; counts and parts that a score lacks are omitted."""
+    counts = {"overlap": score.overlap, "empty": score.empty}
+    parts = {name: part._asdict() for name, part in score.parts.items()}
+    return {
+        "metric": score.metric,
+        "value": score.value,
+        "n": score.n,
+        "interval": score.interval,
+        **score.beside,
+        **{f"{name}_interval": interval for name, interval in score.beside_intervals.items()},
+        **{name: count for name, count in counts.items() if count is not None},
+        **({"parts": parts} if parts else {}),
+    }

@@ -1,0 +1,43 @@
+"""`neuroada plan`: what a run would need, before there is one."""
+
+import argparse
+import os
+
+from neuroada_jax.commands import shared
+
+
+def add(commands: shared.Commands) -> None:
+    """Add the command."""
+    summary = "tell what a run would need of a machine, without reading weights or running anything"
+    parser = shared.add_command(commands, "plan", run, summary)
+    shared.add_config(parser)
+    parser.add_argument(
+        "--machine",
+        "--target",
+        default="cpu",
+        metavar="NAME",
+        help="cpu (this machine), h100, h200, a100, l40s or rtx4090 (default: cpu)",
+    )
+    parser.add_argument(
+        "--devices", type=int, metavar="N", help="devices that share a batch (default: as the config's `parallel`, else 1)"
+    )
+
+
+def run(parsed: argparse.Namespace) -> None:
+    """Compile the run's step from shapes alone and print the plan."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # silences XLA on a missing GPU and on memory
+    import jax
+
+    # Before anything else asks JAX for a device: a described GPU is compiled for without taking a real one, and several
+    # CPUs are virtual ones.
+    jax.config.update("jax_platforms", "cpu")
+    from neuroada_jax.planning import plan
+    from neuroada_jax.training import config_file
+
+    settings = config_file.load(parsed.config, parsed.overrides)
+    plan.start_devices(settings, parsed.devices)
+    made = plan.plan(settings, parsed.machine, parsed.devices)
+    if parsed.json:
+        shared.print_json(made)
+    else:
+        plan.print_plan(made)

@@ -1,0 +1,92 @@
+"""Options and checks that several commands share."""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from neuroada_jax import files
+from neuroada_jax.errors import UserError
+
+Commands = Any  # argparse has no public name for what `add_subparsers` returns
+DTYPES = ["float32", "bfloat16", "auto"]
+
+
+def add_command(commands: Commands, name: str, run: Callable[[argparse.Namespace], None], help: str) -> Any:
+    """Add a command with its option --json and return its parser."""
+    parser = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
+    parser.add_argument("--json", action="store_true", help="print JSON on standard output and nothing else")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """Add the config of a run and its overrides, which may also follow options (`cli.main`)."""
+    parser.add_argument("config", metavar="CONFIG", help="YAML file of the run")
+    # With a default, Python 3.11 does not list them as required.
+    parser.add_argument("overrides", nargs="*", default=[], metavar="SECTION.FIELD=VALUE", help="change to the config")
+
+
+def add_model(parser: argparse.ArgumentParser, *, adapter_required: bool = False) -> None:
+    """Add the options of a model, with or without an adapter."""
+    parser.add_argument(
+        "--model",
+        metavar="MODEL",
+        help="model directory, hub id, .gguf file or package:NAME/FILE (default: the adapter's base model)",
+    )
+    parser.add_argument("--adapter", metavar="DIRECTORY", required=adapter_required, help="adapter directory")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: the adapter's, else auto)")
+
+
+def check_minimum(parsed: argparse.Namespace, **minima: int) -> None:
+    """Raise UserError where an option is below its minimum; an option that is not given passes."""
+    for name, minimum in minima.items():
+        value = getattr(parsed, name)
+        if value is not None and value < minimum:
+            raise UserError(f"{flag(name)}: expected at least {minimum}, found {value}")
+
+
+def flag(name: str) -> str:
+    """Return an option as it is typed: `--max-length` for `max_length`."""
+    return f"--{name.replace('_', '-')}"
+
+
+def open_model(parsed: argparse.Namespace, *, decoder: bool = True) -> tuple[Any, Any, Any]:
+    """Open the model of --model, or the adapter's base model, without reading weights.
+
+    Args:
+      parsed: with the options of `add_model`.
+      decoder: accept decoders alone.
+
+    Returns:
+      (opened model, tokenizer, adapter or None).
+
+    Raises:
+      UserError: no model is named, it cannot be opened, or it is an encoder where `decoder` is set.
+    """
+    from neuroada_jax.adapters import native
+    from neuroada_jax.pretrained.load import open_with_tokenizer
+
+    adapter = native.read(parsed.adapter) if parsed.adapter else None
+    base = adapter.metadata.get("base", {}) if adapter else {}
+    source = parsed.model or base.get("source")
+    if not source:
+        raise UserError("give --model, or an --adapter that names its base model")
+    opened, tokenizer = open_with_tokenizer(source, parsed.dtype or base.get("dtype") or "auto", base.get("labels"))
+    if decoder and not opened.model.architecture.is_decoder:
+        kind = opened.model.hf_config["model_type"]
+        raise UserError(f"{source}: {kind} is an encoder, which cannot continue a text; this command needs a decoder")
+    return opened, tokenizer, adapter
+
+
+def load_params(opened: Any, adapter: Any) -> tuple[Any, Any]:
+    """Read the weights of an opened model: (loaded model, its parameters with the adapter merged in, if there is one)."""
+    from neuroada_jax.adapters import native
+    from neuroada_jax.pretrained.load import load_with_progress
+
+    base_model = load_with_progress(opened)
+    return base_model, base_model.params if adapter is None else native.merge(adapter, base_model)
+
+
+def print_json(content: dict[str, Any]) -> None:
+    """Print one line of JSON on standard output."""
+    print(files.to_json(content))
