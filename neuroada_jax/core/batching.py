@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
 
@@ -26,14 +25,26 @@ def share_examples(name: str, function: Callable[..., jax.Array]) -> Callable[..
       name: of the primitive that stands for the function in a jaxpr until it is differentiated or compiled.
       function: (x, *arrays, **static) with x (*B, I) -> (*B, O) for any number of axes B.
     """
-    primitive = Primitive(name)
 
     def shared(*arguments: Any, **static: Any) -> jax.Array:
         if not any(isinstance(argument, jax.core.Tracer) for argument in arguments):
             return function(*arguments, **static)
         # Traced here and not where it is lowered, so that settings such as the matmul precision are those of the caller.
         jaxpr = jax.make_jaxpr(functools.partial(function, **static))(*arguments)
-        return primitive.bind(*arguments, jaxpr=jaxpr, static=tuple(static.items()))
+        return primitive().bind(*arguments, jaxpr=jaxpr, static=tuple(static.items()))
+
+    @functools.cache
+    def primitive() -> Any:
+        return _primitive(name, shared)
+
+    return shared
+
+
+def _primitive(name: str, shared: Callable[..., jax.Array]) -> Any:
+    """The primitive, with the parameters `jaxpr`, of the function at these arguments, and `static`."""
+    from jax.extend.core import Primitive, jaxpr_as_fun  # here, since jax.extend takes a tenth of the time of `import jax`
+
+    primitive = Primitive(name)
 
     def evaluate(*arguments: Any, jaxpr: Any, static: Any) -> jax.Array:
         return jaxpr_as_fun(jaxpr)(*arguments)[0]
@@ -60,4 +71,4 @@ def share_examples(name: str, function: Callable[..., jax.Array]) -> Callable[..
     ad.primitive_jvps[primitive] = differentiate
     batching.primitive_batchers[primitive] = batch
     mlir.register_lowering(primitive, mlir.lower_fun(evaluate, multiple_results=False))
-    return shared
+    return primitive
