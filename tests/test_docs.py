@@ -10,7 +10,7 @@ import pytest
 from helpers import write_model
 
 from neuroada_jax import models
-from neuroada_jax.adapters import native
+from neuroada_jax.adapters import native, on_base
 from neuroada_jax.core import bypass
 from neuroada_jax.pretrained.load import load_model
 
@@ -40,9 +40,10 @@ def own_models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("own-models")
     model = load_model(str(write_model(folder / "model")))
     built = bypass.build(model.params, models.match_targets(model.params, ["q_proj"], model.model.layers_path), 2)
+    chosen = native.Selection(2, ["q_proj"], seed=0)
     for number, name in enumerate(("one", "two"), start=1):
         values = jax.tree.map(lambda leaf, number=number: jnp.full_like(leaf, number), built.values)
-        native.save(folder / "adapters" / name, built._replace(values=values), model, k=2, targets=["q_proj"], seed=0)
+        on_base.save(folder / "adapters" / name, built._replace(values=values), model, chosen)
     return {**run_page("docs/own-models.md", folder), "loaded": load_model(str(folder / "model"))}
 
 
@@ -56,6 +57,6 @@ def test_the_swapped_model_is_the_original_again(own_models):
 
 
 def test_the_mixed_adapter_was_written(own_models):
-    mixed = native.load(str(own_models["folder"] / "adapters" / "mixed"), own_models["loaded"])
+    mixed = on_base.load(str(own_models["folder"] / "adapters" / "mixed"), own_models["loaded"])
     assert all((leaf == 1.25).all() for leaf in jax.tree.leaves(mixed.values))
     assert all((leaf == 1.5).all() for leaf in jax.tree.leaves(own_models["halfway"].values))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from neuroada_jax import console
-from neuroada_jax.adapters import native, official, peft, verification
+from neuroada_jax.adapters import native, official, on_base, peft, verification
 from neuroada_jax.core import trees
 from neuroada_jax.core.trees import Tree
 from neuroada_jax.errors import UserError
@@ -63,7 +63,7 @@ def export_adapter(
     round_first = merged_dtype if target in ("official", "peft-supertuning") else jnp.float32
     params: Tree = {}
     if base_model:
-        merged = native.merge(adapter, base_model, round_first)
+        merged = on_base.merge(adapter, base_model, round_first)
         params = jax.tree.map(lambda leaf: leaf.astype(merged_dtype), merged)
 
     reload: Callable[[LoadedModel], verification.Reloaded]
@@ -76,7 +76,7 @@ def export_adapter(
         reload = lambda base: verification.reload_peft(base, directory)  # noqa: E731
     else:
         notes = official.export(adapter, directory, merged_dtype.name)
-        read = functools.partial(official.read, directory, opened.model, allow_pickle=True)
+        read = functools.partial(official.read, directory, opened.model)
         reload = lambda base: verification.reload_official(base, read())  # noqa: E731
 
     result: dict[str, Any] = {"out": out, "files": _files(directory), "notes": notes}
@@ -93,7 +93,7 @@ def export_adapter(
 
 
 def import_adapter(
-    directory: str, source_format: str, base_model: str, out: str, *, dtype: str | None = None, allow_pickle: bool = False
+    directory: str, source_format: str, base_model: str, out: str, *, dtype: str | None = None
 ) -> dict[str, Any]:
     """Writes an adapter of another library as a native adapter of `base`.
 
@@ -103,7 +103,6 @@ def import_adapter(
       base_model: the model it belongs to.
       out: the directory to make.
       dtype: "float32", "bfloat16" or "auto" (the default), in which the adapter's base is loaded from then on.
-      allow_pickle: for the official format, whose positions are pickled; they are taken apart, not executed.
 
     Returns: `out`, `values`, `k`, and `notes` that say what was removed or converted.
 
@@ -116,7 +115,7 @@ def import_adapter(
     if source_format in _PEFT:
         imported = peft.read(Path(directory), opened.model, _PEFT[source_format])
     else:
-        imported = official.read(Path(directory), opened.model, allow_pickle=allow_pickle)
+        imported = official.read(Path(directory), opened.model)
     loaded = load_with_progress(opened)
     model = loaded.model
     targets = [
@@ -125,17 +124,10 @@ def import_adapter(
         if set(names.module_names(path, kernel, model.layers_path)) & set(imported.columns)
     ]
     k = max(columns.shape[1] for columns in imported.columns.values())
-    adapter = native.assemble(
-        loaded,
-        imported.values,
-        imported.columns,
-        k=k,
-        targets=targets,
-        rule=None,
-        dense_parameters=imported.dense_parameters,
-    )
-    native.stack_layers(adapter, loaded)  # this and the next refuse what does not fit
-    native.classifier(adapter, loaded)
+    selection = native.Selection(k, targets, rule=None)
+    adapter = on_base.assemble(loaded, imported.values, imported.columns, selection, imported.dense_parameters)
+    on_base.stack_layers(adapter, loaded)  # this and the next refuse what does not fit
+    on_base.classifier(adapter, loaded)
     native.write(Path(out), adapter)
     total = sum(values.size for values in imported.values.values())
     summary = f"{len(imported.values)} modules, {len(imported.dense_parameters)} head tensors, k={k}, {total:,} values"

@@ -8,7 +8,7 @@ from neuroada_jax.errors import UserError
 
 
 class Imported(NamedTuple):
-    """A foreign adapter's arrays under Hugging Face names, checked and ready for `native.assemble`.
+    """A foreign adapter's arrays under Hugging Face names, checked and ready for `on_base.assemble`.
 
     Attributes:
       values: module path -> float32 (O, k).

@@ -92,24 +92,20 @@ def export(
     return [f"{changed} of {count} values rounded to {chosen}, the base's dtype"] if changed else []
 
 
-def read(directory: Path, base_model: models.Model, *, allow_pickle: bool) -> Imported:
-    """Reads what a run of the published code left.
+def read(directory: Path, base_model: models.Model) -> Imported:
+    """Read the adapter that a run of the published code left, without executing anything in it.
+
+    `POSITIONS` is a pickle: `inert_pickle` interprets it and never unpickles it. `VALUES` is read by `load_tensors`.
 
     Args:
       directory: its output folder, with `VALUES` and `POSITIONS` in it.
       base_model: the model that it was trained on; its shapes are what the files are checked against.
-      allow_pickle: read `POSITIONS`, which is a pickled file; `inert_pickle` takes it apart and runs nothing of it.
 
     Raises:
-      UserError: `allow_pickle` is not set, PyTorch is not installed, a file is missing or is not what the published code
+      UserError: PyTorch is not installed, a file is missing or is not what the published code
         writes, or an entry does not fit the base; names the tensor.
     """
     path = directory / POSITIONS
-    if not allow_pickle:
-        raise UserError(
-            f"{path} is a pickled file, a kind that can run code when Python loads it; --allow-pickle reads it with a "
-            "parser of our own, which runs nothing and takes a dict of integer tensors only"
-        )
     params = base_model.abstract_params()
     shapes = base_model.linear_maps()
     positions = inert_pickle.read_tensors(path)

@@ -56,11 +56,7 @@ def save(
     about = native.new_metadata(
         {"kind": _KIND, "source": "own parameters", "digests": {name: _digest(kernels[name][1]) for name in columns}},
         inputs,
-        k=max(chosen.shape[-1] for chosen in columns.values()),
-        targets=list(columns),
-        rule=rule,
-        seed=seed,
-        dense_parameters=[],
+        native.Selection(max(chosen.shape[-1] for chosen in columns.values()), list(columns), rule, seed),
     )
     about["shapes"] = {name: list(chosen.shape) for name, chosen in columns.items()}
     flat_values, flat_columns = (

@@ -25,7 +25,8 @@ import safetensors.numpy
 
 from neuroada_jax import files, models
 from neuroada_jax.adapters.foreign import Entries, Imported, rows_of
-from neuroada_jax.adapters.native import Adapter, dense_slots
+from neuroada_jax.adapters.native import Adapter
+from neuroada_jax.adapters.on_base import dense_slots
 from neuroada_jax.errors import UserError
 from neuroada_jax.pretrained.load import OpenedModel
 from neuroada_jax.pretrained.safetensors_directory import read_all

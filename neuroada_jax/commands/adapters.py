@@ -81,15 +81,13 @@ def _add_import(commands: shared.Commands) -> None:
     parser.add_argument("--base", required=True, metavar="MODEL", help="base model: directory, hub id or .gguf file")
     parser.add_argument("--out", required=True, metavar="DIRECTORY", help="adapter directory to create")
     parser.add_argument("--dtype", choices=shared.DTYPES, default="auto", help="dtype of the base model (default: auto)")
-    parser.add_argument("--allow-pickle", action="store_true", help="read the pickled positions of the official format")
 
 
 def _import(parsed: argparse.Namespace) -> None:
     from neuroada_jax.adapters import exchange
 
-    options = {"dtype": parsed.dtype, "allow_pickle": parsed.allow_pickle}
-    made = exchange.import_adapter(parsed.directory, parsed.source_format, parsed.base, parsed.out, **options)
-    _print_result(made, parsed)
+    arguments = (parsed.directory, parsed.source_format, parsed.base, parsed.out)
+    _print_result(exchange.import_adapter(*arguments, dtype=parsed.dtype), parsed)
 
 
 def _print_result(made: dict[str, Any], parsed: argparse.Namespace) -> None:

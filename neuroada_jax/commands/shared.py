@@ -80,11 +80,11 @@ def open_model(parsed: argparse.Namespace, *, decoder: bool = True) -> tuple[Any
 
 def load_params(opened: Any, adapter: Any) -> tuple[Any, Any]:
     """Read the weights of an opened model: (loaded model, its parameters with the adapter merged in, if there is one)."""
-    from neuroada_jax.adapters import native
+    from neuroada_jax.adapters import on_base
     from neuroada_jax.pretrained.load import load_with_progress
 
     base_model = load_with_progress(opened)
-    return base_model, base_model.params if adapter is None else native.merge(adapter, base_model)
+    return base_model, base_model.params if adapter is None else on_base.merge(adapter, base_model)
 
 
 def print_json(content: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Float32, Num
 
 from neuroada_jax import console
-from neuroada_jax.adapters import native
+from neuroada_jax.adapters import on_base
 from neuroada_jax.core.trees import Tree
 from neuroada_jax.data.batches import ClassificationBatch, ClassificationBatches
 from neuroada_jax.data.examples import LabelledExamples, encode_labelled
@@ -128,7 +128,7 @@ def label_classes(base_model: OpenedModel, task: GlueTask) -> list[int]:
     Raises:
       UserError: a classifier with another number of classes, or with other names.
     """
-    names, count = native.classifier_labels(base_model) or [], base_model.model.config.num_labels
+    names, count = on_base.classifier_labels(base_model) or [], base_model.model.config.num_labels
     if count != len(task.labels):
         raise UserError(
             f"task {task.name!r} has {len(task.labels)} label(s) ({', '.join(task.labels)}), "

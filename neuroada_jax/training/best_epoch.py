@@ -16,7 +16,7 @@ import xxhash
 from jaxtyping import Int64
 
 from neuroada_jax import console, files
-from neuroada_jax.adapters import native
+from neuroada_jax.adapters import native, on_base
 from neuroada_jax.core import bypass
 from neuroada_jax.core.bypass import Bypass
 from neuroada_jax.data.rows import Rows
@@ -113,9 +113,9 @@ class BestEpoch:
     def restore(self, state: TrainState, base_model: IdentifiedModel) -> TrainState:
         """The last state with the best epoch's values and head in it."""
         adapter = native.read(str(self._adapters / str(self.best["step"])))
-        tree: dict[str, Any] = {"bypass": native.stack_layers(adapter, base_model).values}
+        tree: dict[str, Any] = {"bypass": on_base.stack_layers(adapter, base_model).values}
         if state.classifier:
-            tree["classifier"] = native.classifier(adapter, base_model)
+            tree["classifier"] = on_base.classifier(adapter, base_model)
         trainable = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), tree, state.trainable)
         params = bypass.make_resident(state.params, Bypass(trainable["bypass"], state.columns), state.base_entries)
         return state._replace(trainable=trainable, params=params)

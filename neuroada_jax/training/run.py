@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from neuroada_jax import console, files
-from neuroada_jax.adapters import native
+from neuroada_jax.adapters import native, on_base
 from neuroada_jax.core import bypass
 from neuroada_jax.core.bypass import Bypass
 from neuroada_jax.errors import UserError
@@ -262,17 +262,8 @@ def _train(
 def _save_adapter(prepared: Prepared, base_model: IdentifiedModel, directory: Path, state: TrainState) -> None:
     config = prepared.config
     values, classifier = prepared.devices.whole((state.bypass, state.classifier))
-    native.save(
-        directory,
-        values,
-        base_model,
-        k=config.bypass.k,
-        targets=config.bypass.targets or [],
-        seed=config.seed,
-        rule=config.bypass.score,
-        classifier=classifier,
-        replace=True,
-    )
+    selection = native.Selection(config.bypass.k, config.bypass.targets or [], config.bypass.score, config.seed)
+    on_base.save(directory, values, base_model, selection, classifier=classifier, replace=True)
 
 
 def finish(fitted: Fitted) -> dict[str, Any]:

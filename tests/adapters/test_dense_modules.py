@@ -12,7 +12,7 @@ from data_helpers import CHAT, message_of
 from helpers import CONFIG, load_in_transformers, random_tensors, run_config, write_config, write_model, write_rows
 
 from neuroada_jax import cli, models
-from neuroada_jax.adapters import exchange, native
+from neuroada_jax.adapters import exchange, native, on_base
 from neuroada_jax.core import bypass
 from neuroada_jax.core.bypass import Bypass
 from neuroada_jax.models import dense_modules
@@ -70,7 +70,7 @@ def bare(request, tmp_path_factory):
     base_model = load_model(str(directory), labels=LABELS)
     paths = base_model.model.architecture.optional
     values, classifier = trained(base_model, paths)
-    native.save(folder / "adapter", values, base_model, k=2, targets=TARGETS, seed=0, classifier=classifier)
+    on_base.save(folder / "adapter", values, base_model, native.Selection(2, TARGETS, seed=0), classifier=classifier)
     return base_model, values, classifier, folder / "adapter"
 
 
@@ -79,14 +79,14 @@ def test_a_head_comes_back_bit_for_bit(bare):
     adapter = native.read(str(directory))
     assert set(adapter.dense_parameters) == set(base_model.initialised) and adapter.metadata["base"]["labels"] == LABELS
     again = load_model(base_model.source, labels=adapter.metadata["base"]["labels"], seed=9)  # another head to begin with
-    jax.tree.map(np.testing.assert_array_equal, native.classifier(adapter, again), classifier)
+    jax.tree.map(np.testing.assert_array_equal, on_base.classifier(adapter, again), classifier)
     want = dense_modules.join(bypass.merge(base_model.params, values), classifier)
-    jax.tree.map(np.testing.assert_array_equal, native.merge(adapter, again), want)
+    jax.tree.map(np.testing.assert_array_equal, on_base.merge(adapter, again), want)
 
 
 def test_the_merged_model_loads_in_transformers_with_the_same_logits(bare, tmp_path, caplog, capfd):
     base_model, *_, directory = bare
-    params = native.merge(native.read(str(directory)), base_model)
+    params = on_base.merge(native.read(str(directory)), base_model)
     save.save(tmp_path / "merged", base_model, params, CHAT)
     reference = load_in_transformers(tmp_path / "merged", caplog, capfd, "AutoModelForSequenceClassification")
     assert type(reference).__name__ == base_model.model.architecture.transformers_class
@@ -113,16 +113,16 @@ def test_heads_that_do_not_fit_or_are_missing(bare):
         dense_parameters={key: leaf for key, leaf in adapter.dense_parameters.items() if key != name}
     )
     assert (
-        message_of(native.classifier, without, base_model)
+        message_of(on_base.classifier, without, base_model)
         == f"adapter: neither {base_model.source} nor the adapter has {name!r}"
     )
     wide = adapter._replace(dense_parameters={**adapter.dense_parameters, name: np.zeros(7, np.float32)})
-    assert message_of(native.classifier, wide, base_model).startswith(
-        f"adapter: head {name!r} has shape [7], the base has ["
+    assert message_of(on_base.classifier, wide, base_model).startswith(
+        f"adapter: dense parameter {name!r} has shape [7], the base has ["
     )
     layer = f"{base_model.model.architecture.prefix}encoder.layer.0.output.dense.bias"
     stacked = adapter._replace(dense_parameters={**adapter.dense_parameters, layer: np.zeros(16, np.float32)})
-    assert message_of(native.classifier, stacked, base_model).endswith("the base has no such tensor")
+    assert message_of(on_base.classifier, stacked, base_model).endswith("the base has no such tensor")
 
 
 def test_labels_of_an_adapter_are_checked(bare, tmp_path):
@@ -176,7 +176,7 @@ def test_the_command_line_on_an_encoder(bare, tmp_path, capsys):
     code, _, err = neuroada("merge", "--adapter", directory, "--out", tmp_path / "merged")
     assert code == 0 and "initialised from seed 0" in err
     merged = load_model(str(tmp_path / "merged"))
-    jax.tree.map(np.testing.assert_array_equal, merged.params, native.merge(native.read(str(directory)), base_model))
+    jax.tree.map(np.testing.assert_array_equal, merged.params, on_base.merge(native.read(str(directory)), base_model))
 
     rows = write_rows(tmp_path / "rows.jsonl")
     for command in ("train", "plan"):
@@ -207,15 +207,14 @@ def test_a_trained_head_in_pytorch_and_back(kind, dtype, k, target, tmp_path, ca
     directory = write_encoder(tmp_path / "model", kind, dtype=dtype)
     base_model = load_model(str(directory), "auto", labels=LABELS)
     values, classifier = trained(base_model, k=k)
-    native.save(tmp_path / "adapter", values, base_model, k=k, targets=TARGETS, seed=0, classifier=classifier)
+    on_base.save(tmp_path / "adapter", values, base_model, native.Selection(k, TARGETS, seed=0), classifier=classifier)
 
     made = exchange.export_adapter(str(tmp_path / "adapter"), target, str(tmp_path / "x"), verify=True)
     assert made["merged_bit_equal"] is True and made["max_logit_difference"] <= 1e-4
     if target == "huggingface":
         assert len(json.loads((tmp_path / "x" / "config.json").read_text())["id2label"]) == len(LABELS)
         return
-    arguments = (str(tmp_path / "x"), target, str(directory), str(tmp_path / "back"))
-    exchange.import_adapter(*arguments, allow_pickle=target == "official")
+    exchange.import_adapter(str(tmp_path / "x"), target, str(directory), str(tmp_path / "back"))
     before, after = native.read(str(tmp_path / "adapter")), native.read(str(tmp_path / "back"))
     assert before.dense_parameters.keys() == after.dense_parameters.keys() and before.values.keys() == after.values.keys()
     rounds = target == "official" and dtype == "bfloat16"

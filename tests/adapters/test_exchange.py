@@ -13,7 +13,7 @@ from helpers import write_model
 from transformers import AutoModelForCausalLM
 
 from neuroada_jax import cli
-from neuroada_jax.adapters import exchange, native, peft
+from neuroada_jax.adapters import exchange, native, on_base, peft
 from neuroada_jax.pretrained.load import load_model
 
 FORMATS = ["peft-supertuning", "peft-shira"]
@@ -43,7 +43,7 @@ def adapters(bases, tmp_path_factory):
             columns[module] = np.sort(rng.permuted(np.tile(np.arange(64), (outputs, 1)), axis=1)[:, :2], axis=1)
             values[module] = 0.05 * rng.standard_normal((outputs, 2))
         dense_parameters = {"lm_head.weight": 0.3 * rng.standard_normal((304, 64))}
-        adapter = native.assemble(base_model, values, columns, k=2, targets=TARGETS, dense_parameters=dense_parameters)
+        adapter = on_base.assemble(base_model, values, columns, native.Selection(2, TARGETS), dense_parameters)
         made[dtype] = tmp_path_factory.mktemp("adapters") / dtype
         native.write(made[dtype], adapter)
     return made
@@ -79,7 +79,7 @@ def test_there_and_back(target, dtype, bases, adapters, tmp_path, capsys):
     found = sorted(str(path.relative_to(tmp_path / "x")) for path in (tmp_path / "x").rglob("*") if path.is_file())
     assert made["files"] == found
     arguments = ("import", tmp_path / "x", "--from", target, "--base", bases[dtype], "--out", tmp_path / "back")
-    code, printed, errors = run(capsys, *arguments, *(["--allow-pickle"] if target == "official" else []))
+    code, printed, errors = run(capsys, *arguments)
     assert (
         code == 0
         and printed == ""
@@ -169,3 +169,10 @@ def test_errors(bases, adapters, tmp_path, capsys, monkeypatch):
     message = failed(capsys, "export", adapter, "--to", "peft-shira", "--verify", "--out", tmp_path / "y")
     assert 'pip install -e ".[torch]"' in message
     assert not (tmp_path / "y").exists()
+
+
+def test_there_is_no_consent_to_pickles(capsys):
+    """Positions are never unpickled, so the flag of neuroada-jax 0.1 that consented to it is gone."""
+    with pytest.raises(SystemExit, match="2"):
+        run(capsys, "import", "x", "--from", "official", "--base", "m", "--out", "y", "--allow-pickle")
+    assert "unrecognized arguments: --allow-pickle" in capsys.readouterr().err

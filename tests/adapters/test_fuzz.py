@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers import write_model
 
-from neuroada_jax.adapters import inspection, native, peft
+from neuroada_jax.adapters import inspection, native, on_base, peft
 from neuroada_jax.errors import UserError
 from neuroada_jax.pretrained.load import load_model
 
@@ -35,7 +35,7 @@ def adapter(base_model):
             columns[f"model.layers.{layer}.{name}"] = np.sort(chosen, axis=1)
             values[f"model.layers.{layer}.{name}"] = rng.standard_normal((outputs, 2))
     dense_parameters = {HEAD: rng.standard_normal((32, 64))}
-    return native.assemble(base_model, values, columns, k=2, targets=list(TARGETS), dense_parameters=dense_parameters)
+    return on_base.assemble(base_model, values, columns, native.Selection(2, list(TARGETS)), dense_parameters)
 
 
 class Native:
@@ -48,8 +48,8 @@ class Native:
     @staticmethod
     def read(directory, base_model):
         found = native.read(str(directory))
-        native.stack_layers(found, base_model)
-        native.dense_slots(base_model.model, found.dense_parameters, found.values)
+        on_base.stack_layers(found, base_model)
+        on_base.dense_slots(base_model.model, found.dense_parameters, found.values)
         return found
 
 
@@ -91,7 +91,7 @@ class Official:
     def read(directory, base_model):
         from neuroada_jax.adapters import official
 
-        return official.read(directory, base_model.model, allow_pickle=True)
+        return official.read(directory, base_model.model)
 
 
 FORMATS = [Native, NativeWithoutDigest, SuperTuning, Shira]

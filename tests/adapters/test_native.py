@@ -13,7 +13,7 @@ from data_helpers import message_of
 from helpers import CONFIG, random_tensors, write_model
 
 from neuroada_jax import models
-from neuroada_jax.adapters import inspection, native
+from neuroada_jax.adapters import inspection, native, on_base
 from neuroada_jax.core import bypass
 from neuroada_jax.core.bypass import Bypass
 from neuroada_jax.pretrained.load import load_model
@@ -34,7 +34,8 @@ def trained(base_model, targets=TARGETS, k=3, seed=0):
 
 
 def save(directory, base_model, bypass_=None, targets=TARGETS, **options):
-    native.save(directory, bypass_ or trained(base_model, targets), base_model, k=3, targets=targets, seed=7, **options)
+    selection = native.Selection(3, targets, seed=7)
+    on_base.save(directory, bypass_ or trained(base_model, targets), base_model, selection, **options)
     return directory
 
 
@@ -61,7 +62,7 @@ def assert_same(a, b):
 
 
 def test_round_trip_bit_for_bit(base_model, pristine):
-    assert_same(native.load(str(pristine), base_model), trained(base_model))
+    assert_same(on_base.load(str(pristine), base_model), trained(base_model))
 
 
 def test_round_trip_of_an_untied_head(tmp_path):
@@ -69,7 +70,7 @@ def test_round_trip_of_an_untied_head(tmp_path):
     base_model = load_model(str(directory))
     made = trained(base_model, ["lm_head", "k_proj"])
     save(tmp_path / "a", base_model, made, ["lm_head", "k_proj"])
-    assert_same(native.load(str(tmp_path / "a"), base_model), made)
+    assert_same(on_base.load(str(tmp_path / "a"), base_model), made)
     assert native.read(str(tmp_path / "a")).values["lm_head"].shape == (CONFIG["vocab_size"], 3)
 
 
@@ -94,7 +95,7 @@ def test_what_is_in_it(base_model, pristine):
 
 
 def test_merging_equals_the_bypass_on_the_fly(base_model, pristine):
-    loaded = native.load(str(pristine), base_model)
+    loaded = on_base.load(str(pristine), base_model)
     merged = bypass.merge(base_model.params, loaded)
     ids, module = jnp.arange(8, dtype=jnp.int32)[None], base_model.model.module()
     plain, _ = jax.jit(module.apply)({"params": merged}, ids)
@@ -110,14 +111,14 @@ def test_another_base_is_refused(base_model, pristine, tmp_path):
     changed = random_tensors(CONFIG)[name].copy()
     changed[3, 5] = np.nextafter(changed[3, 5], 9, dtype=np.float32)
     other = load_model(str(write_model(tmp_path / "other", None, weights={name: changed})))
-    message = message_of(native.load, str(pristine), other)
+    message = message_of(on_base.load, str(pristine), other)
     assert message == f"{other.source} is not the base of this adapter ({base_model.source}): tensor {name!r} differs"
     untied = load_model(str(write_model(tmp_path / "untied", None, tie_word_embeddings=False)))
     save(tmp_path / "u", untied)
-    message = message_of(native.load, str(tmp_path / "u"), base_model)
+    message = message_of(on_base.load, str(tmp_path / "u"), base_model)
     assert message.endswith("tensor 'lm_head.weight' is missing")
     copy = load_model(str(write_model(tmp_path / "copy", None)))  # the same weights elsewhere will do
-    assert_same(native.load(str(pristine), copy), native.load(str(pristine), base_model))
+    assert_same(on_base.load(str(pristine), copy), on_base.load(str(pristine), base_model))
 
 
 def rewrite_metadata(adapter, **fields):
@@ -138,7 +139,7 @@ def rewrite_metadata(adapter, **fields):
 )
 def test_wrong_metadata(adapter, base_model, fields, message):
     rewrite_metadata(adapter, **fields)
-    found = message_of(native.load, str(adapter), base_model)
+    found = message_of(on_base.load, str(adapter), base_model)
     assert found.startswith(str(adapter / "adapter.json")) and message in found
 
 
@@ -147,11 +148,11 @@ def test_files_that_are_missing_or_not_whole(adapter, base_model, tmp_path):
     whole = path.read_bytes()
     for size in (0, 5, 100, len(whole) - 1):
         path.write_bytes(whole[:size])
-        assert message_of(native.load, str(adapter), base_model).startswith(f"{path}: not a whole safetensors file (")
+        assert message_of(on_base.load, str(adapter), base_model).startswith(f"{path}: not a whole safetensors file (")
     path.unlink()
-    assert message_of(native.load, str(adapter), base_model).startswith(f"{path}: not a whole safetensors file (")
+    assert message_of(on_base.load, str(adapter), base_model).startswith(f"{path}: not a whole safetensors file (")
     (adapter / "adapter.json").write_text("{")
-    assert message_of(native.load, str(adapter), base_model).startswith(f"{adapter / 'adapter.json'}: not JSON")
+    assert message_of(on_base.load, str(adapter), base_model).startswith(f"{adapter / 'adapter.json'}: not JSON")
     (adapter / "adapter.json").unlink()
     assert message_of(native.read, str(adapter)) == f"{adapter}: no adapter here (adapter.json is missing)"
 
@@ -207,9 +208,9 @@ def spoil(tensors, spoiled):
     [
         ("nan", f"{Q}.values holds NaN or infinite entries"),
         ("infinite", f"{Q}.values holds NaN or infinite entries"),
-        ("unsorted", f"{Q}.columns must be ascending and distinct within a row"),
-        ("twice", f"{Q}.columns must be ascending and distinct within a row"),
-        ("negative", f"{Q}.columns must be ascending and distinct within a row, from 0 on"),
+        ("unsorted", f"{Q}.columns must be ascending and distinct within each neuron"),
+        ("twice", f"{Q}.columns must be ascending and distinct within each neuron"),
+        ("negative", f"{Q}.columns must be ascending and distinct within each neuron, from 0 on"),
         ("beyond", f"{Q} has 16 neurons or columns that do not fit (16, 16)"),
         ("float64", f"{Q} has values float64 and columns int32, expected float32 and int32"),
         ("bfloat16", f"{Q} has values bfloat16 and columns int32, expected float32 and int32"),
@@ -232,7 +233,7 @@ def test_tensors_that_are_no_adapter(adapter, base_model, spoiled, message):
     spoil(tensors, spoiled)
     safetensors.numpy.save_file(tensors, path)
     rewrite_metadata(adapter, digest=None)
-    assert message in message_of(native.load, str(adapter), base_model)
+    assert message in message_of(on_base.load, str(adapter), base_model)
 
 
 def test_a_flipped_bit_in_the_values_is_noticed(adapter, base_model):
@@ -240,13 +241,13 @@ def test_a_flipped_bit_in_the_values_is_noticed(adapter, base_model):
     content = bytearray(path.read_bytes())
     content[-2] ^= 1  # still finite float32, or a column in range
     path.write_bytes(content)
-    message = message_of(native.load, str(adapter), base_model)
+    message = message_of(on_base.load, str(adapter), base_model)
     assert message == f"{path}: not the file that adapter.json's digest describes; it was damaged or changed"
 
 
 def test_an_adapter_without_a_digest_is_read(adapter, base_model):
     rewrite_metadata(adapter, digest=None)
-    assert_same(native.load(str(adapter), base_model), trained(base_model))
+    assert_same(on_base.load(str(adapter), base_model), trained(base_model))
 
 
 def test_a_failed_save_leaves_nothing_and_keeps_the_old_one(base_model, tmp_path, monkeypatch):
@@ -277,7 +278,7 @@ def test_a_failed_save_leaves_nothing_and_keeps_the_old_one(base_model, tmp_path
     assert {path.name: path.read_bytes() for path in old.iterdir()} == before
 
     save(old, base_model, trained(base_model, seed=1), replace=True)
-    assert_same(native.load(str(old), base_model), trained(base_model, seed=1))
+    assert_same(on_base.load(str(old), base_model), trained(base_model, seed=1))
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 

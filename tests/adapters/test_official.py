@@ -20,7 +20,7 @@ from data_helpers import message_of
 from helpers import write_model
 
 from neuroada_jax import models
-from neuroada_jax.adapters import native, official
+from neuroada_jax.adapters import inert_pickle, native, official, on_base
 from neuroada_jax.core import bypass, trees
 from neuroada_jax.core.bypass import Bypass
 from neuroada_jax.errors import UserError
@@ -61,7 +61,7 @@ def trained(base_model, k, *, dtype=jnp.float32, seed=0, targets=TARGETS):
     )
     stacked = Bypass(values, built.columns)
     arrays = (dict(names.unstacked(tree, base_model.model.layers_path)) for tree in stacked)
-    return native.assemble(base_model, *arrays, k=k, targets=targets), stacked
+    return on_base.assemble(base_model, *arrays, native.Selection(k, targets)), stacked
 
 
 # Writing
@@ -125,7 +125,7 @@ def test_without_pytorch(tmp_path, monkeypatch, golden_base):
     adapter = native.Adapter({"base": {"dtype": "float32"}}, {}, {}, {})
     for message in (
         message_of(official.export, adapter, tmp_path / "a"),
-        message_of(official.read, GOLDEN / "official" / "llama_untied", golden_base.model, allow_pickle=True),
+        message_of(official.read, GOLDEN / "official" / "llama_untied", golden_base.model),
     ):
         assert message == 'the official format needs PyTorch: pip install -e ".[torch]"'
     assert not (tmp_path / "a").exists()
@@ -140,11 +140,12 @@ def golden_base():
 
 
 def test_the_published_codes_files_become_a_native_adapter(golden_base, tmp_path):
-    imported = official.read(GOLDEN / "official" / "llama_untied", golden_base.model, allow_pickle=True)
+    imported = official.read(GOLDEN / "official" / "llama_untied", golden_base.model)
     assert (imported.dense_parameters, imported.notes) == ({}, [])
-    adapter = native.assemble(golden_base, imported.values, imported.columns, k=1, targets=TARGETS, rule=None)
+    selection = native.Selection(1, TARGETS, rule=None)
+    adapter = on_base.assemble(golden_base, imported.values, imported.columns, selection)
     native.write(tmp_path / "a", adapter)
-    merged = bypass.merge(golden_base.params, native.load(str(tmp_path / "a"), golden_base))
+    merged = bypass.merge(golden_base.params, on_base.load(str(tmp_path / "a"), golden_base))
     with np.load(GOLDEN / "llama_untied_k1_adamw_const.npz") as golden:
         expected = {key.partition("/")[2]: golden[key] for key in golden if key.startswith("merged_values/")}
         for name, entries in expected.items():
@@ -181,7 +182,7 @@ def test_there_and_back_and_the_published_formula(checkpoint, tied, dtype, k, tm
     targets = TARGETS if tied else [*TARGETS, "lm_head"]
     adapter, stacked = trained(base_model, k, dtype=jnp.dtype(dtype), targets=targets)
     assert official.export(adapter, tmp_path / "out") == []
-    back = official.read(tmp_path / "out", base_model.model, allow_pickle=True)
+    back = official.read(tmp_path / "out", base_model.model)
     assert set(back.values) == set(adapter.values)
     for module in adapter.values:
         np.testing.assert_array_equal(back.values[module], adapter.values[module], strict=True)
@@ -239,15 +240,10 @@ def spoiled(tmp_path):
 
 def refusal(folder, base_model):
     began = time.perf_counter()
-    message = message_of(official.read, folder, base_model.model, allow_pickle=True)
+    message = message_of(official.read, folder, base_model.model)
     assert message.startswith(str(folder)) and len(message) < 500
     assert time.perf_counter() - began < 60  # hostile files may not stall the reader
     return message
-
-
-def test_positions_need_the_flag(golden_base, tmp_path):
-    message = message_of(official.read, tmp_path, golden_base.model, allow_pickle=False)
-    assert message.startswith(f"{tmp_path / 'positions.npy'} is a pickled file") and "--allow-pickle" in message
 
 
 def test_files_that_are_missing(golden_base, spoiled):
@@ -284,6 +280,19 @@ def test_bombs_do_not_go_off(golden_base, spoiled, tmp_path):
     (folder / official.VALUES).write_bytes(pickle.dumps(Bomb(marker)))
     assert "no file of plain tensors" in refusal(folder, golden_base)
     assert not marker.exists()
+
+
+def test_positions_are_not_unpickled(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("unpickled")
+
+    _, positions = golden_files("llama_untied")
+    for name in ("load", "loads", "Unpickler", "_load", "_loads", "_Unpickler"):
+        monkeypatch.setattr(pickle, name, refuse)
+    found = inert_pickle.read_tensors(GOLDEN / "official" / "llama_untied" / official.POSITIONS)
+    assert list(found) == list(positions)
+    for name, where in positions.items():
+        np.testing.assert_array_equal(found[name], where.numpy())
 
 
 def npy(*instructions):
@@ -541,7 +550,7 @@ def test_mutated_files_load_whole_or_not_at_all(golden_base, spoiled, file):
             return params
 
     base_model = Traced(*golden_base.model)
-    original = official.read(folder, base_model, allow_pickle=True)
+    original = official.read(folder, base_model)
     rng = np.random.default_rng(0)
     messages = []
     for _ in range(100):
@@ -556,7 +565,7 @@ def test_mutated_files_load_whole_or_not_at_all(golden_base, spoiled, file):
             mutated[at:at] = mutated[at : at + length]
         path.write_bytes(bytes(mutated))
         try:
-            found = official.read(folder, base_model, allow_pickle=True)
+            found = official.read(folder, base_model)
         except UserError as error:
             messages.append(str(error))
             continue

@@ -11,7 +11,7 @@ from data_helpers import message_of
 from helpers import write_model
 
 import neuroada_jax as na
-from neuroada_jax.adapters import inspection, native, own
+from neuroada_jax.adapters import inspection, native, on_base, own
 from neuroada_jax.core.ops import Layout
 from neuroada_jax.pretrained.load import load_model
 
@@ -81,9 +81,9 @@ def test_another_tree_is_refused(pristine, changed, message):
 def test_adapters_of_models_and_of_trees_are_told_apart(tmp_path, pristine):
     base = load_model(str(write_model(tmp_path / "model", None)))
     built = na.build(base.params, [("model", "layers", "self_attn", "q_proj")], 2)
-    native.save(tmp_path / "a", built, base, k=2, targets=["q_proj"], seed=0)
+    on_base.save(tmp_path / "a", built, base, native.Selection(2, ["q_proj"], seed=0))
     assert message_of(own.load, tmp_path / "a", base.params).endswith("expected one of own parameters")
-    assert "is not the base of this adapter (own parameters)" in message_of(native.load, str(pristine), base)
+    assert "is not the base of this adapter (own parameters)" in message_of(on_base.load, str(pristine), base)
 
 
 @pytest.mark.parametrize(

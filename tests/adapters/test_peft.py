@@ -18,7 +18,7 @@ from data_helpers import message_of
 from helpers import CONFIG, random_tensors, write_model
 
 from neuroada_jax import models
-from neuroada_jax.adapters import inspection, native, peft
+from neuroada_jax.adapters import inspection, native, on_base, peft
 from neuroada_jax.adapters.peft import Kind
 from neuroada_jax.core import trees
 from neuroada_jax.models import names
@@ -74,7 +74,7 @@ def trained(family, k=3, seed=0, targets=TARGETS, dense_parameters=()):
             columns[module] = np.sort(largest, axis=1).astype(np.int32)
     values = {module: 0.05 * rng.standard_normal(leaf.shape, np.float32) for module, leaf in columns.items()}
     dense = {name: 0.3 * rng.standard_normal(family.dense_parameters[name], np.float32) for name in dense_parameters}
-    return native.assemble(base_model, values, columns, k=k, targets=targets, seed=seed, dense_parameters=dense)
+    return on_base.assemble(base_model, values, columns, native.Selection(k, targets, seed=seed), dense)
 
 
 def merged_weights(family, adapter, kind):
@@ -151,7 +151,7 @@ def test_peft_has_our_logits_and_our_merged_weights(families, name, dtype, k, ki
     merged = model.merge_and_unload()
     assert_merged(merged, want)
     if k == 2 and (kind is Kind.SHIRA or dtype == "float32"):  # so says our own merge
-        params = dict(trees.flatten(native.merge(adapter, family.base_model)))
+        params = dict(trees.flatten(on_base.merge(adapter, family.base_model)))
         for parameter, slot in names.checkpoint_names(
             family.base_model.model.abstract_params(), family.base_model.model.layers_path
         ).items():
@@ -227,7 +227,8 @@ def test_what_peft_trained_itself_comes_in(untied, kind, tmp_path):
     imported = peft.read(tmp_path / "x", untied.base_model.model, kind)
     k = imported.values[Q].shape[1]
     assert f"entries: filled up to {k} with zero values" in imported.notes[0]
-    adapter = native.assemble(untied.base_model, imported.values, imported.columns, k=k, targets=["q_proj", "down_proj"])
+    selection = native.Selection(k, ["q_proj", "down_proj"])
+    adapter = on_base.assemble(untied.base_model, imported.values, imported.columns, selection)
     native.write(tmp_path / "native", adapter)
     again = native.read(str(tmp_path / "native"))  # passes the native checks
     assert_merged(model.merge_and_unload(), merged_weights(untied, again, kind))
@@ -400,7 +401,7 @@ def test_modules_and_heads_that_the_base_does_not_have(untied, kind, tmp_path):
     tensors["base_model.model.lm_head.bias"] = np.zeros(304, np.float32)
     safetensors.numpy.save_file(tensors, str(path))
     message = message_of(peft.read, tmp_path / "x", untied.base_model.model, kind)
-    assert "head 'lm_head.bias' has shape [304], the base has no such tensor" in message
+    assert "dense parameter 'lm_head.bias' has shape [304], the base has no such tensor" in message
     tied = open_model(str(write_model(tmp_path / "tied", None, num_hidden_layers=1, **WIDE)))
     message = message_of(peft.read, tmp_path / "x", tied.model, kind)
     assert message.startswith("the base has no linear map 'model.layers.1.")

@@ -15,7 +15,7 @@ from helpers import run_config, write_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from neuroada_jax import models
-from neuroada_jax.adapters import native
+from neuroada_jax.adapters import on_base
 from neuroada_jax.core import bypass
 from neuroada_jax.core.bypass import Bypass
 from neuroada_jax.generation.generate import generate
@@ -165,7 +165,7 @@ def test_training_adapter_merge_and_pytorch(base_model, smollm2_gguf, tmp_path):
     )
     results = neuroada("train", write_config(tmp_path / "run.yaml", content))
     assert results["last_loss"] < results["first_loss"]
-    trained = native.load(str(tmp_path / "out" / "adapter"), base_model)
+    trained = on_base.load(str(tmp_path / "out" / "adapter"), base_model)
     assert bypass.count(trained.values) == results["trainable"] == 4 * 30 * (576 * 3 + 192 * 2 + 1536 * 2)
     params = bypass.merge(base_model.params, trained)
     merged = tmp_path / "merged"

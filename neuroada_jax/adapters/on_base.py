@@ -1,0 +1,198 @@
+"""Adapters and their base model: from trained arrays to a native adapter, and from an adapter to parameters.
+
+save(directory, trained, base_model, Selection(k, targets))
+trained = load(directory, base_model)              # stacked values and columns
+params = merge(native.read(directory), base_model)
+"""
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from neuroada_jax import models
+from neuroada_jax.adapters import native
+from neuroada_jax.adapters.native import Adapter, Selection
+from neuroada_jax.core import bypass, trees
+from neuroada_jax.core.bypass import Bypass
+from neuroada_jax.core.trees import Tree
+from neuroada_jax.errors import UserError
+from neuroada_jax.models import dense_modules, names
+from neuroada_jax.pretrained.load import IdentifiedModel, LoadedModel, OpenedModel
+
+
+def assemble(
+    base_model: IdentifiedModel,
+    values: Mapping[str, Any],
+    columns: Mapping[str, Any],
+    selection: Selection,
+    dense_parameters: Mapping[str, Any] | None = None,
+) -> Adapter:
+    """Return an adapter of `base_model` from arrays that are named by Hugging Face module path.
+
+    Args:
+      base_model: the model that the arrays were trained on; its digests go into the metadata.
+      values: module path -> (O, k), stored as float32.
+      columns: module path -> (O, k), ascending within each neuron, stored as int32.
+      selection: how the columns were selected.
+      dense_parameters: Hugging Face parameter name -> the complete, densely trained parameter.
+    """
+    shapes = base_model.model.linear_maps()
+    about = {
+        "source": base_model.source,
+        "dtype": jnp.dtype(base_model.model.config.dtype).name,
+        "model_type": base_model.model.hf_config["model_type"],
+        "labels": classifier_labels(base_model),
+        "parameters": bypass.count(base_model.model.abstract_params()),
+        "digests": base_model.digests,
+    }
+    inputs = {module: shapes[module][1] for module in values}
+    return Adapter(
+        native.new_metadata(about, inputs, selection, sorted(dense_parameters or {})),
+        {module: np.asarray(leaf, np.float32) for module, leaf in values.items()},
+        {module: np.asarray(leaf, np.int32) for module, leaf in columns.items()},
+        {name: np.asarray(leaf, np.float32) for name, leaf in (dense_parameters or {}).items()},
+    )
+
+
+def classifier_labels(base_model: OpenedModel) -> list[str] | None:
+    """Return the label names of an encoder's classifier, None for a decoder.
+
+    An adapter stores them, since a bare base model without a classifier does not have them.
+    """
+    if base_model.model.architecture.is_decoder:
+        return None
+    named = {str(number): label for number, label in (base_model.model.hf_config.get("id2label") or {}).items()}
+    return [named.get(str(number), f"LABEL_{number}") for number in range(base_model.model.config.num_labels)]
+
+
+def save(
+    directory: Path,
+    trained: Bypass,
+    base_model: IdentifiedModel,
+    selection: Selection,
+    *,
+    classifier: Tree | None = None,
+    replace: bool = False,
+) -> None:
+    """Write trained arrays as an adapter directory, complete or not at all.
+
+    Args:
+      directory: must not exist unless `replace`.
+      trained: stacked values (*L, O, k) and columns.
+      base_model: the model that they were trained on.
+      selection: how the columns were selected.
+      classifier: the densely trained modules, as in the training state; None for none.
+      replace: overwrite an existing adapter.
+
+    Raises:
+      UserError: the directory exists or cannot be written.
+    """
+    values, columns = (dict(names.unstacked(tree, base_model.model.layers_path)) for tree in trained)
+    adapter = assemble(base_model, values, columns, selection, dense_modules.to_names(classifier or {}))
+    native.write(directory, adapter, replace=replace)
+
+
+def load(directory: str, base_model: IdentifiedModel) -> Bypass:
+    """Read an adapter of `base_model` as stacked trees; for errors see `native.read` and `stack_layers`."""
+    return stack_layers(native.read(directory), base_model)
+
+
+def stack_layers(adapter: Adapter, base_model: IdentifiedModel) -> Bypass:
+    """Return the adapter's arrays as trees (*L, O, k), stacked like the layers of `base_model`.
+
+    Raises:
+      UserError: another base model, a module that it does not have, or entries that do not fit it.
+    """
+    native.check_base(adapter, base_model.digests, base_model.source)
+    values: Tree = {}
+    columns: Tree = {}
+    remaining = set(adapter.values)
+    for path, kernel in trees.kernels(base_model.model.abstract_params()):
+        modules = names.module_names(path, kernel, base_model.model.layers_path)
+        present = [module for module in modules if module in adapter.values]
+        if not present:
+            continue
+        if len(present) != len(modules):
+            raise UserError(f"adapter: {present[0]} has values but other layers' {path[-1]} have none")
+        _check_fit(adapter, modules, *kernel.shape[-2:])
+        remaining -= set(modules)
+        stacked = names.is_stacked(path, base_model.model.layers_path)
+        pick = (lambda arrays: jnp.stack(arrays)) if stacked else (lambda arrays: jnp.asarray(arrays[0]))
+        values = trees.put(values, path, {"values": pick([adapter.values[module] for module in modules])})
+        columns = trees.put(columns, path, {"columns": pick([adapter.columns[module] for module in modules])})
+    if remaining:
+        raise UserError(f"adapter: the base has no module {min(remaining)!r}")
+    return Bypass(values, columns)
+
+
+def _check_fit(adapter: Adapter, modules: list[str], outputs: int, inputs: int) -> None:
+    """Refuse modules of stacked layers whose entries do not fit kernels (O, I), or which differ in k."""
+    for module in modules:
+        shape = adapter.values[module].shape
+        if shape[0] != outputs or adapter.columns[module].max() >= inputs:
+            raise UserError(f"adapter: {module} has {shape[0]} neurons or columns that do not fit ({outputs}, {inputs})")
+        if shape != adapter.values[modules[0]].shape:
+            raise UserError(f"adapter: {module} has another k than {modules[0]}")
+
+
+def dense_slots(
+    model: models.Model, dense_parameters: Mapping[str, np.ndarray], targets: Collection[str]
+) -> dict[str, names.Slot]:
+    """Return where densely trained parameters are in the model's parameter tree.
+
+    Args:
+      model: the base model's architecture and config.
+      dense_parameters: Hugging Face parameter name -> array.
+      targets: the modules that carry a bypass.
+
+    Raises:
+      UserError: the model has no such parameter outside its layers, it has another shape, or it carries a bypass too.
+    """
+    shapes = model.abstract_params()
+    leaves = dict(trees.flatten(shapes))
+    slots = {name: slot for name, slot in names.checkpoint_names(shapes, model.layers_path).items() if slot.layer is None}
+    for name, array in dense_parameters.items():
+        expected = list(leaves[slots[name].path].shape) if name in slots else "no such tensor"
+        if list(array.shape) != expected:
+            raise UserError(f"adapter: dense parameter {name!r} has shape {list(array.shape)}, the base has {expected}")
+        if name.removesuffix(".weight") in targets:
+            raise UserError(f"adapter: {name!r} is both a dense parameter and the weight of a bypass")
+    return {name: slots[name] for name in dense_parameters}
+
+
+def classifier(adapter: Adapter, base_model: IdentifiedModel) -> Tree:
+    """Return the densely trained parameters as a tree of float32 leaves, empty where the adapter has none.
+
+    Raises:
+      UserError: see `dense_slots`; also a tensor that neither the base model nor the adapter has.
+    """
+    slots = dense_slots(base_model.model, adapter.dense_parameters, adapter.values)
+    lacking = sorted(set(base_model.initialised) - set(adapter.dense_parameters))
+    if lacking:
+        raise UserError(f"adapter: neither {base_model.source} nor the adapter has {lacking[0]!r}")
+    return trees.unflatten({slots[name].path: jnp.asarray(array) for name, array in adapter.dense_parameters.items()})
+
+
+def merge(adapter: Adapter, base_model: LoadedModel, round_first: Any = jnp.float32) -> Tree:
+    """Return the base model's parameters with the adapter merged in: W + values, and its dense parameters.
+
+    The sum is taken in float32 and rounded once, to the dtype of the parameters.
+
+    Args:
+      adapter: of this base model.
+      base_model: with its weights.
+      round_first: the dtype to which values are rounded before the sum; PyTorch libraries that hold values in the base
+        dtype do so.
+
+    Raises:
+      UserError: see `stack_layers` and `classifier`.
+    """
+    trained = stack_layers(adapter, base_model)
+    values = jax.tree.map(lambda leaf: leaf.astype(round_first).astype(jnp.float32), trained.values)
+    return dense_modules.join(
+        bypass.merge(base_model.params, Bypass(values, trained.columns)), classifier(adapter, base_model)
+    )
