@@ -15,7 +15,7 @@ from neuroada_jax.evaluation import choices, metrics
 from neuroada_jax.evaluation.scoring import Part, Progress, Score
 from neuroada_jax.generation.generate import before_stop, check_lengths, generate
 from neuroada_jax.generation.sampling import GREEDY, Decoding
-from neuroada_jax.generation.texts import end_tokens
+from neuroada_jax.generation.texts import ending
 from neuroada_jax.pretrained.load import OpenedModel
 from neuroada_jax.tasks import Task, overlap
 
@@ -116,10 +116,9 @@ class ContinuationScorer:
             base_model.model,
             params,
             self.prompts,
+            ending(base_model, tokenizer),
             max_new_tokens=self.max_new_tokens,
-            eos_ids=end_tokens(base_model, tokenizer),
             decoding=decoding,
-            decode=lambda ids: str(tokenizer.decode(ids)),
             batch_size=self.options.batch_size,
             on_progress=on_progress,
         )

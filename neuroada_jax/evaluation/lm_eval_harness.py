@@ -20,7 +20,7 @@ from neuroada_jax.data.packing import default_buckets
 from neuroada_jax.errors import UserError, install_line
 from neuroada_jax.generation.generate import before_stop, generate
 from neuroada_jax.generation.sampling import Decoding
-from neuroada_jax.generation.texts import end_tokens
+from neuroada_jax.generation.texts import ending
 from neuroada_jax.models.losses import label_scores
 from neuroada_jax.pretrained.load import OpenedModel
 
@@ -176,10 +176,9 @@ class NeuroAdaLM(TemplateLM):
                 self.base_model.model,
                 self.params,
                 prompts,
+                ending(self.base_model, self.tokenizer),  # stops are looked for where lm-eval does: with special tokens
                 max_new_tokens=new_tokens,
-                eos_ids=end_tokens(self.base_model, self.tokenizer),
                 decoding=Decoding(stop=until),
-                decode=lambda ids: str(self.tokenizer.decode(ids)),  # with special tokens, as where lm-eval looks for stops
                 batch_size=self.batch_size,
                 on_progress=self.on_progress,
             )

@@ -1,8 +1,8 @@
-"""Batched decoding with a key/value cache: greedy, sampling or beam search, a bounded number of jitted programs."""
+"""Batched decoding with a key/value cache: greedy, sampling or beam search, in a bounded number of jitted programs."""
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,18 +18,44 @@ from neuroada_jax.generation.decoder import Caches, Decoder, is_end, prefill, pr
 from neuroada_jax.generation.sampling import GREEDY, Decoding, choose, process
 from neuroada_jax.models import Model
 
-_STOP_EVERY = 16  # tokens between two looks for stop strings, which need the text and so the host
+_STOP_EVERY = 16  # tokens between two searches for stop strings, which need the text and therefore the host
+
+
+class Ending(NamedTuple):
+    """The end of a continuation, as far as it depends on the tokenizer.
+
+    Attributes:
+      eos_ids: tokens that end a continuation; they are not part of it.
+      decode: token ids -> text, in which stop strings are looked for; None where there are none.
+    """
+
+    eos_ids: tuple[int, ...] = ()
+    decode: Callable[[list[int]], str] | None = None
+
+
+class Prompts(NamedTuple):
+    """A batch of B prompts, padded on the left to T tokens.
+
+    Attributes:
+      ids: int32 (B, T).
+      lengths: tokens of each prompt, int32 (B,); 0 for a sequence that only fills the batch.
+      numbers: place of each prompt in the caller's list, int32 (B,); its random key depends on it.
+    """
+
+    ids: Int[Array, "B T"]
+    lengths: Int[Array, "B"]
+    numbers: Int[Array, "B"]
 
 
 class State(NamedTuple):
-    """A batch (B rows, S slots) in the middle of its work.
+    """A batch of B sequences with S slots each, in the middle of decoding.
 
     Attributes:
-      tokens: prompts, padded on the left, and what follows, int32 (B, S); -1 from a row's end on.
-      start: the slot with which each row's prompt begins, int32 (B,).
+      tokens: prompts, padded on the left, and continuations, int32 (B, S); -1 from a sequence's end on.
+      start: the slot of the first token of each prompt, int32 (B,).
       end: the slot of the next token, int32.
-      done: whether a row has ended, bool (B,).
-      keys: what each row draws with (B,).
+      done: whether a sequence has ended, bool (B,).
+      keys: random key of each sequence (B,).
       caches: keys and values of all tokens but the last.
     """
 
@@ -45,22 +71,20 @@ class State(NamedTuple):
 def _start(
     module: nn.Module,
     params: Tree,
-    ids: Int[Array, "B T"],
-    lengths: Int[Array, "B"],
-    prompts: Int[Array, "B"],
+    prompts: Prompts,
     seed: UInt[Array, ""],
     *,
     slots: int,
     decoding: Decoding,
     eos_ids: tuple[int, ...],
 ) -> State:
-    """Reads left-padded prompts and chooses the first token; `prompts` numbers them, for their random keys."""
-    batch, width = ids.shape
-    logits, caches = prefill(module, params, ids, lengths, slots)
-    tokens = jnp.full((batch, slots), -1, jnp.int32).at[:, :width].set(ids)
-    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), prompts)
-    # Rows that only fill the batch have no tokens and count as done.
-    state = State(tokens, width - lengths, jnp.int32(width), lengths == 0, keys, caches)
+    """Read the prompts and choose the first token of each continuation."""
+    batch, width = prompts.ids.shape
+    logits, caches = prefill(module, params, prompts.ids, prompts.lengths, slots)
+    tokens = jnp.full((batch, slots), -1, jnp.int32).at[:, :width].set(prompts.ids)
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), prompts.numbers)
+    # Sequences that only fill the batch have no tokens and count as done.
+    state = State(tokens, width - prompts.lengths, jnp.int32(width), prompts.lengths == 0, keys, caches)
     return _advance(state, logits, decoding, eos_ids)
 
 
@@ -68,7 +92,7 @@ def _start(
 def _continue(
     module: nn.Module, params: Tree, state: State, until: Int[Array, ""], *, decoding: Decoding, eos_ids: tuple[int, ...]
 ) -> State:
-    """Goes on until slot `until` is next or every row has ended."""
+    """Decode until slot `until` is next or every sequence has ended."""
     decoder = Decoder.make(module, params, state.start)
 
     def body(state: State) -> State:
@@ -80,15 +104,16 @@ def _continue(
 
 
 def _advance(state: State, logits: Array, decoding: Decoding, eos_ids: tuple[int, ...]) -> State:
+    """Choose the next token of every sequence from its logits and append it."""
     seen = present(state.start, state.tokens.shape[1], state.end)
-    number = state.end - state.start  # of the token in its row, so that padding does not matter
+    number = state.end - state.start  # of the token in its sequence, so that padding does not change the random draw
     token = choose(process(logits, state.tokens, seen, state.end, decoding), decoding, state.keys, number)
     tokens = lax.dynamic_update_slice(state.tokens, jnp.where(state.done, -1, token)[:, None], (0, state.end))
     return state._replace(tokens=tokens, end=state.end + 1, done=state.done | is_end(token, eos_ids))
 
 
 def bucket(length: int) -> int:
-    """The padded length: the next of 32, 48, 64, 96, 128, 192 and so on, which bounds the number of programs."""
+    """Return the padded length: the next of 32, 48, 64, 96, 128, 192 and so on, which bounds the number of programs."""
     size = 32
     while size < length:
         size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
@@ -101,7 +126,17 @@ def check_lengths(
     max_new_tokens: int,
     name: Callable[[int], str] = "prompt {}".format,
 ) -> None:
-    """Raises UserError, which calls a prompt by `name`, where one is empty or too long with its continuation."""
+    """Check that every prompt has tokens and that it fits the model's positions together with its continuation.
+
+    Args:
+      model: architecture and config.
+      prompts: token ids.
+      max_new_tokens: the longest continuation.
+      name: number of a prompt -> what an error calls it.
+
+    Raises:
+      UserError: an empty prompt, or one that is too long.
+    """
     for number, prompt in enumerate(prompts):
         if not prompt:
             raise UserError(f"{name(number)} has no tokens")
@@ -116,90 +151,86 @@ def generate(
     model: Model,
     params: Tree,
     prompts: Sequence[Sequence[int]],
+    ending: Ending,
     *,
     max_new_tokens: int,
-    eos_ids: Sequence[int],
     decoding: Decoding = GREEDY,
-    decode: Callable[[list[int]], str] | None = None,
     batch_size: int = 16,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
-    """Continues every prompt until an end token, a stop string or `max_new_tokens`.
+    """Continue every prompt until an end token, a stop string or `max_new_tokens`.
 
-    Prompts of similar length share a batch; padding is on the left and masked, so a prompt's result does not depend on
-    what else is in its batch. What a prompt draws at random depends on the seed and its place in `prompts`.
+    Prompts of similar length share a batch; padding is on the left and masked, so that the continuation of a prompt does
+    not depend on the rest of its batch. Random draws depend on the seed and on the prompt's place in `prompts`.
 
     Args:
       model: architecture and config.
-      params: plain parameters, merged where an adapter is wanted.
-      prompts: token ids, each at least one.
+      params: plain parameters, with an adapter merged in if one is wanted.
+      prompts: token ids, at least one for each prompt.
+      ending: end tokens, and the decoder of stop strings.
       max_new_tokens: the longest continuation.
-      eos_ids: tokens that end a continuation; they are not part of the result.
-      decoding: greedy, sampling or beams, and the rest of the settings.
-      decode: the text of token ids, for stop strings.
+      decoding: greedy, sampling or beam search, and their settings.
       batch_size: prompts decoded together.
-      on_progress: called with (prompts done, prompts in all).
+      on_progress: called with (prompts done, prompts in total).
 
-    Returns: the new ids of each prompt, in the order given. Where a stop string ended one, the last id is the one that
-      completed it, and `before_stop` of its text is what comes before. A beam search looks for it when it is done.
+    Returns: the new ids of each prompt, in the order given. Where a stop string ended a continuation, its last id is the
+      one that completed the string; `before_stop` removes the string from the text. A beam search looks for stop strings
+      in its result only.
 
     Raises:
-      UserError: max_new_tokens below 1, an empty prompt, or one that with its continuation exceeds the model's positions.
+      UserError: max_new_tokens below 1, stop strings without `ending.decode`, an empty prompt, or one that exceeds the
+        model's positions together with its continuation.
     """
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens: expected at least 1, found {max_new_tokens}")
-    if decoding.stop and decode is None:
+    if decoding.stop and ending.decode is None:
         raise UserError("stop: texts that end a continuation need the tokenizer (decode)")
     check_lengths(model, prompts, max_new_tokens)
-    stops = _Stops(decoding.stop, decode, frozenset(eos_ids))
+    stops = _Stops(decoding.stop, ending.decode, frozenset(ending.eos_ids))
     batch_size = max(1, min(batch_size, len(prompts)))
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     results: list[list[int]] = [[] for _ in prompts]
     for first in range(0, len(order), batch_size):
         chosen = order[first : first + batch_size]
-        width = bucket(max(len(prompts[number]) for number in chosen))
-        ids = np.zeros((batch_size, width), np.int32)
-        lengths = np.zeros((batch_size,), np.int32)
-        for row, number in enumerate(chosen):
-            ids[row, width - len(prompts[number]) :] = prompts[number]
-            lengths[row] = len(prompts[number])
-        out = _decode(model, params, ids, lengths, chosen, max_new_tokens, tuple(sorted(set(eos_ids))), decoding, stops)
-        for row, number in enumerate(chosen):
-            results[number] = stops.cut(out[row])
+        out = _decode(model, params, _batch(prompts, chosen, batch_size), max_new_tokens, decoding, stops)
+        for place, number in enumerate(chosen):
+            results[number] = stops.truncate(out[place])
         if on_progress:
             on_progress(min(first + batch_size, len(order)), len(order))
     return results
 
 
+def _batch(prompts: Sequence[Sequence[int]], chosen: Sequence[int], batch_size: int) -> Prompts:
+    """Return the chosen prompts as a batch of `batch_size` sequences, padded to one of few lengths."""
+    width = bucket(max(len(prompts[number]) for number in chosen))
+    ids = np.zeros((batch_size, width), np.int32)
+    lengths, numbers = np.zeros((2, batch_size), np.int32)
+    numbers[: len(chosen)] = chosen
+    for place, number in enumerate(chosen):
+        ids[place, width - len(prompts[number]) :] = prompts[number]
+        lengths[place] = len(prompts[number])
+    return Prompts(jnp.asarray(ids), jnp.asarray(lengths), jnp.asarray(numbers))
+
+
 def _decode(
-    model: Model,
-    params: Tree,
-    ids: np.ndarray,
-    lengths: np.ndarray,
-    chosen: list[int],
-    limit: int,
-    eos_ids: tuple[int, ...],
-    decoding: Decoding,
-    stops: "_Stops",
-) -> np.ndarray:
-    """One batch: the new tokens, int32 (B, N) with -1 from each row's end on."""
-    module, width = model.module(), ids.shape[1]
-    settings: dict[str, Any] = {"decoding": decoding.compiled(), "eos_ids": eos_ids}
+    model: Model, params: Tree, prompts: Prompts, limit: int, decoding: Decoding, stops: "_Stops"
+) -> Int[np.ndarray, "B N"]:
+    """Decode one batch: return the new tokens, int32 (B, N), with -1 from each sequence's end on."""
+    module, width = model.module(), prompts.ids.shape[1]
+    settings = {"decoding": decoding.compiled(), "eos_ids": tuple(sorted(stops.eos_ids))}
     slots = bucket(width + limit)
     if decoding.beams > 1:
-        return np.asarray(beams.search(module, params, ids, lengths, np.int32(limit), slots=slots, **settings))[:, width:]
-    numbers = np.zeros(lengths.shape, np.int32)
-    numbers[: len(chosen)] = chosen
-    seed = np.uint32(decoding.seed or 0)
-    state = _start(module, params, ids, lengths, numbers, seed, slots=slots, **settings)
+        found = beams.search(module, params, prompts.ids, prompts.lengths, np.int32(limit), slots=slots, **settings)
+        return np.asarray(found)[:, width:]
+    state = _start(module, params, prompts, np.uint32(decoding.seed or 0), slots=slots, **settings)
     if limit == 1:
         return np.asarray(state.tokens)[:, width:]
     for until in [*range(_STOP_EVERY, limit, _STOP_EVERY), limit] if decoding.stop else [limit]:
         state = _continue(module, params, state, np.int32(width + until), **settings)
         if decoding.stop and until < limit:
             done, tokens = np.array(state.done), np.array(state.tokens)[:, width:]  # copies: the state is donated
-            for row in np.flatnonzero(~done):
-                done[row] = stops.found(tokens[row])
+            for place in np.flatnonzero(~done):
+                done[place] = stops.found(tokens[place])
             if done.all():
                 break
             state = state._replace(done=jnp.asarray(done))
@@ -207,19 +238,19 @@ def _decode(
 
 
 class _Stops(NamedTuple):
-    """Where continuations end: at end tokens, and at texts."""
+    """Where continuations end: at end tokens and at stop strings."""
 
     texts: tuple[str, ...]
     decode: Callable[[list[int]], str] | None
     eos_ids: frozenset[int]
 
-    def found(self, row: np.ndarray) -> bool:
-        """Whether a text occurs in a row of new tokens, -1 where there is none."""
-        return self._ended([int(token) for token in row if token >= 0])
+    def found(self, tokens: Int[np.ndarray, "N"]) -> bool:
+        """Return whether a stop string occurs in the new tokens of a sequence, -1 where there is none."""
+        return self._ended([int(token) for token in tokens if token >= 0])
 
-    def cut(self, row: np.ndarray) -> list[int]:
-        """The tokens before the end token, and up to the one with which the first stop text is complete."""
-        ids = [int(token) for token in row if token >= 0 and token not in self.eos_ids]
+    def truncate(self, tokens: Int[np.ndarray, "N"]) -> list[int]:
+        """Return the tokens before the end token, and up to the one that completes the first stop string."""
+        ids = [int(token) for token in tokens if token >= 0 and token not in self.eos_ids]
         if not self._ended(ids):
             return ids
         return next(ids[:length] for length in range(1, len(ids) + 1) if self._ended(ids[:length]))
@@ -232,5 +263,5 @@ class _Stops(NamedTuple):
 
 
 def before_stop(text: str, stop: Sequence[str]) -> str:
-    """The text up to the first of the stop texts in it."""
+    """Return the text up to the first of the stop strings in it."""
     return text[: min((text.index(each) for each in stop if each in text), default=len(text))]

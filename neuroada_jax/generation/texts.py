@@ -10,7 +10,7 @@ from neuroada_jax import files
 from neuroada_jax.core.trees import Tree
 from neuroada_jax.data.examples import encode_prompt
 from neuroada_jax.data.prompts import PromptStyle
-from neuroada_jax.generation.generate import before_stop, check_lengths, generate
+from neuroada_jax.generation.generate import Ending, before_stop, check_lengths, generate
 from neuroada_jax.generation.sampling import GREEDY, Decoding
 from neuroada_jax.pretrained.load import OpenedModel
 
@@ -31,6 +31,11 @@ def end_tokens(base_model: OpenedModel, tokenizer: transformers.PreTrainedTokeni
     for value in [*declared, tokenizer.eos_token_id]:
         found += value if isinstance(value, list) else [] if value is None else [value]
     return sorted(set(found))
+
+
+def ending(base_model: OpenedModel, tokenizer: transformers.PreTrainedTokenizerBase) -> Ending:
+    """Return the end of a continuation: the model's end tokens, and stop strings looked for with special tokens kept."""
+    return Ending(tuple(end_tokens(base_model, tokenizer)), lambda ids: str(tokenizer.decode(ids)))
 
 
 def continue_texts(
@@ -63,10 +68,9 @@ def continue_texts(
         base_model.model,
         params,
         ids,
+        ending(base_model, tokenizer),
         max_new_tokens=max_new_tokens,
-        eos_ids=end_tokens(base_model, tokenizer),
         decoding=decoding,
-        decode=lambda tokens: str(tokenizer.decode(tokens)),
     )
     texts = [before_stop(str(tokenizer.decode(each, skip_special_tokens=True)), decoding.stop) for each in outputs]
     return [Continuation(text, len(each)) for text, each in zip(texts, outputs, strict=True)]

@@ -18,7 +18,7 @@ from neuroada_jax import models
 from neuroada_jax.adapters import on_base
 from neuroada_jax.core import bypass
 from neuroada_jax.core.bypass import Bypass
-from neuroada_jax.generation.generate import generate
+from neuroada_jax.generation.generate import Ending, generate
 from neuroada_jax.generation.sampling import Decoding
 from neuroada_jax.models import LLAMA_TARGETS
 from neuroada_jax.pretrained import save
@@ -136,8 +136,8 @@ def test_continuations_equal_pytorch_token_for_token(base_model, smollm2_gguf, t
     reference, tokenizer = pytorch(tmp_path / "model")
     prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
     eos_ids = [tokenizer.eos_token_id]
-    options = {"max_new_tokens": 64, "eos_ids": eos_ids, "decoding": Decoding(**settings), "batch_size": 10}
-    got = generate(base_model.model, base_model.params, prompts, **options)
+    options = {"max_new_tokens": 64, "decoding": Decoding(**settings), "batch_size": 10}
+    got = generate(base_model.model, base_model.params, prompts, Ending(tuple(eos_ids)), **options)
     for prompt, ids in zip(prompts, got, strict=True):
         inputs = {"input_ids": torch.tensor([prompt]), "attention_mask": torch.ones((1, len(prompt)), dtype=torch.long)}
         out = reference.generate(

@@ -9,7 +9,7 @@ from helpers import CONFIG, write_model
 from transformers import AutoModelForCausalLM
 
 from neuroada_jax.generation import decoder
-from neuroada_jax.generation.generate import generate
+from neuroada_jax.generation.generate import Ending, generate
 from neuroada_jax.generation.sampling import Decoding
 from neuroada_jax.pretrained.load import load_model
 
@@ -50,7 +50,7 @@ def family(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp("model") / request.param
     write_model(directory, None, seed=5, model_type=request.param, **FAMILIES[request.param])
     loaded = load_model(str(directory))
-    said = generate(loaded.model, loaded.params, prompts(), max_new_tokens=NEW, eos_ids=[])
+    said = generate(loaded.model, loaded.params, prompts(), Ending(), max_new_tokens=NEW)
     eos_ids = [token for token, _ in collections.Counter(token for ids in said for token in ids).most_common(6)[3:]]
     reference = AutoModelForCausalLM.from_pretrained(directory).eval()
     reference.generation_config.eos_token_id = None  # only what a test asks for
@@ -80,8 +80,8 @@ def ours(family, settings, eos_ids, batch_size=3):
     decoding = Decoding(**settings)
     key = name, decoding, tuple(eos_ids), batch_size
     if key not in MADE:
-        options = {"max_new_tokens": NEW, "eos_ids": eos_ids, "decoding": decoding, "batch_size": batch_size}
-        MADE[key] = generate(loaded.model, loaded.params, prompts(), **options)
+        options = {"max_new_tokens": NEW, "decoding": decoding, "batch_size": batch_size}
+        MADE[key] = generate(loaded.model, loaded.params, prompts(), Ending(tuple(eos_ids)), **options)
     return MADE[key]
 
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from neuroada_jax import models
 from neuroada_jax.generation import generate as generation
-from neuroada_jax.generation.generate import generate
+from neuroada_jax.generation.generate import Ending, generate
 from neuroada_jax.pretrained.load import load_model
 
 NEW = 12
@@ -48,7 +48,7 @@ def reference(model, prompt, eos_ids, new=NEW):
 
 def ours(pair, prompts, eos_ids, **options):
     loaded = pair[0]
-    return generate(loaded.model, loaded.params, prompts, max_new_tokens=NEW, eos_ids=eos_ids, **options)
+    return generate(loaded.model, loaded.params, prompts, Ending(tuple(eos_ids)), max_new_tokens=NEW, **options)
 
 
 def test_greedy_equals_transformers(pair):
@@ -97,7 +97,7 @@ def test_bfloat16_decodes(pair):
     config = {**CONFIG, "dtype": "bfloat16"}
     model = models.from_hf_config(config, jnp.bfloat16)
     with jax.numpy_dtype_promotion("standard"):
-        got = generate(model, params, prompts((3, 9)), max_new_tokens=4, eos_ids=[])
+        got = generate(model, params, prompts((3, 9)), Ending(), max_new_tokens=4)
     assert [len(tokens) for tokens in got] == [4, 4]
 
 
@@ -110,6 +110,6 @@ def test_errors(pair):
         f"{CONFIG['max_position_embeddings']} positions"
     )
     loaded = pair[0]
-    message = message_of(generate, loaded.model, loaded.params, [[1]], max_new_tokens=0, eos_ids=[])
+    message = message_of(generate, loaded.model, loaded.params, [[1]], Ending(), max_new_tokens=0)
     assert message == "max_new_tokens: expected at least 1, found 0"
-    assert generate(loaded.model, loaded.params, [], max_new_tokens=3, eos_ids=[]) == []
+    assert generate(loaded.model, loaded.params, [], Ending(), max_new_tokens=3) == []

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from neuroada_jax import models
 from neuroada_jax.core import bypass
 from neuroada_jax.core.bypass import Bypass
-from neuroada_jax.generation.generate import generate
+from neuroada_jax.generation.generate import Ending, generate
 from neuroada_jax.pretrained import save
 from neuroada_jax.pretrained.load import load_model
 
@@ -83,7 +83,7 @@ def test_loads_in_transformers_with_the_same_logits_and_generations(name, saved,
         return
     tokenizer = AutoTokenizer.from_pretrained(directory)
     coded = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
-    got = generate(base_model.model, params, coded, max_new_tokens=10, eos_ids=[])
+    got = generate(base_model.model, params, coded, Ending(), max_new_tokens=10)
     for prompt, tokens in zip(coded, got, strict=True):
         inputs = torch.tensor([prompt])
         options = {"do_sample": False, "max_new_tokens": 10, "eos_token_id": None, "pad_token_id": 0}
