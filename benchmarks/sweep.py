@@ -148,12 +148,8 @@ def run(name: str, title: str, settings: Any, fields: Mapping[str, Any], train: 
             for seed in settings.seeds[1:]:
                 value_of({**best, "seed": seed})
             table.append(_mean(rows, best, settings.seeds))
-    common.save(name, rows, settings)
-    texts = [["-" if row[each.field] is None else each.write(row[each.field]) for each in COLUMNS] for row in table]
-    console.table(
-        f"{title}, mean and standard deviation over seeds {settings.seeds}", [each.classifier for each in COLUMNS], texts
-    )
-    console.say(f"written to {settings.out / name}.json")
+    common.table(f"{title}, mean and standard deviation over seeds {settings.seeds}", COLUMNS, table)
+    console.say(f"written to {common.save(name, rows, settings)}")
 
 
 def _there(name: str, settings: Any) -> list[Row]:
