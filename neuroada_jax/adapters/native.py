@@ -203,7 +203,7 @@ def check_base(adapter: Adapter, digests: Mapping[str, str], source: str) -> Non
       UserError: a tensor is missing or differs; names the first.
     """
     expected = adapter.metadata.get("base", {}).get("digests", {})
-    trained_on = adapter.metadata.get("base", {}).get("source")
+    trained_on = adapter.metadata.get("base", {}).get("source", "own parameters")
     for name, digest in expected.items():
         if digests.get(name) != digest:
             found = "is missing" if name not in digests else "differs"

@@ -54,7 +54,7 @@ def save(
     kernels = _kernels(params)
     inputs = {name: _inputs(name, kernels, chosen) for name, chosen in columns.items()}
     about = native.new_metadata(
-        {"kind": _KIND, "source": "own parameters", "digests": {name: _digest(kernels[name][1]) for name in columns}},
+        {"kind": _KIND, "digests": {name: _digest(kernels[name][1]) for name in columns}},
         inputs,
         native.Selection(max(chosen.shape[-1] for chosen in columns.values()), list(columns), rule, seed),
     )
