@@ -1,10 +1,10 @@
-"""A dict of integer tensors out of a pickled .npy file, without unpickling it.
+"""Reading a dict of integer tensors from a pickled .npy file without unpickling it.
 
-`np.save` of a dict writes a pickle, and a pickle is a program that names functions and calls them. Here the program is
-taken apart by `pickletools`, which executes nothing, and a small interpreter builds its data. It knows the instructions
-that such a file has, and the names in `_CALLS` are all that it can call: each stands for a function of this file that
-checks what it is given. `pickle.Unpickler` with a restricted `find_class` would be shorter, but it lets a file set
-attributes of whatever that function returns, and reserve memory for as many notes as the file says that it will take.
+`np.save` of a dict writes a pickle, and a pickle is a program that names functions and calls them. Here `pickletools`,
+which executes nothing, lists the program's opcodes, and a small interpreter builds the data from them. It knows the
+opcodes that such a file has, and can call only the names in `_CALLS`: each stands for a function of this module that
+checks its arguments. `pickle.Unpickler` with a restricted `find_class` would be shorter, but it lets a file set attributes
+of whatever that function returns, and reserve memory for as large a memo as the file claims to need.
 """
 
 import io
@@ -19,17 +19,17 @@ from neuroada_jax.errors import UserError
 
 
 class Refused(Exception):
-    """The pickle does what a saved dict of tensors does not do."""
+    """The pickle does something that a saved dict of tensors does not do."""
 
 
 class _Name(NamedTuple):
-    """A global that the pickle names; looked up in `_CALLS` when it is called, and nowhere else."""
+    """A global that the pickle names; it is looked up only when it is called, and only in `_CALLS`."""
 
     name: str
 
 
 class _Reference(NamedTuple):
-    """A storage that PyTorch keeps behind the pickle: its kind, its key and its number of elements."""
+    """A storage that follows the pickle in the file: its type, its key and its number of elements."""
 
     kind: str
     key: str
@@ -37,18 +37,18 @@ class _Reference(NamedTuple):
 
 
 class _Opaque:
-    """An object that is built and then told its state: NumPy's array around the dict, and that array's dtype."""
+    """An object whose state is set after its construction: NumPy's array around the dict, and that array's dtype."""
 
     state: Any = None
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """The content of a .npy file that `np.save` wrote from a dict of int64 tensors.
+    """Read a .npy file that `np.save` wrote from a dict of int64 tensors.
 
     Args:
       path: the file.
 
-    Returns: name -> int64 array, each no larger than the bytes that the file has for it.
+    Returns: name -> int64 array (n, m), none larger than its bytes in the file.
 
     Raises:
       UserError: the file cannot be read, or holds anything else.
@@ -61,7 +61,7 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
         return _content(stream)
     except Refused as refusal:
         raise UserError(f"{path}: refused, since {refusal}; nothing in it was run") from refusal
-    except Exception as error:  # whatever a garbled program makes of its own stack, and NumPy of a garbled header
+    except Exception as error:  # a damaged program fails on its own stack, NumPy on a damaged header
         raise UserError(f"{path}: no dict of tensors as np.save writes it ({type(error).__name__})") from error
 
 
@@ -83,108 +83,154 @@ def _content(stream: io.BytesIO) -> dict[str, np.ndarray]:
     return items[0]
 
 
-# Instructions that put their argument on the stack.
-_LITERALS = {
-    "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8",
-    "BININT", "BININT1", "BININT2", "LONG1", "LONG4",
-}  # fmt: skip
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+class _Interpreter:
+    """The state of one pickle program: its stack, the positions of its marks, and its memo."""
+
+    def __init__(self) -> None:
+        self.stack: list[Any] = []
+        self.marks: list[int] = []
+        self.memo: dict[int, Any] = {}
+
+    def pop_marked(self) -> list[Any]:
+        """Pop the objects above the topmost mark, and the mark."""
+        start = self.marks.pop()
+        found = self.stack[start:]
+        del self.stack[start:]
+        return found
+
+    def ignore(self, _: Any) -> None:
+        """PROTO, FRAME: nothing to do."""
+
+    def push(self, argument: Any) -> None:
+        """Push the opcode's own argument."""
+        self.stack.append(argument)
+
+    def mark(self, _: Any) -> None:
+        self.marks.append(len(self.stack))
+
+    def pop(self, _: Any) -> None:
+        self.stack.pop()
+
+    def memoize(self, _: Any) -> None:
+        self.memo[len(self.memo)] = self.stack[-1]
+
+    def put(self, argument: int) -> None:
+        self.memo[argument] = self.stack[-1]
+
+    def get(self, argument: int) -> None:
+        self.stack.append(self.memo[argument])
+
+    def push_global(self, argument: str) -> None:
+        self.stack.append(_Name(argument.replace(" ", ".")))
+
+    def stack_global(self, _: Any) -> None:
+        name, module = self.stack.pop(), self.stack.pop()
+        if type(name) is not str or type(module) is not str:
+            raise Refused("it names a global by something other than text")
+        self.stack.append(_Name(f"{module}.{name}"))
+
+    def reduce(self, _: Any) -> None:
+        arguments = self.stack.pop()
+        self.stack.append(_call(self.stack.pop(), arguments))
+
+    def build(self, _: Any) -> None:
+        state = self.stack.pop()
+        if type(self.stack[-1]) is not _Opaque or self.stack[-1].state is not None:
+            raise Refused("it sets the state of something that has none")
+        self.stack[-1].state = state
+
+    def persistent_id(self, _: Any) -> None:
+        self.stack.append(_reference(self.stack.pop()))
+
+    def pack(self, count: int) -> None:
+        """Replace the topmost `count` objects by a tuple of them."""
+        parts = tuple(self.stack[-count:])
+        del self.stack[-count:]
+        self.stack.append(parts)
+
+    def pack_marked(self, _: Any) -> None:
+        self.stack.append(tuple(self.pop_marked()))
+
+    def append(self, _: Any) -> None:
+        self._extend([self.stack.pop()])
+
+    def appends(self, _: Any) -> None:
+        self._extend(self.pop_marked())
+
+    def setitem(self, _: Any) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._update([key, value])
+
+    def setitems(self, _: Any) -> None:
+        self._update(self.pop_marked())
+
+    def _extend(self, items: list[Any]) -> None:
+        if type(self.stack[-1]) is not list:
+            raise Refused("it appends to something that is no list")
+        self.stack[-1].extend(items)
+
+    def _update(self, pairs: list[Any]) -> None:
+        if type(self.stack[-1]) is not dict or len(pairs) % 2:
+            raise Refused("it fills something that is no dict")
+        for key, value in zip(pairs[::2], pairs[1::2], strict=True):
+            # Only text: hashing nested tuples can take for ever.
+            if type(key) is not str or key in self.stack[-1]:
+                raise Refused("a dict in it has a key twice, or one that is no text")
+            self.stack[-1][key] = value
+
+
+_Handler = Callable[[_Interpreter, Any], None]
+# Every opcode that such a pickle may have, with its effect; any other is refused.
+_OPCODES: dict[str, _Handler] = {
+    "PROTO": _Interpreter.ignore,
+    "FRAME": _Interpreter.ignore,
+    **dict.fromkeys(("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"), _Interpreter.push),
+    **dict.fromkeys(("BINBYTES", "SHORT_BINBYTES", "BINBYTES8"), _Interpreter.push),
+    **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1", "LONG4"), _Interpreter.push),
+    "NONE": lambda state, _: state.push(None),
+    "NEWTRUE": lambda state, _: state.push(True),
+    "NEWFALSE": lambda state, _: state.push(False),
+    "EMPTY_TUPLE": lambda state, _: state.push(()),
+    "EMPTY_LIST": lambda state, _: state.push([]),
+    "EMPTY_DICT": lambda state, _: state.push({}),
+    "MARK": _Interpreter.mark,
+    "POP": _Interpreter.pop,
+    "MEMOIZE": _Interpreter.memoize,
+    "BINPUT": _Interpreter.put,
+    "LONG_BINPUT": _Interpreter.put,
+    "BINGET": _Interpreter.get,
+    "LONG_BINGET": _Interpreter.get,
+    "GLOBAL": _Interpreter.push_global,
+    "STACK_GLOBAL": _Interpreter.stack_global,
+    "REDUCE": _Interpreter.reduce,
+    "BUILD": _Interpreter.build,
+    "BINPERSID": _Interpreter.persistent_id,
+    "TUPLE1": lambda state, _: state.pack(1),
+    "TUPLE2": lambda state, _: state.pack(2),
+    "TUPLE3": lambda state, _: state.pack(3),
+    "TUPLE": _Interpreter.pack_marked,
+    "APPEND": _Interpreter.append,
+    "APPENDS": _Interpreter.appends,
+    "SETITEM": _Interpreter.setitem,
+    "SETITEMS": _Interpreter.setitems,
+}
 
 
 def _run(stream: io.BytesIO) -> Any:
-    """Interprets one pickle, and leaves the stream behind its end."""
-    stack: list[Any] = []
-    marks: list[int] = []
-    notes: dict[int, Any] = {}
-
-    def since_mark() -> list[Any]:
-        start = marks.pop()
-        found = stack[start:]
-        del stack[start:]
-        return found
-
-    argument: Any
-    for instruction, argument, _ in pickletools.genops(stream):
-        match instruction.name:
-            case "PROTO" | "FRAME":
-                pass
-            case "STOP":
-                return stack.pop()
-            case "MARK":
-                marks.append(len(stack))
-            case "POP":
-                stack.pop()
-            case "MEMOIZE":
-                notes[len(notes)] = stack[-1]
-            case "BINPUT" | "LONG_BINPUT":
-                notes[argument] = stack[-1]
-            case "BINGET" | "LONG_BINGET":
-                stack.append(notes[argument])
-            case "GLOBAL":
-                stack.append(_Name(argument.replace(" ", ".")))
-            case "STACK_GLOBAL":
-                name, module = stack.pop(), stack.pop()
-                if type(name) is not str or type(module) is not str:
-                    raise Refused("it names something by other than text")
-                stack.append(_Name(f"{module}.{name}"))
-            case "REDUCE":
-                arguments = stack.pop()
-                stack.append(_call(stack.pop(), arguments))
-            case "BUILD":
-                state = stack.pop()
-                if type(stack[-1]) is not _Opaque or stack[-1].state is not None:
-                    raise Refused("it sets the state of something that has none")
-                stack[-1].state = state
-            case "BINPERSID":
-                stack.append(_reference(stack.pop()))
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                count = int(instruction.name[-1])
-                parts = tuple(stack[-count:])
-                del stack[-count:]
-                stack.append(parts)
-            case "TUPLE":
-                stack.append(tuple(since_mark()))
-            case "EMPTY_LIST":
-                stack.append([])
-            case "EMPTY_DICT":
-                stack.append({})
-            case "APPEND":
-                _extend(stack, [stack.pop()])
-            case "APPENDS":
-                _extend(stack, since_mark())
-            case "SETITEM":
-                value, key = stack.pop(), stack.pop()
-                _update(stack, [key, value])
-            case "SETITEMS":
-                _update(stack, since_mark())
-            case name if name in _CONSTANTS:
-                stack.append(_CONSTANTS[name])
-            case name if name in _LITERALS:
-                stack.append(argument)
-            case name:
-                raise Refused(f"it has the instruction {name}, which a saved dict of tensors has not")
+    """Interpret one pickle, and leave the stream behind its end."""
+    state = _Interpreter()
+    for opcode, argument, _ in pickletools.genops(stream):
+        if opcode.name == "STOP":
+            return state.stack.pop()
+        if opcode.name not in _OPCODES:
+            raise Refused(f"it has the opcode {opcode.name}, which a saved dict of tensors does not have")
+        _OPCODES[opcode.name](state, argument)
     raise Refused("it has no end")
 
 
-def _extend(stack: list[Any], items: list[Any]) -> None:
-    if type(stack[-1]) is not list:
-        raise Refused("it appends to something that is no list")
-    stack[-1].extend(items)
-
-
-def _update(stack: list[Any], pairs: list[Any]) -> None:
-    if type(stack[-1]) is not dict or len(pairs) % 2:
-        raise Refused("it fills something that is no dict")
-    for key, value in zip(pairs[::2], pairs[1::2], strict=True):
-        # Text alone: to hash nested tuples can take for ever.
-        if type(key) is not str or key in stack[-1]:
-            raise Refused("a dict in it has a key twice, or one that is no text")
-        stack[-1][key] = value
-
-
-def _reference(identity: Any) -> _Reference:
-    """PyTorch's name of a storage: ("storage", type, key, device, elements, view)."""
-    match identity:
+def _reference(persistent_id: Any) -> _Reference:
+    """Return the reference that PyTorch's persistent id stands for: ("storage", type, key, device, elements, view)."""
+    match persistent_id:
         case ("storage", _Name(kind), str(key), str(), int(count), None) if count >= 0:
             return _Reference(kind, key, count)
     raise Refused("it refers to something that is no storage")
@@ -192,21 +238,21 @@ def _reference(identity: Any) -> _Reference:
 
 def _call(function: Any, arguments: Any) -> Any:
     if not isinstance(function, _Name) or function.name not in _CALLS:
-        # The name alone is quoted: whatever else there is may be nested without end.
-        what = repr(function.name[:200]) if isinstance(function, _Name) else "something that has no name"
-        raise Refused(f"it calls {what}, which a saved dict of tensors does not")
+        # Only a name is quoted: anything else may be nested without end.
+        called = repr(function.name[:200]) if isinstance(function, _Name) else "something that has no name"
+        raise Refused(f"it calls {called}, which a saved dict of tensors does not")
     if type(arguments) is not tuple:
         raise Refused(f"it calls {function.name!r} with no tuple")
     return _CALLS[function.name](*arguments)
 
 
 def _storage(content: Any) -> np.ndarray:
-    """A storage as PyTorch's older format has it: five pickles, the number of elements, the elements."""
+    """Read a storage in PyTorch's legacy format: five pickles, the number of elements, the elements."""
     if type(content) is not bytes:
         raise Refused("a storage in it is no bytes")
     stream = io.BytesIO(content)
-    magic, protocol, machine, reference, keys = (_run(stream) for _ in range(5))
-    if magic != 0x1950A86A20F9469CFC6C or protocol != 1001 or machine["little_endian"] is not True:
+    magic, protocol, platform, reference, keys = (_run(stream) for _ in range(5))
+    if magic != 0x1950A86A20F9469CFC6C or protocol != 1001 or platform["little_endian"] is not True:
         raise Refused("a storage in it is not as PyTorch writes it")
     if type(reference) is not _Reference or reference.kind != "torch.LongStorage" or keys != [reference.key]:
         raise Refused("a storage in it holds no int64 numbers")
@@ -217,7 +263,7 @@ def _storage(content: Any) -> np.ndarray:
 
 
 def _tensor(storage: Any, offset: Any, size: Any, strides: Any, *_: Any) -> np.ndarray:
-    """A tensor as a view of its storage; what does not lie inside of it, or has more entries, is refused."""
+    """Return a matrix as a view of its storage; refuse one that reaches beyond it or has more entries."""
     if not isinstance(storage, np.ndarray) or storage.ndim != 1 or type(size) is not tuple or type(strides) is not tuple:
         raise Refused("a tensor in it has no storage, size or strides")
     if (

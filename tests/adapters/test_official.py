@@ -295,11 +295,11 @@ def test_positions_are_not_unpickled(monkeypatch):
         np.testing.assert_array_equal(found[name], where.numpy())
 
 
-def npy(*instructions):
+def npy(*opcodes):
     """A .npy file with that pickle in it."""
     stream = io.BytesIO()
     np.lib.format.write_array_header_1_0(stream, {"descr": "|O", "fortran_order": False, "shape": ()})
-    return stream.getvalue() + b"\x80\x04" + b"".join(instructions) + b"."
+    return stream.getvalue() + b"\x80\x04" + b"".join(opcodes) + b"."
 
 
 # A pair of the pair before, 60 times over: 2^60 entries for whoever compares, hashes or prints them.
@@ -308,15 +308,15 @@ TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n"
 
 
 @pytest.mark.parametrize(
-    ("instructions", "message"),
+    ("opcodes", "message"),
     [
         ([b"cbuiltins\neval\n", b"\x8c\x011\x85R"], "it calls 'builtins.eval', which"),
         ([b"\x8c\x02os\x8c\x06system\x93", b"\x8c\x011\x85R"], "it calls 'os.system', which"),
-        ([b"(S'1'\nios\nsystem\n"], "it has the instruction STRING"),
-        ([b"(\x8c\x011ios\nsystem\n"], "it has the instruction INST"),
-        ([b"(cos\nsystem\n\x8c\x011o"], "it has the instruction OBJ"),
-        ([b"cos\nsystem\n)\x81"], "it has the instruction NEWOBJ"),
-        ([b"\x82\x01"], "it has the instruction EXT1"),
+        ([b"(S'1'\nios\nsystem\n"], "it has the opcode STRING"),
+        ([b"(\x8c\x011ios\nsystem\n"], "it has the opcode INST"),
+        ([b"(cos\nsystem\n\x8c\x011o"], "it has the opcode OBJ"),
+        ([b"cos\nsystem\n)\x81"], "it has the opcode NEWOBJ"),
+        ([b"\x82\x01"], "it has the opcode EXT1"),
         ([TENSOR, b"}\x8c\x0c__defaults__Nsb"], "it sets the state of something that has none"),
         ([TENSOR, b"N}\x8c\x0c__defaults__Ns\x86b"], "it sets the state of something that has none"),
         ([b"]", b")R"], "it calls something that has no name"),
@@ -325,7 +325,7 @@ TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n"
         ([b")\x94", *NESTED, b"}h\x3cNs"], "a dict in it has a key twice, or one that is no text"),
         ([b"}\x8c\x01aNs\x8c\x01aNs"], "a dict in it has a key twice, or one that is no text"),
         ([b")", b"Na"], "it appends to something that is no list"),
-        ([b"Nr\xff\xff\xff\xff", b"0"], "no dict of tensors as np.save writes it"),  # a note at a far place
+        ([b"Nr\xff\xff\xff\xff", b"0"], "no dict of tensors as np.save writes it"),  # a memo at a distant index
         ([b"\x8e" + struct.pack("<Q", 1 << 50)], "no dict of tensors as np.save writes it"),  # bytes that are not there
         ([b"h\x07"], "no dict of tensors as np.save writes it"),
         ([b""], "no dict of tensors as np.save writes it"),
@@ -333,9 +333,9 @@ TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n"
         ([b"(" * 1000, b"t" * 1000], "no dict of tensors as np.save writes it"),
     ],
 )
-def test_pickles_that_do_something_else(golden_base, spoiled, instructions, message):
+def test_pickles_that_do_something_else(golden_base, spoiled, opcodes, message):
     folder = spoiled()
-    (folder / official.POSITIONS).write_bytes(npy(*instructions))
+    (folder / official.POSITIONS).write_bytes(npy(*opcodes))
     assert message in refusal(folder, golden_base)
 
 
