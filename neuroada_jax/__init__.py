@@ -1,7 +1,11 @@
 """neuroada-jax: sparse fine-tuning of large models with NeuroAda (arXiv 2510.18940), in JAX.
 
-The names here are the core: arrays and trees only. Models, data, training and file formats live in the submodules.
+Two doors. `load` and `fine_tune` take a pretrained model and rows (docs/python.md); they are imported at their first use,
+since they need Flax and transformers. All other names are the core, functions on arrays and trees for models of your own
+(docs/own-models.md), and need JAX alone.
 """
+
+from typing import TYPE_CHECKING, Any
 
 from neuroada_jax.core.attached import BypassKernel, attach
 from neuroada_jax.core.bypass import Bypass, average, build, count, interpolate, make_resident, merge, read, swap, unmerge
@@ -10,13 +14,23 @@ from neuroada_jax.core.selection import magnitude, select
 from neuroada_jax.core.trees import kernels
 from neuroada_jax.errors import UserError
 
+if TYPE_CHECKING:
+    from neuroada_jax.fine_tuning import fine_tune
+    from neuroada_jax.session import MergedModel, Prediction, PretrainedModel, TunedModel, load
+
 __version__ = "0.1.0"
+
+_SESSION = ("MergedModel", "Prediction", "PretrainedModel", "TunedModel", "load")
 
 __all__ = [
     "Bypass",
     "BypassKernel",
     "GradientAlgorithm",
     "Layout",
+    "MergedModel",
+    "Prediction",
+    "PretrainedModel",
+    "TunedModel",
     "UserError",
     "attach",
     "average",
@@ -24,8 +38,10 @@ __all__ = [
     "bypass_dense",
     "choose_algorithm",
     "count",
+    "fine_tune",
     "interpolate",
     "kernels",
+    "load",
     "magnitude",
     "make_resident",
     "merge",
@@ -34,3 +50,20 @@ __all__ = [
     "swap",
     "unmerge",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the names that need more than JAX when they are asked for (PEP 562)."""
+    if name == "fine_tune":
+        from neuroada_jax.fine_tuning import fine_tune
+
+        return fine_tune
+    if name in _SESSION:
+        from neuroada_jax import session
+
+        return getattr(session, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,6 +1,7 @@
 """What a person sees: messages and progress on standard error, tables and results on standard output."""
 
 import contextlib
+import importlib.util
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 
@@ -11,7 +12,9 @@ import rich.table
 
 from neuroada_jax.errors import NeuroadaWarning
 
-_err = rich.console.Console(stderr=True, highlight=False)
+# In a notebook rich animates bars with ipywidgets; without that package progress is printed in lines, as to a file.
+_NOTEBOOK = None if importlib.util.find_spec("ipywidgets") else False
+_err = rich.console.Console(stderr=True, highlight=False, force_jupyter=_NOTEBOOK)
 _out = rich.console.Console(highlight=False)
 if not _out.is_terminal:
     _out = rich.console.Console(highlight=False, width=120)  # a file or a pipe: rich would assume 80 columns
@@ -77,7 +80,7 @@ def reporter(shown: Bar) -> Callable[[int, int], None]:
 
 def is_terminal() -> bool:
     """Whether progress bars are animated; if not, long work prints a line now and then instead."""
-    return _err.is_terminal
+    return _err.is_terminal or _err.is_jupyter
 
 
 def size(number: int | float) -> str:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import write_model
+from helpers import write_bert, write_model
 
 from neuroada_jax import models
 from neuroada_jax.adapters import native, on_base
@@ -60,3 +60,14 @@ def test_the_mixed_adapter_was_written(own_models):
     mixed = on_base.load(str(own_models["folder"] / "adapters" / "mixed"), own_models["loaded"])
     assert all((leaf == 1.25).all() for leaf in jax.tree.leaves(mixed.values))
     assert all((leaf == 1.5).all() for leaf in jax.tree.leaves(own_models["halfway"].values))
+
+
+def test_the_python_page(tmp_path, capsys):
+    write_model(tmp_path / "decoder", seed=5, max_position_embeddings=512)
+    write_bert(tmp_path / "encoder")
+    instead = {"HuggingFaceTB/SmolLM2-135M-Instruct": "decoder", "google-bert/bert-base-uncased": "encoder"}
+    instead |= {"epochs=10": "epochs=2", "k=8": "k=2"}  # the tiny model learns nothing worth waiting for
+    found = run_page("docs/python.md", tmp_path, instead)
+    assert (tmp_path / "runs" / "likes" / "loss.png").exists() and (tmp_path / "merged" / "config.json").exists()
+    assert "fine_tune: unknown option 'learning_rat'; did you mean 'learning_rate'?\n" in capsys.readouterr().out
+    assert found["tuned"].predict(["a funny film"])[0].label in ("negative", "positive")

@@ -43,7 +43,7 @@ def parse_yaml(text: str, where: str) -> Any:
         raise UserError(f"{where}:{line} not YAML ({getattr(error, 'problem', error)})") from error
 
 
-def _nearest(name: str, known: list[str]) -> str:
+def nearest(name: str, known: list[str]) -> str:
     """The end of a message about an unknown name: the nearest known one, else all of them."""
     close = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
@@ -74,7 +74,7 @@ def _message(error: pydantic.ValidationError) -> str:
     path = ".".join(str(part) for part in location) or "config"
     kind = first["type"]
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
-        return f"{path}: unknown field{_nearest(str(location[-1]), _section_fields(location[:-1]))}"
+        return f"{path}: unknown field{nearest(str(location[-1]), _section_fields(location[:-1]))}"
     if kind in ("missing", "missing_argument"):
         return f"{path}: this field is required"
     reason = first["msg"].removeprefix("Value error, ")

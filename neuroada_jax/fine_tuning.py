@@ -1,0 +1,167 @@
+"""Fine-tuning from Python: options become the config of a run, and the run a tuned model.
+
+A run from Python is the run of a config: `fine_tune` builds the very `RunConfig` that a YAML file with these fields gives.
+"""
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from neuroada_jax.adapters import native
+from neuroada_jax.core import bypass
+from neuroada_jax.data.prompts import PromptStyle
+from neuroada_jax.data.rows import Rows, rows_from_list
+from neuroada_jax.errors import UserError
+from neuroada_jax.pretrained.load import load_with_progress
+from neuroada_jax.session import PretrainedModel, TunedModel
+from neuroada_jax.tasks import TASKS
+from neuroada_jax.training import config_file, run
+from neuroada_jax.training.config import RunConfig
+
+# Sections whose fields are options of `fine_tune` by their own names; those of the others are given as `section={...}`.
+_FLAT = ("bypass", "data", "optimizer", "training")
+# Fields of a config that are something else here.
+_ELSEWHERE = {
+    "model": "the model is the first argument",
+    "train": "the rows are the second argument",
+    "seeds": "fine_tune is one run; call it once for each seed",
+}
+
+
+def fine_tune(
+    model: PretrainedModel,
+    rows: str | Path | Iterable[Mapping[str, Any]],
+    /,
+    *,
+    on_log: Callable[[dict[str, Any]], None] | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    **options: Any,
+) -> TunedModel:
+    """Train a bypass on a model and return the tuned model; the model itself stays as it is.
+
+    The options are the fields of a config (neuroada_jax/training/config.py) under their names there, checked and
+    defaulted in the same way: those of the sections bypass, data, optimizer and training by themselves (k,
+    learning_rate, epochs, batch_size, max_length, style, ...), and name, output, merge, seed, fidelity and tracking;
+    whole sections as dicts (evaluation={...}, parallel={...}, watchdog={...}, classifier={...}).
+
+    Args:
+      model: what `load` returned; decoders lend their weights to the run, and have them back afterwards.
+      rows: a file, a directory of `datasets`, a hub name, or rows in memory: dicts, or a `datasets.Dataset`.
+      on_log: called with every step's line of metrics.
+      overwrite: replace the run that is in `output`.
+      resume: go on with the run that is in `output`, from its last checkpoint.
+      **options: see above. Without `output` no file stays: `TunedModel` has all that there is.
+
+    Raises:
+      UserError: anything wrong with model, rows or options, in one line; a loss that becomes NaN.
+    """
+    if not isinstance(model, PretrainedModel):
+        raise UserError(f"fine_tune: model: expected what neuroada_jax.load returns, found {type(model).__name__}")
+    model._check_open()
+    train, in_memory = _rows(rows)
+    config = _config(model, train, options)
+    with tempfile.TemporaryDirectory(prefix="neuroada-") as folder:
+        if config.output is None:
+            config = dataclasses.replace(config, output=str(Path(folder) / "run"))
+        history: list[dict[str, Any]] = []
+
+        def on_lines(lines: Sequence[dict[str, Any]]) -> None:
+            history.extend(lines)
+            for line in lines:
+                if on_log is not None:
+                    on_log(line)
+
+        prepared = run.prepare(
+            config,
+            overwrite=overwrite,
+            resume=resume,
+            model=(model._loaded, model.tokenizer),
+            rows=in_memory,
+        )
+        tuned, results = _train(model, prepared, on_lines)
+        adapter = native.read(str(config.directory / "adapter"))
+    style = config.data.style or (TASKS[config.data.task].style if model.is_decoder else PromptStyle.VERBATIM)
+    return TunedModel(tuned, adapter, history, results, style)
+
+
+def _train(model: PretrainedModel, prepared: run.Prepared, on_lines: run.OnLines) -> tuple[PretrainedModel, dict[str, Any]]:
+    """Run the training; return the model that the adapter belongs to, and the run's results."""
+    if not model.is_decoder:  # the classifier becomes the task's: the weights are read again, and the caller's stay
+        results = run.finish(run.fit(prepared, on_lines=on_lines))
+        return PretrainedModel(load_with_progress(prepared.opened, prepared.config.seed), model.tokenizer), results
+    loaded = model._take("its weights went into a run that did not end")
+    try:
+        fitted = run.fit(prepared, loaded=loaded, on_lines=on_lines)
+        results = run.finish(fitted)
+    except BaseException:
+        if not any(leaf.is_deleted() for leaf in jax.tree.leaves(loaded.params)):  # no step was taken
+            model._give(loaded.params)
+        raise
+    state = fitted.state
+    model._give(jax.jit(bypass.unmerge, donate_argnums=0)(state.params, state.columns, state.base_entries))
+    return model, results
+
+
+def _rows(rows: object) -> tuple[str, Rows | None]:
+    """Return what data.train says, and the rows themselves where they are in memory."""
+    if isinstance(rows, str | Path):
+        return str(rows), None
+    if isinstance(rows, Mapping) or not isinstance(rows, Iterable):
+        raise UserError(f"fine_tune: rows: expected a path, a hub name or dicts, found {type(rows).__name__}")
+    found = list(rows)
+    for number, row in enumerate(found):
+        if not isinstance(row, Mapping):
+            raise UserError(f"fine_tune: rows: row {number}: expected a dict, found {type(row).__name__}")
+    if not found:
+        raise UserError("fine_tune: rows: no rows, expected at least one")
+    return "rows in memory", rows_from_list([dict(row) for row in found])
+
+
+def _options() -> dict[str, str | None]:
+    """Return the section of every option, None where it is a field of the config itself."""
+    found: dict[str, str | None] = {}
+    for field in dataclasses.fields(RunConfig):
+        found[field.name] = None
+        if field.name in _FLAT:
+            found |= {each.name: field.name for each in dataclasses.fields(field.type)}  # type: ignore[arg-type]
+    return found
+
+
+def _config(model: PretrainedModel, train: str, options: Mapping[str, Any]) -> RunConfig:
+    """Return the run's config.
+
+    Raises:
+      UserError: an option that does not exist (names the nearest), is given twice, or has a wrong type or value.
+    """
+    known = _options()
+    content: dict[str, Any] = {"name": "fine_tune"}
+    for name, value in options.items():
+        if name in _ELSEWHERE:
+            raise UserError(f"fine_tune: {name} is for config files alone: {_ELSEWHERE[name]}")
+        if name not in known:
+            raise UserError(f"fine_tune: unknown option {name!r}{config_file.nearest(name, sorted(known))}")
+        if known[name] is None:
+            content[name] = dict(value) if isinstance(value, Mapping) else value
+    for name, value in options.items():
+        section = known[name]
+        if section is not None:
+            fields = content.setdefault(section, {})
+            if not isinstance(fields, dict) or name in fields:
+                raise UserError(f"fine_tune: {name} is given twice, also in {section}; give it once")
+            fields[name] = value
+    dtype = np.dtype(model._loaded.model.config.dtype).name
+    content["model"] = {"path": model.source, "dtype": dtype}
+    data = content.setdefault("data", {})
+    if isinstance(data, dict):
+        if "train" in data:
+            raise UserError(f"fine_tune: data.train is for config files alone: {_ELSEWHERE['train']}")
+        data["train"] = train
+    content.setdefault("optimizer", {})
+    content.setdefault("training", {})
+    return config_file.from_dict(content, "fine_tune")

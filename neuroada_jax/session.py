@@ -1,0 +1,309 @@
+"""Models in a Python session: pretrained, tuned and merged, on one copy of the weights; docs/python.md shows their use."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import transformers
+
+from neuroada_jax.adapters import native
+from neuroada_jax.core import bypass
+from neuroada_jax.core.bypass import Bypass
+from neuroada_jax.core.trees import Tree
+from neuroada_jax.data.examples import encode_labelled
+from neuroada_jax.data.prompts import PromptStyle
+from neuroada_jax.errors import UserError
+from neuroada_jax.evaluation import classification
+from neuroada_jax.generation.sampling import Decoding
+from neuroada_jax.generation.texts import continue_texts
+from neuroada_jax.models import dense_modules
+from neuroada_jax.pretrained import save as checkpoint
+from neuroada_jax.pretrained.load import LoadedModel, load_with_progress, open_with_tokenizer
+from neuroada_jax.training import config_file
+
+
+class Prediction(NamedTuple):
+    """The likeliest label of a text and its probability; of a regression, the number as `label` and None."""
+
+    label: str | float
+    probability: float | None
+
+
+class _Held(NamedTuple):
+    """The adapter that the weights hold at the moment, and what takes it out bit for bit."""
+
+    adapter: native.Adapter | None
+    columns: Tree
+    base_entries: Tree
+
+
+_NOTHING = _Held(None, {}, {})
+_swap = jax.jit(bypass.swap, donate_argnums=0)
+
+
+class PretrainedModel:
+    """A model in memory: its weights, its tokenizer and the digests of its tensors.
+
+    One copy of the weights serves the model and all that is tuned from it: an adapter is written into them when it is
+    needed, and taken out again bit for bit.
+
+    Attributes:
+      tokenizer: the model's Hugging Face tokenizer.
+    """
+
+    def __init__(self, loaded: LoadedModel, tokenizer: transformers.PreTrainedTokenizerFast) -> None:
+        self.tokenizer = tokenizer
+        self._loaded = loaded
+        self._held = _NOTHING
+        self._closed = ""
+
+    def __repr__(self) -> str:
+        state = f", closed: {self._closed}" if self._closed else ""
+        dtype = np.dtype(self._loaded.model.config.dtype).name
+        return f"PretrainedModel({self.source!r}, {self.config['model_type']}, {dtype}{state})"
+
+    def __enter__(self) -> "PretrainedModel":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def source(self) -> str:
+        """The path or hub id that was asked for."""
+        return self._loaded.source
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The content of the model's Hugging Face config.json."""
+        return self._loaded.model.hf_config
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """The digest of every tensor of the checkpoint, by its Hugging Face name."""
+        return self._loaded.digests
+
+    @property
+    def is_decoder(self) -> bool:
+        """Whether the model continues texts (`generate`), rather than labelling them (`predict`)."""
+        return self._loaded.model.architecture.is_decoder
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int = 256,
+        style: PromptStyle | str = PromptStyle.VERBATIM,
+        **decoding: Any,
+    ) -> list[str]:
+        """Continue prompts, greedily unless told otherwise.
+
+        Args:
+          prompts: the texts; a single one is a list of one.
+          max_new_tokens: the most tokens of a continuation.
+          style: how a prompt is written around the text: verbatim, plain, alpaca or chat.
+          **decoding: fields of `generation.sampling.Decoding`, such as temperature, top_p, seed, beams or stop.
+
+        Raises:
+          UserError: an encoder, a closed model, a prompt that is empty or too long, or unknown or contradictory settings.
+        """
+        return _generate(self, None, prompts, max_new_tokens, style, decoding)
+
+    def predict(self, texts: Sequence[str | tuple[str, str]], *, batch_size: int = 32) -> list[Prediction]:
+        """Label texts, or pairs of texts, with the classifier of an encoder.
+
+        Raises:
+          UserError: a decoder, a closed model, or a checkpoint without a trained classifier.
+        """
+        if self._loaded.initialised:
+            raise UserError(f"{self.source} has no trained {self._loaded.initialised[0]}; fine_tune trains one")
+        return _predict(self, None, texts, batch_size)
+
+    def close(self) -> None:
+        """Free the memory of the weights; the model, and what was tuned from it, cannot be used afterwards."""
+        self._take("close() was called")
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise UserError(f"the model {self.source} is closed ({self._closed}); load it again with neuroada_jax.load")
+
+    def _take(self, reason: str) -> LoadedModel:
+        """Give the original weights away; until `_give` the model is closed."""
+        if not self._closed:
+            self._params(None)
+        loaded, self._loaded = self._loaded, dataclasses.replace(self._loaded, params={})
+        self._held, self._closed = _NOTHING, self._closed or reason
+        return loaded
+
+    def _give(self, params: Tree) -> None:
+        """Take the original weights back."""
+        self._loaded, self._closed = dataclasses.replace(self._loaded, params=params), ""
+
+    def _params(self, adapter: native.Adapter | None) -> Tree:
+        """Return the weights with this adapter in them, with no copy of what it does not touch."""
+        self._check_open()
+        if self._held.adapter is not adapter:
+            new = Bypass({}, {}) if adapter is None else native.stack_layers(adapter, self._loaded)
+            params, entries = _swap(self._loaded.params, self._held.columns, self._held.base_entries, new)
+            self._loaded = dataclasses.replace(self._loaded, params=params)
+            self._held = _Held(adapter, new.columns, entries)
+        dense = {} if adapter is None else native.classifier(adapter, self._loaded)
+        return dense_modules.join(self._loaded.params, dense)
+
+
+class MergedModel:
+    """A base model with an adapter in its weights, as `TunedModel.merged` gives it."""
+
+    def __init__(self, model: PretrainedModel, adapter: native.Adapter) -> None:
+        self._model, self._adapter = model, adapter
+
+    def save(self, directory: str | Path, *, replace: bool = False) -> None:
+        """Write a Hugging Face model directory: weights, config, generation config and tokenizer.
+
+        Raises:
+          UserError: the directory exists and `replace` is False, or it cannot be written.
+        """
+        model = self._model
+        checkpoint.save(Path(directory), model._loaded, model._params(self._adapter), model.tokenizer, replace=replace)
+
+
+class TunedModel:
+    """A base model and the adapter that was trained on it.
+
+    Attributes:
+      model: the base model; it can be used and tuned again.
+      adapter: the adapter's arrays and metadata, as its files hold them.
+      history: a dict for every step (step, loss, learning_rate, gradient_norm, ...); empty for an adapter that was loaded.
+      results: the content of the run's results.json; empty for an adapter that was loaded.
+    """
+
+    def __init__(
+        self,
+        model: PretrainedModel,
+        adapter: native.Adapter,
+        history: Sequence[Mapping[str, Any]] = (),
+        results: Mapping[str, Any] | None = None,
+        style: PromptStyle | str = PromptStyle.VERBATIM,
+    ) -> None:
+        self.model, self.adapter = model, adapter
+        self.history, self.results = [dict(line) for line in history], dict(results or {})
+        self._style = style
+
+    def __repr__(self) -> str:
+        values = sum(leaf.size for leaf in self.adapter.values.values())
+        return f"TunedModel({self.model.source!r}, k={self.adapter.metadata.get('k')}, {values:,} values)"
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int = 256,
+        style: PromptStyle | str | None = None,
+        **decoding: Any,
+    ) -> list[str]:
+        """Continue prompts with the adapter; as `PretrainedModel.generate`, in the style of the training by default."""
+        return _generate(self.model, self.adapter, prompts, max_new_tokens, style or self._style, decoding)
+
+    def predict(self, texts: Sequence[str | tuple[str, str]], *, batch_size: int = 32) -> list[Prediction]:
+        """Label texts with the adapter and its classifier; as `PretrainedModel.predict`."""
+        return _predict(self.model, self.adapter, texts, batch_size)
+
+    def save(self, directory: str | Path, *, replace: bool = False) -> None:
+        """Write the adapter: adapter.safetensors and adapter.json, without any weight of the base.
+
+        Raises:
+          UserError: the directory exists and `replace` is False, or it cannot be written.
+        """
+        native.write(Path(directory), self.adapter, replace=replace)
+
+    def merged(self) -> MergedModel:
+        """Return the model with the adapter merged into its weights, to be saved as a Hugging Face directory."""
+        self.model._check_open()
+        return MergedModel(self.model, self.adapter)
+
+
+def load(source: str | Path, dtype: str = "auto", *, adapter: str | Path | None = None) -> "PretrainedModel | TunedModel":
+    """Load a model with its tokenizer, and an adapter of it where one is given.
+
+    Args:
+      source: a Hugging Face directory, a hub id, a .gguf file or "package:NAME/FILE".
+      dtype: "float32", "bfloat16" or "auto": as the checkpoint says, or as the adapter was trained.
+      adapter: the directory of an adapter that was trained on this model.
+
+    Returns: a `PretrainedModel`, or with an adapter a `TunedModel`.
+
+    Raises:
+      UserError: no such model, an unsupported one, a damaged file, or an adapter of another base.
+    """
+    trained = None if adapter is None else native.read(str(adapter))
+    about = {} if trained is None else trained.metadata["base"]
+    chosen = about.get("dtype", "auto") if dtype == "auto" else dtype
+    opened, tokenizer = open_with_tokenizer(str(source), chosen, about.get("labels"))
+    model = PretrainedModel(load_with_progress(opened), tokenizer)
+    if trained is None:
+        return model
+    tuned = TunedModel(model, trained)
+    model._params(trained)  # refuses an adapter of another base now
+    return tuned
+
+
+def _generate(
+    model: PretrainedModel,
+    adapter: native.Adapter | None,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    style: PromptStyle | str,
+    settings: Mapping[str, Any],
+) -> list[str]:
+    model._check_open()
+    if not model.is_decoder:
+        raise UserError(f"{model.source}: {model.config['model_type']} is an encoder, which continues no text; use predict")
+    if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise UserError("generate: prompts: expected a list of texts")
+    known = [field.name for field in dataclasses.fields(Decoding)]
+    for name in settings:
+        if name not in known:
+            raise UserError(f"generate: unknown option {name!r}{config_file.nearest(name, known)}")
+    stop = settings.get("stop", ())
+    decoding = Decoding(**{**settings, "stop": (stop,) if isinstance(stop, str) else tuple(stop)})
+    made = continue_texts(
+        model._loaded,
+        model._params(adapter),
+        model.tokenizer,
+        prompts,
+        style=style,
+        max_new_tokens=max_new_tokens,
+        decoding=decoding,
+    )
+    return [each.text for each in made]
+
+
+def _predict(
+    model: PretrainedModel,
+    adapter: native.Adapter | None,
+    texts: Sequence[str | tuple[str, str]],
+    batch_size: int,
+) -> list[Prediction]:
+    model._check_open()
+    if model.is_decoder:
+        raise UserError(f"{model.source}: {model.config['model_type']} is a decoder, which has no classifier; use generate")
+    if isinstance(texts, str) or not texts:
+        raise UserError("predict: texts: expected a list of texts, or of pairs of texts, with at least one")
+    tuples = [(text,) if isinstance(text, str) else tuple(text) for text in texts]
+    if len({len(each) for each in tuples}) > 1 or len(tuples[0]) > 2:
+        raise UserError("predict: texts: expected single texts or pairs, all of one kind")
+    loaded, params = model._loaded, model._params(adapter)
+    unknown = np.zeros(len(tuples), np.int32)  # labels, which a prediction does not read
+    examples = encode_labelled(tuples, unknown, model.tokenizer, loaded.model.config.max_positions)
+    outputs = classification.predict(loaded, params, examples, batch_size).astype(np.float64)
+    if loaded.model.config.num_labels == 1:
+        return [Prediction(float(each), None) for each in outputs[:, 0]]
+    exponents = np.exp(outputs - outputs.max(axis=1, keepdims=True))
+    shares = exponents / exponents.sum(axis=1, keepdims=True)
+    labels = native.classifier_labels(loaded) or []
+    return [
+        Prediction(labels[int(best)], float(share[best])) for best, share in zip(shares.argmax(axis=1), shares, strict=True)
+    ]

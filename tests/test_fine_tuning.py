@@ -1,0 +1,207 @@
+"""The Python door: the run of a config, one copy of the weights, and one-line errors."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from data_helpers import message_of
+from helpers import run_config, write_bert, write_config, write_model, write_rows
+
+import neuroada_jax as na
+from neuroada_jax import cli, fine_tuning
+from neuroada_jax.adapters import native
+from neuroada_jax.training.config import RunConfig
+
+ROWS = [{"prompt": f"after {a},", "completion": b} for a, b in zip("abcdefghijkl", "bcdefghijklm", strict=True)]
+OPTIONS = {"k": 2, "learning_rate": 0.3, "steps": 3, "batch_size": 4, "max_length": 64, "remat": "none"}
+REVIEWS = [{"sentence": text, "label": label} for text, label in (("a warm film", 1), ("tedious", 0))] * 4
+LABELLING = {"task": "sst2", "learning_rate": 0.02, "steps": 2, "batch_size": 4, "max_length": 32, "remat": "none"}
+PROMPTS = ["after c,", "the answer"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    found = tmp_path_factory.mktemp("door")
+    write_model(found / "model", seed=5)
+    write_bert(found / "bert")
+    return found
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return na.load(folder / "model")
+
+
+@pytest.fixture(scope="module")
+def tuned(model):
+    return na.fine_tune(model, ROWS, **OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def encoder(folder):
+    return na.load(folder / "bert")
+
+
+@pytest.fixture(scope="module")
+def labeller(encoder):
+    return na.fine_tune(encoder, REVIEWS, **LABELLING)
+
+
+# Without the tests' own checks of argument types, which a user does not have.
+fine_tune = getattr(na.fine_tune, "__wrapped__", na.fine_tune)
+
+
+def weights(model):
+    return {name: np.array(leaf) for name, leaf in native.trees.flatten(model._params(None))}
+
+
+def assert_same(first, second):
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+def test_a_run_is_the_run_of_the_config(folder, tuned, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    content = run_config(tmp_path, folder / "model", rows, bypass={"k": 2}, optimizer={"learning_rate": 0.3})
+    assert cli.main(["train", str(write_config(tmp_path / "run.yaml", content))]) == 0
+    by_file = native.read(str(tmp_path / "out" / "adapter"))
+    assert_same(by_file.values, tuned.adapter.values)
+    assert_same(by_file.columns, tuned.adapter.columns)
+    written = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in tuned.history] == [line["loss"] for line in written]
+
+
+def test_a_model_is_what_it_was_and_can_be_tuned_again(folder, model, tuned):
+    assert_same(weights(model), weights(na.load(folder / "model")))
+    again = na.fine_tune(model, iter(ROWS), **OPTIONS)
+    assert_same(again.adapter.values, tuned.adapter.values)
+    other = na.fine_tune(model, ROWS, **{**OPTIONS, "k": 1})
+    assert other.adapter.metadata["k"] == 1 and again.generate(PROMPTS, max_new_tokens=4) == tuned.generate(
+        PROMPTS, max_new_tokens=4
+    )
+    assert_same(weights(model), weights(na.load(folder / "model")))
+
+
+def test_base_and_tuned_generate_from_one_copy_of_the_weights(folder, model, tuned, tmp_path):
+    before = model.generate(PROMPTS, max_new_tokens=6)
+    with_adapter = tuned.generate(PROMPTS, max_new_tokens=6, style="verbatim")
+    assert with_adapter != before == model.generate(PROMPTS, max_new_tokens=6)
+    tuned.merged().save(tmp_path / "merged")
+    assert na.load(tmp_path / "merged").generate(PROMPTS, max_new_tokens=6) == with_adapter
+
+
+def test_generation_asks_in_the_style_of_the_training(tuned):
+    plain = tuned.generate(PROMPTS, max_new_tokens=6)
+    assert plain == tuned.generate([f"{prompt}\n" for prompt in PROMPTS], max_new_tokens=6, style="verbatim")
+
+
+def test_a_saved_adapter_comes_back(folder, tuned, tmp_path):
+    tuned.save(tmp_path / "adapter")
+    again = na.load(folder / "model", adapter=tmp_path / "adapter")
+    assert again.generate(PROMPTS, max_new_tokens=6, style="plain") == tuned.generate(PROMPTS, max_new_tokens=6)
+    assert again.history == [] and "exists" in message_of(tuned.save, tmp_path / "adapter")
+    other = write_model(tmp_path / "other", seed=6)
+    assert "is not the base of this adapter" in message_of(na.load, other, adapter=tmp_path / "adapter")
+
+
+def test_files_stay_with_an_output_alone(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = []
+    tuned = na.fine_tune(model, ROWS, **OPTIONS, output="kept", on_log=lines.append)
+    assert lines == tuned.history and len(lines) == 3
+    assert {path.name for path in tmp_path.iterdir()} == {"kept"}
+    assert json.loads((tmp_path / "kept" / "results.json").read_text()) == json.loads(json.dumps(tuned.results))
+    assert "holds a run already" in message_of(na.fine_tune, model, ROWS, **OPTIONS, output="kept")
+    assert na.fine_tune(model, ROWS, **OPTIONS, output="kept", overwrite=True).history == lines
+
+
+def test_rows_of_a_file_are_those_in_memory(model, tuned, tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", count=12)
+    assert_same(na.fine_tune(model, path, **OPTIONS).adapter.values, tuned.adapter.values)
+
+
+def test_whole_sections(model, tmp_path):
+    sets = [{"name": "own", "data": str(write_rows(tmp_path / "rows.jsonl", count=4)), "max_new_tokens": 2}]
+    tuned = na.fine_tune(model, ROWS, **OPTIONS, evaluation={"sets": sets, "before": False}, data={"style": "verbatim"})
+    assert "own" in json.dumps(tuned.results) and tuned._style == "verbatim"
+
+
+def test_an_encoder_learns_labels(folder, encoder, labeller, tmp_path):
+    found = labeller.predict(["a warm film", "tedious", "tedious"])
+    assert {each.label for each in found} <= {"negative", "positive"} and found[1] == found[2]
+    assert all(0.5 <= each.probability <= 1 for each in found)
+    labeller.save(tmp_path / "adapter")
+    again = na.load(folder / "bert", adapter=tmp_path / "adapter").predict(["a warm film", "tedious", "tedious"])
+    assert [each.label for each in again] == [each.label for each in found]
+    np.testing.assert_allclose([each.probability for each in again], [each.probability for each in found], rtol=1e-6)
+    assert "fine_tune trains one" in message_of(encoder.predict, ["tedious"])
+
+
+def test_every_field_of_a_config_is_an_option():
+    options = fine_tuning._options()
+    for field in dataclasses.fields(RunConfig):
+        inner = [each.name for each in dataclasses.fields(field.type)] if dataclasses.is_dataclass(field.type) else []
+        named = {field.name, *(inner if field.name in fine_tuning._FLAT else [])}
+        assert named <= options.keys() | fine_tuning._ELSEWHERE.keys()
+    flat = [each.name for name in fine_tuning._FLAT for each in dataclasses.fields(RunConfig.__annotations__[name])]
+    assert len(flat) == len(set(flat))
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        ([], {}, "fine_tune: rows: no rows, expected at least one"),
+        ([{"prompt": "a", "completion": "b"}, "c"], {}, "fine_tune: rows: row 1: expected a dict, found str"),
+        ({"prompt": "a"}, {}, "fine_tune: rows: expected a path, a hub name or dicts, found dict"),
+        (3, {}, "fine_tune: rows: expected a path, a hub name or dicts, found int"),
+        ("nowhere.jsonl", {}, "nowhere.jsonl: no such file or directory"),
+        ([{"question": "a"}], {}, "rows: row 0: "),
+        (ROWS, {"learning_rat": 1.0}, "fine_tune: unknown option 'learning_rat'; did you mean 'learning_rate'?"),
+        (ROWS, {"k": "2"}, "fine_tune: bypass.k: input should be a valid integer, found '2'"),
+        (ROWS, {"k": 0}, "fine_tune: bypass.k: input should be greater than or equal to 1, found 0"),
+        (ROWS, {"epochs": 1}, "fine_tune: training: give either epochs or steps, found both"),
+        (ROWS, {"seeds": [1, 2]}, "fine_tune: seeds is for config files alone: fine_tune is one run; call it once"),
+        (ROWS, {"train": "rows.jsonl"}, "fine_tune: train is for config files alone: the rows are the second argument"),
+        (ROWS, {"data": {"train": "x"}}, "fine_tune: data.train is for config files alone: the rows are the second"),
+        (ROWS, {"model": {"path": "x"}}, "fine_tune: model is for config files alone: the model is the first argument"),
+        (ROWS, {"bypass": {"k": 3}}, "fine_tune: k is given twice, also in bypass; give it once"),
+        (ROWS, {"evaluation": {"sets": [{"suite": "x"}]}}, "fine_tune: evaluation.sets.0.suite: unknown suite 'x'"),
+        (ROWS, {"targets": ["nope"]}, "bypass.targets: 'nope' matches no linear map"),
+        (ROWS, {"classifier": {"train": False}}, "classifier: llama is a decoder"),
+    ],
+)
+def test_bad_input_is_one_line_and_the_model_stays_open(model, rows, options, message):
+    found = message_of(fine_tune, model, rows, **{**OPTIONS, **options})
+    assert found.startswith(message) and "\n" not in found
+    assert model.generate(["a"], max_new_tokens=1)
+
+
+def test_what_is_asked_of_the_wrong_kind(model, tuned, encoder, labeller):
+    assert "llama is a decoder, which has no classifier; use generate" in message_of(tuned.predict, ["a"])
+    assert "bert is an encoder, which continues no text; use predict" in message_of(labeller.generate, ["a"])
+    assert "expected a list of texts" in message_of(tuned.generate, "a")
+    assert "expected a list of texts" in message_of(labeller.predict, "a")
+    assert "single texts or pairs" in message_of(labeller.predict, ["a", ("a", "b")])
+    assert "unknown option 'temprature'; did you mean 'temperature'?" in message_of(tuned.generate, ["a"], temprature=1.0)
+    assert "expected what neuroada_jax.load returns, found str" in message_of(fine_tune, "model", ROWS, **OPTIONS)
+
+
+def test_a_closed_model_says_so(folder):
+    with na.load(folder / "model") as model:
+        tuned = na.fine_tune(model, ROWS, **OPTIONS)
+    expected = f"the model {folder / 'model'} is closed (close() was called); load it again with neuroada_jax.load"
+    calls = (model.generate, tuned.generate, lambda _: na.fine_tune(model, ROWS, **OPTIONS), lambda _: tuned.merged())
+    assert [message_of(call, ["a"]) for call in calls] == [expected] * 4
+    assert "closed" in repr(model) and tuned.adapter.values  # an adapter can still be saved
+
+
+def test_an_interrupted_run_closes_its_model(folder):
+    def interrupt(line):
+        raise KeyboardInterrupt
+
+    model = na.load(folder / "model")
+    with pytest.raises(KeyboardInterrupt):
+        na.fine_tune(model, ROWS, **OPTIONS, on_log=interrupt)
+    assert "its weights went into a run that did not end" in message_of(model.generate, ["a"])
