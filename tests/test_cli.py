@@ -414,8 +414,8 @@ def test_weights_that_are_missing_or_not_whole(tmp_path, inputs, neuroada):
     [
         ("", "{path}: the file is empty, expected one JSON object per line"),
         ('{"prompt": "a", "completion": "b"}\nnot json\n', "{path}:2: not JSON"),
-        ('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n', "{path}:2: no field 'completion', found columns prompt"),
-        ('{"question": "a"}\n', "{path}:1: found columns question; expected"),
+        ('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n', "{path}:2: no field 'completion', found fields prompt"),
+        ('{"question": "a"}\n', "{path}:1: found fields question; expected"),
         ('{"prompt": "a", "completion": 3}\n', "{path}:1: field 'completion' is a number"),
         ("[1]\n", "{path}:1: "),
     ],

@@ -1,1 +1,1 @@
-"""Data: a row in a file becomes a batch of arrays."""
+"""From a row in a file to a batch of arrays."""

@@ -1,4 +1,4 @@
-"""Examples become batches of few shapes: a batch is a pure function of (seed, epoch, index)."""
+"""Batches of examples in few shapes; a batch is a pure function of (seed, epoch, index)."""
 
 from collections.abc import Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -10,23 +10,26 @@ from neuroada_jax.data.examples import Examples, LabelledExamples
 from neuroada_jax.data.packing import default_buckets, pack, shapes
 from neuroada_jax.errors import UserError
 
-# With group_by_length, examples are sorted inside windows of this many batches: long enough that a batch's rows are
-# about equally long, short enough that an epoch's order stays random.
+# With group_by_length, examples are sorted within windows of this many batches: large enough that the rows of a batch have
+# similar lengths, small enough that an epoch's order stays random.
 WINDOW = 50
 
 
 class Batch(NamedTuple):
-    """One step's data, as NumPy arrays. Masks come from lengths and positions: no token id is special.
+    """The data of one step for a decoder, as NumPy arrays.
 
-    A row holds one example or, packed, several end to end.
+    A row holds one example or, packed, several end to end. Masks are derived from lengths and positions: no token id has a
+    special meaning.
 
-    input_ids: int32 (B, T), zeros beyond a row's length.
-    lengths: int32 (B,), the tokens in a row, 0 for rows that only fill the batch.
-    label_positions: int32 (B, M), the position whose hidden state predicts the target (index of the target - 1).
-    label_ids: int32 (B, M).
-    label_mask: float32 (B, M), 1 for targets, 0 for filling (where position and id are 0).
-    positions: int32 (B, T) of a packed batch, None otherwise: each token's position in its own example, 0 beyond a row's
-        length. A token sees just as many tokens before it (`models.attention.packed_mask`), so filling sees itself alone.
+    Attributes:
+      input_ids: int32 (B, T), zeros beyond a row's length.
+      lengths: int32 (B,), tokens in each row; 0 for empty rows that pad the batch.
+      label_positions: int32 (B, M), the position whose hidden state predicts the label (the label's position - 1).
+      label_ids: int32 (B, M), the tokens to predict.
+      label_mask: float32 (B, M), 1 for labels, 0 for padding (where position and id are 0).
+      positions: int32 (B, T) of a packed batch, else None: each token's position in its own example, 0 beyond a row's
+        length. A token attends to itself and to that many tokens before it (`models.attention.packed_mask`), so padding
+        attends to itself alone.
     """
 
     input_ids: Int32[np.ndarray, "B T"]
@@ -38,13 +41,14 @@ class Batch(NamedTuple):
 
 
 class ClassificationBatch(NamedTuple):
-    """One step's data for an encoder, as NumPy arrays. As in `Batch`, no token id is special.
+    """The data of one step for an encoder, as NumPy arrays.
 
-    input_ids: int32 (B, T), padded on the right with the tokenizer's own padding (RoBERTa counts positions by it).
-    lengths: int32 (B,), the tokens in a row, 0 for rows that only fill the batch.
-    token_types: int32 (B, T), 0 for the first and 1 for the second text of a pair.
-    labels: (B,), int32 classes, or float32 numbers for regression.
-    label_mask: float32 (B,), 1 for examples, 0 for filling.
+    Attributes:
+      input_ids: int32 (B, T), padded on the right with the tokenizer's padding token (RoBERTa counts positions by it).
+      lengths: int32 (B,), tokens in each row; 0 for empty rows that pad the batch.
+      token_types: int32 (B, T), 0 for the first and 1 for the second text of a pair.
+      labels: (B,), int32 classes, or float32 numbers for regression.
+      label_mask: float32 (B,), 1 for examples, 0 for padding.
     """
 
     input_ids: Int32[np.ndarray, "B T"]
@@ -54,23 +58,24 @@ class ClassificationBatch(NamedTuple):
     label_mask: Float32[np.ndarray, "B"]
 
 
-Made = TypeVar("Made", Batch, ClassificationBatch)
+BatchType = TypeVar("BatchType", Batch, ClassificationBatch)
 
 
-class AnyBatches(Generic[Made]):
-    """All epochs over some examples; any batch can be had in any order, so a run resumes from two numbers.
+class AnyBatches(Generic[BatchType]):
+    """The batches of every epoch over some examples, with random access, so that two numbers suffice to resume a run.
 
-    Every example is in exactly one batch of an epoch. The last batch is filled with empty rows. Only the order of the
-    epoch asked for last is kept in memory.
+    Every example is in exactly one batch of an epoch. The last batch is padded with empty rows. Only the order of the most
+    recently used epoch is kept in memory.
 
-    Rows are packed once, and an epoch shuffles them whole: it has the same number of steps and the same tight number of
-    targets a row as any other. An example keeps its companions; since it does not see them, all that they share is a
-    gradient's sum.
+    Examples are packed into rows once, and an epoch shuffles these rows: every epoch has the same number of steps and the
+    same small M. Examples that share a row do so in every epoch; since they do not attend to each other, this affects only
+    which gradients are summed in one step.
 
-    row_count: rows in an epoch: as many as examples, or fewer when packed.
-    steps_per_epoch: ceil(row_count / batch_size).
-    shapes: the (T, M) that can occur, ascending in T, one M for each T; so at most this many compiled steps.
-    own_rows: the rows of a batch that are wanted here, where several processes share it; all of them to begin with.
+    Attributes:
+      row_count: rows in an epoch: the number of examples, or fewer when packed.
+      steps_per_epoch: ceil(row_count / batch_size).
+      shapes: the (T, M) that can occur, ascending in T, with one M for each T; an upper bound on compiled steps.
+      own_rows: the rows of a batch that this process needs, where several processes share a batch; initially all.
     """
 
     def __init__(
@@ -83,15 +88,21 @@ class AnyBatches(Generic[Made]):
         shuffle: bool = True,
         packed_length: int | None = None,
     ):
-        """buckets: the sequence lengths T to pad to, in any order; None for `default_buckets`.
+        """Compute the rows and shapes; batches are filled on demand.
 
-        group_by_length: put rows of similar length together (less padding), at random with `shuffle`.
-        shuffle: False keeps the examples' order (with group_by_length, up to sorting inside windows; packed, that of the
-            rows that packing makes).
-        packed_length: T of rows that hold several examples each (hardly any padding); None for one example a row.
+        Args:
+          examples: `Examples` or `LabelledExamples`.
+          batch_size: rows in a batch, B.
+          seed: of the shuffling.
+          buckets: the sequence lengths T to pad to, in any order; None for `default_buckets`.
+          group_by_length: put rows of similar length into one batch (less padding); with `shuffle`, in random order.
+          shuffle: False keeps the order of the examples (with group_by_length, up to sorting within windows; packed, the
+            order of the packed rows).
+          packed_length: T of rows that hold several examples each (almost no padding); None for one example a row.
 
-        Raises UserError: batch_size below 1, seed below 0, buckets not positive or all below the longest row;
-        packed_length below the longest example, or together with buckets or group_by_length.
+        Raises:
+          UserError: batch_size below 1; seed below 0; buckets not positive, or all below the longest row; packed_length
+            below the longest example, or together with buckets or group_by_length.
         """
         if batch_size < 1:
             raise UserError(f"batch_size: found {batch_size}, expected at least 1")
@@ -100,52 +111,57 @@ class AnyBatches(Generic[Made]):
         self.examples, self.batch_size, self.seed = examples, batch_size, seed
         self.group_by_length, self.shuffle = group_by_length, shuffle
         self.packed = packed_length is not None
-        lengths, targets = examples.lengths, examples.label_counts
-        self._rows = np.arange(len(examples))[:, None]  # row -> its examples, -1 where it has fewer than others
+        lengths, counts = examples.lengths, examples.label_counts
+        self._rows = np.arange(len(examples))[:, None]  # row -> its examples, padded with -1
         if packed_length is not None:
             if buckets is not None or group_by_length:
                 raise UserError("packed_length: packed rows are all of this length, without buckets or group_by_length")
             buckets = [packed_length]
-            random = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(0,)))  # not the one of an epoch
-            # Rows of a file often come in blocks by subject: shuffled first, equally long ones of all blocks mix.
+            random = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(0,)))  # independent of every epoch's
+            # Files often come in blocks by subject. Shuffling first lets examples of equal length from all blocks mix.
             order = random.permutation(len(examples)) if shuffle else np.arange(len(examples))
             rows = pack(lengths[order], packed_length)
             self._rows = np.where(rows >= 0, order[rows], -1)
-            lengths, targets = (np.where(rows >= 0, each[self._rows], 0).sum(axis=1) for each in (lengths, targets))
+            lengths, counts = (np.where(rows >= 0, each[self._rows], 0).sum(axis=1) for each in (lengths, counts))
         elif buckets is None:
             buckets = default_buckets(lengths, 1 if group_by_length else batch_size)
         self.row_count = len(self._rows)
         self.steps_per_epoch = -(-self.row_count // batch_size)
         self._lengths = lengths
-        self.shapes = shapes(buckets, lengths, targets)
+        self.shapes = shapes(buckets, lengths, counts)
         self._sizes = np.array([size for size, _ in self.shapes])
-        self.own_rows = slice(0, batch_size)  # of a batch: the others stay empty, but for their lengths
-        # One attribute, so that a prefetching thread never sees the order of another epoch.
+        self.own_rows = slice(0, batch_size)  # the other rows of a batch stay empty, except for their lengths
+        # One attribute for both, so that a prefetching thread never combines an epoch with the order of another.
         self._cached: tuple[int, np.ndarray] | None = None
 
-    def batch(self, epoch: int, index: int) -> Made:
-        """Batch `index` (0 to steps_per_epoch - 1) of `epoch` (0, 1, ...). Raises IndexError outside."""
+    def batch(self, epoch: int, index: int) -> BatchType:
+        """Return batch `index` (0 to steps_per_epoch - 1) of `epoch` (0, 1, ...).
+
+        Raises:
+          IndexError: there is no such batch.
+        """
         chosen = self._chosen(epoch, index)
         bucket = int(np.searchsorted(self._sizes, self._lengths[chosen].max()))
         return self._filled(chosen, *self.shapes[bucket])
 
-    def _filled(self, chosen: Int64[np.ndarray, "b"], time: int, targets: int) -> Made:
-        """A batch of these rows."""
+    def _filled(self, chosen: Int64[np.ndarray, "b"], time: int, labels: int) -> BatchType:
+        """Return a batch of these rows with T = `time` and M = `labels`."""
         raise NotImplementedError
 
     def rows(self, epoch: int, index: int) -> Int32[np.ndarray, "b"]:
-        """int32 (b,): the numbers of the data rows in that batch, in its order; more than B if packed.
+        """Return the numbers of the data rows in a batch, int32 (b,), in its order; more than B if packed.
 
-        Raises IndexError outside.
+        Raises:
+          IndexError: there is no such batch.
         """
         numbers = self._rows[self._chosen(epoch, index)]
         return self.examples.row_numbers[numbers[numbers >= 0]]
 
     def _chosen(self, epoch: int, index: int) -> Int64[np.ndarray, "b"]:
-        """Numbers of a batch's rows; empty rows are left away."""
+        """Return the numbers of a batch's rows, without empty rows."""
         if epoch < 0 or not 0 <= index < self.steps_per_epoch:
             raise IndexError(f"batch {index} of epoch {epoch}: an epoch has batches 0 to {self.steps_per_epoch - 1}")
-        # Without shuffling every epoch is the same one.
+        # Without shuffling all epochs are the same.
         epoch = epoch if self.shuffle else 0
         cached = self._cached
         if cached is None or cached[0] != epoch:
@@ -154,7 +170,7 @@ class AnyBatches(Generic[Made]):
         return chosen[chosen >= 0]
 
     def _epoch_order(self, epoch: int) -> Int64[np.ndarray, "steps B"]:
-        """Numbers of rows, int64 (steps_per_epoch, B), -1 for empty ones; all of them in the last batch."""
+        """Return the numbers of each batch's rows, int64 (steps_per_epoch, B); -1 for empty rows at the end of the last."""
         count = self.row_count
         random = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, epoch])))
         order = random.permutation(count) if self.shuffle else np.arange(count)
@@ -167,61 +183,61 @@ class AnyBatches(Generic[Made]):
         filled[:count] = order
         batches = filled.reshape(-1, self.batch_size)
         if self.group_by_length and self.shuffle:
-            whole = count // self.batch_size
-            batches[:whole] = batches[random.permutation(whole)]
+            complete = count // self.batch_size
+            batches[:complete] = batches[random.permutation(complete)]
         return batches
 
 
 class Batches(AnyBatches[Batch]):
-    """Of examples with targets, for a decoder."""
+    """Batches of examples with labelled tokens, for a decoder."""
 
     examples: Examples
 
-    def _filled(self, chosen: Int64[np.ndarray, "b"], time: int, targets: int) -> Batch:
+    def _filled(self, chosen: Int64[np.ndarray, "b"], time: int, labels: int) -> Batch:
         batch = Batch(
             input_ids=np.zeros((self.batch_size, time), np.int32),
             lengths=np.zeros(self.batch_size, np.int32),
-            label_positions=np.zeros((self.batch_size, targets), np.int32),
-            label_ids=np.zeros((self.batch_size, targets), np.int32),
-            label_mask=np.zeros((self.batch_size, targets), np.float32),
+            label_positions=np.zeros((self.batch_size, labels), np.int32),
+            label_ids=np.zeros((self.batch_size, labels), np.int32),
+            label_mask=np.zeros((self.batch_size, labels), np.float32),
             positions=np.zeros((self.batch_size, time), np.int32) if self.packed else None,
         )
         batch.lengths[: len(chosen)] = self._lengths[chosen]
         for row, numbers in list(enumerate(self._rows[chosen]))[self.own_rows]:
-            token = target = 0  # the next free places
+            token = label = 0  # next free places
             for number in numbers[numbers >= 0].tolist():
                 ids, is_label = self.examples.example(number)
                 where = is_label.nonzero()[0]
-                own, labelled = slice(token, token + len(ids)), slice(target, target + len(where))
+                own, labelled = slice(token, token + len(ids)), slice(label, label + len(where))
                 batch.input_ids[row, own] = ids
                 batch.label_positions[row, labelled] = token + where - 1
                 batch.label_ids[row, labelled] = ids[where]
                 if batch.positions is not None:
                     batch.positions[row, own] = np.arange(len(ids))
-                token, target = own.stop, labelled.stop
-            batch.label_mask[row, :target] = 1
+                token, label = own.stop, labelled.stop
+            batch.label_mask[row, :label] = 1
         return batch
 
 
 class ClassificationBatches(AnyBatches[ClassificationBatch]):
-    """Of examples with labels, for an encoder; one a row, and M is 0."""
+    """Batches of examples with one label each, for an encoder; one example a row, and M is 0."""
 
     examples: LabelledExamples
 
-    def _filled(self, chosen: Int64[np.ndarray, "b"], time: int, targets: int) -> ClassificationBatch:
-        rows, labels = self.batch_size, self.examples.labels
+    def _filled(self, chosen: Int64[np.ndarray, "b"], time: int, labels: int) -> ClassificationBatch:
+        rows, examples = self.batch_size, self.examples
         batch = ClassificationBatch(
-            input_ids=np.full((rows, time), self.examples.pad_id, np.int32),
+            input_ids=np.full((rows, time), examples.pad_id, np.int32),
             lengths=np.zeros(rows, np.int32),
             token_types=np.zeros((rows, time), np.int32),
-            labels=np.zeros(rows, labels.dtype),
+            labels=np.zeros(rows, examples.labels.dtype),
             label_mask=np.zeros(rows, np.float32),
         )
         batch.lengths[: len(chosen)] = self._lengths[chosen]
         for row, number in list(enumerate(chosen.tolist()))[self.own_rows]:
-            ids, token_types = self.examples.example(number)
+            ids, token_types = examples.example(number)
             batch.input_ids[row, : len(ids)] = ids
             batch.token_types[row, : len(ids)] = token_types
-        batch.labels[: len(chosen)] = labels[chosen]
+        batch.labels[: len(chosen)] = examples.labels[chosen]
         batch.label_mask[: len(chosen)] = 1
         return batch

@@ -1,4 +1,4 @@
-"""Rows become examples: token ids, and what is learnt from them, which is some of the tokens or a label of the whole."""
+"""From rows to examples: token ids with either some of the tokens as labels, or one label for each example."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from neuroada_jax.data.prompts import PromptStyle, Rendered, is_templated, rende
 from neuroada_jax.data.rows import Rows, rows_from_list
 from neuroada_jax.errors import UserError
 
-# Rows handed to the tokenizer at once: enough to keep its threads busy, few enough for lively progress.
+# Rows that the tokenizer gets at once: enough to keep its threads busy, few enough for a progress bar that moves.
 CHUNK = 1000
 
 Example = tuple[Int32[np.ndarray, "_"], Bool[np.ndarray, "_"]]  # input_ids, is_label
@@ -24,19 +24,21 @@ Texts = tuple[str, ...]  # one text, or a pair
 class Examples:
     """n tokenised examples end to end, N tokens in all.
 
-    token_ids: int32 (N,).
-    is_label: bool (N,); never true for an example's first token, which nothing predicts, nor for a BOS.
-    row_numbers: int32 (n,), the row each example came from, ascending.
-    offsets: int64 (n + 1,); example i is tokens offsets[i] to offsets[i + 1].
-    cut: how many examples lost tokens at the right end to max_length but kept a target.
-    dropped: how many rows are not here because no target was left (not counted in `cut`).
+    Attributes:
+      token_ids: int32 (N,).
+      is_label: bool (N,), which tokens are to be predicted; False for the first token of an example, which nothing
+        predicts, and for BOS.
+      row_numbers: int32 (n,), the row that each example came from, ascending.
+      offsets: int64 (n + 1,); example i is tokens offsets[i] to offsets[i + 1].
+      truncated: number of examples that lost tokens on the right to max_length but kept a label.
+      dropped: number of rows that lost all labels to max_length; they are not among the examples, nor in `truncated`.
     """
 
     token_ids: Int32[np.ndarray, "N"]
     is_label: Bool[np.ndarray, "N"]
     row_numbers: Int32[np.ndarray, "n"]
     offsets: Int64[np.ndarray, "n+1"]
-    cut: int
+    truncated: int
     dropped: int
 
     def __len__(self) -> int:
@@ -49,11 +51,11 @@ class Examples:
 
     @property
     def label_counts(self) -> Int32[np.ndarray, "n"]:
-        """int32 (n,): targets per example, at least 1."""
+        """int32 (n,): labels per example, at least 1."""
         return np.add.reduceat(self.is_label, self.offsets[:-1], dtype=np.int32)
 
     def example(self, index: int) -> Example:
-        """Example `index` as (input_ids int32 (t,), is_label bool (t,))."""
+        """Return example `index` as (input_ids int32 (t,), is_label bool (t,))."""
         part = slice(self.offsets[index], self.offsets[index + 1])
         return self.token_ids[part], self.is_label[part]
 
@@ -65,22 +67,28 @@ def encode(
     max_length: int,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Examples:
-    """Tokenise every row, prompt and target as one text, in row order.
+    """Tokenise every row, prompt and completion as one text, in row order.
 
-    A token is a target if it ends beyond the prompt's text. The example ends with one EOS, itself a target; a chat ends
-    with its last assistant turn's end-of-turn token instead where the template has one, and what follows the last
-    target is dropped, since nothing is learnt from it. Then the right end is cut to max_length tokens.
-    tokenizer: a fast Hugging Face tokenizer. on_progress: called with (rows done, rows in all).
+    A token is a label if it ends beyond the prompt's text. An example ends with one EOS, which is a label too; a chat
+    ends with the end-of-turn token of its last assistant turn instead, where the template has one. Tokens after the last
+    label are dropped, since nothing is learnt from them. Then the example is truncated on the right to max_length tokens.
 
-    Raises UserError: everything `render_prompt` raises, a missing target, no fast tokenizer, no EOS token,
-    max_length below 2, no example left.
+    Args:
+      rows: to tokenise.
+      style: prompt style.
+      tokenizer: a fast Hugging Face tokenizer.
+      max_length: the most tokens of an example, at least 2.
+      on_progress: called with (rows done, rows in all).
+
+    Raises:
+      UserError: as `render_example`; also for a slow tokenizer, one without EOS, max_length below 2, or no example left.
     """
     if max_length < 2:
-        raise UserError(f"max_length: found {max_length}, expected at least 2 (the first token is never a target)")
+        raise UserError(f"max_length: found {max_length}, expected at least 2 (the first token is never a label)")
     if not isinstance(rows, Rows):
         rows = rows_from_list([dict(row) for row in rows])
     style, tokens = PromptStyle(style), _Tokens(tokenizer)
-    ids, targets, numbers, cut = [], [], [], 0
+    ids, labels, numbers, truncated = [], [], [], 0
     for first in range(0, len(rows), CHUNK):
         chunk = range(first, min(first + CHUNK, len(rows)))
         rendered = [render_example(rows.rows[i], style, tokenizer, rows.where(i)) for i in chunk]
@@ -89,30 +97,34 @@ def encode(
             kept = is_label[:max_length].nonzero()[0]
             if not len(kept):
                 continue
-            cut += len(row_ids) > max_length
+            truncated += len(row_ids) > max_length
             ids.append(row_ids[: kept[-1] + 1])
-            targets.append(is_label[: kept[-1] + 1])
+            labels.append(is_label[: kept[-1] + 1])
             numbers.append(number)
         if on_progress is not None:
             on_progress(chunk.stop, len(rows))
     if not ids:
         raise UserError(
-            f"{rows.source}: no example is left, in none of {len(rows)} rows is a target token within "
-            f"max_length {max_length}; expected a larger max_length or shorter prompts"
+            f"{rows.source}: none of {len(rows)} rows has a completion token within max_length {max_length}; "
+            "expected a larger max_length or shorter prompts"
         )
     offsets = np.concatenate([[0], np.cumsum([len(one) for one in ids])]).astype(np.int64)
     return Examples(
         token_ids=np.concatenate(ids),
-        is_label=np.concatenate(targets),
+        is_label=np.concatenate(labels),
         row_numbers=np.array(numbers, np.int32),
         offsets=offsets,
-        cut=cut,
+        truncated=truncated,
         dropped=len(rows) - len(numbers),
     )
 
 
 def encode_prompt(row: Mapping, style: PromptStyle | str, tokenizer: Any, where: str = "row") -> list[int]:
-    """The ids to generate from: BOS at most once, no EOS that the tokenizer added. Raises as `render_prompt` does."""
+    """Return the token ids of a prompt to continue: with BOS at most once, without an EOS added by the tokenizer.
+
+    Raises:
+      UserError: as `render_prompt`, and for a prompt without tokens.
+    """
     text = render_prompt(row, style, tokenizer, where)
     ids, *_ = _Tokens(tokenizer).encode([text], add_special_tokens=not is_templated(row, style))[0]
     if not len(ids):
@@ -121,21 +133,26 @@ def encode_prompt(row: Mapping, style: PromptStyle | str, tokenizer: Any, where:
 
 
 class _Tokens:
-    """What has to be known about a tokenizer, and the rules for BOS and EOS, in one place."""
+    """A tokenizer's special tokens, and the rules for BOS and EOS."""
 
     def __init__(self, tokenizer: Any):
         if not getattr(tokenizer, "is_fast", False):
             raise UserError(
                 f"tokenizer: found {type(tokenizer).__name__}, expected a fast one (made from tokenizer.json), "
-                "since targets are told from prompts by character offsets"
+                "since character offsets separate completions from prompts"
             )
         self.tokenizer = tokenizer
         self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-        # Any of these at the end of an assistant turn ends that turn; text would not.
+        # At the end of an assistant turn, any of these is its end-of-turn token; ordinary text is not.
         self.control = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
 
     def encode(self, texts: list[str], add_special_tokens: bool) -> list[Coded]:
-        """Per text: ids int32 (t,), start and end int32 (t,) in characters, both -1 for what the tokenizer added."""
+        """Tokenise texts.
+
+        Returns:
+          For each text: ids, and the start and end of each token in characters, all int32 (t,); both are -1 for tokens
+          that the tokenizer added.
+        """
         coded = self.tokenizer(
             texts,
             add_special_tokens=add_special_tokens,
@@ -148,21 +165,21 @@ class _Tokens:
             verbose=False,
         )
         result = []
-        columns = (coded[name] for name in ("input_ids", "offset_mapping", "special_tokens_mask"))
-        for ids, pairs, added in zip(*columns, strict=True):
+        fields = (coded[name] for name in ("input_ids", "offset_mapping", "special_tokens_mask"))
+        for ids, pairs, added in zip(*fields, strict=True):
             spans = np.fromiter(chain.from_iterable(pairs), np.int32, 2 * len(ids)).reshape(-1, 2)
             ids = np.array(ids, np.int32)
             spans[np.array(added, bool)] = -1
             start, stop = 0, len(ids)
             while stop and spans[stop - 1, 1] < 0 and not (stop == 1 and ids[0] == self.bos):
-                stop -= 1  # the post-processor's EOS: a prompt goes on, and an example gets its own
+                stop -= 1  # EOS of the post-processor: a prompt has none, and `_finish` adds an example's
             if stop > 1 and spans[0, 1] < 0 and ids[0] == ids[1] == self.bos:
-                start = 1  # the text brought its own BOS
+                start = 1  # the text has its own BOS
             result.append((ids[start:stop], spans[start:stop, 0], spans[start:stop, 1]))
         return result
 
     def examples(self, rendered: list[Rendered], where: list[str]) -> list[Example]:
-        """Per text: ids int32 (t,) and is_label bool (t,), ended but not cut."""
+        """Tokenise rendered examples and end each with EOS or its end-of-turn token; does not truncate."""
         result: list = [None] * len(rendered)
         for templated in (False, True):
             chosen = [i for i, one in enumerate(rendered) if one.templated is templated]
@@ -173,11 +190,12 @@ class _Tokens:
         return result
 
     def _finish(self, one: Rendered, coded: Coded, where: str) -> Example:
+        """Find the labels among the tokens of an example, and end it."""
         ids, starts, ends = coded
         is_label = np.zeros(len(ids), bool)
         for start, stop in one.spans:
-            # A byte-level tokenizer may shrink a white-space token to nothing at its end, so a last token
-            # can start where the text stops: only what lies before a later turn is bounded from above.
+            # A byte-level tokenizer may trim the offsets of white space to an empty range at its end, so that the last
+            # token starts where the text ends: only spans before a later turn are bounded from above.
             bounded = starts < stop if stop < len(one.text) else True
             is_label |= (ends > start) & bounded
         if self.bos != self.eos:
@@ -187,10 +205,10 @@ class _Tokens:
             ids, is_label = ids[: last[-1] + 1], is_label[: last[-1] + 1]
         else:
             if self.eos is None:
-                raise UserError(f"{where}: the tokenizer has no EOS token, expected one to end the target with")
+                raise UserError(f"{where}: the tokenizer has no EOS token, expected one to end the completion with")
             stop = last[-1] + 1 if len(last) else len(ids)
             while stop and is_label[stop - 1] and ids[stop - 1] == self.eos:
-                stop -= 1  # targets that bring their own EOS still end with one
+                stop -= 1  # a completion with an EOS of its own still ends with one
             ids = np.append(ids[:stop], np.int32(self.eos))
             is_label = np.append(is_label[:stop], True)
         is_label[:1] = False
@@ -199,22 +217,25 @@ class _Tokens:
 
 @dataclass(frozen=True)
 class LabelledExamples:
-    """n tokenised examples end to end, N tokens in all; example i is row i.
+    """n tokenised examples with one label each, end to end, N tokens in all; example i is row i.
 
-    token_ids, token_types: int32 (N,).
-    labels: (n,), int32 classes, or float32 numbers for regression.
-    offsets: int64 (n + 1,); example i is tokens offsets[i] to offsets[i + 1].
-    cut: how many examples lost tokens to max_length.
-    pad_id: what fills a batch's rows, the tokenizer's own.
+    Attributes:
+      token_ids: int32 (N,).
+      token_types: int32 (N,), 0 for the first and 1 for the second text of a pair.
+      labels: (n,), int32 classes, or float32 numbers for regression.
+      offsets: int64 (n + 1,); example i is tokens offsets[i] to offsets[i + 1].
+      truncated: number of examples that lost tokens to max_length.
+      pad_id: the tokenizer's padding token.
+      dropped: always 0, since a label needs no tokens of its own.
     """
 
     token_ids: Int32[np.ndarray, "N"]
     token_types: Int32[np.ndarray, "N"]
     labels: Num[np.ndarray, "n"]
     offsets: Int64[np.ndarray, "n+1"]
-    cut: int
+    truncated: int
     pad_id: int
-    dropped: int = 0  # a label needs no tokens, so that every row is an example
+    dropped: int = 0
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -231,11 +252,11 @@ class LabelledExamples:
 
     @property
     def label_counts(self) -> Int32[np.ndarray, "n"]:
-        """int32 (n,): 0, since no token is a target."""
+        """int32 (n,): zeros, since no token is a label."""
         return np.zeros(len(self), np.int32)
 
     def example(self, index: int) -> tuple[Int32[np.ndarray, "_"], Int32[np.ndarray, "_"]]:
-        """Example `index` as (input_ids int32 (t,), token_types int32 (t,))."""
+        """Return example `index` as (input_ids int32 (t,), token_types int32 (t,))."""
         part = slice(self.offsets[index], self.offsets[index + 1])
         return self.token_ids[part], self.token_types[part]
 
@@ -247,44 +268,51 @@ def encode_labelled(
     max_length: int,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> LabelledExamples:
-    """Tokenises every text or pair as the tokenizer joins them, with its special tokens and token types.
+    """Tokenise texts or pairs with the tokenizer's special tokens and token types.
 
-    An example longer than max_length is cut to it, tokens of the longer text of a pair first.
+    Examples are truncated to max_length; of a pair, the longer text loses tokens first.
+
+    Args:
+      texts: one text or a pair for each example.
+      labels: (n,), int32 classes, or float32 numbers for regression.
+      tokenizer: a Hugging Face tokenizer.
+      max_length: the most tokens of an example, special tokens included.
+      on_progress: called with (examples done, examples in all).
 
     Raises:
       UserError: a tokenizer without a padding token, or max_length too short for the special tokens.
     """
     if tokenizer.pad_token_id is None:
-        raise UserError(f"tokenizer: {type(tokenizer).__name__} has no padding token, expected one to fill batches with")
+        raise UserError(f"tokenizer: {type(tokenizer).__name__} has no padding token, expected one to pad batches with")
     shortest = tokenizer.num_special_tokens_to_add(pair=len(texts[0]) > 1) + len(texts[0])
     if max_length < shortest:
         raise UserError(f"max_length: found {max_length}, expected at least {shortest} (special tokens, and one of a text)")
-    # As transformers' own calls do: a model without a second segment (RoBERTa) is given none.
+    # As in transformers: a model without a second segment (RoBERTa) gets zeros.
     has_types = "token_type_ids" in tokenizer.model_input_names
     ids: list[np.ndarray] = []
     types: list[np.ndarray] = []
-    cut = 0
+    truncated = 0
     for first in range(0, len(texts), CHUNK):
         chunk = texts[first : first + CHUNK]
-        whole = _tokenise(tokenizer, chunk, None)
-        long = [i for i, row in enumerate(whole["input_ids"]) if len(row) > max_length]
+        coded = _tokenise(tokenizer, chunk, None)
+        long = [i for i, row in enumerate(coded["input_ids"]) if len(row) > max_length]
         if long:
             shortened = _tokenise(tokenizer, [chunk[i] for i in long], max_length)
-            for field, columns in whole.items():
+            for field, rows in coded.items():
                 for i, row in zip(long, shortened[field], strict=True):
-                    columns[i] = row
-        cut += len(long)
-        ids += [np.array(row, np.int32) for row in whole["input_ids"]]
-        types += [np.array(row, np.int32) * has_types for row in whole["token_type_ids"]]
+                    rows[i] = row
+        truncated += len(long)
+        ids += [np.array(row, np.int32) for row in coded["input_ids"]]
+        types += [np.array(row, np.int32) * has_types for row in coded["token_type_ids"]]
         if on_progress is not None:
             on_progress(first + len(chunk), len(texts))
     offsets = np.concatenate([[0], np.cumsum([len(row) for row in ids])]).astype(np.int64)
-    return LabelledExamples(np.concatenate(ids), np.concatenate(types), labels, offsets, cut, tokenizer.pad_token_id)
+    return LabelledExamples(np.concatenate(ids), np.concatenate(types), labels, offsets, truncated, tokenizer.pad_token_id)
 
 
 def _tokenise(tokenizer: Any, texts: Sequence[Texts], max_length: int | None) -> dict[str, list[list[int]]]:
     coded = tokenizer(
-        *(list(column) for column in zip(*texts, strict=True)),
+        *(list(side) for side in zip(*texts, strict=True)),
         truncation="longest_first" if max_length else False,
         max_length=max_length,
         padding=False,

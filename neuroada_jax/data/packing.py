@@ -1,4 +1,4 @@
-"""How rows share the few lengths of a batch: several examples to a row, and the sizes that rows are padded to."""
+"""Packing several examples into a row, and choosing the lengths that rows are padded to."""
 
 import bisect
 from collections.abc import Sequence
@@ -8,27 +8,33 @@ from jaxtyping import Int64, Integer
 
 from neuroada_jax.errors import UserError
 
-# How many sizes default_buckets gives, at most.
+# The most sizes that default_buckets returns.
 BUCKETS = 6
-# Sizes that default_buckets chooses among.
+# The most sizes that default_buckets chooses among.
 CANDIDATES = 512
 
 
 def pack(lengths: Integer[np.ndarray, "n"], capacity: int) -> Int64[np.ndarray, "rows most"]:
-    """Examples put together into few rows of at most `capacity` tokens: best fit, the longest first.
+    """Pack examples into few rows of at most `capacity` tokens by best-fit decreasing.
 
-    Every example goes into the fullest row that has room for it. That never takes more than 11/9 of the fewest rows
-    possible, and four (D. S. Johnson, Near-Optimal Bin Packing Algorithms, 1973).
+    Longest first, every example goes into the fullest row that has room for it. This takes at most 11/9 of the minimum
+    number of rows plus 4 (D. S. Johnson, Near-Optimal Bin Packing Algorithms, 1973).
 
-    Returns: the numbers of each row's examples, the longest first; -1 behind the last one.
+    Args:
+      lengths: tokens of each example.
+      capacity: tokens of a row.
 
-    Raises UserError: an example is longer than `capacity`.
+    Returns:
+      int64 (rows, most): the numbers of each row's examples, longest first, padded with -1.
+
+    Raises:
+      UserError: an example is longer than `capacity`.
     """
     if int(lengths.max()) > capacity:
         raise UserError(f"packed_length: found {capacity}, expected at least the longest example, {int(lengths.max())}")
-    # Our own, since no packer at hand fits. On the 15,119 lengths of commonsense_15k this takes 0.02 s and fills 98.8 % of
-    # rows of 512; binpacking is quadratic (3.3 s; 98.7 %), grain packs a stream (8 s; 95 to 97 %) that cannot be asked for
-    # any batch, trl packs a `datasets` table (93.2 %), and it, seqpack and prtpy bring PyTorch or a solver of 580 MB.
+    # Own code: no packing library fits. On the 15,119 lengths of commonsense_15k this takes 0.02 s and fills 98.8 % of
+    # rows of 512. binpacking is quadratic (3.3 s; 98.7 %); grain packs a stream (8 s; 95 to 97 %) without random access to
+    # batches; trl packs a `datasets` table (93.2 %); and trl, seqpack and prtpy need PyTorch or a solver of 580 MB.
     rows: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (free tokens, row), ascending
     shortest = int(lengths.min())
@@ -50,27 +56,33 @@ def pack(lengths: Integer[np.ndarray, "n"], capacity: int) -> Int64[np.ndarray, 
 
 
 def default_buckets(lengths: Integer[np.ndarray, "n"], draws: int = 1) -> list[int]:
-    """At most 6 ascending multiples of 8, the last of which holds the longest row, that pad least.
+    """Return the at most 6 bucket lengths with the least expected padding.
 
-    A batch is padded to the bucket of its longest row. The longest of `draws` random rows is within T with probability
-    (share of lengths within T)^draws, so draws = the batch size (1 when batches are grouped by length, since then a
-    row stands for its batch). Of all choices, this one has the smallest expected T, found by dynamic programming.
-    (Plain quantiles of the lengths leave one bucket for the whole of a long tail and so pad a great deal more.)
+    A batch is padded to the bucket of its longest row. The longest of `draws` random rows is at most T with probability
+    (share of lengths up to T)^draws. The returned buckets minimise the expected T, by dynamic programming. (Quantiles of
+    the lengths leave a long tail to a single bucket and pad a great deal more.)
+
+    Args:
+      lengths: tokens of each row.
+      draws: the batch size; 1 when batches are grouped by length, since one row then represents its batch.
+
+    Returns:
+      Ascending multiples of 8; the last one holds the longest row.
     """
     sizes, counts = np.unique(-(-lengths // 8) * 8, return_counts=True)
-    if len(sizes) > CANDIDATES:  # every so many, and the last: the search is quadratic
+    if len(sizes) > CANDIDATES:  # evenly spaced ones and the last, since the search is quadratic
         chosen = np.linspace(0, len(sizes) - 1, CANDIDATES).round().astype(int)
         within = np.cumsum(counts)[chosen]
         sizes = sizes[chosen]
     else:
         within = np.cumsum(counts)
     share = np.concatenate([[0.0], (within / within[-1]) ** draws])
-    # cost[i, j]: batches longer than size i - 1 and within size j, padded to size j.
+    # cost[i, j]: expected T of batches longer than size i - 1 and at most size j, padded to size j.
     cost = sizes * (share[None, 1:] - share[:-1, None])
     cost[np.tril_indices(len(sizes), -1)] = np.inf
     total, steps = cost[0], []
     for _ in range(min(BUCKETS, len(sizes)) - 1):
-        # One bucket more: up to size i - 1 as before, then one bucket from there to size j.
+        # One more bucket: as before up to size i - 1, then a single bucket from there to size j.
         options = np.concatenate([[np.inf], total[:-1]])[:, None] + cost
         steps.append(options.argmin(0))
         total = options.min(0)
@@ -85,7 +97,11 @@ def default_buckets(lengths: Integer[np.ndarray, "n"], draws: int = 1) -> list[i
 def shapes(
     buckets: Sequence[int], lengths: Integer[np.ndarray, "rows"], label_counts: Integer[np.ndarray, "rows"]
 ) -> list[tuple[int, int]]:
-    """(T, M) for every bucket that some row needs; M covers every row that fits into T."""
+    """Return (T, M) for every bucket that some row needs; M holds the labels of every row that fits into T.
+
+    Raises:
+      UserError: buckets that are not positive, or all below the longest row.
+    """
     sizes, longest = sorted(set(buckets)), int(lengths.max())
     if not sizes or sizes[0] < 1 or sizes[-1] < longest:
         raise UserError(f"buckets: found {sizes}, expected positive lengths up to at least the longest row, {longest}")

@@ -1,4 +1,4 @@
-"""A row becomes text: what the model is given, and which characters of it the model has to produce."""
+"""From rows to text: the prompt, and the characters that the model learns to produce."""
 
 import enum
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ import jinja2
 
 from neuroada_jax.errors import UserError
 
-EXPECTED_COLUMNS = "'messages', or 'prompt' and 'completion', or 'instruction' and 'output' (and perhaps 'input')"
+EXPECTED_FIELDS = "'messages', or 'prompt' and 'completion', or 'instruction' and 'output' (and perhaps 'input')"
 
 ALPACA_NO_INPUT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request."
@@ -22,14 +22,17 @@ ALPACA_WITH_INPUT = (
 
 
 class PromptStyle(enum.StrEnum):
-    """How instruction and prompt/completion rows become prompts; `messages` rows use the chat template in any style.
+    """How instruction and prompt/completion rows become prompts.
 
-    A prompt/completion row is read as an instruction without input, so `verbatim` is the style that leaves it alone.
+    Rows with `messages` use the chat template in any style. A prompt/completion row is read as an instruction without
+    input, so `verbatim` leaves its prompt unchanged.
 
-    plain: instruction, a newline and the input if there is one, a newline (NeuroAda's and LoReFT's commonsense prompt).
-    alpaca: the Stanford Alpaca templates, with or without input.
-    chat: the tokenizer's chat template around one user and one assistant message.
-    verbatim: the prompt as it is in the row (instruction, and newline and input if there is one).
+    Attributes:
+      PLAIN: the instruction, a newline and the input if there is one, a newline (the commonsense prompt of NeuroAda and
+        LoReFT).
+      ALPACA: the Stanford Alpaca templates, with or without input.
+      CHAT: the tokenizer's chat template with one user and one assistant message.
+      VERBATIM: the prompt as in the row (the instruction, and a newline and the input if there is one).
     """
 
     PLAIN = "plain"
@@ -43,10 +46,12 @@ class PromptStyle(enum.StrEnum):
 
 
 class Rendered(NamedTuple):
-    """A whole example as text.
+    """A complete example as text.
 
-    spans: [start, end) character ranges of the targets, ascending.
-    templated: the text came from a chat template, so its special tokens are already written out in it.
+    Attributes:
+      text: prompt and completion.
+      spans: [start, end) character ranges to learn, ascending.
+      templated: whether the text came from a chat template, which has written its special tokens already.
     """
 
     text: str
@@ -55,12 +60,18 @@ class Rendered(NamedTuple):
 
 
 def render_prompt(row: Mapping, style: PromptStyle | str, tokenizer: Any, where: str = "row") -> str:
-    """The text a model is given to generate from; the target columns need not be there.
+    """Return the text that a model continues. The row needs no completion.
 
-    A chat is given up to its last message if that is the assistant's, else whole, and then the opening of the
-    assistant's turn. where: how messages name the row, such as `Rows.where(i)`.
+    Of a chat that is every message, but for a last one of the assistant, and the opening of the assistant's turn.
 
-    Raises UserError: no known columns, a field missing or not a string, no chat template or one that fails.
+    Args:
+      row: with the fields of a chat, a prompt or an instruction.
+      style: prompt style.
+      tokenizer: for its chat template.
+      where: the row's place for messages, such as `Rows.where(i)`.
+
+    Raises:
+      UserError: no known fields, a field that is missing or not a string, no chat template, or one that fails.
     """
     if "messages" in row:
         messages = _messages(row, where)
@@ -72,26 +83,31 @@ def render_prompt(row: Mapping, style: PromptStyle | str, tokenizer: Any, where:
 
 
 def is_templated(row: Mapping, style: PromptStyle | str) -> bool:
-    """True if the row's text comes from the tokenizer's chat template."""
+    """Return whether the row's text comes from the tokenizer's chat template."""
     return "messages" in row or PromptStyle(style) is PromptStyle.CHAT
 
 
 def render_example(row: Mapping, style: PromptStyle | str, tokenizer: Any, where: str = "row") -> Rendered:
-    """Prompt and target as one text. Raises UserError as `render_prompt` does, and for missing targets."""
+    """Return prompt and completion as one text.
+
+    Raises:
+      UserError: as `render_prompt`, and for a missing completion.
+    """
     if "messages" in row:
         return _render_chat(tokenizer, _messages(row, where), where)
     prompt = _prompt(row, style, where)
-    target = _string(row, "output" if _is_instruction(row) else "completion", where)
+    completion = _string(row, "output" if _is_instruction(row) else "completion", where)
     if PromptStyle(style) is PromptStyle.CHAT:
-        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": target}]
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
         return _render_chat(tokenizer, turns, where)
-    return Rendered(prompt + target, [(len(prompt), len(prompt) + len(target))], False)
+    return Rendered(prompt + completion, [(len(prompt), len(prompt) + len(completion))], False)
 
 
 def _render_chat(tokenizer: Any, messages: list[dict], where: str) -> Rendered:
-    """Assistant turn i lies between the chat before it, opened for the assistant, and the chat including it.
+    """Render a chat and find its assistant turns.
 
-    White space that the template puts after the end-of-turn token belongs to the layout and is no target.
+    Turn i lies between the end of the chat before it, with the assistant's turn opened, and the end of the chat with it.
+    White space that the template writes after the end-of-turn token is layout and not learnt.
     """
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:
@@ -105,7 +121,7 @@ def _render_chat(tokenizer: Any, messages: list[dict], where: str) -> Rendered:
         if not (upto.startswith(before) and text.startswith(upto)):
             raise UserError(
                 f"{where}: the tokenizer's chat template is not prefix-stable (it writes message {i} differently once "
-                "later text follows), so the assistant's tokens cannot be told apart; use another template or style"
+                "later text follows), so the assistant's tokens cannot be found; use another template or style"
             )
         spans.append((len(before), max(len(before), len(upto.rstrip()))))
     return Rendered(text, spans, True)
@@ -129,18 +145,18 @@ def _is_instruction(row: Mapping) -> bool:
 
 
 def _prompt(row: Mapping, style: PromptStyle | str, where: str) -> str:
-    """The prompt text; for the chat style, the user's message."""
+    """Return the prompt text; for the chat style, the user's message."""
     if _is_instruction(row):
         instruction = _string(row, "instruction", where)
-        # `datasets` writes a column that a row lacks as null.
+        # `datasets` stores a field that a row lacks as null.
         extra = "" if row.get("input") is None else _string(row, "input", where)
     elif "prompt" in row:
         instruction, extra = _string(row, "prompt", where), ""
     else:
-        raise UserError(f"{where}: found columns {_columns(row)}; expected {EXPECTED_COLUMNS}")
+        raise UserError(f"{where}: found fields {_fields(row)}; expected {EXPECTED_FIELDS}")
     style = PromptStyle(style)
     if style is PromptStyle.ALPACA:
-        # replace, not format: nothing in the row's own text is a placeholder
+        # replace, not format: braces in the row's own text are no placeholders
         template = ALPACA_WITH_INPUT if extra else ALPACA_NO_INPUT
         head, tail = template.split("{instruction}")
         return head + instruction + tail.replace("{input}", extra)
@@ -150,7 +166,7 @@ def _prompt(row: Mapping, style: PromptStyle | str, where: str) -> str:
 
 def _string(row: Mapping, field: str, where: str) -> str:
     if field not in row:
-        raise UserError(f"{where}: no field {field!r}, found columns {_columns(row)}; expected {EXPECTED_COLUMNS}")
+        raise UserError(f"{where}: no field {field!r}, found fields {_fields(row)}; expected {EXPECTED_FIELDS}")
     if not isinstance(row[field], str):
         raise UserError(f"{where}: field {field!r} is {_kind(row[field])}, expected a string")
     return row[field]
@@ -169,12 +185,12 @@ def _messages(row: Mapping, where: str) -> list[dict]:
                 found = _kind(message[field]) if field in message else "missing"
                 raise UserError(f"{where}: messages[{i}].{field} is {found}, expected a string")
     if messages[0]["role"] == "assistant":
-        # Nothing to render before it: chat templates are not defined for a chat of no messages.
+        # Its prompt would be a chat without messages, for which chat templates are not defined.
         raise UserError(f"{where}: messages[0].role is 'assistant', expected a system or user message first")
     return messages
 
 
-def _columns(row: Mapping) -> str:
+def _fields(row: Mapping) -> str:
     return ", ".join(map(str, row)) or "none"
 
 

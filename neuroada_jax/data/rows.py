@@ -1,4 +1,4 @@
-"""Reading rows: a file, a directory or a hub name becomes a list of dicts that knows where each row came from."""
+"""Reading rows from a file, a directory or the hub, with the place that each row came from."""
 
 import gzip
 import json
@@ -15,8 +15,8 @@ from neuroada_jax.files import read_json
 JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
 SUFFIXES = (*JSON_SUFFIXES, ".parquet")
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
-# File names that hold one of these words belong to that split; what holds none of them serves as "train". Names with
-# words of two splits, such as dev1000_from_train, belong to none: they are read only where a split of another name fits.
+# A file whose name has one of these words belongs to that split, and one that has none of them to "train". A name with
+# words of two splits, such as dev1000_from_train, belongs to neither: it is read only for a split of another name.
 SPLIT_WORDS = {
     "train": {"train", "training"},
     "validation": {"validation", "valid", "val", "dev"},
@@ -28,9 +28,10 @@ SPLIT_WORDS = {
 class Rows:
     """Rows in file order.
 
-    rows: one dict a row, values as the file has them (checked when they are rendered, not here).
-    source: what the user named, for messages.
-    places: one (file, number) a row; the number is a line for JSON and a row for everything else.
+    Attributes:
+      rows: one dict a row, with the values of the file (checked when they are rendered, not here).
+      source: the name that the user gave, for messages.
+      places: (file, number) of each row; the number is a line for JSON and a row for other formats.
     """
 
     rows: list[dict]
@@ -41,7 +42,7 @@ class Rows:
         return len(self.rows)
 
     def where(self, index: int) -> str:
-        """'file:line' of a row, or 'file: row 3' (counted from 0) for sources without lines."""
+        """Return the place of a row: 'file:line', or 'file: row 3' (counted from 0) for sources without lines."""
         file, number = self.places[index]
         return f"{file}:{number}" if file.lower().endswith(JSON_SUFFIXES) else f"{file}: row {number}"
 
@@ -52,22 +53,24 @@ class Rows:
 
 
 def rows_from_list(rows: list[dict], source: str = "rows") -> Rows:
-    """Wrap rows that are already in memory; messages then say '<source>: row <index>'."""
+    """Wrap rows that are in memory; messages name them '<source>: row <index>'."""
     return Rows(rows, source, [(source, index) for index in range(len(rows))])
 
 
 def load_rows(source: str, split: str = "train", limit: int | None = None) -> Rows:
-    """Read the first `limit` rows (all if None) of `source`.
+    """Read rows.
 
-    source: a .json (list of objects, or JSON lines), .jsonl or .parquet file, the JSON kinds also with .gz; a directory
-    written by `datasets` (`save_to_disk`) or one that holds such files; or a hub name such as `tatsu-lab/alpaca`, with a
-    colon before the name of one of its configurations: `nyu-mll/glue:mrpc`.
-    split: chooses the split of a hub name, of a saved DatasetDict, and the files of a directory whose names hold the
-    split's name (files that name no split count as "train", and files that name two as neither). A single file has no
-    splits: it is read whatever it says.
+    Args:
+      source: a .json (list of objects, or JSON lines), .jsonl or .parquet file, JSON also with .gz; a directory written by
+        `datasets` (`save_to_disk`), or one with such files; or a hub name such as `tatsu-lab/alpaca`, with a colon before
+        the name of a configuration: `nyu-mll/glue:mrpc`.
+      split: the split of a hub name or of a saved DatasetDict; of a directory, the files whose names have the split's name
+        (files that name no split are "train", files that name two are neither). A single file is read whatever the split.
+      limit: the most rows to read, from the first; None for all.
 
-    Raises UserError: nothing there, unknown kind of file, unknown split or one that is two sets (MNLI's validation), no
-    rows, not JSON, a row that is no object.
+    Raises:
+      UserError: nothing there, an unknown kind of file, an unknown split or one that is two sets (MNLI's validation), no
+        rows, not JSON, or a row that is no object.
     """
     source = str(source)
     if limit is not None and limit < 1:
@@ -120,7 +123,7 @@ def _files_of(directory: Path, split: str) -> list[Path]:
 
 
 def _of_split(files: list[Path], split: str) -> list[Path]:
-    """Those of the files that belong to a split, or whose names hold all words of one that is not in SPLIT_WORDS."""
+    """Return the files of a split; for a split that is not in SPLIT_WORDS, those whose names have all its words."""
     if split not in SPLIT_WORDS:
         asked = set(re.findall(r"[a-z0-9]+", split.lower()))
         return [file for file in files if asked <= _words(file.name)]
@@ -130,13 +133,13 @@ def _of_split(files: list[Path], split: str) -> list[Path]:
 
 
 def _words(name: str) -> set[str]:
-    """The words of a file's name, with and without a number at their end."""
+    """Return the words of a file's name, each with and without the digits at its end."""
     words = re.findall(r"[a-z0-9]+", name.lower())
     return {*words, *(word.rstrip("0123456789") for word in words)}
 
 
 def has_split(directory: Path, split: str) -> bool:
-    """Whether a directory has rows of a split, as far as its files' names say."""
+    """Return whether a directory has rows of a split, judged by the names of its files."""
     if not directory.is_dir():
         return False
     if (directory / "dataset_dict.json").exists():
@@ -145,7 +148,7 @@ def has_split(directory: Path, split: str) -> bool:
 
 
 def _read_file(path: Path, limit: int | None) -> Iterator[tuple[str, int, dict]]:
-    """Yields (file, line or row number, row)."""
+    """Yield (file, line or row number, row)."""
     name = path.name.lower()
     try:
         if name.endswith(".parquet"):
@@ -163,7 +166,7 @@ def _read_file(path: Path, limit: int | None) -> Iterator[tuple[str, int, dict]]
 
 
 def _open(path: Path) -> Any:
-    # Bytes, not text: only "\n" ends a line, and a line that is not UTF-8 can be named.
+    # Bytes, not text: only "\n" ends a line, and an error can name the line that is not UTF-8.
     return gzip.open(path, "rb") if path.name.lower().endswith(".gz") else open(path, "rb")
 
 
@@ -200,7 +203,7 @@ def _read_json(path: Path) -> Iterator[tuple[str, int, dict]]:
 
 
 def _read_json_list(path: Path, text: str) -> Iterator[tuple[str, int, dict]]:
-    """One item at a time, because `json.loads` of the whole text forgets which line an item stood on."""
+    """Decode one item at a time, since `json.loads` of the complete text does not report the line of an item."""
     decoder = json.JSONDecoder()
     at = _past_space(text, text.index("[") + 1)
     line, counted = 1, 0
@@ -272,7 +275,7 @@ def _load_from_disk(source: str, split: str) -> Any:
 
     try:
         dataset = datasets.load_from_disk(source)
-    except Exception as error:  # whatever Arrow, JSON or the file system says about a damaged directory
+    except Exception as error:  # of Arrow, JSON or the file system, for a damaged directory
         raise UserError(f"{source}: not a directory saved by datasets ({_first_line(error)})") from error
     if not isinstance(dataset, datasets.DatasetDict):
         return dataset
@@ -286,7 +289,7 @@ def _load_from_hub(source: str, split: str) -> Any:
 
     try:
         return datasets.load_dataset(*source.split(":"), split=split)
-    except Exception as error:  # no such set, no such split, no network: each has its own exception type
+    except Exception as error:  # an unknown data set, an unknown split and no network raise different types
         raise UserError(
             f"{source}: no such file or directory, and as a hub data set it cannot be loaded ({_first_line(error)})"
         ) from error

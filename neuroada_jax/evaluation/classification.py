@@ -69,8 +69,8 @@ class ClassificationScorer:
         """
         examples = encode(rows, task, tokenizer, max_length)
         classes = label_classes(base_model, task)
-        if examples.cut:
-            console.say(f"{rows.source}: {examples.cut} of {len(rows)} examples truncated to {max_length} tokens")
+        if examples.truncated:
+            console.say(f"{rows.source}: {examples.truncated} of {len(rows)} examples truncated to {max_length} tokens")
         return cls(rows, task, examples, classes, batch_size)
 
     def score(self, base_model: OpenedModel, params: Tree, on_progress: Progress | None = None) -> Score:

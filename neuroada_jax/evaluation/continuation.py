@@ -155,7 +155,7 @@ def _check_rows(rows: Rows, task: Task, method: str) -> Rows:
     converted = convert(rows, task)
     for i, row in enumerate(converted.rows):
         if not isinstance(row["answer"], str):
-            raise UserError(f"{converted.where(i)}: no answer to compare with (columns {', '.join(rows.rows[i])})")
+            raise UserError(f"{converted.where(i)}: no answer to compare with (fields {', '.join(rows.rows[i])})")
     return converted
 
 
@@ -169,10 +169,10 @@ def _candidates(
 ) -> list[list[Example]]:
     """Return every row with each of its answers as its completion."""
     pairs = [(row, each) for row, own in zip(rows.rows, answers, strict=True) for each in own]
-    candidates = [{**row, "output": task.target(each)} for row, each in pairs]
+    candidates = [{**row, "output": task.completion(each)} for row, each in pairs]
     positions = base_model.model.config.max_positions
     examples = encode(rows_from_list(candidates, rows.source), style, tokenizer, positions)
-    if examples.cut or examples.dropped:  # part of an answer would be compared with another answer in full
+    if examples.truncated or examples.dropped:  # part of an answer would be compared with another answer in full
         raise UserError(f"{rows.source}: a prompt is longer than the model's {positions} positions")
     numbers = iter(range(len(candidates)))
     return [[examples.example(next(numbers)) for _ in own] for own in answers]

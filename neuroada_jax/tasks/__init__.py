@@ -1,4 +1,4 @@
-"""The tasks by name: how a row becomes prompt and target, and how a generation becomes an answer."""
+"""The tasks by name: how a row becomes a prompt and a completion, and how a generation becomes an answer."""
 
 import difflib
 from typing import Any
@@ -11,8 +11,8 @@ from neuroada_jax.tasks.task import Source, Task
 
 __all__ = ["GLUE", "SUITES", "TASKS", "GlueTask", "Source", "Task", "listing", "read_rows", "unknown"]
 
-# What a decoder is trained for; GLUE is what an encoder is trained for, and sst2 is in both.
-# commonsense and arithmetic read the training rows that their suites share.
+# Tasks of decoders. Those of encoders are in GLUE; sst2 is in both.
+# The tasks "commonsense" and "arithmetic" read the training rows that their suites share.
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
@@ -25,7 +25,7 @@ TASKS: dict[str, Task] = {
         *arithmetic.TASKS,
     )
 }
-# What is published as one table, in its order.
+# Tasks that are published in one table, in its order.
 SUITES: dict[str, tuple[str, ...]] = {
     module.SUITE: tuple(task.name for task in module.TASKS) for module in (commonsense, arithmetic)
 }
@@ -48,14 +48,14 @@ def read_rows(task: Task | GlueTask, data: str | None, split: str | None = None,
 
 
 def unknown(name: str) -> str:
-    """What is wrong with a name that no task has: the nearest one that there is, and all of them."""
+    """Return the error message for a name that no task has, with the nearest name and all names."""
     known = list(TASKS | GLUE)
     near = "".join(f"did you mean {each!r}? " for each in difflib.get_close_matches(name, known, n=1))
     return f"unknown task {name!r}; {near}known: {', '.join(known)}"
 
 
 def listing() -> list[dict[str, Any]]:
-    """A dict for every task: its name, suite, metric, prompt style, longest generation and where its rows may be."""
+    """Return a dict for every task: name, suite, metric, prompt style, longest generation and sources of rows."""
     decoders = [
         {
             "task": task.name,

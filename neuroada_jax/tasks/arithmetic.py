@@ -1,9 +1,9 @@
-"""The seven arithmetic tasks, as LLM-Adapters puts them and LoReFT and NeuroAda score them.
+"""The seven arithmetic tasks, prompted as in LLM-Adapters and scored as by LoReFT and NeuroAda.
 
-The model is trained to write a chain of thought that ends in the answer. By the published rule the last number in it
-counts, right within 0.001; of AQuA's options, the first capital letter A to E anywhere in the text. That second rule is
-weak: of the 713 rationales with a letter in math_10k, it finds the right one in 371. So AQuA is also scored by what the
-text calls its answer, which finds 680.
+The model learns to write a chain of thought that ends in the answer. By the published rule the answer is the last number
+in it, right within 0.001; for AQuA, the first capital letter A to E anywhere in the text. That second rule is weak: of the
+713 rationales with a letter in math_10k, it finds the right one in 371. AQuA is therefore also scored by the letter that
+the text states as its answer, which is right in 680.
 """
 
 import functools
@@ -26,18 +26,18 @@ _LISTED = re.compile(r"(?<![A-Za-z])([A-E])\)")
 
 
 def last_number(text: str) -> str:
-    """The last number in a text, commas left out; "" where there is none."""
+    """Return the last number in a text, without commas; "" where there is none."""
     found = _NUMBER.findall(text.replace(",", ""))
     return found[-1] if found else ""
 
 
 def first_letter(text: str) -> str:
-    """The first capital A to E anywhere in a text, be it part of a word; "" where there is none."""
+    """Return the first capital A to E in a text, even as part of a word; "" where there is none."""
     return next((letter for letter in text if letter in LETTERS), "")
 
 
 def stated_letter(text: str) -> str:
-    """The last letter that a text calls its answer, option or choice, or else the last "C)"; "" where there is none."""
+    """Return the last letter that a text states as its answer, option or choice, else the last like "C)", else ""."""
     found = _STATED.findall(text) or _LISTED.findall(text)
     return found[-1] if found else ""
 
@@ -56,19 +56,19 @@ def _same(found: str, answer: str) -> bool:
 
 def _is_number(answer: str) -> bool:
     try:
-        return float(answer) - float(answer) == 0  # not so for infinities and NaN
+        return float(answer) - float(answer) == 0  # false for infinities and NaN
     except ValueError:
         return False
 
 
 def _gsm8k(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of openai/gsm8k: the answer stands behind "####"."""
+    """Convert a row of openai/gsm8k, whose answer follows "####"."""
     rationale, _, answer = row["answer"].rpartition("####")
     return {"instruction": row["question"], "output": rationale, "answer": answer.strip().replace(",", "")}
 
 
 def _aqua(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of deepmind/aqua_rat: options are "A)21" and so on."""
+    """Convert a row of deepmind/aqua_rat, whose options are "A)21" and so on."""
     options = " ".join("({}) {}".format(*option.split(")", 1)) for option in row["options"])
     question = f"{row['question']} Answer Choices: {options}"
     return {"instruction": question, "output": row["rationale"], "answer": row["correct"]}
@@ -78,18 +78,18 @@ _ORIGINALS = {"gsm8k": (("question", "answer"), _gsm8k), "aqua": (("question", "
 
 
 def _convert(name: str, row: Mapping[str, Any], where: str) -> dict[str, Any]:
-    columns, rewritten = _ORIGINALS.get(name, ((), None))
-    if rewritten and "instruction" not in row and all(column in row for column in columns):
+    fields, rewritten = _ORIGINALS.get(name, ((), None))
+    if rewritten and "instruction" not in row and all(field in row for field in fields):
         try:
             row = rewritten(row)
         except (AttributeError, IndexError, TypeError) as error:
             raise UserError(f"{where}: not a row of {name!r} as the hub has it ({error})") from error
-    instruction, output, answer = (row.get(column) for column in ("instruction", "output", "answer"))
+    instruction, output, answer = (row.get(field) for field in ("instruction", "output", "answer"))
     if not isinstance(instruction, str) or answer is None or not isinstance(output, str | None):
-        also = f" (or {', '.join(columns)}, as on the hub)" if columns else ""
+        also = f" (or {', '.join(fields)}, as on the hub)" if fields else ""
         raise UserError(
-            f"{where}: task {name!r} needs a text column instruction and a column answer{also}, and to train on them a "
-            f"text column output, found {', '.join(row)}"
+            f"{where}: task {name!r} needs a text field instruction and a field answer{also}, and to train on them a "
+            f"text field output, found {', '.join(row)}"
         )
     if isinstance(answer, int | float) and not isinstance(answer, bool):
         answer = str(answer)

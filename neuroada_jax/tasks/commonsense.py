@@ -1,7 +1,7 @@
-"""The eight commonsense tasks, as LLM-Adapters puts them and LoReFT and NeuroAda score them.
+"""The eight commonsense tasks, prompted as in LLM-Adapters and scored as by LoReFT and NeuroAda.
 
-Rows are either LLM-Adapters' own (instruction, answer) or those of the benchmark on the hub, which are put into the same
-words here. The model is trained to say "the correct answer is <answer>"; what follows these words is compared exactly.
+Rows are either LLM-Adapters' own (instruction, answer) or those of the benchmark on the hub, which are converted to the
+same wording. The model learns to write "the correct answer is <answer>"; the text after these words is compared exactly.
 """
 
 import functools
@@ -17,9 +17,9 @@ SUITE = "commonsense"
 
 
 class _Original(NamedTuple):
-    """Rows as the benchmark has them: their columns, and what makes (instruction, answer) of one."""
+    """The format of the benchmark's own rows: their fields, and the function from a row to (instruction, answer)."""
 
-    columns: tuple[str, ...]
+    fields: tuple[str, ...]
     render: Callable[[Mapping[str, Any]], tuple[str, str]]
 
 
@@ -27,16 +27,16 @@ def _convert(
     name: str, choices: tuple[str, ...], original: _Original | None, row: Mapping[str, Any], where: str
 ) -> dict[str, Any]:
     instruction, answer = row.get("instruction"), row.get("answer")
-    if original and "instruction" not in row and all(column in row for column in original.columns):
+    if original and "instruction" not in row and all(field in row for field in original.fields):
         try:
             instruction, answer = original.render(row)
         except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise UserError(f"{where}: not a row of {name!r} as the hub has it ({reason})") from error
     if not isinstance(instruction, str) or not isinstance(answer, str):
-        also = f" (or {', '.join(original.columns)}, as on the hub)" if original else ""
+        also = f" (or {', '.join(original.fields)}, as on the hub)" if original else ""
         found = ", ".join(row)
-        raise UserError(f"{where}: task {name!r} needs the text columns instruction and answer{also}, found {found}")
+        raise UserError(f"{where}: task {name!r} needs the text fields instruction and answer{also}, found {found}")
     if choices and answer.strip() not in choices:
         raise UserError(f"{where}: answer {answer!r}, expected one of task {name!r}: {', '.join(choices)}")
     converted = {"instruction": instruction, "output": TRIGGER + answer, "answer": answer}
@@ -44,7 +44,7 @@ def _convert(
 
 
 def _named(instruction: str, answer: str, choices: tuple[str, ...]) -> tuple[str, ...]:
-    """The answers that an instruction names at its end: ARC's questions have three, four or five. Else the task's."""
+    """Return the answers that an instruction lists at its end (ARC's questions have three to five), else the task's."""
     named = tuple(instruction.rpartition("Answer format: ")[2].strip().split("/"))
     return named if answer in named and set(named) <= set(choices) else choices
 
@@ -58,7 +58,7 @@ def _task(
         functools.partial(_convert, name, choices, original),
         after_trigger,
         choices=choices,
-        target=lambda answer: TRIGGER + answer,
+        completion=lambda answer: TRIGGER + answer,
         suite=SUITE,
         sources=sources,
     )
@@ -71,7 +71,7 @@ def _labels(word: str, count: int) -> tuple[str, ...]:
 def _choose(
     kind: str, task: str, question: str, options: list[str], right: int, gap: str = " ", end: str = "\n\n"
 ) -> tuple[str, str]:
-    """(instruction, answer) of a question with numbered options; `right` counts from 0."""
+    """Return (instruction, answer) of a question with numbered options; `right` counts from 0."""
     labels = _labels(kind, len(options))
     listed = gap.join(f"{label.capitalize()}: {option}" for label, option in zip(labels, options, strict=True))
     instruction = f"Please choose the correct {task}: {question}\n\n{listed}{end}Answer format: {'/'.join(labels)}"
@@ -107,7 +107,7 @@ def _winogrande(row: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _exam(question: str, row: Mapping[str, Any]) -> tuple[str, str]:
-    """ARC and OpenBookQA: the options are called A, B, ... or 1, 2, ..."""
+    """Convert a row of ARC or OpenBookQA, whose options are named A, B, ... or 1, 2, ..."""
     right = row["choices"]["label"].index(row["answerKey"])
     return _choose("answer", "answer to the question", row[question], row["choices"]["text"], right)
 

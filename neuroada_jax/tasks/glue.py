@@ -1,8 +1,8 @@
-"""GLUE: eight tasks that an encoder with a head is trained for, one model each.
+"""GLUE: eight tasks for an encoder with a classifier, one model each.
 
-Columns, labels and metrics are those of the benchmark (gluebenchmark.com), as the hub's `nyu-mll/glue` has them. MRPC and
-QQP are selected by accuracy and STS-B by Pearson's coefficient, as in the published NeuroAda code; the benchmark's second
-figure, F1 or Spearman's, stands beside it.
+Fields, labels and metrics are those of the benchmark (gluebenchmark.com), as in the hub's `nyu-mll/glue`. The epoch is
+chosen by accuracy for MRPC and QQP and by Pearson's coefficient for STS-B, as in the published NeuroAda code; the
+benchmark's second metric, F1 or Spearman's coefficient, is reported beside it.
 """
 
 import math
@@ -19,13 +19,13 @@ HIGHEST_SIMILARITY = 5.0  # STS-B's labels are numbers from 0 to this
 
 
 class GlueTask(NamedTuple):
-    """A task on texts with labels.
+    """A task on labelled texts.
 
     Attributes:
-      name: how configs call it, and its config on the hub.
-      texts: the columns of the one text, or of the pair.
-      labels: the classes in the order of their ids; one name where the label is a number.
-      metric: what an epoch is chosen by, one of `metrics.METRICS`.
+      name: its name in configs, and its configuration on the hub.
+      texts: the fields of the text, or of the pair of texts.
+      labels: the names of the labels in the order of their ids; a single name means regression.
+      metric: the metric that chooses the epoch, one of `metrics.METRICS`.
       beside: further metrics that are reported.
       validation: the hub's split with the dev set.
     """
@@ -44,24 +44,24 @@ class GlueTask(NamedTuple):
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        """Where its dev set may be, the best first."""
+        """Where its dev set may be, best first."""
         return Source(f"data/glue/{self.name}", "validation"), Source(f"{HUB}:{self.name}", self.validation)
 
     def source(self) -> Source:
-        """The first of the sources that has its split here, by the hub's name of it or the plain one, or else the hub's."""
+        """Return the local source, with the name of its split, where it has the dev set; else the hub's."""
         here, hub = self.sources
         found = [split for split in (hub.split, here.split) if rows.has_split(Path(here.data), split)]
         return Source(here.data, found[0]) if found else hub
 
     def convert(self, row: Mapping[str, Any], where: str) -> tuple[tuple[str, ...], int | float]:
-        """(the texts, the label) of a row.
+        """Return (the texts, the label) of a row.
 
         Raises:
-          UserError: a column that is missing or holds something else, or a label that the task has not; names the place.
+          UserError: a field that is missing or no text, or a label that the task lacks; names the place.
         """
-        if not all(isinstance(row.get(column), str) for column in self.texts) or "label" not in row:
+        if not all(isinstance(row.get(field), str) for field in self.texts) or "label" not in row:
             raise UserError(
-                f"{where}: task {self.name!r} needs the text columns {', '.join(self.texts)} and a column label, "
+                f"{where}: task {self.name!r} needs the text fields {', '.join(self.texts)} and a field label, "
                 f"found {', '.join(row)}"
             )
         label = row["label"]
@@ -72,7 +72,7 @@ class GlueTask(NamedTuple):
         elif not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < len(self.labels):
             known = ", ".join(f"{number} ({name})" for number, name in enumerate(self.labels))
             raise UserError(f"{where}: label {label!r}, expected one of task {self.name!r}: {known}")
-        return tuple(row[column] for column in self.texts), label
+        return tuple(row[field] for field in self.texts), label
 
 
 def _is_number(value: Any) -> bool:

@@ -1,16 +1,16 @@
-"""Which questions of a test set are also among the training rows, in the same words."""
+"""Overlap between test and training rows: questions that occur in both in the same words."""
 
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-# Of the published test sets, how many questions are in LLM-Adapters' math_10k too, and of how many.
+# Published test sets: (questions that are also in LLM-Adapters' math_10k, all questions).
 IN_MATH_10K = {"multiarith": (569, 600), "addsub": (331, 395), "singleeq": (449, 508), "mawps": (169, 238)}
 _OTHER = re.compile(r"[^a-z0-9]+")
 
 
 def question(row: Mapping[str, Any]) -> str:
-    """What a converted row asks, in lower-case letters and digits alone: equal for the same words."""
+    """Return the question of a converted row, reduced to lower-case letters and digits: equal for the same words."""
     if isinstance(row.get("messages"), list):
         turns = [message for message in row["messages"] if isinstance(message, Mapping)]
         asked = [turn.get("content") for turn in turns if turn.get("role") == "user"]
@@ -22,14 +22,14 @@ def question(row: Mapping[str, Any]) -> str:
 
 
 def questions(rows: Iterable[Mapping[str, Any]]) -> frozenset[str]:
-    """The questions of all rows that ask any."""
+    """Return the questions of the rows, without empty ones."""
     return frozenset(map(question, rows)) - {""}
 
 
 def known(task: str) -> str | None:
-    """What a reader has to know of a figure of that task where the training rows are not given."""
+    """Return the known overlap of a task with math_10k as a note for its score; None where there is none."""
     if task not in IN_MATH_10K:
         return None
     count, total = IN_MATH_10K[task]
     share = f"{count} of the {total} published questions ({100 * count / total:.0f} %)"
-    return f"{task}: {share} are also in math_10k; for a model that was trained on it, --trained-on FILE tells them apart"
+    return f"{task}: {share} are also in math_10k; for a model that was trained on it, --trained-on FILE scores them apart"

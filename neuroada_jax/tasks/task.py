@@ -1,4 +1,4 @@
-"""What a task is."""
+"""Tasks on rows of text, and where their rows are."""
 
 import operator
 from collections.abc import Callable, Mapping
@@ -10,7 +10,7 @@ from neuroada_jax.errors import UserError
 
 
 class Source(NamedTuple):
-    """Where rows are: a file below the working directory or a hub name, and the split of the latter."""
+    """A file or directory below the working directory, or a hub name, and the split to read."""
 
     data: str
     split: str = "test"
@@ -20,19 +20,19 @@ class Task(NamedTuple):
     """A task on rows of text.
 
     Attributes:
-      name: how configs call it.
-      style: the prompt style where the config does not name one.
-      convert: (row, where) -> a chat, prompt/completion or instruction row with an `answer` column, and with `choices`
-        where it names the answers there are; raises UserError for rows that do not fit.
-      extract: (generated text, right answer) -> the answer in the text, "" where there is none. The right answer only says
-        of what kind to look for one.
-      matches: (extracted answer, right answer) -> whether they are the same; "" never is.
+      name: its name in configs.
+      style: default prompt style.
+      convert: (row, where) -> a chat, prompt/completion or instruction row with a field `answer`, and with `choices` where
+        the row has fewer answers than the task; raises UserError for rows that do not fit.
+      extract: (generated text, right answer) -> the answer in the text, or "". The right answer only tells which kind of
+        answer to look for.
+      matches: (extracted answer, right answer) -> whether they are the same; "" never matches.
       strict: a second rule like `extract`, where the published one is known to be weak; both are reported.
-      choices: the answers there are, where they are few and fixed: these can be scored by likelihood.
-      target: answer -> the text that the model is trained to produce, for `choices`.
-      max_new_tokens: the longest generation where the config does not say.
-      suite: the group that it is published with; its tasks share prompts.
-      sources: where its rows may be, the best first; see `source`.
+      choices: all possible answers, where they are few and fixed; these can be scored by likelihood.
+      completion: answer -> the text that the model learns to produce, for `choices`.
+      max_new_tokens: default for the longest generation.
+      suite: the group of tasks that it is published with; they share prompts.
+      sources: where its rows may be, best first; see `source`.
     """
 
     name: str
@@ -42,16 +42,16 @@ class Task(NamedTuple):
     matches: Callable[[str, str], bool] = operator.eq
     strict: Callable[[str, str], str] | None = None
     choices: tuple[str, ...] = ()
-    target: Callable[[str], str] = str
+    completion: Callable[[str], str] = str
     max_new_tokens: int = 32
     suite: str | None = None
     sources: tuple[Source, ...] = ()
 
     def source(self) -> Source:
-        """The first of the sources that is a file here, or else a hub name.
+        """Return the first source that is on the hub or exists as a file.
 
         Raises:
-          UserError: none is here and none is on the hub; names where they were looked for.
+          UserError: there is none; names the places that were tried.
         """
         for each in self.sources:
             if _is_hub_name(each.data) or Path(each.data).exists():
@@ -65,11 +65,11 @@ def _is_hub_name(data: str) -> bool:
 
 
 def published_sources(suite: str, folder: str, *hub: Source) -> tuple[Source, ...]:
-    """A test set as LLM-Adapters publishes it, cloned into data/; the same rows as one file; then the hub.
+    """Return the sources of a test set: LLM-Adapters cloned into data/, the same rows in one file, then the hub.
 
     Args:
       suite: folder below data/eval.
-      folder: in LLM-Adapters' dataset directory; also what the one file is called.
-      hub: names there, if any.
+      folder: folder in LLM-Adapters' dataset directory, and the name of the one file.
+      hub: sources on the hub, if any.
     """
     return (Source(f"data/LLM-Adapters/dataset/{folder}/test.json"), Source(f"data/eval/{suite}/{folder}.jsonl.gz"), *hub)

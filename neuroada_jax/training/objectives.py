@@ -106,8 +106,8 @@ class Continuation:
             examples = encode(rows, style, tokenizer, config.data.max_length, console.reporter(shown))
         console.say(
             f"{len(examples)} examples of {len(rows)} rows, {int(examples.lengths.sum())} tokens, "
-            f"{int(examples.label_counts.sum())} of them targets; {examples.cut} cut to {config.data.max_length} tokens, "
-            f"{examples.dropped} left out since nothing of their target was left"
+            f"{int(examples.label_counts.sum())} of them labels; {examples.truncated} truncated to "
+            f"{config.data.max_length} tokens, {examples.dropped} dropped since they lost all labels"
         )
         batches = Batches(
             examples,
@@ -196,7 +196,7 @@ class Classification:
             examples = classification.encode(rows, self._task, tokenizer, section.max_length, console.reporter(shown))
         console.say(
             f"{len(examples)} examples, {int(examples.lengths.sum())} tokens; "
-            f"{examples.cut} cut to {section.max_length} tokens"
+            f"{examples.truncated} truncated to {section.max_length} tokens"
         )
         if not self._task.is_regression:
             examples = dataclasses.replace(examples, labels=self._columns[examples.labels])

@@ -55,7 +55,7 @@ def results(
         "compiled_steps": len(done.shapes),
         "possible_steps": len(batches.shapes),
         "examples": len(batches.examples),
-        "cut": batches.examples.cut,
+        "cut": batches.examples.truncated,
         "dropped": batches.examples.dropped,
         "evaluation": {name: score(before.get(name), scored) for name, scored in after.items()},
         "mean": _mean(before, after),

@@ -119,24 +119,24 @@ def test_mixed_rows_keep_their_order():
     assert len(examples) == 4
 
 
-def test_cut_and_left_out_are_counted():
+def test_truncated_and_dropped_are_counted():
     rows = [{"prompt": "x" * n, "completion": "y" * m} for n, m in [(2, 3), (2, 9), (8, 1), (6, 2), (7, 0), (5, 1)]]
-    # With BOS and EOS: 7, 13, 11, 10, 9 and 8 tokens. At 8, rows 2 (targets at 9, 10) and 4 (at 8) lose every target.
+    # With BOS and EOS: 7, 13, 11, 10, 9 and 8 tokens. At 8, rows 2 (labels at 9, 10) and 4 (at 8) lose every label.
     tokenizer = byte_level()
     calls = []
     examples = encode(rows, "verbatim", tokenizer, 8, lambda done, total: calls.append((done, total)))
     assert examples.row_numbers.tolist() == [0, 1, 3, 5]
-    assert (examples.cut, examples.dropped) == (2, 2)
+    assert (examples.truncated, examples.dropped) == (2, 2)
     assert examples.lengths.tolist() == [7, 8, 8, 8]
     assert examples.lengths.dtype == np.int32
     assert examples.label_counts.tolist() == [4, 5, 1, 2]
     assert examples.label_counts.dtype == np.int32
     assert calls == [(6, 6)]
-    assert tokenizer.eos_token_id not in examples.example(1)[0]  # a cut target is not said to end
+    assert tokenizer.eos_token_id not in examples.example(1)[0]  # a truncated completion does not end
     message = message_of(encode, rows[2:3], "verbatim", tokenizer, 8)
-    assert "no example is left" in message
+    assert "has a completion token within max_length" in message
     assert "max_length 8" in message
-    assert "no example is left" in message_of(encode, [], "verbatim", tokenizer, 8)
+    assert "has a completion token within max_length" in message_of(encode, [], "verbatim", tokenizer, 8)
 
 
 @pytest.mark.skipif(not COMMONSENSE.exists(), reason=f"{COMMONSENSE} is not on this machine")
@@ -148,7 +148,7 @@ def test_commonsense_15k():
     assert some.rows == rows.rows[:1500]
     examples = encode(some, "plain", BYTES, 4096)
     assert len(examples) == 1500
-    assert examples.cut == examples.dropped == 0
+    assert examples.truncated == examples.dropped == 0
     for i in (0, 700, 1499):
         ids, is_label = examples.example(i)
         row = some.rows[i]

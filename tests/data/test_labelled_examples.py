@@ -21,7 +21,7 @@ def test_the_same_ids_as_the_tokenizer_itself(kind, max_length):
         ids, token_types = examples.example(number)
         assert ids.tolist() == want["input_ids"]
         assert token_types.tolist() == want.get("token_type_ids", [0] * len(ids))
-    assert examples.cut == (max_length == 12)
+    assert examples.truncated == (max_length == 12)
     assert examples.lengths.max() == (12 if max_length == 12 else 29 + (3 if kind == "bert" else 4))
     assert bool(examples.token_types.any()) is (kind == "bert")
     np.testing.assert_array_equal(examples.labels, LABELS)
@@ -36,7 +36,7 @@ def test_single_texts_and_progress():
 
 def test_a_tokenizer_without_padding_and_too_short_rows():
     message = message_of(encode_labelled, TEXTS, LABELS, BYTES, 10)
-    assert "has no padding token, expected one to fill batches with" in message
+    assert "has no padding token, expected one to pad batches with" in message
     assert message_of(encode_labelled, TEXTS, LABELS, sentence_pairs(), 4).startswith(
         "max_length: found 4, expected at least 5"
     )

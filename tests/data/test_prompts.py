@@ -63,8 +63,8 @@ def test_prompt_ids_have_one_bos_and_no_eos():
 @pytest.mark.parametrize(
     ("row", "says"),
     [
-        ({"text": "x", "id": 3}, ["found columns text, id", "'messages'", "'prompt'", "'instruction'"]),
-        ({}, ["found columns none"]),
+        ({"text": "x", "id": 3}, ["found fields text, id", "'messages'", "'prompt'", "'instruction'"]),
+        ({}, ["found fields none"]),
         ({"instruction": "x", "answer": "y"}, ["no field 'output'", "instruction, answer"]),
         ({"instruction": 3, "output": "y"}, ["field 'instruction' is a number"]),
         ({"instruction": "x", "output": None}, ["field 'output' is null"]),

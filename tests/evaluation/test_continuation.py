@@ -103,11 +103,11 @@ def test_rows_that_cannot_be_scored(base_model, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "c"}\n')
     message = message_of(score, base_model, load_rows(str(path)))
-    assert message == f"{path}:2: no answer to compare with (columns prompt)"
+    assert message == f"{path}:2: no answer to compare with (fields prompt)"
     message = message_of(score, base_model, [{"sentence": "s", "label": 2}], "sst2")
     assert message.startswith("rows: row 0: task 'sst2' needs") and message.endswith("and label 2")
     message = message_of(score, base_model, [{"instruction": "i"}], "commonsense")
-    assert message == "rows: row 0: task 'commonsense' needs the text columns instruction and answer, found instruction"
+    assert message == "rows: row 0: task 'commonsense' needs the text fields instruction and answer, found instruction"
     message = message_of(score, base_model, [{"prompt": "a", "completion": "b"}], method="choices")
     assert message == "evaluation method 'choices': task 'instruct' has no fixed answers; use 'generate'"
     for length in (58, 69, 90):  # the answer is cut, or nothing of it is left
@@ -122,7 +122,7 @@ def test_chat_rows_are_scored_against_the_last_assistant_turn(base_model):
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "answer"}]
     assert score(base_model, [{"messages": chat}]).predictions[0]["answer"] == "answer"
     message = message_of(score, base_model, [{"messages": chat[:1]}])
-    assert message == "rows: row 0: no answer to compare with (columns messages)"
+    assert message == "rows: row 0: no answer to compare with (fields messages)"
 
 
 def test_parts_by_a_second_rule_and_without_the_training_rows(base_model, monkeypatch):

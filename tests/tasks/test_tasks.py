@@ -145,7 +145,7 @@ def test_the_training_rows_of_a_suite_take_either_answer():
     scored = {"instruction": "i", "answer": "1"}  # without a rationale, which only training needs
     assert task.convert(scored, "here") == task.convert({**scored, "output": None}, "here") == scored
     assert message_of(render_example, task.convert(scored, "here"), task.style, None, "here").startswith(
-        "here: no field 'output', found columns instruction, answer; expected "
+        "here: no field 'output', found fields instruction, answer; expected "
     )
 
 
@@ -155,7 +155,7 @@ def test_the_training_rows_of_a_suite_take_either_answer():
         (
             "boolq",
             {"sentence": "s"},
-            "here: task 'boolq' needs the text columns instruction and answer (or question, answer, as on the hub), "
+            "here: task 'boolq' needs the text fields instruction and answer (or question, answer, as on the hub), "
             "found sentence",
         ),
         ("boolq", {"instruction": "i", "answer": "yes"}, "here: answer 'yes', expected one of task 'boolq': true, false"),
@@ -168,14 +168,14 @@ def test_the_training_rows_of_a_suite_take_either_answer():
         (
             "svamp",
             {"instruction": "i", "output": 3, "answer": "3"},
-            "here: task 'svamp' needs a text column instruction and a column answer, and to train on them a text column "
+            "here: task 'svamp' needs a text field instruction and a field answer, and to train on them a text field "
             "output, found instruction, output, answer",
         ),
         (
             "aqua",
             {"instruction": "i", "output": "o", "answer": None},
-            "here: task 'aqua' needs a text column instruction and a column answer (or question, options, rationale, "
-            "correct, as on the hub), and to train on them a text column output, found instruction, output, answer",
+            "here: task 'aqua' needs a text field instruction and a field answer (or question, options, rationale, "
+            "correct, as on the hub), and to train on them a text field output, found instruction, output, answer",
         ),
         ("svamp", {"instruction": "i", "answer": True}, "here: answer True, expected a text or a number (task 'svamp')"),
         ("svamp", {"instruction": "i", "answer": "1,50"}, "here: answer '1,50', expected a number (task 'svamp')"),
@@ -214,7 +214,7 @@ def test_the_training_rows_of_a_suite_take_either_answer():
             (
                 "sst2",
                 {"sentence": "s", "label": label},
-                "here: task 'sst2' needs a text column sentence and a label 0 or 1, found columns sentence, label and "
+                "here: task 'sst2' needs a text field sentence and a label 0 or 1, found fields sentence, label and "
                 f"label {label}",
             )
             for label in (1.0, True, 2)
@@ -222,7 +222,7 @@ def test_the_training_rows_of_a_suite_take_either_answer():
         (
             "alpaca",
             {"prompt": "p"},
-            "here: task 'alpaca' needs the text columns instruction and output (and perhaps input), found prompt",
+            "here: task 'alpaca' needs the text fields instruction and output (and perhaps input), found prompt",
         ),
     ],
 )
