@@ -1,5 +1,6 @@
 """The JAX side of the step benchmark: the library's own step, the frozen floor, and baselines on the same model."""
 
+import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -40,7 +41,7 @@ def load(source: str, dtype: str) -> LoadedModel:
     shapes, structure = jax.tree.flatten(model.abstract_params())
     keys = jax.random.split(jax.random.key(0), len(shapes))
     leaves = [_random(key, each.shape, each.dtype) for key, each in zip(keys, shapes, strict=True)]
-    return LoadedModel(model, jax.tree.unflatten(structure, leaves), {}, source, source)
+    return LoadedModel(model, source, source, {}, jax.tree.unflatten(structure, leaves))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -58,7 +59,7 @@ def gpu_memory() -> tuple[int, int]:
 
 def own(loaded: LoadedModel) -> LoadedModel:
     """Return the model with a copy of the weights, for a method that writes to them."""
-    return loaded._replace(params=jax.tree.map(jnp.copy, loaded.params))
+    return dataclasses.replace(loaded, params=jax.tree.map(jnp.copy, loaded.params))
 
 
 def methods(ks: Sequence[int], remats: Iterable[Remat]) -> list[Method]:
