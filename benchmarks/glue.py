@@ -99,12 +99,12 @@ def _content(job: Job, settings: argparse.Namespace, folder: str) -> dict[str, A
 def _ours(chosen: config.RunConfig) -> Row:
     began = time.perf_counter()
     results = run.train(chosen)
-    score, best = results["evaluation"][chosen.data.task], results["best_epoch"]
+    score, best = results["after"][chosen.data.task], results["best_epoch"]
     return {
         "trained": results["trainable"],
         "metric": score["metric"],
-        "value": score[f"{score['metric']}_after"],
-        "beside": {name: score[f"{name}_after"] for name in GLUE[chosen.data.task].beside},
+        "value": score["value"],
+        "beside": {name: score["beside"][name] for name in GLUE[chosen.data.task].beside},
         "n": score["n"],
         "choosing_value": best["value"],
         "best_epoch": best["epoch"],

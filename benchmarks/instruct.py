@@ -74,15 +74,15 @@ def _run(job: Job, file: str, settings: argparse.Namespace) -> Row:
         chosen = _settled(job, file, settings, folder)
         began = time.perf_counter()
         results = _ours(chosen) if sweep.is_ours(job["method"]) else _theirs(chosen, job, folder)
-        scores = results.pop("evaluation")
+        scores = results.pop("after")
         choosing = scores.pop("choosing")
-        values = {name: score["accuracy_after"] for name, score in scores.items()}
+        values = {name: score["value"] for name, score in scores.items()}
         return results | {
             "metric": "accuracy",
             "value": float(np.mean(list(values.values()))),
             "values": values,
             "n": sum(score["n"] for score in scores.values()),
-            "choosing_value": choosing["accuracy_after"],
+            "choosing_value": choosing["value"],
             "shape": [chosen.training.batch_size, chosen.data.max_length],
             "seconds": time.perf_counter() - began,
         }
@@ -122,7 +122,7 @@ def _settled(job: Job, file: str, settings: argparse.Namespace, folder: Path) ->
 
 def _ours(chosen: RunConfig) -> Row:
     results = run.train(chosen)
-    fields = ("trainable", "last_loss", "train_seconds", "evaluation")
+    fields = ("trainable", "last_loss", "train_seconds", "after")
     return {"trained": results["trainable"]} | {field: results[field] for field in fields[1:]}
 
 
@@ -157,7 +157,7 @@ def _theirs(chosen: RunConfig, job: Job, folder: Path) -> Row:
         "trained": sum(parameter.numel() for parameter in parameters),
         "last_loss": last_loss,
         "train_seconds": seconds,
-        "evaluation": {name: {"accuracy_after": score.value, "n": score.n} for name, score in scores.items()},
+        "after": {name: {"value": score.value, "n": score.n} for name, score in scores.items()},
     }
 
 

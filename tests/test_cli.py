@@ -93,9 +93,8 @@ def test_results(trained, inputs):
     assert 1 <= results["compiled_steps"] <= results["possible_steps"]
     assert results["tokens_per_second"] > 0 and results["backend"] == "cpu"
     assert results["name"] == "tiny" and results["directory"] == str(trained)
-    score = results["evaluation"]["held out"]
-    assert score["n"] == 6 and 0 <= score["accuracy_before"] <= 1 and len(score["interval_after"]) == 2
-    assert results["accuracy_after"] == score["accuracy_after"] and results["n"] == 6
+    before, after = (results[when]["held out"] for when in ("before", "after"))
+    assert after["n"] == 6 and 0 <= before["value"] <= 1 and len(after["interval"]) == 2
     assert results["versions"]["python"] == sys.version.split()[0]
 
 
@@ -107,7 +106,7 @@ def test_metrics_have_a_line_for_every_step(trained):
     rates = [0.02 * (1 - step / 7) for step in range(7)]
     assert [line["learning_rate"] for line in lines] == pytest.approx(rates, rel=1e-5)
     examples = encode(rows(trained), "verbatim", CHAT, 64)
-    assert sum(line["targets"] for line in lines[:6]) == examples.label_counts.sum()
+    assert sum(line["labels"] for line in lines[:6]) == examples.label_counts.sum()
     assert sum(line["tokens"] for line in lines[:6]) == examples.lengths.sum()
     assert all(line["gradient_norm"] > 0 for line in lines)
 
@@ -157,7 +156,7 @@ def test_overwrite_replaces_a_run_and_json_prints_its_results(tmp_path, inputs, 
     (out / "config.yaml").write_text("name: old\n")
     printed = one_object(neuroada("train", path, "--json", "--overwrite", "training.steps=2"))
     assert printed == json.loads((out / "results.json").read_text())
-    assert printed["steps"] == 2 and printed["evaluation"] == {} and "accuracy_after" not in printed
+    assert printed["steps"] == 2 and printed["after"] == printed["before"] == {}
     assert not (out / "merged").exists()
 
 
@@ -184,7 +183,7 @@ def test_a_packed_run_trains_on_every_example_once_an_epoch(tmp_path, inputs, ne
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     for first in range(0, 3 * steps, steps):
         epoch = lines[first : first + steps]
-        assert sum(line["targets"] for line in epoch) == examples.label_counts.sum()
+        assert sum(line["labels"] for line in epoch) == examples.label_counts.sum()
         assert sum(line["tokens"] for line in epoch) == examples.lengths.sum()
 
 
@@ -195,21 +194,22 @@ def test_evaluate(trained, inputs, neuroada, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where the generations go
     arguments = ["evaluate", "--model", inputs[0], "--data", inputs[1], "--limit", 6, "--max-new-tokens", 2]
     arguments += ["--style", "verbatim", "--trained-on", inputs[1]]
-    results = json.loads((trained / "results.json").read_text())["evaluation"]["held out"]
+    results = json.loads((trained / "results.json").read_text())
+    before, after = (results[when]["held out"] for when in ("before", "after"))
     base_model = one_object(neuroada(*arguments, "--json"))
     assert base_model == {
-        "empty": results["empty_before"],
+        "empty": before["empty"],
         "task": "instruct",
         "metric": "accuracy",
-        "value": results["accuracy_before"],
+        "value": before["value"],
         "n": 6,
-        "interval": results["interval_before"],
+        "interval": before["interval"],
         "overlap": 6,
     }
     assert len((tmp_path / "runs" / "evaluate" / "instruct.jsonl").read_text().splitlines()) == 6
     out = tmp_path / "predictions.jsonl"
     adapted = one_object(neuroada(*arguments, "--json", "--adapter", trained / "adapter", "--out", out))
-    assert (adapted["value"], adapted["interval"]) == (results["accuracy_after"], results["interval_after"])
+    assert (adapted["value"], adapted["interval"]) == (after["value"], after["interval"])
     assert out.read_text() == (trained / "predictions-held out-after.jsonl").read_text()
     code, table, _ = neuroada(*arguments)
     assert code == 0 and all(word in table for word in ("instruct", "accuracy", "overlap", "empty"))
@@ -226,7 +226,7 @@ def test_rows_that_are_also_in_a_set_are_dropped(inputs, tmp_path, neuroada):
     sets = [{"name": "some", "data": str(inputs[1]), "limit": 5, "max_new_tokens": 1}]
     path = config(tmp_path, inputs, data={"drop_overlap": True}, evaluation={"sets": sets, "before": False})
     results = one_object(neuroada("train", path, "--json", "training.steps=1"))
-    assert results["examples"] == 24 - 5 and results["evaluation"]["some"]["overlap"] == 0
+    assert results["examples"] == 24 - 5 and results["after"]["some"]["overlap"] == 0
     assert results["mean"] is None
     whole = ("evaluation.sets.0.limit=24", "training.steps=1", "--overwrite")
     assert one_line_error(neuroada("train", path, *whole)).endswith("so that data.drop_overlap leaves none")

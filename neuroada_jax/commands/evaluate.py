@@ -63,7 +63,7 @@ def run(parsed: argparse.Namespace) -> None:
         if parsed.json:
             shared.print_json({"task": parsed.task} | _summary(score))
         else:
-            report.print_scores({parsed.task: report.score(None, score)})
+            report.print_scores({}, {parsed.task: score})
     finally:
         scoring.write_predictions(out, score)
     note = overlap.known(parsed.task) if is_decoder and score.overlap is None else None

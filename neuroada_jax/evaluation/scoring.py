@@ -1,5 +1,6 @@
 """Scores and scorers: what every way of scoring rows gives back, and the interface that decoders and encoders share."""
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -46,6 +47,48 @@ class Score(NamedTuple):
     overlap: int | None = None
     parts: Mapping[str, Part] = MappingProxyType({})
     beside_intervals: Mapping[str, tuple[float, float] | None] = MappingProxyType({})
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all fields but the predictions, which have a file of their own, as JSON has them."""
+        fields = self._asdict() | {
+            "interval": _interval_to_json(self.interval),
+            "beside": dict(self.beside),
+            "beside_intervals": {name: _interval_to_json(each) for name, each in self.beside_intervals.items()},
+            "parts": {
+                name: part._asdict() | {"interval": _interval_to_json(part.interval)} for name, part in self.parts.items()
+            },
+        }
+        del fields["predictions"]
+        return fields
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "Score":
+        """Return the score that `to_json` wrote, without predictions; a null value is one that was not finite."""
+        parts = {
+            name: Part(**{**part, "interval": _interval_from_json(part["interval"])})
+            for name, part in content["parts"].items()
+        }
+        fields = dict(content) | {
+            "value": _value_from_json(content["value"]),
+            "interval": _interval_from_json(content["interval"]),
+            "predictions": [],
+            "beside": {name: _value_from_json(value) for name, value in content["beside"].items()},
+            "beside_intervals": {name: _interval_from_json(each) for name, each in content["beside_intervals"].items()},
+            "parts": parts,
+        }
+        return cls(**fields)
+
+
+def _interval_to_json(interval: tuple[float, float] | None) -> list[float] | None:
+    return list(interval) if interval else None
+
+
+def _interval_from_json(interval: Any) -> Any:
+    return tuple(interval) if interval else None
+
+
+def _value_from_json(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 @runtime_checkable

@@ -190,7 +190,7 @@ def _announce(batch: AnyBatch, compiled: set[tuple[int, ...]], possible: int) ->
     if shape in compiled:
         return False
     compiled.add(shape)
-    what = " and ".join(f"{size} {name}" for size, name in zip(shape, ("tokens", "targets"), strict=False))
+    what = " and ".join(f"{size} {name}" for size, name in zip(shape, ("tokens", "labels"), strict=False))
     console.say(f"compiling a step for {what} a row ({len(compiled)} of at most {possible})")
     return True
 
@@ -206,7 +206,7 @@ def _lines(pending: list[_Step], rates: optax.Schedule, watchdog: Watchdog) -> l
                 "loss": float(entry.metrics.loss),
                 "learning_rate": float(rates(entry.number - skipped)),
                 "gradient_norm": float(entry.metrics.gradient_norm),
-                "targets": int(entry.metrics.targets),
+                "labels": int(entry.metrics.labels),
                 "tokens": entry.tokens,
             }
         )

@@ -1,119 +1,19 @@
-"""What a finished run says: results.json, the tables that end it, and the curve of its loss."""
+"""The tables that end a run, and the curve of its loss."""
 
-import sys
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import jax
-
-from neuroada_jax import console, files
-from neuroada_jax.adapters import native
-from neuroada_jax.data.batches import AnyBatches
+from neuroada_jax import console
 from neuroada_jax.errors import install_line
 from neuroada_jax.evaluation.scoring import Score
-from neuroada_jax.training.config import RunConfig
-from neuroada_jax.training.loop import History
 
 
-def results(
-    config: RunConfig,
-    batches: AnyBatches,
-    total_steps: int,
-    parameters: tuple[int, int],
-    done: History,
-    before: dict[str, Score],
-    after: dict[str, Score],
-) -> dict[str, Any]:
-    """The content of results.json.
-
-    Args:
-      config: the run.
-      batches: what it trained on.
-      total_steps: updates of the whole run.
-      parameters: (trained values, all parameters of the model).
-      done: what the loop reports.
-      before: scores of the base model by set, empty where they were not asked for.
-      after: scores of the merged model by set.
-    """
-    trainable, total = parameters
-    return {
-        "name": config.name,
-        "directory": str(config.directory),
-        "seed": config.seed,
-        "steps": total_steps,
-        "epochs": total_steps / batches.steps_per_epoch,
-        "targets": config.bypass.targets,
-        "trainable": trainable,
-        "total_parameters": total,
-        "trainable_percent": 100 * trainable / total,
-        "train_seconds": done.seconds,
-        "tokens_per_second": done.tokens / done.seconds,
-        "first_loss": files.finite(done.losses[0]),
-        "last_loss": files.finite(done.losses[-1]),
-        "compiled_steps": len(done.shapes),
-        "possible_steps": len(batches.shapes),
-        "examples": len(batches.examples),
-        "cut": batches.examples.truncated,
-        "dropped": batches.examples.dropped,
-        "evaluation": {name: score(before.get(name), scored) for name, scored in after.items()},
-        "mean": _mean(before, after),
-        **_headline(before, after),
-        "backend": jax.default_backend(),
-        "versions": native.installed_versions() | {"python": sys.version.split()[0]},
-    }
-
-
-def score(before: Score | None, after: Score) -> dict[str, Any]:
-    """The figures of one set. Its parts are those that were scored by a second rule or are not in the training rows."""
-
-    def parts(of: Score) -> dict[str, Any]:
-        return {name: {**part._asdict(), "interval": list(part.interval)} for name, part in of.parts.items()}
-
-    def interval(of: tuple[float, float] | None) -> list[float] | None:
-        return list(of) if of else None
-
-    return {
-        "n": after.n,
-        "metric": after.metric,
-        f"{after.metric}_before": before.value if before else None,
-        f"{after.metric}_after": after.value,
-        **{f"{name}_after": value for name, value in after.beside.items()},
-        **{f"{name}_interval_after": interval(found) for name, found in after.beside_intervals.items()},
-        "beside": list(after.beside),
-        "interval_before": interval(before.interval if before else None),
-        "interval_after": interval(after.interval),
-        "parts_before": parts(before) if before else None,
-        "parts_after": parts(after),
-        "empty_before": before.empty if before else None,
-        "empty_after": after.empty,
-        "overlap": after.overlap,
-    }
-
-
-def _mean(before: dict[str, Score], after: dict[str, Score]) -> dict[str, float | None] | None:
-    """The plain mean over the sets, as published tables have it; None for less than two sets."""
-    if len(after) < 2:
-        return None
-
-    def mean(scores: dict[str, Score]) -> float | None:
-        return sum(score.value for score in scores.values()) / len(scores) if scores else None
-
-    return {"before": mean(before), "after": mean(after)}
-
-
-def _headline(before: dict[str, Score], after: dict[str, Score]) -> dict[str, Any]:
-    """The first evaluation set's figures once more, where a script finds them without knowing its name."""
-    for name, scored in after.items():
-        figures = score(before.get(name), scored)
-        return {field: figures[field] for field in (f"{scored.metric}_before", f"{scored.metric}_after", "n")}
-    return {}
-
-
-def share(value: float | None, interval: list[float] | None) -> str:
-    """A score in percent with its interval, if it has one."""
-    if value is None:
+def percent(value: float | None, interval: Sequence[float] | None = None) -> str:
+    """Return a score in percent with its interval, if it has one; "-" where it is missing or not finite."""
+    if value is None or not math.isfinite(value):
         return "-"
     return f"{100 * value:.1f}" + (f" ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})" if interval else "")
 
@@ -125,63 +25,80 @@ _COUNTS = {
 
 
 class Figure(NamedTuple):
-    """One figure of a set, with what tables call it; `counts` are those of `_COUNTS`, of the whole set alone."""
+    """One row of a table of scores: a set, or below it a further metric or a subset of its rows.
+
+    Attributes:
+      name: in the table.
+      metric: name of the metric.
+      n: number of rows.
+      value: of the metric.
+      interval: its 95 % interval.
+      counts: those of `_COUNTS`; of the complete set alone.
+    """
 
     name: str
     metric: str
     n: int
-    value: float | None
-    interval: list[float] | None
+    value: float
+    interval: tuple[float, float] | None
     counts: Mapping[str, int | None] = MappingProxyType({})
 
-    def cells(self, columns: Sequence[str]) -> list[str]:
-        """The counts in these columns of a table."""
-        return ["" if self.counts.get(column) is None else str(self.counts[column]) for column in columns]
+    def cells(self, fields: Sequence[str]) -> list[str]:
+        """Return the counts in these fields of a table."""
+        return ["" if self.counts.get(field) is None else str(self.counts[field]) for field in fields]
 
 
-def figures(name: str, score: dict[str, Any], when: str) -> list[Figure]:
-    """What results.json says of a set, "before" or "after" the training: its metric, those beside it, and its parts."""
-    metric, n = score["metric"], score["n"]
-    counts = {"overlap": score["overlap"], "empty": score[f"empty_{when}"]}
-    main = Figure(name, metric, n, score[f"{metric}_{when}"], score[f"interval_{when}"], counts)
+def figures(name: str, score: Score) -> list[Figure]:
+    """Return the rows of a set: its metric, the metrics beside it, and its parts."""
+    counts = {"overlap": score.overlap, "empty": score.empty}
+    main = Figure(name, score.metric, score.n, score.value, score.interval, counts)
     beside = (
-        Figure(f"  {name}, {each}", each, n, score.get(f"{each}_{when}"), score.get(f"{each}_interval_{when}"))
-        for each in score["beside"]
+        Figure(f"  {name}, {each}", each, score.n, value, score.beside_intervals.get(each))
+        for each, value in score.beside.items()
     )
     parts = (
-        Figure(f"  {name}, {kind}", metric, part["n"], part["value"], part["interval"])
-        for kind, part in (score[f"parts_{when}"] or {}).items()
+        Figure(f"  {name}, {kind}", score.metric, part.n, part.value, part.interval) for kind, part in score.parts.items()
     )
     return [main, *beside, *parts]
 
 
-def count_columns(shown: Iterable[Figure]) -> list[str]:
-    """The counts that any of these figures has."""
-    every = [each.counts for each in shown]
-    return [column for column in _COUNTS if any(counts.get(column) is not None for counts in every)]
+def count_fields(figures: Iterable[Figure]) -> list[str]:
+    """Return the counts that any of these figures has."""
+    every = [each.counts for each in figures]
+    return [field for field in _COUNTS if any(counts.get(field) is not None for counts in every)]
 
 
-def print_summary(results: dict[str, Any]) -> None:
-    """The tables that end a run: accuracies, then what was trained and how fast."""
-    run = f"{results['name']}, seed {results['seed']}"
-    if results["evaluation"]:
-        print_scores(results["evaluation"], results["mean"], f"{run}: ")
-    if "best_epoch" in results:
-        best = results["best_epoch"]
+def scores(content: Mapping[str, Any], when: str) -> dict[str, Score]:
+    """Return the scores by evaluation set that results.json holds, "before" or "after" the training."""
+    return {name: Score.from_json(score) for name, score in content[when].items()}
+
+
+def print_summary(content: dict[str, Any]) -> None:
+    """Print the tables that end a run: scores, then what was trained and how fast.
+
+    Args:
+      content: of results.json.
+    """
+    run = f"{content['name']}, seed {content['seed']}"
+    before, after = scores(content, "before"), scores(content, "after")
+    if after:
+        print_scores(before, after, content["mean"], f"{run}: ")
+    if "best_epoch" in content:
+        best = content["best_epoch"]
         console.say(
             f"kept epoch {best['epoch']} of {len(best['epochs'])}: {best['metric']} {_loss(best['value'])} on "
             f"{best['split']['choosing_rows']} rows of {best['set']}; the score above is of the other "
             f"{best['split']['test_rows']}"
         )
     rows = [
-        ("trained values", f"{results['trainable']:,}"),
-        ("share of the model", f"{results['trainable_percent']:.4f} %"),
-        ("steps", str(results["steps"])),
-        ("loss, first to last step", " to ".join(_loss(results[f"{which}_loss"]) for which in ("first", "last"))),
-        ("seconds", f"{results['train_seconds']:.1f}"),
-        ("tokens per second", f"{results['tokens_per_second']:.0f}"),
-        ("compiled steps", f"{results['compiled_steps']} of at most {results['possible_steps']}"),
-        ("files", results["directory"]),
+        ("trained values", f"{content['trainable']:,}"),
+        ("share of the model", f"{content['trainable_percent']:.4f} %"),
+        ("steps", str(content["steps"])),
+        ("loss, first to last step", " to ".join(_loss(content[f"{which}_loss"]) for which in ("first", "last"))),
+        ("seconds", f"{content['train_seconds']:.1f}"),
+        ("tokens per second", f"{content['tokens_per_second']:.0f}"),
+        ("compiled steps", f"{content['compiled_steps']} of at most {content['possible_steps']}"),
+        ("files", content["directory"]),
     ]
     console.table(run, ("", ""), rows)
 
@@ -190,34 +107,42 @@ def _loss(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def print_scores(sets: dict[str, dict[str, Any]], mean: dict[str, float | None] | None = None, of: str = "") -> None:
-    """A row for every set, one for each of its parts, and the mean; below, what the counts are.
+def print_scores(
+    before: Mapping[str, Score],
+    after: Mapping[str, Score],
+    mean: Mapping[str, float | None] | None = None,
+    heading: str = "",
+) -> None:
+    """Print a row for every set, its further metrics and its parts, and the mean; below the table, what counts mean.
 
-    `of` begins the title.
+    Args:
+      before: scores of the base model by set; empty where there are none.
+      after: scores by set.
+      mean: of the sets, "before" and "after".
+      heading: beginning of the title.
     """
-    before, after = (
-        [each for name, score in sets.items() for each in figures(name, score, when)] for when in ("before", "after")
-    )
-    columns, known, rows = count_columns(after), {each.name: each for each in before}, []
-    for each in after:
-        shown = each.name if each.name not in sets or each.metric == "accuracy" else f"{each.name}, {each.metric}"
-        first = share(*known[each.name][3:5]) if each.name in known else "-"
-        rows.append((shown, str(each.n), *each.cells(columns), first, share(each.value, each.interval)))
+    known = {each.name: each for name, score in before.items() for each in figures(name, score)}
+    shown = [each for name, score in after.items() for each in figures(name, score)]
+    fields, rows = count_fields(shown), []
+    for each in shown:
+        label = each.name if each.name not in after or each.metric == "accuracy" else f"{each.name}, {each.metric}"
+        first = percent(known[each.name].value, known[each.name].interval) if each.name in known else "-"
+        rows.append((label, str(each.n), *each.cells(fields), first, percent(each.value, each.interval)))
     if mean:
-        spare = [""] * len(columns)
-        rows.append(("mean of the sets", str(len(sets)), *spare, share(mean["before"], None), share(mean["after"], None)))
-    kind = "accuracy" if all(score["metric"] == "accuracy" for score in sets.values()) else "score"
-    title = f"{of}{kind} in % (95 % interval)"
-    if any(score[f"{score['metric']}_before"] is not None for score in sets.values()):
-        console.table(title, ("set", "n", *columns, "before", "after"), rows)
+        spare = [""] * len(fields)
+        rows.append(("mean of the sets", str(len(after)), *spare, percent(mean["before"]), percent(mean["after"])))
+    kind = "accuracy" if all(score.metric == "accuracy" for score in after.values()) else "score"
+    title = f"{heading}{kind} in % (95 % interval)"
+    if before:
+        console.table(title, ("set", "n", *fields, "before", "after"), rows)
     else:
-        console.table(title, ("set", "n", *columns, kind), [(*row[:-2], row[-1]) for row in rows])
-    for column in columns:
-        console.say(_COUNTS[column])
+        console.table(title, ("set", "n", *fields, kind), [(*row[:-2], row[-1]) for row in rows])
+    for field in fields:
+        console.say(_COUNTS[field])
 
 
 def loss_curve(path: Path, losses: list[float], title: str) -> None:
-    """The loss of every step and its running mean, as a PNG."""
+    """Write the loss of every step and its running mean as a PNG; without matplotlib, say that there is none."""
     try:
         import matplotlib.figure
     except ImportError:
@@ -230,7 +155,7 @@ def loss_curve(path: Path, losses: list[float], title: str) -> None:
     axes = figure.add_subplot()
     axes.plot(steps, losses, alpha=0.35, linewidth=1, label="each step")
     axes.plot(steps, running, linewidth=2, label=f"mean of the last {width}")
-    axes.set(xlabel="step", ylabel="loss per target token (nats)", title=title)
+    axes.set(xlabel="step", ylabel="loss per label (nats)", title=title)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     temporary = path.with_name(f".{path.name}")

@@ -15,7 +15,7 @@ from neuroada_jax import console
 from neuroada_jax.adapters import native
 from neuroada_jax.data.batches import AnyBatches
 from neuroada_jax.errors import UserError
-from neuroada_jax.evaluation.scoring import Part, Score
+from neuroada_jax.evaluation.scoring import Score
 from neuroada_jax.training.checkpoint import Checkpoints, Found
 from neuroada_jax.training.config import RunConfig
 from neuroada_jax.training.config_file import flatten_config, from_dict
@@ -75,7 +75,7 @@ def describe(
         "examples": digest_of_data(batches),
         "base": digest_of_base(state),
         "dropout_seed": dropout_seed,
-        "before": {name: _score_to_json(score) for name, score in before.items()},
+        "before": {name: score.to_json() for name, score in before.items()},
     }
 
 
@@ -138,7 +138,7 @@ def _refuse(message: str, force: bool) -> None:
 
 def scores_before(about: dict[str, Any]) -> dict[str, Score]:
     """The scores of the base model that the run began with, without their predictions, which are in their files."""
-    return {name: _score_from_json(content) for name, content in about["before"].items()}
+    return {name: Score.from_json(content) for name, content in about["before"].items()}
 
 
 def history(found: Found | None, lines: Sequence[Line]) -> History:
@@ -204,17 +204,3 @@ class Saver:
             self._checkpoints.wait()
             stopped.step = int(state.step)
             raise
-
-
-def _score_to_json(score: Score) -> dict[str, Any]:
-    parts = {name: part._asdict() for name, part in score.parts.items()}
-    beside = {"beside": dict(score.beside), "beside_intervals": dict(score.beside_intervals)}
-    return {**score._asdict(), "predictions": [], **beside, "parts": parts}
-
-
-def _score_from_json(content: dict[str, Any]) -> Score:
-    def interval(of: dict[str, Any]) -> tuple[float, float] | None:
-        return tuple(of["interval"]) if of["interval"] else None
-
-    parts = {name: Part(**{**part, "interval": interval(part)}) for name, part in content["parts"].items()}
-    return Score(**{**content, "interval": interval(content), "parts": parts})

@@ -28,6 +28,7 @@ from neuroada_jax.training import (
     optimizer,
     parallel,
     report,
+    results,
     resuming,
     run_directory,
     step,
@@ -43,20 +44,12 @@ from neuroada_jax.training.trackers import Line
 OnLines = Callable[[Sequence[Line]], None]
 
 
-class Sizes(NamedTuple):
-    """Numbers of parameters: all that train, those of the classifier among them, and all of the model."""
-
-    trainable: int
-    in_classifier: int
-    total: int
-
-
 class _Started(NamedTuple):
     """A run before its first step. The model is without parameters: the state owns them."""
 
     base_model: IdentifiedModel
     run_step: parallel.RunStep
-    sizes: Sizes
+    sizes: results.Sizes
     before: dict[str, Score]
 
 
@@ -81,7 +74,7 @@ class Fitted:
     base_model: IdentifiedModel
     state: TrainState
     history: loop.History
-    sizes: Sizes
+    sizes: results.Sizes
     before: dict[str, Score]
     best: best_epoch.BestEpoch | None
     saver: resuming.Saver
@@ -160,7 +153,7 @@ def _start(prepared: Prepared, loaded: LoadedModel | None) -> tuple[_Started, Tr
     run_directory.start(config, resumed=prepared.found is not None)
 
     in_classifier = bypass.count(dense_modules.split(loaded.params, classifier)[1])
-    sizes = Sizes(bypass.count(built.values) + in_classifier, in_classifier, bypass.count(loaded.params))
+    sizes = results.Sizes(bypass.count(built.values) + in_classifier, in_classifier, bypass.count(loaded.params))
     console.say(
         f"training {sizes.trainable:,} of {sizes.total:,} parameters ({100 * sizes.trainable / sizes.total:.4f} %) for "
         f"{prepared.total_steps} steps"
@@ -283,26 +276,13 @@ def finish(fitted: Fitted) -> dict[str, Any]:
         if config.merge:
             save.save(directory / "merged", fitted.base_model, merged, fitted.tokenizer, replace=True)
 
-    sizes, history = fitted.sizes, fitted.history
-    results = report.results(
-        config, prepared.batches, prepared.total_steps, (sizes.trainable, sizes.total), history, fitted.before, after
-    )
-    results["trainable_in_classifier"] = sizes.in_classifier  # published shares exclude the classifier
-    results["watchdog"] = history.warnings
-    if fitted.best and prepared.split:
-        results["best_epoch"] = {
-            "set": config.evaluation.best_epoch,
-            **fitted.best.best,
-            "split": prepared.split.describe(),
-            "epochs": fitted.best.epochs,
-        }
-    results = files.finite(results)
-    files.write_text(directory / "results.json", files.to_json(results, indent=2) + "\n")
-    report.loss_curve(directory / "loss.png", history.losses, config.name)
+    content = results.results(prepared, fitted.sizes, fitted.history, fitted.best, fitted.before, after)
+    files.write_text(directory / "results.json", files.to_json(content, indent=2) + "\n")
+    report.loss_curve(directory / "loss.png", fitted.history.losses, config.name)
     if not config.training.save_every:  # else the run may be resumed once more, and need the adapters of its epochs
         for each in ("epochs", "checkpoints"):
             shutil.rmtree(directory / each, ignore_errors=True)
-    return results
+    return content
 
 
 def train(

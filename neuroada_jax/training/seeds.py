@@ -1,6 +1,7 @@
 """One config, several seeds: a run for each in a folder of its own, and a table with mean and deviation."""
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 from neuroada_jax import console, files
 from neuroada_jax.errors import UserError
 from neuroada_jax.pretrained.load import open_with_tokenizer
-from neuroada_jax.training import config_file, modules, report, resuming, run
+from neuroada_jax.training import config_file, modules, report, results, resuming, run
 from neuroada_jax.training.config import RunConfig
 from neuroada_jax.training.signals import Stop
 
@@ -60,9 +61,9 @@ def train(
             found[seed] = run.train(each, overwrite=not saved, resume=saved, force_resume=force_resume, stop=stop)
         else:
             found[seed] = run.train(each, overwrite=overwrite, stop=stop)
-    results = summarise(config, {seed: found[seed] for seed in runs})
-    files.write_text(config.directory / "results.json", files.to_json(results, indent=2) + "\n")
-    return results
+    content = summarise(config, {seed: found[seed] for seed in runs})
+    files.write_text(config.directory / "results.json", files.to_json(content, indent=2) + "\n")
+    return content
 
 
 def _of_seed(config: RunConfig, seed: int) -> RunConfig:
@@ -86,43 +87,31 @@ def _finished(runs: dict[int, RunConfig], force: bool) -> dict[int, dict[str, An
         written = config_file.load(str(each.directory / "config.yaml"))
         about = {"config": dataclasses.asdict(written), "dropout_seed": None if model.architecture.is_decoder else seed}
         resuming.check_config(about, modules.resolved(each, model), force)
-        found[seed] = files.read_json(each.directory / "results.json")
-        scored, asked = list(found[seed]["evaluation"]), [one.name for one in each.evaluation.sets]
+        found[seed] = results.read(each.directory / "results.json")
+        scored, asked = list(found[seed]["after"]), [one.name for one in each.evaluation.sets]
         if missing := [name for name in asked if name not in scored]:
             raise UserError(f"{each.directory} has no score of {', '.join(missing)}, found {', '.join(scored) or 'none'}")
     return found
 
 
 def summarise(config: RunConfig, runs: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    """The content of results.json of several seeds, from that of each.
+    """Return the content of results.json of several seeds, from that of each.
 
-    Returns:
-      runs: a row for each seed: its folder, the epoch that was kept, the split, and the scores of every set.
-      evaluation: by set and then by metric: mean, deviation (of a sample; None for one seed) and the values. None for both
-        where a score is not finite.
+    Returns: a dict, of which
+      runs: for each seed its directory, the epoch that was kept, and the scores before and after, as in its own file.
+      after: by set, the metric, the rows of each seed, and of the value and of every metric beside it mean, standard
+        deviation (of a sample; None for one seed) and the values. Mean and deviation are None where a value is not finite.
     """
-    sets = [each.name for each in config.evaluation.sets]
     first = next(iter(runs.values()))
-    rows = [
-        {
-            "seed": seed,
-            "directory": each["directory"],
-            "best_epoch": each.get("best_epoch"),
-            "evaluation": each["evaluation"],
-            "train_seconds": each["train_seconds"],
-        }
-        for seed, each in runs.items()
-    ]
-    evaluation = {}
-    for name in sets:
-        metric = first["evaluation"][name]["metric"]
-        evaluation[name] = {
-            "metric": metric,
-            "n": [each["evaluation"][name]["n"] for each in runs.values()],
-            **{
-                each: _spread([found["evaluation"][name][f"{each}_after"] for found in runs.values()])
-                for each in (metric, *first["evaluation"][name]["beside"])
-            },
+    kept = ("directory", "best_epoch", "before", "after", "train_seconds")
+    after = {}
+    for name in (each.name for each in config.evaluation.sets):
+        scores = [each["after"][name] for each in runs.values()]
+        after[name] = {
+            "metric": scores[0]["metric"],
+            "n": [score["n"] for score in scores],
+            "value": _spread([score["value"] for score in scores]),
+            "beside": {metric: _spread([score["beside"][metric] for score in scores]) for metric in scores[0]["beside"]},
         }
     return {
         "name": config.name,
@@ -132,39 +121,51 @@ def summarise(config: RunConfig, runs: dict[int, dict[str, Any]]) -> dict[str, A
         "trainable": first["trainable"],
         "total_parameters": first["total_parameters"],
         "trainable_percent": first["trainable_percent"],
-        "runs": rows,
-        "evaluation": evaluation,
+        "runs": [{"seed": seed, **{field: each.get(field) for field in kept}} for seed, each in runs.items()],
+        "after": after,
         "backend": first["backend"],
         "versions": first["versions"],
     }
 
 
-def _spread(values: Sequence[Any]) -> dict[str, Any]:
-    if None in values:  # a score that was not finite
+def _spread(values: Sequence[float | None]) -> dict[str, Any]:
+    """Return the mean, the standard deviation of a sample, and the values; null stands for a value that is not finite."""
+    finite = [value for value in values if value is not None and math.isfinite(value)]
+    if len(finite) < len(values):
         return {"mean": None, "deviation": None, "values": list(values)}
-    deviation = statistics.stdev(values) if len(values) > 1 else None
-    return {"mean": statistics.mean(values), "deviation": deviation, "values": list(values)}
+    deviation = statistics.stdev(finite) if len(finite) > 1 else None
+    return {"mean": statistics.mean(finite), "deviation": deviation, "values": finite}
 
 
-def print_summary(results: dict[str, Any]) -> None:
-    """A table with a line for each seed and figure of a set, and their mean."""
-    names, lines = list(results["evaluation"]), []
-    runs = [{name: report.figures(name, row["evaluation"][name], "after") for name in names} for row in results["runs"]]
-    columns = report.count_columns(each for found in runs for every in found.values() for each in every)
-    for name in names:
-        values: dict[tuple[str, str], list[float | None]] = {}
-        for row, found in zip(results["runs"], runs, strict=True):
+def print_summary(content: dict[str, Any]) -> None:
+    """Print a table with a line for each seed and figure of a set, and their means.
+
+    Args:
+      content: of results.json of several seeds.
+    """
+    lines = []
+    runs = [
+        {name: report.figures(name, score) for name, score in report.scores(row, "after").items()}
+        for row in content["runs"]
+    ]
+    fields = report.count_fields(each for found in runs for figures in found.values() for each in figures)
+    for name in content["after"]:
+        values: dict[tuple[str, str], list[float]] = {}
+        for row, found in zip(content["runs"], runs, strict=True):
             best = row["best_epoch"]
             epoch = f"{best['epoch']} of {len(best['epochs'])}" if best and best["set"] == name else "-"
             for each in found[name]:
-                value = report.share(each.value, each.interval)
-                lines.append((each.name, each.metric, str(row["seed"]), str(each.n), *each.cells(columns), epoch, value))
+                value = report.percent(each.value, each.interval)
+                lines.append((each.name, each.metric, str(row["seed"]), str(each.n), *each.cells(fields), epoch, value))
                 values.setdefault((each.name, each.metric), []).append(each.value)
-        for (shown, metric), every in values.items():
+        for (label, metric), every in values.items():
             spread = _spread(every)
-            deviation = "-" if spread["deviation"] is None else f"{100 * spread['deviation']:.1f}"
-            value = f"{report.share(spread['mean'], None)} ± {deviation}"
-            lines.append((shown, metric, "mean", "", *[""] * len(columns), "", value))
-    title = f"{results['name']}: scores in % (95 % interval; mean ± standard deviation)"
-    console.table(title, ("set", "metric", "seed", "n", *columns, "epoch", "score"), lines)
-    console.say(f"trained values: {results['trainable']:,}; files: {results['directory']}")
+            value = f"{report.percent(spread['mean'])} ± {_deviation(spread['deviation'])}"
+            lines.append((label, metric, "mean", "", *[""] * len(fields), "", value))
+    title = f"{content['name']}: scores in % (95 % interval; mean ± standard deviation)"
+    console.table(title, ("set", "metric", "seed", "n", *fields, "epoch", "score"), lines)
+    console.say(f"trained values: {content['trainable']:,}; files: {content['directory']}")
+
+
+def _deviation(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"

@@ -71,7 +71,7 @@ class StepMetrics(NamedTuple):
 
     loss: Float[Array, ""]
     gradient_norm: Float[Array, ""]
-    targets: Float[Array, ""]
+    labels: Float[Array, ""]
     finite: Bool[Array, ""]
 
 
@@ -121,7 +121,7 @@ class Sums(NamedTuple):
     """
 
     loss: Float[Array, ""]
-    targets: Float[Array, ""]
+    labels: Float[Array, ""]
     gradient: Tree
 
 
@@ -159,19 +159,19 @@ def make_sums(
         return jnp.sum(losses(module, variables, batch, dropout=key))
 
     def sums(state: TrainState, batch: AnyBatch, shard: Array | None = None) -> Sums:
-        targets = jnp.sum(batch.label_mask)
+        labels = jnp.sum(batch.label_mask)
         value_and_grad = jax.value_and_grad(loss_sum)
         if accumulation == 1:
             loss, gradient = value_and_grad(state.trainable, state, shard, batch, jnp.int32(0))
-            return Sums(loss, targets, gradient)
+            return Sums(loss, labels, gradient)
 
         def add(total: tuple[Array, Tree], part: tuple[AnyBatch, Array]) -> tuple[tuple[Array, Tree], None]:
             return jax.tree.map(jnp.add, total, value_and_grad(state.trainable, state, shard, *part)), None
 
-        zeros = (jnp.zeros_like(targets), jax.tree.map(jnp.zeros_like, state.trainable))
+        zeros = (jnp.zeros_like(labels), jax.tree.map(jnp.zeros_like, state.trainable))
         parts = (split(batch, accumulation), jnp.arange(accumulation, dtype=jnp.int32))
         (loss, gradient), _ = lax.scan(add, zeros, parts)
-        return Sums(loss, targets, gradient)
+        return Sums(loss, labels, gradient)
 
     return sums
 
@@ -187,7 +187,7 @@ def make_update(
     """
 
     def update(state: TrainState, sums: Sums) -> tuple[TrainState, StepMetrics]:
-        divisor = jnp.maximum(sums.targets, 1)
+        divisor = jnp.maximum(sums.labels, 1)
         loss = sums.loss / divisor
         gradient = jax.tree.map(lambda leaf: leaf / divisor.astype(leaf.dtype), sums.gradient)
         norm = optax.tree.norm(gradient)
@@ -212,7 +212,7 @@ def make_update(
             base_entries=state.base_entries,
             failed_step=jnp.where((state.failed_step == -1) & ~finite, state.step, state.failed_step),
         )
-        return new, StepMetrics(loss, norm, sums.targets, finite)
+        return new, StepMetrics(loss, norm, sums.labels, finite)
 
     return update
 

@@ -21,6 +21,7 @@ from neuroada_jax import console, files
 from neuroada_jax.errors import UserError, install_line
 from neuroada_jax.training.config import RunConfig
 
+_FORMER_FIELDS = {"targets": "labels"}  # of metrics.jsonl, as neuroada-jax 0.1 named them
 Line = dict[str, Any]  # of one step: "step", "loss", ...
 WANDB_ID = "wandb-id.txt"  # by which a resumed run goes on in wandb
 
@@ -227,6 +228,6 @@ def _whole_lines(path: Path, done: int) -> list[Line]:
         step = line.get("step") if isinstance(line, dict) else None
         if not isinstance(step, int) or not last < step <= done:
             break
-        lines.append(line)
+        lines.append({_FORMER_FIELDS.get(name, name): value for name, value in line.items()})
         last = step
     return lines

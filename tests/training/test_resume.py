@@ -95,7 +95,7 @@ def test_a_run_that_is_stopped_at_every_stage_ends_as_if_it_was_not(tmp_path, in
     assert handlers == [signal.getsignal(number) for number in signals.SIGNALS]
 
     assert results(parted) == results(whole)
-    assert results(whole)["evaluation"]["some"]["accuracy_before"] is not None
+    assert results(whole)["before"]["some"]["value"] is not None
     for file in ("metrics.jsonl", "epochs.jsonl", "predictions-some-before.jsonl", "predictions-some-after.jsonl"):
         assert (parted / "out" / file).read_text() == (whole / "out" / file).read_text()
     a, b = (native.read(str(folder / "out" / "adapter")) for folder in (whole, parted))

@@ -90,13 +90,13 @@ def test_a_run_keeps_its_best_epoch_and_is_judged_by_the_other_half(trained, dat
     assert {"f1", "epoch", "step"} <= epochs[0].keys()
     parts = best_epoch.split(21, 42)
     assert best["split"] == parts.describe() and best["split"]["choosing_rows"] == 11
-    score = results["evaluation"]["dev"]
-    assert score["n"] == 10 and len(score["interval_after"]) == 2 and score["metric"] == "accuracy"
-    assert results["accuracy_after"] == score["accuracy_after"] and 0 <= score["f1_after"] <= 1
+    score = results["after"]["dev"]
+    assert score["n"] == 10 and len(score["interval"]) == 2 and score["metric"] == "accuracy"
+    assert 0 <= score["beside"]["f1"] <= 1 and results["before"]["dev"].keys() == score.keys()
     predictions = lines(out / "predictions-dev-after.jsonl")
     kept = [lines_of["sentence1"] for lines_of in np.array(lines(Path(data["dev"])))[parts.test]]
     assert [each["sentence1"] for each in predictions] == kept
-    assert np.mean([each["correct"] for each in predictions]) == pytest.approx(score["accuracy_after"])
+    assert np.mean([each["correct"] for each in predictions]) == pytest.approx(score["value"])
     assert results["last_loss"] < results["first_loss"]
     assert results["compiled_steps"] == results["possible_steps"] == 1
     values = 2 * 2 * (16 + 24) + (16 * 2 + 2)
@@ -137,18 +137,18 @@ def test_the_adapter_is_that_of_the_best_epoch_and_evaluates_to_the_same(trained
     assert kept.metadata["base"]["labels"] == ["not_equivalent", "equivalent"]
     test = write_lines(tmp_path / "test.jsonl", [lines(Path(data["dev"]))[i] for i in best_epoch.split(21, 42).test])
     arguments = ["evaluate", "--data", test, "--task", "mrpc", "--out", tmp_path / "p.jsonl", "--json"]
-    want = results["evaluation"]["dev"]
+    want = results["after"]["dev"]
     for model in (["--adapter", out / "adapter"], ["--model", out / "merged"]):
         code, printed, _ = neuroada(capsys, *arguments, *model)
         assert code == 0
         assert json.loads(printed) == {
             "task": "mrpc",
             "metric": "accuracy",
-            "value": want["accuracy_after"],
+            "value": want["value"],
             "n": 10,
-            "interval": want["interval_after"],
-            "f1": want["f1_after"],
-            "f1_interval": want["f1_interval_after"],
+            "interval": want["interval"],
+            "f1": want["beside"]["f1"],
+            "f1_interval": want["beside_intervals"]["f1"],
         }
         assert len(lines(tmp_path / "p.jsonl")) == 10
     code, printed, _ = neuroada(capsys, *arguments[:-1], "--adapter", out / "adapter")
@@ -172,7 +172,7 @@ def test_a_resumed_run_is_the_whole_run(trained, tmp_path, model, data, monkeypa
     monkeypatch.setattr(best_epoch.BestEpoch, "__call__", original)
     assert calls == [3, 6, 9] and len(lines(tmp_path / "out" / "epochs.jsonl")) == 3
     resumed = run.train(sections, resume=True)  # from step 8
-    for field in ("best_epoch", "accuracy_after", "first_loss", "last_loss", "steps"):
+    for field in ("best_epoch", "before", "after", "first_loss", "last_loss", "steps"):
         assert resumed[field] == whole[field], field
     found, want = native.read(str(tmp_path / "out" / "adapter")), native.read(str(out / "adapter"))
     assert all(found.values[name].tobytes() == want.values[name].tobytes() for name in want.values)
@@ -181,14 +181,14 @@ def test_a_resumed_run_is_the_whole_run(trained, tmp_path, model, data, monkeypa
 def test_regression(tmp_path, model, data):
     sections = {"task": "stsb", "training": {"epochs": None, "steps": 4}, "evaluation": {"before": False}}
     results = run.train(settings(tmp_path, model, data, **sections))
-    score = results["evaluation"]["dev"]
-    low, high = score["interval_after"]
+    score = results["after"]["dev"]
+    low, high = score["interval"]
     assert score["metric"] == "pearson" and -1 <= low <= high <= 1 and score["n"] == 4
-    assert -1 <= score["spearman_after"] <= 1 and score["pearson_before"] is None
+    assert -1 <= score["beside"]["spearman"] <= 1 and results["before"] == {}
     assert [epoch["step"] for epoch in results["best_epoch"]["epochs"]] == [3, 4]  # the end counts as an epoch's
     predictions = lines(tmp_path / "out" / "predictions-dev-after.jsonl")
     found, want = ([each[field] for each in predictions] for field in ("prediction", "answer"))
-    assert score["pearson_after"] == pytest.approx(np.corrcoef(found, want)[0, 1], abs=1e-4)
+    assert score["value"] == pytest.approx(np.corrcoef(found, want)[0, 1], abs=1e-4)
     assert not (tmp_path / "out" / "epochs").exists()
     assert native.read(str(tmp_path / "out" / "adapter")).metadata["base"]["labels"] == ["similarity"]
 
@@ -202,12 +202,12 @@ def test_several_seeds(tmp_path, model, data, capsys):
     results = json.loads((out / "results.json").read_text())
     assert code == 0 and "seed" in printed and "mean" in printed and "±" in printed and "dev, f1" in printed
     assert [row["seed"] for row in results["runs"]] == results["seeds"] == [1, 7]
-    values = [row["evaluation"]["dev"]["accuracy_after"] for row in results["runs"]]
-    accuracy = results["evaluation"]["dev"]["accuracy"]
+    values = [row["after"]["dev"]["value"] for row in results["runs"]]
+    accuracy = results["after"]["dev"]["value"]
     assert accuracy["values"] == values and accuracy["mean"] == pytest.approx(np.mean(values))
     assert accuracy["deviation"] == pytest.approx(np.std(values, ddof=1))
     assert len({row["best_epoch"]["split"]["digest"] for row in results["runs"]}) == 2
-    assert json.loads((out / "seed-7" / "results.json").read_text())["evaluation"] == results["runs"][1]["evaluation"]
+    assert json.loads((out / "seed-7" / "results.json").read_text())["after"] == results["runs"][1]["after"]
     heads = [native.read(str(out / f"seed-{seed}" / "adapter")).dense_parameters["classifier.weight"] for seed in (1, 7)]
     assert np.abs(heads[0] - heads[1]).max() > 1e-3
 
@@ -215,7 +215,7 @@ def test_several_seeds(tmp_path, model, data, capsys):
     assert code == 2 and "seed-7 holds a run already; use --overwrite" in err and not (out / "seed-8").exists()
     (out / "seed-7" / "metrics.jsonl").unlink()  # a finished run is left alone
     code, printed, _ = neuroada(capsys, "train", path, "--seeds", "7,8", "--resume", "--json")
-    assert code == 0 and json.loads(printed)["evaluation"]["dev"]["accuracy"]["values"][0] == values[1]
+    assert code == 0 and json.loads(printed)["after"]["dev"]["value"]["values"][0] == values[1]
     assert not (out / "seed-7" / "metrics.jsonl").exists() and (out / "seed-8" / "adapter").exists()
 
     again = ["train", path, "--seeds", "7,9", "--resume"]  # seed 7 counts only as what the others would be

@@ -119,7 +119,7 @@ def test_loss_equals_the_one_over_full_logits():
     want = dense_loss(model, params, batch)
     new, metrics = run(state, batch)
     assert float(metrics.loss) == pytest.approx(want, rel=1e-5)
-    assert float(metrics.targets) == batch.label_mask.sum()
+    assert float(metrics.labels) == batch.label_mask.sum()
     assert float(metrics.gradient_norm) > 0
     # The next loss is that of the updated weights: the resident write has happened.
     want = dense_loss(model, new.params, batch)

@@ -90,7 +90,7 @@ def test_a_step_moves_head_and_values_and_nothing_else():
     for _ in range(5):
         state, metrics = run(state, random_batch())
         losses.append(float(metrics.loss))
-    assert losses[-1] < losses[0] and float(metrics.targets) == 4
+    assert losses[-1] < losses[0] and float(metrics.labels) == 4
     for leaf, old in zip(jax.tree.leaves(state.trainable), jax.tree.leaves(before.trainable), strict=True):
         assert np.abs(leaf - old).max() > 1e-3
     kept = bypass.unmerge(state.params, state.columns, state.base_entries)
@@ -112,7 +112,7 @@ def test_the_loss_is_the_mean_over_examples():
     want = -jax.nn.log_softmax(apply(model, state, batch))[np.arange(3), batch.labels[:3]].mean()
     _, metrics = make_step(model, transformation)(state, batch)
     assert float(metrics.loss) == pytest.approx(float(want), rel=1e-5)
-    assert float(metrics.targets) == 3
+    assert float(metrics.labels) == 3
 
 
 def test_regression_takes_the_mean_squared_error():

@@ -21,7 +21,7 @@ def settings(folder, *names):
 
 
 def line(step, loss):
-    return {"step": step, "loss": loss, "learning_rate": 0.5, "targets": 3}
+    return {"step": step, "loss": loss, "learning_rate": 0.5, "labels": 3}
 
 
 def log(settings, *parts):
@@ -49,7 +49,7 @@ def test_tensorboard(tmp_path):
     found = EventAccumulator(str(tmp_path / "out" / "tensorboard"))
     found.Reload()
     assert [(event.step, event.value) for event in found.Scalars("loss")] == [(1, 4.0), (3, 1.5), (4, 1.0)]
-    assert [event.step for event in found.Scalars("targets")] == [1, 2, 3, 4]
+    assert [event.step for event in found.Scalars("labels")] == [1, 2, 3, 4]
 
 
 def in_a_process(folder, name, environment):

@@ -1,0 +1,129 @@
+"""results.json of a run: what it holds, and how one of neuroada-jax 0.1 is read."""
+
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from neuroada_jax import files
+from neuroada_jax.adapters import native
+from neuroada_jax.evaluation.scoring import Score
+from neuroada_jax.training.best_epoch import BestEpoch
+from neuroada_jax.training.loop import History
+from neuroada_jax.training.preparation import Prepared
+
+_FORMER_KEYS = {"cut": "truncated", "left_out": "dropped", "trainable_in_head": "trainable_in_classifier"}  # of neuroada-jax 0.1
+
+Scores = dict[str, Score]  # by evaluation set
+
+
+class Sizes(NamedTuple):
+    """Numbers of parameters: all that train, those of the classifier among them, and all of the model."""
+
+    trainable: int
+    in_classifier: int
+    total: int
+
+
+def results(
+    prepared: Prepared, sizes: Sizes, history: History, best: BestEpoch | None, before: Scores, after: Scores
+) -> dict[str, Any]:
+    """Return the content of results.json.
+
+    Args:
+      prepared: the run.
+      sizes: numbers of parameters.
+      history: of all steps.
+      best: the scores of the epochs; None where the last epoch is kept.
+      before: scores of the base model, empty where they were not asked for.
+      after: scores of the merged model.
+
+    Returns: JSON. A number that is not finite is null. `before` and `after` hold, by evaluation set, `Score.to_json`.
+    """
+    config, batches = prepared.config, prepared.batches
+    content = {
+        "name": config.name,
+        "directory": str(config.directory),
+        "seed": config.seed,
+        "steps": prepared.total_steps,
+        "epochs": prepared.total_steps / batches.steps_per_epoch,
+        "targets": config.bypass.targets,
+        "trainable": sizes.trainable,
+        "trainable_in_classifier": sizes.in_classifier,  # published shares exclude the classifier
+        "total_parameters": sizes.total,
+        "trainable_percent": 100 * sizes.trainable / sizes.total,
+        "train_seconds": history.seconds,
+        "tokens_per_second": history.tokens / history.seconds,
+        "first_loss": history.losses[0],
+        "last_loss": history.losses[-1],
+        "compiled_steps": len(history.shapes),
+        "possible_steps": len(batches.shapes),
+        "examples": len(batches.examples),
+        "truncated": batches.examples.truncated,
+        "dropped": batches.examples.dropped,
+        "before": {name: score.to_json() for name, score in before.items()},
+        "after": {name: score.to_json() for name, score in after.items()},
+        "mean": _mean(before, after),
+        "watchdog": history.warnings,
+        "backend": jax.default_backend(),
+        "versions": native.installed_versions() | {"python": sys.version.split()[0]},
+    }
+    if best and prepared.split:
+        content["best_epoch"] = {
+            "set": config.evaluation.best_epoch,
+            **best.best,
+            "split": prepared.split.describe(),
+            "epochs": best.epochs,
+        }
+    return files.finite(content)
+
+
+def _mean(before: Scores, after: Scores) -> dict[str, float | None] | None:
+    """Return the unweighted mean over the sets, as published tables have it; None for fewer than two sets."""
+    if len(after) < 2:
+        return None
+
+    def mean(scores: Scores) -> float | None:
+        return sum(score.value for score in scores.values()) / len(scores) if scores else None
+
+    return {"before": mean(before), "after": mean(after)}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read the results.json of a run.
+
+    Raises:
+      UserError: a file that is missing or is not JSON.
+    """
+    content = files.read_json(path)
+    return _from_0_1(content) if "evaluation" in content else content
+
+
+def _from_0_1(content: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of a results.json of neuroada-jax 0.1 in today's form.
+
+    There both scores of a set were one object, whose keys held the metric's name: accuracy_before, accuracy_after. The
+    figures of the first set stood at the top once more.
+    """
+    scores: dict[str, dict[str, Any]] = {"before": {}, "after": {}}
+    for name, figures in content["evaluation"].items():
+        metric, beside = figures["metric"], figures["beside"]
+        for when in ("before", "after"):
+            if figures[f"parts_{when}"] is None:  # the base model was not scored
+                continue
+            scores[when][name] = {
+                "value": figures[f"{metric}_{when}"],
+                "n": figures["n"],
+                "interval": figures[f"interval_{when}"],
+                "metric": metric,
+                "beside": {each: figures[f"{each}_{when}"] for each in beside if f"{each}_{when}" in figures},
+                "beside_intervals": {
+                    each: figures[f"{each}_interval_{when}"] for each in beside if f"{each}_interval_{when}" in figures
+                },
+                "empty": figures[f"empty_{when}"],
+                "overlap": figures["overlap"],
+                "parts": figures[f"parts_{when}"],
+            }
+    kept = {_FORMER_KEYS.get(key, key): value for key, value in content.items() if key not in ("evaluation", "n")}
+    return {key: value for key, value in kept.items() if not key.endswith(("_before", "_after"))} | scores
