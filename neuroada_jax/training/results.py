@@ -13,7 +13,11 @@ from neuroada_jax.training.best_epoch import BestEpoch
 from neuroada_jax.training.loop import History
 from neuroada_jax.training.preparation import Prepared
 
-_FORMER_KEYS = {"cut": "truncated", "left_out": "dropped", "trainable_in_head": "trainable_in_classifier"}  # of neuroada-jax 0.1
+_FORMER_KEYS = {
+    "cut": "truncated",
+    "left_out": "dropped",
+    "trainable_in_head": "trainable_in_classifier",
+}  # of neuroada-jax 0.1
 
 Scores = dict[str, Score]  # by evaluation set
 

@@ -347,7 +347,10 @@ def test_bad_evaluations(trained, model, data, capsys):
     for arguments, message in (
         (["--adapter", out / "adapter", "--task", "qqp"], "needs the text fields question1, question2"),
         (["--adapter", out / "adapter", "--task", "instruct"], "bert is an encoder, which cannot continue a text"),
-        (["--adapter", out / "adapter", "--task", "stsb"], "task 'stsb' has 1 label(s) (similarity), and the classifier of "),
+        (
+            ["--adapter", out / "adapter", "--task", "stsb"],
+            "task 'stsb' has 1 label(s) (similarity), and the classifier of ",
+        ),
         (["--adapter", out / "adapter", "--task", "mrpc", "--max-length", 41], "--max-length: found 41, expected 1 to "),
         (["--adapter", out / "adapter", "--task", "rte"], "tells apart not_equivalent, equivalent"),
         (["--adapter", out / "adapter", "--task", "mrpc", "--style", "plain"], "--style: bert is an encoder, which has no"),
