@@ -1,10 +1,11 @@
 """neuroada-jax: sparse fine-tuning of large models with NeuroAda (arXiv 2510.18940), in JAX.
 
 Two doors. `load` and `fine_tune` take a pretrained model and rows (docs/python.md); they are imported at their first use,
-since they need Flax and transformers. All other names are the core, functions on arrays and trees for models of your own
+since they need Flax and transformers, as are `linen`, `nnx` and `equinox`. All other names are the core, functions on arrays and trees for models of your own
 (docs/own-models.md), and need JAX alone.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from neuroada_jax.core.attached import BypassKernel, attach
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+_MODULES = ("equinox", "linen", "nnx")
 _SESSION = ("MergedModel", "Prediction", "PretrainedModel", "TunedModel", "load")
 
 __all__ = [
@@ -54,6 +56,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import the names that need more than JAX when they are asked for (PEP 562)."""
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
     if name == "fine_tune":
         from neuroada_jax.fine_tuning import fine_tune
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import transformers
 
-from neuroada_jax.adapters import native
+from neuroada_jax.adapters import native, on_base
 from neuroada_jax.core import bypass
 from neuroada_jax.core.bypass import Bypass
 from neuroada_jax.core.trees import Tree
@@ -146,11 +146,11 @@ class PretrainedModel:
         """Return the weights with this adapter in them, with no copy of what it does not touch."""
         self._check_open()
         if self._held.adapter is not adapter:
-            new = Bypass({}, {}) if adapter is None else native.stack_layers(adapter, self._loaded)
+            new = Bypass({}, {}) if adapter is None else on_base.stack_layers(adapter, self._loaded)
             params, entries = _swap(self._loaded.params, self._held.columns, self._held.base_entries, new)
             self._loaded = dataclasses.replace(self._loaded, params=params)
             self._held = _Held(adapter, new.columns, entries)
-        dense = {} if adapter is None else native.classifier(adapter, self._loaded)
+        dense = {} if adapter is None else on_base.classifier(adapter, self._loaded)
         return dense_modules.join(self._loaded.params, dense)
 
 
@@ -303,7 +303,7 @@ def _predict(
         return [Prediction(float(each), None) for each in outputs[:, 0]]
     exponents = np.exp(outputs - outputs.max(axis=1, keepdims=True))
     shares = exponents / exponents.sum(axis=1, keepdims=True)
-    labels = native.classifier_labels(loaded) or []
+    labels = on_base.classifier_labels(loaded) or []
     return [
         Prediction(labels[int(best)], float(share[best])) for best, share in zip(shares.argmax(axis=1), shares, strict=True)
     ]

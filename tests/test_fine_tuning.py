@@ -12,6 +12,7 @@ from helpers import run_config, write_bert, write_config, write_model, write_row
 import neuroada_jax as na
 from neuroada_jax import cli, fine_tuning
 from neuroada_jax.adapters import native
+from neuroada_jax.core import trees
 from neuroada_jax.training.config import RunConfig
 
 ROWS = [{"prompt": f"after {a},", "completion": b} for a, b in zip("abcdefghijkl", "bcdefghijklm", strict=True)]
@@ -54,7 +55,7 @@ fine_tune = getattr(na.fine_tune, "__wrapped__", na.fine_tune)
 
 
 def weights(model):
-    return {name: np.array(leaf) for name, leaf in native.trees.flatten(model._params(None))}
+    return {name: np.array(leaf) for name, leaf in trees.flatten(model._params(None))}
 
 
 def assert_same(first, second):
