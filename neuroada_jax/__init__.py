@@ -1,8 +1,8 @@
 """neuroada-jax: sparse fine-tuning of large models with NeuroAda (arXiv 2510.18940), in JAX.
 
-Two doors. `load` and `fine_tune` take a pretrained model and rows (docs/python.md); they are imported at their first use,
-since they need Flax and transformers, as are `linen`, `nnx` and `equinox`. All other names are the core, functions on arrays and trees for models of your own
-(docs/own-models.md), and need JAX alone.
+Two doors. `load` and `fine_tune` take a pretrained model and rows (docs/python.md). All other names are the core, functions
+on arrays and trees for models of your own (docs/own-models.md), and need JAX alone. What needs Flax or transformers
+(`load`, `fine_tune`, and the modules `linen`, `nnx` and `equinox`) is imported at its first use.
 """
 
 import importlib
