@@ -1,1 +1,1 @@
-"""Evaluation: rows are scored, and the figures say how sure they are."""
+"""Scoring a model on rows, with confidence intervals."""

@@ -1,9 +1,9 @@
-"""The lm-evaluation-harness: its tasks, its prompts and its metrics, with the model run here."""
+"""The tasks, prompts and metrics of the lm-evaluation-harness on a model of this package."""
 
 import difflib
 import functools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from neuroada_jax.core.trees import Tree
 from neuroada_jax.data.batches import Batch
 from neuroada_jax.data.packing import default_buckets
 from neuroada_jax.errors import UserError, install_line
+from neuroada_jax.evaluation.scoring import Progress
 from neuroada_jax.generation.generate import before_stop, generate
 from neuroada_jax.generation.sampling import Decoding
 from neuroada_jax.generation.texts import ending
@@ -33,14 +34,12 @@ try:
 except ModuleNotFoundError as error:
     raise UserError(f"lm-eval needs {error.name}, which is missing: {install_line('eval')}") from error
 
-Progress = Callable[[int, int], None]
-
-# What a task may ask of a generation; sampling's settings count for nothing as long as it does not ask for sampling.
+# The generation settings that a task may have; those of sampling have no effect while do_sample is off.
 _GENERATION = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k", "num_beams"}
 
 
 class _Row(NamedTuple):
-    """One text to run and what to look up in it: the requests whose continuation follows from these very tokens."""
+    """One text to run, and the numbers of the requests whose continuation is predicted from these tokens."""
 
     tokens: tuple[int, ...]
     requests: list[int]
@@ -52,7 +51,7 @@ def _scores(module: nn.Module, params: Tree, batch: Batch) -> tuple[jax.Array, j
 
 
 class NeuroAdaLM(TemplateLM):
-    """A base or merged model as lm-eval asks it; texts become tokens as in lm-eval's own `HFLM`.
+    """A base or merged model behind lm-eval's interface; texts are tokenised as in lm-eval's own `HFLM`.
 
     Log-likelihoods are natural logarithms, computed from float32 logits whatever the model's dtype.
     """
@@ -65,9 +64,14 @@ class NeuroAdaLM(TemplateLM):
         batch_size: int = 16,
         on_progress: Progress | None = None,
     ) -> None:
-        """base: architecture and config. params: plain parameters, merged where an adapter is wanted.
+        """Wrap a model.
 
-        batch_size: texts at a time. on_progress: called with (done, in all) of the requests of one kind.
+        Args:
+          base_model: architecture and config.
+          params: complete plain parameters, with any adapter merged in.
+          tokenizer: the model's.
+          batch_size: texts at a time.
+          on_progress: called with (done, in all) of the requests of one kind.
         """
         super().__init__()
         self.base_model, self.params, self.tokenizer = base_model, params, tokenizer
@@ -81,17 +85,17 @@ class NeuroAdaLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands in front of a text without context: BOS, or EOS where there is none."""
+        """The token before a text without context: BOS, or EOS where there is none."""
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else bos
 
     @property
     def tokenizer_name(self) -> str:
-        """Names lm-eval's caches."""
+        """The name of lm-eval's caches."""
         return self.tokenizer.name_or_path.replace("/", "__")
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The text of a conversation, for `--apply-chat-template`."""
+        """Return the text of a conversation, for `--apply-chat-template`."""
         text: Any = self.tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,
@@ -101,7 +105,7 @@ class NeuroAdaLM(TemplateLM):
         return text
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Tokens, with the tokenizer's special ones unless told otherwise or the text begins with BOS already."""
+        """Tokenise a text; by default with special tokens, unless the text begins with BOS already."""
         if add_special_tokens is None:
             add_special_tokens = not has_bos_prefix(string, self.tokenizer.decode([self.prefix_token_id]))
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
@@ -109,16 +113,16 @@ class NeuroAdaLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
-        """(log-likelihood, whether greedy decoding would give it) of every continuation, in the order given.
+        """Return (log-likelihood, whether greedy decoding gives it) of every continuation, in the order of the requests.
 
         Contexts that are too long lose tokens on the left. Requests that differ in the last token alone share a text.
         """
         rows: dict[tuple[int, ...], _Row] = {}
         for number, (texts, context, continuation) in enumerate(requests):
             if not 0 < len(continuation) <= self.max_length:
-                told = f" ({texts[1][:60]!r})" if texts else ""
+                text = f" ({texts[1][:60]!r})" if texts else ""
                 raise UserError(
-                    f"a continuation{told} has {len(continuation)} tokens, expected 1 to {self.max_length} (the positions)"
+                    f"a continuation{text} has {len(continuation)} tokens, expected 1 to {self.max_length} (the positions)"
                 )
             tokens = tuple([*context, *continuation][-(self.max_length + 1) : -1])
             rows.setdefault(tokens, _Row(tokens, [])).requests.append(number)
@@ -139,7 +143,7 @@ class NeuroAdaLM(TemplateLM):
         return results
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts; those longer than the model in windows with as much context as fits."""
+        """Return the log-likelihood of complete texts; long ones in windows, each with as much context as fits."""
         windows: list[tuple[None, list[int], list[int]]] = []
         owners: list[int] = []
         for number, request in enumerate(requests):
@@ -155,10 +159,10 @@ class NeuroAdaLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Greedy continuations up to the first stop string, in the order given.
+        """Return greedy continuations up to the first stop string, in the order of the requests.
 
         Raises:
-          UserError: a task asks for sampling or something else that is not done here, or for more tokens than fit.
+          UserError: a task asks for sampling or another unsupported setting, or for more tokens than fit.
         """
         groups: dict[str, list[int]] = {}  # by their settings
         for number, request in enumerate(requests):
@@ -176,7 +180,7 @@ class NeuroAdaLM(TemplateLM):
                 self.base_model.model,
                 self.params,
                 prompts,
-                ending(self.base_model, self.tokenizer),  # stops are looked for where lm-eval does: with special tokens
+                ending(self.base_model, self.tokenizer),  # decodes with special tokens, as in lm-eval's search for stops
                 max_new_tokens=new_tokens,
                 decoding=Decoding(stop=until),
                 batch_size=self.batch_size,
@@ -188,7 +192,7 @@ class NeuroAdaLM(TemplateLM):
 
 
 def _batches(rows: list[_Row], continuations: list[list[int]], batch_size: int) -> Iterator[tuple[list[_Row], Batch]]:
-    """The rows by length, longest first (what does not fit into memory fails at once), in at most 6 shapes."""
+    """Yield the rows in batches of at most 6 shapes, longest first: a batch that exceeds the memory fails at once."""
     if not rows:
         return
     rows = sorted(rows, key=lambda row: len(row.tokens), reverse=True)
@@ -220,18 +224,18 @@ def _batches(rows: list[_Row], continuations: list[list[int]], batch_size: int) 
 
 
 def _generation_settings(asked: dict[str, Any]) -> tuple[tuple[str, ...], int]:
-    """Stop strings and the most new tokens."""
+    """Return the stop strings and the largest number of new tokens."""
     settings: Any = normalize_gen_kwargs(asked)
     unknown = sorted(set(settings) - _GENERATION)
     if unknown or settings.get("num_beams", 1) != 1 or (settings["do_sample"] and settings.get("temperature", 1.0) > 0):
         raise UserError(
-            f"a task's generation_kwargs are {asked}: lm-eval decodes greedily here, without {unknown or 'sampling'}"
+            f"a task's generation_kwargs are {asked}: expected greedy decoding, without {unknown or 'sampling'}"
         )
     return tuple(stop for stop in settings["until"] if stop), settings["max_gen_toks"]
 
 
 class _Tasks(TaskManager):
-    """lm-eval's task index, whose errors are for the user."""
+    """lm-eval's task index; its errors become UserError."""
 
     def load(self, task_list: Any) -> Any:
         try:
@@ -243,18 +247,18 @@ class _Tasks(TaskManager):
 
 
 class Tasks(NamedTuple):
-    """Names of tasks that exist, and lm-eval's index to load them from."""
+    """Names of existing tasks, and lm-eval's index to load them from."""
 
     names: list[str]
     manager: TaskManager
 
 
 def find_tasks(names: Sequence[str], include_path: str | None = None) -> Tasks:
-    """The tasks, groups and tags of these names.
+    """Find tasks, groups and tags by name.
 
     Args:
       names: each a name, a pattern with * or ?, or a YAML file.
-      include_path: a folder of further tasks. If it has them all, lm-eval's own (15,000 files) are not read.
+      include_path: a folder of further tasks. If it has all of them, lm-eval's own tasks (15,000 files) are not read.
 
     Raises:
       UserError: a name that matches nothing (names the nearest), or no such folder.
@@ -277,19 +281,19 @@ def find_tasks(names: Sequence[str], include_path: str | None = None) -> Tasks:
 
 
 def evaluate(lm: TemplateLM, tasks: Tasks, **options: Any) -> dict[str, Any]:
-    """What lm-eval's `simple_evaluate` returns: results, configs, versions, samples; `options` are its own."""
+    """Run lm-eval's `simple_evaluate` with its own `options`; return its results, configs, versions and samples."""
     results = lm_eval.simple_evaluate(lm, tasks=tasks.names, task_manager=tasks.manager, **options)
-    assert results is not None  # only where this process is one of several
+    assert results is not None  # None is for runs of several processes
     return results
 
 
 def summary_table(results: dict[str, Any]) -> str:
-    """lm-eval's own table, and that of groups where there are any."""
+    """Return lm-eval's own table, and that of groups where there are any."""
     return "\n".join(make_table(results, *which) for which in [(), ("groups",)] if not which or results.get("groups"))
 
 
 def summary_json(results: dict[str, Any]) -> str:
-    """One line of JSON: every task's metrics, rows, shots and version."""
+    """Return one line of JSON with every task's metrics, rows, shots and version."""
     kept: dict[str, Any] = {
         key: results[key] for key in ("results", "groups", "n-samples", "n-shot", "versions") if key in results
     }
@@ -297,7 +301,7 @@ def summary_json(results: dict[str, Any]) -> str:
 
 
 def write_results(path: Path, results: dict[str, Any]) -> None:
-    """Everything as one JSON file: results, the configs of the tasks, and under `samples` every row with its answer."""
+    """Write one JSON file with results, the configs of the tasks, and under `samples` every row with its answer."""
     files.write_text(path, _json(results, indent=1) + "\n")
 
 

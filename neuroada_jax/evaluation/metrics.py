@@ -1,4 +1,4 @@
-"""The figures that tasks are scored by: plain functions (predictions, labels) -> float."""
+"""Metrics and their confidence intervals: plain functions of (predictions, labels)."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,21 +10,26 @@ from neuroada_jax.errors import UserError
 
 Values = Sequence[Any] | npt.NDArray
 _RESAMPLES = 1000
-_RESAMPLED_AT_ONCE = 1_000_000  # row numbers in memory
+_RESAMPLED_AT_ONCE = 1_000_000  # row numbers held in memory
 
 __all__ = ["METRICS", "accuracy", "f1", "interval", "matthews", "pearson", "spearman", "wilson_interval"]
 
 
 def accuracy(predictions: Values, labels: Values) -> float:
-    """Share of equal pairs, 0 to 1. Raises UserError: no values, or not as many of each (so do all functions here)."""
+    """Return the share of equal pairs, 0 to 1.
+
+    Raises:
+      UserError: no values, or not as many of each; every function here raises this.
+    """
     found, expected = _pair(predictions, labels)
     return float(np.mean(found == expected))
 
 
 def f1(predictions: Values, labels: Values) -> float:
-    """Harmonic mean of precision and recall of class 1, 0 to 1; 0 where no row of class 1 is found or expected.
+    """Return the harmonic mean of precision and recall of class 1, 0 to 1; 0 without any row of class 1.
 
-    Raises UserError: values other than 0 and 1.
+    Raises:
+      UserError: values other than 0 and 1.
     """
     found, expected = _binary(predictions, labels)
     both, either = int(np.sum(found & expected)), int(found.sum() + expected.sum())
@@ -32,24 +37,30 @@ def f1(predictions: Values, labels: Values) -> float:
 
 
 def matthews(predictions: Values, labels: Values) -> float:
-    """Matthews correlation of two classes, -1 to 1; 0 where all predictions, or all labels, are the same.
+    """Return the Matthews correlation of two classes, -1 to 1; 0 where all predictions, or all labels, are the same.
 
-    It is Pearson's coefficient of the classes written as 0 and 1 (B. W. Matthews, 1975). Raises UserError: other values.
+    It equals Pearson's coefficient of the classes written as 0 and 1 (B. W. Matthews, 1975).
+
+    Raises:
+      UserError: values other than 0 and 1.
     """
     found, expected = _binary(predictions, labels)
     return pearson(found.astype(float), expected.astype(float))
 
 
 def pearson(predictions: Values, labels: Values) -> float:
-    """Pearson correlation, -1 to 1; 0 where all predictions, or all labels, are the same."""
-    from scipy import stats  # half a second, which no other command has to wait for
+    """Return the Pearson correlation, -1 to 1; 0 where all predictions, or all labels, are the same."""
+    from scipy import stats  # takes half a second to import
 
     found, expected = _pair(predictions, labels)
     return 0.0 if _constant(found) or _constant(expected) else float(stats.pearsonr(found, expected).statistic)
 
 
 def spearman(predictions: Values, labels: Values) -> float:
-    """Spearman rank correlation, ties at their mean rank, -1 to 1; 0 where all predictions, or all labels, are the same."""
+    """Return the Spearman rank correlation, -1 to 1; 0 where all predictions, or all labels, are the same.
+
+    Ties get their mean rank.
+    """
     from scipy import stats
 
     found, expected = _pair(predictions, labels)

@@ -1,4 +1,4 @@
-"""Scores and scorers: what every way of scoring rows gives back, and the interface that decoders and encoders share."""
+"""Scores, and the interface of scorers that decoders and encoders share."""
 
 import math
 from collections.abc import Callable, Mapping

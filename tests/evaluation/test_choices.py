@@ -22,7 +22,7 @@ def example(rng, prompt, *answer):
 
 
 def alone(base_model):
-    """(ids, is_label) -> the summed loss of an example's targets, from its full logits."""
+    """(ids, is_label) -> the summed loss of an example's labels, from its full logits."""
     module = base_model.model.module()
 
     @jax.jit
@@ -53,10 +53,10 @@ def test_losses_are_those_of_each_example_alone(base_model):
     assert seen[-1][0] == seen[-1][1] == len(seen)
 
 
-def test_what_is_shared_is_read_once(base_model):
+def test_a_common_prefix_is_read_once(base_model):
     group = [(np.array([5, 6, 7, 8, tail, 2], np.int32), np.arange(6) >= 3) for tail in (20, 30)]
     row = choices._row(group)
     assert row.ids.tolist() == [5, 6, 7, 8, 20, 2, 30, 2]
     assert row.positions.tolist() == [0, 1, 2, 3, 4, 5, 4, 5]
-    # The first target that differs is predicted from the last shared token.
-    assert [slots.tolist() for slots, _ in row.targets] == [[2, 3, 4], [2, 3, 6]]
+    # The first label that differs is predicted from the last shared token.
+    assert [slots.tolist() for slots, _ in row.labels] == [[2, 3, 4], [2, 3, 6]]

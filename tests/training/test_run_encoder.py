@@ -352,7 +352,7 @@ def test_bad_evaluations(trained, model, data, capsys):
             "task 'stsb' has 1 label(s) (similarity), and the classifier of ",
         ),
         (["--adapter", out / "adapter", "--task", "mrpc", "--max-length", 41], "--max-length: found 41, expected 1 to "),
-        (["--adapter", out / "adapter", "--task", "rte"], "tells apart not_equivalent, equivalent"),
+        (["--adapter", out / "adapter", "--task", "rte"], "has not_equivalent, equivalent"),
         (["--adapter", out / "adapter", "--task", "mrpc", "--style", "plain"], "--style: bert is an encoder, which has no"),
         (["--model", model, "--task", "mrpc"], "has no classifier.bias: give an --adapter"),
     ):
