@@ -1,4 +1,4 @@
-"""Model families: which architectures there are and how a Hugging Face config becomes a Flax module."""
+"""Model families: the supported architectures, and Flax modules from Hugging Face configs."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -34,17 +34,17 @@ __all__ = [
 
 
 class Architecture(NamedTuple):
-    """One `model_type` of config.json.
+    """Architecture of one `model_type` of config.json.
 
     Attributes:
       read_config: (Hugging Face config, dtype) -> static config.
       module: (static config, remat policy) -> Flax module.
       layers_path: the path of the layer scan in the parameter tree.
-      targets: the bypass targets where a run names none.
+      targets: the default bypass targets.
       transformers_class: the class whose checkpoints have this parameter tree.
-      prefix: what the tensor names of a checkpoint of the bare model lack, "" where there is no such checkpoint.
-      classifier: the modules that a task brings and that train whole, empty for a decoder.
-      optional: the modules that a checkpoint may lack; they start from a seed.
+      prefix: the prefix that tensor names lack in a checkpoint of the bare model, "" where there is no such checkpoint.
+      classifier: the modules that depend on the task and train densely, empty for a decoder.
+      optional: the modules that a checkpoint may lack; they are initialised from a seed.
     """
 
     read_config: Callable[..., Any]
@@ -58,7 +58,7 @@ class Architecture(NamedTuple):
 
     @property
     def is_decoder(self) -> bool:
-        """Whether the model continues texts, rather than judging them."""
+        """Whether the model continues texts; otherwise it classifies them."""
         return not self.classifier
 
 
@@ -90,7 +90,7 @@ _BERT = Architecture(
     optional=(("classifier",), ("bert", "pooler")),
 )
 
-# By the `model_type` of config.json. SmolLM2 and LLaMA 1 to 3.x all say "llama".
+# By the `model_type` of config.json, which is "llama" for SmolLM2 and LLaMA 1 to 3.x.
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": _llama("LlamaForCausalLM"),
     "mistral": _llama("MistralForCausalLM"),
@@ -103,7 +103,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 class Model(NamedTuple):
-    """A model without its weights: the architecture, its static config and the Hugging Face config it came from."""
+    """A model without weights: the architecture, its static config and the Hugging Face config that it was read from."""
 
     architecture: Architecture
     config: Any
@@ -115,15 +115,15 @@ class Model(NamedTuple):
         return self.architecture.layers_path
 
     def module(self, remat: Remat = Remat.NONE) -> nn.Module:
-        """The Flax module; the remat policy matters to training only."""
+        """Return the Flax module; the remat policy matters for training only."""
         return self.architecture.module(self.config, remat)
 
     def abstract_params(self) -> Tree:
-        """The parameter tree as shapes and dtypes; nothing is allocated."""
+        """Return the parameter tree as shapes and dtypes; nothing is allocated."""
         return _abstract_params(self.architecture, self.config)
 
     def linear_maps(self) -> dict[str, tuple[int, int]]:
-        """The shape (O, I) of every linear map by its Hugging Face module path, layer by layer."""
+        """Return the shape (O, I) of every linear map by its Hugging Face module path, layer by layer."""
         return {
             module: kernel.shape[-2:]
             for path, kernel in kernels(self.abstract_params())
@@ -131,7 +131,7 @@ class Model(NamedTuple):
         }
 
 
-@functools.lru_cache(maxsize=16)  # tracing the model takes a tenth of a second, and half a dozen callers ask
+@functools.lru_cache(maxsize=16)  # tracing a model takes a tenth of a second, and it has half a dozen callers
 def _abstract_params(architecture: Architecture, config: Any) -> Tree:
     module = architecture.module(config, Remat.NONE)
     init = lambda ids: module.init(jax.random.key(0), ids, method="initialise")  # noqa: E731
@@ -139,15 +139,15 @@ def _abstract_params(architecture: Architecture, config: Any) -> Tree:
 
 
 def from_hf_config(config: Mapping[str, Any], dtype: Any = jnp.float32, labels: Sequence[str] | None = None) -> Model:
-    """The model that a Hugging Face config.json describes, with weights and activations in `dtype`.
+    """Return the model that a Hugging Face config.json describes, with weights and activations in `dtype`.
 
     Args:
       config: the content of config.json.
       dtype: float32 or bfloat16.
-      labels: the classes that an encoder's head tells apart, or one name for regression. None: as the config says.
+      labels: names of the classes of an encoder's classifier, or one name for regression; None: those of the config.
 
     Raises:
-      UserError: the architecture is not supported, or its config asks for something that is not.
+      UserError: the architecture or a setting of its config is not supported, or labels were given for a decoder.
     """
     kind = config.get("model_type")
     if kind not in ARCHITECTURES:
@@ -160,19 +160,19 @@ def from_hf_config(config: Mapping[str, Any], dtype: Any = jnp.float32, labels: 
     architecture = ARCHITECTURES[kind]
     if labels is not None:
         if architecture.is_decoder:
-            raise UserError(f"config.json: model_type {kind!r} is a decoder: it has no head that could tell labels apart")
+            raise UserError(f"config.json: model_type {kind!r} is a decoder, which has no classifier for labels")
         config = with_labels(config, labels)
     return Model(architecture, architecture.read_config(config, dtype), dict(config))
 
 
 def match_targets(params: Mapping[str, Any], targets: list[str], layers_path: ModulePath) -> list[ModulePath]:
-    """The module paths that the names in `targets` select, in the tree's order.
+    """Return the module paths that the names in `targets` select, in the tree's order.
 
     A target is a module's exact path within its layer ("self_attn.q_proj"; "lm_head" outside the layers) or, where no
-    module has that path, the last component of one ("q_proj"). Never a substring.
+    module has that path, the last component of one ("q_proj"). It is never a substring.
 
     Raises:
-      UserError: a target that matches nothing (lists what exists), or the tied output layer.
+      UserError: a target that matches no linear map, such as a tied output layer; lists those that exist.
     """
     modules = {names.within_layer(path, layers_path): path for path, _ in kernels(params)}
     return [modules[name] for name in matching(modules, targets)]

@@ -21,19 +21,19 @@ def attention(
     causal: bool,
     window: int | None = None,
 ) -> Float[Array, "B T H N"]:
-    """Scaled dot-product attention with grouped keys and values; the softmax is float32.
+    """Compute scaled dot-product attention with grouped keys and values; the softmax is float32.
 
-    Causal attention without a mask runs as cuDNN flash attention on a GPU in half precision. With a mask (decoding,
-    packing, encoders) XLA's own form is used, on a GPU too: it forms the float32 logits (B, H, T, S), so packed rows should
-    be no longer than the examples need.
+    Causal attention without a mask runs as cuDNN flash attention on a GPU in half precision. Attention with a mask
+    (decoding, packing, encoders) takes XLA's implementation on every platform, which forms the float32 logits
+    (B, H, T, S): packed rows should be no longer than their examples need.
 
     Args:
-      query: of T tokens.
-      key: of S slots.
-      value: of the same slots.
-      mask: which slots each query may see.
-      causal: token t sees the slots up to t alone, whatever the mask says; S is T.
-      window: the most slots that a query sees, itself among them; for causal attention.
+      query: queries of T tokens.
+      key: keys of S slots.
+      value: values of the same slots.
+      mask: the slots that each query attends to.
+      causal: token t attends to slots up to t only, in addition to the mask; S equals T.
+      window: for causal attention, the largest number of slots that a query attends to, its own included.
     """
     half = query.dtype in (jnp.bfloat16, jnp.float16)
     if causal and mask is None and half and platform.has_flash_attention():
@@ -41,9 +41,8 @@ def attention(
         return _attend(query, key, value, is_causal=True, local_window_size=sliding, implementation="cudnn")
     if not causal:
         return _attend_again(query, key, value, mask)
-    # Block after block of queries, each with the slots that it can see: nearly half of the logits are never formed. On a
-    # CPU two blocks of 128 queries take 0.4 of the time of one product of 256. The eight blocks of long rows bound what
-    # there is to compile.
+    # Blocks of queries, each with the slots that it can attend to: nearly half of the logits are never formed. On a CPU
+    # two blocks of 128 queries take 0.4 of the time of one product of 256. At most eight blocks bound the compile time.
     tokens = query.shape[1]
     count = 1 if tokens < 96 else min(max(-(-tokens // 128), 2), 8)
     block = -(-tokens // count)
@@ -65,9 +64,9 @@ def _attend(query: Array, key: Array, value: Array, **options: Any) -> Array:
 
 
 def _attend_again(query: Array, key: Array, value: Array, mask: Array | None) -> Array:
-    """XLA's attention that keeps no probabilities: as flash attention does, it forms them again in the backward pass.
+    """Compute attention with XLA and recompute the probabilities in the backward pass, as flash attention does.
 
-    On a CPU that is faster than keeping them, too.
+    On a CPU this is faster than keeping them, too.
     """
     attend: Callable[..., Array] = functools.partial(_attend, mask=mask, implementation="xla")
     return jax.checkpoint(attend, prevent_cse=False)(query, key, value)
@@ -80,7 +79,7 @@ def cached_attention(
     *,
     mask: Bool[Array, "B 1 T S"],
 ) -> Float[Array, "B T H N"]:
-    """As `attention` with a mask, on keys and values that lie as a cache has them, so that no step transposes them."""
+    """Compute `attention` with a mask on keys and values in the layout of a cache, so that no step transposes them."""
     batch, tokens, heads, size = query.shape
     wide = ops.wide_dtype(query.dtype)
     grouped = query.reshape(batch, tokens, key.shape[1], heads // key.shape[1], size)
@@ -99,7 +98,7 @@ def attention_with_dropout(
     rate: float,
     rng: Array,
 ) -> Float[Array, "B T H N"]:
-    """As `attention`, with a share `rate` of the probabilities dropped; `rng` says which."""
+    """Compute `attention` with dropout of rate `rate` on the probabilities, from the key `rng`."""
 
     def attend(query: Array, key: Array, value: Array, rng: Array) -> Array:
         wide = ops.wide_dtype(query.dtype)
@@ -112,11 +111,11 @@ def attention_with_dropout(
 
 
 def packed_mask(positions: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
-    """Which slots each query may see where rows hold several examples end to end: its own example's, up to itself.
+    """Return the causal mask of packed rows, in which a token attends to its own example only.
 
     Args:
-      positions: int32, counted from 0 in every example. A token sees as many slots before its own as its position says,
-        so a slot with position 0 between or behind the examples sees itself alone, and its softmax is finite.
+      positions: int32, counted from 0 in every example. A token attends to itself and to as many slots before it as its
+        position; a padding slot with position 0 attends to itself only, which keeps its softmax finite.
     """
     slots = jnp.arange(positions.shape[1], dtype=positions.dtype)
     distance = slots[:, None] - slots[None, :]

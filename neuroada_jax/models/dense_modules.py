@@ -1,4 +1,4 @@
-"""Heads: the modules that train whole, out of the parameter tree and back in, and their Hugging Face names."""
+"""Dense modules, such as a classifier, that train with all their parameters: splitting, joining, Hugging Face names."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -11,10 +11,10 @@ from neuroada_jax.models import names
 
 
 def split(params: Mapping[str, Any], modules: Iterable[ModulePath]) -> tuple[Tree, Tree]:
-    """(the parameters without the modules, the modules alone); both are nested dicts, and nothing is in both.
+    """Split the parameters into (those outside the modules, those of the modules), two disjoint nested dicts.
 
     Raises:
-      KeyError: a module that is not there.
+      KeyError: a module that does not exist.
     """
     rest, dense = dict(params), dict[str, Any]()
     for path in modules:
@@ -29,7 +29,7 @@ def _without(tree: Mapping[str, Any], path: ModulePath) -> Tree:
 
 
 def join(params: Mapping[str, Any], dense: Mapping[str, Any]) -> Tree:
-    """The parameters with the head's leaves put in, in the dtype of the parameters."""
+    """Return the parameters with the leaves of the dense modules put in, in the dtype of the parameters."""
     if not dense:
         return dict(params)
     dtype = jax.tree.leaves(params)[0].dtype
@@ -39,6 +39,6 @@ def join(params: Mapping[str, Any], dense: Mapping[str, Any]) -> Tree:
 
 
 def to_names(dense: Mapping[str, Any]) -> dict[str, Any]:
-    """The head's leaves by Hugging Face parameter name."""
+    """Return the leaves of the dense modules by Hugging Face parameter name."""
     leaves = dict(trees.flatten(dense))
     return {name: leaves[slot.path] for name, slot in names.checkpoint_names(dense, names.NO_LAYERS).items()}

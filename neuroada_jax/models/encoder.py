@@ -1,9 +1,9 @@
-"""BERT, RoBERTa and XLM-R in Flax Linen with stacked layers, and their sequence classification heads.
+"""BERT, RoBERTa and XLM-R in Flax Linen with stacked layers, and their sequence classifiers.
 
-The three differ in how they count positions and in the head. As in llama.py, one scan body serves every depth and module
-names are those of the Hugging Face checkpoint without the layer's number.
+The three differ in how they count positions and in the classifier. As in llama.py, one scan body serves every depth and
+module names are those of the Hugging Face checkpoint without the layer number.
 
-Dropout is active where `apply` gets `rngs={"dropout": key}`, and only there.
+Dropout is active only where `apply` is given `rngs={"dropout": key}`.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from neuroada_jax.errors import UserError
 from neuroada_jax.models import attention, layers
 from neuroada_jax.models.layers import BypassDense, Dropout, Embedding, LayerNorm
-from neuroada_jax.models.remat import BYPASS_COLLECTIONS, Remat, remat_module, saved, token_wise
+from neuroada_jax.models.remat import BYPASS_COLLECTIONS, Remat, kept_activation, remat_module, token_wise
 
 # Every linear map of a layer, as in the published scripts.
 ENCODER_TARGETS = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
@@ -25,10 +25,10 @@ ENCODER_TARGETS = ("query", "key", "value", "attention.output.dense", "intermedi
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-    """Static description of an encoder; letters of docs/design.md in brackets.
+    """Static description of an encoder; the comments give the letters of docs/design.md.
 
-    `first_position` is the row of the position embedding that the first token gets: 0 for BERT, and for RoBERTa the row
-    behind that of the padding token.
+    `first_position` is the index of the first token in the position embedding: 0 for BERT, and for RoBERTa the index after
+    that of the padding token.
     """
 
     vocab_size: int  # V
@@ -50,15 +50,15 @@ class EncoderConfig:
 
     @property
     def max_positions(self) -> int:
-        """The longest row, in tokens."""
+        """The most tokens of a sequence."""
         return self.position_rows - self.first_position
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], dtype: Any = jnp.float32) -> "EncoderConfig":
-        """Reads a Hugging Face config.json of model_type bert, roberta or xlm-roberta.
+        """Read a Hugging Face config.json of model_type bert, roberta or xlm-roberta.
 
         Raises:
-          UserError: a field is missing or holds what this implementation does not know.
+          UserError: a field is missing or has a value that is not supported.
         """
         bert = config["model_type"] == "bert"
 
@@ -110,7 +110,7 @@ class EncoderConfig:
 
 
 def num_labels(config: Mapping[str, Any]) -> int:
-    """How many numbers a head gives: one for regression, else one for each class of `id2label` (2 if there is none).
+    """Return the number of classifier outputs: 1 for regression, else one for each class of `id2label` (default 2).
 
     Raises:
       UserError: no label, or a problem_type that is not supported or does not fit the number of labels.
@@ -129,7 +129,7 @@ def num_labels(config: Mapping[str, Any]) -> int:
 
 
 def with_labels(config: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
-    """The Hugging Face config with a head for these labels; one label means regression."""
+    """Return the Hugging Face config with a classifier for these labels; one label means regression."""
     return {key: value for key, value in config.items() if key != "num_labels"} | {
         "id2label": {str(number): label for number, label in enumerate(labels)},
         "label2id": {label: number for number, label in enumerate(labels)},
@@ -138,7 +138,7 @@ def with_labels(config: Mapping[str, Any], labels: Sequence[str]) -> dict[str, A
 
 
 class Embeddings(nn.Module):
-    """The sum of word, position and token type embeddings, normalised."""
+    """Sum of word, position and token type embeddings, normalised."""
 
     config: EncoderConfig
 
@@ -149,7 +149,7 @@ class Embeddings(nn.Module):
         def embed(name: str, rows: int, ids: Array) -> Array:
             return Embedding(rows, c.hidden_size, c.dtype, name=name)(ids)
 
-        if c.first_position:  # RoBERTa: padding gets a position of its own and is not counted
+        if c.first_position:  # RoBERTa: padding has a position of its own and is not counted
             real = ids != c.pad_id
             positions = jnp.where(real, c.first_position - 1 + jnp.cumsum(real, axis=1, dtype=jnp.int32), c.pad_id)
         else:
@@ -179,11 +179,11 @@ class SelfAttention(nn.Module):
             y = attention.attention_with_dropout(query, key, value, mask=mask, rate=c.attention_dropout, rng=rng)
         else:
             y = attention.attention(query, key, value, mask=mask, causal=False)
-        return saved(y.reshape(x.shape))
+        return kept_activation(y.reshape(x.shape))
 
 
 class Output(nn.Module):
-    """A linear map back to D, dropout, and the norm of its sum with what came in."""
+    """Linear map to D, dropout, residual connection and norm."""
 
     config: EncoderConfig
 
@@ -205,7 +205,7 @@ class Attention(nn.Module):
 
 
 class Intermediate(nn.Module):
-    """The widening half of the feed-forward block."""
+    """First half of the feed-forward block: linear map to F and activation."""
 
     config: EncoderConfig
 
@@ -233,25 +233,25 @@ class Layer(nn.Module):
 
 
 class Layers(nn.Module):
-    """The stack of layers."""
+    """All layers, as one scan."""
 
     config: EncoderConfig
     remat: Remat = Remat.NONE
 
     @nn.compact
     def __call__(self, x: Array, mask: Array) -> Array:
-        stack = nn.scan(
+        scanned_layers = nn.scan(
             remat_module(Layer, self.remat),
             variable_axes={"params": 0, **dict.fromkeys(BYPASS_COLLECTIONS, 0)},
             split_rngs={"params": True, "dropout": True},
             in_axes=nn.broadcast,
             length=self.config.num_layers,
         )
-        return stack(self.config, self.remat, name="layer")(x, mask)[0]
+        return scanned_layers(self.config, self.remat, name="layer")(x, mask)[0]
 
 
 class Pooler(nn.Module):
-    """BERT's: the first token's state through a linear map and tanh."""
+    """BERT's pooler: the first token's state through a linear map and tanh."""
 
     config: EncoderConfig
 
@@ -276,13 +276,13 @@ class Encoder(nn.Module):
 
     def __call__(self, ids: Array, mask: Array | None, token_types: Array | None) -> Array:
         mask = jnp.ones(ids.shape, bool) if mask is None else mask
-        rows, length = ids.shape
-        every = jnp.broadcast_to(mask[:, None, None, :], (rows, 1, length, length))
+        batch, length = ids.shape
+        every = jnp.broadcast_to(mask[:, None, None, :], (batch, 1, length, length))
         return self.encoder(self.embeddings(ids, token_types), every)
 
 
 class _ForSequenceClassification(nn.Module):
-    """What both classes share; a subclass makes the encoder and the head."""
+    """Base class of the sequence classifiers; a subclass defines the encoder and the classifier."""
 
     config: EncoderConfig
     remat: Remat = Remat.NONE
@@ -293,17 +293,17 @@ class _ForSequenceClassification(nn.Module):
         mask: Bool[Array, "B T"] | None = None,
         token_types: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B labels"]:
-        """The head's logits, or for one label the predicted numbers, in the model's dtype.
+        """Compute the classifier's logits, or for one label the predicted numbers, in the model's dtype.
 
         Args:
           ids: int32 tokens.
-          mask: which of them are real. None: all.
-          token_types: int32, 0 for the first and 1 for the second text of a pair. None: all 0.
+          mask: True for tokens, False for padding; None: no padding.
+          token_types: int32, 0 for the first and 1 for the second text of a pair; None: all 0.
         """
-        return self._head(self.hidden_states(ids, mask, token_types))
+        return self._classify(self.hidden_states(ids, mask, token_types))
 
     def initialise(self, ids: Array) -> Array:
-        """Touches every parameter; for `init` only."""
+        """Use every parameter; for `init` only."""
         return self(ids)
 
 
@@ -317,10 +317,10 @@ class BertForSequenceClassification(_ForSequenceClassification):
         self.classifier = BypassDense(c.num_labels, True, c.dtype)
 
     def hidden_states(self, ids: Array, mask: Array | None = None, token_types: Array | None = None) -> Array:
-        """The last layer's states (B, T, D)."""
+        """Compute the last layer's states (B, T, D)."""
         return self.bert(ids, mask, token_types)
 
-    def _head(self, hidden: Array) -> Array:
+    def _classify(self, hidden: Array) -> Array:
         return self.classifier(self.dropout(self.bert.pooler(hidden)))
 
 
@@ -329,18 +329,18 @@ class RobertaForSequenceClassification(_ForSequenceClassification):
 
     def setup(self) -> None:
         self.roberta = Encoder(self.config, self.remat)
-        self.classifier = RobertaHead(self.config)
+        self.classifier = RobertaClassifier(self.config)
 
     def hidden_states(self, ids: Array, mask: Array | None = None, token_types: Array | None = None) -> Array:
-        """The last layer's states (B, T, D)."""
+        """Compute the last layer's states (B, T, D)."""
         return self.roberta(ids, mask, token_types)
 
-    def _head(self, hidden: Array) -> Array:
+    def _classify(self, hidden: Array) -> Array:
         return self.classifier(hidden[:, 0])
 
 
-class RobertaHead(nn.Module):
-    """RoBERTa's classifier."""
+class RobertaClassifier(nn.Module):
+    """RoBERTa's classifier: two linear maps with tanh between them."""
 
     config: EncoderConfig
 

@@ -1,10 +1,10 @@
-"""The building blocks that the model files share: the linear map with its bypass, normalisation, dropout, embedding.
+"""Building blocks that the model files share: the linear map with its bypass, normalisation, dropout, embedding.
 
-Which form a linear map takes is decided by the collections that the caller passes to `apply`, nothing else:
+The collections that the caller passes to `apply` decide the form of a linear map, and nothing else does:
 
-    params                           a plain frozen linear map (base, merged or resident weights alike)
-    params, bypass, columns          W + D formed on the fly (ops.bypass_dense without base)
-    params, bypass, columns, base    params hold W + D already, values are the gradient tap (resident; training)
+    params                                   a plain frozen linear map (base, merged or resident weights alike)
+    params, bypass, columns                  W + D formed on the fly (ops.bypass_dense without base_entries)
+    params, bypass, columns, base_entries    params hold W + D already, values only receive the gradient (training)
 """
 
 import math
@@ -24,7 +24,7 @@ _FEW_TOKENS = 16
 
 
 class BypassDense(nn.Module):
-    """A frozen linear map y = x W^T + b that carries a bypass where the caller passes one.
+    """Frozen linear map y = x W^T + b that carries a bypass where the caller passes one.
 
     Parameters: kernel (O, I) as in a Hugging Face checkpoint, bias (O,) if `use_bias`.
     """
@@ -54,14 +54,17 @@ class BypassDense(nn.Module):
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), self.dtype)
             y = y + jnp.broadcast_to(bias, y.shape)
-        return remat.saved(y)
+        return remat.kept_activation(y)
 
 
 def _product(x: Any, kernel: Any) -> Array:
-    """x W^T of (*B, I) and (O, I). On a CPU few tokens go on the right: XLA takes a fifth less time for that product."""
+    """Return x W^T of (*B, I) and (O, I).
+
+    On a CPU, x of few tokens is the right operand: XLA takes a fifth less time for W x^T than for x W^T.
+    """
     if platform.platform() == "cpu" and 1 < math.prod(x.shape[:-1]) <= _FEW_TOKENS:
         y = lax.dot_general(kernel, x.reshape(-1, x.shape[-1]), (((1,), (1,)), ((), ())))
-        # Without the barrier XLA turns the product back again.
+        # Without the barrier XLA turns this into x W^T again.
         return lax.optimization_barrier(y).T.reshape(*x.shape[:-1], kernel.shape[0])
     return lax.dot_general(x, kernel, (((x.ndim - 1,), (1,)), ((), ())))
 
@@ -82,7 +85,7 @@ class RMSNorm(nn.Module):
             normed = (wide * lax.rsqrt(variance + self.epsilon)).astype(x.dtype)
             return normed * jnp.broadcast_to(scale, normed.shape)
 
-        # Else the backward pass keeps x in float32, and its normalised form a second time.
+        # Without it the backward pass keeps x in float32, and its normalised form a second time.
         return jax.checkpoint(normalise, prevent_cse=False)(x, scale)
 
 
@@ -104,12 +107,12 @@ class LayerNorm(nn.Module):
             scale, bias = (jnp.broadcast_to(leaf.astype(wide.dtype), wide.shape) for leaf in (scale, bias))
             return (centred * lax.rsqrt(variance + self.epsilon) * scale + bias).astype(x.dtype)
 
-        # As in RMSNorm: else the backward pass keeps x in float32.
+        # As in RMSNorm: without it the backward pass keeps x in float32.
         return jax.checkpoint(normalise, prevent_cse=False)(x, scale, bias)
 
 
 class Dropout(nn.Module):
-    """Zeroes entries at random, where the caller of `apply` passes a "dropout" key; otherwise there is none."""
+    """Dropout where the caller of `apply` passes a "dropout" key, else the identity."""
 
     rate: float
 
@@ -121,15 +124,15 @@ class Dropout(nn.Module):
 
 
 def dropped(x: Float[Array, "*B D"], rate: float, key: Array) -> Float[Array, "*B D"]:
-    """x with a share `rate` of its entries zero and the others divided by 1 - rate.
+    """Return x with a share `rate` of its entries set to zero and the others divided by 1 - rate.
 
-    16 random bits decide on an entry (the rate is met to 2^-17), since drawing them takes longest: a fifth of a step of
-    MiniLM on a CPU went into 32 bits for each.
+    Each entry takes 16 random bits, which meets the rate to 2^-17. Generating the bits dominates the cost: with 32 bits for
+    each entry it took a fifth of a training step of MiniLM on a CPU.
     """
     width = x.shape[-1]
     pairs = jax.random.bits(key, (*x.shape[:-1], -(-width // 2)), jnp.uint32)
-    drawn = lax.bitcast_convert_type(pairs, jnp.uint16).reshape(*x.shape[:-1], -1)[..., :width]
-    drop = drawn < jnp.asarray(min(round(rate * 2**16), 2**16 - 1), jnp.uint16)
+    numbers = lax.bitcast_convert_type(pairs, jnp.uint16).reshape(*x.shape[:-1], -1)[..., :width]
+    drop = numbers < jnp.asarray(min(round(rate * 2**16), 2**16 - 1), jnp.uint16)
     return jnp.where(drop, jnp.zeros_like(x), x / jnp.asarray(1.0 - rate, x.dtype))
 
 

@@ -1,7 +1,7 @@
 """The LLaMA family in Flax Linen with stacked layers: LLaMA 1 to 3.x, SmolLM2, Mistral, Qwen2, Qwen3.
 
 One scan body serves every depth: a stacked leaf is (L, O, I), so compile time and dispatch do not grow with the number of
-layers. Module names are those of the Hugging Face checkpoint without the layer's number.
+layers. Module names are those of the Hugging Face checkpoint without the layer number.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from neuroada_jax.errors import UserError
 from neuroada_jax.models import attention, layers
 from neuroada_jax.models.layers import BypassDense, Embedding, RMSNorm
-from neuroada_jax.models.remat import BYPASS_COLLECTIONS, Remat, remat_module, saved, token_wise
+from neuroada_jax.models.remat import BYPASS_COLLECTIONS, Remat, kept_activation, remat_module, token_wise
 from neuroada_jax.models.rope import Rope, rotate, rotations
 
 # Every linear map of a layer, as in the published scripts.
@@ -25,7 +25,7 @@ LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """Static description of a decoder; letters of docs/design.md in brackets."""
+    """Static description of a decoder; the comments give the letters of docs/design.md."""
 
     vocab_size: int  # V
     hidden_size: int  # D
@@ -48,10 +48,10 @@ class LlamaConfig:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], dtype: Any = jnp.float32) -> "LlamaConfig":
-        """Reads a Hugging Face config.json of model_type llama, mistral, qwen2 or qwen3.
+        """Read a Hugging Face config.json of model_type llama, mistral, qwen2 or qwen3.
 
         Raises:
-          UserError: a field is missing or holds what this implementation does not know.
+          UserError: a field is missing or has a value that is not supported.
         """
         kind = config["model_type"]
 
@@ -100,7 +100,7 @@ def _windows(config: Mapping[str, Any], num_layers: int) -> tuple[int | None, ..
     window = config.get("sliding_window")
     if config["model_type"] == "llama" or not config.get("use_sliding_window") or window is None:
         return (None,) * num_layers
-    # Qwen: newer configs list the layers, older ones say from which layer on the window holds.
+    # Qwen: newer configs list the type of every layer, older ones the first layer with a window.
     types = config.get("layer_types") or [
         "sliding_attention" if layer >= config.get("max_window_layers", 28) else "full_attention"
         for layer in range(num_layers)
@@ -109,10 +109,7 @@ def _windows(config: Mapping[str, Any], num_layers: int) -> tuple[int | None, ..
 
 
 class Cache(NamedTuple):
-    """Keys and values of the positions seen so far: two (L, B, K, S, N) arrays and the next free slot, an int32 scalar.
-
-    Of a single layer they are (B, K, S, N).
-    """
+    """Keys and values of past tokens, (L, B, K, S, N) or for one layer (B, K, S, N), and the next free slot, int32."""
 
     keys: Array
     values: Array
@@ -120,7 +117,7 @@ class Cache(NamedTuple):
 
 
 def empty_cache(config: LlamaConfig, batch: int, slots: int) -> Cache:
-    """A cache of `slots` positions for `batch` sequences, in the model's dtype."""
+    """Return an empty cache of `slots` positions for `batch` sequences, in the model's dtype."""
     shape = (config.num_layers, batch, config.num_kv_heads, slots, config.head_dim)
     return Cache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype), jnp.zeros((), jnp.int32))
 
@@ -149,21 +146,21 @@ class SelfAttention(nn.Module):
             query = RMSNorm(c.norm_epsilon, c.dtype, name="q_norm")(query)
             key = RMSNorm(c.norm_epsilon, c.dtype, name="k_norm")(key)
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        if cache is not None and mask is not None:  # there is always one with a cache
+        if cache is not None and mask is not None:  # a cache always comes with a mask
             cache, key, value = _write(cache, jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2), layer)
             y = attention.cached_attention(query, key, value, mask=mask)
         else:
-            window = c.windows[0] if mask is None else None  # one window for all layers, or a mask
+            window = c.windows[0] if mask is None else None  # without a mask all layers have the same window
             y = attention.attention(query, key, value, mask=mask, causal=True, window=window)
-        y = saved(y.reshape(*x.shape[:2], c.num_heads * c.head_dim))
+        y = kept_activation(y.reshape(*x.shape[:2], c.num_heads * c.head_dim))
         return BypassDense(c.hidden_size, c.output_bias, c.dtype, name="o_proj")(y), cache
 
 
 def _write(cache: Cache, key: Array, value: Array, layer: Array | None) -> tuple[Cache, Array, Array]:
-    """Writes (B, K, T, N) keys and values behind a layer's own, which are returned too; layer None: a cache of one.
+    """Write (B, K, T, N) keys and values at the next slot of a layer; return the cache and the layer's keys and values.
 
-    In place under jit: a stacked cache travels as the scan's carry, and one of a single layer has no axis to take away,
-    which XLA would fuse into a copy of the whole.
+    Under jit the write is in place: a stacked cache is the scan's carry, and the cache of a single layer (`layer` None) has
+    no layer axis to index, which XLA would fuse into a copy of the complete cache.
     """
     zero = jnp.int32(0)
     if layer is None:
@@ -178,7 +175,7 @@ def _write(cache: Cache, key: Array, value: Array, layer: Array | None) -> tuple
 
 
 class FeedForward(nn.Module):
-    """The gated feed-forward block (SwiGLU)."""
+    """Gated feed-forward block (SwiGLU)."""
 
     config: LlamaConfig
 
@@ -231,20 +228,20 @@ class LlamaModel(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.embed_tokens = Embedding(c.vocab_size, c.hidden_size, c.dtype)
-        stack = nn.scan(
+        scanned_layers = nn.scan(
             remat_module(Layer, self.remat),
             variable_axes={"params": 0, **dict.fromkeys(BYPASS_COLLECTIONS, 0)},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.num_layers,
         )
-        self.layers = stack(c, self.remat)
+        self.layers = scanned_layers(c, self.remat)
         self.norm = RMSNorm(c.norm_epsilon, c.dtype)
 
     def __call__(self, ids: Array, positions: Array, mask: Array | None, cache: Cache | None) -> tuple[Array, Cache | None]:
         c = self.config
         cos, sin = rotations(c.rope, c.head_dim, positions)
-        if mask is None and len(set(c.windows)) > 1:  # layers differ: only masks can say so inside one scan body
+        if mask is None and len(set(c.windows)) > 1:  # windows differ: one scan body needs masks for that
             mask = jnp.broadcast_to(positions[:, :, None] >= positions[:, None, :], (*positions.shape, ids.shape[1]))
         masks = None if mask is None else self._masks(mask)
         scanned = (jnp.arange(c.num_layers, dtype=jnp.int32), jnp.asarray([w is not None for w in c.windows]))
@@ -254,7 +251,7 @@ class LlamaModel(nn.Module):
     def one_by_one(
         self, ids: Array, positions: Array, mask: Array, caches: Sequence[Cache], params: Sequence[Any]
     ) -> tuple[Array, list[Cache]]:
-        """As `__call__`, without the scan: the parameters and the cache of every layer are arrays of their own."""
+        """Apply the model as `__call__` does, without the scan: each layer has its own arrays and its own cache."""
         c = self.config
         cos, sin = rotations(c.rope, c.head_dim, positions)
         masks = self._masks(mask)
@@ -267,10 +264,10 @@ class LlamaModel(nn.Module):
         return self.norm(x), filled
 
     def _masks(self, mask: Array) -> tuple[Array, Array]:
-        """The mask (B, T, S) for full and for windowed layers, each (B, 1, T, S).
+        """Return the mask (B, T, S) as that of full layers and that of windowed layers, each (B, 1, T, S).
 
-        Slots S hold consecutive positions, so distances follow from the slot numbers: query t of T sits in the last slot
-        that its row of the mask admits.
+        Slots hold consecutive positions, so distances are differences of slot numbers; the slot of query t is the last one
+        that its mask admits.
         """
         window = next((w for w in self.config.windows if w is not None), None)
         full = mask[:, None, :, :]
@@ -283,10 +280,10 @@ class LlamaModel(nn.Module):
 
 
 class LlamaForCausalLM(nn.Module):
-    """A decoder with its output layer.
+    """Decoder with its output layer.
 
-    `__call__` gives hidden states; `unembed` turns the ones that matter into logits, so that a training step never forms
-    logits where there is no label.
+    `__call__` returns hidden states and `unembed` turns some of them into logits, so that a training step never forms
+    logits of positions without a label.
     """
 
     config: LlamaConfig
@@ -305,16 +302,17 @@ class LlamaForCausalLM(nn.Module):
         mask: Bool[Array, "B T S"] | None = None,
         cache: Cache | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        """The final hidden states.
+        """Compute the final hidden states.
 
         Args:
           ids: int32 tokens.
-          positions: int32 rotary positions; where None, 0, 1, 2 ... or with a cache those of the slots.
-          mask: which of the S slots each query may see, before any sliding window; without a cache, of those up to its
-            own. None: all of these. Right padding needs no mask, since nothing real attends to what comes after it.
-          cache: keys and values so far; then S is its number of slots and T new ones are written from `cache.slot` on.
+          positions: int32 rotary positions; None: 0, 1, 2 ..., or with a cache the slot numbers.
+          mask: the slots that each query attends to, before any sliding window; without a cache S is T, and a query
+            attends to slots up to its own only. None: all of these. Right padding needs no mask, since no real token
+            attends to later ones.
+          cache: keys and values of past tokens; S is its number of slots, and T are written from `cache.slot` on.
 
-        Returns: hidden states in the model's dtype and the cache with T more slots filled.
+        Returns: hidden states in the model's dtype, and the cache with T more slots filled.
         """
         own = jnp.arange(ids.shape[1], dtype=jnp.int32) + (0 if cache is None else cache.slot)
         if positions is None:
@@ -331,22 +329,22 @@ class LlamaForCausalLM(nn.Module):
     def one_by_one(
         self, ids: Array, positions: Array, mask: Array, caches: Sequence[Cache], params: Sequence[Any]
     ) -> tuple[Array, list[Cache]]:
-        """As `__call__` with a mask, for many steps in a row on a CPU: there a scan copies each layer's weights every time.
+        """Apply the model as `__call__` does, without the scan, which would copy each layer's weights in every call.
 
         Args:
           ids: int32 tokens (B, T).
           positions: int32 (B, T).
           mask: bool (B, T, S), as in `__call__`.
-          caches: one for each layer, (B, K, S, N).
-          params: of each layer; those of the module itself are used for all else.
+          caches: the cache of each layer, (B, K, S, N).
+          params: the parameters of each layer; everything outside the layers takes the module's own.
         """
         hidden, filled = self.model.one_by_one(ids, positions, mask, caches, params)
         return hidden, [cache._replace(slot=cache.slot + ids.shape[1]) for cache in filled]
 
     def unembed(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """Logits in the model's dtype."""
+        """Return logits in the model's dtype."""
         return self.model.embed_tokens.attend(hidden) if self.config.tied else self.lm_head(hidden)
 
     def initialise(self, ids: Array) -> Array:
-        """Touches every parameter; for `init` only."""
+        """Use every parameter; for `init` only."""
         return self.unembed(self(ids)[0])

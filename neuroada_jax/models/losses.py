@@ -1,4 +1,4 @@
-"""The losses, one for each thing to be predicted: a target token of a text, or the label of a whole one."""
+"""Losses: cross-entropy of labelled tokens for decoders, classification or regression losses for encoders."""
 
 from typing import Any
 
@@ -13,20 +13,20 @@ from neuroada_jax.core.trees import Tree
 from neuroada_jax.data.batches import Batch, ClassificationBatch
 from neuroada_jax.models import attention
 
-# How many bytes the float32 logits that exist at a time may take.
+# Upper bound in bytes of the float32 logits that exist at one time.
 LOGIT_BYTES = 1 << 27
 
 
 def label_losses(module: nn.Module, variables: Tree, batch: Batch, *, output_trains: bool = False) -> Float[Array, "B M"]:
-    """Cross-entropy of every target in float32, 0 where the mask is 0.
+    """Return the cross-entropy of every label in float32, 0 where the mask is 0.
 
     The hidden states of the labelled positions are gathered first, and the vocabulary matmul runs over a chunk of them at a
-    time: logits of unlabelled positions never exist, nor those of all labelled ones at once.
+    time: logits of unlabelled positions are never formed, and those of labelled ones never all at once.
 
-    The output layer counts as frozen unless it carries a bypass or `output_trains` says otherwise: with respect to its
-    weights the gradient is zero.
+    The output layer counts as frozen unless it carries a bypass or `output_trains` is set: the gradient with respect to
+    its weights is zero.
     """
-    states, ids, chunk = _targets(module, variables, batch)
+    states, ids, chunk = _gather_labels(module, variables, batch)
 
     def losses(states: Array, ids: Array) -> Array:
         return optax.softmax_cross_entropy_with_integer_labels(_logits(module, variables, states), ids)
@@ -41,12 +41,17 @@ def label_losses(module: nn.Module, variables: Tree, batch: Batch, *, output_tra
 def label_scores(
     module: nn.Module, variables: Tree, batch: Batch, seen: Array | None = None
 ) -> tuple[Float[Array, "B M"], Bool[Array, "B M"]]:
-    """The losses of `label_losses`, and whether each target is the likeliest token; (0, True) where the mask is 0.
+    """Return the losses of `label_losses` and whether each label is the likeliest token; (0, True) where the mask is 0.
 
-    For scoring: the same gathering and chunks, and no gradient. `seen` (B, T, T) says which slots each token sees, where
-    that is not what `batch.positions` says.
+    This is for scoring: hidden states are gathered and chunked in the same way, but there is no gradient.
+
+    Args:
+      module: the decoder.
+      variables: its collections.
+      batch: input and labels.
+      seen: the slots that each token attends to, bool (B, T, T); None: as `batch.positions` implies.
     """
-    states, ids, chunk = _targets(module, variables, batch, seen)
+    states, ids, chunk = _gather_labels(module, variables, batch, seen)
 
     def scores(states: Array, ids: Array) -> tuple[Array, Array]:
         logits = _logits(module, variables, states)
@@ -58,10 +63,10 @@ def label_scores(
     return losses.reshape(shape) * batch.label_mask, likeliest.reshape(shape) | (jnp.asarray(batch.label_mask) == 0)
 
 
-def _targets(
+def _gather_labels(
     module: nn.Module, variables: Tree, batch: Batch, seen: Array | None = None
 ) -> tuple[Float[Array, "n D"], Int[Array, "n"], int]:
-    """Hidden states and ids of all targets, and how many of them may have their logits at a time."""
+    """Return the hidden states and ids of all labels, and the number of labels in a chunk."""
     if seen is None and batch.positions is not None:
         seen = attention.packed_mask(jnp.asarray(batch.positions))
     hidden, _ = module.apply(variables, batch.input_ids, batch.positions, seen)
@@ -77,9 +82,9 @@ def _logits(module: nn.Module, variables: Tree, states: Float[Array, "n D"]) -> 
 
 
 def _with_gradient_at_once(losses: Any, states: Float[Array, "n D"], ids: Int[Array, "n"], chunk: int) -> Float[Array, "n"]:
-    """losses(states, ids), with the gradient for `states` computed while a chunk's logits are there.
+    """Return losses(states, ids), whose gradient for `states` is computed together with the losses of each chunk.
 
-    Two vocabulary matmuls instead of the three that forming the logits again would take, and no logits are kept.
+    That takes two vocabulary matmuls, recomputing the logits in the backward pass would take three; no logits are kept.
     """
 
     def value_and_gradient(states: Array, ids: Array) -> tuple[Array, Array]:
@@ -87,13 +92,13 @@ def _with_gradient_at_once(losses: Any, states: Float[Array, "n D"], ids: Int[Ar
         return nll, pullback(jnp.ones_like(nll))[0]
 
     nll, gradient = lax.stop_gradient(_in_chunks(value_and_gradient, lax.stop_gradient(states), ids, chunk))
-    # Zero, whose derivative is the gradient.
+    # A sum of zeros whose derivative with respect to `states` is the gradient.
     change = (states - lax.stop_gradient(states)).astype(nll.dtype)
     return nll + jnp.sum(gradient.astype(nll.dtype) * change, axis=-1)
 
 
 def _in_chunks(function: Any, states: Float[Array, "n D"], ids: Int[Array, "n"], chunk: int) -> Any:
-    """function(states, ids), whose results have a leading axis n, over about equal chunks of at most `chunk` rows."""
+    """Apply function(states, ids), whose results have a leading axis n, to nearly equal chunks of at most `chunk`."""
     count = ids.shape[0]
     chunks = -(-count // chunk)
     if chunks == 1:
@@ -109,13 +114,15 @@ def _in_chunks(function: Any, states: Float[Array, "n D"], ids: Int[Array, "n"],
 def classification_losses(
     module: nn.Module, variables: Tree, batch: ClassificationBatch, dropout: Array | None = None
 ) -> Float[Array, "B"]:
-    """Cross-entropy of every label in float32, or the squared error where the head gives one number; 0 for filling.
+    """Return the loss of every example in float32, 0 for examples that only fill the batch.
+
+    The loss is the cross-entropy of the label, or the squared error where the classifier has a single output.
 
     Args:
-      module: an encoder with a head.
+      module: an encoder with a classifier.
       variables: its collections.
-      batch: what to predict.
-      dropout: a PRNG key; without one nothing is dropped.
+      batch: inputs and labels.
+      dropout: PRNG key of the dropout; None for no dropout.
     """
     logits, labels = classification_logits(module, variables, batch, dropout), jnp.asarray(batch.labels)
     if logits.shape[-1] == 1:
@@ -128,7 +135,7 @@ def classification_losses(
 def classification_logits(
     module: nn.Module, variables: Tree, batch: ClassificationBatch, dropout: Array | None = None
 ) -> Float[Array, "B labels"]:
-    """What the head gives for every row, in float32; arguments as in `classification_losses`, labels are not read."""
+    """Return the classifier's outputs for every example in float32; arguments as in `classification_losses`."""
     ids = jnp.asarray(batch.input_ids)
     mask = jnp.arange(ids.shape[1], dtype=jnp.int32)[None, :] < jnp.asarray(batch.lengths)[:, None]
     rngs = None if dropout is None else {"dropout": dropout}

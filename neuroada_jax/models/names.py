@@ -1,4 +1,4 @@
-"""Hugging Face tensor names <-> the stacked parameter tree: the only file that knows both.
+"""Mapping between Hugging Face tensor names and the stacked parameter tree.
 
 A module keeps its Hugging Face path without the layer's number, and a leaf gets Flax's name:
 
@@ -15,34 +15,34 @@ _FIRST_BERTS = (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "Lay
 
 
 class Slot(NamedTuple):
-    """Where a checkpoint tensor lives: the tree path of its (stacked) leaf and its layer, None if it is not stacked."""
+    """Place of a checkpoint tensor in the tree: the path of its (stacked) leaf and its layer, None if it is not stacked."""
 
     path: ModulePath
     layer: int | None
 
 
 def module_name(path: ModulePath, layer: int | None, layers_path: ModulePath) -> str:
-    """The Hugging Face path of a module: ("model", "layers", "mlp", "up_proj"), layer 3 -> "model.layers.3.mlp.up_proj"."""
+    """Return a module's Hugging Face path, such as "model.layers.3.mlp.up_proj" for layer 3 of (..., "mlp", "up_proj")."""
     if layer is None:
         return ".".join(path)
     return ".".join((*layers_path, str(layer), *path[len(layers_path) :]))
 
 
-NO_LAYERS: ModulePath = ("",)  # where no layer scan lives, for trees without one
+NO_LAYERS: ModulePath = ("",)  # the layers path of trees without a layer scan
 
 
 def is_stacked(path: ModulePath, layers_path: ModulePath) -> bool:
-    """Whether a module or leaf belongs to the layer scan that lives at `layers_path`."""
+    """Return whether a module or leaf belongs to the layer scan at `layers_path`."""
     return path[: len(layers_path)] == layers_path
 
 
 def within_layer(path: ModulePath, layers_path: ModulePath) -> str:
-    """A module's path below the layer: "self_attn.q_proj"; the whole path for modules outside the stack."""
+    """Return a module's path below its layer, such as "self_attn.q_proj"; outside the layers, its complete path."""
     return ".".join(path[len(layers_path) :] if is_stacked(path, layers_path) else path)
 
 
 def checkpoint_names(params: Mapping[str, Any], layers_path: ModulePath) -> dict[str, Slot]:
-    """Every tensor that a checkpoint of this (possibly abstract) tree holds, by its Hugging Face name.
+    """Return the slot of every tensor that a checkpoint of this (possibly abstract) tree holds, by Hugging Face name.
 
     Args:
       params: nested dict of arrays or shapes; leaves below `layers_path` have a leading layer axis.
@@ -59,11 +59,11 @@ def checkpoint_names(params: Mapping[str, Any], layers_path: ModulePath) -> dict
 
 
 def spellings(name: str, prefix: str) -> list[str]:
-    """The names that a checkpoint may give to a tensor, the usual one first.
+    """Return the names that a checkpoint may use for a tensor, the usual one first.
 
     Args:
-      name: as in a checkpoint of the whole model.
-      prefix: what the names lack in one of the bare model, such as "bert.".
+      name: the name in a checkpoint of the complete model.
+      prefix: prefix of that name which a checkpoint of the bare model omits, such as "bert.".
     """
     found = [name, name.removeprefix(prefix)]
     # The first BERT checkpoints, converted from TensorFlow.
@@ -71,13 +71,13 @@ def spellings(name: str, prefix: str) -> list[str]:
 
 
 def module_names(path: ModulePath, leaf: Any, layers_path: ModulePath) -> list[str]:
-    """The Hugging Face names of the modules that a (stacked) leaf of the module at `path` belongs to, layer by layer."""
+    """Return the Hugging Face names of the modules that a (stacked) leaf of the module at `path` belongs to, by layer."""
     layers = range(leaf.shape[0]) if is_stacked(path, layers_path) else [None]
     return [module_name(path, layer, layers_path) for layer in layers]
 
 
 def unstacked(tree: Mapping[str, Any], layers_path: ModulePath) -> Iterator[tuple[str, Any]]:
-    """The (Hugging Face module name, array) pairs of a bypass tree, one per layer, in the tree's order."""
+    """Yield the (Hugging Face module name, array) pairs of a bypass tree, one per layer, in the tree's order."""
     for path, leaf in flatten(tree):
         module = path[:-1]
         yield from zip(

@@ -1,4 +1,4 @@
-"""What a layer keeps for the backward pass, and where its arrays are while it computes."""
+"""Rematerialisation: which activations of a layer are kept for the backward pass, and where its arrays are placed."""
 
 import contextlib
 import contextvars
@@ -12,30 +12,30 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
 BYPASS_COLLECTIONS = ("bypass", "columns", "base_entries")
-_SAVED = "saved_output"
+_KEPT = "kept_activation"
 _PART_TOKENS = 2048  # fewer would leave a GPU idle
 
 
 class Remat(enum.StrEnum):
-    """What a layer keeps for the backward pass.
+    """Activations that a layer keeps for the backward pass.
 
-    Norms, gated products and attention probabilities are computed a second time under all three: cheaper than keeping them.
+    All three policies recompute norms, gated products and attention probabilities, which is cheaper than keeping them.
     """
 
-    NONE = "none"  # the inputs and outputs of linear maps, and what fused attention wants to keep
+    NONE = "none"  # the inputs and outputs of linear maps, and the residuals of fused attention
     NAMES = "names"  # the outputs of linear maps and of attention
-    FULL = "full"  # the layer's input only: one more forward pass
+    FULL = "full"  # the layer's input only, at the price of a second forward pass
 
 
-_KEEP_NAMED = jax.checkpoint_policies.save_only_these_names(_SAVED)
+_KEEP_NAMED = jax.checkpoint_policies.save_only_these_names(_KEPT)
 
 
 class Placement(NamedTuple):
-    """Where arrays have to be while a layer computes, on devices that share the weights.
+    """Functions that place the arrays of a layer while it computes, on devices that share the weights.
 
     Attributes:
-      weights: the variables of one layer, by collection, as the layer needs them.
-      inputs: what a linear map reads.
+      weights: the variables of one layer, by collection -> the same variables, gathered for its computation.
+      inputs: the input of a linear map -> the same input, placed for its product.
     """
 
     weights: Callable[[Any], Any]
@@ -47,7 +47,7 @@ _placement: contextvars.ContextVar[Placement | None] = contextvars.ContextVar("p
 
 @contextlib.contextmanager
 def placed(placement: Placement) -> Iterator[None]:
-    """Models that are applied inside gather the weights of one layer at a time, in the forward and the backward pass."""
+    """Make models that are applied inside gather the weights of one layer at a time, forward and backward."""
     token = _placement.set(placement)
     try:
         yield
@@ -56,10 +56,10 @@ def placed(placement: Placement) -> Iterator[None]:
 
 
 def remat_module(module: type[nn.Module], remat: Remat) -> type[nn.Module]:
-    """The module class under the given remat policy, for use as the body of a layer scan.
+    """Return the module class under a remat policy, for use as the body of a layer scan.
 
-    Where weights are gathered (`placed`), `Remat.NONE` keeps what `Remat.NAMES` does: what a linear map keeps for its
-    backward pass would be all gathered weights.
+    Where weights are gathered (`placed`), `Remat.NONE` keeps the same activations as `Remat.NAMES`: otherwise the linear
+    maps would keep all gathered weights for the backward pass.
     """
     placement = _placement.get()
     if placement is not None:
@@ -67,27 +67,27 @@ def remat_module(module: type[nn.Module], remat: Remat) -> type[nn.Module]:
     elif remat is Remat.NONE:
         return module
     policy = None if remat is Remat.FULL else _KEEP_NAMED
-    # The scan already keeps XLA from merging the recomputation with the forward pass.
+    # Inside a scan XLA cannot merge the recomputation with the forward pass, so nothing has to prevent it.
     return nn.remat(module, policy=policy, prevent_cse=False)
 
 
 def token_wise(block: Callable[..., Any], remat: Remat, shape: tuple[int, ...]) -> Callable[..., Any]:
-    """A layer's block that treats every token by itself, under what its policy asks beyond `remat_module`.
+    """Return a token-wise block of a layer under the part of its remat policy that `remat_module` does not cover.
 
-    Under `Remat.NONE` it keeps its input and its linear maps' outputs alone. Under `Remat.FULL` memory goes into weights,
-    the layers' inputs and one layer's recomputation: of that, a part of the batch at a time is enough, and nothing is
-    computed more often for it.
+    Under `Remat.NONE` the block keeps its input and the outputs of its linear maps only. Under `Remat.FULL` it is
+    recomputed for a part of the batch at a time: beside weights and layer inputs, memory then holds the activations of one
+    part of one layer, and nothing is computed more often.
 
     Args:
-      block: maps (module, (B, T, D)) to (B, T, D).
+      block: (module, (B, T, D)) -> (B, T, D), without interaction between tokens.
       remat: the layer's policy.
       shape: (B, T, D).
     """
     if remat is Remat.NONE:
         return nn.remat(block, policy=_KEEP_NAMED, prevent_cse=False)
-    rows, tokens = shape[0], shape[0] * shape[1]
-    fitting = [parts for parts in range(1, rows + 1) if rows % parts == 0 and tokens // parts <= _PART_TOKENS]
-    parts = min(fitting, default=rows)
+    batch, tokens = shape[0], shape[0] * shape[1]
+    fitting = [parts for parts in range(1, batch + 1) if batch % parts == 0 and tokens // parts <= _PART_TOKENS]
+    parts = min(fitting, default=batch)
     if remat is Remat.NAMES or parts == 1:
         return block
 
@@ -99,14 +99,14 @@ def token_wise(block: Callable[..., Any], remat: Remat, shape: tuple[int, ...]) 
         variable_broadcast=("params", *BYPASS_COLLECTIONS),
         split_rngs={"params": False, "dropout": True},
     )
-    return lambda module, x: run(module, None, x.reshape(parts, rows // parts, *shape[1:]))[1].reshape(shape)
+    return lambda module, x: run(module, None, x.reshape(parts, batch // parts, *shape[1:]))[1].reshape(shape)
 
 
-def saved(x: Array) -> Array:
-    """Marks an activation that the policies other than `Remat.FULL` keep."""
-    return checkpoint_name(x, _SAVED)
+def kept_activation(x: Array) -> Array:
+    """Name an activation for `jax.checkpoint`, so that the policies other than `Remat.FULL` keep it."""
+    return checkpoint_name(x, _KEPT)
 
 
 def placement() -> Placement | None:
-    """The placement that models are applied under, None where a device holds all weights."""
+    """Return the placement that models are applied under, None where every device holds all weights."""
     return _placement.get()

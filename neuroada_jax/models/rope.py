@@ -1,7 +1,7 @@
 """Rotary position embedding of the LLaMA family: default, linear, dynamic, llama3 and yarn, as in transformers.
 
-Frequencies are (N / 2,) for a head of N dimensions, in radians per position. They are computed on the host in float32, the
-way transformers does it, so that angles agree to the last bits also at long positions.
+Frequencies are (N / 2,) for an attention head of width N, in radians per position. They are computed on the host in
+float32, as in transformers, so that angles agree to the last bits at long positions too.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from neuroada_jax.errors import UserError
 
 
 class RopeType(enum.StrEnum):
-    """The scaling rules, under the names that Hugging Face configs use."""
+    """Scaling rules, under the names that Hugging Face configs use."""
 
     DEFAULT = "default"
     LINEAR = "linear"
@@ -47,10 +47,10 @@ class Rope:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "Rope":
-        """Reads `rope_parameters` (transformers >= 5) or `rope_theta` and `rope_scaling` (older configs).
+        """Read `rope_parameters` (transformers >= 5) or `rope_theta` and `rope_scaling` (older configs).
 
         Raises:
-          UserError: a rope type that is not in RopeType, or one without the fields it needs.
+          UserError: a rope type that is not in RopeType, one without the fields it needs, or different ones by layer.
         """
         scaling = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
         if any(isinstance(value, Mapping) for value in scaling.values()):
@@ -65,7 +65,7 @@ class Rope:
         for field in needed.get(name, []):
             if field not in scaling:
                 raise UserError(f"config.json: rope type {name!r} needs the field {field!r}, which is missing")
-        # A field of the config itself comes first, as in transformers.
+        # As in transformers, a field of the config takes precedence over one of the rope parameters.
         original = config.get("original_max_position_embeddings") or scaling.get("original_max_position_embeddings")
         optional = ["low_freq_factor", "high_freq_factor", "attention_factor", "mscale", "mscale_all_dim", "truncate"]
         given = {field: scaling[field] for field in optional if scaling.get(field) is not None}
@@ -129,7 +129,7 @@ def _yarn_attention_factor(rope: Rope) -> float:
 
 
 def rotations(rope: Rope, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The cosines and sines of every position.
+    """Return the cosines and sines of every position.
 
     Args:
       rope: static description.
@@ -151,7 +151,7 @@ def rotations(rope: Rope, head_dim: int, positions: jax.Array) -> tuple[jax.Arra
             frequencies = jnp.asarray(_yarn_frequencies(rope, head_dim))
             scale = _yarn_attention_factor(rope)
         case RopeType.DYNAMIC:
-            # NTK scaling: the base grows with the longest position of the batch, from the pretraining length on.
+            # NTK scaling: beyond the pretraining length, theta grows with the longest position of the batch.
             length = jnp.maximum(jnp.max(positions) + 1, rope.max_positions).astype(jnp.float32)
             growth = rope.factor * length / rope.max_positions - (rope.factor - 1)
             theta = rope.theta * growth ** (head_dim / (head_dim - 2))
@@ -162,7 +162,7 @@ def rotations(rope: Rope, head_dim: int, positions: jax.Array) -> tuple[jax.Arra
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates queries or keys x (B, T, H, N) by the angles of `rotations`; computed and returned in the dtype of x."""
+    """Rotate queries or keys x (B, T, H, N) by the angles of `rotations`, in the dtype of x."""
     first, second = jnp.split(x, 2, axis=-1)
     turned = jnp.concatenate([-second, first], axis=-1)
     cos, sin = (a.astype(x.dtype)[:, :, None, :] for a in (cos, sin))
