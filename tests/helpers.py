@@ -49,6 +49,22 @@ def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarra
     return tensors
 
 
+def write_safetensors(directory: Path, tensors: dict[str, np.ndarray], shards: int = 1) -> Path:
+    """A directory with one model.safetensors, or several files and their index."""
+    directory.mkdir(exist_ok=True)
+    if shards == 1:
+        safetensors.numpy.save_file(tensors, directory / "model.safetensors")
+        return directory
+    weight_map = {}
+    for shard in range(shards):
+        file = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
+        part = {name: tensor for i, (name, tensor) in enumerate(tensors.items()) if i % shards == shard}
+        safetensors.numpy.save_file(part, directory / file)
+        weight_map |= dict.fromkeys(part, file)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return directory
+
+
 def write_model(
     directory: Path, tokenizer: Any = CHAT, *, seed: int = 0, weights: dict | None = None, **fields: Any
 ) -> Path:

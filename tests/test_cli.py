@@ -369,7 +369,7 @@ def test_missing_models(tmp_path, inputs, neuroada):
         message = bad_run(neuroada, tmp_path, config(tmp_path, (path, inputs[1])))
         assert message == f"model {path} does not exist"
     message = bad_run(neuroada, tmp_path, config(tmp_path, ("nobody/nothing", inputs[1])))
-    assert message.startswith("model 'nobody/nothing' is neither a local path nor a model that the hub could give")
+    assert message.startswith("model 'nobody/nothing' is neither a local path nor a model that could be downloaded")
     (tmp_path / "empty").mkdir()
     message = bad_run(neuroada, tmp_path, config(tmp_path, (tmp_path / "empty", inputs[1])))
     assert message == f"{tmp_path / 'empty' / 'config.json'}: cannot be read (No such file or directory)"
@@ -391,7 +391,7 @@ def test_weights_that_are_missing_or_not_whole(tmp_path, inputs, neuroada):
     whole = weights.read_bytes()
     path = config(tmp_path, (model, inputs[1]))
     weights.write_bytes(whole[:-100])
-    assert bad_run(neuroada, tmp_path, path).startswith(f"{weights}: not a whole safetensors file")
+    assert bad_run(neuroada, tmp_path, path).startswith(f"{weights}: not a complete safetensors file")
     weights.unlink()
     message = bad_run(neuroada, tmp_path, path)
     assert message == f"{model}: found neither model.safetensors nor model.safetensors.index.json"
@@ -400,7 +400,7 @@ def test_weights_that_are_missing_or_not_whole(tmp_path, inputs, neuroada):
     message = bad_run(neuroada, tmp_path, path)
     assert message == f"{model / 'model-00001-of-00002.safetensors'}: this shard is missing, though the index names it"
     (model / "model-00001-of-00002.safetensors").write_bytes(whole[:40])
-    assert "not a whole safetensors file" in bad_run(neuroada, tmp_path, path)
+    assert "not a complete safetensors file" in bad_run(neuroada, tmp_path, path)
     tensors = random_tensors(CONFIG)
     del tensors["model.norm.weight"]
     (model / "model.safetensors.index.json").unlink()
@@ -476,7 +476,7 @@ def test_bad_arguments_of_the_other_commands(trained, tmp_path, inputs, neuroada
         (["generate", *model, "--prompt", "a", "--max-new-tokens", 500], "exceeds the model's 128 positions"),
         (["generate", *model, "--prompt", "a", "--temperature", 0], "temperature: expected above 0, found 0.0"),
         (["generate", *model, "--prompt", "a", "--top-p", 0.9, "--beams", 4], "beams: a search with 4 beams draws nothing"),
-        (["generate", *model, "--prompt", "a", "--seed", 1], "seed: nothing is drawn at random"),
+        (["generate", *model, "--prompt", "a", "--seed", 1], "seed: nothing is sampled"),
         (["generate", *model, "--prompt", "a", "--early-stopping"], "they are for a beam search"),
         (["generate", *model, "--prompt", "a", "--stop", ""], "stop: found an empty text"),
         (["generate", *model, "--prompt", "a", "--adapter", tmp_path], "no adapter here (adapter.json is missing)"),

@@ -1,6 +1,6 @@
-"""Configuration and weights of a GGUF file, under Hugging Face names and in Hugging Face layout.
+"""Config and weights of a GGUF file, under Hugging Face names and in Hugging Face layout.
 
-Blocks are decoded by ``gguf.quants.dequantize``, one tensor at a time, from the memory map.
+Blocks are dequantised by `gguf.quants.dequantize`, one tensor at a time, from the memory map.
 """
 
 import re
@@ -16,7 +16,7 @@ from neuroada_jax.pretrained.gguf_header import Header, TensorInfo, read_header
 
 _PLAIN = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
-# architecture in the file -> (model_type, class).  Mistral is written as "llama": see read_config.
+# architecture in the file -> (model_type, class). Mistral is written as "llama": see read_config.
 _ARCHITECTURES = {
     "llama": ("llama", "LlamaForCausalLM"),
     "qwen2": ("qwen2", "Qwen2ForCausalLM"),
@@ -45,7 +45,7 @@ _ROPE_TABLE = re.compile(r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd\.weight") 
 
 
 def _open_model(path) -> tuple[Header, str]:
-    """Header and architecture of a whole, supported model; UserError otherwise."""
+    """Return header and architecture of a complete, supported model; UserError otherwise."""
     header = read_header(path)
     arch = header.metadata.get("general.architecture")
     if arch not in _ARCHITECTURES or header.metadata.get(f"{arch}.expert_count", 0):
@@ -58,9 +58,10 @@ def _open_model(path) -> tuple[Header, str]:
 
 
 class GGUFTensors:
-    """The tensors of one GGUF file under Hugging Face names, decoded one at a time from the memory map.
+    """Tensors of one GGUF file under Hugging Face names, decoded one at a time from the memory map.
 
-    Raises UserError if the file is truncated, unsupported, or holds a tensor these architectures do not have.
+    Raises:
+      UserError: the file is truncated, not supported, or holds a tensor that its architecture does not have.
     """
 
     def __init__(self, path: str | Path):
@@ -80,21 +81,22 @@ class GGUFTensors:
                 raise UserError(f"{path}: tensor {name} does not belong to a dense {self._arch} model")
 
     def names(self) -> list[str]:
-        """Hugging Face names, in file order (`rope_freqs.weight` is configuration: see read_config)."""
+        """Return the Hugging Face names in file order, without `rope_freqs.weight`, which belongs to the config."""
         return list(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Decoded shape: (O, I) for a projection, (V, D) for an embedding, (O,) for a norm or bias."""
+        """Return the decoded shape: (O, I) of a linear map, (V, D) of an embedding, (O,) of a norm or bias."""
         return self._info(name).shape
 
     def raw(self, name: str) -> memoryview:
-        """The stored bytes, read-only: still quantised, q and k still in llama.cpp's row order."""
+        """Return the stored bytes, read-only: still quantised, q and k still in llama.cpp's order of neurons."""
         return self._header.raw(self._info(name))
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor in Hugging Face layout: f32, f16, bf16 as stored (maybe a read-only view), blocks as f32.
+        """Read one tensor in Hugging Face layout: f32, f16, bf16 as stored (maybe a read-only view), blocks as f32.
 
-        Raises UserError naming the tensor if its block format has no decoder.
+        Raises:
+          UserError: the tensor's block format has no decoder.
         """
         array = _decode(self.path, name, self.raw(name), self._info(name))
         heads = self._heads.get(name.split(".")[-2])
@@ -107,7 +109,7 @@ class GGUFTensors:
 
 
 def _decode(path, name: str, raw: memoryview, info: TensorInfo) -> np.ndarray:
-    """Stored bytes as an array of the tensor's shape: plain types as they are, blocks as f32."""
+    """Return stored bytes as an array of the tensor's shape: plain types as they are, blocks as f32."""
     stored = np.frombuffer(raw, np.uint8)
     if info.qtype.name in _PLAIN:
         return stored.view(_PLAIN[info.qtype.name]).reshape(info.shape)
@@ -118,20 +120,23 @@ def _decode(path, name: str, raw: memoryview, info: TensorInfo) -> np.ndarray:
 
 
 def _unpermute(array: np.ndarray, heads: int) -> np.ndarray:
-    """(O, ...) rows of q or k back to Hugging Face order.
+    """Reorder the neurons (O, ...) of q or k as Hugging Face has them.
 
-    llama.cpp rotates neighbouring rows (2i, 2i+1) of a head, Hugging Face rows (i, i+N/2); the converter to GGUF
-    therefore interleaves the two halves of each head of architecture "llama", and only of that one.
+    llama.cpp rotates neurons (2i, 2i+1) of an attention head together, Hugging Face neurons (i, i+N/2): the converter to
+    GGUF therefore interleaves the two halves of each head, for the architecture "llama" only.
     """
     half = array.shape[0] // heads // 2
     return array.reshape(heads, half, 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """A Hugging Face config dict of the model in a GGUF file (architectures llama, Mistral's included, qwen2, qwen3).
+    """Return the Hugging Face config of the model in a GGUF file (llama including Mistral, qwen2, qwen3).
 
-    GGUF writes Mistral as "llama"; the model is called "mistral" only where a sliding window is declared, the one
-    thing that separates the two computations.  Raises UserError naming the key if one is missing or is not understood.
+    GGUF stores Mistral as "llama"; the model_type is "mistral" only where the file declares a sliding window, the only
+    difference between the two computations.
+
+    Raises:
+      UserError: a metadata key is missing or has a value that is not supported.
     """
     header, arch = _open_model(path)
     meta, tensors = header.metadata, header.tensors
@@ -141,16 +146,18 @@ def read_config(path: str | Path) -> dict[str, Any]:
         model_type, class_name = "mistral", "MistralForCausalLM"
     for name in ("token_embd.weight", "blk.0.attn_q.weight"):
         if name not in tensors:
-            raise UserError(f"{path}: tensor {name} is missing, expected a whole {arch} model")
+            raise UserError(f"{path}: tensor {name} is missing, expected a complete {arch} model")
     hidden, heads = (
         _required(meta, path, f"{arch}.embedding_length"),
         _required(meta, path, f"{arch}.attention.head_count"),
     )
     rotary = meta.get(f"{arch}.rope.dimension_count")
     head_dim = meta.get(f"{arch}.attention.key_length") or rotary or hidden // heads
-    rows = tensors["blk.0.attn_q.weight"].shape[0]
-    if rows != heads * head_dim or rotary not in (None, head_dim):
-        raise UserError(f"{path}: attn_q has {rows} rows and {rotary} rotary dims, expected {heads} heads of {head_dim}")
+    neurons = tensors["blk.0.attn_q.weight"].shape[0]
+    if neurons != heads * head_dim or rotary not in (None, head_dim):
+        raise UserError(
+            f"{path}: attn_q has {neurons} neurons and {rotary} rotary dimensions, expected {heads} heads of {head_dim}"
+        )
     theta = _short(meta.get(f"{arch}.rope.freq_base", 10000.0))
     config = {
         "model_type": model_type,
@@ -161,7 +168,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
         "num_key_value_heads": meta.get(f"{arch}.attention.head_count_kv", heads),
         "head_dim": head_dim,
         "intermediate_size": _required(meta, path, f"{arch}.feed_forward_length"),
-        "vocab_size": tensors["token_embd.weight"].shape[0],  # the padded size, which the token list may not have
+        "vocab_size": tensors["token_embd.weight"].shape[0],  # the padded size, of which the token list may fall short
         "rms_norm_eps": _short(_required(meta, path, f"{arch}.attention.layer_norm_rms_epsilon", float)),
         "rope_theta": theta,
         "max_position_embeddings": _required(meta, path, f"{arch}.context_length"),
@@ -187,12 +194,12 @@ def _required(meta: dict, path, key: str, kind: type = int) -> Any:
 
 
 def _short(value: float) -> float:
-    """The shortest decimal of a float32 (1e-05, not 9.999999747378752e-06): the same float32, and what was written."""
+    """Return the shortest decimal of a float32, the value as its author wrote it: 1e-05, not 9.999999747378752e-06."""
     return float(str(np.float32(value)))
 
 
 def _rope_scaling(path, header: Header, arch: str, theta: float, head_dim: int) -> dict[str, Any] | None:
-    """Hugging Face's ``rope_scaling``: linear or yarn from metadata, llama3 from the per-frequency table."""
+    """Return Hugging Face's `rope_scaling`: linear or yarn from the metadata, llama3 from the table of divisors."""
     prefix = f"{arch}.rope.scaling."
     keys = {key.removeprefix(prefix): value for key, value in header.metadata.items() if key.startswith(prefix)}
     kind = keys.pop("type", "none")
@@ -206,7 +213,7 @@ def _rope_scaling(path, header: Header, arch: str, theta: float, head_dim: int) 
     if kind in ("none", "linear"):  # a bare factor means linear, as in files older than the type key
         return None if factor == 1.0 else {"rope_type": "linear", "factor": factor}
     betas = {name: _short(keys.pop(f"yarn_{name}")) for name in ("beta_fast", "beta_slow") if f"yarn_{name}" in keys}
-    # llama.cpp multiplies YaRN's own attention factor by these, Hugging Face replaces it: only neutral values map
+    # llama.cpp multiplies YaRN's attention factor by these, Hugging Face replaces it: only neutral values are equivalent.
     odd = {key: value for key, value in keys.items() if value not in (1.0, -1.0)}
     if kind != "yarn" or odd or original is None:
         raise UserError(
@@ -216,11 +223,11 @@ def _rope_scaling(path, header: Header, arch: str, theta: float, head_dim: int) 
 
 
 def _llama3_scaling(path, table: np.ndarray, theta: float, head_dim: int, original: int) -> dict[str, Any] | None:
-    """Llama 3's rule back from its table (N/2,) of divisors; every release uses low 1, high 4, so only factor varies."""
+    """Infer Llama 3's rule from its table (N/2,) of divisors; all releases use low 1 and high 4, so only factor varies."""
     factor, low, high = float(table.max()), 1.0, 4.0
     if factor == 1.0:
         return None
-    turns = original * theta ** (-np.arange(0, head_dim, 2) / head_dim) / (2 * np.pi)  # within the original context
+    turns = original * theta ** (-np.arange(0, head_dim, 2) / head_dim) / (2 * np.pi)  # in the original context
     smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
     expected = 1.0 / ((1.0 - smooth) / factor + smooth)
     if table.shape != expected.shape or not np.allclose(table, expected, rtol=1e-4):

@@ -1,8 +1,8 @@
-"""The header of a GGUF file: metadata and where each tensor lies.
+"""Header of a GGUF file: its metadata and the place of each tensor.
 
-Parsed here instead of with ``gguf.GGUFReader``: that class makes several numpy arrays per vocabulary entry, which
-takes 2 s for 49k tokens and 10 s for 128k, and a short file surfaces as a numpy error about shapes.  One pass over
-the memory map takes a tenth of that and knows what it was reading when the bytes ran out.
+It is parsed here instead of with `gguf.GGUFReader`, which makes several numpy arrays for each vocabulary entry (2 s for 49k
+tokens, 10 s for 128k) and reports a truncated file as a numpy error about shapes. One pass over the memory map takes a
+tenth of that time, and its errors name the field at which the file ends.
 """
 
 import math
@@ -33,7 +33,7 @@ _STRING, _ARRAY = 8, 9
 
 
 class TensorInfo(NamedTuple):
-    """Where one tensor lies: shape with the slowest axis first, storage type, bytes in the file."""
+    """One tensor of the file: shape with the slowest axis first, storage type, first byte and number of bytes."""
 
     shape: tuple[int, ...]
     qtype: GGMLQuantizationType
@@ -42,22 +42,24 @@ class TensorInfo(NamedTuple):
 
 
 class Header(NamedTuple):
-    """Everything in front of the tensor data, and the memory map (uint8) of the whole file."""
+    """Metadata and tensor table of a GGUF file, and the memory map (uint8) of the complete file."""
 
     metadata: dict[str, Any]
     tensors: dict[str, TensorInfo]
     data: np.ndarray
 
     def raw(self, info: TensorInfo) -> memoryview:
-        """The stored bytes of one tensor, a read-only view of the file."""
+        """Return the stored bytes of one tensor, a read-only view of the file."""
         return self.data[info.start : info.start + info.nbytes].data
 
 
 def read_header(path: str | Path) -> Header:
     """Parse metadata and tensor table of a GGUF file (version 2 or 3, little-endian); no tensor data is read.
 
-    Strings come as ``str``, numbers as Python numbers, arrays as lists of ``str`` or numpy arrays.
-    Raises UserError, naming the file, if it is missing, is not GGUF, or ends before its own last tensor.
+    Metadata strings become `str`, numbers Python numbers, arrays lists of `str` or numpy arrays.
+
+    Raises:
+      UserError: the file is missing, is not GGUF, or ends before its last tensor.
     """
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file, expected a GGUF file")
@@ -65,7 +67,7 @@ def read_header(path: str | Path) -> Header:
     if bytes(data[:4]) != b"GGUF":
         raise UserError(f"{path}: not a GGUF file, starts with {bytes(data[:4])!r}, expected b'GGUF'")
     try:
-        metadata, table, end = _parse(data.data, path)
+        metadata, table, end = _Parser(data.data, path).parse()
     except (struct.error, ValueError) as error:  # a length or a string ran past the end, or is not UTF-8
         raise UserError(f"{path}: truncated or damaged GGUF header in {data.size} bytes ({error})") from error
     alignment = metadata.get("general.alignment", 32)
@@ -86,57 +88,64 @@ def read_header(path: str | Path) -> Header:
     return Header(metadata, tensors, data)
 
 
-def _parse(view: memoryview, path) -> tuple[dict, list, int]:
-    """``(metadata, [(name, shape, type id, offset)], end of the table)``; struct.error or ValueError if short."""
-    version, tensor_count, kv_count = struct.unpack_from("<IQQ", view, 4)
-    if version not in (2, 3):
-        hint = " (big-endian)" if version & 0xFFFF == 0 else ""
-        raise UserError(f"{path}: GGUF version {version}{hint}, expected little-endian version 2 or 3")
-    u32, u64 = struct.Struct("<I").unpack_from, struct.Struct("<Q").unpack_from
-    pos = 24
+_U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 
-    def number(unpack, size):
-        nonlocal pos
-        pos += size
-        return unpack(view, pos - size)[0]
 
-    def strings(count):
-        nonlocal pos
-        out = []
+class _Parser:
+    """Reader of the fields of a header, one after the other; struct.error or ValueError where the bytes run out."""
+
+    def __init__(self, view: memoryview, path: str | Path) -> None:
+        self._view, self._path, self._position = view, path, 0
+
+    def parse(self) -> tuple[dict[str, Any], list[tuple[str, tuple[int, ...], int, int]], int]:
+        """Return (metadata, [(name, shape, type id, offset)], end of the table)."""
+        version, tensor_count, entry_count = struct.unpack_from("<IQQ", self._view, 4)
+        if version not in (2, 3):
+            hint = " (big-endian)" if version & 0xFFFF == 0 else ""
+            raise UserError(f"{self._path}: GGUF version {version}{hint}, expected little-endian version 2 or 3")
+        self._position = 24
+        metadata = {}
+        for _ in range(entry_count):
+            (key,) = self._strings(1)
+            metadata[key] = self._value(self._number(_U32))
+        table = []
+        for _ in range(tensor_count):
+            (name,) = self._strings(1)
+            dimensions = self._numbers("<u8", self._number(_U32)).tolist()
+            table.append((name, tuple(reversed(dimensions)), self._number(_U32), self._number(_U64)))
+        return metadata, table, self._position
+
+    def _number(self, layout: struct.Struct) -> int:
+        self._position += layout.size
+        return layout.unpack_from(self._view, self._position - layout.size)[0]
+
+    def _strings(self, count: int) -> list[str]:
+        view, length_at, position = self._view, _U64.unpack_from, self._position  # locals: a vocabulary has 128k strings
+        found = []
         for _ in range(count):
-            start = pos + 8
-            pos = start + u64(view, pos)[0]
-            if pos > len(view):
-                raise ValueError(f"a string ends at byte {pos}")
-            out.append(str(view[start:pos], "utf-8"))
-        return out
+            start = position + 8
+            position = start + length_at(view, position)[0]
+            if position > len(view):
+                raise ValueError(f"a string ends at byte {position}")
+            found.append(str(view[start:position], "utf-8"))
+        self._position = position
+        return found
 
-    def numbers(dtype, count):
-        nonlocal pos
-        out = np.frombuffer(view, dtype, count, pos) if count else np.empty(0, dtype)
-        pos += out.nbytes
-        return out
+    def _numbers(self, dtype: str, count: int) -> np.ndarray:
+        found = np.frombuffer(self._view, dtype, count, self._position) if count else np.empty(0, dtype)
+        self._position += found.nbytes
+        return found
 
-    def value(kind):
+    def _value(self, kind: int) -> Any:
+        """Return a metadata value of one of GGUF's types."""
         if kind == _STRING:
-            return strings(1)[0]
+            return self._strings(1)[0]
         if kind == _ARRAY:
-            kind, count = number(u32, 4), number(u64, 8)
+            kind, count = self._number(_U32), self._number(_U64)
             if kind == _STRING:
-                return strings(count)
+                return self._strings(count)
             if kind in _NUMBERS:
-                return numbers(_NUMBERS[kind], count)
+                return self._numbers(_NUMBERS[kind], count)
         elif kind in _NUMBERS:
-            return numbers(_NUMBERS[kind], 1)[0].item()
-        raise ValueError(f"metadata value type {kind} at byte {pos}")
-
-    metadata = {}
-    for _ in range(kv_count):
-        key = strings(1)[0]
-        metadata[key] = value(number(u32, 4))
-    table = []
-    for _ in range(tensor_count):
-        name = strings(1)[0]
-        dims = numbers("<u8", number(u32, 4)).tolist()
-        table.append((name, tuple(reversed(dims)), number(u32, 4), number(u64, 8)))
-    return metadata, table, pos
+            return self._numbers(_NUMBERS[kind], 1)[0].item()
+        raise ValueError(f"metadata value type {kind} at byte {self._position}")

@@ -1,7 +1,7 @@
-"""Checkpoints into parameter trees: Hugging Face directories, hub ids and GGUF files, streamed tensor by tensor.
+"""Pretrained models: opened from Hugging Face directories, hub ids and GGUF files, loaded tensor by tensor.
 
-Host memory stays near one tensor above the model's size: each tensor is read by itself and written straight into the
-(donated) stacked buffer on the device.
+Each tensor is read by itself and written into the (donated) stacked buffer on the device, so that host memory stays within
+about one tensor of the model's size.
 """
 
 import dataclasses
@@ -91,12 +91,12 @@ class LoadedModel(IdentifiedModel):
     params: Tree
 
     def without_params(self) -> IdentifiedModel:
-        """Return the model for which somebody else holds the parameters, such as a training state that donates them."""
+        """Return the model without parameters, for a caller that hands them to a training state, which donates them."""
         return IdentifiedModel(self.model, self.path, self.source, self.digests)
 
 
 def _optional(model: models.Model) -> list[str]:
-    """The Hugging Face names of the tensors that a checkpoint may lack."""
+    """Return the Hugging Face names of the tensors that a checkpoint may lack."""
     slots = names.checkpoint_names(model.abstract_params(), model.layers_path)
     return [name for name, slot in slots.items() if _is_below(slot.path, model.architecture.optional)]
 
@@ -110,11 +110,12 @@ def _place(buffer: jax.Array, tensor: jax.Array, layer: jax.Array) -> jax.Array:
     return lax.dynamic_update_index_in_dim(buffer, tensor.astype(buffer.dtype), layer, 0)
 
 
-def _draw(name: str, shape: tuple[int, ...], spread: float, seed: int) -> np.ndarray:
-    """A new tensor of a head, float32: a normal weight or a zero bias, as transformers has them."""
+def _initial_tensor(name: str, shape: tuple[int, ...], spread: float, seed: int) -> np.ndarray:
+    """Initialise a float32 tensor as transformers does: a normal weight or a zero bias."""
     if name.endswith(".bias"):
         return np.zeros(shape, np.float32)
-    random = np.random.default_rng([seed, xxhash.xxh32_intdigest(name.encode())])  # the same whatever else is drawn
+    # A generator of its own, so that a tensor does not depend on which others are initialised.
+    random = np.random.default_rng([seed, xxhash.xxh32_intdigest(name.encode())])
     return spread * random.standard_normal(shape, np.float32)
 
 
@@ -125,14 +126,14 @@ def load_params(
     seed: int = 0,
     shardings: Tree | None = None,
 ) -> tuple[Tree, dict[str, str]]:
-    """The parameter tree of `model` and the digest of every tensor's stored bytes.
+    """Read the parameter tree of `model`, and the digest of every tensor's stored bytes.
 
     Args:
-      model: what to fill.
-      tensors: where from.
-      on_progress: called with (tensors done, tensors in all).
-      seed: where a head comes from that the checkpoint lacks; such tensors have no digest.
-      shardings: where each leaf of the tree goes; None for the default device. No device ever holds more than its part of
+      model: architecture and config.
+      tensors: the checkpoint.
+      on_progress: called with (tensors done, tensors in total).
+      seed: initialises the optional tensors that the checkpoint lacks; they have no digest.
+      shardings: the sharding of each leaf of the tree; None for the default device. No device holds more than its part of
         the tree and one tensor.
 
     Raises:
@@ -154,7 +155,7 @@ def load_params(
             digests[name] = xxhash.xxh3_128_hexdigest(tensors.raw(stored))
             tensor = tensors.read(stored)
         elif _is_below(slot.path, architecture.optional):
-            tensor = _draw(name, expected, model.hf_config.get("initializer_range", 0.02), seed)
+            tensor = _initial_tensor(name, expected, model.hf_config.get("initializer_range", 0.02), seed)
         else:
             raise UserError(f"tensor {name!r} is missing from the checkpoint; expected shape {list(expected)}")
         if slot.layer is None:
@@ -163,7 +164,7 @@ def load_params(
             if slot.path not in filled:
                 filled[slot.path] = jnp.zeros(leaf.shape, leaf.dtype, device=places[slot.path])
             placed = _place(filled[slot.path], np.asarray(tensor), np.int32(slot.layer))
-            filled[slot.path] = placed.block_until_ready()  # else tensors queue up in host memory
+            filled[slot.path] = placed.block_until_ready()  # without it tensors queue up in host memory
         del tensor
         if on_progress:
             on_progress(done + 1, len(slots))
@@ -177,9 +178,9 @@ def open_model(
 
     Args:
       source: local Hugging Face directory, hub id or GGUF file.
-      dtype: "float32", "bfloat16" or "auto": as the checkpoint says; float16 becomes bfloat16.
-      config_only: download no weights, where the source is a hub id; they cannot be read afterwards.
-      labels: of an encoder's head, one for regression; None: as the model's config says.
+      dtype: "float32", "bfloat16" or "auto" for the dtype of the checkpoint; float16 becomes bfloat16.
+      config_only: download the config of a hub id only; its weights cannot be loaded afterwards.
+      labels: labels of an encoder's classifier, one for regression; None: those of the model's config.
 
     Raises:
       UserError: the path does not exist, or its architecture or config is not supported.
@@ -254,7 +255,7 @@ def with_params(opened: OpenedModel, loaded: LoadedModel, seed: int = 0) -> Load
     wanted, found = dict(trees.flatten(opened.model.abstract_params())), dict(trees.flatten(loaded.params))
     for name in IdentifiedModel(opened.model, opened.path, opened.source, loaded.digests).initialised:
         leaf = wanted[slots[name].path]
-        tensor = _draw(name, leaf.shape, opened.model.hf_config.get("initializer_range", 0.02), seed)
+        tensor = _initial_tensor(name, leaf.shape, opened.model.hf_config.get("initializer_range", 0.02), seed)
         found[slots[name].path] = jnp.asarray(tensor).astype(leaf.dtype)
     for path, leaf in wanted.items():
         have = f"{found[path].dtype} {list(found[path].shape)}" if path in found else "none"

@@ -1,4 +1,4 @@
-"""Reading the tensors of a Hugging Face directory, one by one."""
+"""Tensors of a Hugging Face directory, read one by one from its safetensors files."""
 
 import json
 from pathlib import Path
@@ -11,30 +11,25 @@ import safetensors
 from neuroada_jax.errors import UserError
 from neuroada_jax.files import read_json
 
-_DTYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}  # as safetensors names them
+_DTYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}  # by their safetensors names
 
 
 def read_all(path: Path) -> dict[str, np.ndarray]:
-    """All tensors of a small safetensors file, whose header is checked against the file's length first.
+    """Read all tensors of a small safetensors file, after its header was checked against the file's length.
 
     Raises:
-      UserError: the file is missing, truncated or no safetensors file.
+      UserError: the file is missing, truncated or not a safetensors file.
     """
     try:
         with safetensors.safe_open(str(path), framework="numpy") as handle:
             return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-    except (
-        OSError,
-        safetensors.SafetensorError,
-        ValueError,
-        TypeError,
-        AttributeError,
-    ) as error:  # the last three: a dtype
-        raise UserError(f"{path}: not a whole safetensors file ({error})") from error  # or shape that numpy does not have
+    # The last three types stand for a dtype or shape that numpy does not have.
+    except (OSError, safetensors.SafetensorError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a complete safetensors file ({error})") from error
 
 
 class _Stored(NamedTuple):
-    """Where a tensor lies in a safetensors file."""
+    """Place of a tensor in a safetensors file: dtype by its safetensors name, first byte, number of bytes."""
 
     file: Path
     dtype: str
@@ -44,9 +39,9 @@ class _Stored(NamedTuple):
 
 
 class SafetensorsDirectory:
-    """The tensors of one or many safetensors files in a Hugging Face directory.
+    """Tensors of one or several safetensors files in a Hugging Face directory.
 
-    They are read, not mapped: the pages of a mapped file would count as this process's memory, a second copy of the model.
+    They are read, not memory-mapped: mapped pages count as memory of this process, like a second copy of the model.
     """
 
     def __init__(self, directory: str) -> None:
@@ -79,7 +74,7 @@ class SafetensorsDirectory:
             with safetensors.safe_open(str(path), framework="numpy"):  # checks the header and the file's length
                 pass
         except (safetensors.SafetensorError, OSError) as error:
-            raise UserError(f"{path}: not a whole safetensors file ({error})") from error
+            raise UserError(f"{path}: not a complete safetensors file ({error})") from error
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             entries = json.loads(file.read(length))
@@ -91,12 +86,19 @@ class SafetensorsDirectory:
         }
 
     def names(self) -> list[str]:
+        """Return the names of all tensors."""
         return list(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor, from the header."""
         return self._tensors[name].shape
 
     def read(self, name: str) -> np.ndarray:
+        """Read a tensor.
+
+        Raises:
+          UserError: its dtype is not supported.
+        """
         stored = self._tensors[name]
         if stored.dtype not in _DTYPES:
             expected = ", ".join(_DTYPES)
@@ -104,6 +106,7 @@ class SafetensorsDirectory:
         return self._bytes(stored).view(_DTYPES[stored.dtype]).reshape(stored.shape)
 
     def raw(self, name: str) -> Any:
+        """Return the stored bytes of a tensor."""
         return self._bytes(self._tensors[name]).data
 
     def _bytes(self, stored: _Stored) -> np.ndarray:

@@ -29,14 +29,14 @@ def save(
     *,
     replace: bool = False,
 ) -> None:
-    """Writes `params` as a checkpoint that transformers loads, whole or not at all.
+    """Write `params` atomically as a checkpoint that transformers loads.
 
     Args:
-      directory: where; must not exist unless `replace`.
-      base_model: the model whose architecture and config it is.
-      params: merged parameters; their dtype is the checkpoint's.
-      tokenizer: saved beside the weights; None leaves it out.
-      replace: overwrite what is there.
+      directory: destination; must not exist unless `replace`.
+      base_model: the model with this architecture and config.
+      params: merged parameters; their dtype becomes the checkpoint's.
+      tokenizer: saved beside the weights; None for no tokenizer.
+      replace: overwrite an existing directory.
 
     Raises:
       UserError: the directory exists or cannot be written.
@@ -54,7 +54,7 @@ def save(
         return leaf.nbytes if slot.layer is None else leaf.nbytes // leaf.shape[0]
 
     plan = huggingface_hub.split_state_dict_into_shards_factory(
-        slots,  # stand for their tensors, so that one shard at a time is on the host
+        slots,  # in place of the tensors, so that only one shard at a time is on the host
         get_storage_size=size,
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=SHARD_BYTES,
@@ -81,16 +81,16 @@ def _config(base_model: OpenedModel, dtype: np.dtype) -> dict[str, Any]:
     config = dict(base_model.model.hf_config)
     config.pop("torch_dtype", None)
     config["dtype"] = "bfloat16" if dtype == jnp.bfloat16 else str(dtype)
-    # The class of what is written, which may be more than what was read: a bare encoder has got a head.
+    # The class of the saved model: a bare encoder has a classifier now.
     config["architectures"] = [base_model.model.architecture.transformers_class]
     return config
 
 
-def _copy_generation_config(base_model: OpenedModel, target: Path) -> None:
+def _copy_generation_config(base_model: OpenedModel, directory: Path) -> None:
     source = Path(base_model.path) / "generation_config.json"
     if source.is_file():
-        shutil.copy(source, target)
+        shutil.copy(source, directory)
         return
     config = base_model.model.hf_config
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key) is not None}
-    _write_json(target / "generation_config.json", ids)
+    _write_json(directory / "generation_config.json", ids)

@@ -1,4 +1,4 @@
-"""Where a pretrained model comes from: a directory, a GGUF file, the hub or a package; its config and its tensors."""
+"""Sources of pretrained models: a directory, a GGUF file, the hub or a Python package; their configs and tensors."""
 
 import importlib.util
 import os
@@ -15,32 +15,36 @@ from neuroada_jax.pretrained import gguf_file
 from neuroada_jax.pretrained.safetensors_directory import SafetensorsDirectory
 
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
-_HUB_COPIES = ["consolidated*", "original/*"]  # Mistral and Llama repositories hold the weights a second time
+_HUB_COPIES = ["consolidated*", "original/*"]  # second copies of the weights in Mistral and Llama repositories
 
 
 @runtime_checkable
 class TensorSource(Protocol):
-    """A checkpoint on disk, seen as Hugging Face tensor names."""
+    """A checkpoint on disk, under Hugging Face tensor names."""
 
-    def names(self) -> list[str]: ...
+    def names(self) -> list[str]:
+        """Return the names of all tensors."""
 
-    def shape(self, name: str) -> tuple[int, ...]: ...
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor, from the header."""
 
-    def read(self, name: str) -> np.ndarray: ...
+    def read(self, name: str) -> np.ndarray:
+        """Read a tensor."""
 
-    def raw(self, name: str) -> Any: ...
+    def raw(self, name: str) -> Any:
+        """Return the stored bytes of a tensor as a buffer."""
 
 
 def resolve(source: str, files: list[str] = HUB_FILES) -> str:
-    """The local directory or file behind `source`.
+    """Return the local directory or file of a source, downloaded if it is a hub id.
 
     Args:
-      source: a path; a hub id such as "HuggingFaceTB/SmolLM2-135M", which is downloaded; or "package:NAME/FILE" for a file
-        that an installed Python package ships (the package is not imported).
-      files: patterns of the files that are downloaded from the hub.
+      source: a path; a hub id such as "HuggingFaceTB/SmolLM2-135M"; or "package:NAME/FILE" for a file that an installed
+        Python package ships (the package is not imported).
+      files: patterns of the files to download from the hub.
 
     Raises:
-      UserError: there is no such path, package or file, and it is no hub id or the hub does not have it.
+      UserError: the path, package or file does not exist, and the source is not a hub id that can be downloaded.
     """
     if source.startswith("package:"):
         return _in_package(source)
@@ -51,10 +55,10 @@ def resolve(source: str, files: list[str] = HUB_FILES) -> str:
         raise UserError(f"model {source} does not exist")
     try:
         return huggingface_hub.snapshot_download(source, allow_patterns=files, ignore_patterns=_HUB_COPIES)
-    except Exception as error:  # the hub raises a dozen kinds: offline, gated, unknown, malformed id
+    except Exception as error:  # a dozen types: offline, gated, unknown or malformed id
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"model {source!r} is neither a local path nor a model that the hub could give; check the spelling and the "
+            f"model {source!r} is neither a local path nor a model that could be downloaded; check the spelling and the "
             f"network ({reason})"
         ) from error
 
@@ -71,7 +75,7 @@ def _in_package(source: str) -> str:
 
 
 def read_config(path: str) -> dict[str, Any]:
-    """The Hugging Face config of a local model directory or GGUF file."""
+    """Read the Hugging Face config of a local model directory or GGUF file."""
     if path.endswith(".gguf"):
         return gguf_file.read_config(path)
     if not os.path.isdir(path):
@@ -80,12 +84,12 @@ def read_config(path: str) -> dict[str, Any]:
 
 
 def open_tensors(path: str) -> TensorSource:
-    """The tensors of a local model directory or GGUF file."""
+    """Open the tensors of a local model directory or GGUF file."""
     return gguf_file.GGUFTensors(path) if path.endswith(".gguf") else SafetensorsDirectory(path)
 
 
 def config_dtype(name: str, hf_config: dict[str, Any]) -> Any:
-    """The jnp dtype for "float32", "bfloat16" or "auto": the checkpoint's own, bfloat16 for float16, else float32."""
+    """Return the dtype for "float32", "bfloat16" or "auto": the checkpoint's, with bfloat16 for float16, else float32."""
     if name == "auto":
         declared = hf_config.get("dtype") or hf_config.get("torch_dtype")
         name = "bfloat16" if declared in ("bfloat16", "float16") else "float32"

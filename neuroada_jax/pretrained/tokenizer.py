@@ -1,7 +1,7 @@
-"""Tokenizers: a Hugging Face directory, a hub id, or the one a GGUF file carries in its metadata.
+"""Tokenizers of Hugging Face directories, hub ids and GGUF files, which have one in their metadata.
 
-transformers can build a tokenizer from a GGUF file too, but only with torch installed.  This is the same
-construction with the ``tokenizers`` library alone, held equal to it by the tests.
+transformers can build a tokenizer from a GGUF file too, but only with torch installed. This module does the same with the
+`tokenizers` library alone; tests compare the two.
 """
 
 import numpy as np
@@ -25,13 +25,13 @@ _TEKKEN = (
 )
 _GPT2 = None  # the rule built into the ByteLevel pre-tokenizer
 
-# tokenizer.ggml.pre -> how text is split before merging, as transformers 5.23 reads it.  Equality with transformers won
-# where that differs from llama.cpp and from the model's own tokenizer.json:
-#   smollm   the model also isolates every digit, so spaces in front of a digit stay one piece: "\n\n2" is "\n\n" "2"
-#            there and "\n" "\n" "2" here.  Digits come out the same, since no merge has one.
-#   llama3, tekken  the model takes a piece that is a token as it stands before trying merges.
-#   qwen2    the model composes Unicode (NFC) first; llama.cpp does not either.
-#   default  llama.cpp cuts punctuation off first and numbers into threes.
+# tokenizer.ggml.pre -> the rule that splits text before merging, equal to that of transformers 5.23. It differs from
+# llama.cpp's or from the model's tokenizer.json in these cases:
+#   smollm   tokenizer.json also isolates every digit, so that whitespace before a digit stays one piece: "\n\n2" is "\n\n"
+#            "2" there and "\n" "\n" "2" here. Digits give the same tokens, since no merge contains one.
+#   llama3, tekken  tokenizer.json keeps a piece that is a token as it is, without merges.
+#   qwen2    tokenizer.json composes Unicode (NFC) first; llama.cpp does not either.
+#   default  llama.cpp splits off punctuation first, and numbers into groups of three digits.
 _SPLITS = {
     "default": _GPT2,
     "gpt-2": _GPT2,
@@ -45,15 +45,16 @@ _SPLITS = {
     "megrez": _QWEN2,
     "tekken": _TEKKEN,
 }
-# Vocabularies to which llama.cpp adds a BOS token if the file does not say, and many Llama 3 files do not.  Here the
-# model won: transformers then adds none.
-_BOS_UNLESS_TOLD = {"llama3", "llama-v3", "llama-bpe", "falcon3", "tekken"}
+# Vocabularies to which llama.cpp adds a BOS token where the file does not declare it, as many Llama 3 files do not. The
+# models expect one; transformers adds none.
+_BOS_BY_DEFAULT = {"llama3", "llama-v3", "llama-bpe", "falcon3", "tekken"}
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
-    """The tokenizer of a local Hugging Face directory, of a hub id, or of a ``.gguf`` file; torch is never needed.
+    """Load the tokenizer of a local Hugging Face directory, a hub id or a `.gguf` file; torch is not needed.
 
-    Raises UserError, naming the path, if it is missing, is not a GGUF file, or describes no tokenizer known here.
+    Raises:
+      UserError: the path is missing, is not a GGUF file, or has no tokenizer that is supported.
     """
     if str(path).lower().endswith(".gguf"):
         return _from_gguf(str(path))
@@ -82,7 +83,7 @@ def _from_gguf(path: str) -> PreTrainedTokenizerFast:
         if pre not in _SPLITS:
             raise UserError(f"{path}: tokenizer.ggml.pre is {pre!r}, expected one of {', '.join(sorted(_SPLITS))}")
         backend = _byte_level(path, tokens, types, get("merges"), _SPLITS[pre])
-        add_bos = get("add_bos_token", pre in _BOS_UNLESS_TOLD)
+        add_bos = get("add_bos_token", pre in _BOS_BY_DEFAULT)
     elif kind == "llama":
         backend = _sentencepiece(path, tokens, get("scores"), get("merges"), get("add_space_prefix", True))
         add_bos = get("add_bos_token", True)
@@ -102,13 +103,13 @@ def _from_gguf(path: str) -> PreTrainedTokenizerFast:
                 raise UserError(
                     f"{path}: tokenizer.ggml.{key}_token_id is {token_id}, expected one of {len(tokens)} tokens"
                 )
-            # as an AddedToken, because a bare string would be matched after normalisation
+            # An AddedToken, because a plain string would be matched after normalisation.
             names[f"{name}_token"] = AddedToken(tokens[token_id], normalized=False, special=True)
     context = meta.get(f"{meta.get('general.architecture')}.context_length")
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         **names,
-        add_bos_token=add_bos,  # these two make the post-processor
+        add_bos_token=add_bos,  # the post-processor is made from these two
         add_eos_token=get("add_eos_token", False),
         chat_template=meta.get("tokenizer.chat_template"),
         clean_up_tokenization_spaces=False,
@@ -117,16 +118,16 @@ def _from_gguf(path: str) -> PreTrainedTokenizerFast:
 
 
 def _byte_level(path: str, tokens: list[str], types: np.ndarray, merges: list[str] | None, split: str | None) -> Tokenizer:
-    """Byte-level BPE, as GPT-2, Llama 3 and Qwen have it."""
+    """Build byte-level BPE, as in GPT-2, Llama 3 and Qwen."""
     if merges is None:
         raise UserError(f"{path}: metadata tokenizer.ggml.merges is missing, expected the merges of a gpt2 tokenizer")
     spelling = _byte_spelling()
     alphabet = set(spelling)
-    whole = np.isin(types, (_CONTROL, _USER_DEFINED)) if len(types) else np.zeros(len(tokens), bool)
+    added = np.isin(types, (_CONTROL, _USER_DEFINED)) if len(types) else np.zeros(len(tokens), bool)
     vocab = {}
     for index, token in enumerate(tokens):
-        # a few converters left ordinary tokens in plain text; added tokens are plain text by nature
-        if not whole[index] and not alphabet.issuperset(token):
+        # Some converters left ordinary tokens in plain text; added tokens are always plain text.
+        if not added[index] and not alphabet.issuperset(token):
             token = "".join(spelling[byte] for byte in token.encode("utf-8"))
         vocab[token] = index
     backend = _bpe(path, vocab, _pairs(merges), continuing_subword_prefix="", end_of_word_suffix="")
@@ -147,19 +148,19 @@ def _pairs(merges: list[str]) -> list[tuple[str, str]]:
 def _bpe(path: str, vocab: dict[str, int], merges: list[tuple[str, str]], **options) -> Tokenizer:
     try:
         return Tokenizer(models.BPE(vocab=vocab, merges=merges, **options))
-    except Exception as error:  # what the Rust side raises for a merge of tokens that do not exist
+    except Exception as error:  # the Rust library raises it for a merge of unknown tokens
         raise UserError(f"{path}: tokenizer.ggml.merges do not fit tokenizer.ggml.tokens ({error})") from error
 
 
 def _byte_spelling() -> list[str]:
-    """GPT-2's printable character for each of the 256 bytes."""
+    """Return GPT-2's printable character for each of the 256 bytes."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = iter(range(256, 512))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
 def _sentencepiece(path: str, tokens: list[str], scores, merges: list[str] | None, prefix_space: bool) -> Tokenizer:
-    """SentencePiece BPE with byte fallback, as LLaMA 1, LLaMA 2 and Mistral have it."""
+    """Build SentencePiece BPE with byte fallback, as in LLaMA 1, LLaMA 2 and Mistral."""
     if merges is None and (scores is None or len(scores) != len(tokens)):
         found = "no" if scores is None else len(scores)
         raise UserError(f"{path}: {found} tokenizer.ggml.scores and no merges, expected a score for {len(tokens)} tokens")
@@ -174,14 +175,14 @@ def _sentencepiece(path: str, tokens: list[str], scores, merges: list[str] | Non
 
 
 def _merges_from_scores(vocab: dict[str, int], scores) -> list[tuple[str, str]]:
-    """Every way to make a token from two others, best score first, as SentencePiece would pick them.
+    """Return every pair of tokens that forms a token, best score first, the order in which SentencePiece merges.
 
-    The order of ties is transformers' own, because a different order gives different ids.
+    Ties are ordered as in transformers, because another order gives other ids.
     """
     merges = []
     for token, index in vocab.items():
-        cuts = [(token[:i], token[i:]) for i in range(1, len(token))]
-        known = [(left, right) for left, right in cuts if left in vocab and right in vocab]
+        pairs = [(token[:i], token[i:]) for i in range(1, len(token))]
+        known = [(left, right) for left, right in pairs if left in vocab and right in vocab]
         known.sort(key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
         merges += [(float(scores[index]), left, right) for left, right in known]
     merges.sort(key=lambda m: (m[0], len(m[1]), len(m[2])), reverse=True)

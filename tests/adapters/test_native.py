@@ -148,9 +148,9 @@ def test_files_that_are_missing_or_not_whole(adapter, base_model, tmp_path):
     whole = path.read_bytes()
     for size in (0, 5, 100, len(whole) - 1):
         path.write_bytes(whole[:size])
-        assert message_of(on_base.load, str(adapter), base_model).startswith(f"{path}: not a whole safetensors file (")
+        assert message_of(on_base.load, str(adapter), base_model).startswith(f"{path}: not a complete safetensors file (")
     path.unlink()
-    assert message_of(on_base.load, str(adapter), base_model).startswith(f"{path}: not a whole safetensors file (")
+    assert message_of(on_base.load, str(adapter), base_model).startswith(f"{path}: not a complete safetensors file (")
     (adapter / "adapter.json").write_text("{")
     assert message_of(on_base.load, str(adapter), base_model).startswith(f"{adapter / 'adapter.json'}: not JSON")
     (adapter / "adapter.json").unlink()

@@ -418,7 +418,7 @@ def test_files_that_are_missing_or_another_kind(untied, pristine, tmp_path):
     path.rename(directory / "adapter_model.bin")
     assert "adapter_model.bin is a pickle and is not read" in message_of(peft.read, directory, model, Kind.SHIRA)
     (directory / "adapter_model.bin").unlink()
-    assert message_of(peft.read, directory, model, Kind.SHIRA).startswith(f"{path}: not a whole safetensors file (")
+    assert message_of(peft.read, directory, model, Kind.SHIRA).startswith(f"{path}: not a complete safetensors file (")
 
 
 def test_a_huge_declared_shape(untied, pristine, tmp_path):

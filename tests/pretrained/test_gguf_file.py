@@ -247,6 +247,6 @@ def test_errors_say_what_was_found_and_expected(tmp_path):
     assert "blk.0.ssm_a.weight" in message(GGUFTensors, stray)
     missing = message(read_config, write_model(tmp_path / "key.gguf", context_length=None))
     assert "llama.context_length is None" in missing
-    assert "64 rows" in message(read_config, write_model(tmp_path / "heads.gguf", key_length=12))
+    assert "64 neurons" in message(read_config, write_model(tmp_path / "heads.gguf", key_length=12))
     tensors = GGUFTensors(write_model(tmp_path / "m.gguf"))
     assert "no tensor model.nothing" in message(lambda path: tensors.read("model.nothing"), tensors.path)

@@ -1,4 +1,4 @@
-"""Safetensors directories: sharding, dtypes, digests, what is wrong with a checkpoint, and host memory while loading."""
+"""Loading models: every tensor in its place, dtypes, digests, errors of a checkpoint, and host memory while loading."""
 
 import json
 import os
@@ -12,14 +12,13 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from helpers import write_safetensors
 
 from neuroada_jax import models
 from neuroada_jax.core import trees
 from neuroada_jax.errors import UserError
 from neuroada_jax.models import names
 from neuroada_jax.pretrained.load import load_model
-from neuroada_jax.pretrained.source import config_dtype
 
 CONFIG = {
     "model_type": "llama",
@@ -46,18 +45,8 @@ def random_tensors(dtype=np.float32, config=CONFIG, seed=0):
 
 def write(directory, tensors, shards=1, config=CONFIG):
     """A Hugging Face directory with one model.safetensors, or several files and their index."""
-    directory.mkdir(exist_ok=True)
+    write_safetensors(directory, tensors, shards)
     (directory / "config.json").write_text(json.dumps(config))
-    if shards == 1:
-        save_file(tensors, directory / "model.safetensors")
-        return directory
-    weight_map = {}
-    for shard in range(shards):
-        file = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
-        part = {name: tensor for i, (name, tensor) in enumerate(tensors.items()) if i % shards == shard}
-        save_file(part, directory / file)
-        weight_map |= dict.fromkeys(part, file)
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return directory
 
 
@@ -116,22 +105,6 @@ def test_dtypes(tmp_path, stored, wanted):
         assert np.asarray(leaf(loaded.params, name)).tobytes() == want.tobytes()
 
 
-@pytest.mark.parametrize(
-    ("declared", "expected"),
-    [
-        ({"torch_dtype": "bfloat16"}, jnp.bfloat16),
-        ({"dtype": "bfloat16"}, jnp.bfloat16),
-        ({"torch_dtype": "float16"}, jnp.bfloat16),
-        ({"dtype": "float32"}, jnp.float32),
-        ({}, jnp.float32),
-    ],
-)
-def test_auto_takes_the_dtype_that_the_config_declares(declared, expected):
-    assert config_dtype("auto", declared) == expected
-    assert config_dtype("float32", declared) == jnp.float32
-    assert config_dtype("bfloat16", declared) == jnp.bfloat16
-
-
 def test_a_digest_changes_if_and_only_if_its_bytes_change(tmp_path):
     tensors = random_tensors()
     before = load_model(str(write(tmp_path / "a", tensors))).digests
@@ -151,28 +124,6 @@ def error_of(path):
     return message
 
 
-def test_missing_shard(tmp_path):
-    write(tmp_path, random_tensors(), shards=3)
-    (tmp_path / "model-00002-of-00003.safetensors").unlink()
-    assert error_of(tmp_path) == (
-        f"{tmp_path / 'model-00002-of-00003.safetensors'}: this shard is missing, though the index names it"
-    )
-
-
-@pytest.mark.parametrize("kept", [0, 5, 200, -1])
-def test_truncated_file(tmp_path, kept):
-    write(tmp_path, random_tensors(), shards=2)
-    shard = tmp_path / "model-00002-of-00002.safetensors"
-    shard.write_bytes(shard.read_bytes()[:kept])
-    assert error_of(tmp_path).startswith(f"{shard}: not a whole safetensors file (")
-
-
-def test_a_file_that_is_no_safetensors_file(tmp_path):
-    write(tmp_path, random_tensors())
-    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n" * 9)
-    assert error_of(tmp_path).startswith(f"{tmp_path / 'model.safetensors'}: not a whole safetensors file (")
-
-
 def test_missing_tensor(tmp_path):
     tensors = random_tensors()
     del tensors[Q_PROJ]
@@ -180,89 +131,9 @@ def test_missing_tensor(tmp_path):
     assert error_of(tmp_path) == f"{tmp_path}: tensor {Q_PROJ!r} is missing from the checkpoint; expected shape [16, 16]"
 
 
-def test_tensor_that_the_index_promises_and_the_shard_lacks(tmp_path):
-    write(tmp_path, random_tensors(), shards=2)
-    index = tmp_path / "model.safetensors.index.json"
-    content = json.loads(index.read_text())
-    wrong = next(file for file in content["weight_map"].values() if file != content["weight_map"][Q_PROJ])
-    content["weight_map"][Q_PROJ] = wrong
-    index.write_text(json.dumps(content))
-    assert error_of(tmp_path) == f"{tmp_path / wrong}: tensor {Q_PROJ!r} is missing, though the index places it there"
-
-
-def test_a_tensor_in_a_dtype_that_is_no_plain_float(tmp_path):
-    write(tmp_path, random_tensors() | {Q_PROJ: np.zeros((16, 16), ml_dtypes.float8_e4m3fn)})
-    message = f"{tmp_path / 'model.safetensors'}: tensor {Q_PROJ!r} is stored as F8_E4M3, expected one of F32, F16, BF16"
-    assert error_of(tmp_path) == message
-
-
 def test_wrong_shape(tmp_path):
     write(tmp_path, random_tensors() | {Q_PROJ: np.zeros((16, 8), np.float32)})
     assert error_of(tmp_path) == f"{tmp_path}: tensor {Q_PROJ!r} has shape [16, 8], expected [16, 16]"
-
-
-@pytest.mark.parametrize("escape", ["../x.safetensors", "{parent}/x.safetensors", "sub/../../x.safetensors", ".."])
-def test_an_index_that_leaves_the_directory(tmp_path, escape):
-    save_file(random_tensors(), tmp_path / "x.safetensors")
-    directory = write(tmp_path / "model", random_tensors(), shards=2)
-    (directory / "sub").mkdir()
-    index = directory / "model.safetensors.index.json"
-    content = json.loads(index.read_text())
-    content["weight_map"] = dict.fromkeys(content["weight_map"], escape.format(parent=tmp_path))
-    index.write_text(json.dumps(content))
-    message = error_of(directory)
-    assert str(directory) in message
-    assert escape == ".." or "the index names a file outside the directory" in message
-
-
-@pytest.mark.parametrize(
-    "content", ["{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', '{"weight_map": {"a": ["b"]}}']
-)
-def test_an_index_without_a_map_of_files(tmp_path, content):
-    write(tmp_path, random_tensors(), shards=2)
-    (tmp_path / "model.safetensors.index.json").write_text(content)
-    assert str(tmp_path / "model.safetensors.index.json") in error_of(tmp_path)
-
-
-def test_missing_directory(tmp_path):
-    assert error_of(tmp_path / "nowhere") == f"model {tmp_path / 'nowhere'} does not exist"
-    assert error_of(tmp_path / "nowhere.gguf") == f"model {tmp_path / 'nowhere.gguf'} does not exist"
-
-
-def test_a_hub_id_that_cannot_be_had_is_one_line():
-    assert error_of("nobody/no-such-model").startswith("model 'nobody/no-such-model' is neither a local path nor")
-
-
-def test_a_file_that_is_no_model(tmp_path):
-    (tmp_path / "model.bin").write_bytes(b"abc")
-    assert error_of(tmp_path / "model.bin") == f"{tmp_path / 'model.bin'}: expected a model directory or a .gguf file"
-
-
-def test_missing_weights(tmp_path):
-    write(tmp_path, random_tensors())
-    (tmp_path / "model.safetensors").unlink()
-    assert error_of(tmp_path) == f"{tmp_path}: found neither model.safetensors nor model.safetensors.index.json"
-
-
-def test_missing_config(tmp_path):
-    write(tmp_path, random_tensors())
-    (tmp_path / "config.json").unlink()
-    assert error_of(tmp_path) == f"{tmp_path / 'config.json'}: cannot be read (No such file or directory)"
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"{not json", "not JSON ("),
-        (b"", "not JSON ("),
-        (b"\xff\xfe{}", "not JSON ("),
-        (b"[1, 2]", "expected a JSON object, found list"),
-    ],
-)
-def test_config_that_is_no_json_object(tmp_path, content, message):
-    write(tmp_path, random_tensors())
-    (tmp_path / "config.json").write_bytes(content)
-    assert error_of(tmp_path).startswith(f"{tmp_path / 'config.json'}: {message}")
 
 
 def test_unsupported_architecture_from_a_directory(tmp_path):

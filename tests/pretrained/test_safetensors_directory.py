@@ -1,0 +1,95 @@
+"""Tensors of safetensors directories: one file or several, damaged files, and indexes that do not fit them."""
+
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+from data_helpers import message_of
+from helpers import write_safetensors
+from safetensors.numpy import save_file
+
+from neuroada_jax.pretrained.safetensors_directory import SafetensorsDirectory
+
+NAME = "layer.weight"
+TENSORS = {name: np.arange(12, dtype=np.float32).reshape(3, 4) + i for i, name in enumerate(("norm", NAME, "a", "b", "c"))}
+
+
+def error_of(directory):
+    return message_of(SafetensorsDirectory, str(directory))
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_tensors_are_read_by_name(tmp_path, shards):
+    found = SafetensorsDirectory(str(write_safetensors(tmp_path, TENSORS, shards)))
+    assert set(found.names()) == set(TENSORS)
+    for name, tensor in TENSORS.items():
+        assert found.shape(name) == (3, 4) and bytes(found.raw(name)) == tensor.tobytes()
+        np.testing.assert_array_equal(found.read(name), tensor)
+
+
+def test_missing_shard(tmp_path):
+    write_safetensors(tmp_path, TENSORS, shards=3)
+    (tmp_path / "model-00002-of-00003.safetensors").unlink()
+    assert error_of(tmp_path) == (
+        f"{tmp_path / 'model-00002-of-00003.safetensors'}: this shard is missing, though the index names it"
+    )
+
+
+@pytest.mark.parametrize("kept", [0, 5, 200, -1])
+def test_truncated_file(tmp_path, kept):
+    write_safetensors(tmp_path, TENSORS, shards=2)
+    shard = tmp_path / "model-00002-of-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:kept])
+    assert error_of(tmp_path).startswith(f"{shard}: not a complete safetensors file (")
+
+
+def test_a_file_that_is_no_safetensors_file(tmp_path):
+    write_safetensors(tmp_path, TENSORS)
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n" * 9)
+    assert error_of(tmp_path).startswith(f"{tmp_path / 'model.safetensors'}: not a complete safetensors file (")
+
+
+def test_tensor_that_the_index_promises_and_the_shard_lacks(tmp_path):
+    write_safetensors(tmp_path, TENSORS, shards=2)
+    index = tmp_path / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    wrong = next(file for file in content["weight_map"].values() if file != content["weight_map"][NAME])
+    content["weight_map"][NAME] = wrong
+    index.write_text(json.dumps(content))
+    assert error_of(tmp_path) == f"{tmp_path / wrong}: tensor {NAME!r} is missing, though the index places it there"
+
+
+def test_a_tensor_in_a_dtype_that_is_no_plain_float(tmp_path):
+    write_safetensors(tmp_path, TENSORS | {NAME: np.zeros((3, 4), ml_dtypes.float8_e4m3fn)})
+    message = f"{tmp_path / 'model.safetensors'}: tensor {NAME!r} is stored as F8_E4M3, expected one of F32, F16, BF16"
+    assert message_of(SafetensorsDirectory(str(tmp_path)).read, NAME) == message
+
+
+@pytest.mark.parametrize("escape", ["../x.safetensors", "{parent}/x.safetensors", "sub/../../x.safetensors", ".."])
+def test_an_index_that_leaves_the_directory(tmp_path, escape):
+    save_file(TENSORS, tmp_path / "x.safetensors")
+    directory = write_safetensors(tmp_path / "model", TENSORS, shards=2)
+    (directory / "sub").mkdir()
+    index = directory / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"] = dict.fromkeys(content["weight_map"], escape.format(parent=tmp_path))
+    index.write_text(json.dumps(content))
+    message = error_of(directory)
+    assert str(directory) in message
+    assert escape == ".." or "the index names a file outside the directory" in message
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', '{"weight_map": {"a": ["b"]}}']
+)
+def test_an_index_without_a_map_of_files(tmp_path, content):
+    write_safetensors(tmp_path, TENSORS, shards=2)
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    assert str(tmp_path / "model.safetensors.index.json") in error_of(tmp_path)
+
+
+def test_missing_weights(tmp_path):
+    write_safetensors(tmp_path, TENSORS)
+    (tmp_path / "model.safetensors").unlink()
+    assert error_of(tmp_path) == f"{tmp_path}: found neither model.safetensors nor model.safetensors.index.json"
