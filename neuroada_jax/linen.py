@@ -1,12 +1,12 @@
-"""Bypass layers in any Flax Linen model that uses `nn.Dense` or `nn.DenseGeneral`, with no change to the model.
+"""Bypass layers in any Flax Linen model that uses `nn.Dense` or `nn.DenseGeneral`, without changes to the model.
 
     bypass = linen.build(model, variables, images, targets=["query", "value"], k=1)
     apply = linen.with_bypass(model.apply)
     logits = apply({"params": params, "bypass": bypass.values, "columns": bypass.columns}, images)
     merged = merge(params, bypass, layout=Layout.IO)
 
-Kernels stay as Flax has them, inputs first: (I, O) for `nn.Dense`, (D, H, N) and (H, N, D) in Flax's attention, the axes of
-stacked layers in front. Values and columns are (*L, O, k), where several axes of inputs or neurons are flattened.
+Kernels keep Flax's layout, inputs first: (I, O) for `nn.Dense`, (D, H, N) and (H, N, D) in Flax's attention, with the axes
+of stacked layers in front. Values and columns are (*L, O, k), where several axes of inputs or neurons are flattened.
 """
 
 import functools
@@ -24,7 +24,7 @@ from neuroada_jax.core.ops import Layout, bypass_dense
 from neuroada_jax.core.trees import ModulePath, Targets, Tree
 from neuroada_jax.errors import UserError
 
-# Leaves beside the kernel: whatever Flax does to it, such as slicing by nn.scan, is done to them as well.
+# Leaves beside the kernel, so that Flax transforms them in the same way, such as slicing by nn.scan.
 _VALUES, _COLUMNS = "bypass_values", "bypass_columns"
 
 
@@ -38,10 +38,9 @@ def build(
     dtype: Any = jnp.float32,
     **kwargs: Any,
 ) -> Bypass:
-    """Zero values and selected columns for the linear maps of a model that `targets` name.
+    """Select columns and make zero values for the linear maps of a model that `targets` name.
 
-    The linear maps are those that ``module.apply(variables, *args, **kwargs)`` goes through. The call is traced; nothing of
-    it is computed.
+    The linear maps are those that `module.apply(variables, *args, **kwargs)` calls; it is traced, not computed.
 
     Args:
       module: any Linen module.
@@ -88,14 +87,14 @@ def build(
 
 
 def with_bypass(apply: Callable[..., Any]) -> Callable[..., Any]:
-    """`module.apply`, or any function of variables, that takes a bypass among them.
+    """Wrap `module.apply`, or any function of variables, so that the variables may contain a bypass.
 
-    The function that comes back is called as `apply` is. Where its variables hold the collections "bypass" and "columns",
-    the linear maps at their paths are bypass layers, W + D being formed on the fly: gradients for the values need no dense
-    one. Without these collections it does what `apply` does. It works under jit, grad and `nn.remat`, and with `nn.scan` or
+    The returned function is called like `apply`. Where its variables have the collections "bypass" and "columns", the
+    linear maps at their paths are bypass layers that form W + D on the fly, and the gradient of the values needs no dense
+    gradient. Without these collections it equals `apply`. It works under jit, grad and `nn.remat`, and with `nn.scan` or
     `nn.vmap` over stacked layers whose parameters have the layer axis in front.
 
-    Raises (the function that comes back):
+    Raises (by the returned function):
       UserError: one of the two collections is missing, there is a "base_entries" collection (a resident kernel holds the
         values already), or a path whose module cannot carry a bypass.
       KeyError: a path without a kernel.
@@ -109,7 +108,9 @@ def with_bypass(apply: Callable[..., Any]) -> Callable[..., Any]:
         if values is None and columns is None:
             return apply(variables, *args, **kwargs)
         if values is None or columns is None or "base_entries" in rest:
-            raise UserError(f"a bypass needs the collections bypass and columns, and no base; found {', '.join(variables)}")
+            raise UserError(
+                f"a bypass needs the collections bypass and columns, and no base_entries; found {', '.join(variables)}"
+            )
         params: Tree = dict(rest["params"])
         for path, chosen in trees.leaves(columns, "columns"):
             trees.kernel_at(params, path)
@@ -122,7 +123,7 @@ def with_bypass(apply: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _obstacle(module: Any) -> str | None:
-    """Why a module cannot carry a bypass, None if it can."""
+    """Return the reason for which a module cannot carry a bypass, None if it can."""
     if not isinstance(module, nn.Dense | nn.DenseGeneral):
         return f"a {type(module).__name__} cannot carry a bypass, only a Dense or DenseGeneral"
     if module.dot_general is not None or module.dot_general_cls is not None:
@@ -145,8 +146,8 @@ def _intercept(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.mod
     if reason := _obstacle(module):
         raise UserError(f"{'.'.join(module.path)}: {reason}")
     columns, values = (module.get_variable("params", name) for name in (_COLUMNS, _VALUES))
-    # Flax does all else: dtypes, axes, bias. A bound module is frozen and lives for one call of apply; a clone of it would
-    # show up in captured intermediates.
+    # Flax handles the rest: dtypes, axes, bias. A bound module is frozen and lives for one call of apply, so its field is
+    # set from outside; a clone would show up in captured intermediates.
     object.__setattr__(module, "dot_general", functools.partial(bypass_dot_general, columns=columns, values=values))
     try:
         return call(*args, **kwargs)
@@ -155,7 +156,7 @@ def _intercept(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.mod
 
 
 def as_matrices(kernel: jax.Array, inputs: int, neurons: int) -> jax.Array:
-    """The kernel as (*L, I, O), of the axes that inputs and neurons take; axes of stacked layers are in front."""
+    """Return the kernel as (*L, I, O), given its numbers of input and neuron axes."""
     stacked = kernel.ndim - inputs - neurons
     return kernel.reshape(*kernel.shape[:stacked], -1, math.prod(kernel.shape[stacked + inputs :]))
 
@@ -163,7 +164,7 @@ def as_matrices(kernel: jax.Array, inputs: int, neurons: int) -> jax.Array:
 def bypass_dot_general(
     x: jax.Array, kernel: jax.Array, dimension_numbers: Any, precision: None, *, columns: jax.Array, values: jax.Array
 ) -> jax.Array:
-    """`lax.dot_general` as Flax's linear layers call it: a kernel (*I, *O), its first axes against some of x."""
+    """Compute `lax.dot_general` as Flax's linear layers call it: the first axes of a kernel (*I, *O) against some of x."""
     (axes, inputs), _ = dimension_numbers
     x = jnp.moveaxis(x, axes, tuple(range(-len(axes), 0)))
     batch, features = x.shape[: x.ndim - len(axes)], kernel.shape[len(inputs) :]

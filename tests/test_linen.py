@@ -300,7 +300,9 @@ def test_incomplete_or_unfit_collections_are_refused():
     whole = {"params": params, "bypass": built.values, "columns": built.columns}
     base_entries = na.read(params, built.columns, layout=Layout.IO)
     for wrong in ({**whole, "base_entries": base_entries}, {"params": params, "bypass": built.values}):
-        with pytest.raises(UserError, match="needs the collections bypass and columns, and no base; found params, bypass"):
+        with pytest.raises(
+            UserError, match="needs the collections bypass and columns, and no base_entries; found params, bypass"
+        ):
             apply(wrong, x)
     with pytest.raises(KeyError, match="nowhere holds no kernel"):
         apply({**whole, "columns": {"nowhere": built.columns["block_0"]["up"]}}, x)

@@ -1,1 +1,1 @@
-"""Generation: continuing a prompt, greedily, by sampling or with beams."""
+"""Generation: continuation of prompts by greedy decoding, sampling or beam search."""

@@ -1,4 +1,4 @@
-"""Beam search as transformers does it, every row by itself: the result does not depend on what else is in the batch."""
+"""Beam search as in transformers; the result of a prompt does not depend on the rest of its batch."""
 
 import functools
 from typing import NamedTuple
@@ -10,25 +10,25 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from neuroada_jax.core.trees import Tree
-from neuroada_jax.generation.decoder import Caches, Decoder, is_end, prefill, present, reorder_rows, repeat_rows
+from neuroada_jax.generation.decoder import Caches, Decoder, is_end, prefill, present, reorder_sequences, repeat_sequences
 from neuroada_jax.generation.sampling import Decoding, process
 
-_NEVER = -1e9  # the score of what is not to be chosen, as in transformers: a sum with it is still a number
+_NEVER = -1e9  # score of an excluded candidate, as in transformers; finite, so that sums with it stay finite
 
 
 class Search(NamedTuple):
-    """What is known after `number` tokens, with W hypotheses (beams) for each of B prompts and S slots.
+    """State of a beam search after `number` tokens, with W hypotheses (beams) for each of B prompts and S slots.
 
     Attributes:
-      number: tokens of the hypotheses that go on, int32.
-      tokens: the hypotheses that go on, prompts included, int32 (B, W, S); -1 where there is no token yet.
+      number: new tokens of the running hypotheses, int32.
+      tokens: the running hypotheses, prompts included, int32 (B, W, S); -1 where there is no token yet.
       scores: their log-probabilities, float32 (B, W), best first.
       ended: the best hypotheses that have ended, int32 (B, W, S).
       ended_scores: their scores, with the length penalty, float32 (B, W), best first.
-      full: which of `ended` hold a hypothesis, bool (B, W).
-      improvable: whether a hypothesis that goes on may yet be better than those that have ended, bool (B,).
-      open: whether the search goes on, bool (B,).
-      caches: of the hypotheses that go on, B * W rows.
+      full: which entries of `ended` hold a hypothesis, bool (B, W).
+      improvable: whether a running hypothesis may still beat one that has ended, bool (B,).
+      open: whether the search of a prompt goes on, bool (B,).
+      caches: the caches of the running hypotheses, B * W sequences.
     """
 
     number: Array
@@ -54,19 +54,19 @@ def search(
     decoding: Decoding,
     eos_ids: tuple[int, ...],
 ) -> Int[Array, "B S"]:
-    """The best continuation of every left-padded prompt.
+    """Search for the best continuation of every left-padded prompt.
 
     Args:
       module: the decoder.
       params: its parameters.
       ids: int32 prompts, padded on the left.
-      lengths: tokens of each; 0 for a row that only fills the batch.
+      lengths: tokens of each prompt; 0 for a sequence that only fills the batch.
       limit: tokens of the longest continuation.
-      slots: for prompt and continuation, at least T + limit.
-      decoding: with `beams` above 1.
+      slots: slots for prompt and continuation, at least T + limit.
+      decoding: settings with `beams` above 1.
       eos_ids: tokens that end a hypothesis.
 
-    Returns: int32 (B, slots), the end token included and -1 from there on.
+    Returns: int32 (B, slots), prompt and continuation with the end token, and -1 from there on.
     """
     batch, width = ids.shape
     beams = decoding.beams
@@ -77,13 +77,13 @@ def search(
     state = Search(
         number=jnp.int32(0),
         tokens=tokens,
-        scores=never.at[:, 0].set(0.0),  # all beams of a row are equal at first: one of them is enough
+        scores=never.at[:, 0].set(0.0),  # all beams of a prompt start equal, so only one takes part
         ended=tokens,
         ended_scores=never,
         full=jnp.zeros((batch, beams), bool),
         improvable=jnp.ones((batch,), bool),
         open=lengths > 0,
-        caches=repeat_rows(caches, beams),
+        caches=repeat_sequences(caches, beams),
     )
     state = _advance(state, jnp.repeat(logits, beams, axis=0), decoder.start, width, limit, decoding, eos_ids)
 
@@ -105,7 +105,7 @@ def _advance(
     decoding: Decoding,
     eos_ids: tuple[int, ...],
 ) -> Search:
-    """The search after one more token, given the logits of all B * W hypotheses."""
+    """Extend the search by one token, given the logits of all B * W hypotheses."""
     batch, beams, slots = state.tokens.shape
     end = width + state.number
     flat = state.tokens.reshape(batch * beams, slots)
@@ -113,7 +113,7 @@ def _advance(
     log_probabilities = process(log_probabilities, flat, present(start, slots, end), end, decoding)
     vocabulary = logits.shape[1]
     total = log_probabilities.reshape(batch, beams, vocabulary) + state.scores[:, :, None]
-    # So many that `beams` go on even if every end token comes first in each of them.
+    # Enough candidates for `beams` running ones even if every end token ranks first in each beam.
     kept = max(2, 1 + len(eos_ids)) * beams
     scores, chosen = lax.top_k(total.reshape(batch, beams * vocabulary), kept)
     parents, token = chosen // vocabulary, (chosen % vocabulary).astype(jnp.int32)
@@ -127,7 +127,7 @@ def _advance(
     going_on = improvable & ~jnp.all(ends, axis=1)
     if decoding.early_stopping is True:
         going_on &= ~jnp.all(full, axis=1)
-    rows = jnp.arange(batch)[:, None] * beams + jnp.take_along_axis(parents, best, axis=1)
+    sources = jnp.arange(batch)[:, None] * beams + jnp.take_along_axis(parents, best, axis=1)
     was_open = state.open[:, None]
     return Search(
         number=number,
@@ -138,16 +138,16 @@ def _advance(
         full=jnp.where(was_open, full, state.full),
         improvable=improvable,
         open=state.open & going_on,
-        caches=reorder_rows(state.caches, rows.reshape(-1), width),
+        caches=reorder_sequences(state.caches, sources.reshape(-1), width),
     )
 
 
 def _with_newly_ended(
     state: Search, tokens: Array, scores: Array, ends: Array, decoding: Decoding
 ) -> tuple[Int[Array, "B W S"], Float[Array, "B W"], Bool[Array, "B W"]]:
-    """`ended`, `ended_scores` and `full` with the candidates that just ended and are good enough."""
+    """Return `ended`, `ended_scores` and `full` with the candidates that just ended and rank among the best."""
     beams = state.scores.shape[1]
-    # The rest of the candidates are there to go on only.
+    # Only the first `beams` candidates may end; the others only replace those that do.
     ends = ends & (jnp.arange(scores.shape[1]) < beams)[None, :]
     length = (state.number + 1).astype(jnp.float32)
     scores = scores / length**decoding.length_penalty
@@ -169,7 +169,7 @@ def _may_improve(
     limit: Array,
     decoding: Decoding,
 ) -> Bool[Array, "B"]:
-    """Whether the best hypothesis that goes on can, by transformers' estimate, still beat the worst that has ended."""
+    """Return whether, by transformers' estimate, the best running hypothesis can still beat the worst that has ended."""
     longest = decoding.early_stopping == "never" and decoding.length_penalty > 0
     length = (limit if longest else number).astype(jnp.float32)
     possible = best / length**decoding.length_penalty

@@ -1,6 +1,6 @@
-"""The decoder with a key/value cache as the loops see it: logits after a prompt, and logits after one more token.
+"""Decoding with a key/value cache: the logits after a prompt, and the logits after one more token.
 
-Prompts are padded on the left, so that every row writes its next token to the same slot.
+Prompts are padded on the left, so that every sequence writes its next token to the same slot.
 """
 
 from typing import Any, NamedTuple
@@ -14,31 +14,32 @@ from neuroada_jax.core import platform
 from neuroada_jax.core.trees import Tree
 from neuroada_jax.models.llama import Cache, empty_cache
 
-# Of all layers together, or one (B, K, S, N) for each.
+# One cache of all layers (L, B, K, S, N), or one (B, K, S, N) for each layer.
 Caches = tuple[Cache, ...]
 
 
 def one_by_one() -> bool:
-    """Whether a step goes through layers that lie apart, rather than scanning stacked ones.
+    """Return whether a decoding step loops over unstacked layers instead of scanning the stacked parameters.
 
-    On a CPU a scan copies every layer's weights out of the stack before it multiplies by them, in every step: the matrix
-    products of SmolLM2-135M took 115 ms that way and 61 ms without. The price is one copy of the layers' weights while
-    decoding, and a program that grows with the depth. A GPU's products read from the stack.
+    A scan copies every layer's weights out of the stacked parameters before it multiplies by them, in every step. On a CPU
+    the matrix products of SmolLM2-135M took 115 ms that way and 61 ms with unstacked layers; the price is a second copy of
+    the layers' weights while decoding, and a program that grows with the depth. Programs compiled for an H100 contain these
+    copies too, but there the second copy takes too much memory (13 GB for LLaMA-7B in bfloat16), so a GPU scans.
     """
     return platform.platform() == "cpu"
 
 
 class Decoder(NamedTuple):
-    """A model with its parameters, for rows whose prompts begin at slot `start` (R,)."""
+    """A model with its parameters, for R sequences whose prompts begin at the slots `start` (R,)."""
 
     module: nn.Module
     params: Tree
     start: Array
-    layers: tuple[Tree, ...] | None  # the parameters of each layer, for `step` one by one
+    layers: tuple[Tree, ...] | None  # unstacked parameters of each layer; None to scan the stacked ones
 
     @classmethod
     def make(cls, module: nn.Module, params: Tree, start: Int[Array, "R"]) -> "Decoder":
-        """Call it outside of the loop: here the layers are copied out of the stack."""
+        """Return a decoder; call it outside of the decoding loop, since it copies the layers out of the stacked leaves."""
         if not one_by_one():
             return cls(module, params, start, None)
         stacked = params["model"]["layers"]
@@ -47,7 +48,7 @@ class Decoder(NamedTuple):
         return cls(module, params, start, layers)
 
     def step(self, token: Int[Array, "R"], end: Int[Array, ""], caches: Caches) -> tuple[Float[Array, "R V"], Caches]:
-        """Logits after one more token, which is written to the caches' slot `end` - 1."""
+        """Return the logits after one more token, whose key and value are written to slot `end` - 1 of the caches."""
         mask = present(self.start, caches[0].keys.shape[-2], end)[:, None, :]
         positions = (end - 1 - self.start)[:, None]
         caches = tuple(cache._replace(slot=end - 1) for cache in caches)
@@ -63,17 +64,24 @@ class Decoder(NamedTuple):
 def prefill(
     module: nn.Module, params: Tree, ids: Int[Array, "R T"], lengths: Int[Array, "R"], slots: int
 ) -> tuple[Float[Array, "R V"], Caches]:
-    """Reads left-padded prompts.
+    """Process left-padded prompts.
 
-    Returns: the logits after them, in float32 or wider, and caches of `slots` slots that hold them.
+    Args:
+      module: the decoder.
+      params: its parameters.
+      ids: int32 prompts, padded on the left.
+      lengths: tokens of each prompt; 0 for a sequence that only fills the batch.
+      slots: slots of the caches, at least T.
+
+    Returns: the logits after the prompts, in float32 or wider, and caches that hold their keys and values.
     """
-    rows, width = ids.shape
+    sequences, width = ids.shape
     query = jnp.arange(width, dtype=jnp.int32)
     start = width - lengths
     mask = present(start, width, jnp.int32(width))[:, None, :] & (query[None, None, :] <= query[None, :, None])
     positions = jnp.maximum(query[None, :] - start[:, None], 0)
     applied: Any = module
-    cache = empty_cache(applied.config, rows, width)
+    cache = empty_cache(applied.config, sequences, width)
     hidden, cache = applied.apply({"params": params}, ids, positions, mask, cache)
     more = [(0, 0), (0, 0), (0, 0), (0, slots - width), (0, 0)]
     cache = cache._replace(keys=jnp.pad(cache.keys, more), values=jnp.pad(cache.values, more))
@@ -85,36 +93,39 @@ def prefill(
 
 
 def last_logits(module: nn.Module, params: Tree, hidden: Float[Array, "R T D"]) -> Float[Array, "R V"]:
-    """The logits after the last of T tokens, in float32 or wider."""
+    """Return the logits after the last of T tokens, in float32 or wider."""
     applied: Any = module
     logits: Array = applied.apply({"params": params}, hidden[:, -1, :], method="unembed")
     return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
 
 def present(start: Int[Array, "R"], slots: int, end: Int[Array, ""]) -> Bool[Array, "R S"]:
-    """Which slots of each row hold a token: those from `start` up to and without `end`."""
+    """Return which slots of each sequence hold a token: those from `start` up to, but not including, `end`."""
     slot = jnp.arange(slots, dtype=jnp.int32)
     return (slot[None, :] >= start[:, None]) & (slot < end)[None, :]
 
 
 def is_end(token: Int[Array, "*R"], eos_ids: tuple[int, ...]) -> Bool[Array, "*R"]:
-    """Whether a token ends its row."""
+    """Return whether a token ends its sequence."""
     ended = jnp.zeros(token.shape, bool)
     for stop in eos_ids:
         ended |= token == stop
     return ended
 
 
-def repeat_rows(caches: Caches, times: int) -> Caches:
-    """Every row of the caches `times` times in a row."""
+def repeat_sequences(caches: Caches, times: int) -> Caches:
+    """Return the caches with every sequence repeated `times` times."""
     repeat = lambda kept: jnp.repeat(kept, times, axis=-4)  # noqa: E731
     return tuple(cache._replace(keys=repeat(cache.keys), values=repeat(cache.values)) for cache in caches)
 
 
-def reorder_rows(caches: Caches, rows: Int[Array, "R"], width: int) -> Caches:
-    """The caches with row `rows[r]` in row r from slot `width` on; up to there those rows must be equal."""
+def reorder_sequences(caches: Caches, sources: Int[Array, "R"], width: int) -> Caches:
+    """Return the caches with sequence `sources[r]` as sequence r; only slots from `width` on are copied.
+
+    Before `width` the two sequences must be equal, as beams of the same prompt are.
+    """
 
     def reorder(kept: Array) -> Array:
-        return kept.at[..., width:, :].set(jnp.take(kept[..., width:, :], rows, axis=-4, mode="clip"))
+        return kept.at[..., width:, :].set(jnp.take(kept[..., width:, :], sources, axis=-4, mode="clip"))
 
     return tuple(cache._replace(keys=reorder(cache.keys), values=reorder(cache.values)) for cache in caches)

@@ -1,6 +1,7 @@
-"""How the next token is chosen: the settings, what changes the logits before the choice, and the choice itself.
+"""Choice of the next token: decoding settings, processors of the logits, and the choice itself.
 
-The functions on logits do what transformers' logits processors of the same names do, in the order in which it applies them.
+The functions on logits are equal to transformers' logits processors of the same names, in the order in which it applies
+them.
 """
 
 import dataclasses
@@ -15,22 +16,22 @@ from neuroada_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """How continuations are found; by default the likeliest token is taken each time (greedy).
+    """Decoding settings; the default is greedy decoding, which takes the likeliest token each time.
 
-    With any of `temperature`, `top_k` and `top_p`, tokens are drawn at random. With `beams` above 1, it is a search for the
-    likeliest continuation as a whole. The meaning of each setting is that of transformers' generation settings.
+    Any of `temperature`, `top_k` and `top_p` turns on random sampling. `beams` above 1 turns on beam search, which looks
+    for the likeliest complete continuation. Each setting means the same as in transformers' generation config.
 
     Attributes:
       temperature: divides the logits, above 0.
-      top_k: draws from this many likeliest tokens only.
-      top_p: draws from the likeliest tokens that have this probability together, above 0 and at most 1.
-      seed: of the random draws; 0 where None.
-      beams: hypotheses kept of each prompt.
+      top_k: samples from this many likeliest tokens only.
+      top_p: samples from the likeliest tokens that have this probability together, above 0 and at most 1.
+      seed: seed of the sampling; None means 0.
+      beams: number of hypotheses of a prompt.
       length_penalty: a hypothesis's log-probability is divided by its length to this power; above 0 favours longer ones.
-      early_stopping: whether a prompt's search ends as soon as `beams` hypotheses have ended. Where not, it goes on while a
-        better one seems possible, or with "never" while one is possible.
-      repetition_penalty: makes tokens that occurred already, in the prompt too, less likely; 1 is none.
-      no_repeat_ngram: no sequence of this many tokens occurs twice; 0 is no such rule.
+      early_stopping: True ends the search of a prompt as soon as `beams` hypotheses have ended; False continues while a
+        better one is likely, "never" while one is possible.
+      repetition_penalty: makes tokens that occurred already, in the prompt too, less likely; 1 has no effect.
+      no_repeat_ngram: no sequence of this many tokens occurs twice; 0 allows all.
       stop: texts that end a continuation; they are not part of it.
     """
 
@@ -46,7 +47,22 @@ class Decoding:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Raises UserError for values out of range and for settings that contradict each other."""
+        """Check the settings.
+
+        Raises:
+          UserError: a value out of range, or settings that contradict each other.
+        """
+        self._check_ranges()
+        if self.samples and self.beams > 1:
+            raise UserError(
+                f"beams: a search with {self.beams} beams samples nothing; leave out beams, or temperature, top_k and top_p"
+            )
+        if self.seed is not None and not self.samples:
+            raise UserError("seed: nothing is sampled; give temperature, top_k or top_p too")
+        if self.beams == 1 and (self.length_penalty != 1.0 or self.early_stopping is not False):
+            raise UserError("length_penalty, early_stopping: they are for a beam search; give beams above 1 too")
+
+    def _check_ranges(self) -> None:
         if self.temperature is not None and not self.temperature > 0:
             raise UserError(f"temperature: expected above 0, found {self.temperature}; leave it out for greedy decoding")
         if self.top_k is not None and self.top_k < 1:
@@ -63,23 +79,14 @@ class Decoding:
             raise UserError(f"no_repeat_ngram: expected at least 0, found {self.no_repeat_ngram}")
         if "" in self.stop:
             raise UserError("stop: found an empty text, which would end every continuation at once")
-        if self.samples and self.beams > 1:
-            raise UserError(
-                f"beams: a search with {self.beams} beams draws nothing at random; leave out beams, or temperature, top_k "
-                "and top_p"
-            )
-        if self.seed is not None and not self.samples:
-            raise UserError("seed: nothing is drawn at random; give temperature, top_k or top_p too")
-        if self.beams == 1 and (self.length_penalty != 1.0 or self.early_stopping is not False):
-            raise UserError("length_penalty, early_stopping: they are for a beam search; give beams above 1 too")
 
     @property
     def samples(self) -> bool:
-        """Whether tokens are drawn at random."""
+        """Whether tokens are sampled at random."""
         return any(value is not None for value in (self.temperature, self.top_k, self.top_p))
 
     def compiled(self) -> "Decoding":
-        """What a compiled program depends on: neither the seed nor the stop strings."""
+        """Return the settings that a compiled program depends on, without seed and stop strings."""
         return dataclasses.replace(self, seed=None, stop=())
 
 
@@ -89,33 +96,33 @@ GREEDY = Decoding()
 def penalise_repetition(
     logits: Float[Array, "R V"], tokens: Int[Array, "R S"], present: Bool[Array, "R S"], penalty: float
 ) -> Float[Array, "R V"]:
-    """Divides positive logits of the tokens that are present by `penalty` and multiplies negative ones by it."""
-    rows = jnp.arange(logits.shape[0])[:, None]
+    """Divide positive logits of the tokens that are present by `penalty`, and multiply negative ones by it."""
+    sequences = jnp.arange(logits.shape[0])[:, None]
     vocabulary = logits.shape[1]
-    seen = jnp.zeros(logits.shape, bool).at[rows, jnp.where(present, tokens, vocabulary)].set(True, mode="drop")
+    seen = jnp.zeros(logits.shape, bool).at[sequences, jnp.where(present, tokens, vocabulary)].set(True, mode="drop")
     return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
 def forbid_repeated_ngrams(
     logits: Float[Array, "R V"], tokens: Int[Array, "R S"], present: Bool[Array, "R S"], end: Int[Array, ""], size: int
 ) -> Float[Array, "R V"]:
-    """Minus infinity for every token that would complete a sequence of `size` tokens for the second time.
+    """Set the logit of every token that would repeat an n-gram of `size` tokens to minus infinity.
 
     Args:
-      logits: of the next token.
-      tokens: what each row holds; its present slots are consecutive.
+      logits: logits of the next token.
+      tokens: tokens of each sequence; its present slots are consecutive.
       present: the slots that hold a token.
-      end: the slot behind the last token, the same for all rows.
-      size: above 0.
+      end: the slot after the last token, the same for all sequences.
+      size: tokens of an n-gram, above 0.
     """
-    rows, slots = tokens.shape
-    windows = max(slots - size + 1, 0)  # a window's last token is the one that it would forbid
+    sequences, slots = tokens.shape
+    windows = max(slots - size + 1, 0)  # the last token of a matching window is forbidden
     matches = present[:, :windows] & (jnp.arange(windows)[None, :] + size <= end)
     for offset in range(size - 1):
         suffix = jnp.take(tokens, end - (size - 1) + offset, axis=1, mode="clip")
         matches &= tokens[:, offset : offset + windows] == suffix[:, None]
     completing = jnp.where(matches, tokens[:, size - 1 :][:, :windows], logits.shape[1])
-    forbidden = jnp.zeros(logits.shape, bool).at[jnp.arange(rows)[:, None], completing].set(True, mode="drop")
+    forbidden = jnp.zeros(logits.shape, bool).at[jnp.arange(sequences)[:, None], completing].set(True, mode="drop")
     return jnp.where(forbidden, -jnp.inf, logits)
 
 
@@ -126,7 +133,7 @@ def process(
     end: Int[Array, ""],
     decoding: Decoding,
 ) -> Float[Array, "R V"]:
-    """Logits, or log-probabilities of a beam search, after the two rules against repetition."""
+    """Apply the two rules against repetition to logits, or to the log-probabilities of a beam search."""
     if decoding.repetition_penalty != 1.0:
         logits = penalise_repetition(logits, tokens, present, decoding.repetition_penalty)
     if decoding.no_repeat_ngram:
@@ -135,23 +142,23 @@ def process(
 
 
 def keep_top_k(logits: Float[Array, "R V"], k: int) -> Float[Array, "R V"]:
-    """Minus infinity for all but the k largest logits, and those equal to the smallest of them."""
+    """Set all but the k largest logits, and those equal to the smallest of them, to minus infinity."""
     smallest = jax.lax.top_k(logits, min(k, logits.shape[1]))[0][:, -1:]
     return jnp.where(logits < smallest, -jnp.inf, logits)
 
 
 def keep_top_p(logits: Float[Array, "R V"], p: float) -> Float[Array, "R V"]:
-    """Minus infinity for the least likely tokens that have at most the probability 1 - p together; the likeliest stays."""
+    """Set the least likely tokens, of total probability at most 1 - p, to minus infinity; the likeliest stays."""
     order = jnp.argsort(logits, axis=1)
     ascending = jnp.take_along_axis(logits, order, axis=1)
     removed = jnp.cumsum(jax.nn.softmax(ascending, axis=1), axis=1) <= 1 - p
     removed = removed.at[:, -1].set(False)
-    rows = jnp.arange(logits.shape[0])[:, None]
-    return jnp.where(jnp.zeros(logits.shape, bool).at[rows, order].set(removed), -jnp.inf, logits)
+    sequences = jnp.arange(logits.shape[0])[:, None]
+    return jnp.where(jnp.zeros(logits.shape, bool).at[sequences, order].set(removed), -jnp.inf, logits)
 
 
 def warp(logits: Float[Array, "R V"], decoding: Decoding) -> Float[Array, "R V"]:
-    """The logits that a token is drawn from: divided by the temperature, then cut to top_k, then to top_p."""
+    """Return the logits to sample from: divided by the temperature, then restricted to top_k, then to top_p."""
     if decoding.temperature is not None:
         logits = logits / decoding.temperature
     if decoding.top_k is not None:
@@ -164,13 +171,13 @@ def warp(logits: Float[Array, "R V"], decoding: Decoding) -> Float[Array, "R V"]
 def choose(
     logits: Float[Array, "R V"], decoding: Decoding, keys: Key[Array, "R"], numbers: Int[Array, "R"]
 ) -> Int[Array, "R"]:
-    """The next token of every row, int32.
+    """Choose the next token of every sequence, int32.
 
     Args:
-      logits: as `process` returns them.
+      logits: the result of `process`.
       decoding: greedy or sampling.
-      keys: a key for each row, so that what a row draws does not depend on the others.
-      numbers: of the token in its row; every token of a row is drawn anew.
+      keys: a random key for each sequence, so that sequences do not depend on one another.
+      numbers: number of the token in its sequence, folded into the key.
     """
     if not decoding.samples:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)

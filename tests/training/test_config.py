@@ -153,7 +153,7 @@ def test_an_evaluation_set_says_how_it_generates(tmp_path):
     [
         ({"generation": {"beam": 4}}, ".generation.beam: unknown field; did you mean 'beams'?"),
         ({"generation": {"beams": 0}}, ".generation: beams: expected at least 1, found 0"),
-        ({"generation": {"beams": 4, "top_k": 3}}, ".generation: beams: a search with 4 beams draws nothing at random"),
+        ({"generation": {"beams": 4, "top_k": 3}}, ".generation: beams: a search with 4 beams samples nothing"),
         ({"generation": {"beams": "4"}}, ".generation.beams: input should be a valid integer, found '4'"),
         ({"method": "choices", "generation": {"beams": 4}}, ": generation: method 'choices' generates nothing"),
         ({"method": "choices", "max_new_tokens": 4}, ": max_new_tokens: method 'choices' generates nothing"),
