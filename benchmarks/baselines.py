@@ -17,7 +17,7 @@ from neuroada_jax.core.trees import ModulePath, Tree
 from neuroada_jax.data.batches import Batch
 from neuroada_jax.models import losses
 from neuroada_jax.models.layers import BypassDense
-from neuroada_jax.models.remat import saved
+from neuroada_jax.models.remat import kept_activation
 
 ADAMW = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(LEARNING_RATE, weight_decay=0.0))
 
@@ -158,7 +158,8 @@ def _adapted_loss(module: nn.Module, formula: Callable[[Any, Any, Any, Any], Any
             return next_function(*args, **kwargs)
         kernel = layer.get_variable("params", "kernel")
         columns, values = layer.get_variable("columns", "columns"), layer.get_variable("bypass", "values")
-        return saved(formula(args[0], kernel, columns, values))  # marked as the layer's own output, or remat recomputes it
+        # Named as the layer's own output is, or remat recomputes it.
+        return kept_activation(formula(args[0], kernel, columns, values))
 
     def loss(trainable: Tree, frozen: Tree, batch: Batch) -> Any:
         with nn.intercept_methods(intercept):
