@@ -1,4 +1,4 @@
-"""Adapters to and from other libraries: which module reads or writes which format, and whether the result holds."""
+"""Conversion of native adapters to the formats of other libraries and back, with verification of the result."""
 
 import functools
 from collections.abc import Callable
@@ -21,22 +21,24 @@ _PEFT = {"peft-supertuning": peft.Kind.SUPERTUNING, "peft-shira": peft.Kind.SHIR
 
 
 def export_adapter(
-    source: str, target: str, out: str, *, model: str | None = None, dtype: str | None = None, verify: bool = False
+    source: str, to_format: str, out: str, *, model: str | None = None, dtype: str | None = None, verify: bool = False
 ) -> dict[str, Any]:
-    """Writes a native adapter for another library, and loads it there if asked.
+    """Write a native adapter in another library's format, and verify the export on request.
 
     Args:
       source: directory of a native adapter.
-      target: "official", "peft-supertuning", "peft-shira", or "huggingface" for the merged model.
-      out: the directory to make.
-      model: the base, where the adapter's own note of it is out of date.
-      dtype: "float32", "bfloat16" or "auto", of the base (so of a merged model); by default as it was in training.
-      verify: compare with our merged model, see `verification.verify`.
+      to_format: "official", "peft-supertuning", "peft-shira", or "huggingface" for the merged model.
+      out: the directory to create.
+      model: the base model; by default the one that the adapter names.
+      dtype: "float32", "bfloat16" or "auto", the dtype of the base model (and of a merged model); by default that of
+        training.
+      verify: load the export in its library and compare it with our merged model, see `verification.verify`.
 
-    Returns: `out`, `files`, `notes`, and what verifying found.
+    Returns: `out`, `files`, `notes`, and the results of the verification.
 
     Raises:
-      UserError: what cannot be read or written, what the format cannot hold, or an export that fails its check.
+      UserError: a file that cannot be read or written, an adapter that the format cannot hold, or an export that differs
+        from our merged model.
     """
     directory = Path(out)
     if directory.exists():
@@ -48,31 +50,32 @@ def export_adapter(
     where = model or trained_on.get("source")
     if not where:
         raise UserError(f"{source}: adapter.json names no base; give --model")
-    merges = verify or target == "huggingface"
+    merges = verify or to_format == "huggingface"
     labels = trained_on.get("labels")
     opened = open_model(where, dtype or trained_on.get("dtype") or "auto", config_only=not merges, labels=labels)
     merged_dtype = jnp.dtype(opened.model.config.dtype)
     tokenizer = None
-    if target == "huggingface":
+    if to_format == "huggingface":
         stored = opened.model.hf_config.get("dtype") or opened.model.hf_config.get("torch_dtype")
-        # Nothing is rounded before the merge: bfloat16 weights are loaded as such only where they are stored so.
+        # Nothing is rounded before the merge: weights are loaded as bfloat16 only if they are stored in it.
         opened, tokenizer = open_with_tokenizer(where, merged_dtype.name if stored == "bfloat16" else "float32", labels)
     base_model = load_with_progress(opened) if merges else None
 
-    # The official code and SuperTuning round the values to the weights' dtype before they add; SHiRA and we add in float32.
-    round_first = merged_dtype if target in ("official", "peft-supertuning") else jnp.float32
+    # The official code and SuperTuning round the values to the dtype of the weights before the sum; SHiRA and we add in
+    # float32.
+    round_first = merged_dtype if to_format in ("official", "peft-supertuning") else jnp.float32
     params: Tree = {}
     if base_model:
         merged = on_base.merge(adapter, base_model, round_first)
         params = jax.tree.map(lambda leaf: leaf.astype(merged_dtype), merged)
 
     reload: Callable[[LoadedModel], verification.Reloaded]
-    if target == "huggingface":
+    if to_format == "huggingface":
         save.save(directory, opened, params, tokenizer)
         notes = [f"merged in float32, saved as {merged_dtype.name}"]
         reload = lambda base: verification.reload_huggingface(base, directory, merged_dtype)  # noqa: E731
-    elif target in _PEFT:
-        notes = peft.export(adapter, directory, _PEFT[target], opened)
+    elif to_format in _PEFT:
+        notes = peft.export(adapter, directory, _PEFT[to_format], opened)
         reload = lambda base: verification.reload_peft(base, directory)  # noqa: E731
     else:
         notes = official.export(adapter, directory, merged_dtype.name)
@@ -85,35 +88,35 @@ def export_adapter(
     result |= verification.verify(base_model, params, functools.partial(reload, base_model))
     if not (result["merged_bit_equal"] and result["max_logit_difference"] <= result["logit_tolerance"]):
         raise UserError(
-            f"{out} does not hold what the adapter holds: logits differ by up to {result['max_logit_difference']:.3g} "
-            f"(at most {result['logit_tolerance']:.3g} is right), merged weights are "
+            f"{out} differs from the adapter: logits differ by up to {result['max_logit_difference']:.3g} "
+            f"(expected at most {result['logit_tolerance']:.3g}), merged weights are "
             f"{'equal' if result['merged_bit_equal'] else 'different'}"
         )
     return result
 
 
 def import_adapter(
-    directory: str, source_format: str, base_model: str, out: str, *, dtype: str | None = None
+    directory: str, from_format: str, base_model: str, out: str, *, dtype: str | None = None
 ) -> dict[str, Any]:
-    """Writes an adapter of another library as a native adapter of `base`.
+    """Write another library's adapter as a native adapter of a base model.
 
     Args:
-      directory: the adapter.
-      source_format: "official", "peft-supertuning" or "peft-shira".
-      base_model: the model it belongs to.
-      out: the directory to make.
-      dtype: "float32", "bfloat16" or "auto" (the default), in which the adapter's base is loaded from then on.
+      directory: the other library's adapter.
+      from_format: "official", "peft-supertuning" or "peft-shira".
+      base_model: directory, hub id or .gguf file of the base model.
+      out: the directory to create.
+      dtype: "float32", "bfloat16" or "auto" (the default), the base dtype that the native adapter records.
 
-    Returns: `out`, `values`, `k`, and `notes` that say what was removed or converted.
+    Returns: `out`, `values`, `k`, and `notes` that report what was removed or converted.
 
     Raises:
-      UserError: what cannot be read or written, is no such adapter, or does not fit the base.
+      UserError: a file that cannot be read or written, or that holds no such adapter or none of this base model.
     """
     if Path(out).exists():
         raise UserError(f"--out: {out} exists already; choose another folder or remove it")
     opened = open_model(base_model, dtype or "auto")
-    if source_format in _PEFT:
-        imported = peft.read(Path(directory), opened.model, _PEFT[source_format])
+    if from_format in _PEFT:
+        imported = peft.read(Path(directory), opened.model, _PEFT[from_format])
     else:
         imported = official.read(Path(directory), opened.model)
     loaded = load_with_progress(opened)
@@ -126,11 +129,12 @@ def import_adapter(
     k = max(columns.shape[1] for columns in imported.columns.values())
     selection = native.Selection(k, targets, rule=None)
     adapter = on_base.assemble(loaded, imported.values, imported.columns, selection, imported.dense_parameters)
-    on_base.stack_layers(adapter, loaded)  # this and the next refuse what does not fit
+    on_base.stack_layers(adapter, loaded)  # this and the next line refuse an adapter that does not fit
     on_base.classifier(adapter, loaded)
     native.write(Path(out), adapter)
     total = sum(values.size for values in imported.values.values())
-    summary = f"{len(imported.values)} modules, {len(imported.dense_parameters)} head tensors, k={k}, {total:,} values"
+    dense = f"{len(imported.dense_parameters)} dense parameters"
+    summary = f"{len(imported.values)} modules, {dense}, k={k}, {total:,} values"
     return {"out": out, "values": total, "k": k, "notes": [summary, *imported.notes]}
 
 
@@ -139,7 +143,7 @@ def _files(directory: Path) -> list[str]:
 
 
 def print_result(result: dict[str, Any]) -> None:
-    """What an export or import did, for a person."""
+    """Print the result of an export or import as text."""
     for note in result["notes"]:
         console.say(note)
     if "max_logit_difference" in result:

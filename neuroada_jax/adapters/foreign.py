@@ -1,4 +1,4 @@
-"""Foreign adapters: what reading one gives, and its entries, scattered over a weight, as rows of k."""
+"""Foreign adapters in memory, and the conversion of entries at any positions of a weight into k per neuron."""
 
 from typing import NamedTuple
 
@@ -12,9 +12,9 @@ class Imported(NamedTuple):
 
     Attributes:
       values: module path -> float32 (O, k).
-      columns: module path -> int32 (O, k), ascending and distinct within a row.
-      dense_parameters: parameter name -> float32 array of any shape; what was trained densely, whole.
-      notes: lines that say what was removed or converted.
+      columns: module path -> int32 (O, k), ascending and distinct within each neuron.
+      dense_parameters: parameter name -> float32 array of any shape: the complete trained parameter.
+      notes: lines that report what was removed or converted.
     """
 
     values: dict[str, np.ndarray]
@@ -31,11 +31,11 @@ class Entries(NamedTuple):
     shape: tuple[int, int]
 
 
-def rows_of(entries: dict[str, Entries]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], list[str]]:
-    """Entries as rows of k, by module: values (O, k), columns (O, k) ascending within a row, and notes.
+def per_neuron(entries: dict[str, Entries]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], list[str]]:
+    """Return entries with the same k for every neuron, by module: values (O, k), columns (O, k) ascending, and notes.
 
-    k is the largest number of entries that any row has, one k for all modules (min(k, I) where there are fewer inputs).
-    Rows with fewer get zeros at their lowest free columns, which changes no weight.
+    k is the largest number of entries that any neuron has, one k for all modules (min(k, I) where there are fewer inputs).
+    Neurons with fewer get zeros at their lowest free columns, which changes no weight.
 
     Raises:
       UserError: positions outside the matrix, or one position twice.
@@ -46,7 +46,8 @@ def rows_of(entries: dict[str, Entries]) -> tuple[dict[str, np.ndarray], dict[st
     padded = 0
     for module, (found, positions, (outputs, inputs)) in entries.items():
         width = min(k, inputs)
-        free = np.ones((outputs, width), bool)  # among a row's first `width` columns as many are free as it lacks, or more
+        # Among its first `width` columns, a neuron has at least as many free ones as it lacks entries.
+        free = np.ones((outputs, width), bool)
         rows, taken = np.divmod(positions, inputs)
         low = taken < width
         free[rows[low], taken[low]] = False
@@ -62,14 +63,13 @@ def rows_of(entries: dict[str, Entries]) -> tuple[dict[str, np.ndarray], dict[st
         return values, columns, []
     fewest = min(int(count.min()) for count in counts.values())
     total = sum(leaf.size for leaf in values.values())
-    note = (
-        f"rows have {fewest} to {k} entries: filled up to {k} with zero values ({100 * padded / total:.1f} % of the result)"
-    )
+    share = 100 * padded / total
+    note = f"neurons have {fewest} to {k} entries: filled up to {k} with zero values ({share:.1f} % of the result)"
     return values, columns, [note]
 
 
 def _count(module: str, positions: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """The number of entries in every row (O,), once the positions are known to be good."""
+    """Check the positions and return the number of entries of every neuron (O,)."""
     outputs, inputs = shape
     if len(positions) and (positions.min() < 0 or positions.max() >= outputs * inputs):
         raise UserError(f"{module} has entries outside its weight ({outputs}, {inputs})")

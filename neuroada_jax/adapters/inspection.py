@@ -1,4 +1,4 @@
-"""What `neuroada inspect` tells of a model or an adapter: neurons, k, values, percentage and bytes of every module."""
+"""The report of `neuroada inspect` on a model or an adapter: neurons, k, values, percentage and bytes of each module."""
 
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,10 @@ def _row(module: str, neurons: int, inputs: int | None, k: int) -> dict[str, Any
 
 
 def inspect(path: str, k: int) -> dict[str, Any]:
-    """What a model (with a bypass of `k` connections), or an adapter in any format, holds.
+    """Return the report on an adapter in any format, or on a model with a bypass of `k` connections per neuron.
 
     Raises:
-      UserError: neither is there, or it is not whole.
+      UserError: neither is there, or a file is damaged.
     """
     if native.is_adapter(path):
         return inspect_adapter(path)
@@ -37,10 +37,10 @@ def inspect(path: str, k: int) -> dict[str, Any]:
 
 
 def inspect_model(path: str, k: int) -> dict[str, Any]:
-    """What a bypass of `k` connections on every linear map of a model would hold. Reads the config, not the weights.
+    """Return the report on a bypass of `k` connections on every linear map of a model; reads only its config.
 
     Raises:
-      UserError: no model there, or one that is not supported.
+      UserError: there is no model, or its architecture is not supported.
     """
     model = open_model(path, config_only=True).model
     total = bypass.count(model.abstract_params())
@@ -58,10 +58,10 @@ def inspect_model(path: str, k: int) -> dict[str, Any]:
 
 
 def inspect_adapter(path: str) -> dict[str, Any]:
-    """What an adapter holds. Its base is not needed: adapter.json knows the inputs of every module.
+    """Return the report on a native adapter; its base model is not needed, since adapter.json has the inputs.
 
     Raises:
-      UserError: no whole adapter there.
+      UserError: there is no adapter, or a file is damaged.
     """
     adapter = native.read(path)
     base_model, inputs = adapter.metadata.get("base", {}), adapter.metadata.get("inputs", {})
@@ -72,16 +72,19 @@ def inspect_adapter(path: str) -> dict[str, Any]:
         "path": path,
         "base": base_model.get("source"),
         **about,
+        "dense_parameters": sorted(adapter.dense_parameters),
         **_totals(rows, base_model.get("parameters")),
         "modules": rows,
     }
 
 
 def inspect_peft(path: str) -> dict[str, Any]:
-    """What a PEFT adapter holds; null where only the base knows: SuperTuning's positions do not tell rows from columns.
+    """Return the report on a PEFT adapter; None where the base model would be needed.
+
+    SuperTuning's flat positions do not separate neurons from columns, so that its neurons and k are unknown.
 
     Raises:
-      UserError: no whole adapter there, or another tuner's.
+      UserError: there is no adapter, a file is damaged, or it is another tuner's.
     """
     stored = peft.open_stored(Path(path))
     rows = []
@@ -96,19 +99,15 @@ def inspect_peft(path: str) -> dict[str, Any]:
             _foreign_row(module, neurons, k, count)
             | {"padding": length - count, "bytes": length * VALUE_BYTES + indices * INDEX_BYTES}
         )
-    about = {
-        "version": None,
-        "base": stored.config.get("base_model_name_or_path"),
-        "dense_parameters": sorted(stored.dense_parameters),
-    }
-    return {"kind": f"PEFT {stored.kind.value} adapter", "path": path, **about, **_totals(rows, None), "modules": rows}
+    base_model = stored.config.get("base_model_name_or_path")
+    return _foreign(f"PEFT {stored.kind.value} adapter", path, base_model, list(stored.dense_parameters), rows)
 
 
 def inspect_official(path: str) -> dict[str, Any]:
-    """What an adapter of the published code holds, without its pickled positions: rows and columns are null.
+    """Return the report on an adapter of the published code, whose pickled positions are not read: neurons and k are None.
 
     Raises:
-      UserError: no whole adapter there, or PyTorch is not installed.
+      UserError: there is no adapter, a file is damaged, or PyTorch is not installed.
     """
     tensors = official.load_tensors(Path(path) / official.VALUES)
     suffix = ".weight_new"
@@ -118,15 +117,15 @@ def inspect_official(path: str) -> dict[str, Any]:
         for name, tensor in tensors.items()
         if name.endswith(suffix)
     ]
-    dense_parameters = sorted(name for name in tensors if not name.endswith(suffix))
-    return {
-        "kind": "official adapter",
-        "path": path,
-        "base": None,
-        "dense_parameters": dense_parameters,
-        **_totals(rows, None),
-        "modules": rows,
-    }
+    dense_parameters = [name for name in tensors if not name.endswith(suffix)]
+    return _foreign("official adapter", path, None, dense_parameters, rows)
+
+
+def _foreign(
+    kind: str, path: str, base_model: Any, dense_parameters: list[str], rows: list[dict[str, Any]]
+) -> dict[str, Any]:
+    about = {"kind": kind, "path": path, "version": None, "base": base_model, "dense_parameters": sorted(dense_parameters)}
+    return {**about, **_totals(rows, None), "modules": rows}
 
 
 def _foreign_row(module: str, neurons: int | None, k: int | None, values: int) -> dict[str, Any]:
@@ -143,7 +142,7 @@ def _totals(rows: list[dict[str, Any]], parameters: int | None) -> dict[str, Any
 
 
 def print_inspection(content: dict[str, Any]) -> None:
-    """The table that `neuroada inspect` shows."""
+    """Print the report as a table."""
 
     def text(number: int | None) -> str:
         return "-" if number is None else f"{number:,}"

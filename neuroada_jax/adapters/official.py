@@ -1,10 +1,10 @@
-"""The published PyTorch code's adapters: what its loader reads, and what its runs leave.
+"""The published PyTorch code's adapter format, as its runs write it and its loader reads it.
 
     tunable_para/state_dict_tunable.pt   torch.save of {"<path>.weight_new": (O * k,)}, and of the densely trained
                                          parameters under their own names
-    positions.npy                        np.save of {"<path>.weight": int64 (O * k, 2)}: row and column of every value
+    positions.npy                        np.save of {"<path>.weight": int64 (O * k, 2)}: row and column of each value
 
-Both are row-major, columns ascending within a row. The published forward pass is
+Both are row-major, with ascending columns within each row of the weight. The published forward pass is
 ``W.flatten().scatter_add(0, row * I + column, weight_new)``.
 """
 
@@ -26,7 +26,7 @@ from neuroada_jax.models import names
 VALUES = Path("tunable_para") / "state_dict_tunable.pt"
 POSITIONS = Path("positions.npy")
 
-# The order of the maps in a layer of the models that the published code trains: that of its files.
+# The order of the linear maps within a layer in the published code's files.
 _ORDER = (
     *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     *("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"),
@@ -42,7 +42,7 @@ def _torch() -> types.ModuleType:
 
 
 def _place(module: str) -> tuple[Any, ...]:
-    """Sorts module names as PyTorch lists them: by layer, then by the order within one."""
+    """Return the sort key of a module name that gives PyTorch's order: by layer, then by the order within one."""
     numbers = tuple(int(part) for part in re.findall(r"\.(\d+)\.", module))
     known = next((rank for rank, name in enumerate(_ORDER) if module.endswith(f".{name}")), len(_ORDER))
     return not numbers, numbers, known, module
@@ -55,16 +55,16 @@ def export(
     *,
     replace: bool = False,
 ) -> list[str]:
-    """Writes an adapter as the published code's loader reads it, whole or not at all.
+    """Write an adapter as the published code's loader reads it, complete or not at all.
 
     Args:
-      adapter: what to write.
-      directory: where; must not exist unless `replace`.
-      dtype: of the values and heads. None for the base's: the loader puts them beside the base weights as they are, and
-        its scatter_add takes one dtype only.
-      replace: overwrite what is there.
+      adapter: the adapter to write.
+      directory: the destination; must not exist unless `replace`.
+      dtype: of the values and dense parameters; None for the base dtype, since the loader does not convert them and its
+        scatter_add needs the dtype of the base weights.
+      replace: overwrite an existing directory.
 
-    Returns: lines that say what was converted.
+    Returns: lines that report the conversions.
 
     Raises:
       UserError: the directory exists or cannot be written, or PyTorch is not installed.
@@ -80,10 +80,10 @@ def export(
         changed += int((tensor.float().numpy() != values.reshape(-1)).sum())
         content[f"{module}.weight_new"] = torch.nn.Parameter(tensor)
         rows = np.arange(len(values), dtype=np.int64).repeat(values.shape[1])
-        # Transposed, as torch.nonzero leaves it.
+        # A transposed view, as torch.nonzero returns it.
         positions[f"{module}.weight"] = torch.from_numpy(np.stack([rows, columns.reshape(-1).astype(np.int64)])).T
-    for name, head in adapter.dense_parameters.items():
-        content[name] = torch.nn.Parameter(torch.from_numpy(head.copy()).to(getattr(torch, chosen)))
+    for name, array in adapter.dense_parameters.items():
+        content[name] = torch.nn.Parameter(torch.from_numpy(array.copy()).to(getattr(torch, chosen)))
     with files.new_directory(directory, replace=replace) as temporary:
         (temporary / VALUES).parent.mkdir()
         torch.save(content, temporary / VALUES)
@@ -99,11 +99,11 @@ def read(directory: Path, base_model: models.Model) -> Imported:
 
     Args:
       directory: its output folder, with `VALUES` and `POSITIONS` in it.
-      base_model: the model that it was trained on; its shapes are what the files are checked against.
+      base_model: the architecture and config of its base model, against whose shapes the files are checked.
 
     Raises:
-      UserError: PyTorch is not installed, a file is missing or is not what the published code
-        writes, or an entry does not fit the base; names the tensor.
+      UserError: PyTorch is not installed, a file is missing or not as the published code writes it, or an
+        entry does not fit the base model; names the tensor.
     """
     path = directory / POSITIONS
     params = base_model.abstract_params()
@@ -116,19 +116,19 @@ def read(directory: Path, base_model: models.Model) -> Imported:
         odd = min(set(trained) ^ expected, default="<module>.weight_new")
         raise UserError(f"{directory}: {odd!r} is not both in {VALUES} and in {POSITIONS}")
     values, columns, k = {}, {}, 0
-    for name, where in positions.items():
+    for name, pairs in positions.items():
         module = name.removesuffix(".weight")
         if module not in shapes or module == name:
             raise UserError(f"{path}: the base has no linear map {name!r}")
-        columns[module] = _columns(f"{path}: {name!r}", where, *shapes[module])
+        columns[module] = _columns(f"{path}: {name!r}", pairs, *shapes[module])
         values[module] = _numbers(directory / VALUES, f"{name}_new", trained[f"{name}_new"], (columns[module].size,))
         values[module] = values[module].reshape(columns[module].shape)
         k = max(k, columns[module].shape[1])
     for module, chosen in columns.items():
         if chosen.shape[1] != min(k, shapes[module][1]):
-            raise UserError(f"{path}: '{module}.weight' has {chosen.shape[1]} entries a row, and others have {k}")
+            raise UserError(f"{path}: '{module}.weight' has {chosen.shape[1]} entries per row, and others have {k}")
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()} - {"float32"})
-    notes = [f"{' and '.join(dtypes)} in the file, float32 from here on; that holds the same numbers"] if dtypes else []
+    notes = [f"{' and '.join(dtypes)} in the file, converted to float32 without loss"] if dtypes else []
     leaves, slots = dict(trees.flatten(params)), names.checkpoint_names(params, base_model.layers_path)
     dense_parameters = {}
     for name, tensor in tensors.items():
@@ -142,11 +142,15 @@ def read(directory: Path, base_model: models.Model) -> Imported:
 
 
 def load_tensors(path: Path) -> dict[str, Any]:
-    """The tensors of a .pt file, read with PyTorch's `weights_only`."""
+    """Read the tensors of a .pt file with PyTorch's `weights_only`, whose unpickler calls only listed constructors.
+
+    Raises:
+      UserError: PyTorch is not installed, the file is missing or damaged, or it holds anything but named tensors.
+    """
     torch = _torch()
     try:
         with zipfile.ZipFile(path) as archive:
-            # torch.save compresses nothing: an archive that unpacks to more than it is was made to fill the memory.
+            # torch.save does not compress: an archive that unpacks to more than its size was made to exhaust the memory.
             if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
                 raise UserError(f"{path}: refused, since it unpacks to more than its own size")
             damaged = archive.testzip()
@@ -157,7 +161,7 @@ def load_tensors(path: Path) -> dict[str, Any]:
         raise
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
-    except Exception as error:  # PyTorch raises half a dozen kinds for what is damaged or not plain tensors
+    except Exception as error:  # PyTorch raises many types for damaged files and for other objects than tensors
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: no file of plain tensors as torch.save writes it ({reason[:200]})") from error
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
@@ -168,27 +172,27 @@ def load_tensors(path: Path) -> dict[str, Any]:
     return content
 
 
-def _columns(what: str, where: np.ndarray, outputs: int, inputs: int) -> np.ndarray:
-    """int32 (O, k) from int64 (O * k, 2) pairs of row and column."""
-    count = len(where)
-    if where.shape[1] != 2 or count % outputs or count > outputs * inputs:
+def _columns(where: str, pairs: np.ndarray, outputs: int, inputs: int) -> np.ndarray:
+    """Check int64 (O * k, 2) pairs of row and column, and return the columns as int32 (O, k)."""
+    count = len(pairs)
+    if pairs.shape[1] != 2 or count % outputs or count > outputs * inputs:
         raise UserError(
-            f"{what} is {list(where.shape)}, expected a pair for each of k connections "
+            f"{where} is {list(pairs.shape)}, expected a pair for each of k connections "
             f"of {outputs} neurons, k up to {inputs}"
         )
     k = count // outputs
-    if (where[:, 0].reshape(outputs, k) != np.arange(outputs)[:, None]).any():
-        raise UserError(f"{what} must have the same number of entries in each of {outputs} rows, row after row")
-    columns = where[:, 1].reshape(outputs, k)
+    if (pairs[:, 0].reshape(outputs, k) != np.arange(outputs)[:, None]).any():
+        raise UserError(f"{where} must have the same number of entries in each of {outputs} rows, row after row")
+    columns = pairs[:, 1].reshape(outputs, k)
     if columns.min() < 0 or columns.max() >= inputs:
-        raise UserError(f"{what} has columns from {columns.min()} to {columns.max()}, expected 0 to {inputs - 1}")
+        raise UserError(f"{where} has columns from {columns.min()} to {columns.max()}, expected 0 to {inputs - 1}")
     if (np.diff(columns, axis=1) <= 0).any():
-        raise UserError(f"{what} must have ascending and distinct columns in every row")
+        raise UserError(f"{where} must have ascending and distinct columns in every row")
     return columns.astype(np.int32)
 
 
 def _numbers(path: Path, name: str, tensor: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """A tensor of that shape as float32."""
+    """Check a tensor and return it as float32, which represents float16 and bfloat16 exactly."""
     torch = _torch()
     if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise UserError(f"{path}: {name!r} is {tensor.dtype}, expected float32, bfloat16 or float16")

@@ -1,16 +1,17 @@
-"""Adapters as Hugging Face PEFT's sparse tuners read them: SuperTuning (peft 0.21 or later) and SHiRA.
+"""The formats of Hugging Face PEFT's sparse tuners: SuperTuning (peft 0.21 or later) and SHiRA.
 
-A directory of adapter_config.json and adapter_model.safetensors. Tensors are named `base_model.model.<module>.<name>`:
+An adapter is a directory of adapter_config.json and adapter_model.safetensors. Tensors are named
+`base_model.model.<module>.<name>`:
 
     SuperTuning   supertuning_values   float32 (n,),  n = int(O * I * (1 - sparsity)), one sparsity for all modules
                   supertuning_indices  int32 (n,),    row * I + column
     SHiRA         shira_weight         float32 (n,),  n = r * (I + O), one r for all modules
                   shira_indices        int32 (2, n),  rows and columns
 
-PEFT fixes n, so what the adapter does not need is padding: value -0.0 at row 0, column 0, behind the real entries. Both
-tuners add their values to the weight, and adding -0.0 leaves every float as it is, -0.0 among them.
+PEFT fixes n, so entries that the adapter does not need are padding: value -0.0 at row 0, column 0, after the real entries.
+Both tuners add their values to the weight, and adding -0.0 changes no float, not even -0.0.
 
-Nothing here imports peft, and nothing that a config names is imported.
+This module does not import peft, and imports nothing that a config names.
 """
 
 import enum
@@ -24,7 +25,7 @@ import numpy as np
 import safetensors.numpy
 
 from neuroada_jax import files, models
-from neuroada_jax.adapters.foreign import Entries, Imported, rows_of
+from neuroada_jax.adapters.foreign import Entries, Imported, per_neuron
 from neuroada_jax.adapters.native import Adapter
 from neuroada_jax.adapters.on_base import dense_slots
 from neuroada_jax.errors import UserError
@@ -48,14 +49,14 @@ _INDICES = {Kind.SUPERTUNING: "supertuning_indices", Kind.SHIRA: "shira_indices"
 
 
 class Stored(NamedTuple):
-    """A PEFT adapter as far as it can be understood and checked without its base.
+    """A PEFT adapter, read and checked as far as possible without its base model.
 
     Attributes:
-      kind: which tuner's.
+      kind: the tuner.
       config: the content of adapter_config.json.
       values: module path -> float32 (n,), padding included.
       indices: module path -> int64 (n,) for SuperTuning, (2, n) for SHiRA.
-      entries: module path -> how many of the n are not padding.
+      entries: module path -> the number of the n entries that are not padding.
       dense_parameters: parameter name -> float32 array, from `modules_to_save`.
     """
 
@@ -68,20 +69,20 @@ class Stored(NamedTuple):
 
 
 def supertuning_length(outputs: int, inputs: int, sparsity: float) -> int:
-    """The entries that SuperTuning has on a weight (O, I), by the float expression that PEFT evaluates."""
+    """Return the number of entries that SuperTuning has on a weight (O, I), by the float expression that PEFT evaluates."""
     return int(outputs * inputs * (1 - sparsity))
 
 
 def _sparsity(shapes: dict[str, tuple[int, int, int]]) -> float:
-    """The largest sparsity in [0, 1) that leaves k * O entries or more on every (O, I, k)."""
+    """Return the largest sparsity in [0, 1) that leaves at least k * O entries on every (O, I, k)."""
     sparsity = max(0.0, 1 - max(k / inputs for _, inputs, k in shapes.values()))
     while any(supertuning_length(outputs, inputs, sparsity) < outputs * k for outputs, inputs, k in shapes.values()):
-        sparsity = math.nextafter(sparsity, 0.0)  # the quotient was rounded down: a step or two mends it
+        sparsity = math.nextafter(sparsity, 0.0)  # the quotient was rounded; one or two steps correct it
     return sparsity
 
 
 def _rank(shapes: dict[str, tuple[int, int, int]]) -> int:
-    """The smallest r of SHiRA that leaves k * O entries or more on every (O, I, k)."""
+    """Return the smallest r of SHiRA that leaves at least k * O entries on every (O, I, k)."""
     rank = max(math.ceil(outputs * k / (inputs + outputs)) for outputs, inputs, k in shapes.values())
     for module, (outputs, inputs, _) in shapes.items():
         if rank * (inputs + outputs) > outputs * inputs:
@@ -93,15 +94,15 @@ def _rank(shapes: dict[str, tuple[int, int, int]]) -> int:
 
 
 def export(adapter: Adapter, directory: Path, kind: Kind, base_model: OpenedModel) -> list[str]:
-    """Writes a directory that `PeftModel.from_pretrained` loads.
+    """Write a directory that `PeftModel.from_pretrained` loads.
 
     Args:
-      adapter: what to write.
-      directory: where; must not exist.
-      kind: for which tuner.
-      base_model: the model it belongs to; its weights are not needed.
+      adapter: the adapter to write.
+      directory: the destination; must not exist.
+      kind: the tuner that will read it.
+      base_model: the adapter's base model; its weights are not needed.
 
-    Returns: lines that say what was padded.
+    Returns: lines that report the padding.
 
     Raises:
       UserError: the adapter does not fit the base or the format, or the directory exists or cannot be written.
@@ -134,8 +135,8 @@ def export(adapter: Adapter, directory: Path, kind: Kind, base_model: OpenedMode
         )
     config: dict[str, Any] = {
         "peft_type": kind.value,
-        # PEFT's class for sequence classification would make one module of RoBERTa's head, and its merge_and_unload fails
-        # on a saved module that has parts: heads go module by module, without a task.
+        # PEFT's class for sequence classification would save RoBERTa's classifier as one module, and its merge_and_unload
+        # fails on a saved module that has submodules: dense modules are listed one by one, without a task.
         "task_type": "CAUSAL_LM" if base_model.model.architecture.is_decoder else None,
         "base_model_name_or_path": base_model.source,
         "target_modules": sorted(shapes),
@@ -145,17 +146,18 @@ def export(adapter: Adapter, directory: Path, kind: Kind, base_model: OpenedMode
     if kind is Kind.SUPERTUNING:
         config |= {"sparsity": sparsity, "save_precomputed_indices": True}
     else:
-        config |= {"r": rank, "mask_type": "neuroada"}  # any word but "random": PEFT draws no mask over the saved indices
+        # Any mask_type but "random", for which PEFT would replace the saved indices by a mask of its own.
+        config |= {"r": rank, "mask_type": "neuroada"}
     with files.new_directory(directory) as temporary:
         safetensors.numpy.save_file(tensors, str(temporary / "adapter_model.safetensors"), metadata={"format": "pt"})
         (temporary / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     total = sum(outputs * k for outputs, _, k in shapes.values())
     setting = f"sparsity {sparsity!r}" if kind is Kind.SUPERTUNING else f"r={rank}"
-    return [f"{setting}: {total:,} values, and {padding:,} that only pad (value -0.0 at row 0, column 0)"]
+    return [f"{setting}: {total:,} values, and {padding:,} of padding (value -0.0 at row 0, column 0)"]
 
 
 def _shapes(base_model: models.Model, modules: list[str]) -> dict[str, tuple[int, int]]:
-    """The (O, I) of modules of the base."""
+    """Return the (O, I) of modules of the base model."""
     known = base_model.linear_maps()
     for module in modules:
         if module not in known:
@@ -164,15 +166,15 @@ def _shapes(base_model: models.Model, modules: list[str]) -> dict[str, tuple[int
 
 
 def is_adapter(path: str) -> bool:
-    """Whether a directory looks like a PEFT adapter."""
+    """Return whether a directory looks like a PEFT adapter."""
     return (Path(path) / "adapter_config.json").is_file()
 
 
 def open_stored(directory: Path) -> Stored:
-    """Reads and checks a PEFT adapter of either kind as far as that needs no base.
+    """Read a PEFT adapter of either kind and check all that can be checked without its base model.
 
     Raises:
-      UserError: files that are missing or not whole, another tuner's, or tensors that are no such adapter's.
+      UserError: a missing or truncated file, another tuner, or tensors that form no such adapter.
     """
     where = directory / "adapter_config.json"
     if not where.is_file():
@@ -182,8 +184,27 @@ def open_stored(directory: Path) -> Stored:
     path = directory / "adapter_model.safetensors"
     if not path.is_file() and (directory / "adapter_model.bin").is_file():
         raise UserError(f"{directory}: adapter_model.bin is a pickle and is not read; save it again as safetensors")
+    values, indices, dense_parameters = _split_tensors(path, kind, read_all(path))
+    targets = config.get("target_modules")
+    if isinstance(targets, list):  # otherwise a regular expression, which is not evaluated
+        for module in values:  # PEFT would skip a module that is not listed
+            if not any(f".{module}".endswith(f".{target}") for target in targets):
+                raise UserError(f"{where}: target_modules does not name {module}, which has values")
+    _check_dense_parameters(path, config.get("modules_to_save") or [], dense_parameters)
+    for module, leaf in values.items():
+        _check_tensors(f"{path}: {module}", kind, leaf, indices[module])
+    indices = {module: leaf.astype(np.int64) for module, leaf in indices.items()}
+    entries = {module: _without_padding(values[module], indices[module]) for module in values}
+    return Stored(kind, config, values, indices, entries, dense_parameters)
+
+
+_Arrays = dict[str, np.ndarray]
+
+
+def _split_tensors(path: Path, kind: Kind, tensors: _Arrays) -> tuple[_Arrays, _Arrays, _Arrays]:
+    """Return values and indices by module path, and all other tensors by parameter name."""
     values, indices, dense_parameters = {}, {}, {}
-    for name, leaf in read_all(path).items():
+    for name, leaf in tensors.items():
         if not name.startswith(_PREFIX) or not _MODULE.fullmatch(name):
             raise UserError(f"{path}: tensor {name!r}, expected names like {_PREFIX}<module>.{_VALUES[kind]}")
         module, _, last = name.removeprefix(_PREFIX).rpartition(".")
@@ -195,22 +216,15 @@ def open_stored(directory: Path) -> Stored:
             dense_parameters[f"{module}.{last}"] = leaf
     if not values or set(values) != set(indices):
         raise UserError(f"{path}: expected pairs of {_VALUES[kind]} and {_INDICES[kind]}")
-    targets = config.get("target_modules")
-    if isinstance(targets, list):  # else a regular expression, which is not run
-        for module in values:  # PEFT would leave out what is not named
-            if not any(f".{module}".endswith(f".{target}") for target in targets):
-                raise UserError(f"{where}: target_modules does not name {module}, which has values")
-    saved = config.get("modules_to_save") or []
+    return values, indices, dense_parameters
+
+
+def _check_dense_parameters(path: Path, saved: list[str], dense_parameters: _Arrays) -> None:
     for name, leaf in dense_parameters.items():
         if not any(name.startswith(f"{module}.") for module in saved):
             raise UserError(f"{path}: tensor {name!r} belongs to no tuner and to none of modules_to_save {saved}")
         if leaf.dtype != np.float32 or not np.isfinite(leaf).all():
-            raise UserError(f"{path}: head {name!r} is {leaf.dtype}, or not finite; expected finite float32")
-    for module, leaf in values.items():
-        _check_tensors(f"{path}: {module}", kind, leaf, indices[module])
-    indices = {module: leaf.astype(np.int64) for module, leaf in indices.items()}
-    entries = {module: _without_padding(values[module], indices[module]) for module in values}
-    return Stored(kind, config, values, indices, entries, dense_parameters)
+            raise UserError(f"{path}: dense parameter {name!r} is {leaf.dtype}, or not finite; expected finite float32")
 
 
 def _check_config(where: Path, config: dict[str, Any]) -> Kind:
@@ -221,7 +235,7 @@ def _check_config(where: Path, config: dict[str, Any]) -> Kind:
     sparsity, rank = config.get("sparsity"), config.get("r")
     if kind is Kind.SUPERTUNING:
         if rank is not None:
-            raise UserError(f"{where}: r is {rank!r}: SuperTuning's low-rank part has no place in a sparse adapter")
+            raise UserError(f"{where}: r is {rank!r}: SuperTuning's low-rank part is not supported")
         if not isinstance(sparsity, float | int) or not 0 <= sparsity < 1:
             raise UserError(f"{where}: sparsity {sparsity!r}, expected a number from 0 to below 1")
     elif not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
@@ -247,20 +261,20 @@ def _check_tensors(where: str, kind: Kind, values: np.ndarray, indices: np.ndarr
 
 
 def _without_padding(values: np.ndarray, indices: np.ndarray) -> int:
-    """How many entries are left once the zeros at row 0, column 0 are taken off the end; one at least."""
+    """Return the number of entries without the trailing zeros at row 0, column 0; at least one."""
     pads = (values == 0) & (np.atleast_2d(indices) == 0).all(axis=0)
     real = np.flatnonzero(~pads)
     return int(real[-1]) + 1 if len(real) else 1
 
 
 def read(directory: Path, base_model: models.Model, kind: Kind) -> Imported:
-    """Reads a PEFT adapter of `base`, without its padding. Nothing in it is executed.
+    """Read a PEFT adapter of `base_model`, without its padding. Nothing in it is executed.
 
-    Entries may lie anywhere, as PEFT's own training leaves them; rows that have fewer than others are filled with zeros.
+    Entries may lie at any positions, as PEFT's own training leaves them; see `foreign.per_neuron`.
 
     Raises:
-      UserError: see `open_stored`; also another tuner than `kind`, modules that the base does not have, another number of
-        entries than PEFT's config asks for, positions outside the weights or twice.
+      UserError: see `open_stored`; also another tuner than `kind`, a module that the base model does not have, a number of
+        entries that differs from the config's, or positions outside the weight or twice.
     """
     stored = open_stored(directory)
     if stored.kind is not kind:
@@ -278,16 +292,16 @@ def read(directory: Path, base_model: models.Model, kind: Kind) -> Imported:
                 f"{directory}: {module} has {found:,} entries, but the config means {expected:,} on ({outputs}, {inputs})"
             )
         indices = stored.indices[module][..., : stored.entries[module]]
-        if kind is Kind.SHIRA and indices[1].max() >= inputs:  # else it would wrap into the next row
+        if kind is Kind.SHIRA and indices[1].max() >= inputs:  # otherwise it would wrap into the next row
             raise UserError(f"{directory}: {module} has a column {indices[1].max()}, but {inputs} inputs")
         flat = indices[0] * inputs + indices[1] if kind is Kind.SHIRA else indices
         entries[module] = Entries(stored.values[module][: stored.entries[module]], flat, (outputs, inputs))
     try:
         dense_slots(base_model, stored.dense_parameters, stored.values)
-        values, columns, notes = rows_of(entries)
+        values, columns, notes = per_neuron(entries)
     except UserError as error:
         raise UserError(f"{directory}: {error}") from error
     padding = sum(leaf.size for leaf in stored.values.values()) - sum(stored.entries.values())
     if padding:
-        notes = [f"removed {padding:,} padding entries (value 0 at row 0, column 0, behind the others)", *notes]
+        notes = [f"removed {padding:,} padding entries (value 0 at row 0, column 0, after the others)", *notes]
     return Imported(values, columns, stored.dense_parameters, notes)

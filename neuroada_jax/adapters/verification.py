@@ -1,4 +1,4 @@
-"""Loads an export in the library it is for (PyTorch, PEFT, transformers) and compares weights and logits with ours."""
+"""Verification of an export: load it in PyTorch, PEFT or transformers and compare weights and logits with ours."""
 
 import contextlib
 import tempfile
@@ -21,19 +21,19 @@ from neuroada_jax.models import names
 from neuroada_jax.pretrained import save
 from neuroada_jax.pretrained.load import LoadedModel, OpenedModel
 
-TOLERANCE = 1e-4  # of logits, as a part of the largest one, or of 1 where all are smaller
-_TOKENS = (2, 24)  # rows and length of the text that is compared
+TOLERANCE = 1e-4  # of logits, relative to the largest one, or to 1 where all are smaller
+_TOKENS = (2, 24)  # batch size and length of the compared tokens
 
 
 class Reloaded(NamedTuple):
-    """An export in PyTorch: the model as its users call it, and how its weights get merged (in place, afterwards)."""
+    """An export in PyTorch: the model as its users call it, and a function that merges its weights in place."""
 
     model: Any
     merge: Callable[[], Any]
 
 
 def require_torch() -> None:
-    """Raises a UserError where PyTorch or PEFT is not installed."""
+    """Raise UserError if PyTorch or PEFT is not installed."""
     try:
         import peft  # noqa: F401
         import torch  # noqa: F401
@@ -43,7 +43,7 @@ def require_torch() -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Other libraries' progress bars and warnings are not for the person."""
+    """Silence other libraries' progress bars and warnings."""
     level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -58,17 +58,18 @@ def _quiet() -> Iterator[None]:
 
 
 def load_torch(model: models.Model, directory: str, dtype: Any) -> Any:
-    """A Hugging Face directory in transformers, with weights in `dtype`."""
+    """Load a Hugging Face directory in transformers, with weights in `dtype`."""
     import torch
 
-    load = getattr(transformers, model.architecture.transformers_class).from_pretrained  # a name of ours, not the file's
+    # The class's name is from our code, not from the file.
+    load = getattr(transformers, model.architecture.transformers_class).from_pretrained
     return load(directory, dtype=getattr(torch, jnp.dtype(dtype).name)).eval()
 
 
 def _torch_base(base_model: LoadedModel) -> Any:
     if Path(base_model.path).is_dir() and not base_model.initialised:
         return load_torch(base_model.model, base_model.path, base_model.model.config.dtype)
-    # A GGUF file, which transformers does not read as we do, or an encoder to which it would give another head.
+    # A GGUF file, which transformers reads differently, or an encoder whose classifier it would initialise differently.
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "base"
         save.save(directory, base_model, base_model.params, None)
@@ -76,13 +77,13 @@ def _torch_base(base_model: LoadedModel) -> Any:
 
 
 def reload_huggingface(base_model: OpenedModel, directory: Path, dtype: Any) -> Reloaded:
-    """A merged model."""
+    """Load a merged model."""
     model = load_torch(base_model.model, str(directory), dtype)
     return Reloaded(model, lambda: model)
 
 
 def reload_peft(base_model: LoadedModel, directory: Path) -> Reloaded:
-    """The base with a PEFT adapter attached."""
+    """Load the base model with a PEFT adapter attached."""
     import peft
 
     model = peft.PeftModel.from_pretrained(_torch_base(base_model), directory)
@@ -90,7 +91,7 @@ def reload_peft(base_model: LoadedModel, directory: Path) -> Reloaded:
 
 
 def reload_official(base_model: LoadedModel, adapter: Imported) -> Reloaded:
-    """The base with an official adapter's entries added by the official formula, a scatter-add on the flat weight."""
+    """Load the base model and add an official adapter by the official formula, a scatter-add on the flat weight."""
     import torch
 
     model = _torch_base(base_model)
@@ -101,25 +102,25 @@ def reload_official(base_model: LoadedModel, adapter: Imported) -> Reloaded:
             values = torch.from_numpy(adapter.values[module]).reshape(-1).to(weight.dtype)
             merged = weight.flatten().scatter_add(0, torch.from_numpy(flat).reshape(-1), values)
             weight.copy_(merged.reshape(weight.shape))
-        for name, head in adapter.dense_parameters.items():
-            model.get_parameter(name).copy_(torch.from_numpy(head))
+        for name, array in adapter.dense_parameters.items():
+            model.get_parameter(name).copy_(torch.from_numpy(array))
     return Reloaded(model, lambda: model)
 
 
 def verify(base_model: OpenedModel, params: Tree, reload: Callable[[], Reloaded]) -> dict[str, Any]:
-    """Compares an export with our own merged model.
+    """Compare an export with our own merged model.
 
-    The merged weights are compared bit for bit. In float32 the logits of the reloaded model and of its merged form are
-    compared with ours; in bfloat16, where two libraries' roundings differ from layer to layer, those that the merged
-    weights give in float32.
+    The merged weights are compared bit for bit. In float32, the logits of the reloaded model and of its merged form are
+    compared with ours. In bfloat16, where the roundings of two libraries differ in every layer, the logits of the merged
+    weights are compared in float32 arithmetic.
 
     Args:
       base_model: the model's architecture and config.
       params: our merged parameters, in the dtype of the export.
-      reload: loads the export.
+      reload: called without arguments, loads the export.
 
     Returns: `max_logit_difference`, `merged_bit_equal`, `logit_tolerance` (1e-4 of the largest logit, or 1e-4) and
-      `compared_in`, the dtype of the weights.
+      `compared_in`, the name of the weights' dtype.
 
     Raises:
       UserError: PyTorch or PEFT is not installed.
@@ -168,7 +169,7 @@ def _same_bits(theirs: Any, ours: jax.Array) -> bool:
 
 
 def _logits(base_model: OpenedModel, params: Tree, ids: np.ndarray) -> np.ndarray:
-    """The logits of `params` in float32 arithmetic, whatever their dtype: (B, T, V), of an encoder (B, labels)."""
+    """Return logits in float32 arithmetic, for parameters of any dtype: (B, T, V), of an encoder (B, labels)."""
     module = models.from_hf_config(base_model.model.hf_config, jnp.float32).module()
     is_decoder = base_model.model.architecture.is_decoder
 
@@ -176,8 +177,8 @@ def _logits(base_model: OpenedModel, params: Tree, ids: np.ndarray) -> np.ndarra
     def forward(params: Tree, ids: jax.Array) -> jax.Array:
         variables = {"params": jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)}
         if not is_decoder:
-            judged: Any = module.apply(variables, ids)
-            return judged
+            scores: Any = module.apply(variables, ids)
+            return scores
         hidden: Any = module.apply(variables, ids)[0]
         logits: Any = module.apply(variables, hidden, method="unembed")
         return logits

@@ -198,26 +198,26 @@ def test_a_decoder_has_no_head_to_train(tmp_path, capsys):
     assert "head: llama is a decoder, which has no head to train" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("target", ["peft-supertuning", "peft-shira", "official", "huggingface"])
+@pytest.mark.parametrize("form", ["peft-supertuning", "peft-shira", "official", "huggingface"])
 @pytest.mark.parametrize(
     ("kind", "dtype", "k"),
     [("bert", "float32", 1), ("bert", "bfloat16", 20), ("roberta", "float32", 5), ("roberta", "bfloat16", 2)],
 )
-def test_a_trained_head_in_pytorch_and_back(kind, dtype, k, target, tmp_path, capsys):
+def test_a_trained_head_in_pytorch_and_back(kind, dtype, k, form, tmp_path, capsys):
     directory = write_encoder(tmp_path / "model", kind, dtype=dtype)
     base_model = load_model(str(directory), "auto", labels=LABELS)
     values, classifier = trained(base_model, k=k)
     on_base.save(tmp_path / "adapter", values, base_model, native.Selection(k, TARGETS, seed=0), classifier=classifier)
 
-    made = exchange.export_adapter(str(tmp_path / "adapter"), target, str(tmp_path / "x"), verify=True)
+    made = exchange.export_adapter(str(tmp_path / "adapter"), form, str(tmp_path / "x"), verify=True)
     assert made["merged_bit_equal"] is True and made["max_logit_difference"] <= 1e-4
-    if target == "huggingface":
+    if form == "huggingface":
         assert len(json.loads((tmp_path / "x" / "config.json").read_text())["id2label"]) == len(LABELS)
         return
-    exchange.import_adapter(str(tmp_path / "x"), target, str(directory), str(tmp_path / "back"))
+    exchange.import_adapter(str(tmp_path / "x"), form, str(directory), str(tmp_path / "back"))
     before, after = native.read(str(tmp_path / "adapter")), native.read(str(tmp_path / "back"))
     assert before.dense_parameters.keys() == after.dense_parameters.keys() and before.values.keys() == after.values.keys()
-    rounds = target == "official" and dtype == "bfloat16"
+    rounds = form == "official" and dtype == "bfloat16"
     for ours, theirs in ((before.values, after.values), (before.dense_parameters, after.dense_parameters)):
         for name in ours:
             expected = ours[name].astype(jnp.bfloat16).astype(np.float32) if rounds else ours[name]

@@ -13,7 +13,7 @@ from helpers import write_model
 from transformers import AutoModelForCausalLM
 
 from neuroada_jax import cli
-from neuroada_jax.adapters import exchange, native, on_base, peft
+from neuroada_jax.adapters import exchange, inspection, native, on_base, peft
 from neuroada_jax.pretrained.load import load_model
 
 FORMATS = ["peft-supertuning", "peft-shira"]
@@ -55,8 +55,8 @@ def run(capsys, *arguments):
     return code, *capsys.readouterr()
 
 
-def export(capsys, adapter, target, out, *arguments):
-    code, printed, errors = run(capsys, "export", adapter, "--to", target, "--out", out, "--json", *arguments)
+def export(capsys, adapter, form, out, *arguments):
+    code, printed, errors = run(capsys, "export", adapter, "--to", form, "--out", out, "--json", *arguments)
     assert code == 0, errors
     return json.loads(printed)
 
@@ -68,28 +68,31 @@ def failed(capsys, *arguments):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("target", FORMATS)
-def test_there_and_back(target, dtype, bases, adapters, tmp_path, capsys):
-    made = export(capsys, adapters[dtype], target, tmp_path / "x", "--verify")
+@pytest.mark.parametrize("form", FORMATS)
+def test_there_and_back(form, dtype, bases, adapters, tmp_path, capsys):
+    made = export(capsys, adapters[dtype], form, tmp_path / "x", "--verify")
     assert (
         made["merged_bit_equal"] is True
         and made["max_logit_difference"] <= 1e-4 <= made["logit_tolerance"] < 1e-2
         and made["compared_in"] == dtype
     )
+    reports = [inspection.inspect(str(path), 1) for path in (adapters[dtype], tmp_path / "x")]
+    assert all({"kind", "path", "version", "base", "values", "bytes", "modules"} <= set(report) for report in reports)
+    assert [report["dense_parameters"] for report in reports] == [["lm_head.weight"]] * 2
     found = sorted(str(path.relative_to(tmp_path / "x")) for path in (tmp_path / "x").rglob("*") if path.is_file())
     assert made["files"] == found
-    arguments = ("import", tmp_path / "x", "--from", target, "--base", bases[dtype], "--out", tmp_path / "back")
+    arguments = ("import", tmp_path / "x", "--from", form, "--base", bases[dtype], "--out", tmp_path / "back")
     code, printed, errors = run(capsys, *arguments)
     assert (
         code == 0
         and printed == ""
         and f"wrote {tmp_path / 'back'}" in errors
-        and "4 modules, 1 head tensors, k=2" in errors
+        and "4 modules, 1 dense parameters, k=2" in errors
     )
-    assert ("padding entries" in errors) == (target != "official")
+    assert ("padding entries" in errors) == (form != "official")
     before, after = native.read(str(adapters[dtype])), native.read(str(tmp_path / "back"))
     for name in before.values:
-        rounded = ml_dtypes.bfloat16 if (target, dtype) == ("official", "bfloat16") else np.float32
+        rounded = ml_dtypes.bfloat16 if (form, dtype) == ("official", "bfloat16") else np.float32
         np.testing.assert_array_equal(after.values[name], before.values[name].astype(rounded).astype(np.float32))
         np.testing.assert_array_equal(after.columns[name], before.columns[name])
     assert after.dense_parameters.keys() == before.dense_parameters.keys()
@@ -140,14 +143,14 @@ def test_an_export_that_is_not_what_we_hold_fails(adapters, tmp_path, capsys, mo
     monkeypatch.setattr(exchange.peft, "export", wrong)
     arguments = ("export", adapters["float32"], "--to", "peft-shira", "--verify", "--json", "--out", tmp_path / "x")
     message = failed(capsys, *arguments)
-    assert message.startswith(f"{tmp_path / 'x'} does not hold what the adapter holds")
+    assert message.startswith(f"{tmp_path / 'x'} differs from the adapter")
     assert "merged weights are different" in message
 
 
 def test_another_base_is_refused(adapters, tmp_path, capsys):
     other = write_model(tmp_path / "other", CHAT, seed=1, **WIDE)
-    for target in ("peft-shira", "huggingface"):
-        arguments = ("export", adapters["float32"], "--to", target, "--verify", "--model", other, "--out", tmp_path / "x")
+    for form in ("peft-shira", "huggingface"):
+        arguments = ("export", adapters["float32"], "--to", form, "--verify", "--model", other, "--out", tmp_path / "x")
         assert f"{other} is not the base of this adapter" in failed(capsys, *arguments)
         assert not (tmp_path / "x").exists()
 

@@ -188,7 +188,7 @@ def test_there_and_back_and_the_published_formula(checkpoint, tied, dtype, k, tm
         np.testing.assert_array_equal(back.values[module], adapter.values[module], strict=True)
         np.testing.assert_array_equal(back.columns[module], adapter.columns[module], strict=True)
     if dtype == "bfloat16":
-        assert back.notes == ["bfloat16 in the file, float32 from here on; that holds the same numbers"]
+        assert back.notes == ["bfloat16 in the file, converted to float32 without loss"]
 
     # The model rebuilt in PyTorch from the two files alone.
     model = transformers.AutoModelForCausalLM.from_pretrained(base_model.path, dtype=getattr(torch, dtype))
@@ -486,7 +486,7 @@ def spoil(what, tensors, positions):
         ("row missing", f"'{Q}.weight' is [63, 2], expected a pair for each of k connections of 64 neurons"),
         ("column twice", f"'{Q}.weight' must have ascending and distinct columns in every row"),
         ("descending", f"'{Q}.weight' must have ascending and distinct columns in every row"),
-        ("k differs", f"'{Q}.weight' has 1 entries a row, and others have 2"),
+        ("k differs", f"'{Q}.weight' has 1 entries per row, and others have 2"),
         ("int32", "a storage in it holds no int64 numbers"),
         ("nan", f"'{Q}.weight_new' holds NaN or infinite entries"),
         ("infinite", f"'{Q}.weight_new' holds NaN or infinite entries"),

@@ -375,7 +375,7 @@ def test_tensors_that_are_no_adapter(untied, pristine, kind, spoiled, tmp_path):
         (Kind.SUPERTUNING, {"sparsity": 1.0}, "sparsity 1.0, expected a number from 0 to below 1"),
         (Kind.SUPERTUNING, {"sparsity": float("nan")}, "sparsity nan, expected a number from 0 to below 1"),
         (Kind.SUPERTUNING, {"sparsity": 0.5}, "but the config means"),
-        (Kind.SUPERTUNING, {"r": 8}, "r is 8: SuperTuning's low-rank part has no place"),
+        (Kind.SUPERTUNING, {"r": 8}, "r is 8: SuperTuning's low-rank part is not supported"),
         (Kind.SUPERTUNING, {"modules_to_save": "classifier"}, "modules_to_save 'classifier', expected a list of names"),
         (Kind.SUPERTUNING, {"target_modules": ["k_proj", 3]}, "target_modules does not name model.layers.0.mlp.down_proj"),
         (Kind.SUPERTUNING, {"target_modules": TARGETS}, None),
