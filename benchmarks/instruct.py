@@ -2,14 +2,14 @@
 
     make bench-instruct        (or: python -m benchmarks.instruct --tasks sst2 --methods neuroada-1 --seeds 42)
 
-The settings are those of configs/smollm2-135m-sst2-k1.yaml and configs/smollm2-135m-commonsense-k20.yaml, but for k and the
-learning rate, and `--steps` of them. Every method sees the same batches: rows, order, tokens and step shapes are this
-library's, and so is the scoring, of the merged weights. AdamW without decay, linear schedule with warm-up, clipping at 1,
-float32 (on a GPU both libraries multiply in TF32); LoRA adapts the same linear maps with alpha = 2 r and no dropout. Ranks
-1, 4 and 10 train about as many values as k = 1, 8 and 20 (a rank of 1 is the smallest there is, and twice k = 1).
+The settings are those of configs/smollm2-135m-sst2-k1.yaml and configs/smollm2-135m-commonsense-k20.yaml, except for k,
+the learning rate and the number of steps. Every method sees the same batches: rows, order, tokens and shapes are this
+library's, as is the scoring of the merged weights. AdamW without decay, linear schedule with warm-up, clipping at 1,
+float32 (on a GPU both libraries multiply in TF32); LoRA adapts the same linear maps with alpha = 2 r and no dropout.
+Ranks 1, 4 and 10 train about as many values as k = 1, 8 and 20 (rank 1, the smallest, trains twice as many as k = 1).
 
-256 of the training rows are left out of training and choose among learning rates (sweep.py). Needs the rows that the
-configs name (or `--config sst2=MINE.yaml`), and the extra `torch`.
+256 of the training rows are held out and choose among learning rates (sweep.py). Needs the rows that the configs name (or
+`--config sst2=MINE.yaml`), and the extra `torch`.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from neuroada_jax.training import config_file, run
 from neuroada_jax.training.config import RunConfig
 
 CONFIGS = {"sst2": "configs/smollm2-135m-sst2-k1.yaml", "commonsense": "configs/smollm2-135m-commonsense-k20.yaml"}
-# The grids, learning rate by method.
+# The grids of learning rates by method.
 RATES = {
     "neuroada-1": [2e-2, 4e-2],
     "neuroada-8": [4e-3, 8e-3],
@@ -46,16 +46,16 @@ RATES = {
     "lora-4": [1e-3, 3e-3],
     "lora-10": [1e-3, 3e-3],
 }
-CHOOSING = 256
+CHOOSING = 256  # held-out rows that choose the learning rate
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Trains and scores, prints the table of means and saves benchmarks/results/instruct.json."""
+    """Train and score, print the table of means and save benchmarks/results/instruct.json."""
     made = sweep.parser(__doc__, list(CONFIGS), list(RATES))
     made.add_argument("--model", default=MODEL, help="a decoder: directory, hub id, package:NAME/FILE")
-    made.add_argument("--config", nargs="*", default=[], metavar="TASK=FILE", help="settings in place of those above")
+    made.add_argument("--config", nargs="*", default=[], metavar="TASK=FILE", help="configs in place of the built-in ones")
     made.add_argument("--steps", type=int, default=60)
-    made.add_argument("--limit", type=int, help="rows of every set that is scored")
+    made.add_argument("--limit", type=int, help="rows of every scored set")
     settings = sweep.parse(made, RATES, arguments)
     files = CONFIGS | dict(text.split("=", 1) for text in settings.config)
     fields = {"steps": settings.steps, "limit": settings.limit}
@@ -89,7 +89,7 @@ def _run(job: Job, file: str, settings: argparse.Namespace) -> Row:
 
 
 def _settled(job: Job, file: str, settings: argparse.Namespace, folder: Path) -> RunConfig:
-    """The run of a job; its training rows and those that choose the rate are files in the folder."""
+    """Return the config of a job; its training rows and those that choose the rate become files in the folder."""
     plain = config_file.load(file)
     rows = load_rows(plain.data.train, plain.data.split)
     order = np.random.default_rng(0).permutation(len(rows))
@@ -127,7 +127,7 @@ def _ours(chosen: RunConfig) -> Row:
 
 
 def _theirs(chosen: RunConfig, job: Job, folder: Path) -> Row:
-    """The same run with PEFT's LoRA in PyTorch; the merged weights are scored here."""
+    """Train the same run with PEFT's LoRA in PyTorch; the merged weights are scored by this library."""
     import torch
     import transformers
 
@@ -162,7 +162,7 @@ def _theirs(chosen: RunConfig, job: Job, folder: Path) -> Row:
 
 
 def _loss(model: Any, batch: Batch) -> Any:
-    """The mean over the targets; logits are formed at their positions alone, as here."""
+    """Return the mean over the labels, with logits at their positions only, as in our own loss."""
     import torch
 
     real = int((batch.lengths > 0).sum())  # rows that fill the batch come last
@@ -171,8 +171,8 @@ def _loss(model: Any, batch: Batch) -> Any:
     ids, mask = on_device(batch.input_ids[:real]), on_device(mask)
     hidden = model.model(input_ids=ids, attention_mask=mask).last_hidden_state
     rows, places = np.nonzero(batch.label_mask)
-    positions, targets = (on_device(array[rows, places]) for array in (batch.label_positions, batch.label_ids))
-    return torch.nn.functional.cross_entropy(model.lm_head(hidden[on_device(rows), positions]), targets)
+    positions, labels = (on_device(array[rows, places]) for array in (batch.label_positions, batch.label_ids))
+    return torch.nn.functional.cross_entropy(model.lm_head(hidden[on_device(rows), positions]), labels)
 
 
 if __name__ == "__main__":

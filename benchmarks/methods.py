@@ -1,4 +1,4 @@
-"""What the step benchmark compares: a method by name, the tokens it trains on, and the budgets that make methods equal."""
+"""Names, models, tokens and parameter budgets that the benchmarks share."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -55,24 +55,29 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 class Tokens(NamedTuple):
-    """A batch that both frameworks understand; `labelled` marks the tokens to predict, never a row's first."""
+    """A batch for both frameworks; `labelled` marks the labels, which a row's first token never is."""
 
     ids: Int32[np.ndarray, "B T"]
     labelled: Bool[np.ndarray, "B T"]
 
 
 class Running(NamedTuple):
-    """A method on a loaded model: one call of `step` is one training step and returns the mean loss before it."""
+    """A method on a loaded model: `step` does one training step and returns the mean loss before it."""
 
     step: Callable[[Tokens], float]
     trained: int  # parameters that the step changes; 0 for a floor
 
 
 class Method(NamedTuple):
-    """One row of the table.
+    """One row of the step benchmark.
 
-    `build` takes a loaded model of the framework (see `load` in jax_methods.py and torch_methods.py) and may take its
-    weights over where `owns_weights` is set: it writes to them.
+    Attributes:
+      framework: "JAX" or "PyTorch".
+      name: of the method.
+      k: connections per neuron, or the budget of a method without connections.
+      build: starts the method on a loaded model of the framework (`load` in jax_methods.py and torch_methods.py).
+      owns_weights: whether `build` takes the weights over, because the method writes to them.
+      core: whether the method is also timed with only the answers labelled.
     """
 
     framework: str
@@ -80,26 +85,26 @@ class Method(NamedTuple):
     k: int | None
     build: Callable[[Any], Running]
     owns_weights: bool = False
-    core: bool = True  # also runs with the answers alone labelled
+    core: bool = True
 
     @property
     def label(self) -> str:
-        """See `label_of`."""
+        """The method in one line."""
         return label_of(self.framework, self.name, self.k)
 
 
 def label_of(framework: str, name: str, k: int | None) -> str:
-    """A method in one line, for progress bars and for picking methods on the command line."""
+    """Return a method in one line, for progress bars and for the choice of methods on the command line."""
     return f"{framework}: {name}" + ("" if k is None else f", k={k}")
 
 
 def targets(params: Mapping[str, Any], model: Model) -> list[ModulePath]:
-    """The linear maps that every method adapts: q k v o gate up down."""
+    """Return the paths of the linear maps that every method adapts: q k v o gate up down."""
     return models.match_targets(params, list(LLAMA_TARGETS), model.layers_path)
 
 
 def target_shapes(model: Model) -> Iterator[tuple[int, int, int]]:
-    """(layers, O, I) of every target."""
+    """Yield the (layers, O, I) of every target."""
     params = model.abstract_params()
     chosen = set(targets(params, model))
     for path, kernel in kernels(params):
@@ -109,23 +114,23 @@ def target_shapes(model: Model) -> Iterator[tuple[int, int, int]]:
 
 
 def lora_rank(model: Model, k: int) -> int:
-    """The rank at which LoRA trains about as many parameters as k connections per neuron."""
+    """Return the rank at which LoRA trains about as many parameters as k connections per neuron."""
     shapes = list(target_shapes(model))
     budget = sum(layers * outputs * min(k, inputs) for layers, outputs, inputs in shapes)
     return max(1, round(budget / sum(layers * (outputs + inputs) for layers, outputs, inputs in shapes)))
 
 
 def random_tokens(batch: int, length: int, vocabulary: int) -> Tokens:
-    """Random ids, every token labelled that can be."""
+    """Return random ids with every possible label."""
     ids = np.random.default_rng(0).integers(0, vocabulary, (batch, length), dtype=np.int32)
     return Tokens(ids, _every(ids))
 
 
 def real_tokens(source: str, tokenizer: Any, batch: int, length: int) -> tuple[Tokens, Tokens]:
-    """Commonsense rows end to end, without padding: once with every token labelled, once with the answers alone.
+    """Return commonsense rows end to end, without padding: with every token labelled, and with the answers alone.
 
     Raises:
-      UserError: the file is missing or damaged, or its rows are too few to fill the batch.
+      UserError: if the file is missing or damaged, or its rows are too few to fill the batch.
     """
     task = TASKS["commonsense"]
     rows = load_rows(source, limit=batch * length // 8)  # no commonsense row is shorter than 8 tokens

@@ -2,7 +2,7 @@
 
     make bench-ops         (or: python -m benchmarks.ops --dtype float32 --k 1 20 --shapes llama-7b)
 
-Each compiled function computes y and, for a given dy, the gradients its method wants; the floor wants dx alone. The
+Each compiled function computes y and, for a given dy, the gradients that its method needs; the floor needs dx alone. The
 methods of a shape take turns. LoRA has about as many trained parameters as the bypass. `peak_bytes` is what a function
 allocates besides its arguments and results.
 """
@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from benchmarks import common
+from benchmarks.baselines import product
 from benchmarks.common import Column, Row
 from neuroada_jax.core import ops, selection
 from neuroada_jax.core.ops import GradientAlgorithm
@@ -45,7 +45,7 @@ COLUMNS = (
 
 
 class Case(NamedTuple):
-    """A function with its arguments, and how many parameters it trains."""
+    """A function with its arguments, and the number of parameters that it trains."""
 
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
@@ -53,12 +53,12 @@ class Case(NamedTuple):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measures, prints the table and saves benchmarks/results/ops.json."""
+    """Measure, print the table and save benchmarks/results/ops.json."""
     parser = common.parser(__doc__, repeats=7)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=[*SHAPES, "tiny"])
     parser.add_argument("--k", type=int, nargs="+", default=[1, 4, 20])
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
-    parser.add_argument("--tokens", type=int, help="instead of the model's own number")
+    parser.add_argument("--tokens", type=int, help="in place of the model's own number")
     settings = parser.parse_args(arguments)
 
     rows = []
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _measure(tokens: int, outputs: int, inputs: int, dtype: str, settings: argparse.Namespace) -> list[Row]:
-    """The rows of one shape, the floor first."""
+    """Return the rows of one shape, the floor first."""
     keys = jax.random.split(jax.random.key(0), 3)
     normal = lambda key, *shape: jax.random.normal(key, shape, jnp.float32).astype(dtype)  # noqa: E731
     x, dy = normal(keys[0], tokens, inputs), normal(keys[1], tokens, outputs)
@@ -112,7 +112,7 @@ def _run(function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
 
 
 def _trained(x: Any, kernel: Any, dy: Any, k: int) -> dict[str, Case]:
-    """What has a budget of k connections per neuron."""
+    """Return the methods with a budget of k connections per neuron."""
     columns = selection.select(selection.magnitude(kernel), k)
     values = 1e-3 * jax.random.normal(jax.random.key(1), columns.shape)
     base = ops.read_entries(kernel, columns)
@@ -131,19 +131,14 @@ def _trained(x: Any, kernel: Any, dy: Any, k: int) -> dict[str, Case]:
     return found
 
 
-def _product(x: Any, kernel: Any) -> Any:
-    """x W^T."""
-    return lax.dot_general(x, kernel, (((1,), (1,)), ((), ())))
-
-
 def _with_gradients(function: Callable[..., Any], dy: Any, *inputs: Any) -> Any:
-    """(y, gradients of the inputs)."""
+    """Return y and the gradients of the inputs."""
     y, pull = jax.vjp(function, *inputs)
     return y, pull(dy)
 
 
 def _floor(x: Any, kernel: Any, dy: Any) -> Any:
-    return _with_gradients(lambda x: _product(x, kernel), dy, x)
+    return _with_gradients(lambda x: product(x, kernel), dy, x)
 
 
 def _dense(x: Any, kernel: Any, dy: Any) -> Any:
@@ -153,17 +148,17 @@ def _dense(x: Any, kernel: Any, dy: Any) -> Any:
 def _bypass(
     x: Any, kernel: Any, dy: Any, columns: Any, values: Any, base: Any, algorithm: GradientAlgorithm | None = None
 ) -> Any:
-    """The resident form, as training has it; without an algorithm the library chooses."""
+    """Compute the resident form, as in training; without an algorithm the library chooses one."""
     function = lambda x, values: ops.bypass_dense(x, kernel, columns, values, base, algorithm=algorithm)  # noqa: E731
     return _with_gradients(function, dy, x, values)
 
 
 def _scatter(x: Any, kernel: Any, dy: Any, columns: Any, values: Any) -> Any:
-    return _with_gradients(lambda x, values: _product(x, ops.add_entries(kernel, columns, values)), dy, x, values)
+    return _with_gradients(lambda x, values: product(x, ops.add_entries(kernel, columns, values)), dy, x, values)
 
 
 def _lora(x: Any, kernel: Any, dy: Any, down: Any, up: Any) -> Any:
-    function = lambda x, down, up: _product(x, kernel) + _product(_product(x, down), up)  # noqa: E731
+    function = lambda x, down, up: product(x, kernel) + product(product(x, down), up)  # noqa: E731
     return _with_gradients(function, dy, x, down, up)
 
 

@@ -1,7 +1,7 @@
-"""Resident memory of this process (Linux): what it holds now, and the most it held since a mark.
+"""Resident memory of this process on Linux: now, and at most since a mark.
 
-The figures depend on how the C library's allocator keeps freed memory, so processes that are to be compared run under
-ALLOCATOR: few arenas, and large blocks go back to the system as soon as they are freed.
+The figures depend on how the C library's allocator keeps freed memory. Processes that are compared with each other
+therefore run under ALLOCATOR: few arenas, and large blocks return to the system as soon as they are freed.
 """
 
 import ctypes
@@ -15,25 +15,25 @@ _MARK = Path("/proc/self/clear_refs")
 
 
 def available() -> bool:
-    """Whether the system tells."""
+    """Return whether the system has these figures."""
     return _STATUS.exists() and _MARK.exists() and hasattr(ctypes.CDLL(None), "malloc_trim")
 
 
 def resident() -> int:
-    """Bytes held now, once what is free has been given back."""
+    """Return the bytes held now, after freed memory has been returned to the system."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     return _field("VmRSS")
 
 
 def mark() -> None:
-    """Starts a new peak from here."""
+    """Start a new peak."""
     resident()
     _MARK.write_text("5")
 
 
 def peak() -> int:
-    """The most bytes held at once since `mark`."""
+    """Return the peak in bytes since `mark`."""
     return _field("VmHWM")
 
 

@@ -1,15 +1,15 @@
-"""One whole training step: ours against PyTorch on the same weights and tokens, and the frozen floor of both.
+"""One complete training step: this library and PyTorch on the same weights and tokens, and the frozen floor of both.
 
     make bench-step        (or: python -m benchmarks.step --batch 4 --length 256 --k 1 20 --repeats 5 --warmups 2)
 
 All methods run in one process and take turns. They train on the same batch of real commonsense tokens, rows end to end,
-under two settings: every position labelled, and the answers alone, as in a real run. Peak memory over the loaded model is
-that of a fresh process for each method: until its first step is done, compilation included, and during the second. It
-takes about fifteen minutes on two quiet cores; --no-memory and --methods make it shorter.
+under two settings: every position labelled, and the answers alone, as in a real run. The peak memory above the loaded
+model is measured in a fresh process for each method: until the first step ends, compilation included, and during the
+second step. The benchmark takes about fifteen minutes on two idle cores; --no-memory and --methods make it shorter.
 
-On a GPU, whose memory would not hold all methods, that fresh process is timed too. `--model llama-7b` (or another name of
-methods.py) takes random weights, and --dtype bfloat16 is the usual one there. Its peak is that of arrays, from the first
-weight to the last step, as the framework's allocator counts it; the "total" has the weights in it:
+On a GPU, whose memory would not hold all methods at once, the fresh process is timed as well. `--model llama-7b` (or
+another name in methods.py) takes random weights, and --dtype bfloat16 is usual there. The peak is that of all arrays,
+from the first weight to the last step, as the framework's allocator counts them; the "total" includes the weights:
 
     python -m benchmarks.step --model llama-7b --dtype bfloat16 --batch 4 --length 512
 """
@@ -48,7 +48,7 @@ from neuroada_jax.models import Remat
 from neuroada_jax.pretrained.load import open_with_tokenizer
 
 DATA = "data/train/commonsense_15k.jsonl.gz"
-EVERY, ANSWERS = "every", "answers"  # which positions are labelled
+EVERY, ANSWERS = "every", "answers"  # the labelled positions
 REFERENCES = {"ratio_to_released": RELEASED, "ratio_to_lora": PEFT_LORA}
 COLUMNS = (
     Column("method", "method"),
@@ -67,7 +67,7 @@ COLUMNS = (
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measures, prints the table and saves benchmarks/results/step.json."""
+    """Measure, print the table and save benchmarks/results/step.json."""
     parser = common.parser(__doc__, repeats=3)
     parser.add_argument("--model", default=common.MODEL, help=f"a checkpoint, or {', '.join(MODELS)}")
     parser.add_argument("--data", default=DATA, help="commonsense rows")
@@ -77,14 +77,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--remat", nargs="+", default=["none", "full"], choices=[remat.value for remat in Remat])
     parser.add_argument("--warmups", type=int, default=1, help="turns before the measured ones")
-    parser.add_argument("--methods", nargs="+", default=[""], help="only those with one of these texts in their name")
-    parser.add_argument("--no-memory", action="store_true", help="leave out the fresh processes that measure peak memory")
+    parser.add_argument("--methods", nargs="+", default=[""], help="only methods with one of these texts in their name")
+    parser.add_argument("--no-memory", action="store_true", help="skip the fresh processes that measure peak memory")
     parser.add_argument("--peak-of", nargs=2, metavar=("METHOD", "LABELS"), help=argparse.SUPPRESS)
     settings = parser.parse_args(arguments)
 
-    # Neither thread pool may spin while the other framework works; to be set before PyTorch is loaded.
+    # Neither thread pool may spin while the other framework works; must be set before PyTorch is loaded.
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-    # On a GPU, JAX would reserve three quarters of the memory; to be set before its first array.
+    # On a GPU, JAX would reserve three quarters of the memory; must be set before its first array.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     frameworks: dict[str, ModuleType] = {"JAX": jax_methods}
     if not common.missing("torch", "peft"):
@@ -110,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _batches(settings: argparse.Namespace) -> dict[str, Tokens]:
-    """The tokens under each label setting."""
+    """Return the tokens under each label setting."""
     if settings.model in MODELS:
         return {EVERY: random_tokens(settings.batch, settings.length, MODELS[settings.model]["vocab_size"])}
     opened, tokenizer = open_with_tokenizer(settings.model, settings.dtype)
@@ -135,7 +135,7 @@ def _time(
     batches: Mapping[str, Tokens],
     settings: argparse.Namespace,
 ) -> list[Row]:
-    """Rows without memory, by setting and method."""
+    """Return the rows without memory, by setting and method."""
     console.say("loading the model")
     loaded = {name: framework.load(settings.model, settings.dtype) for name, framework in frameworks.items()}
     running: dict[Method, Running] = {}
@@ -168,7 +168,7 @@ def _time(
 
 
 def _time_alone(methods: Sequence[Method], batches: Mapping[str, Tokens], settings: argparse.Namespace) -> list[Row]:
-    """Rows with memory, each from a fresh process; where one fails (for want of memory, say) its figures are missing."""
+    """Return the rows with memory, each from a fresh process; a method that fails (out of memory, say) has no figures."""
     rows = []
     for labels, tokens in batches.items():
         chosen = [method for method in methods if labels == EVERY or method.core]
@@ -190,7 +190,7 @@ def _time_alone(methods: Sequence[Method], batches: Mapping[str, Tokens], settin
 
 
 def _row(method: Method, times: Mapping[Method, list[float]], tokens: Tokens) -> Row:
-    """Time and ratios; to a floor of the same framework, and to the PyTorch references at the same k."""
+    """Return time and ratios: to the floor of the same framework, and to the PyTorch references at the same k."""
     seconds = times.get(method, [])
     median = statistics.median(seconds) if seconds else None
 
@@ -215,8 +215,8 @@ def _row(method: Method, times: Mapping[Method, list[float]], tokens: Tokens) ->
 
 
 def _add_peaks(rows: Sequence[Row], settings: argparse.Namespace) -> None:
-    """Fills in the memory of every row from a fresh process of this script."""
-    # PyTorch's models form all logits whatever is labelled: one measurement is enough for them.
+    """Set the memory of every row, measured in a fresh process of this script."""
+    # PyTorch's models compute all logits in both settings: one measurement is enough for them.
     rows = [row for row in rows if row["labels"] == EVERY or row["framework"] == "JAX"]
     with console.bar("peak memory", len(rows)) as shown:
         for done, row in enumerate(rows):
@@ -228,7 +228,7 @@ def _add_peaks(rows: Sequence[Row], settings: argparse.Namespace) -> None:
 
 
 def _in_fresh_process(label: str, labels: str, settings: argparse.Namespace, repeats: int) -> dict[str, Any] | None:
-    """What `_alone` returns in a process of its own; None where that fails, and it is said why."""
+    """Return the result of `_alone` in a fresh process; if it fails, print the reason and return None."""
     command = [
         *(sys.executable, "-m", "benchmarks.step", "--peak-of", label, labels),
         *("--model", settings.model, "--data", settings.data, "--dtype", settings.dtype),
@@ -244,10 +244,10 @@ def _in_fresh_process(label: str, labels: str, settings: argparse.Namespace, rep
 
 
 def _alone(method: Method, framework: ModuleType, tokens: Tokens, settings: argparse.Namespace) -> dict[str, Any]:
-    """Times of steps, and the most that is held over the loaded model.
+    """Return the times of steps and the peak memory above the loaded model.
 
-    Of a CPU, `peak_bytes_with_compilation` is until the first step is done and `peak_bytes` during the second; of a GPU
-    both are of the whole process, and `total_bytes` has the weights too.
+    On a CPU, `peak_bytes_with_compilation` is the peak until the first step ends and `peak_bytes` that of the second
+    step. On a GPU both are of the complete process, and `total_bytes` includes the weights.
     """
     on_gpu = jax.default_backend() == "gpu"
     loaded = framework.load(settings.model, settings.dtype)

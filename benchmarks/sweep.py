@@ -1,9 +1,8 @@
-"""What the quality benchmarks share: every method at its best learning rate, over several seeds, one table of means.
+"""Sweeps of the quality benchmarks: each method at its best learning rate, over several seeds, in one table of means.
 
 A job is a dict of the fields that identify a training run: task, method, rate, seed and what the benchmark adds. Where a
-method is given several learning rates, the first seed tries all of them; the rate with the best value on the rows that
-choose is used for the other seeds. The rows that are reported have no say. Rows are saved as they come, and a run that is
-there already is not run again.
+method has several learning rates, the first seed tries all of them; the one with the best value on held-out rows that are
+not reported is used for the other seeds. Rows are saved as they come, and finished runs are not repeated.
 """
 
 import argparse
@@ -36,7 +35,7 @@ COLUMNS = (
 
 
 def parser(doc: str | None, tasks: Sequence[str], methods: Sequence[str]) -> argparse.ArgumentParser:
-    """The arguments that both benchmarks have."""
+    """Return a parser with the options of both benchmarks."""
     made = common.parser(doc, repeats=None)
     made.add_argument("--tasks", nargs="+", default=list(tasks), choices=tasks)
     made.add_argument("--methods", nargs="+", default=list(methods), help="neuroada-<k>, lora-<r>, full")
@@ -46,10 +45,10 @@ def parser(doc: str | None, tasks: Sequence[str], methods: Sequence[str]) -> arg
 
 
 def parse(made: argparse.ArgumentParser, rates: Mapping[str, Sequence[float]], arguments: Sequence[str] | None) -> Any:
-    """The settings; `rates` becomes those of every method, and methods that lack PyTorch are left out.
+    """Return the settings, with the learning rates of every method and without the methods that lack PyTorch.
 
     Raises:
-      UserError: a method without a learning rate.
+      UserError: if a method has no learning rate.
     """
     settings = made.parse_args(arguments)
     settings.rates = dict(rates) | dict(map(_parts, settings.rates))
@@ -69,18 +68,18 @@ def _parts(text: str) -> tuple[str, list[float]]:
 
 
 def is_ours(method: str) -> bool:
-    """Whether this library trains it; PyTorch trains the others."""
+    """Return whether this library trains the method; PyTorch trains the others."""
     return method.startswith("neuroada-")
 
 
 def number(method: str) -> int | None:
-    """The k or the rank in a method's name."""
+    """Return the k or the rank in a method's name."""
     text = method.partition("-")[2]
     return int(text) if text else None
 
 
 def torch_lora(model: Any, rank: int, targets: Any, task_type: str) -> Any:
-    """PEFT's LoRA, with alpha = 2 r and no dropout, on the linear maps that carry a bypass in our runs."""
+    """Add PEFT's LoRA, with alpha = 2 r and no dropout, to the linear maps that have a bypass in our runs."""
     import peft
 
     settings = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type=task_type)
@@ -92,12 +91,12 @@ def torch_lora(model: Any, rank: int, targets: Any, task_type: str) -> Any:
 def torch_step(
     groups: Sequence[tuple[float, Sequence[Any]]], section: OptimizerSection, total: int
 ) -> Callable[[int, Any], float]:
-    """The update of our runs in PyTorch, AdamW without decay and clipping at 1: (step, loss) -> the loss as a number.
+    """Return the update of our runs in PyTorch, (step, loss) -> the loss as a number: AdamW without decay, clipping at 1.
 
     Args:
-      groups: (highest learning rate, parameters).
-      section: whose schedule they follow.
-      total: steps.
+      groups: pairs of a peak learning rate and its parameters.
+      section: the learning rate schedule.
+      total: number of steps.
     """
     import torch
 
@@ -118,16 +117,16 @@ def torch_step(
 
 
 def run(name: str, title: str, settings: Any, fields: Mapping[str, Any], train: Callable[[Job], Row]) -> None:
-    """Runs what is not there yet, prints the table of means and saves `name`.json.
+    """Run the jobs that are not finished, print the table of means and save `name`.json.
 
     Args:
-      name: of the file.
-      title: of the table.
-      settings: of `parse`.
-      fields: what else identifies a run, the same for all of them.
-      train: makes the row of a job, with `value`, `choosing_value` (the higher the better) and `seconds`.
+      name: name of the JSON file.
+      title: title of the table.
+      settings: result of `parse`.
+      fields: further fields that identify a run, the same for all runs.
+      train: trains a job and returns its row, with `value`, `choosing_value` (the higher the better) and `seconds`.
     """
-    rows = _there(name, settings)
+    rows = _finished(name, settings)
 
     def value_of(job: Job) -> float:
         found = next((row for row in rows if all(row.get(key) == value for key, value in job.items())), None)
@@ -152,8 +151,8 @@ def run(name: str, title: str, settings: Any, fields: Mapping[str, Any], train: 
     console.say(f"written to {common.save(name, rows, settings)}")
 
 
-def _there(name: str, settings: Any) -> list[Row]:
-    """The rows of an earlier call with the same model; others are replaced."""
+def _finished(name: str, settings: Any) -> list[Row]:
+    """Return the rows of earlier calls with the same model; others are replaced."""
     path = settings.out / f"{name}.json"
     if not path.exists():
         return []

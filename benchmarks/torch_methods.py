@@ -1,7 +1,7 @@
 """The PyTorch side of the step benchmark: a Hugging Face model with the same weights, the same tokens and AdamW.
 
-Two formulations are written here from their formulas: the released NeuroAda (a scatter-add into a copy of the weight, under
-autograd) and its mask-based baseline (dense gradients, masked). LoRA, SHiRA and Super-Tuning are PEFT's own.
+The released NeuroAda (a scatter-add into a copy of the weight, under autograd) and its mask-based baseline (dense
+gradients, masked) are written here from their formulas. LoRA, SHiRA and Super-Tuning are PEFT's own.
 """
 
 import os
@@ -42,14 +42,14 @@ warnings.filterwarnings("ignore", "Sparse invariant checks are implicitly disabl
 
 
 class Weights(NamedTuple):
-    """A model's weights by Hugging Face name, where PyTorch works; frozen methods share them."""
+    """A model's weights by Hugging Face name on PyTorch's device; frozen methods share them."""
 
     model: Model
     tensors: dict[str, torch.Tensor]
 
 
 def load(source: str, dtype: str) -> Weights:
-    """The weights of a checkpoint, read by the library's own readers without JAX arrays; a name in MODELS: random ones."""
+    """Return a checkpoint's weights, read by the library without JAX arrays; for a name in MODELS, random weights."""
     torch.set_num_threads(os.cpu_count() or 1)
     where: dict[str, Any] = {"device": common.torch_device(), "dtype": getattr(torch, dtype)}
     if source in MODELS:
@@ -65,17 +65,17 @@ def load(source: str, dtype: str) -> Weights:
 
 
 def gpu_memory() -> tuple[int, int]:
-    """(bytes that tensors hold now on the GPU, the most that they ever held), as PyTorch's allocator counts."""
+    """Return the bytes that tensors hold on the GPU, now and at most so far, as PyTorch's allocator counts them."""
     return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
 
 
 def own(loaded: Weights) -> Weights:
-    """The model with weights of its own, for a method that writes to them."""
+    """Return the model with a copy of the weights, for a method that writes to them."""
     return loaded._replace(tensors={name: tensor.clone() for name, tensor in loaded.tensors.items()})
 
 
 def methods(ks: Sequence[int], remats: Iterable[Remat]) -> list[Method]:
-    """The rows of the table, the floor first; what costs the same at every k appears at the first one only."""
+    """Return the rows of the table, the floor first; methods that cost the same at every k appear at the first k only."""
     found = [Method("PyTorch", FLOOR, None, _floor)]
     for k in ks:
         found.append(Method("PyTorch", RELEASED, k, lambda loaded, k=k: _released(loaded, k)))
@@ -94,7 +94,7 @@ def methods(ks: Sequence[int], remats: Iterable[Remat]) -> list[Method]:
 
 
 def build_model(loaded: Weights) -> nn.Module:
-    """LlamaForCausalLM (or its like) on the given tensors, nothing of it trainable yet."""
+    """Return LlamaForCausalLM (or its like) on the given tensors, all of them frozen."""
     first = next(iter(loaded.tensors.values()))
     model = _empty_model(loaded.model, first.dtype)
     absent, unknown = model.load_state_dict(loaded.tensors, strict=False, assign=True)
@@ -124,7 +124,7 @@ def _trained(
     after_backward: Callable[[], None] = lambda: None,
     trained: int | None = None,
 ) -> Running:
-    """Loss, gradient, clipping and AdamW (fused, as transformers' Trainer has it) over `parameters`."""
+    """Return the step over `parameters`: loss, gradient, clipping and AdamW (fused, as in transformers' Trainer)."""
     parameters = list(parameters)
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
 
@@ -141,7 +141,7 @@ def _trained(
 
 
 def _floor(loaded: Weights) -> Running:
-    """All weights frozen; the embeddings ask for a gradient, so that it passes through every layer."""
+    """Freeze all weights; the embeddings require a gradient, so that it passes through every layer."""
     model = build_model(loaded)
     model.enable_input_require_grads()
 
@@ -154,7 +154,7 @@ def _floor(loaded: Weights) -> Running:
 
 
 def _targets(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
-    """(parent, attribute, linear map) of everything that is adapted."""
+    """Yield the (parent, attribute, linear map) of every target."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if name in LLAMA_TARGETS:
@@ -162,7 +162,7 @@ def _targets(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
 
 
 def _largest(weight: torch.Tensor, k: int) -> torch.Tensor:
-    """int64 (O, k): the columns of the k largest |W| of every row, ascending."""
+    """Return the columns of the k largest |W| of every neuron, ascending: int64 (O, k)."""
     return weight.detach().abs().topk(min(k, weight.shape[1]), dim=1).indices.sort(dim=1).values
 
 
@@ -194,7 +194,7 @@ def _released(loaded: Weights, k: int) -> Running:
 
 
 def _masked(loaded: Weights, k: int) -> Running:
-    """Whole weights train; after the backward pass their gradients are zeroed outside the mask. The mask is boolean."""
+    """Train complete weights; after the backward pass their gradients are zeroed outside a boolean mask."""
     model = build_model(loaded)
     linears = [linear.requires_grad_(True) for _, _, linear in _targets(model)]
     masks = [
