@@ -142,7 +142,7 @@ def _floor(x: Any, kernel: Any, dy: Any) -> Any:
 
 
 def _dense(x: Any, kernel: Any, dy: Any) -> Any:
-    return _with_gradients(_product, dy, x, kernel)
+    return _with_gradients(product, dy, x, kernel)
 
 
 def _bypass(
