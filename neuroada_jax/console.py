@@ -1,4 +1,4 @@
-"""What a person sees: messages and progress on standard error, tables and results on standard output."""
+"""Output for the user: messages and progress on standard error, tables and results on standard output."""
 
 import contextlib
 import importlib.util
@@ -21,22 +21,22 @@ if not _out.is_terminal:
 
 
 def say(message: str) -> None:
-    """A line for the person, on standard error."""
+    """Print a line on standard error."""
     _err.print(message, markup=False, soft_wrap=True)
 
 
 def silence() -> None:
-    """From here on this process shows nothing but errors: another one of the same run does."""
+    """Show nothing but errors from now on, in a process of a run whose first process shows the rest."""
     _err.quiet = _out.quiet = True
 
 
 def warn(message: str) -> None:
-    """A warning that code can also catch; the CLI shows it as one line."""
+    """Issue a NeuroadaWarning; the command line shows it as one line."""
     warnings.warn(message, NeuroadaWarning, stacklevel=2)
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on standard output; the first column is text, the others are aligned to the right."""
+    """Print a table on standard output, the first field aligned to the left and the others to the right."""
     grid = rich.table.Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD)
     for position, name in enumerate(header):
         grid.add_column(name, justify="right" if position else "left", overflow="fold")
@@ -52,13 +52,13 @@ class Bar:
         self._progress, self._task = progress, task
 
     def update(self, done: int, total: int, note: str = "") -> None:
-        """Moves the bar to `done` of `total` and shows `note` behind it."""
+        """Move the bar to `done` of `total` and show `note` after it."""
         self._progress.update(self._task, completed=done, total=total, note=note)
 
 
 @contextlib.contextmanager
 def bar(description: str, total: int | None = None) -> Iterator[Bar]:
-    """A progress bar with rate, time left and a note; where standard error is no terminal, only its last state shows."""
+    """Show a progress bar with time left and a note; where standard error is no terminal, only its last state."""
     progress = rich.progress.Progress(
         rich.progress.TextColumn("{task.description}"),
         rich.progress.BarColumn(bar_width=30),
@@ -74,17 +74,17 @@ def bar(description: str, total: int | None = None) -> Iterator[Bar]:
 
 
 def reporter(shown: Bar) -> Callable[[int, int], None]:
-    """A bar as the (done, total) callback that the library's long functions take."""
+    """Return a bar as the (done, total) callback of the library's long functions."""
     return lambda done, total: shown.update(done, total)
 
 
 def is_terminal() -> bool:
-    """Whether progress bars are animated; if not, long work prints a line now and then instead."""
+    """Return whether progress bars are animated; if not, long work prints a line now and then instead."""
     return _err.is_terminal or _err.is_jupyter
 
 
 def size(number: int | float) -> str:
-    """Bytes in decimal units: 1.23 MB."""
+    """Return a number of bytes in decimal units, such as 1.23 MB."""
     for unit in ("B", "kB", "MB", "GB"):
         if number < 1000:
             return f"{number:.0f} {unit}" if unit == "B" else f"{number:.2f} {unit}"

@@ -1,12 +1,12 @@
-"""The exception and the warning that a person at the keyboard is meant to read."""
+"""The exception and the warning whose messages are written for the user."""
 
 
 class UserError(Exception):
-    """An error whose one-line message is for the person at the keyboard; the CLI prints it and exits 2."""
+    """An error whose one-line message is for the user; the command line prints it and exits with 2."""
 
 
 class NeuroadaWarning(UserWarning):
-    """Something the user should know, though the work goes on."""
+    """A warning for the user; work continues."""
 
 
 def install_line(extra: str) -> str:

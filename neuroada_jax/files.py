@@ -1,4 +1,4 @@
-"""Writing files so that a reader never meets half of one, and reading them so that errors name them."""
+"""Atomic writes of files and directories, and JSON whose errors name the file."""
 
 import contextlib
 import json
@@ -14,39 +14,47 @@ from neuroada_jax.errors import UserError
 
 
 @contextlib.contextmanager
-def new_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
-    """A temporary directory beside `target` that takes its name when the block ends well, and vanishes when it does not.
+def new_directory(destination: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield a temporary directory that becomes `destination` if the block succeeds, and is removed if it fails.
+
+    Args:
+      destination: the directory to create.
+      replace: replace it where it exists.
 
     Raises:
-      UserError: the target exists and `replace` is not set, or cannot be written.
+      UserError: the destination exists and `replace` is not set, or it cannot be written.
     """
-    if target.exists() and not replace:
-        raise UserError(f"{target} exists already; choose another folder or remove it")
+    if destination.exists() and not replace:
+        raise UserError(f"{destination} exists already; choose another folder or remove it")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
     except OSError as error:
-        raise UserError(f"{target}: cannot be written ({error.strerror})") from error
+        raise UserError(f"{destination}: cannot be written ({error.strerror})") from error
     old = temporary.with_name(f"{temporary.name}.old")
     try:
         yield temporary
-        temporary.chmod(0o755)  # mkdtemp makes it private, and so does safetensors with its files
+        temporary.chmod(0o755)  # mkdtemp makes directories private, and safetensors its files
         for file in temporary.rglob("*"):
             file.chmod(0o755 if file.is_dir() else 0o644)
-        if target.exists():
-            target.rename(old)  # a whole directory has the name, or for a moment none has it; never half of one
-        temporary.rename(target)
+        if destination.exists():
+            destination.rename(old)  # for a moment no directory has the name, but never an incomplete one
+        temporary.rename(destination)
     except OSError as error:
-        raise UserError(f"{target}: cannot be written ({error.strerror or error})") from error
+        raise UserError(f"{destination}: cannot be written ({error.strerror or error})") from error
     finally:
-        if old.exists() and not target.exists():
-            old.rename(target)
+        if old.exists() and not destination.exists():
+            old.rename(destination)
         for leftover in (temporary, old):
             shutil.rmtree(leftover, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a whole text file under a temporary name and renames it; makes the folders above it."""
+    """Write a text file under a temporary name and rename it; create its parent directories.
+
+    Raises:
+      UserError: it cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,7 +67,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Raises UserError where `write_text` could not write this file, as far as can be seen; makes nothing."""
+    """Raise UserError where `write_text` could foreseeably not write this file; create nothing."""
     above = next(folder for folder in path.absolute().parents if os.path.exists(folder))
     if path.is_dir():
         raise UserError(f"{path}: cannot be written (it is a folder)")
@@ -70,7 +78,7 @@ def check_writable(path: Path) -> None:
 
 
 def to_json(content: Any, indent: int | None = None) -> str:
-    """JSON text; a number that is not finite, for which JSON has no word, is written as null."""
+    """Return JSON text; numbers that are not finite, which JSON cannot express, become null."""
     try:
         return json.dumps(content, ensure_ascii=False, allow_nan=False, indent=indent)
     except ValueError:
@@ -78,7 +86,7 @@ def to_json(content: Any, indent: int | None = None) -> str:
 
 
 def finite(content: Any) -> Any:
-    """Dicts and lists with None in the place of numbers that are not finite."""
+    """Return the content with None in place of numbers that are not finite."""
     if isinstance(content, dict):
         return {key: finite(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
@@ -87,16 +95,16 @@ def finite(content: Any) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Read a JSON object from a file.
 
     Raises:
-      UserError: the file is missing, is not JSON, or holds something else than an object.
+      UserError: the file is missing, is not JSON, or is not an object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:  # the latter where brackets are nested a thousand deep
+    except (ValueError, RecursionError) as error:  # RecursionError: brackets nested a thousand deep
         raise UserError(f"{path}: not JSON ({error})") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(content).__name__}")
