@@ -34,7 +34,7 @@ def call(inputs, out, *more):
     return json.loads((out / "glue.json").read_text())
 
 
-def test_methods_share_rows_splits_and_heads(inputs, tmp_path, monkeypatch, capsys):
+def test_methods_share_rows_splits_and_classifiers(inputs, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(glue, "MAX_LENGTH", 40)
     content = call(inputs, tmp_path, "--seeds", "1", "2")
     rows = content["rows"]
@@ -48,9 +48,9 @@ def test_methods_share_rows_splits_and_heads(inputs, tmp_path, monkeypatch, caps
     assert tried[used] == max(tried.values())
     assert all(np.isfinite(row["last_loss"]) and len(row["epoch_values"]) == 2 for row in rows)
     trained = {row["method"]: row["trained"] for row in rows}
-    head = 16 * 2 + 2
-    assert trained["neuroada-2"] == 2 * 2 * (5 * 16 + 24) + head
-    assert trained["lora-2"] == 2 * 2 * (4 * 32 + 2 * 40) + head
+    classifier = 16 * 2 + 2
+    assert trained["neuroada-2"] == 2 * 2 * (5 * 16 + 24) + classifier
+    assert trained["lora-2"] == 2 * 2 * (4 * 32 + 2 * 40) + classifier
     assert "lora-2" in capsys.readouterr().out
 
     monkeypatch.setattr(glue, "_run", None)  # all rows are there
