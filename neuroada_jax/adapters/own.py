@@ -1,10 +1,10 @@
-"""Adapters of parameters that are the caller's own: written by hand, or of a Flax Linen, NNX or Equinox model.
+"""Adapters of the caller's own parameters: a hand-written pytree, or a Flax Linen, NNX or Equinox model.
 
     own.save("adapter", trained, params)
     trained = own.load("adapter", params)
 
-The files are those of `native`, with these differences: modules are named by their dotted paths in the caller's tree, the
-axes of stacked layers are flattened into the neurons (adapter.json has the `shapes`), and the base has no config but
+The files are those of `native`, with these differences: modules are named by their dotted paths in the caller's tree; the
+axes of stacked layers are flattened into the neurons (adapter.json has the `shapes`); and `base` holds only
 `"kind": "tree"` and a digest of every kernel that carries a bypass.
 """
 
@@ -34,15 +34,15 @@ def save(
     seed: int | None = None,
     replace: bool = False,
 ) -> None:
-    """Writes an adapter directory, complete or not at all.
+    """Write an adapter directory, complete or not at all.
 
     Args:
       directory: must not exist unless `replace`.
       trained: values (*L, O, k), written as float32, and columns.
       params: the parameters that it was trained on, any pytree of arrays; the kernels are at the paths of `trained`.
-      rule: how the columns were chosen, None if it is not known.
-      seed: the run's seed, None if it is not known.
-      replace: overwrite an adapter that is there.
+      rule: the scoring rule of the columns; None if unknown.
+      seed: the seed of the run; None if unknown.
+      replace: overwrite an existing adapter.
 
     Raises:
       UserError: no kernel at a path, a kernel that the columns do not fit, or the directory exists or cannot be written.
@@ -66,14 +66,15 @@ def save(
 
 
 def load(directory: str | Path, params: Any) -> Bypass:
-    """Reads an adapter for parameters that must be those it was trained on.
+    """Read an adapter and check that `params` holds the kernels that it was trained on.
 
     Args:
       directory: as `save` wrote it.
       params: any pytree of arrays with the same kernels at the same paths.
 
     Raises:
-      UserError: files missing, damaged or of another kind; kernels that are missing or differ (names the first).
+      UserError: a missing or damaged file, an adapter of another kind, or a kernel that is missing or differs (names the
+        first).
     """
     adapter = native.read(str(directory))
     about, shapes = adapter.metadata["base"], adapter.metadata.get("shapes")
@@ -97,7 +98,7 @@ def load(directory: str | Path, params: Any) -> Bypass:
 
 
 def _kernels(params: Any) -> dict[str, tuple[trees.ModulePath, Any]]:
-    """The (path, array) of whatever may be a kernel, by dotted name: the array itself, and the module that holds it."""
+    """Return (path, array) by dotted name for every array that may be a kernel, and also for the module that holds it."""
     kernels: dict[str, tuple[trees.ModulePath, Any]] = {}
     for path, leaf in trees.flatten(trees.to_nested(params)):
         if getattr(leaf, "ndim", 0) >= 2:
@@ -110,7 +111,7 @@ def _kernels(params: Any) -> dict[str, tuple[trees.ModulePath, Any]]:
 
 
 def _inputs(name: str, kernels: Mapping[str, tuple[trees.ModulePath, Any]], columns: np.ndarray) -> int:
-    """The number of inputs of a kernel that the columns fit."""
+    """Check that the columns fit a kernel and return its number of inputs."""
     if name not in kernels:
         raise UserError(f"{name} holds no kernel")
     kernel, neurons = kernels[name][1], math.prod(columns.shape[:-1])
@@ -120,7 +121,7 @@ def _inputs(name: str, kernels: Mapping[str, tuple[trees.ModulePath, Any]], colu
 
 
 def _describes(shape: Any, flat: np.ndarray) -> bool:
-    """Whether adapter.json's shape (*L, O, k) is one of the flattened (L * O, k)."""
+    """Return whether a shape (*L, O, k) from adapter.json describes the flattened array (L * O, k)."""
     sizes = isinstance(shape, list) and len(shape) > 1 and all(isinstance(size, int) and size > 0 for size in shape)
     return sizes and (math.prod(shape[:-1]), shape[-1]) == flat.shape
 
