@@ -37,7 +37,7 @@ class EncoderConfig:
     num_layers: int  # L
     num_heads: int  # H
     num_labels: int
-    position_rows: int
+    num_positions: int
     first_position: int
     token_types: int
     pad_id: int
@@ -51,7 +51,7 @@ class EncoderConfig:
     @property
     def max_positions(self) -> int:
         """The most tokens of a sequence."""
-        return self.position_rows - self.first_position
+        return self.num_positions - self.first_position
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], dtype: Any = jnp.float32) -> "EncoderConfig":
@@ -96,7 +96,7 @@ class EncoderConfig:
             num_layers=need("num_hidden_layers"),
             num_heads=need("num_attention_heads"),
             num_labels=num_labels(config),
-            position_rows=need("max_position_embeddings"),
+            num_positions=need("max_position_embeddings"),
             first_position=0 if bert else pad + 1,
             token_types=need("type_vocab_size") if "type_vocab_size" in config else 2,
             pad_id=pad,
@@ -146,15 +146,15 @@ class Embeddings(nn.Module):
     def __call__(self, ids: Array, token_types: Array | None) -> Array:
         c = self.config
 
-        def embed(name: str, rows: int, ids: Array) -> Array:
-            return Embedding(rows, c.hidden_size, c.dtype, name=name)(ids)
+        def embed(name: str, size: int, ids: Array) -> Array:
+            return Embedding(size, c.hidden_size, c.dtype, name=name)(ids)
 
         if c.first_position:  # RoBERTa: padding has a position of its own and is not counted
             real = ids != c.pad_id
             positions = jnp.where(real, c.first_position - 1 + jnp.cumsum(real, axis=1, dtype=jnp.int32), c.pad_id)
         else:
             positions = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
-        x = embed("word_embeddings", c.vocab_size, ids) + embed("position_embeddings", c.position_rows, positions)
+        x = embed("word_embeddings", c.vocab_size, ids) + embed("position_embeddings", c.num_positions, positions)
         token_types = jnp.zeros_like(ids) if token_types is None else token_types
         x = x + embed("token_type_embeddings", c.token_types, token_types)
         return Dropout(c.hidden_dropout)(LayerNorm(c.norm_epsilon, c.dtype, name="LayerNorm")(x))

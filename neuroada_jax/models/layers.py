@@ -4,7 +4,7 @@ The collections that the caller passes to `apply` decide the form of a linear ma
 
     params                                   a plain frozen linear map (base, merged or resident weights alike)
     params, bypass, columns                  W + D formed on the fly (ops.bypass_dense without base_entries)
-    params, bypass, columns, base_entries    params hold W + D already, values only receive the gradient (training)
+    params, bypass, columns, base_entries    params hold W + D already (resident), values are there for their gradient
 """
 
 import math

@@ -44,7 +44,7 @@ _LAYER_NAME = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 _ROPE_TABLE = re.compile(r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd\.weight")  # tables, not parameters
 
 
-def _open_model(path) -> tuple[Header, str]:
+def _open_model(path: str | Path) -> tuple[Header, str]:
     """Return header and architecture of a complete, supported model; UserError otherwise."""
     header = read_header(path)
     arch = header.metadata.get("general.architecture")
@@ -108,7 +108,7 @@ class GGUFTensors:
         return self._tensors[name]
 
 
-def _decode(path, name: str, raw: memoryview, info: TensorInfo) -> np.ndarray:
+def _decode(path: str | Path, name: str, raw: memoryview, info: TensorInfo) -> np.ndarray:
     """Return stored bytes as an array of the tensor's shape: plain types as they are, blocks as f32."""
     stored = np.frombuffer(raw, np.uint8)
     if info.qtype.name in _PLAIN:
@@ -187,7 +187,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     return config | {key: value for key, value in optional.items() if value is not None}
 
 
-def _required(meta: dict, path, key: str, kind: type = int) -> Any:
+def _required(meta: dict, path: str | Path, key: str, kind: type = int) -> Any:
     if not isinstance(meta.get(key), kind):
         raise UserError(f"{path}: metadata {key} is {meta.get(key)!r}, expected one {kind.__name__}")
     return meta[key]
@@ -198,7 +198,7 @@ def _short(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _rope_scaling(path, header: Header, arch: str, theta: float, head_dim: int) -> dict[str, Any] | None:
+def _rope_scaling(path: str | Path, header: Header, arch: str, theta: float, head_dim: int) -> dict[str, Any] | None:
     """Return Hugging Face's `rope_scaling`: linear or yarn from the metadata, llama3 from the table of divisors."""
     prefix = f"{arch}.rope.scaling."
     keys = {key.removeprefix(prefix): value for key, value in header.metadata.items() if key.startswith(prefix)}
@@ -222,7 +222,9 @@ def _rope_scaling(path, header: Header, arch: str, theta: float, head_dim: int) 
     return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original, **betas}
 
 
-def _llama3_scaling(path, table: np.ndarray, theta: float, head_dim: int, original: int) -> dict[str, Any] | None:
+def _llama3_scaling(
+    path: str | Path, table: np.ndarray, theta: float, head_dim: int, original: int
+) -> dict[str, Any] | None:
     """Infer Llama 3's rule from its table (N/2,) of divisors; all releases use low 1 and high 4, so only factor varies."""
     factor, low, high = float(table.max()), 1.0, 4.0
     if factor == 1.0:

@@ -234,8 +234,8 @@ def load_with_progress(opened: OpenedModel, seed: int = 0, shardings: Tree | Non
         loaded = opened.load(seed, shardings, console.reporter(shown))
     if loaded.initialised:
         console.say(
-            f"{opened.path} has no {', '.join(loaded.initialised)}: initialised from seed {seed}, to be trained or to be "
-            "an adapter's"
+            f"{opened.path} has no {', '.join(loaded.initialised)}: initialised from seed {seed}, to be trained or "
+            "replaced by an adapter"
         )
     return loaded
 
@@ -244,9 +244,9 @@ def with_params(opened: OpenedModel, loaded: LoadedModel, seed: int = 0) -> Load
     """Return the opened model with the weights of `loaded`, as if they had been read from its checkpoint.
 
     Args:
-      opened: architecture and config; the classifier may be another than that of `loaded`.
-      loaded: the same model in memory; its arrays are used, not copied.
-      seed: of the tensors that the checkpoint lacks; those of `loaded` are not used.
+      opened: architecture and config; its classifier may differ from that of `loaded`.
+      loaded: the same model in memory; its arrays are shared, not copied.
+      seed: initialises the tensors that the checkpoint lacks; those of `loaded` are not used.
 
     Raises:
       UserError: an array that is missing or has another shape or dtype.

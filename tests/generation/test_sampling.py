@@ -26,7 +26,7 @@ def random_tokens(length, rows=5):
 
 
 def assert_same(got, want):
-    """Equal numbers, and the same tokens cut."""
+    """Equal numbers, and the same tokens excluded."""
     np.testing.assert_array_equal(np.isneginf(got), np.isneginf(want))
     np.testing.assert_allclose(got, want, rtol=1e-6)
 
@@ -155,8 +155,8 @@ def test_stop_strings(base_model):
     assert any(len(ids) < 40 for ids in got)
     searched = generate(base_model, PROMPTS, new=20, beams=2)
     which, letter = next((i, readable(text_of(ids))[0]) for i, ids in enumerate(searched) if readable(text_of(ids)))
-    cut = generate(base_model, PROMPTS, new=20, beams=2, stop=(letter,), decode=text_of)
-    assert cut[which] == searched[which][: len(cut[which])] and text_of(cut[which])[-1] == letter
+    truncated = generate(base_model, PROMPTS, new=20, beams=2, stop=(letter,), decode=text_of)
+    assert truncated[which] == searched[which][: len(truncated[which])] and text_of(truncated[which])[-1] == letter
 
 
 def test_a_stop_string_that_never_comes_ends_at_the_longest_continuation(base_model):

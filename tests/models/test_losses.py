@@ -42,7 +42,7 @@ def plain_losses(module, variables, batch):
     return -scores[rows, batch.label_positions, batch.label_ids] * batch.label_mask
 
 
-def losses_and_gradient(function, head: bool):
+def losses_and_gradient(function, output: bool):
     """Losses and gradient of a weighted sum of them with respect to the values, with or without those of lm_head."""
     module, params, built, batch = problem()
     weights = jnp.arange(ROWS * TARGETS, dtype=jnp.float32).reshape(ROWS, TARGETS) / 7  # cotangents that differ
@@ -55,15 +55,15 @@ def losses_and_gradient(function, head: bool):
 
         return jax.grad(total, has_aux=True)(values)
 
-    return run(built.values if head else {"model": built.values["model"]})
+    return run(built.values if output else {"model": built.values["model"]})
 
 
-@pytest.mark.parametrize("head", [False, True], ids=["frozen output layer", "output layer with a bypass"])
+@pytest.mark.parametrize("output", [False, True], ids=["frozen output layer", "output layer with a bypass"])
 @pytest.mark.parametrize("chunk", [1, 10, 32, 100])  # of 32 targets: one at a time, uneven, exactly full, all
-def test_losses_and_gradients_equal_the_plain_ones(head, chunk, monkeypatch):
+def test_losses_and_gradients_equal_the_plain_ones(output, chunk, monkeypatch):
     monkeypatch.setattr(losses, "LOGIT_BYTES", chunk * 4 * CONFIG["vocab_size"])
-    gradient, each = losses_and_gradient(losses.label_losses, head)
-    plain_gradient, plain = losses_and_gradient(plain_losses, head)
+    gradient, each = losses_and_gradient(losses.label_losses, output)
+    plain_gradient, plain = losses_and_gradient(plain_losses, output)
     np.testing.assert_allclose(each, plain, rtol=1e-5, atol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), gradient, plain_gradient)
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient))
@@ -80,12 +80,12 @@ def shapes(jaxpr):
                     yield from shapes(inner)
 
 
-@pytest.mark.parametrize("head", [False, True])
-def test_no_more_logits_exist_than_a_chunk_of_them(head, monkeypatch):
+@pytest.mark.parametrize("output", [False, True])
+def test_no_more_logits_exist_than_a_chunk_of_them(output, monkeypatch):
     vocabulary = CONFIG["vocab_size"]
     monkeypatch.setattr(losses, "LOGIT_BYTES", 5 * 4 * vocabulary)
     module, params, built, batch = problem()
-    values = built.values if head else {"model": built.values["model"]}
+    values = built.values if output else {"model": built.values["model"]}
 
     def total(values):
         return jnp.sum(losses.label_losses(module, {"params": params, "bypass": values, "columns": built.columns}, batch))

@@ -229,10 +229,10 @@ def message(function, path) -> str:
 
 @pytest.mark.parametrize("kept", [0, 3, 20, 60, 200, 900, 0.5, 0.9, -64])
 def test_truncated_file_names_the_file(tmp_path, kept):
-    whole = Path(write_model(tmp_path / "whole.gguf")).read_bytes()
-    length = int(kept * len(whole)) if isinstance(kept, float) else kept
+    complete = Path(write_model(tmp_path / "complete.gguf")).read_bytes()
+    length = int(kept * len(complete)) if isinstance(kept, float) else kept
     path = tmp_path / "short.gguf"
-    path.write_bytes(whole[:length])
+    path.write_bytes(complete[:length])
     for function in (GGUFTensors, read_config):
         assert ("truncated" if length not in (0, 3) else "not a GGUF file") in message(function, path)
 

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import write_safetensors
+from helpers import write_bert, write_safetensors
 
 from neuroada_jax import models
 from neuroada_jax.core import trees
 from neuroada_jax.errors import UserError
 from neuroada_jax.models import names
-from neuroada_jax.pretrained.load import load_model
+from neuroada_jax.pretrained.load import LoadedModel, load_model, open_model
 
 CONFIG = {
     "model_type": "llama",
@@ -116,6 +116,16 @@ def test_a_digest_changes_if_and_only_if_its_bytes_change(tmp_path):
     assert len(set(before.values())) == len(before)
 
 
+def test_an_opened_encoder_knows_the_tensors_that_its_checkpoint_lacks(tmp_path):
+    opened = open_model(str(write_bert(tmp_path / "bert"))).with_labels(["no", "perhaps", "yes"])
+    loaded = opened.load(seed=3)
+    classifier = ["classifier.bias", "classifier.weight"]
+    assert [name for name in opened.missing() if name in classifier] == classifier
+    assert opened.missing() == loaded.initialised == loaded.without_params().initialised
+    assert not isinstance(loaded.without_params(), LoadedModel) and loaded.without_params().digests == loaded.digests
+    assert loaded.params["classifier"]["kernel"].shape == (3, 16)
+
+
 def error_of(path):
     with pytest.raises(UserError) as error:
         load_model(str(path))
@@ -145,7 +155,7 @@ MEASURE = """
     import sys
     import jax
     jax.config.update("jax_num_cpu_devices", 1)
-    from neuroada_jax.pretrained.load import load_model
+    from neuroada_jax.pretrained.load import LoadedModel, load_model, open_model
     jax.block_until_ready(jax.jit(lambda x: x + 1)(jax.numpy.ones(8)))
     # Not getrusage: its ru_maxrss starts at what the process that started this one held.
     status = lambda key: next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(key)) / 1024

@@ -122,7 +122,7 @@ def test_the_tokenizer_comes_along(saved):
 
 @pytest.mark.parametrize("name", ["untied", "bfloat16"])
 def test_shards(name, saved, tmp_path, monkeypatch, caplog, capfd):
-    base_model, params, whole = saved[name]
+    base_model, params, unsharded = saved[name]
     monkeypatch.setattr(save, "SHARD_BYTES", 5_000)
     save.save(tmp_path / "m", base_model, params, CHAT)
     files = sorted(path.name for path in tmp_path.glob("m/*.safetensors"))
@@ -130,7 +130,7 @@ def test_shards(name, saved, tmp_path, monkeypatch, caplog, capfd):
     index = json.loads((tmp_path / "m" / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == set(files)
     assert index["metadata"]["total_size"] == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    one = load_in_transformers(whole, caplog, capfd).state_dict()
+    one = load_in_transformers(unsharded, caplog, capfd).state_dict()
     many = load_in_transformers(tmp_path / "m", caplog, capfd).state_dict()
     assert one.keys() == many.keys() and all(torch.equal(one[key], many[key]) for key in one)
     again = load_model(str(tmp_path / "m"), "auto").params

@@ -180,7 +180,7 @@ def test_sentencepiece_without_prefix_space(tmp_path):
     assert ours.decode(ours(" hello")["input_ids"]) == " hello"
 
 
-def test_llama3_adds_bos_unless_told(tmp_path):
+def test_llama3_adds_bos_unless_the_file_declares_it(tmp_path):
     fields = byte_level_fields("llama-bpe")
     assert load_tokenizer(write_gguf(tmp_path / "a.gguf", **fields))("")["input_ids"] == [fields["bos_token_id"]]
     assert load_tokenizer(write_gguf(tmp_path / "b.gguf", **fields, add_bos_token=False))("")["input_ids"] == []
