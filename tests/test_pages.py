@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from test_architecture import ORDER
 
 from neuroada_jax import cli
 from neuroada_jax.training import config_file
@@ -75,3 +76,34 @@ def test_whole_configs_are_read(page, tmp_path):
         if "name" in (yaml.safe_load(block) or {}):
             (tmp_path / "run.yaml").write_text(block, encoding="utf-8")
             config_file.load(str(tmp_path / "run.yaml"), [])
+
+
+@pytest.fixture(scope="module")
+def package_map():
+    """The files that docs/design.md lists, in its order; a folder stands for its __init__.py."""
+    block = re.search(r"```text\n(.*?)```", (ROOT / "docs" / "design.md").read_text(encoding="utf-8"), re.DOTALL)
+    found, folder = [], ""
+    for line in block[1].splitlines():
+        name = line.split()[0]
+        if not line.startswith(" "):
+            folder = name if name.endswith("/") else ""
+        found.append(name + "__init__.py" if name.endswith("/") else (folder + name if line.startswith(" ") else name))
+    return found
+
+
+def test_the_map_names_every_file_of_the_package(package_map):
+    package = ROOT / "neuroada_jax"
+    assert sorted(package_map) == sorted(str(path.relative_to(package)) for path in package.rglob("*.py"))
+
+
+def test_the_map_is_in_the_order_of_imports(package_map):
+    rooms = dict.fromkeys(name.split("/")[0].removesuffix(".py") for name in package_map)
+    assert list(rooms) == ["__init__", *ORDER]
+
+
+def test_the_readme_is_short_and_has_its_picture():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 200
+    pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
+    assert pictures
+    assert all((ROOT / picture).stat().st_size < 100_000 for picture in pictures)
