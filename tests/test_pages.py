@@ -107,3 +107,8 @@ def test_the_readme_is_short_and_has_its_picture():
     pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
     assert pictures
     assert all((ROOT / picture).stat().st_size < 100_000 for picture in pictures)
+
+
+def test_the_index_lists_every_page():
+    text = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    assert all(f"({path.name})" in text for path in (ROOT / "docs").glob("*.md") if path.name != "README.md")
