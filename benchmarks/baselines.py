@@ -12,7 +12,8 @@ import optax
 from flax import linen as nn
 
 from benchmarks.methods import LEARNING_RATE
-from neuroada_jax.core import bypass, ops, selection, trees
+from neuroada_jax.core import bypass, selection, trees
+from neuroada_jax.core.entries import add_entries
 from neuroada_jax.core.trees import ModulePath, Tree
 from neuroada_jax.data.batches import Batch
 from neuroada_jax.models import losses
@@ -65,7 +66,7 @@ def scatter(k: int) -> Baseline:
         return {"bypass": built.values}, {"params": params, "columns": built.columns}
 
     def formula(x: Any, kernel: Any, columns: Any, values: Any) -> Any:
-        return product(x, ops.add_entries(kernel, columns, values))
+        return product(x, add_entries(kernel, columns, values))
 
     return Baseline(split, lambda module: _adapted_loss(module, formula))
 

@@ -23,7 +23,8 @@ from benchmarks import common
 from benchmarks.baselines import product
 from benchmarks.common import Column, Row
 from neuroada_jax.core import ops, selection
-from neuroada_jax.core.ops import GradientAlgorithm
+from neuroada_jax.core.entries import add_entries, read_entries, write_entries
+from neuroada_jax.core.value_gradient import GradientAlgorithm
 
 # By model: tokens, and the (O, I) of its linear maps.
 SHAPES = {
@@ -115,8 +116,8 @@ def _trained(x: Any, kernel: Any, dy: Any, k: int) -> dict[str, Case]:
     """Return the methods with a budget of k connections per neuron."""
     columns = selection.select(selection.magnitude(kernel), k)
     values = 1e-3 * jax.random.normal(jax.random.key(1), columns.shape)
-    base = ops.read_entries(kernel, columns)
-    resident = ops.write_entries(kernel, columns, base.astype(values.dtype) + values)
+    base = read_entries(kernel, columns)
+    resident = write_entries(kernel, columns, base.astype(values.dtype) + values)
     arguments = (x, resident, dy, columns, values, base)
     found = {"bypass": Case(_bypass, arguments, values.size)}
     for algorithm in GradientAlgorithm:
@@ -154,7 +155,7 @@ def _bypass(
 
 
 def _scatter(x: Any, kernel: Any, dy: Any, columns: Any, values: Any) -> Any:
-    return _with_gradients(lambda x, values: product(x, ops.add_entries(kernel, columns, values)), dy, x, values)
+    return _with_gradients(lambda x, values: product(x, add_entries(kernel, columns, values)), dy, x, values)
 
 
 def _lora(x: Any, kernel: Any, dy: Any, down: Any, up: Any) -> Any:

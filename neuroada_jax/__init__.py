@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from neuroada_jax.core.attached import BypassKernel, attach
 from neuroada_jax.core.bypass import Bypass, average, build, count, interpolate, make_resident, merge, read, swap, unmerge
-from neuroada_jax.core.ops import GradientAlgorithm, Layout, bypass_dense, choose_algorithm
+from neuroada_jax.core.entries import Layout
+from neuroada_jax.core.ops import bypass_dense
 from neuroada_jax.core.selection import magnitude, select
 from neuroada_jax.core.trees import kernels
+from neuroada_jax.core.value_gradient import GradientAlgorithm, choose_algorithm
 from neuroada_jax.errors import UserError
 
 if TYPE_CHECKING:

@@ -20,7 +20,8 @@ from flax import linen as nn
 
 from neuroada_jax.core import bypass, selection, trees
 from neuroada_jax.core.bypass import Bypass
-from neuroada_jax.core.ops import Layout, bypass_dense
+from neuroada_jax.core.entries import Layout
+from neuroada_jax.core.ops import bypass_dense
 from neuroada_jax.core.trees import ModulePath, Targets, Tree
 from neuroada_jax.errors import UserError
 

@@ -15,7 +15,7 @@ import neuroada_jax as na
 from neuroada_jax import linen
 from neuroada_jax.adapters import own
 from neuroada_jax.core import bypass, selection, trees
-from neuroada_jax.core.ops import Layout
+from neuroada_jax.core.entries import Layout
 from neuroada_jax.errors import UserError
 from neuroada_jax.training import optimizer
 from neuroada_jax.training.config import OptimizerSection

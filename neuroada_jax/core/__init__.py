@@ -1,1 +1,1 @@
-"""The core: arrays and trees alone. It knows neither Flax nor files."""
+"""The method itself, on arrays and trees: independent of Flax, of model code and of files."""

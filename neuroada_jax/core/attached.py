@@ -1,10 +1,10 @@
-"""A kernel and its bypass as one object in the place of the array, so that code which multiplies by it needs no change.
+"""A kernel and its bypass as one pytree in place of the array: code that multiplies by the kernel needs no change.
 
     def loss(values):
         return objective(model(attach(params, Bypass(values, columns), layout=Layout.IO), x))
 
-Inside the model, `x @ params["hidden"]["w"]` is then a bypass layer. Anything else that is done to the weight raises: W + D
-as an array would bring the dense gradient back.
+Inside the model, `x @ params["hidden"]["w"]` then applies the bypass. Every other operation on the weight raises an error,
+because W + D as an array would bring back the dense gradient.
 """
 
 import dataclasses
@@ -23,10 +23,10 @@ from neuroada_jax.errors import UserError
 
 
 class _NotSupported(UserError, AttributeError):
-    """An array's attribute that a kernel with a bypass lacks; `hasattr` expects an AttributeError."""
+    """Access to an array attribute that a kernel with a bypass lacks; an AttributeError, which `hasattr` expects."""
 
 
-# jax puts other things than arrays into the fields while it transforms: they stay unchecked.
+# The fields are typed Any: JAX puts placeholders into them during transformations.
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["kernel", "columns", "values"],
@@ -34,17 +34,17 @@ class _NotSupported(UserError, AttributeError):
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class BypassKernel:
-    """A frozen kernel with its trainable values: `x @ w`, `w @ x`, the same with `w.T`, and `w(x)`.
+    """Frozen kernel with its trainable values, for `x @ w`, `w @ x`, the same with `w.T`, and `w(x)`.
 
-    A pytree of three arrays, which goes through jit, grad, vmap, remat and, with stacked layers in front, scan.
+    It is a pytree of three arrays that passes through jit, grad, vmap, remat and, with stacked layers, scan.
 
     Attributes:
-      kernel: float (*L, O, I), or (*L, I, O) as `layout` says.
+      kernel: float (*L, O, I), or (*L, I, O) for `Layout.IO`.
       columns: int32 (*L, O, k).
       values: float (*L, O, k).
-      layout: where the kernel has its neurons.
-      name: the path of the kernel, for messages.
-      transposed: whether this stands for the transpose of the kernel.
+      layout: axis order of the kernel.
+      name: path of the kernel, for messages.
+      transposed: whether the object stands for the transpose of the kernel.
     """
 
     kernel: Any
@@ -54,7 +54,7 @@ class BypassKernel:
     name: str
     transposed: bool = False
 
-    __array_ufunc__ = None  # a NumPy array on the left of `@` gives way
+    __array_ufunc__ = None  # makes a NumPy array on the left of `@` defer to `__rmatmul__`
 
     @property
     def ndim(self) -> int:
@@ -63,7 +63,7 @@ class BypassKernel:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the array that this stands for."""
+        """The shape of the array that the object stands for."""
         *leading, rows, columns = self.kernel.shape
         return (*leading, columns, rows) if self.transposed else (*leading, rows, columns)
 
@@ -74,24 +74,26 @@ class BypassKernel:
 
     @property
     def T(self) -> "BypassKernel":
-        """The transpose; nothing is moved."""
+        """The transpose, without moving data."""
         return dataclasses.replace(self, transposed=not self.transposed)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Computes the linear map (..., I) -> (..., O), under both layouts."""
+        """Apply the linear map, (*B, I) -> (*B, O), in both layouts."""
         if self.ndim != 2:
-            raise UserError(f"{self.name}: stacked kernels {self.shape} are no single linear map; scan or vmap over them")
+            raise UserError(
+                f"{self.name}: found stacked kernels {self.shape}, expected one linear map; scan or vmap over them"
+            )
         dtype = jnp.promote_types(x.dtype, self.dtype)
         kernel = self.kernel.astype(dtype)
         return bypass_dense(x.astype(dtype), kernel, self.columns, self.values, layout=self.layout)
 
     def __rmatmul__(self, x: Any) -> jax.Array:
-        """Computes `x @ w`."""
+        """Return `x @ w`."""
         self._check_sums_over_inputs("x @ w", Layout.IO)
         return self(jnp.asarray(x))
 
     def __matmul__(self, x: Any) -> jax.Array:
-        """Computes `w @ x`."""
+        """Return `w @ x`."""
         self._check_sums_over_inputs("w @ x", Layout.OI)
         x = jnp.asarray(x)
         return self(x) if x.ndim == 1 else jnp.matrix_transpose(self(jnp.matrix_transpose(x)))
@@ -113,16 +115,16 @@ class BypassKernel:
 
 
 def attach(params: Mapping[str, Any], bypass: Bypass, *, layout: Layout = Layout.OI) -> Tree:
-    """The parameters with a BypassKernel in the place of every kernel that has a bypass.
+    """Return the parameters with a BypassKernel in place of every kernel that has a bypass.
 
     Args:
       params: parameter tree, with kernels as for `build`.
-      bypass: its values are what to differentiate by.
-      layout: where the kernels have their neurons.
+      bypass: values, the variables to differentiate with respect to, and columns.
+      layout: axis order of the kernels.
 
     Raises:
-      UserError: a kernel does not fit its columns, or carries a bypass already.
-      KeyError: a path that holds no kernel.
+      UserError: a kernel does not fit its columns, or has a bypass already.
+      KeyError: a path holds no kernel.
     """
     attached = dict(params)
     for path, columns in trees.leaves(bypass.columns, "columns"):

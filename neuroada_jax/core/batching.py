@@ -1,9 +1,10 @@
-"""Makes `jax.vmap` over examples one call of a function with a custom VJP, instead of one backward pass for each example.
+"""A `jax.vmap` rule over examples for functions with a custom VJP: one call for the batch, not one for each example.
 
-JAX batches the backward pass of a custom VJP and sums the results: `jax.vmap(layer)(x)`, which is how Equinox and much code
-by hand writes a batch, forms a value gradient of every example and, where `choose_algorithm` takes the dense product, a
-dense dW of every example. Here the mapped axis becomes one more leading axis of x, before anything is differentiated.
-`jax.custom_batching.custom_vmap` cannot do it: outside of a custom VJP it has no reverse mode, inside it sees one example.
+JAX batches the backward pass of a custom VJP and sums the results afterwards. `jax.vmap(layer)(x)`, the usual form of a
+batch in Equinox and in plain JAX, then forms a value gradient for every example, and a dense dW for every example where
+`choose_algorithm` picks the dense product. Here the mapped axis becomes one more leading axis of x before anything is
+differentiated. `jax.custom_batching.custom_vmap` cannot do this: around a custom VJP it has no reverse mode, and inside one
+it sees a single example.
 """
 
 import functools
@@ -16,20 +17,19 @@ from jax.interpreters import ad, batching, mlir
 
 
 def share_examples(name: str, function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """Returns `function` with a rule for vmap over x alone: the mapped axis becomes a leading axis of x.
+    """Return `function` with a vmap rule for x alone, which turns the mapped axis into a leading axis of x.
 
-    Everything else stays the function's own: its derivatives, what it keeps for them, and vmap where other arguments are
-    mapped as well, such as several adapters at once or the layers of a stack.
+    Derivatives, residuals, and vmap over other arguments too (several adapters, stacked layers) remain those of `function`.
 
     Args:
-      name: of the primitive that stands for the function in a jaxpr until it is differentiated or compiled.
-      function: (x, *arrays, **static) with x (*B, I) -> (*B, O) for any number of axes B.
+      name: of the primitive that represents the function in a jaxpr until it is differentiated or compiled.
+      function: (x, *arrays, **static) -> y with x (*B, I) and y (*B, O), for any number of axes B.
     """
 
     def shared(*arguments: Any, **static: Any) -> jax.Array:
         if not any(isinstance(argument, jax.core.Tracer) for argument in arguments):
             return function(*arguments, **static)
-        # Traced here and not where it is lowered, so that settings such as the matmul precision are those of the caller.
+        # Traced here rather than at lowering, so that settings such as the matmul precision are those of the caller.
         jaxpr = jax.make_jaxpr(functools.partial(function, **static))(*arguments)
         return primitive().bind(*arguments, jaxpr=jaxpr, static=tuple(static.items()))
 

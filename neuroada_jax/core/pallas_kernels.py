@@ -1,26 +1,26 @@
-"""The gradient of the values, and the remainder that a bfloat16 kernel cannot hold, as GPU kernels in Pallas for Triton.
+"""GPU kernels in Pallas for Triton: the gradient of the values, and the remainder that a bfloat16 kernel cannot hold.
 
-Letters: T tokens, O neurons, I input connections, k connections per neuron. The gradient:
+Letters: T tokens, O neurons, I input connections, k connections per neuron. The gradient is
 
     dvalues[o, j] = sum_t dy[t, o] x[t, columns[o, j]]
 
-The product costs next to no arithmetic; what it costs is the gather. An element of x gathered from its row drags a memory
-sector of 32 bytes along: 16 times its own size in bfloat16. So x is transposed first, by XLA, once for all maps that read
-it. A connection is then a row of x^T, and consecutive tokens come as vectors of 16 bytes. Bytes moved, at b bytes each:
+Its cost is the gather, not the arithmetic. Gathering one element from a row of x loads a memory sector of 32 bytes, 16
+times the element's own size in bfloat16. So XLA first transposes x, once for all linear maps that read it. A connection is
+then a row of x^T, and consecutive tokens load as vectors of 16 bytes. Bytes moved, at b bytes per element:
 
-    x^T             2 b T I                read and written; shared by the maps that read the same x
-    gathers         b T O k                from the second-level cache: all programs walk the tokens in step, so that a few
-                                           MB of x^T are in use at a time
-    dy              b T O ceil(k / 4)      once for four connections; beyond the first time mostly from the cache
-    partial sums    8 S O k                S ranges of tokens, at most T / 64, written and added up in float32
+    x^T             2 b T I                read and written; shared by the linear maps that read the same x
+    gathers         b T O k                from the L2 cache: all programs walk the tokens in step, so that a few MB of x^T
+                                           are in use at a time
+    dy              b T O ceil(k / 4)      once for every four connections; after the first time mostly from the cache
+    partial sums    8 S O k                for S <= T / 64 ranges of tokens, written and added up in float32
 
-LLaMA's 4096 x 4096 with 8,192 tokens in bfloat16 and k = 20: 134 MB, 1.3 GB, 336 MB and 1.3 MB. Gathering from the rows of
-x would move up to 21 GB through the cache. The price is x^T, a temporary of the size of x. On an H100 a map of 11008 x 4096
-takes 0.19 ms at k = 1 and 0.91 ms at k = 20 (8,192 tokens, bfloat16), where the dense product takes 1.07 ms.
+A 4096 x 4096 map of LLaMA with 8,192 tokens in bfloat16 at k = 20: 134 MB, 1.3 GB, 336 MB and 1.3 MB. Gathering from the
+rows of x would move up to 21 GB through the cache. The price is x^T, a temporary of the size of x. On an H100 an
+11008 x 4096 map takes 0.19 ms at k = 1 and 0.91 ms at k = 20 (8,192 tokens, bfloat16); the dense product takes 1.07 ms.
 
-A tensor core is no help: for 16 neurons it would form all 16 x 16 products of which only the diagonal is wanted.
+Tensor cores do not help: for 16 neurons they would form 16 x 16 products, of which only the diagonal is needed.
 
-The remainder gathers the same rows of x^T the same way, and adds to y once what XLA would add k times.
+The remainder gathers the same rows of x^T in the same way, and updates y once where XLA would update it k times.
 """
 
 import functools
@@ -33,17 +33,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
 
-# Compiled for sm_90a in bfloat16, with four connections, this takes 126 of the 255 registers of a thread and spills none:
-# four programs fit on a multiprocessor, with 80 KB of loads in flight.
-NEURONS, TOKENS = 32, 64  # the tile of one program
-CONNECTIONS = 4  # the most that share a tile of dy, each with a tile of sums in registers
+# Compiled for sm_90a in bfloat16 with four connections, a thread takes 126 of its 255 registers and spills none: four
+# programs fit on a multiprocessor, with 80 KB of loads in flight.
+NEURONS, TOKENS = 32, 64  # tile of one program
+CONNECTIONS = 4  # at most so many share a tile of dy, each with a tile of sums in registers
 WARPS = 4
-REMAINDER_TOKENS = 128  # 3 % faster there than 64
-PROGRAMS = 1024  # about two rounds on the 132 multiprocessors of an H100; fewer neurons get more ranges of tokens
+REMAINDER_TOKENS = 128  # tile of the remainder: 3 % faster than 64
+PROGRAMS = 1024  # about two waves on the 132 multiprocessors of an H100; with fewer neurons, tokens are split further
 
 
 def _kernel(dy_ref, x_rows_ref, columns_ref, sums_ref, *, connections: int, tiles: int):
-    """One program: NEURONS neurons, `connections` of their connections, `tiles` tiles of tokens."""
+    """Compute one program: NEURONS neurons, `connections` of their connections, `tiles` tiles of tokens."""
     (tokens, outputs), (_, _, k) = dy_ref.shape, sums_ref.shape
     wide = sums_ref.dtype
     groups = pl.cdiv(k, connections)
@@ -75,18 +75,19 @@ def _kernel(dy_ref, x_rows_ref, columns_ref, sums_ref, *, connections: int, tile
 def gathered_rows_gradient(
     dy: Float[Array, "T O"], x: Float[Array, "T I"], columns: Int[Array, "O k"], wide: Any
 ) -> Float[Array, "O k"]:
-    """dvalues[o, j] = sum_t dy[t, o] x[t, columns[o, j]] for any T, O and k of at least one.
+    """Return dvalues[o, j] = sum_t dy[t, o] x[t, columns[o, j]] for any T, O, k >= 1.
 
-    Runs on CUDA and ROCm GPUs. On a CPU the same kernel is interpreted, which is slow and meant for tests. Lowering for
-    another platform raises NotImplementedError.
+    It runs on CUDA and ROCm GPUs. On a CPU the same GPU kernel is interpreted, which is slow and meant for tests. Lowering
+    for another platform raises NotImplementedError.
 
     Args:
       dy: gradient of the output, float (T, O).
       x: input of the layer, float (T, I).
-      columns: int32 (O, k), every entry in [0, I): a GPU would read beyond x elsewhere.
-      wide: the dtype in which products are formed and summed.
+      columns: int32 (O, k), every entry in [0, I): nothing checks the bounds of the loads.
+      wide: dtype in which products are formed and summed.
 
-    Returns: (O, k) in `wide`.
+    Returns:
+      (O, k) in `wide`.
     """
     tokens, outputs = dy.shape
     k = columns.shape[1]
@@ -98,7 +99,7 @@ def gathered_rows_gradient(
 
     sums = _call(
         functools.partial(_kernel, connections=connections, tiles=tiles),
-        # dy varies over every mesh axis over which x or the columns do: it comes from their product.
+        # dy derives from x and the columns, and so varies over every mesh axis over which they vary.
         jax.ShapeDtypeStruct((parts, outputs, k), wide, manual_axis_type=jax.typeof(dy).manual_axis_type),
         (blocks, parts),
         "value_gradient",
@@ -108,7 +109,7 @@ def gathered_rows_gradient(
 
 
 def _remainder_kernel(y_ref, x_rows_ref, columns_ref, remainder_ref, out_ref):
-    """One program: NEURONS neurons, REMAINDER_TOKENS tokens, all connections."""
+    """Compute one program: NEURONS neurons, REMAINDER_TOKENS tokens, all connections."""
     (tokens, outputs), (_, k) = y_ref.shape, columns_ref.shape
     neurons = pl.program_id(0) * NEURONS + jnp.arange(NEURONS, dtype=jnp.int32)
     index = pl.program_id(1) * REMAINDER_TOKENS + jnp.arange(REMAINDER_TOKENS, dtype=jnp.int32)
@@ -130,12 +131,12 @@ def _remainder_kernel(y_ref, x_rows_ref, columns_ref, remainder_ref, out_ref):
 def with_remainder(
     y: Float[Array, "T O"], x: Float[Array, "T I"], columns: Int[Array, "O k"], remainder: Float[Array, "O k"]
 ) -> Float[Array, "T O"]:
-    """y[t, o] + sum_j remainder[o, j] x[t, columns[o, j]], summed in the dtype of y and rounded once, to that of x.
+    """Return y[t, o] + sum_j remainder[o, j] x[t, columns[o, j]], summed in the dtype of y and rounded once to that of x.
 
-    Runs where `gathered_rows_gradient` does.
+    It runs where `gathered_rows_gradient` does.
 
     Args:
-      y: product that leaves the remainder out, float (T, O).
+      y: product with the rounded kernel, float (T, O).
       x: input of the layer, float (T, I).
       columns: int32 (O, k), every entry in [0, I).
       remainder: (O, k) in the dtype of y.
@@ -150,16 +151,18 @@ def with_remainder(
 
 
 def _call(kernel: Any, out_shape: jax.ShapeDtypeStruct, grid: tuple[int, int], name: str, *operands: Array) -> Array:
-    """Runs a kernel; by the platform that is lowered for, not the default one: a host without a GPU can compile for one.
+    """Call a GPU kernel, or its interpreter where a CPU is lowered for.
+
+    The lowering platform decides, not the default backend, so that a host without a GPU can compile for one.
 
     Raises:
-      ValueError: an operand has 2^31 entries or more, which the kernels' 32-bit offsets do not reach.
+      ValueError: an operand has 2^31 entries or more, beyond the GPU kernels' 32-bit offsets.
     """
     largest = max(operands, key=lambda operand: operand.size)
     if largest.size >= 1 << 31:
         raise ValueError(
-            f"kernel {name!r}: an array {largest.shape} has {largest.size} entries, expected fewer than 2^31; take fewer "
-            "tokens at a time, or another GradientAlgorithm"
+            f"GPU kernel {name!r}: an array {largest.shape} has {largest.size} entries, expected fewer than 2^31; use "
+            "fewer tokens per call or another GradientAlgorithm"
         )
 
     def on_platform(interpret: bool) -> Any:

@@ -1,4 +1,4 @@
-"""Which backend a program is traced for: the one that runs it or, while a run is planned, another machine's."""
+"""The platform that a program is traced for: the one that runs it or, in `neuroada plan`, that of a described machine."""
 
 import contextlib
 import contextvars
@@ -6,26 +6,26 @@ from collections.abc import Iterator
 
 import jax
 
-_planned: contextvars.ContextVar[tuple[str, bool] | None] = contextvars.ContextVar("planned", default=None)
+_override: contextvars.ContextVar[tuple[str, bool] | None] = contextvars.ContextVar("override", default=None)
 
 
-def platform() -> str:
-    """The platform that static choices are made for, such as "cpu" or "gpu"."""
-    planned = _planned.get()
-    return planned[0] if planned else jax.default_backend()
+def name() -> str:
+    """Return the platform that choices made at trace time are for, such as "cpu" or "gpu"."""
+    override = _override.get()
+    return override[0] if override else jax.default_backend()
 
 
 def has_flash_attention() -> bool:
-    """Whether the program may call cuDNN's fused attention."""
-    planned = _planned.get()
-    return planned[1] if planned else jax.default_backend() == "gpu"
+    """Return whether the program may call cuDNN's fused attention."""
+    override = _override.get()
+    return override[1] if override else jax.default_backend() == "gpu"
 
 
 @contextlib.contextmanager
-def planned_for(platform: str, *, flash_attention: bool) -> Iterator[None]:
-    """What is traced inside is made for `platform`, whatever runs here."""
-    token = _planned.set((platform, flash_attention))
+def tracing_for(platform: str, *, flash_attention: bool) -> Iterator[None]:
+    """Trace the enclosed code for `platform` instead of the backend of this process."""
+    token = _override.set((platform, flash_attention))
     try:
         yield
     finally:
-        _planned.reset(token)
+        _override.reset(token)

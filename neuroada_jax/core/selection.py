@@ -1,9 +1,10 @@
-"""Which connections of each neuron get a bypass: the k best entries of every row, by a score (for the method: |W|).
+"""Selection of the connections that get a bypass: the k highest-scoring inputs of every neuron (the method: by |W|).
 
-A knock-out tournament in each row. Its first round, the best score of every eight neighbours, is the only one that reads
-all of the kernel; further rounds do the same with the winners. Then the best entry is followed from the last round down
-to its column k times, and each time the rounds it won are replayed without it. On a CPU this costs little more than reading
-the weights, where `lax.top_k` costs up to thirty times that, and hundreds of times in bfloat16.
+The algorithm is a knock-out tournament in each row of the kernel. The first round, the maximum of every eight neighbouring
+scores, is the only one that reads the complete kernel; each further round does the same with the winners. Then, k times,
+the winner is traced from the last round down to its column, and the rounds it took part in are replayed without it. On a
+CPU this costs little more than reading the weights. `lax.top_k` costs up to thirty times that, and hundreds of times in
+bfloat16.
 """
 
 import functools
@@ -15,21 +16,21 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from neuroada_jax.core.ops import Layout, wide_dtype
+from neuroada_jax.core.entries import Layout, wide_dtype
 
 _BLOCK = 8  # entries of a match: the most whose maximum XLA computes in one vectorised pass on a CPU
-_FINAL = 16  # entries that the last round may leave over
+_FINAL = 16  # the largest width of the last round
 
 Score = Callable[[jax.Array], jax.Array]
 
 
 def magnitude(kernel: Float[Array, "*L O I"]) -> Float[Array, "*L O I"]:
-    """The method's score: |W|, chosen once from the pretrained weights."""
+    """Return |W|, the score of the method, applied once to the pretrained weights."""
     return jnp.abs(kernel)
 
 
 def reverse(kernel: Float[Array, "*L O I"]) -> Float[Array, "*L O I"]:
-    """-|W|, which selects the smallest entries: the ablation that shows what magnitude is worth."""
+    """Return -|W|, which selects the smallest entries: the ablation against `magnitude`."""
     return -jnp.abs(kernel)
 
 
@@ -37,19 +38,20 @@ def reverse(kernel: Float[Array, "*L O I"]) -> Float[Array, "*L O I"]:
 def select(
     kernel: Float[Array, "*L _ _"], k: int, score: Score = magnitude, *, layout: Layout = Layout.OI
 ) -> Int[Array, "*L O k"]:
-    """The columns of the k largest scores of every neuron, ascending.
+    """Return the columns of the k largest scores of every neuron, ascending.
 
-    Ties go to the lowest column, as in `jax.lax.top_k`. Neurons with k or fewer inputs get all of them: the last axis of
-    the result is min(k, I). Temporaries are a fraction of one layer's kernel where I is a multiple of 8; for (I, O) kernels
-    add two copies of one layer's kernel, to transpose it.
+    Ties go to the lowest column, as in `jax.lax.top_k`. Neurons with k or fewer inputs get all of them. Temporaries are a
+    fraction of one layer's kernel where I is a multiple of 8; (I, O) kernels need two copies of one layer's kernel more,
+    for its transpose.
 
     Args:
-      kernel: float (..., O, I), one row per neuron, or (..., I, O) as `layout` says.
+      kernel: float (*L, O, I), or (*L, I, O) for `Layout.IO`.
       k: connections per neuron, at least 1.
-      score: elementwise, array -> finite scores of the same shape; it sees pieces of the kernel, in float32 at least.
-      layout: where the kernel has its neurons.
+      score: elementwise, array -> finite scores of the same shape; it gets pieces of the kernel in float32 or float64.
+      layout: axis order of the kernel.
 
-    Returns: int32 (..., O, min(k, I)).
+    Returns:
+      int32 (*L, O, min(k, I)).
 
     Raises:
       ValueError: k < 1.
@@ -72,20 +74,20 @@ def select(
 
 
 def _select(rows: Float[Array, "R I"], first: Int[Array, ""], count: int, k: int, score: Score) -> Int[Array, "O k"]:
-    """The best columns of `count` rows from `first` on."""
+    """Return the columns (count, k) of the best entries in rows `first` to `first + count`."""
     inputs = rows.shape[1]
     wide = wide_dtype(rows.dtype)
 
-    def cut(column: int, width: int) -> Array:
-        # Rows are cut out where they are read: a cut that two readers share is a copy. They are widened before they are
-        # scored, which is exact: XLA's CPU backend would widen and round again for every operation.
+    def scores_of(column: int, width: int) -> Array:
+        # Sliced at every use: a slice with two users would be materialised as a copy. Widened before scoring, which is
+        # exact: XLA's CPU backend would widen and round again for every bfloat16 operation.
         part = lax.dynamic_slice(_bound(rows, first), (first, jnp.int32(column)), (count, width))
         return score(part.astype(wide))
 
     if inputs % _BLOCK:
-        return _select(_padded(cut(0, inputs)), jnp.int32(0), count, k, lambda scores: scores)
+        return _select(_padded(scores_of(0, inputs)), jnp.int32(0), count, k, lambda scores: scores)
 
-    rounds = [_winners(cut, inputs)]
+    rounds = [_winners(scores_of, inputs)]
     while rounds[-1].shape[1] > _FINAL:
         rounds[-1] = _padded(rounds[-1])
         rounds.append(_winners(lambda column, width: rounds[-1][:, column : column + width], rounds[-1].shape[1]))
@@ -96,13 +98,13 @@ def _select(rows: Float[Array, "R I"], first: Int[Array, ""], count: int, k: int
     def next_best(state: tuple[list[Array], Array, Array], _: None) -> tuple[tuple[list[Array], Array, Array], Array]:
         rounds, last_score, last_column = state
         block = _argmax(rounds[-1])
-        matches = []  # of the winner, from the final down
+        matches = []  # those of the winner, from the last round to the first: (block, place in it, entries)
         for winners in rounds[-2::-1]:
             entries = _block(winners, every, block)
             matches.append((block, _argmax(entries), entries))
             block = block * _BLOCK + matches[-1][1]
         entries = score(_block(_bound(rows, block), every + first, block).astype(wide))
-        # What came before is out: scores fall, and columns rise among equal ones.
+        # Mask the entries selected so far: scores descend, and columns ascend among equal scores.
         columns = block[:, None] * _BLOCK + within
         later = (entries == last_score[:, None]) & (columns > last_column[:, None])
         entries = jnp.where((entries < last_score[:, None]) | later, entries, -jnp.inf)
@@ -122,13 +124,14 @@ def _select(rows: Float[Array, "R I"], first: Int[Array, ""], count: int, k: int
     return jnp.sort(lax.scan(next_best, start, length=k)[1].T, axis=1)
 
 
-def _winners(cut: Callable[[int, int], Array], width: int) -> Array:
-    """(O, width / _BLOCK): the maximum of every block of neighbours. `cut(column, width)` gives scores."""
-    return functools.reduce(jnp.maximum, [cut(column, width - _BLOCK + 1)[:, ::_BLOCK] for column in range(_BLOCK)])
+def _winners(scores_of: Callable[[int, int], Array], width: int) -> Array:
+    """Return the maximum of every block of neighbours, (O, width / _BLOCK), of the scores scores_of(column, width)."""
+    parts = [scores_of(column, width - _BLOCK + 1)[:, ::_BLOCK] for column in range(_BLOCK)]
+    return functools.reduce(jnp.maximum, parts)
 
 
 def _padded(scores: Float[Array, "O I"]) -> Float[Array, "O _"]:
-    """The scores, filled up to whole blocks with what never wins."""
+    """Return the scores padded with -inf to a multiple of _BLOCK."""
     return jnp.pad(scores, ((0, 0), (0, -scores.shape[1] % _BLOCK)), constant_values=-jnp.inf)
 
 
@@ -137,11 +140,11 @@ def _argmax(entries: Float[Array, "O _"]) -> Int[Array, "O"]:
 
 
 def _block(rows: Float[Array, "R I"], row: Int[Array, "O"], block: Int[Array, "O"]) -> Float[Array, "O _"]:
-    """One block of each of the given rows, (O, _BLOCK)."""
+    """Return one block of each of the given rows, (O, _BLOCK)."""
     dimensions = lax.GatherDimensionNumbers(offset_dims=(1,), collapsed_slice_dims=(0,), start_index_map=(0, 1))
     return lax.gather(rows, jnp.stack([row, block * _BLOCK], axis=1), dimensions, (1, _BLOCK), mode="clip")
 
 
 def _bound(rows: Array, to: Array) -> Array:
-    """The rows, made to depend on something inside a loop: XLA would else widen all of a bfloat16 kernel before it."""
+    """Return the rows with a dependency on `to`, so that XLA cannot hoist the cast of a bfloat16 kernel out of the loop."""
     return lax.optimization_barrier((rows, to))[0]

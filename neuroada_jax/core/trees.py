@@ -1,4 +1,4 @@
-"""Nested dicts of arrays: paths into them, and the leaves and kernels that they hold."""
+"""Nested dicts of arrays: access by path, iteration over leaves and kernels, conversion from other pytrees."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -13,14 +13,14 @@ Targets = Sequence[str] | Callable[[str], bool] | None
 
 
 def get(tree: Mapping[str, Any], path: ModulePath) -> Any:
-    """The node at `path`."""
+    """Return the node at `path`."""
     for key in path:
         tree = tree[key]
     return tree
 
 
 def put(tree: Mapping[str, Any], path: ModulePath, node: Any) -> Tree:
-    """A copy of `tree` (shared but for the nodes on the way) with `node` at `path`."""
+    """Return a copy of `tree` with `node` at `path`; all nodes off the path are shared with `tree`."""
     if not path:
         return node
     key, *rest = path
@@ -28,7 +28,7 @@ def put(tree: Mapping[str, Any], path: ModulePath, node: Any) -> Tree:
 
 
 def flatten(tree: Mapping[str, Any], prefix: ModulePath = ()) -> Iterator[tuple[ModulePath, Any]]:
-    """The (path, leaf) pairs of a nested dict in its order."""
+    """Yield the (path, leaf) pairs of a nested dict in its order."""
     for key, node in tree.items():
         if isinstance(node, Mapping):
             yield from flatten(node, (*prefix, key))
@@ -37,7 +37,7 @@ def flatten(tree: Mapping[str, Any], prefix: ModulePath = ()) -> Iterator[tuple[
 
 
 def unflatten(leaves: Mapping[ModulePath, Any]) -> dict[str, Any]:
-    """The nested dict of the leaves at their paths; what `flatten` takes apart."""
+    """Return the nested dict with these leaves at these paths, the inverse of `flatten`."""
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
         node = tree
@@ -48,7 +48,7 @@ def unflatten(leaves: Mapping[ModulePath, Any]) -> dict[str, Any]:
 
 
 def leaves(tree: Mapping[str, Any], leaf: str, prefix: ModulePath = ()) -> Iterator[tuple[ModulePath, Any]]:
-    """The (module path, array) of every node that holds `leaf` ("values", "columns" or "base")."""
+    """Yield the (module path, array) of every node that holds the key `leaf`, such as "values" or "columns"."""
     for key, node in tree.items():
         if key == leaf:
             yield prefix, node
@@ -57,7 +57,7 @@ def leaves(tree: Mapping[str, Any], leaf: str, prefix: ModulePath = ()) -> Itera
 
 
 def kernels(params: Mapping[str, Any], prefix: ModulePath = ()) -> Iterator[tuple[ModulePath, Any]]:
-    """The (path, kernel) of every node that holds a `kernel`, in the tree's order."""
+    """Yield the (module path, kernel) of every node that holds a `kernel`, in the tree's order."""
     for key, node in params.items():
         if isinstance(node, Mapping):
             if "kernel" in node:
@@ -66,10 +66,10 @@ def kernels(params: Mapping[str, Any], prefix: ModulePath = ()) -> Iterator[tupl
 
 
 def kernel_at(params: Mapping[str, Any], path: ModulePath) -> Any:
-    """The kernel of the linear map at `path`.
+    """Return the kernel of the linear map at `path`: the node's `kernel`, or the node itself if it is an array.
 
     Raises:
-      KeyError: there is none.
+      KeyError: there is none, or it has fewer than two axes.
     """
     node: Any = params
     for key in path:
@@ -81,30 +81,30 @@ def kernel_at(params: Mapping[str, Any], path: ModulePath) -> Any:
 
 
 def path_of(keys: Sequence[Any]) -> ModulePath:
-    """The path that JAX gives as keys: names of attributes and of entries, indices of lists."""
+    """Return JAX's key path as strings: names of attributes and dict entries, indices of lists."""
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
 
 
 def to_nested(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> Tree:
-    """Any pytree as nested dicts: a list's entries and a module's attributes become keys, as in layers -> 0 -> weight."""
+    """Return any pytree as nested dicts: list indices and attribute names become keys, as in layers -> 0 -> weight."""
     return unflatten({path_of(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)})
 
 
 def from_nested(tree: Any, nested: Mapping[str, Any], is_leaf: Callable[[Any], bool] | None = None) -> Any:
-    """The pytree with the leaves of nested dicts that `to_nested` made of it, or of one like it."""
+    """Return a pytree of the structure of `tree` with the leaves of `nested`, the inverse of `to_nested`."""
     return jax.tree_util.tree_map_with_path(lambda keys, _: get(nested, path_of(keys)), tree, is_leaf=is_leaf)
 
 
 def matching(modules: Collection[str], targets: Targets) -> list[str]:
-    """The linear maps that `targets` select, in the order of `modules`.
+    """Return the linear maps that `targets` select, in the order of `modules`.
 
     Args:
-      modules: the dotted paths of all linear maps.
-      targets: exact paths or, where no module has that path, the last component of one, never a substring; or a predicate
-        of the path, or None for all of them.
+      modules: dotted paths of all linear maps.
+      targets: exact paths or, where no module has that path, last components of paths (never substrings); or a predicate
+        of the path; or None for all linear maps.
 
     Raises:
-      UserError: a target, or the predicate, that selects nothing (lists what exists).
+      UserError: a target or the predicate selects nothing (lists the linear maps).
     """
     if targets is None:
         return list(modules)

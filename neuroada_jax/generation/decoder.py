@@ -26,7 +26,7 @@ def one_by_one() -> bool:
     the layers' weights while decoding, and a program that grows with the depth. Programs compiled for an H100 contain these
     copies too, but there the second copy takes too much memory (13 GB for LLaMA-7B in bfloat16), so a GPU scans.
     """
-    return platform.platform() == "cpu"
+    return platform.name() == "cpu"
 
 
 class Decoder(NamedTuple):

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from neuroada_jax.core import ops, platform
+from neuroada_jax.core import platform
+from neuroada_jax.core.entries import wide_dtype
 from neuroada_jax.models.layers import dropped
 
 
@@ -81,7 +82,7 @@ def cached_attention(
 ) -> Float[Array, "B T H N"]:
     """Compute `attention` with a mask on keys and values in the layout of a cache, so that no step transposes them."""
     batch, tokens, heads, size = query.shape
-    wide = ops.wide_dtype(query.dtype)
+    wide = wide_dtype(query.dtype)
     grouped = query.reshape(batch, tokens, key.shape[1], heads // key.shape[1], size)
     logits = jnp.einsum("btkgn,bksn->bkgts", grouped, key, preferred_element_type=wide) * size**-0.5
     logits = jnp.where(mask[:, :, None], logits, jnp.finfo(wide).min)
@@ -101,7 +102,7 @@ def attention_with_dropout(
     """Compute `attention` with dropout of rate `rate` on the probabilities, from the key `rng`."""
 
     def attend(query: Array, key: Array, value: Array, rng: Array) -> Array:
-        wide = ops.wide_dtype(query.dtype)
+        wide = wide_dtype(query.dtype)
         logits = jnp.einsum("bthn,bshn->bhts", query, key).astype(wide) * query.shape[-1] ** -0.5
         logits = jnp.where(mask, logits, jnp.finfo(wide).min)
         probabilities = dropped(jax.nn.softmax(logits, axis=-1).astype(query.dtype), rate, rng)

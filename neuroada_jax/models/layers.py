@@ -18,6 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from neuroada_jax.core import ops, platform
+from neuroada_jax.core.entries import wide_dtype
 from neuroada_jax.models import remat
 
 _FEW_TOKENS = 16
@@ -62,7 +63,7 @@ def _product(x: Any, kernel: Any) -> Array:
 
     On a CPU, x of few tokens is the right operand: XLA takes a fifth less time for W x^T than for x W^T.
     """
-    if platform.platform() == "cpu" and 1 < math.prod(x.shape[:-1]) <= _FEW_TOKENS:
+    if platform.name() == "cpu" and 1 < math.prod(x.shape[:-1]) <= _FEW_TOKENS:
         y = lax.dot_general(kernel, x.reshape(-1, x.shape[-1]), (((1,), (1,)), ((), ())))
         # Without the barrier XLA turns this into x W^T again.
         return lax.optimization_barrier(y).T.reshape(*x.shape[:-1], kernel.shape[0])
@@ -80,7 +81,7 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.dtype)
 
         def normalise(x: Array, scale: Array) -> Array:
-            wide = x.astype(ops.wide_dtype(x.dtype))
+            wide = x.astype(wide_dtype(x.dtype))
             variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
             normed = (wide * lax.rsqrt(variance + self.epsilon)).astype(x.dtype)
             return normed * jnp.broadcast_to(scale, normed.shape)
@@ -101,7 +102,7 @@ class LayerNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), self.dtype)
 
         def normalise(x: Array, scale: Array, bias: Array) -> Array:
-            wide = x.astype(ops.wide_dtype(x.dtype))
+            wide = x.astype(wide_dtype(x.dtype))
             centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
             variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
             scale, bias = (jnp.broadcast_to(leaf.astype(wide.dtype), wide.shape) for leaf in (scale, bias))

@@ -148,7 +148,7 @@ def test_products_over_the_neurons_are_refused():
 
 
 def test_stacked_kernels_are_no_single_map():
-    with pytest.raises(UserError, match=r"^hidden.w: stacked kernels \(3, 12, 20\) are no single linear map"):
+    with pytest.raises(UserError, match=r"^hidden.w: found stacked kernels \(3, 12, 20\), expected one linear map"):
         X @ kernel(Layout.IO, 3)[0]
 
 

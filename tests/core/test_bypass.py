@@ -10,7 +10,7 @@ from quick import jit
 
 from neuroada_jax import models
 from neuroada_jax.core import bypass, selection, trees
-from neuroada_jax.core.ops import Layout
+from neuroada_jax.core.entries import Layout
 from neuroada_jax.errors import UserError
 
 # Compiled whole: operation by operation they take three times as long.
@@ -395,7 +395,7 @@ def test_mixing_names_the_module_whose_columns_differ():
     one = adapter(params, TARGETS, 1, 0)
     with pytest.raises(UserError, match=r"^model.layers.q_proj: .*\(3, 8, 1\), another \(3, 8, 4\).*smaller k"):
         bypass.average([one, one, adapter(params, TARGETS, 4, 1)])
-    with pytest.raises(UserError, match=r"^only one of two adapters has columns at head"):
+    with pytest.raises(UserError, match=r"^head: only one of two adapters has a bypass there"):
         bypass.interpolate(one, adapter(params, TARGETS[:2], 1, 1), 0.5)
     columns = trees.put(one.columns, ("head",), {"columns": one.columns["head"]["columns"].at[7, 0].add(1)})
     found = one.columns["head"]["columns"][7].tolist()
@@ -405,7 +405,7 @@ def test_mixing_names_the_module_whose_columns_differ():
 
 @pytest.mark.parametrize(
     ("count", "weights", "message"),
-    [(0, None, "0 adapters and 0 weights"), (2, [1.0], "2 adapters and 1 weights"), (2, [1.0, -1.0], "add up to 0")],
+    [(0, None, "0 adapters and 0 weights"), (2, [1.0], "2 adapters and 1 weights"), (2, [1.0, -1.0], "sum to 0")],
 )
 def test_an_average_wants_weights_that_fit(count, weights, message):
     params = tree(jnp.float32)

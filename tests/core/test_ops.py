@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from quick import jit
 
 from neuroada_jax.core import ops
-from neuroada_jax.core.ops import GradientAlgorithm, Layout
+from neuroada_jax.core.entries import Layout, add_entries, read_entries, write_entries
+from neuroada_jax.core.value_gradient import GradientAlgorithm
 
 ALGORITHMS = list(GradientAlgorithm)
 LAYOUTS = list(Layout)
@@ -50,8 +51,8 @@ def oracle(x, kernel, columns, values, dy):
 
 def resident_kernel(kernel, columns, values, layout=Layout.OI):
     """The buffer of the resident form and the base entries that belong to it."""
-    base_entries = ops.read_entries(kernel, columns, layout)
-    return ops.write_entries(kernel, columns, base_entries.astype(values.dtype) + values, layout), base_entries
+    base_entries = read_entries(kernel, columns, layout)
+    return write_entries(kernel, columns, base_entries.astype(values.dtype) + values, layout), base_entries
 
 
 def laid_out(kernel, layout):
@@ -152,66 +153,17 @@ def test_float32_values_survive_a_bfloat16_base(resident, k):
     x = jnp.asarray(np.concatenate([x_half, x_half], axis=1), jnp.bfloat16)
     columns = jnp.asarray(random_columns(rng, outputs, 2 * half, k))
     values = jnp.asarray(rng.uniform(-1e-3, 1e-3, size=(outputs, k)), jnp.float32)
-    assert np.array_equal(ops.add_entries(kernel, columns, values), kernel)  # all of it is lost in the merged kernel
+    assert np.array_equal(add_entries(kernel, columns, values), kernel)  # all of it is lost in the merged kernel
 
     delta = np.zeros(kernel.shape)
     np.put_along_axis(delta, np.asarray(columns), np.asarray(values, np.float64), axis=1)
     truth = np.asarray(x, np.float64) @ (np.asarray(kernel, np.float64) + delta).T
-    plain = np.asarray(x @ ops.add_entries(kernel, columns, values).T, np.float64)
+    plain = np.asarray(x @ add_entries(kernel, columns, values).T, np.float64)
     merged, base_entries = resident_kernel(kernel, columns, values) if resident else (kernel, None)
     y = np.asarray(ops.bypass_dense(x, merged, columns, values, base_entries), np.float64)
     error, plain_error = np.linalg.norm(y - truth), np.linalg.norm(plain - truth)
     assert plain_error > 0.99 * np.linalg.norm(truth)
     assert error < 0.01 * plain_error
-
-
-def test_rounding_remainder_is_what_the_kernel_dtype_cannot_hold():
-    rng = np.random.default_rng(4)
-    base_entries = jnp.asarray(rng.normal(size=(6, 3)), jnp.bfloat16)
-    values = jnp.asarray(rng.normal(size=(6, 3)) * 1e-2, jnp.float32)
-    stored = (base_entries.astype(jnp.float32) + values).astype(jnp.bfloat16)
-    remainder = ops.rounding_remainder(base_entries, values)
-    np.testing.assert_array_equal(stored.astype(jnp.float32) + remainder, base_entries.astype(jnp.float32) + values)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("leading", [(), (3,), (2, 3)])
-def test_read_write_and_add_entries_of_stacked_kernels(dtype, leading, layout):
-    rng = np.random.default_rng(5)
-    rows = jnp.asarray(rng.normal(size=(*leading, 7, 9)), dtype)
-    kernel = laid_out(rows, layout)
-    columns = np.stack([random_columns(rng, 7, 9, 4) for _ in range(int(np.prod(leading)))]).reshape(*leading, 7, 4)
-    values = jnp.asarray(rng.normal(size=columns.shape), jnp.float32)
-    entries = np.take_along_axis(np.asarray(rows), columns, axis=-1)
-    np.testing.assert_array_equal(ops.read_entries(kernel, jnp.asarray(columns), layout), entries)
-    np.testing.assert_array_equal(kernel[ops.entry_indices(jnp.asarray(columns), layout)], entries)
-
-    for got, new in [
-        (ops.write_entries(kernel, jnp.asarray(columns), values, layout), values),
-        (ops.add_entries(kernel, jnp.asarray(columns), values, layout), entries.astype(np.float32) + np.asarray(values)),
-    ]:
-        expected = np.array(rows)
-        np.put_along_axis(expected, columns, np.asarray(jnp.asarray(new).astype(dtype)), axis=-1)
-        np.testing.assert_array_equal(got, laid_out(expected, layout))
-        assert got.dtype == dtype
-
-
-def test_a_kernel_in_the_other_layout_is_refused():
-    """Scatters promise to stay in bounds: nothing may reach them that does not."""
-    _, kernel, columns, values, _ = problem(8, (2,), 12, 5, 3)
-    calls = [
-        lambda kernel, layout: ops.read_entries(kernel, columns, layout),
-        lambda kernel, layout: ops.write_entries(kernel, columns, values, layout),
-        lambda kernel, layout: ops.add_entries(kernel, columns, values, layout),
-        lambda kernel, layout: ops.add_entries(kernel, columns, values.astype(jnp.bfloat16), layout),
-        lambda kernel, layout: ops.bypass_dense(jnp.ones((2, 5)), kernel, columns, values, values, layout=layout),
-    ]
-    kernel, columns, values = jnp.asarray(kernel, jnp.float32), jnp.asarray(columns), jnp.asarray(values, jnp.float32)
-    for call in calls:
-        for right, wrong in (Layout.OI, Layout.IO), (Layout.IO, Layout.OI):
-            with pytest.raises(ValueError, match=rf"in layout {wrong} does not go with columns \(12, 3\)"):
-                call(laid_out(kernel, right), wrong)
 
 
 @pytest.mark.parametrize("per_adapter_columns", [False, True])
@@ -253,7 +205,7 @@ def arguments(dtype=jnp.float32):
 @pytest.mark.parametrize("resident", [False, True], ids=["on_the_fly", "resident"])
 def test_residuals_are_the_arguments_alone(algorithm, resident, dtype):
     x, kernel, columns, values, _ = arguments(dtype)
-    base_entries = ops.read_entries(kernel, columns) if resident else None
+    base_entries = read_entries(kernel, columns) if resident else None
     _, vjp = jax.vjp(
         lambda x, kernel, values: ops.bypass_dense(x, kernel, columns, values, base_entries, algorithm=algorithm),
         x,
@@ -270,7 +222,7 @@ def test_residuals_are_the_arguments_alone(algorithm, resident, dtype):
 
 def gradient_equations(algorithm, resident, layout=Layout.OI):
     x, kernel, columns, values, _ = arguments()
-    base_entries = ops.read_entries(kernel, columns) if resident else None
+    base_entries = read_entries(kernel, columns) if resident else None
     kernel = laid_out(kernel, layout)
 
     def loss(x, values, kernel):
@@ -307,79 +259,3 @@ def test_the_other_layout_transposes_no_kernel(resident):
     of_kernel = [e.primitive.name for e in found for v in e.outvars if sorted(v.aval.shape) == sorted((O, I))]
     formed = [name for name in of_kernel if name not in ("pjit", "jit", "custom_vjp_call", "custom_vjp_call_jaxpr")]
     assert formed == ([] if resident else ["scatter-add", "scatter-add"])
-
-
-def test_the_dense_algorithm_works_in_chunks(monkeypatch):
-    assert rows_of_dense_gradient(gradient_equations(GradientAlgorithm.DENSE_CHUNKS, True)) == [O]
-    monkeypatch.setattr(ops, "_DENSE_CHUNK_BYTES", 33 * I * 4)
-    assert rows_of_dense_gradient(gradient_equations(GradientAlgorithm.DENSE_CHUNKS, True)) == [32] * (O // 32)
-
-
-@pytest.mark.parametrize("algorithm", [GradientAlgorithm.ROW_BLOCKS, GradientAlgorithm.DENSE_CHUNKS])
-@pytest.mark.parametrize("outputs", [64, 67])
-def test_blocks_need_not_divide_the_neurons(algorithm, outputs, monkeypatch):
-    monkeypatch.setattr(ops, "_ROW_BLOCK_BYTES", 16 * 5 * 48 * 8)
-    monkeypatch.setattr(ops, "_DENSE_CHUNK_BYTES", 16 * 48 * 8)
-    arrays = problem(3, (2, 24), outputs, 48, 5)
-    with jax.enable_x64(True):
-        *_, dvalues = actual(*arrays, algorithm, True, jnp.float64, jnp.float64)
-    np.testing.assert_allclose(dvalues, oracle(*arrays)[2], rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_the_resident_write_is_in_place(dtype, layout):
-    kernel = jax.ShapeDtypeStruct((4, 256, 192) if layout is Layout.OI else (4, 192, 256), dtype)
-    entries, columns = jax.ShapeDtypeStruct((4, 256, 2), jnp.float32), jax.ShapeDtypeStruct((4, 256, 2), jnp.int32)
-    write = lambda kernel, columns, base_entries, values: ops.write_entries(kernel, columns, base_entries + values, layout)  # noqa: E731
-    compiled = jax.jit(write, donate_argnums=0).lower(kernel, columns, entries, entries).compile()
-    memory = compiled.memory_analysis()
-    size = 4 * 256 * 192 * dtype.dtype.itemsize
-    assert memory.alias_size_in_bytes >= size
-    if dtype == jnp.float32 or jax.default_backend() != "cpu":  # XLA's CPU backend scatters bfloat16 in float32
-        assert memory.temp_size_in_bytes < size / 2
-
-
-@pytest.mark.parametrize(
-    ("k", "inputs", "backend", "expected"),
-    [
-        (1, 4096, "cpu", GradientAlgorithm.COLUMN_GATHER),
-        (20, 4096, "cpu", GradientAlgorithm.ROW_BLOCKS),
-        (200, 4096, "cpu", GradientAlgorithm.DENSE_CHUNKS),
-        (1, 4096, "gpu", GradientAlgorithm.COLUMN_GATHER),
-        (2, 4096, "gpu", GradientAlgorithm.PALLAS),
-        (20, 4096, "gpu", GradientAlgorithm.PALLAS),
-        (20, 4096, "tpu", GradientAlgorithm.DENSE_CHUNKS),
-    ],
-)
-def test_choose_algorithm(k, inputs, backend, expected):
-    assert ops.choose_algorithm(k, inputs, backend, split=False) is expected
-
-
-def test_arrays_may_be_split_over_devices_but_not_inside_of_shard_map(monkeypatch):
-    found = {}
-
-    def choose(where):
-        return lambda x: found.update({where: ops.choose_algorithm(20, 4096, "gpu")}) or x
-
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    rows = jax.sharding.PartitionSpec("data")
-    jax.jit(choose("jit"))(jnp.ones(2))
-    jax.jit(jax.shard_map(choose("shard_map"), mesh=mesh, in_specs=rows, out_specs=rows))(jnp.ones(2))
-    jax.pmap(choose("pmap"))(jnp.ones((2, 1)))
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-    jax.jit(choose("jit on one device"))(jnp.ones(2))
-    kernels = GradientAlgorithm.PALLAS
-    assert found == {
-        "jit": GradientAlgorithm.DENSE_CHUNKS,
-        "shard_map": kernels,
-        "pmap": kernels,
-        "jit on one device": kernels,
-    }
-
-
-@pytest.mark.parametrize("why", ["XLA splits the arrays", "JAX has no kernels"])
-@pytest.mark.parametrize(("k", "expected"), [(2, GradientAlgorithm.COLUMN_GATHER), (3, GradientAlgorithm.DENSE_CHUNKS)])
-def test_a_gpu_without_the_kernels(monkeypatch, why, k, expected):
-    monkeypatch.setattr(ops, "_has_kernels", lambda: why == "XLA splits the arrays")
-    assert ops.choose_algorithm(k, 4096, "gpu", split=why == "XLA splits the arrays") is expected

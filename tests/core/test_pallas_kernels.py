@@ -1,6 +1,6 @@
 """The kernels, interpreted on the CPU against a float64 oracle, lowered for CUDA and compiled for an H100.
 
-What it shares with the other algorithms (precision, residuals, both forms of the op) tests/test_ops.py asserts.
+What it shares with the other algorithms (precision, residuals, both forms of the op) test_ops.py asserts.
 """
 
 import functools
@@ -16,7 +16,7 @@ from jax.sharding import AxisType, PartitionSpec, SingleDeviceSharding
 from quick import jit
 
 from neuroada_jax.core import ops, pallas_kernels
-from neuroada_jax.core.ops import GradientAlgorithm
+from neuroada_jax.core.value_gradient import GradientAlgorithm
 
 H100 = """
 gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 core_count: 132

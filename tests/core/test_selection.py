@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neuroada_jax.core import selection
-from neuroada_jax.core.ops import Layout
+from neuroada_jax.core.entries import Layout
 
 
 def oracle(kernel, k):

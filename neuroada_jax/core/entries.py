@@ -1,0 +1,97 @@
+"""The chosen entries of a kernel: reading, replacing and adding to k entries of every neuron.
+
+Shapes: kernels are (*L, O, I) or (*L, I, O), where *L are the axes of stacked layers, if any; columns, values and base
+entries are (*L, O, k) for both. Columns are int32, distinct within a neuron and in [0, I).
+"""
+
+import enum
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+class Layout(enum.StrEnum):
+    """Axis order of a kernel."""
+
+    OI = "OI"  # (*L, O, I), one neuron per row: PyTorch, Hugging Face checkpoints, the models of this package
+    IO = "IO"  # (*L, I, O), one neuron per column: Flax's nn.Dense and most code that writes x @ kernel
+
+
+def wide_dtype(dtype: Any) -> Any:
+    """Return the dtype for sums over many numbers of `dtype`: float64 for float64, else float32."""
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+
+def check_layout(kernel: Array, columns: Array, layout: Layout) -> None:
+    """Check that a kernel in this layout has the leading axes and the neurons of the columns.
+
+    The scatters below promise XLA that indices are in bounds, so a kernel in the other layout must not reach them.
+
+    Raises:
+      ValueError: it has not.
+    """
+    neurons = kernel.shape[-2] if layout is Layout.OI else kernel.shape[-1]
+    if (*kernel.shape[:-2], neurons) != columns.shape[:-1]:
+        raise ValueError(f"a kernel {kernel.shape} in layout {layout} does not go with columns {columns.shape} (*L, O, k)")
+
+
+def entry_indices(columns: Int[Array, "*L O k"], layout: Layout = Layout.OI) -> tuple[Array, ...]:
+    """Return the index arrays with which ``kernel[entry_indices(columns, layout)]`` is the chosen entries, (*L, O, k)."""
+    *leading, neurons = [
+        jnp.arange(size, dtype=columns.dtype).reshape((-1,) + (1,) * (columns.ndim - 1 - axis))
+        for axis, size in enumerate(columns.shape[:-1])
+    ]
+    return (*leading, neurons, columns) if layout is Layout.OI else (*leading, columns, neurons)
+
+
+def read_entries(
+    kernel: Float[Array, "*L _ _"], columns: Int[Array, "*L O k"], layout: Layout = Layout.OI
+) -> Float[Array, "*L O k"]:
+    """Return the kernel's entries at the columns, in the kernel's dtype.
+
+    Raises:
+      ValueError: kernel and columns do not belong together in this layout (`write_entries` and `add_entries` likewise).
+    """
+    check_layout(kernel, columns, layout)
+    if layout is Layout.OI:
+        return jnp.take_along_axis(kernel, columns, axis=-1, mode="clip")
+    entries = jnp.take_along_axis(kernel, columns.swapaxes(-1, -2), axis=-2, mode="clip")
+    return entries.swapaxes(-1, -2)
+
+
+def write_entries(
+    kernel: Float[Array, "*L _ _"],
+    columns: Int[Array, "*L O k"],
+    entries: Float[Array, "*L O k"],
+    layout: Layout = Layout.OI,
+) -> Float[Array, "*L _ _"]:
+    """Return the kernel with the entries at the columns replaced, cast to its dtype; in place under jit with donation."""
+    check_layout(kernel, columns, layout)
+    return kernel.at[entry_indices(columns, layout)].set(
+        entries.astype(kernel.dtype), unique_indices=True, mode="promise_in_bounds"
+    )
+
+
+def add_entries(
+    kernel: Float[Array, "*L _ _"],
+    columns: Int[Array, "*L O k"],
+    values: Float[Array, "*L O k"],
+    layout: Layout = Layout.OI,
+) -> Float[Array, "*L _ _"]:
+    """Return W + D in the kernel's dtype, where D holds `values` at the columns and zeros elsewhere.
+
+    The sum is taken in the dtype of `values` and rounded once. Where both dtypes agree it is one scatter-add.
+    """
+    if values.dtype == kernel.dtype:
+        check_layout(kernel, columns, layout)
+        return kernel.at[entry_indices(columns, layout)].add(values, unique_indices=True, mode="promise_in_bounds")
+    base_entries = read_entries(kernel, columns, layout).astype(values.dtype)
+    return write_entries(kernel, columns, base_entries + values, layout)
+
+
+def rounding_remainder(base_entries: Float[Array, "*L O k"], values: Float[Array, "*L O k"]) -> Float[Array, "*L O k"]:
+    """Return the part of base + values that rounding to the base's dtype loses, in the dtype of `values`."""
+    exact = base_entries.astype(values.dtype) + values
+    # Compiled for a GPU, XLA drops this pair of conversions (xla_allow_excess_precision), and the remainder is 0.
+    return exact - exact.astype(base_entries.dtype).astype(values.dtype)
