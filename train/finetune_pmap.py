@@ -1,6 +1,6 @@
 """Fine-tunes on several GPUs with `jax.pmap`: python train/finetune_pmap.py CONFIG [section.field=value ...].
 
-The same as `neuroada train CONFIG parallel.mode=pmap`. What runs is `neuroada_jax.training.parallel.pmap_step`:
+The same as `neuroada train CONFIG parallel.mode=pmap`. The step is that of `neuroada_jax.training.modes.Pmap`:
 
     def body(state, rows):                           # on every device: the whole state, its own rows of the batch
         local = sums(state, rows)                    # the summed loss, the count of target tokens, the summed gradients

@@ -1,7 +1,8 @@
-"""A run in several processes: how they find one another, who writes, and how the death of one ends all of them.
+"""Runs in several processes: joining them, writing from the first one only, and ending all of them when one dies.
 
-JAX's own service joins the processes, and notices after half a minute when one is silent. A process that dies takes its
-sockets with it, so that the others know at once: everyone holds one to the first process.
+JAX's coordination service joins the processes. Its heartbeat detects a dead process after `HEARTBEAT` seconds and aborts
+the others with a message of its own. To be faster and clearer for a process that dies while its machine lives, every
+process also holds a socket to the first one: the operating system closes it with the process.
 """
 
 import contextlib
@@ -9,6 +10,7 @@ import dataclasses
 import os
 import shutil
 import socket
+import struct
 import sys
 import tempfile
 import threading
@@ -24,31 +26,32 @@ from neuroada_jax import console
 from neuroada_jax.errors import UserError
 from neuroada_jax.training.config import RunConfig
 
-HEARTBEAT = 30  # seconds of silence after which JAX takes a process for dead
-WAIT = 120  # seconds for all to be there
-GRACE = 3.0  # seconds in which a process may find by itself what another one has ended with
-_folders: list[str] = []  # to be removed at the end, whatever end that is
-_DONE, _FAILED = b"d", b"f"  # the last word of a process that ends as it should, or with an error that it has shown
+HEARTBEAT = 30  # seconds without a heartbeat after which JAX declares a process dead
+WAIT = 120  # seconds for all processes to join
+GRACE = 3.0  # seconds in which a process may find the error of another one by itself
+_folders: list[str] = []  # to be removed however the process ends
+_DONE, _FAILED = b"d", b"f"  # farewell of a process that ends normally, or with an error that it has shown
+_FAREWELL = struct.Struct("!cI")  # the word above, and the number of the process that it is about
 
 
 @contextlib.contextmanager
 def joined(coordinator: str | None, processes: int | None, process: int | None) -> Iterator[bool]:
-    """Joins the processes of a run for the time inside, and says whether this is the first, which alone shows anything.
+    """Join the processes of a run for the enclosed code; yields whether this is the first one, the only one with output.
 
-    Does nothing without a coordinator. If another process dies meanwhile, this one ends with exit code 1; a UserError ends
-    it with exit code 2.
+    Without a coordinator it does nothing. Inside, the death of another process ends this one with exit code 1, and a
+    UserError ends it with exit code 2.
 
     Args:
-      coordinator: HOST:PORT of the first process, or "auto" where JAX finds it by itself (SLURM, Open MPI, TPU).
-      processes: how many there are; None for "auto".
-      process: the number of this one, from 0; None for "auto".
+      coordinator: HOST:PORT of the first process, or "auto" where JAX can detect it (SLURM, Open MPI, TPU).
+      processes: number of processes; None for "auto".
+      process: number of this process, from 0; None for "auto".
 
     Raises:
-      UserError: some of the three, or numbers that do not go together, or the others did not come in time.
+      UserError: the arguments are incomplete or contradict each other, or the other processes did not join in time.
     """
     if coordinator is None:
         if (processes, process) != (None, None):
-            raise UserError("--processes, --process: only together with --coordinator HOST:PORT")
+            raise UserError("--processes, --process: need --coordinator HOST:PORT")
         yield True
         return
     if coordinator != "auto":
@@ -64,7 +67,7 @@ def joined(coordinator: str | None, processes: int | None, process: int | None) 
         )
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"--coordinator {coordinator}: the processes cannot be joined ({reason})") from error
+        raise UserError(f"--coordinator {coordinator}: cannot join the processes ({reason})") from error
     console.say(f"process {jax.process_index()} of {jax.process_count()}, {jax.local_device_count()} device(s)")
     if jax.process_index() != 0:
         console.silence()
@@ -73,18 +76,18 @@ def joined(coordinator: str | None, processes: int | None, process: int | None) 
         yield jax.process_index() == 0
     except UserError as error:
         sys.stderr.write(f"neuroada: error: {' '.join(str(error).split())}\n")
-        watch.farewell(failed=True)  # the others find the same by themselves, or are told
+        watch.farewell(failed=True)  # the others may find the same error by themselves
         if jax.process_index() == 0:
-            time.sleep(2 * GRACE)  # JAX ends the others without a word when the first one is gone
+            time.sleep(2 * GRACE)  # JAX aborts the others at once when the first process is gone
         _end(2)
     except jax.errors.JaxRuntimeError:
-        time.sleep(2 * GRACE)  # most likely another process died: the watch says so, and ends this one
+        time.sleep(2 * GRACE)  # most likely another process died: the watch then reports it and ends this one
         raise
     watch.farewell()
 
 
 def _end(code: int) -> None:
-    """Ends this process at once: the main thread may be inside a collective, and JAX would wait for all at the exit."""
+    """End this process at once; a normal exit would wait for the collective that the main thread may be in."""
     for folder in _folders:
         shutil.rmtree(folder, ignore_errors=True)
     sys.stdout.flush()
@@ -97,14 +100,14 @@ def _check(coordinator: str, processes: int | None, process: int | None) -> None
     if not host or not port.isdigit():
         raise UserError(f"--coordinator: expected HOST:PORT or auto, found {coordinator!r}")
     if processes is None or process is None:
-        raise UserError("--coordinator HOST:PORT also needs --processes and --process")
+        raise UserError("--coordinator HOST:PORT: needs --processes and --process")
     if not 0 <= process < processes:
         raise UserError(f"--process: expected 0 to {processes - 1}, found {process}")
 
 
 @contextlib.contextmanager
 def own_output(config: RunConfig) -> Iterator[RunConfig]:
-    """The config as this process runs it: all but the first write into a folder of their own, which is removed."""
+    """Yield the config for this process: all but the first write into a temporary folder, removed afterwards."""
     if jax.process_index() == 0:
         yield config
         return
@@ -117,7 +120,7 @@ def own_output(config: RunConfig) -> Iterator[RunConfig]:
 
 
 class _Watch:
-    """This process's ends of the sockets between it and the others."""
+    """Sockets between this process and its peers, each with a thread that ends this process when the peer dies."""
 
     def __init__(self, peers: dict[int, socket.socket]) -> None:
         self._peers, self._leaving = peers, False
@@ -125,50 +128,55 @@ class _Watch:
             threading.Thread(target=self._listen, args=(number, peer), daemon=True).start()
 
     def _listen(self, number: int, peer: socket.socket) -> None:
-        try:
-            said = peer.recv(2)
-        except OSError:
-            said = b""
-        if said == _DONE:
+        word, dead = _receive(peer) or (b"", number)
+        if word == _DONE:
             return
-        dead = int(said[1:].hex(), 16) if len(said) == 2 else number
-        if said[:1] == _FAILED:
+        if word == _FAILED:
             time.sleep(GRACE)
         if self._leaving:
             return
-        # Said before JAX ends this process too, which it does at once where the first one is gone.
+        # Written first, because JAX aborts this process too, at once where the first process is gone.
         message = (
-            f"process {dead} of {jax.process_count()} ended before the run did, and its own output says why; process "
+            f"process {dead} of {jax.process_count()} ended before the run did, see its own output for the reason; process "
             f"{jax.process_index()} stops too"
         )
         sys.stderr.write(f"neuroada: error: {message}\n")
-        self._tell(_FAILED + bytes([dead]))
+        self._send(_FAILED, dead)
         _end(1)
 
-    def _tell(self, word: bytes) -> None:
+    def _send(self, word: bytes, number: int) -> None:
         for peer in self._peers.values():
             with contextlib.suppress(OSError):
-                peer.sendall(word)
+                peer.sendall(_FAREWELL.pack(word, number))
 
     def farewell(self, failed: bool = False) -> None:
-        """Tells the others that this process ends, and that it knows why."""
+        """Report to the peers that this process ends on purpose; `failed`: after an error that it has shown."""
         self._leaving = True
-        self._tell(_FAILED + bytes([jax.process_index()]) if failed else _DONE)
+        self._send(_FAILED if failed else _DONE, jax.process_index())
+
+
+def _receive(peer: socket.socket) -> tuple[bytes, int] | None:
+    """Return the farewell of a peer, (word, process number); None where the connection ends without one."""
+    try:
+        message = peer.recv(_FAREWELL.size, socket.MSG_WAITALL)
+    except OSError:
+        return None
+    return _FAREWELL.unpack(message) if len(message) == _FAREWELL.size else None
 
 
 def _watch(coordinator: str) -> _Watch:
-    """Connects everybody to the first process, at a port that it chooses."""
+    """Connect every process to the first one, at a port that it chooses."""
     first, count = jax.process_index() == 0, jax.process_count()
     host = socket.gethostname() if coordinator == "auto" else coordinator.rpartition(":")[0].strip("[]")
     if first:
         server = socket.create_server(("", 0), backlog=count)
         server.settimeout(WAIT)
-        told = f"{host} {server.getsockname()[1]}"
+        address = f"{host} {server.getsockname()[1]}"
     else:
-        told = ""
-    place = np.zeros(256, np.uint8)
-    place[: len(told)] = np.frombuffer(told.encode(), np.uint8)
-    host, port = bytes(multihost_utils.broadcast_one_to_all(place)).rstrip(b"\0").decode().split()
+        address = ""
+    buffer = np.zeros(256, np.uint8)
+    buffer[: len(address)] = np.frombuffer(address.encode(), np.uint8)
+    host, port = bytes(multihost_utils.broadcast_one_to_all(buffer)).rstrip(b"\0").decode().split()
     peers: dict[int, socket.socket] = {}
     try:
         if first:
@@ -183,6 +191,6 @@ def _watch(coordinator: str) -> _Watch:
             peers[0].sendall(jax.process_index().to_bytes(4, "big"))
     except OSError as error:
         raise UserError(
-            f"--coordinator {coordinator}: the processes cannot reach one another at {host} ({error})"
+            f"--coordinator {coordinator}: the processes cannot reach each other at {host} ({error})"
         ) from error
     return _Watch(peers)

@@ -26,7 +26,6 @@ from neuroada_jax.training import (
     loop,
     modules,
     optimizer,
-    parallel,
     report,
     results,
     resuming,
@@ -36,6 +35,7 @@ from neuroada_jax.training import (
     watchdog,
 )
 from neuroada_jax.training.config import RunConfig
+from neuroada_jax.training.modes import RunStep
 from neuroada_jax.training.preparation import Prepared, prepare
 from neuroada_jax.training.signals import Stop
 from neuroada_jax.training.step import TrainState
@@ -48,7 +48,7 @@ class _Started(NamedTuple):
     """A run before its first step. The model is without parameters: the state owns them."""
 
     base_model: IdentifiedModel
-    run_step: parallel.RunStep
+    run_step: RunStep
     sizes: results.Sizes
     before: dict[str, Score]
 
@@ -144,7 +144,7 @@ def _start(prepared: Prepared, loaded: LoadedModel | None) -> tuple[_Started, Tr
     """Read the weights, choose the connections, score the base model, and initialise the state."""
     config, devices, objective = prepared.config, prepared.devices, prepared.objective
     if loaded is None:
-        shardings = devices.weights(prepared.opened.model.abstract_params())
+        shardings = devices.weight_shardings(prepared.opened.model.abstract_params())
         loaded = load_with_progress(prepared.opened, config.seed, shardings)
     else:
         loaded = with_params(prepared.opened, loaded, config.seed)
@@ -170,7 +170,7 @@ def _start(prepared: Prepared, loaded: LoadedModel | None) -> tuple[_Started, Tr
     )
     base_model = loaded.without_params()  # the state owns the weights now: its buffers are donated step by step
     module = base_model.model.module(config.training.remat_policy)
-    prepared.batches.own_rows = devices.own_rows(config.training)
+    prepared.batches.own_rows = devices.slice_of_process(config.training)
     run_step = devices.make_step(module, transformation, config.training, objective.losses, objective.dropout_seed)
     return _Started(base_model, run_step, sizes, before), state
 
@@ -254,7 +254,7 @@ def _train(
 
 def _save_adapter(prepared: Prepared, base_model: IdentifiedModel, directory: Path, state: TrainState) -> None:
     config = prepared.config
-    values, classifier = prepared.devices.whole((state.bypass, state.classifier))
+    values, classifier = prepared.devices.unsharded((state.bypass, state.classifier))
     selection = native.Selection(config.bypass.k, config.bypass.targets or [], config.bypass.score, config.seed)
     on_base.save(directory, values, base_model, selection, classifier=classifier, replace=True)
 

@@ -108,7 +108,7 @@ def test_rows_that_do_not_divide_are_filled_up(capsys):
     """12 rows in two parts on each of 8 devices: 16, of which the last two devices have none."""
     alone = train_decoder(SINGLE, rows=12)
     assert_equal(train_decoder(FORMS["shard_map"], rows=12, accumulation=2), alone)
-    assert "12 rows on 8 devices: 4 empty rows fill every batch up to 16" in capsys.readouterr().err
+    assert "12 examples on 8 devices: every batch is padded with 4 empty examples to 16" in capsys.readouterr().err
 
 
 def test_another_algorithm_of_the_op(one_device, monkeypatch):
@@ -172,9 +172,9 @@ def test_meshes():
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"devices": 9}, "parallel: a mesh of 9 devices, but there are 8 (cpu)"),
-        ({"fsdp": 4, "tensor": 4}, "parallel: 4 x 4, a mesh of 16 devices, but there are 8 (cpu)"),
-        ({"fsdp": 3}, "parallel: 3 x 1, fsdp times tensor, does not divide 8 devices"),
+        ({"devices": 9}, "parallel: needs 9 devices, found 8 (cpu)"),
+        ({"fsdp": 4, "tensor": 4}, "parallel: fsdp 4 x tensor 4: needs 16 devices, found 8 (cpu)"),
+        ({"fsdp": 3}, "parallel: fsdp 3 x tensor 1 does not divide 8 devices"),
     ],
 )
 def test_a_mesh_that_cannot_be(section, message):
@@ -187,7 +187,7 @@ def test_a_mesh_that_cannot_be(section, message):
 def test_pmap_refuses_rows_that_do_not_divide(rows, accumulation, take):
     devices = parallel.resolve(ParallelSection(mode="pmap"))
     training = TrainingSection(steps=1, batch_size=rows, accumulation=accumulation)
-    assert f"with parallel.mode: pmap take {take}, or another mode" in message_of(devices.filled_rows, training)
+    assert f"with parallel.mode: pmap use {take}, or use another mode" in message_of(devices.padded_size, training)
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_weights_are_read_to_where_they_belong(tmp_path):
     path = str(write_model(tmp_path / "model"))
     devices = parallel.resolve(ParallelSection(mode="jit", fsdp=4, tensor=2))
     opened = open_model(path)
-    placed = devices.weights(opened.model.abstract_params())
+    placed = devices.weight_shardings(opened.model.abstract_params())
     loaded, plain = opened.load(shardings=placed), opened.load()
     assert loaded.digests == plain.digests
     jax.tree.map(np.testing.assert_array_equal, loaded.params, plain.params)

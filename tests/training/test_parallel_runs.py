@@ -89,8 +89,8 @@ def test_pmap_refuses_rows_that_do_not_divide_before_it_reads_weights(tmp_path, 
     path = write_config(tmp_path / "run.yaml", run_config(tmp_path, *inputs, training={"batch_size": 12}))
     assert cli.main(["train", str(path), "parallel.mode=pmap"]) == 2
     assert capsys.readouterr().err == (
-        "neuroada: error: training.batch_size: 12 rows cannot be shared by 8 devices in 1 part(s) each "
-        "(training.accumulation); with parallel.mode: pmap take 8 or 16, or another mode, which fills the batch up\n"
+        "neuroada: error: training.batch_size: 12 examples cannot be divided over 8 devices in 1 micro batch(es) each "
+        "(training.accumulation); with parallel.mode: pmap use 8 or 16, or use another mode, which pads the batch\n"
     )
     assert not (tmp_path / "out").exists()
 

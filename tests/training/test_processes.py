@@ -102,7 +102,7 @@ def test_a_process_that_dies_ends_the_others_with_a_clear_message(victim, tmp_pa
     assert running[1 - victim].wait(timeout=60) in ((1,) if victim else (1, -signal.SIGABRT))
     assert time.monotonic() - killed < 30
     assert (
-        f"neuroada: error: process {victim} of 2 ended before the run did, and its own output says why; "
+        f"neuroada: error: process {victim} of 2 ended before the run did, see its own output for the reason; "
         f"process {1 - victim} stops too\n"
     ) in logs(tmp_path, 2)[1 - victim]
 
@@ -137,15 +137,15 @@ def test_a_process_makes_its_own_rows_alone():
             np.testing.assert_array_equal(leaf[2:4], full[2:4])
             assert not leaf[:2].any() and not leaf[4:].any()
     devices = parallel.resolve(ParallelSection(mode="shard_map"))
-    assert devices.own_rows(TrainingSection(steps=1, batch_size=12)) == slice(0, 16)
+    assert devices.slice_of_process(TrainingSection(steps=1, batch_size=12)) == slice(0, 16)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((None, 2, 0), "--processes, --process: only together with --coordinator HOST:PORT"),
+        ((None, 2, 0), "--processes, --process: need --coordinator HOST:PORT"),
         (("host", 2, 0), "--coordinator: expected HOST:PORT or auto, found 'host'"),
-        (("host:1", None, 0), "--coordinator HOST:PORT also needs --processes and --process"),
+        (("host:1", None, 0), "--coordinator HOST:PORT: needs --processes and --process"),
         (("host:1", 2, 2), "--process: expected 0 to 1, found 2"),
     ],
 )
@@ -153,11 +153,22 @@ def test_arguments_that_do_not_go_together(arguments, message):
     assert message_of(lambda: processes.joined(*arguments).__enter__()) == message
 
 
+@pytest.mark.parametrize("number", [1, 300])
+def test_a_farewell_carries_any_process_number(number):
+    one, other = socket.socketpair()
+    with one, other:
+        one.sendall(processes._FAREWELL.pack(processes._FAILED, number)[:3])
+        one.sendall(processes._FAREWELL.pack(processes._FAILED, number)[3:])
+        assert processes._receive(other) == (processes._FAILED, number)
+        one.close()
+        assert processes._receive(other) is None
+
+
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"mode": "pmap"}, "parallel.mode: pmap is for one process, and there are 2; take shard_map or jit"),
-        ({"devices": 4}, "parallel.devices: 2 processes use all of their 8 devices; leave it out"),
+        ({"mode": "pmap"}, "parallel.mode: pmap supports one process, found 2; use shard_map or jit"),
+        ({"devices": 4}, "parallel.devices: expected null or 8 (all of 2 processes), found 4"),
     ],
 )
 def test_what_several_processes_cannot_have(section, message):

@@ -1,0 +1,53 @@
+"""Placement of arrays under automatic partitioning: weights, values and moments are split by neuron."""
+
+import fnmatch
+import math
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
+EXAMPLE_AXES = (DATA, FSDP)  # the mesh axes that split a batch by example
+NEURON_AXES = (TENSOR, FSDP)  # the mesh axes that split weights by neuron; in this order an all-gather over fsdp leaves
+# each device of the tensor axis with one contiguous block of neurons
+
+# The first pattern that matches an array's path in the train state gives the spec of its trailing axes. The leading axis of
+# stacked layers is never split. Norms are small and stay replicated.
+RULES = (
+    ("*[nN]orm*", PartitionSpec()),
+    ("*/kernel", PartitionSpec(NEURON_AXES, None)),
+    ("*/embedding", PartitionSpec(NEURON_AXES, None)),
+    ("*/bias", PartitionSpec(NEURON_AXES)),
+    ("*/values", PartitionSpec(NEURON_AXES, None)),
+    ("*/columns", PartitionSpec(NEURON_AXES, None)),
+    ("*/base_entries", PartitionSpec(NEURON_AXES, None)),
+    ("*", PartitionSpec()),
+)
+
+
+def shardings(tree: Any, mesh: Mesh, axes: tuple[str, ...] = NEURON_AXES) -> Any:
+    """Return the sharding of every leaf of a tree of arrays or shapes, with neurons split over `axes`.
+
+    A number of neurons that the axes do not divide is split over one of them, or stays replicated.
+    """
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: sharding_at(path, leaf, mesh, axes), tree)
+
+
+def sharding_at(path: Any, leaf: Any, mesh: Mesh, axes: tuple[str, ...] = NEURON_AXES) -> NamedSharding:
+    """Return the sharding of one leaf; arguments as in `shardings`, with the leaf's path as JAX gives it."""
+    spec = rule(path)
+    if NEURON_AXES not in spec or not leaf.ndim:
+        return NamedSharding(mesh, PartitionSpec())
+    first = leaf.ndim - len(spec)
+    neurons = leaf.shape[first + spec.index(NEURON_AXES)]
+    for chosen in (axes, *((axis,) for axis in axes), ()):
+        if neurons % math.prod(mesh.shape[axis] for axis in chosen) == 0:
+            break
+    return NamedSharding(mesh, PartitionSpec(*(None,) * first, *(chosen if axis else None for axis in spec)))
+
+
+def rule(path: Any) -> PartitionSpec:
+    """Return the spec that `RULES` gives to the trailing axes of the array at a path."""
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    return next(spec for pattern, spec in RULES if fnmatch.fnmatchcase(f"/{name}", pattern))
