@@ -44,7 +44,7 @@ from benchmarks.methods import FULL, MASKED, MODELS, OURS, SCATTER, targets
 from neuroada_jax import console, models
 from neuroada_jax.errors import install_line
 from neuroada_jax.models import Remat
-from neuroada_jax.planning import plan
+from neuroada_jax.planning import plan, shapes
 from neuroada_jax.planning.machines import Compiler, compiler_for, find, temporaries
 from neuroada_jax.planning.roofline import nbytes
 from neuroada_jax.training import config_file
@@ -229,7 +229,7 @@ def _plan(setting: Setting, machine: str) -> Any:
             "training": {"steps": 1, "batch_size": setting.rows, "remat": setting.remat},
             "parallel": {"fsdp": setting.fsdp, "tensor": setting.tensor},
         }
-        return plan.measure(config_file.from_dict(content, "plans"), machine, setting.devices)
+        return plan.measure(config_file.from_dict(content, "plans"), machine, setting.devices).to_json()
 
 
 def _ours(setting: Setting, machine: str) -> Row:
@@ -241,7 +241,7 @@ def _ours(setting: Setting, machine: str) -> Row:
 def _bytes_of(baseline: Baseline, setting: Setting, compiler: Compiler) -> Row:
     """Return the bytes of a baseline's step, compiled from shapes."""
     model = models.from_hf_config(MODELS[setting.model], DTYPE)
-    params, batch = model.abstract_params(), plan.abstract_batch(setting.rows, setting.length)
+    params, batch = model.abstract_params(), shapes.abstract_batch(setting.rows, setting.length)
     paths = targets(params, model)
     began = time.perf_counter()
     trainable, frozen = jax.eval_shape(lambda params: baseline.split(params, paths), params)

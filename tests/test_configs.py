@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from neuroada_jax.core import bypass
-from neuroada_jax.planning import plan
+from neuroada_jax.planning import shapes
 from neuroada_jax.planning.roofline import nbytes
 from neuroada_jax.tasks import SUITES
 from neuroada_jax.training import config_file
@@ -96,7 +96,7 @@ def kept(tmp_path_factory):
             directory.mkdir()
             (directory / "config.json").write_text(json.dumps(MODELS[run.model.path]))
             bare = dataclasses.replace(run, model=dataclasses.replace(run.model, path=str(directory)))
-            state = plan.abstract_state(bare)[2]
+            state = shapes.abstract_run(bare).state
             trained = bypass.count(state.trainable)
             known[key] = trained, bypass.count(state.params), nbytes(state)
         return known[key]
@@ -108,7 +108,7 @@ def kept(tmp_path_factory):
 def test_a_config_is_read_and_planned(path, kept):
     run = config_file.load(str(path))
     assert run.name == path.stem
-    assert plan.longest_batch(run, 3).input_ids.shape[0] == 3
+    assert shapes.longest_batch(run, 3).input_ids.shape[0] == 3
     trained, parameters, _ = kept(run)
     assert 0 < trained < parameters
     first = path.read_text(encoding="utf-8").splitlines()[0]

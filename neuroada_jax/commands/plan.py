@@ -38,6 +38,6 @@ def run(parsed: argparse.Namespace) -> None:
     plan.start_devices(settings, parsed.devices)
     made = plan.plan(settings, parsed.machine, parsed.devices)
     if parsed.json:
-        shared.print_json(made)
+        shared.print_json(made.to_json())
     else:
-        plan.print_plan(made)
+        made.print_table()

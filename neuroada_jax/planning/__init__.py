@@ -1,1 +1,1 @@
-"""Planning: what a run needs of a machine, before there is one."""
+"""Planning: memory, traffic and time of a run on a machine, before either exists."""

@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices, read from its HLO text."""
+"""Communication of a compiled program between devices, read from its HLO text."""
 
 import dataclasses
 import math
@@ -15,7 +15,7 @@ _CALLED = re.compile(
     r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.-]+)|branch_computations=\{([^}]*)\}"
 )
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-# {{0,1},{2,3}} spells the groups out, [2,2]<=[4] counts them, mesh['a'=2,'b'=2] {'a'} names the axes that they span.
+# {{0,1},{2,3}} lists the groups, [2,2]<=[4] gives their number and size, mesh['a'=2,'b'=2] {'a'} the axes they span.
 _GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\]|mesh\[([^\]]*)\] \{([^}]*)\})")
 _AXIS = re.compile(r"'(\w+)'(?:=(\d+)|:\(\d+\)(\d+))?")
 _BITS = re.compile(r"\d+")
@@ -23,12 +23,12 @@ _BITS = re.compile(r"\d+")
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """All collectives of one kind in one call of a program.
+    """Totals of all collectives of one kind in one call of a program.
 
     Attributes:
-      count: how often one is issued, loops counted as often as they run.
-      bytes: of the whole arrays that are summed or put together; what a ring of n devices sends per device is
-        (n - 1) / n of it, and twice that for an all-reduce.
+      count: number of collectives issued; those in a loop count once for every iteration.
+      bytes: size of the complete arrays that are summed or gathered. In a ring of n devices each sends (n - 1) / n of it,
+        and twice that for an all-reduce.
     """
 
     count: int = 0
@@ -42,13 +42,13 @@ class Traffic:
 
 
 def collectives(hlo: str) -> dict[str, Traffic]:
-    """The collectives of an optimised HLO module by kind; kinds that do not occur are left out.
+    """Return the traffic of an optimised HLO module by kind, without the kinds that do not occur.
 
     Args:
-      hlo: as `jax.jit(f).lower(...).compile().as_text()` gives it.
+      hlo: text as `jax.jit(f).lower(...).compile().as_text()` returns it.
 
     Raises:
-      ValueError: a loop with collectives in it whose number of turns XLA does not say, or groups in an unknown spelling.
+      ValueError: a loop with collectives has an unknown trip count, or the groups of a collective have an unknown syntax.
     """
     bodies, entry = _computations(hlo)
     known: dict[str, dict[str, Traffic]] = {}
@@ -61,7 +61,7 @@ def collectives(hlo: str) -> dict[str, Traffic]:
                 for called, times in _calls(instruction):
                     inside = total(called)
                     if inside and times is None:
-                        raise ValueError(f"a loop with collectives has no known number of turns: {instruction[:200]}")
+                        raise ValueError(f"a loop with collectives has no known trip count: {instruction[:200]}")
                     _add(known[name], inside, times or 1)
         return known[name]
 
@@ -69,7 +69,7 @@ def collectives(hlo: str) -> dict[str, Traffic]:
 
 
 def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
-    """The instructions of every computation, without their names; and which one is called first."""
+    """Return the instructions of every computation, without their names, and the name of the entry computation."""
     bodies: dict[str, list[str]] = {}
     entry = current = ""
     for line in hlo.splitlines():
@@ -88,7 +88,7 @@ def _add(total: dict[str, Traffic], more: dict[str, Traffic], times: int) -> Non
 
 
 def _own(instruction: str) -> dict[str, Traffic]:
-    """The instruction's own traffic, none if it is no collective or one among single devices."""
+    """Return the traffic of one instruction: empty if it is not a collective, or one in groups of a single device."""
     match = _COLLECTIVE.match(instruction)
     if not match:
         return {}
@@ -96,7 +96,7 @@ def _own(instruction: str) -> dict[str, Traffic]:
     if size == 1:
         return {}
     arrays = list(_array_bytes(match[1]))
-    half = len(arrays) // 2  # of a start that gives its operands, too
+    half = len(arrays) // 2  # the result of a start instruction contains its operands, too
     if kind == "reduce-scatter" and not starts:
         if size is None:
             raise ValueError(f"a reduce-scatter among groups that cannot be read: {instruction[:200]}")
@@ -113,7 +113,7 @@ def _own(instruction: str) -> dict[str, Traffic]:
 
 
 def _group_size(instruction: str) -> int | None:
-    """How many devices share one collective; None where the text does not say."""
+    """Return the number of devices in each group of a collective; None where the text does not give it."""
     match = _GROUPS.search(instruction)
     if not match:
         return None
@@ -132,7 +132,7 @@ def _array_bytes(shapes: str) -> Iterator[int]:
 
 
 def _calls(instruction: str) -> Iterator[tuple[str, int | None]]:
-    """The computations that an instruction runs, and how often; None where that is not known."""
+    """Yield the computations that an instruction calls, and how often; None for an unknown trip count."""
     trips = _TRIPS.search(instruction)
     for name, branches in _CALLED.findall(instruction):
         if name:

@@ -1,4 +1,4 @@
-"""Machines that a run can be planned for: what their makers say of them, and what compiles for them."""
+"""Machines that a run can be planned for: figures from their data sheets, and compilers for them."""
 
 import dataclasses
 import importlib.util
@@ -19,17 +19,17 @@ GB = 10**9
 
 
 @dataclasses.dataclass(frozen=True)
-class Target:
-    """One machine, with the figures that a plan and the compiler need.
+class Machine:
+    """One GPU, or this computer's CPU, with the figures that a plan and the compiler need.
 
     Attributes:
-      name: what `--target` says.
+      name: value of `plan --machine`.
       memory: bytes. For a GPU the data sheet's GB as 10^9: the card has about 5 % more, which the driver, the CUDA context
         and libraries take.
       bandwidth: of its memory, bytes per second.
-      flops: matrix products, FLOP per second, dense, by the dtype of the weights. For float32 on a GPU the rate of TF32,
-        in which JAX multiplies float32 there by default.
-      gpu: how XLA knows it; None for a CPU.
+      flops: dense matrix products, FLOP per second, by the dtype of the weights. For float32 on a GPU the rate of TF32,
+        which JAX uses for float32 products there by default.
+      gpu: further facts for XLA; None for a CPU.
     """
 
     name: str
@@ -41,14 +41,14 @@ class Target:
 
 @dataclasses.dataclass(frozen=True)
 class GPU:
-    """The facts of a GPU from which XLA's compiler makes its choices.
+    """Facts about a GPU on which the choices of XLA's compiler depend.
 
     Attributes:
-      model: as the driver names it.
+      model: name that the driver reports.
       capability: CUDA compute capability, major and minor.
-      cores: streaming multiprocessors.
+      cores: number of streaming multiprocessors.
       cache: bytes of the L2 cache.
-      clock: GHz at boost.
+      clock: boost clock in GHz.
     """
 
     model: str
@@ -59,13 +59,13 @@ class GPU:
 
     @property
     def architecture(self) -> str:
-        """The name of the instruction set, such as sm_89; Hopper is compiled for with its own extensions, sm_90a."""
+        """The instruction set, such as sm_89; sm_90a for Hopper, with the extensions of that architecture."""
         major, minor = self.capability
         return f"sm_{major}{minor}{'a' if major == 9 else ''}"
 
 
 # Per multiprocessor, from the tables of compute capabilities in NVIDIA's CUDA programming guide: float32 units, threads,
-# bytes of shared memory, and how many of these a block may ask for.
+# bytes of shared memory, and the most of these that a block may request.
 _PER_CORE = {
     (8, 0): (64, 2048, 167936, 166912),
     (8, 9): (128, 1536, 102400, 101376),
@@ -76,19 +76,19 @@ _PER_CORE = {
 # white paper on the Ada architecture. Rates are those without sparsity.
 _HOPPER = {"bfloat16": 989.4e12, "float32": 494.7e12}
 _GPUS = [
-    Target("h100", 80 * GB, 3.35e12, _HOPPER, GPU("NVIDIA H100 80GB HBM3", (9, 0), 132, 50 << 20, 1.98)),
-    Target("h200", 141 * GB, 4.8e12, _HOPPER, GPU("NVIDIA H200", (9, 0), 132, 50 << 20, 1.98)),
-    Target(
+    Machine("h100", 80 * GB, 3.35e12, _HOPPER, GPU("NVIDIA H100 80GB HBM3", (9, 0), 132, 50 << 20, 1.98)),
+    Machine("h200", 141 * GB, 4.8e12, _HOPPER, GPU("NVIDIA H200", (9, 0), 132, 50 << 20, 1.98)),
+    Machine(
         "a100",
         80 * GB,
         2.039e12,
         {"bfloat16": 312e12, "float32": 156e12},
         GPU("NVIDIA A100-SXM4-80GB", (8, 0), 108, 40 << 20, 1.41),
     ),
-    Target(
+    Machine(
         "l40s", 48 * GB, 0.864e12, {"bfloat16": 362e12, "float32": 183e12}, GPU("NVIDIA L40S", (8, 9), 142, 96 << 20, 2.52)
     ),
-    Target(
+    Machine(
         "rtx4090",
         24 * GB,
         1.008e12,
@@ -96,12 +96,12 @@ _GPUS = [
         GPU("NVIDIA GeForce RTX 4090", (8, 9), 128, 72 << 20, 2.52),
     ),
 ]
-_BY_NAME = {target.name: target for target in _GPUS}
+_BY_NAME = {machine.name: machine for machine in _GPUS}
 NAMES = ("cpu", *_BY_NAME)
 
 
-def find(name: str, dtype: Any) -> Target:
-    """The target of that name; "cpu" is this machine, whose speed with `dtype` is measured here and now.
+def find(name: str, dtype: Any) -> Machine:
+    """Return the machine of that name; "cpu" is this computer, whose speed with `dtype` is measured now.
 
     Raises:
       UserError: an unknown name; lists the known ones.
@@ -109,12 +109,12 @@ def find(name: str, dtype: Any) -> Target:
     if name == "cpu":
         return this_machine(dtype)
     if name not in _BY_NAME:
-        raise UserError(f"--target: unknown target {name!r}; known: {', '.join(NAMES)}")
+        raise UserError(f"--machine: expected one of {', '.join(NAMES)}, found {name!r}")
     return _BY_NAME[name]
 
 
-def this_machine(dtype: Any) -> Target:
-    """This machine's CPU: its memory, and the best of three short timings of a matrix product and of a copy."""
+def this_machine(dtype: Any) -> Machine:
+    """Return this computer's CPU, its speed taken from the best of three short timings of a matrix product and a copy."""
     cpu = jax.devices("cpu")[0]
     size, long = 1024, 1 << 26
     with jax.default_device(cpu):
@@ -122,11 +122,11 @@ def this_machine(dtype: Any) -> Target:
         products = _best(jax.jit(lambda x: x @ x), jnp.ones((size, size), dtype))
         copies = _best(jax.jit(lambda x: x + 1), line)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Target("cpu", memory, 2 * line.nbytes / copies, {jnp.dtype(dtype).name: 2 * size**3 / products})
+    return Machine("cpu", memory, 2 * line.nbytes / copies, {jnp.dtype(dtype).name: 2 * size**3 / products})
 
 
 def _best(work: Callable[[jax.Array], jax.Array], x: jax.Array) -> float:
-    """Seconds of the fastest of three calls, after one that compiles."""
+    """Return the seconds of the fastest of three calls, after one that compiles."""
     work(x).block_until_ready()
     seconds = []
     for _ in range(3):
@@ -136,37 +136,37 @@ def _best(work: Callable[[jax.Array], jax.Array], x: jax.Array) -> float:
     return min(seconds)
 
 
-def xla_description(target: Target) -> str:
-    """A GPU target as XLA's GpuTargetConfigProto in text form, for `jax.experimental.topologies`."""
-    assert target.gpu
-    units, threads, shared, shared_by_block = _PER_CORE[target.gpu.capability]
-    major, minor = target.gpu.capability
-    features = "ACCELERATED_FEATURES" if target.gpu.architecture.endswith("a") else "NONE"
+def xla_description(machine: Machine) -> str:
+    """Return a GPU as XLA's GpuTargetConfigProto in text form, for `jax.experimental.topologies`."""
+    assert machine.gpu
+    units, threads, shared, shared_by_block = _PER_CORE[machine.gpu.capability]
+    major, minor = machine.gpu.capability
+    features = "ACCELERATED_FEATURES" if machine.gpu.architecture.endswith("a") else "NONE"
     return f"""
         gpu_device_info {{
           threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: {threads}
           shared_memory_per_block: 49152 shared_memory_per_core: {shared} shared_memory_per_block_optin: {shared_by_block}
           registers_per_core_limit: 65536 registers_per_block_limit: 65536
-          core_count: {target.gpu.cores} fpus_per_core: {units} clock_rate_ghz: {target.gpu.clock}
+          core_count: {machine.gpu.cores} fpus_per_core: {units} clock_rate_ghz: {machine.gpu.clock}
           block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-          l2_cache_size: {target.gpu.cache} memory_bandwidth: {target.bandwidth:.0f}
-          device_memory_size: {target.memory}
+          l2_cache_size: {machine.gpu.cache} memory_bandwidth: {machine.bandwidth:.0f}
+          device_memory_size: {machine.memory}
           cuda_compute_capability {{ major: {major} minor: {minor} feature_extension: {features} }}
         }}
-        platform_name: "CUDA" device_description_str: "{target.gpu.model}"
+        platform_name: "CUDA" device_description_str: "{machine.gpu.model}"
         dnn_version_info {{ major: 9 minor: 10 patch: 0 }} runtime_version {{ major: 12 minor: 9 patch: 0 }}
         """
 
 
 class Compiler(NamedTuple):
-    """What compiles the step: devices to place its arrays on, and what the step is traced for.
+    """A compiler for real or described devices.
 
     Attributes:
       devices: of this process, or of a described topology.
       platform: "cpu" or "gpu".
-      flash_attention: whether cuDNN is there, so that attention can be compiled as it will run.
-      name: what the plan says it was compiled for.
-      options: of XLA.
+      flash_attention: whether cuDNN is installed, so that attention can be compiled as it will run.
+      name: of the machine that it compiles for.
+      options: compiler options of XLA.
     """
 
     devices: tuple[Any, ...]
@@ -176,58 +176,58 @@ class Compiler(NamedTuple):
     options: dict[str, Any] | None = None
 
     def trace(self, function: Any, *arguments: Any) -> Any:
-        """The trace of a jitted function on trees of shapes, as it would be on the devices.
+        """Return the trace of a jitted function on trees of shapes, as it would be on the devices.
 
-        Shapes without a sharding are placed on the first device. To be called once for each jitted function: a second trace
-        may be the first one again, whatever it was made for.
+        Shapes without a sharding are placed on the first device. Call it once for each jitted function: JAX may return a
+        cached trace for the second call, even with another compiler.
         """
         place = jax.sharding.SingleDeviceSharding(self.devices[0])
-        with platform.planned_for(self.platform, flash_attention=self.flash_attention):
+        with platform.tracing_for(self.platform, flash_attention=self.flash_attention):
             return function.trace(
                 *jax.tree.map(lambda leaf: leaf if leaf.sharding else leaf.update(sharding=place), arguments)
             )
 
     def compile(self, traced: Any) -> Any:
-        """A trace compiled.
+        """Compile a trace.
 
         Raises:
-          jax.errors.JaxRuntimeError: it cannot be compiled.
+          jax.errors.JaxRuntimeError: XLA cannot compile it.
         """
         return traced.lower().compile(self.options)
 
 
 def temporaries(compiled: Any) -> int:
-    """Bytes that each device needs beyond the arguments: the results that are not aliased to some, and room."""
+    """Return the bytes that each device needs beyond the arguments: temporaries, and results that alias no argument."""
     memory = compiled.memory_analysis()
     return memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
 
 
-# The code is never run: LLVM need not make it fast, which is most of the time that it takes.
+# The code never runs, so LLVM's optimisations, most of the compile time, are switched off.
 _HASTY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 _GPUS_OF_A_HOST = 8
 
 
-def compiler_for(target: Target, count: int = 1) -> Compiler:
-    """The compiler of `count` machines of a kind; the CPU's for a GPU where JAX's CUDA plugin is not installed.
+def compiler_for(machine: Machine, count: int = 1) -> Compiler:
+    """Return the compiler for `count` machines of a kind; for a GPU without JAX's CUDA plugin, that of the CPU.
 
     Raises:
       UserError: more CPU devices than JAX was started with.
     """
-    if target.gpu is not None:
+    if machine.gpu is not None:
         on_host = math.gcd(count, _GPUS_OF_A_HOST)
-        options = {"target_config": xla_description(target), "topology": f"1x{count // on_host}x{on_host}"}
+        options = {"target_config": xla_description(machine), "topology": f"1x{count // on_host}x{on_host}"}
         try:
             described = topologies.get_topology_desc(platform="cuda", **options)
         except NotImplementedError:  # no plugin
             pass
         else:
             cudnn = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.cudnn")
-            name = f"{target.name} ({target.gpu.architecture})"
+            name = f"{machine.name} ({machine.gpu.architecture})"
             return Compiler(tuple(described.devices), "gpu", cudnn is not None, name)
     cpus = jax.devices("cpu")
     if count > len(cpus):
         raise UserError(
-            f"--devices: {count} are compiled for as virtual CPU devices, and JAX was started with {len(cpus)}; set "
+            f"--devices: {count} need as many virtual CPU devices, found {len(cpus)}; set "
             f"XLA_FLAGS=--xla_force_host_platform_device_count={count}"
         )
     return Compiler(tuple(cpus[:count]), "cpu", False, "cpu", _HASTY)

@@ -1,7 +1,7 @@
-"""What a traced program must at least compute and move, counted from its jaxpr: the same on every backend.
+"""Lower bounds on computation and memory traffic of a traced program, counted from its jaxpr, alike for every backend.
 
-XLA's own cost analysis counts the body of a loop once, however often it runs, and is not to be had for a program that is
-compiled for a GPU that is not there.
+XLA's own cost analysis counts the body of a loop once, however often it runs, and is not available for programs compiled
+for a described GPU.
 """
 
 import dataclasses
@@ -12,18 +12,18 @@ from typing import Any
 import jax
 from jax.extend import core
 
-# Primitives whose result holds the same numbers as their first operand, or a part of them.
+# Primitives whose result has the same numbers as their first operand, or a subset of them.
 _VIEWS = {"convert_element_type", "dynamic_slice", "optimization_barrier", "reshape", "slice", "squeeze", "transpose"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What one call does.
+    """Work of one call of a program.
 
     Attributes:
-      flops: of the matrix products, two for each multiplication; elementwise work and gathers are not counted.
-      weight_bytes: of frozen weights that matrix products read, once for each product.
-      stacked_bytes: of the arrays that loops stack up for later: saved activations, above all.
+      flops: of the matrix products, two for each multiplication; elementwise operations and gathers are not counted.
+      weight_bytes: frozen weights that matrix products read, once for each product.
+      stacked_bytes: arrays that loops stack for later use, mainly kept activations.
     """
 
     flops: int = 0
@@ -42,22 +42,22 @@ class Work:
 
 
 def nbytes(tree: Any) -> int:
-    """Bytes of a tree of arrays or shapes."""
+    """Return the bytes of a tree of arrays or shapes."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def work(jaxpr: Any, frozen: Sequence[bool]) -> Work:
-    """The work of a (closed) jaxpr.
+    """Count the work of a (closed) jaxpr.
 
     Args:
-      jaxpr: as `jax.jit(f).trace(...)` or `jax.make_jaxpr` give it. A loop without a fixed length counts once.
-      frozen: for every flat argument, whether it is a frozen weight.
+      jaxpr: as `jax.jit(f).trace(...)` or `jax.make_jaxpr` return it. A loop without a fixed length counts once.
+      frozen: whether each flat argument is a frozen weight.
     """
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     weights = {variable for variable, is_weight in zip(jaxpr.invars, frozen, strict=True) if is_weight}
     total = Work()
     for equation in jaxpr.eqns:
-        # A literal cannot be looked up in a set, and is no weight.
+        # Literals are not hashable, and never weights.
         read = [isinstance(operand, core.Var) and operand in weights for operand in equation.invars]
         name = equation.primitive.name
         if name == "dot_general":
@@ -68,14 +68,14 @@ def work(jaxpr: Any, frozen: Sequence[bool]) -> Work:
         elif name == "scan":
             body = equation.params["jaxpr"]
             results = zip(equation.outvars, body.out_avals, strict=True)
-            stacked = [whole.aval for whole, one in results if whole.aval.shape != one.shape]  # the others are carried
+            stacked = [result.aval for result, each in results if result.aval.shape != each.shape]  # the others are carried
             total += work(body, read) * equation.params["length"] + Work(stacked_bytes=nbytes(stacked))
         elif name == "cond":
             branches = (work(branch, read[1:]) for branch in equation.params["branches"])
             total += max(branches, key=lambda branch: branch.flops)
         else:
             for inner in _jaxprs(equation.params.values()):
-                # A loop's condition and body take parts of its operands: no weight is looked for in there.
+                # A while loop's condition and body take some of its operands only: weights are not tracked into them.
                 same = len(inner.invars) == len(read)
                 total += work(inner, read if same else [False] * len(inner.invars))
     return total
@@ -88,7 +88,7 @@ def _dot_flops(equation: Any) -> int:
 
 
 def _jaxprs(values: Iterable[Any]) -> Iterator[Any]:
-    """The jaxprs among an equation's parameters."""
+    """Yield the jaxprs among the parameters of an equation."""
     for value in values:
         value = getattr(value, "jaxpr", value)
         if hasattr(value, "eqns"):

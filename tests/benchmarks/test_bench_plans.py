@@ -12,7 +12,7 @@ from helpers import CONFIG, NEURONS
 from benchmarks import baselines, methods, plans
 from neuroada_jax import models
 from neuroada_jax.models import Remat
-from neuroada_jax.planning import plan
+from neuroada_jax.planning import shapes
 
 LAYERS, TINY = 2, {**CONFIG, "tie_word_embeddings": False}
 MAPS = LAYERS * (16 * 16 + 2 * 8 * 16 + 16 * 16 + 3 * 16 * 24)  # entries of the adapted kernels
@@ -93,7 +93,7 @@ def test_a_gpu_needs_its_compiler(tmp_path, monkeypatch, command):
 def test_the_compiled_baselines_train(baseline):
     model = models.from_hf_config(TINY, "float32")
     rng = np.random.default_rng(0)
-    batch = plan.abstract_batch(2, 16)._replace(
+    batch = shapes.abstract_batch(2, 16)._replace(
         input_ids=rng.integers(0, 304, (2, 16), dtype=np.int32),
         lengths=np.full(2, 16, np.int32),
         label_positions=np.broadcast_to(np.arange(16, dtype=np.int32), (2, 16)),

@@ -58,7 +58,7 @@ def test_kinds_counts_and_bytes():
 
 
 def test_a_loop_of_unknown_length():
-    with pytest.raises(ValueError, match=r"no known number of turns: .*while"):
+    with pytest.raises(ValueError, match=r"no known trip count: .*while"):
         collectives(PROGRAM)
 
 

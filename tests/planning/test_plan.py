@@ -1,5 +1,6 @@
 """Plans from a config.json alone: what they count, what they add up to, what they suggest, and bad input."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -12,8 +13,10 @@ from data_helpers import message_of
 from helpers import CONFIG, NEURONS, run_config, write_config
 
 from neuroada_jax import cli
-from neuroada_jax.planning import machines, plan, roofline
-from neuroada_jax.planning.machines import Target, this_machine
+from neuroada_jax.planning import machines, plan, roofline, shapes
+from neuroada_jax.planning.changes import with_changes
+from neuroada_jax.planning.machines import Machine, this_machine
+from neuroada_jax.planning.result import Footprint, Plan
 from neuroada_jax.training import config_file
 
 LAYERS, WIDTH, FEED, HEADS, HEAD, VOCABULARY = 2, 16, 24, 2, 8, 304
@@ -46,7 +49,7 @@ def planned():
     def planned_once(content, *arguments):
         key = json.dumps([content, arguments])
         if key not in known:
-            known[key] = plan.plan(config_file.from_dict(content, "test"), *arguments)
+            known[key] = plan.plan(config_file.from_dict(content, "test"), *arguments).to_json()
         return known[key]
 
     return planned_once
@@ -66,12 +69,12 @@ def neuroada_plan(tmp_path, capsys):
 
 @pytest.fixture(autouse=True)
 def quick_cpu(monkeypatch):
-    """This machine as a target without its timings."""
+    """This machine without its timings."""
     monkeypatch.setattr(machines, "this_machine", lambda dtype: cpu())
 
 
 def cpu(memory=16 * 10**9):
-    return Target("cpu", memory, 1e10, {"float32": 1e11, "bfloat16": 1e11})
+    return Machine("cpu", memory, 1e10, {"float32": 1e11, "bfloat16": 1e11})
 
 
 def test_one_object_on_standard_output_and_nothing_else(bare, neuroada_plan):
@@ -96,7 +99,7 @@ def test_one_object_on_standard_output_and_nothing_else(bare, neuroada_plan):
 
 
 def test_table(bare, planned, capsys):
-    plan.print_plan(planned(bare()))
+    plan.plan(config_file.from_dict(bare(), "test")).print_table()
     out = capsys.readouterr().out
     for row in ("trained values", "weights, float32", "remat none", "fits", "floor of a step (roofline)", "compiled for"):
         assert row in out
@@ -166,13 +169,13 @@ def test_more_rows_need_more(bare, planned):
     ],
 )
 def test_length_of_the_longest_batch(bare, data, length):
-    batch = plan.longest_batch(config_file.from_dict(bare(data=data), "test"), ROWS)
+    batch = shapes.longest_batch(config_file.from_dict(bare(data=data), "test"), ROWS)
     assert batch.input_ids.shape == batch.label_ids.shape == (ROWS, length)
 
 
 def test_a_packed_run_is_planned_with_its_positions(bare, planned):
     packed = bare(data={"max_length": 60, "packing": True})
-    batch = plan.longest_batch(config_file.from_dict(packed, "test"), ROWS)
+    batch = shapes.longest_batch(config_file.from_dict(packed, "test"), ROWS)
     assert batch.input_ids.shape == batch.positions.shape == (ROWS, 60)
     made = planned(packed)
     assert made["attention"] == "xla"
@@ -213,11 +216,11 @@ def test_devices_that_share_the_weights_hold_less_and_send_more(bare, planned):
     ("section", "devices", "message"),
     [
         ({}, 0, "--devices: expected at least 1, found 0"),
-        ({}, 9, "--devices: 9 are compiled for as virtual CPU devices, and JAX was started with 8"),
-        ({"mode": "single"}, 2, "--devices: 2 devices, but the config says parallel.mode: single"),
-        ({"fsdp": 4}, 6, "parallel: 4 x 1, fsdp times tensor, does not divide 6 devices"),
-        ({"fsdp": 4}, 2, "parallel: 4 x 1, a mesh of 4 devices, but there are 2"),
-        ({"mode": "pmap"}, 3, "training.batch_size: 4 rows cannot be shared by 3 devices in 1 part(s) each"),
+        ({}, 9, "--devices: 9 need as many virtual CPU devices, found 8"),
+        ({"mode": "single"}, 2, "--devices: parallel.mode: single of the config uses 1, found 2"),
+        ({"fsdp": 4}, 6, "parallel: fsdp 4 x tensor 1 does not divide 6 devices"),
+        ({"fsdp": 4}, 2, "parallel: fsdp 4 x tensor 1: needs 4 devices, found 2"),
+        ({"mode": "pmap"}, 3, "training.batch_size: 4 examples cannot be divided over 3 devices in 1 micro batch(es) each"),
     ],
 )
 def test_devices_that_cannot_be(bare, planned, section, devices, message):
@@ -237,7 +240,7 @@ def test_more_devices_than_jax_has_are_started_by_the_command(tmp_path, bare):
 def test_what_to_change_is_found_by_planning_again(bare, planned, monkeypatch):
     total, full = (planned(bare(training={"remat": remat}))["total_bytes"] for remat in ("none", "full"))
     monkeypatch.setattr(machines, "this_machine", lambda dtype: cpu(memory=full))
-    made = plan.plan(config_file.from_dict(bare(), "test"))
+    made = plan.plan(config_file.from_dict(bare(), "test")).to_json()
     assert not made["fits"] and made["total_bytes"] == total > full
     assert (made["change_first"], made["changes"]) == ("training.remat=full", ["training.remat=full"])
     assert made["changed_total_bytes"] == full
@@ -250,10 +253,32 @@ def fake_plan(changes, memory, dtype="float32", remat="none"):
     parts = int(changed.get("training.accumulation", 1))
     weights = 100 if dtype == "float32" else 50
     activations = weights * 12 // parts // (5 if remat == "full" else 1)
-    total = weights + activations
-    settings = {"dtype": dtype, "remat": remat, "rows": 12, "accumulation": parts, "device_memory_bytes": memory}
-    settings |= {"devices": 8, "can_share_weights": False}
-    return settings | {"bytes": {"temporaries": activations}, "total_bytes": total, "fits": total <= memory}
+    return Plan(
+        name="run",
+        model="model",
+        machine=cpu(memory),
+        devices=8,
+        mode="shard_map",
+        mesh={"data": 8, "fsdp": 1, "tensor": 1},
+        can_share_weights=False,
+        dtype=dtype,
+        remat=remat,
+        accumulation=parts,
+        examples=12,
+        tokens=64,
+        labels=64,
+        trainable=1,
+        parameters=100,
+        memory=Footprint(weights, 0, 0, 0, activations),
+        flops=1,
+        bytes_moved=1,
+        collectives={},
+        adapter_bytes=1,
+        checkpoint_bytes=1,
+        compiled_for="cpu",
+        compile_seconds=1.0,
+        attention="xla",
+    )
 
 
 @pytest.mark.parametrize(
@@ -277,20 +302,20 @@ def fake_plan(changes, memory, dtype="float32", remat="none"):
 )
 def test_order_of_what_to_change(memory, settings, first, changes):
     """What costs nothing but time first, the dtype then; only the dtype helps where the weights alone are too many."""
-    made = plan.with_changes(fake_plan([], memory, **settings), lambda tried: fake_plan(tried, memory, **settings))
+    made = with_changes(fake_plan([], memory, **settings), lambda tried: fake_plan(tried, memory, **settings)).to_json()
     assert (made["change_first"], made["changes"]) == (first, changes)
 
 
 @pytest.mark.parametrize(("can", "change"), [(True, "parallel.fsdp=8"), (False, "model.dtype=bfloat16")])
 def test_weights_that_do_not_fit_are_shared_where_that_can_be(can, change):
-    found = fake_plan([], 90) | {"can_share_weights": can}
-    smaller = fake_plan(["model.dtype=bfloat16"], 90, remat="full") | {"fits": True}
-    assert plan.with_changes(found, lambda _: smaller)["change_first"] == change
+    found = dataclasses.replace(fake_plan([], 90), can_share_weights=can)
+    smaller = fake_plan(["model.dtype=bfloat16"], 1000, remat="full")
+    assert with_changes(found, lambda _: smaller).changes.first == change
 
 
 def test_a_row_that_is_too_long_however_it_is_computed():
-    alone = fake_plan([], 60, dtype="bfloat16", remat="full") | {"rows": 1}
-    assert plan.with_changes(alone, fake_plan)["change_first"] == "data.max_length"
+    alone = dataclasses.replace(fake_plan([], 60, dtype="bfloat16", remat="full"), examples=1)
+    assert with_changes(alone, fake_plan).changes.first == "data.max_length"
 
 
 @pytest.mark.parametrize(
@@ -314,10 +339,11 @@ def test_bad_input_is_one_line_that_names_the_field(tmp_path, bare, neuroada_pla
     assert message in err.splitlines()[-1] and "Traceback" not in err
 
 
-def test_an_unknown_target_lists_the_known_ones(bare, neuroada_plan):
-    code, out, err = neuroada_plan(bare(), "--target", "tpu")
+@pytest.mark.parametrize("option", ["--machine", "--target"])
+def test_an_unknown_machine_lists_the_known_ones(bare, neuroada_plan, option):
+    code, out, err = neuroada_plan(bare(), option, "tpu")
     assert code == 2 and out == ""
-    assert err == "neuroada: error: --target: unknown target 'tpu'; known: cpu, h100, h200, a100, l40s, rtx4090\n"
+    assert err == "neuroada: error: --machine: expected one of cpu, h100, h200, a100, l40s, rtx4090, found 'tpu'\n"
 
 
 @pytest.mark.skipif(HAS_PLUGIN, reason="JAX's CUDA plugin is installed")

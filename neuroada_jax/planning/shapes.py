@@ -1,0 +1,95 @@
+"""Shapes of a run before there are weights or data: its train state, its optimiser and its longest batch."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from neuroada_jax.core import bypass
+from neuroada_jax.core.trees import Tree
+from neuroada_jax.data.batches import Batch, ClassificationBatch
+from neuroada_jax.pretrained.load import OpenedModel, open_model
+from neuroada_jax.tasks import GLUE
+from neuroada_jax.training import connections, modules, objectives, optimizer, step
+from neuroada_jax.training.config import RunConfig
+from neuroada_jax.training.objectives import Objective
+from neuroada_jax.training.step import AnyBatch
+
+
+class AbstractRun(NamedTuple):
+    """A run without weights.
+
+    Attributes:
+      opened: the model's config and architecture.
+      transformation: its optimiser.
+      state: the shapes of the train state.
+      objective: its task.
+    """
+
+    opened: OpenedModel
+    transformation: optax.GradientTransformation
+    state: step.TrainState
+    objective: Objective
+
+
+def abstract_run(config: RunConfig) -> AbstractRun:
+    """Return a run's model, optimiser, train state and objective; reads the model's config only.
+
+    Raises:
+      UserError: a model or target that does not exist, examples longer than the model allows.
+    """
+    opened = open_model(config.model.path, config.model.dtype, config_only=True)
+    objective, opened = objectives.objective(config, opened)
+    modules.check_length(config, opened.model)
+    paths = modules.target_paths(config, opened.model)
+    # The number of steps is a constant of the schedule and takes no memory.
+    transformation = optimizer.build(config.optimizer, 1, config.classifier)
+
+    def initial_state(params: Tree) -> step.TrainState:
+        built = bypass.build(params, paths, config.bypass.k, dtype=connections.value_dtype(config, opened.model))
+        return step.initial_state(params, built, transformation, classifier)
+
+    # Whether a checkpoint lacks more than the classifier (BERT's pooler) is only known from its weights.
+    classifier = opened.model.architecture.classifier if config.classifier.train else ()
+    return AbstractRun(opened, transformation, jax.eval_shape(initial_state, opened.model.abstract_params()), objective)
+
+
+def longest_batch(config: RunConfig, examples: int, is_decoder: bool = True) -> AnyBatch:
+    """Return the shapes of the longest possible batch of a run; for a decoder, every position has a label."""
+    if config.data.packing:
+        length = config.data.max_length
+    elif config.data.buckets:
+        # Examples are truncated to max_length, so buckets beyond the first that holds it stay empty.
+        fitting = [size for size in config.data.buckets if size >= config.data.max_length]
+        length = min(fitting, default=max(config.data.buckets))
+    else:
+        length = -(-config.data.max_length // 8) * 8
+
+    if not is_decoder:
+        return abstract_classification_batch(examples, length, config.data.task)
+    return abstract_batch(examples, length, config.data.packing)
+
+
+def abstract_classification_batch(examples: int, length: int, task: str) -> ClassificationBatch:
+    """Return the shapes of an encoder's batch of a GLUE task."""
+    ids, lengths = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((examples, length), (examples,)))
+    numbers = jax.ShapeDtypeStruct((examples,), jnp.float32)
+    leaves: Any = (ids, lengths, ids, numbers if GLUE[task].is_regression else lengths, numbers)
+    return ClassificationBatch(*leaves)
+
+
+def abstract_batch(examples: int, length: int, packed: bool = False) -> Batch:
+    """Return the shapes of a decoder's batch with a label at every position."""
+
+    def shape(*sizes: int, dtype: Any = jnp.int32) -> Any:
+        return jax.ShapeDtypeStruct((examples, *sizes), dtype)
+
+    return Batch(
+        input_ids=shape(length),
+        lengths=shape(),
+        label_positions=shape(length),
+        label_ids=shape(length),
+        label_mask=shape(length, dtype=jnp.float32),
+        positions=shape(length) if packed else None,
+    )
