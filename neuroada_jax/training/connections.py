@@ -1,4 +1,4 @@
-"""Which connections a run trains: its config's score, applied to weights, gradients or chance."""
+"""Selection of the connections that a run trains, by weights, by gradients or at random."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -19,7 +19,7 @@ from neuroada_jax.training.step import AnyBatch, split
 
 
 def value_dtype(config: RunConfig, model: models.Model) -> Any:
-    """The dtype of values and moments: float32, or the base's own under `fidelity: official`."""
+    """Return the dtype of values and moments: float32, or the base dtype with `fidelity: official`."""
     return model.config.dtype if config.fidelity == "official" else jnp.float32
 
 
@@ -32,16 +32,16 @@ def choose(
     losses: Callable[..., jax.Array] = label_losses,
     by_neuron: Callable[..., Any] = lambda function: function,
 ) -> Bypass:
-    """The bypass of a run before its first step: zero values, and columns by the score of its config.
+    """Return the bypass of a run before its first step: zero values at the columns that its `bypass.score` selects.
 
     Args:
       config: the run.
-      model: its base.
-      params: the base's weights.
-      paths: the linear maps that carry a bypass.
-      batches: one pass over the training data; read for the score "gradient" only, which cannot do without.
-      losses: of a batch, as in `step.make_step`; for the score "gradient" too.
-      by_neuron: `parallel.Parallel.by_neuron`, for weights that devices share.
+      model: its base model.
+      params: the weights of the base model.
+      paths: the targets.
+      batches: one pass over the training data; required and read for the score "gradient" only.
+      losses: as in `step.make_step`; for the score "gradient" only.
+      by_neuron: `modes.Parallel.by_neuron`, for sharded weights.
     """
     k, dtype = config.bypass.k, value_dtype(config, model)
 
@@ -63,7 +63,7 @@ def choose(
     key = jax.random.key(config.seed)
     values: Tree = {}
     columns: Tree = {}
-    for number, path in enumerate(paths):  # one map's scores at a time
+    for number, path in enumerate(paths):  # the random scores of one linear map at a time
         kernel = trees.get(params, path)["kernel"]
         scores = jax.random.uniform(jax.random.fold_in(key, number), kernel.shape)
         built = bypass.build(trees.put({}, path, {"kernel": scores}), [path], k, dtype=dtype)
@@ -80,21 +80,22 @@ def gradient_sums(
     accumulation: int = 1,
     losses: Callable[..., jax.Array] = label_losses,
 ) -> Tree:
-    """The gradient of the mean loss with respect to the target kernels, summed over batches; no weight changes meanwhile.
+    """Sum the gradient of the mean loss by the target kernels over batches, at constant weights.
 
-    As the published code sums it (one mean loss for each batch), but in float32 on any base. It costs a forward and a
-    backward pass of full fine-tuning for each batch, and in memory a float32 array of the shape of every target kernel,
-    beside one of the kernel's dtype while a batch is under way.
+    The published code sums in the same way (one mean loss for each batch), but in the base dtype; here it is float32. The
+    cost is a forward and a backward pass of full fine-tuning for each batch. In memory it takes a float32 array of the
+    shape of every target kernel, and during a batch one more in the kernel's dtype.
 
     Args:
-      module: the model; its remat policy counts.
+      module: the model, with its remat policy.
       params: its weights.
-      paths: the target kernels (*L, O, I).
-      batches: what to sum over.
-      accumulation: equal parts that a batch is computed in.
-      losses: (module, variables, batch) -> the loss of every target; gradients must reach all target kernels through it.
+      paths: the targets, with kernels (*L, O, I).
+      batches: the batches to sum over.
+      accumulation: number of equal micro batches in which a batch is computed.
+      losses: (module, variables, batch) -> the loss at every label; gradients must reach all target kernels through it.
 
-    Returns: a tree with float32 (*L, O, I) under "kernel" at each of the paths.
+    Returns:
+      A tree with float32 (*L, O, I) under "kernel" at each of the paths.
     """
     chosen: Tree = {}
     for path in paths:

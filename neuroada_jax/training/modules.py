@@ -1,4 +1,4 @@
-"""Which modules of a model a config trains, and whether the two fit at all. Needs no weights but for a missing head."""
+"""The modules of a model that a config trains, and whether a config suits a model; almost everything before the weights."""
 
 import dataclasses
 
@@ -9,59 +9,79 @@ from neuroada_jax.pretrained.load import IdentifiedModel
 from neuroada_jax.tasks import GLUE, TASKS
 from neuroada_jax.training.config import ClassifierSection, GenerationSection, RunConfig
 
+# Fields of an evaluation set that an encoder has no use for, with the values that leave them unset.
+_FOR_PROMPTS = {"style": None, "method": "generate", "max_new_tokens": None, "generation": GenerationSection()}
+
 
 def check_kind(config: RunConfig, model: models.Model) -> None:
-    """Raises UserError where the config asks of a decoder what only an encoder does, or the reverse."""
+    """Check that a config asks of a decoder or an encoder only for features of its kind.
+
+    Raises:
+      UserError: it asks for something else.
+    """
     kind = model.hf_config["model_type"]
-    is_decoder = model.architecture.is_decoder
-    if is_decoder and config.classifier != ClassifierSection():
-        raise UserError(f"head: {kind} is a decoder, which has no head to train; leave this section out")
-    if not is_decoder and config.data.packing:
-        raise UserError(f"data.packing: {kind} is an encoder, which reads one example a row; set it to false")
-    if not is_decoder and config.data.drop_overlap:
-        raise UserError(f"data.drop_overlap: {kind} is an encoder, whose rows ask no questions; set it to false")
+    if model.architecture.is_decoder:
+        _check_decoder(config, kind)
+    else:
+        _check_encoder(config, kind)
+
+
+def _check_decoder(config: RunConfig, kind: str) -> None:
+    if config.classifier != ClassifierSection():
+        raise UserError(f"classifier: {kind} is a decoder, which has no classifier to train; remove this section")
     for where, task in config.tasks():
-        if is_decoder and task not in TASKS:
+        if task not in TASKS:
             raise UserError(
-                f"{where}.task: {task!r} trains an encoder to tell labels apart, and {kind} is a decoder; "
-                f"take another model, or a task of {', '.join(TASKS)}"
+                f"{where}.task: {task!r} is a classification task for encoders, and {kind} is a decoder; use another model "
+                f"or one of {', '.join(TASKS)}"
             )
-        if not is_decoder and task not in GLUE:
+
+
+def _check_encoder(config: RunConfig, kind: str) -> None:
+    if config.data.packing:
+        raise UserError(f"data.packing: {kind} is an encoder, which reads one example at a time; set it to false")
+    if config.data.drop_overlap:
+        raise UserError(
+            f"data.drop_overlap: {kind} is an encoder, whose rows have no questions to compare; set it to false"
+        )
+    for where, task in config.tasks():
+        if task not in GLUE:
             raise UserError(
-                f"{where}.task: {task!r} trains a decoder to continue texts, and {kind} is an encoder; "
-                f"take another model, or a task of {', '.join(GLUE)}"
+                f"{where}.task: {task!r} trains a decoder to continue texts, and {kind} is an encoder; use another model "
+                f"or one of {', '.join(GLUE)}"
             )
-        if not is_decoder and task != config.data.task:
-            raise UserError(f"{where}.task: {task!r}, and the head is trained for {config.data.task!r}; leave it out")
-    unset = {"style": None, "method": "generate", "max_new_tokens": None, "generation": GenerationSection()}
-    for number, each in enumerate(config.evaluation.sets if not is_decoder else ()):
-        for field in (field for field, value in unset.items() if getattr(each, field) != value):
-            raise UserError(f"evaluation.sets.{number}.{field}: {kind} is an encoder, which has no prompts; leave it out")
-    if not is_decoder and config.data.style is not None:
-        raise UserError(f"data.style: {kind} is an encoder, which has no prompts; leave it out")
+        if task != config.data.task:
+            raise UserError(f"{where}.task: the classifier is trained for {config.data.task!r}, found {task!r}; remove it")
+    for number, each in enumerate(config.evaluation.sets):
+        for field in (field for field, value in _FOR_PROMPTS.items() if getattr(each, field) != value):
+            raise UserError(f"evaluation.sets.{number}.{field}: {kind} is an encoder, which has no prompts; remove it")
+    if config.data.style is not None:
+        raise UserError(f"data.style: {kind} is an encoder, which has no prompts; remove it")
 
 
 def resolved(config: RunConfig, model: models.Model) -> RunConfig:
-    """The config with the defaults that depend on the model written out."""
+    """Return the config with defaults that depend on the model filled in."""
     targets = config.bypass.targets or list(model.architecture.targets)
     return dataclasses.replace(config, bypass=dataclasses.replace(config.bypass, targets=targets))
 
 
 def dense_paths(config: RunConfig, base_model: IdentifiedModel, targets: list[trees.ModulePath]) -> list[trees.ModulePath]:
-    """The modules that train whole: an encoder's head, and whatever else the checkpoint lacks. None of a decoder.
+    """Return the paths of the modules that train densely: an encoder's classifier and modules missing in the checkpoint.
+
+    A decoder has none.
 
     Args:
       config: the run.
-      base_model: the model; reading its weights showed which tensors the checkpoint lacks.
+      base_model: the loaded model, which names the tensors that its checkpoint lacks.
       targets: the linear maps that carry a bypass.
 
     Raises:
-      UserError: the head is not to be trained, and the checkpoint has none; or a part of it is to carry a bypass.
+      UserError: `classifier.train` is false, and the checkpoint lacks the classifier; or a target is part of it.
     """
     architecture = base_model.model.architecture
     initialised = base_model.initialised
     if initialised and not config.classifier.train:
-        raise UserError(f"head.train: {base_model.source} has no {initialised[0]}, so that the head must be trained")
+        raise UserError(f"classifier.train: {base_model.source} has no {initialised[0]}: the classifier must be trained")
     parameters = {tuple(name.split(".")) for name in initialised}
     paths = [
         path
@@ -71,22 +91,28 @@ def dense_paths(config: RunConfig, base_model: IdentifiedModel, targets: list[tr
     ]
     for target in targets:
         if any(target[: len(path)] == path for path in paths):
-            raise UserError(f"bypass.targets: {'.'.join(target)} belongs to the head, which trains whole; leave it out")
+            raise UserError(
+                f"bypass.targets: {'.'.join(target)} belongs to the classifier, which trains densely; remove it"
+            )
     return paths
 
 
 def check_length(config: RunConfig, model: models.Model) -> None:
-    """Raises UserError where rows may be longer than the model's positions."""
+    """Check that `data.max_length` does not exceed the positions of the model.
+
+    Raises:
+      UserError: it does.
+    """
     positions = model.config.max_positions
     if config.data.max_length > positions:
         raise UserError(f"data.max_length: {config.data.max_length} is more than the model's {positions} positions")
 
 
 def target_paths(config: RunConfig, model: models.Model) -> list[trees.ModulePath]:
-    """The linear maps that carry a bypass; warns where one has fewer than k inputs. Needs no weights.
+    """Return the paths of the targets, and warn of those with fewer than k inputs.
 
     Raises:
-      UserError: targets that match nothing, or the output layer of a model with tied embeddings.
+      UserError: a target matches no linear map, or is the output layer of a model with tied embeddings.
     """
     k, targets = config.bypass.k, config.bypass.targets or list(model.architecture.targets)
     if "lm_head" in targets and model.architecture.is_decoder and model.config.tied:

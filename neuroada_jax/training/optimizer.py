@@ -1,4 +1,4 @@
-"""Schedules and the partitioned optimiser: only the bypass values and a head train."""
+"""Learning-rate schedules and the partitioned optimiser, which updates the bypass values and a classifier only."""
 
 import math
 from typing import Any
@@ -13,10 +13,10 @@ TRAINED = ("bypass", "classifier")
 
 
 def schedule(config: OptimizerSection, total_steps: int, learning_rate: float | None = None) -> optax.Schedule:
-    """Learning rate by step (0 is the first update): warm-up from 0, then linear, cosine or constant.
+    """Return the learning rate by step (0 is the first update): warm-up from 0, then linear, cosine or constant.
 
-    The steps are those of transformers' Trainer: ceil(warmup_ratio * total) warm-up steps, and 0 at `total_steps`.
-    The highest rate is `learning_rate`, where None is given that of `config`.
+    As in transformers' Trainer, there are ceil(warmup_ratio * total_steps) warm-up steps, and linear and cosine schedules
+    reach 0 at `total_steps`. The peak is `learning_rate`; None stands for that of `config`.
     """
     warmup = math.ceil(config.warmup_ratio * total_steps)
     rate = config.learning_rate if learning_rate is None else learning_rate
@@ -35,10 +35,10 @@ def schedule(config: OptimizerSection, total_steps: int, learning_rate: float | 
 
 
 def labels(tree: dict[str, Any]) -> dict[str, Any]:
-    """The partition of a tree by its top-level collections: the trainable ones by name, everything else "frozen".
+    """Label every leaf with its top-level collection if that is in `TRAINED`, else with "frozen".
 
-    It serves the trainable tree alone, as the training step keeps it, and a combined one such as
-    {"params": ..., "bypass": ...}, whose other leaves then get zero updates and no optimiser state.
+    This suits the trainable tree of the training step, and a combined tree such as {"params": ..., "bypass": ...}, whose
+    other leaves get zero updates and no optimiser state.
     """
     return {
         key: jax.tree.map(lambda _, label=key if key in TRAINED else "frozen": label, node) for key, node in tree.items()
@@ -48,10 +48,10 @@ def labels(tree: dict[str, Any]) -> dict[str, Any]:
 def build(
     config: OptimizerSection, total_steps: int, classifier: ClassifierSection | None = None
 ) -> optax.GradientTransformation:
-    """AdamW with clipping by the global norm; moments in the values' dtype (float32).
+    """Build AdamW with clipping by the global norm and moments in the dtype of the values (float32).
 
-    The head has its own learning rate and weight decay where `classifier` says so; biases do not decay, as in transformers'
-    Trainer.
+    The classifier has its own learning rate and weight decay where `classifier` sets them. Biases do not decay, as in
+    transformers' Trainer.
     """
     classifier = classifier or ClassifierSection()
 
@@ -71,23 +71,23 @@ def build(
     partitioned = optax.partition(transforms, labels)
     if config.clip_norm is None:
         return partitioned
-    # Masked, so that the norm is that of what trains, in a combined tree too.
+    # Masked, so that in a combined tree, too, the norm is that of the trained leaves.
     clip = optax.masked(optax.clip_by_global_norm(config.clip_norm), _trained)
     return optax.chain(clip, partitioned)
 
 
 def _bias_correction_error(beta1: float, beta2: float) -> optax.Schedule:
-    """What optax's updates must be multiplied by to be those of PyTorch, whose bias corrections are exact.
+    """Return the factor by step that turns optax's updates into those of PyTorch, whose bias corrections are exact.
 
-    optax forms 1 - beta^t in float32. For beta2 = 0.999 that is off by 1.3e-5 at the first steps, which would be most of
-    the difference between our losses and those of the published code.
+    optax computes 1 - beta^t in float32. For beta2 = 0.999 the relative error is 1.3e-5 at the first steps, most of the
+    difference between our losses and those of the published code.
     """
 
-    def share(beta: float, t: jax.Array) -> jax.Array:
-        """The correction as optax forms it, by what it should be."""
+    def ratio(beta: float, t: jax.Array) -> jax.Array:
+        """Return the bias correction of optax divided by the exact one."""
         return (1 - beta**t) / -jnp.expm1(t * (math.log(beta) if beta else -math.inf))
 
-    return lambda count: share(beta1, count + 1) / jnp.sqrt(share(beta2, count + 1))
+    return lambda count: ratio(beta1, count + 1) / jnp.sqrt(ratio(beta2, count + 1))
 
 
 def _decaying(tree: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A run that is asked to stop, by SIGTERM or Ctrl-C, saves and ends well."""
+"""Graceful stop of a run on SIGTERM or Ctrl-C."""
 
 import contextlib
 import os
@@ -11,7 +11,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stopped(KeyboardInterrupt):
-    """The run was asked to stop and did. `step`: the updates that are saved, None where nothing new is."""
+    """Stop of a run on request. `step`: the number of updates in the checkpoint, None where nothing new was saved."""
 
     def __init__(self, step: int | None = None) -> None:
         super().__init__()
@@ -19,9 +19,9 @@ class Stopped(KeyboardInterrupt):
 
 
 class Stop:
-    """Whether the run was asked to stop.
+    """Request to stop a run.
 
-    Outside of `held` the request raises `Stopped` wherever the program is; inside, the work looks at `requested` where it
+    Outside of `held`, a request raises `Stopped` wherever the main thread is. Inside, the work polls `requested` where it
     can stop.
     """
 
@@ -30,18 +30,18 @@ class Stop:
         self._held = False
 
     def request(self) -> None:
-        """Asks for it."""
+        """Request a stop, and raise Stopped unless it is held back."""
         self.requested = True
         self.check()
 
     def check(self) -> None:
-        """Raises Stopped if that was asked for and is not held back."""
+        """Raise Stopped if a stop was requested and is not held back."""
         if self.requested and not self._held:
             raise Stopped
 
     @contextlib.contextmanager
     def held(self, held: bool = True) -> Iterator[None]:
-        """A block of work that is not interrupted, or with False one inside it that is."""
+        """Hold `Stopped` back for the enclosed code; with False, allow it again inside such a block."""
         before, self._held = self._held, held
         try:
             self.check()
@@ -52,10 +52,11 @@ class Stop:
 
 @contextlib.contextmanager
 def listening() -> Iterator[Stop]:
-    """The first SIGTERM or SIGINT requests a stop, the second ends the process at once; afterwards all is as before.
+    """Turn the first SIGTERM or SIGINT into a request to stop, and end the process at once on the second.
 
-    Python runs a signal's handler between two of its own instructions, and a compilation or a step is one of them. The
-    bytes that Python writes to a wakeup pipe come at once, so that a thread reads them.
+    Python runs signal handlers between bytecode instructions, and a compilation or a step is one instruction. The byte that
+    Python writes to the wakeup pipe arrives at once, so a thread reads that to confirm the first signal and act on the
+    second.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():  # Python allows handlers in the main thread only
@@ -90,6 +91,6 @@ def listening() -> Iterator[Stop]:
         for number, handler in handlers.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(woken)
-        os.close(send)  # which ends the thread
+        os.close(send)  # ends the thread
         thread.join()
         os.close(receive)

@@ -1,6 +1,6 @@
-"""Where a run's metrics go: to metrics.jsonl, always, and to TensorBoard, wandb and trackio when asked (`tracking`).
+"""Logging of a run's metrics: always to metrics.jsonl, and to TensorBoard, wandb and trackio where `tracking` names them.
 
-No tracker is required, and none may end a run: where one fails, the run goes on without it.
+No tracker is required, and none can end a run: if one fails, the run continues without it.
 """
 
 import contextlib
@@ -22,12 +22,12 @@ from neuroada_jax.errors import UserError, install_line
 from neuroada_jax.training.config import RunConfig
 
 _FORMER_FIELDS = {"targets": "labels"}  # of metrics.jsonl, as neuroada-jax 0.1 named them
-Line = dict[str, Any]  # of one step: "step", "loss", ...
-WANDB_ID = "wandb-id.txt"  # by which a resumed run goes on in wandb
+Line = dict[str, Any]  # the metrics of one step: "step", "loss", ...
+WANDB_ID = "wandb-id.txt"  # with the id under which a resumed run continues in wandb
 
 
 class Tracker(Protocol):
-    """Takes the lines of finished steps, in order."""
+    """Sink for the metrics of finished steps, which come in order."""
 
     def write(self, lines: Sequence[Line]) -> None: ...
 
@@ -35,10 +35,10 @@ class Tracker(Protocol):
 
 
 def check(names: Sequence[str]) -> None:
-    """Before the work begins.
+    """Check that the packages of all trackers are installed.
 
     Raises:
-      UserError: a tracker whose package is not installed.
+      UserError: one is not.
     """
     for name in names:
         if importlib.util.find_spec(name) is None:
@@ -46,13 +46,14 @@ def check(names: Sequence[str]) -> None:
 
 
 class Log:
-    """metrics.jsonl, and the trackers that the config names.
+    """Log of a run: metrics.jsonl, and the trackers that the config names.
 
-    lines: of metrics.jsonl, those of the steps that an earlier part of the run did.
+    Attributes:
+      lines: of metrics.jsonl, from the earlier part of a resumed run.
     """
 
     def __init__(self, config: RunConfig, done: int) -> None:
-        """Goes on after `done` steps.
+        """Open the log of a run that has done `done` steps.
 
         Raises:
           UserError: metrics.jsonl cannot be written.
@@ -64,7 +65,7 @@ class Log:
             self._guarded(name, functools.partial(self._start, name, config, done))
 
     def write(self, lines: Sequence[Line]) -> None:
-        """Hands the lines on; what is not finite is left out for the trackers.
+        """Write the metrics of some steps; trackers get the finite ones only.
 
         Raises:
           UserError: metrics.jsonl cannot be written.
@@ -74,7 +75,7 @@ class Log:
             self._guarded(name, functools.partial(tracker.write, lines))
 
     def close(self) -> None:
-        """Closes all of them."""
+        """Close the file and all trackers."""
         self._file.close()
         for name, tracker in list(self._others.items()):
             self._guarded(name, tracker.close)
@@ -84,16 +85,16 @@ class Log:
 
     def _guarded(self, name: str, work: Callable[[], object]) -> None:
         try:
-            with contextlib.redirect_stdout(sys.stderr):  # standard output is for results
+            with contextlib.redirect_stdout(sys.stderr):  # standard output carries results only
                 work()
-        except Exception as error:  # of a service, a network or a disk: whatever there is
+        except Exception as error:  # any failure of a service, the network or a disk
             self._others.pop(name, None)
             reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-            console.warn(f"tracking: {name} failed, and the run goes on without it ({reason})")
+            console.warn(f"tracking: {name} failed, the run continues without it ({reason})")
 
 
 class TensorBoard:
-    """Event files in <run>/tensorboard."""
+    """Writer of event files in <run>/tensorboard."""
 
     def __init__(self, config: RunConfig, done: int) -> None:
         from tensorboard.compat.proto import event_pb2
@@ -101,7 +102,7 @@ class TensorBoard:
 
         self._event = event_pb2.Event
         self._writer = event_file_writer.EventFileWriter(str(config.directory / "tensorboard"))
-        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)  # makes readers drop later steps of before
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)  # readers then drop later steps of the earlier part
         self._writer.add_event(self._event(wall_time=time.time(), step=done + 1, session_log=start))
 
     def write(self, lines: Sequence[Line]) -> None:
@@ -117,7 +118,7 @@ class TensorBoard:
 
 
 class Wandb:
-    """A run of the project `neuroada-jax`; where WANDB_MODE is `offline`, in <run>/wandb alone."""
+    """Run of the wandb project `neuroada-jax`; with WANDB_MODE=offline it stays in <run>/wandb."""
 
     def __init__(self, config: RunConfig, done: int) -> None:
         import wandb
@@ -143,7 +144,7 @@ class Wandb:
 
 
 class Trackio:
-    """A run of the project `neuroada-jax` on this machine (in TRACKIO_DIR, if that is set)."""
+    """Run of the local trackio project `neuroada-jax` (in TRACKIO_DIR, if set)."""
 
     def __init__(self, config: RunConfig, done: int) -> None:
         import trackio
@@ -165,59 +166,60 @@ class Trackio:
             self._run.log(_measured(line), step=line["step"])
 
     def close(self) -> None:
-        self._finish()  # its run's own `finish` would be called again as Python ends, and print
+        self._finish()  # `self._run.finish` would be called again at exit, and print
 
 
 _TRACKERS: dict[str, Callable[[RunConfig, int], Tracker]] = {"tensorboard": TensorBoard, "wandb": Wandb, "trackio": Trackio}
 
 
 def _measured(line: Line) -> dict[str, float]:
-    """The numbers of a line that are finite, but for the step."""
+    """Return the finite metrics of a line, without the step."""
     return {key: float(value) for key, value in line.items() if key != "step" and math.isfinite(value)}
 
 
 class JsonLines:
-    """metrics.jsonl: a line for every step, in order, and never half of one.
+    """Writer of metrics.jsonl, which has one complete line for every step, in order.
 
-    lines: those of the steps that an earlier part of the run did.
+    Attributes:
+      lines: of the earlier part of a resumed run.
     """
 
     def __init__(self, path: Path, done: int) -> None:
-        """Goes on after `done` steps: what an interrupted run wrote beyond them is dropped.
+        """Open the file of a run that has done `done` steps; lines of later steps, from an interruption, are dropped.
 
         Raises:
           UserError: the file cannot be written.
         """
-        self._path, self.lines = path, _whole_lines(path, done)
+        self._path, self.lines = path, _complete_lines(path, done)
         if len(self.lines) < done:
             console.warn(f"{path}: {done - len(self.lines)} of the {done} lines are missing")
         files.write_text(path, "".join(json.dumps(line) + "\n" for line in self.lines))
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
 
     def write(self, lines: Sequence[Line]) -> None:
-        """Appends them in one piece.
+        """Append the lines of some steps in a single write.
 
         Raises:
-          UserError: they could not be; the file is as before.
+          UserError: it failed; the file is unchanged.
         """
-        # JSON knows no NaN: a step that was not finite says null.
+        # JSON has no NaN: non-finite metrics become null.
         text = "".join(json.dumps(files.finite(line)) + "\n" for line in lines).encode()
         before = os.fstat(self._file).st_size
         try:
             written = os.write(self._file, text)
-            if written < len(text):  # the rest says why
+            if written < len(text):  # writing the rest raises the reason
                 os.write(self._file, text[written:])
         except OSError as error:
             os.truncate(self._path, before)
             raise UserError(f"{self._path}: cannot be written ({error.strerror})") from error
 
     def close(self) -> None:
-        """Closes the file."""
+        """Close the file."""
         os.close(self._file)
 
 
-def _whole_lines(path: Path, done: int) -> list[Line]:
-    """The lines of steps up to `done`, until the first that is not whole or repeats a step."""
+def _complete_lines(path: Path, done: int) -> list[Line]:
+    """Return the lines of steps up to `done`, ending before the first that is incomplete or repeats a step."""
     lines: list[Line] = []
     last = 0
     for text in path.read_bytes().splitlines() if path.exists() else []:

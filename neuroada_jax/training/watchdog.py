@@ -1,4 +1,4 @@
-"""What goes wrong in long runs and would not be seen: steps left out, loss spikes, data that do not come, compilations."""
+"""Detection of silent failures in long runs: skipped steps, loss spikes, stalled input, recompilation."""
 
 import collections
 import contextlib
@@ -17,15 +17,15 @@ from neuroada_jax.errors import UserError
 from neuroada_jax.training.config import WatchdogSection
 from neuroada_jax.training.trackers import Line
 
-WINDOW, FEWEST = 100, 20  # steps that a spike is told by: the last ones, and at least so many
-FLOOR = 0.01  # of the median: losses that are all but equal have hardly any deviation
+WINDOW, FEWEST = 100, 20  # finite losses that a spike is measured against: the most recent ones, and the fewest
+FLOOR = 0.01  # least deviation as a share of the median: that of nearly equal losses is almost 0
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
 Made = TypeVar("Made")
 
 
 class Failed(Exception):
-    """A step was not finite, and the run may not go on."""
+    """Failure of a run at a step that was not finite."""
 
     def __init__(self, step: int, message: str) -> None:
         super().__init__(message)
@@ -33,17 +33,17 @@ class Failed(Exception):
 
 
 class Watchdog:
-    """Looks at what a training loop meets, warns, and counts."""
+    """Monitor of a training loop that warns of failures and counts them."""
 
     def __init__(
         self, section: WatchdogSection, counts: dict[str, int] | None = None, earlier: Sequence[Line] = ()
     ) -> None:
-        """Goes on after what an earlier part of the run has counted, and the lines that it has written.
+        """Continue with the counts and metrics of the earlier part of a resumed run.
 
         Args:
-          section: of the config.
-          counts: "skipped", "spikes", "stalls" and "compiled_again"; brought up to date.
-          earlier: of metrics.jsonl.
+          section: `watchdog` of the config.
+          counts: numbers of "skipped", "spikes", "stalls" and "compiled_again" so far; updated in place.
+          earlier: lines of metrics.jsonl so far.
         """
         self._section, self.counts = section, {} if counts is None else counts
         for kind in ("skipped", "spikes", "stalls", "compiled_again"):
@@ -52,10 +52,10 @@ class Watchdog:
         self._losses = collections.deque(losses, WINDOW)
 
     def wait(self, batch: "Future[Made]", step: int) -> Made:
-        """The batch of a step, when it is there.
+        """Wait for the batch of a step and return it.
 
         Raises:
-          UserError: it did not come within `watchdog.stall_stop` seconds.
+          UserError: it did not arrive within `watchdog.stall_stop` seconds.
         """
         began = time.perf_counter()
         limits = (self._section.stall_warn, self._section.stall_stop)
@@ -63,14 +63,14 @@ class Watchdog:
             with contextlib.suppress(TimeoutError):
                 return batch.result(max(0.0, limit - (time.perf_counter() - began)))
             if limit == self._section.stall_stop:
-                raise UserError(f"the data of step {step} did not come within {limit:g} s (watchdog.stall_stop)")
+                raise UserError(f"the batch of step {step} did not arrive within {limit:g} s (watchdog.stall_stop)")
             self.counts["stalls"] += 1
-            console.warn(f"waiting for the data of step {step} for {limit:g} s (watchdog.stall_warn)")
+            console.warn(f"waiting for the batch of step {step} for {limit:g} s (watchdog.stall_warn)")
         return batch.result()
 
     @contextlib.contextmanager
     def compiling(self, step: int, expected: bool) -> Iterator[None]:
-        """The call of a step, which compiles where that is expected and nowhere else."""
+        """Warn if the enclosed call of a step compiles although that is not expected."""
         seconds: list[float] = []
 
         def listen(event: str, duration_secs: float, **_: str | int) -> None:
@@ -88,19 +88,19 @@ class Watchdog:
         if seconds:
             self.counts["compiled_again"] += 1
             console.warn(
-                f"step {step} was compiled once more ({sum(seconds):.1f} s), although its shape has been; "
-                f"that makes {self.counts['compiled_again']}"
+                f"step {step} was compiled again ({sum(seconds):.1f} s), although its shape was compiled before; "
+                f"{self.counts['compiled_again']} so far"
             )
 
     def look(self, lines: Sequence[Line]) -> None:
-        """At the lines of the steps since the last look.
+        """Check the lines of the steps since the last call.
 
-        A spike is a loss more than `watchdog.spike` deviations above the median of the last 100 finite losses (of at least
-        20). The deviation is 1.4826 times the median distance from that median, which for a normal distribution is the
-        standard deviation, and at least 1 % of the median; neither is moved by the spikes themselves.
+        A spike is a loss more than `watchdog.spike` deviations above the median of the last 100 finite losses, once there
+        are 20. The deviation is 1.4826 times the median absolute distance from that median, which for a normal distribution
+        is the standard deviation, and at least 1 % of the median. Both are robust: spikes hardly change them.
 
         Raises:
-          Failed: a step was not finite; with `watchdog.nonfinite: skip`, one more than `watchdog.max_skips`.
+          Failed: a step was not finite; with `watchdog.nonfinite: skip`, more than `watchdog.max_skips` of them.
         """
         worst: tuple[float, Line, float] | None = None
         for line in lines:
@@ -117,7 +117,7 @@ class Watchdog:
             above, line, median = worst
             console.warn(
                 f"step {line['step']}: loss {line['loss']:.4f} is a spike, {above:.0f} deviations above the median "
-                f"{median:.4f} of the steps before"
+                f"{median:.4f} of the previous steps"
             )
 
     def _not_finite(self, step: int) -> None:
@@ -132,7 +132,7 @@ class Watchdog:
         )
 
     def _deviations(self, loss: float) -> tuple[float, float]:
-        """How far a loss is above those before it, and their median."""
+        """Return by how many deviations a loss exceeds the median of the previous ones, and that median."""
         if len(self._losses) < FEWEST:
             return 0.0, math.nan
         median = statistics.median(self._losses)
@@ -141,7 +141,7 @@ class Watchdog:
 
 
 def in_background(work: Callable[[], Made]) -> "Future[Made]":
-    """Its result, from a thread that nobody has to wait for: work that is stuck does not keep the process."""
+    """Start work in a daemon thread and return its future; work that hangs does not keep the process from ending."""
     future: Future[Made] = Future()
 
     def run() -> None:

@@ -149,9 +149,9 @@ def test_which_modules_train_whole(bare, tmp_path):
     message = message_of(
         modules.dense_paths, run(tmp_path, base_model.source, classifier={"train": False}), base_model, targets
     )
-    assert message.startswith(f"head.train: {base_model.source} has no ")
+    assert message.startswith(f"classifier.train: {base_model.source} has no ")
     message = message_of(modules.dense_paths, config, base_model, [("classifier",)])
-    assert message == "bypass.targets: classifier belongs to the head, which trains whole; leave it out"
+    assert message == "bypass.targets: classifier belongs to the classifier, which trains densely; remove it"
 
     whole = load_model(str(write_encoder(tmp_path / "whole", "bert")))
     assert whole.initialised == [] and modules.dense_paths(config, whole, targets) == [("classifier",)]
@@ -195,7 +195,7 @@ def test_a_decoder_has_no_head_to_train(tmp_path, capsys):
     content = run_config(tmp_path, model, write_rows(tmp_path / "rows.jsonl"), classifier={"learning_rate": 0.1})
     path = write_config(tmp_path / "run.yaml", content)
     assert cli.main(["train", str(path)]) == 2
-    assert "head: llama is a decoder, which has no head to train" in capsys.readouterr().err
+    assert "classifier: llama is a decoder, which has no classifier to train" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("form", ["peft-supertuning", "peft-shira", "official", "huggingface"])

@@ -311,7 +311,7 @@ def test_one_row_is_not_split():
         ("data.task=commonsense", "data.task: 'commonsense' trains a decoder to continue texts, and bert is an encoder"),
         ("data.task=glue", "data.task: unknown task 'glue'"),
         ("data.style=plain", "data.style: bert is an encoder, which has no prompts"),
-        ("evaluation.sets.0.task=rte", "evaluation.sets.0.task: 'rte', and the head is trained for 'mrpc'"),
+        ("evaluation.sets.0.task=rte", "evaluation.sets.0.task: the classifier is trained for 'mrpc', found 'rte'"),
         ("evaluation.sets.0.method=choices", "evaluation.sets.0.method: bert is an encoder, which has no prompts"),
         (
             "evaluation.sets.0.max_new_tokens=8",

@@ -108,7 +108,7 @@ def test_a_tracker_that_fails_is_left_out(tmp_path, monkeypatch):
 
     monkeypatch.setitem(trackers._TRACKERS, "wandb", Broken)
     made = trackers.Log(settings(tmp_path, "wandb"), 0)
-    with pytest.warns(NeuroadaWarning, match=r"wandb failed, and the run goes on without it \(no route to host\)"):
+    with pytest.warns(NeuroadaWarning, match=r"wandb failed, the run continues without it \(no route to host\)"):
         made.write([line(1, 4.0)])
     made.write([line(2, 3.0)])
     made.close()

@@ -101,11 +101,11 @@ def test_data_that_do_not_come():
         time.sleep(0.05)
         return 4
 
-    with pytest.warns(NeuroadaWarning, match=r"waiting for the data of step 2 for 0\.02 s \(watchdog\.stall_warn\)"):
+    with pytest.warns(NeuroadaWarning, match=r"waiting for the batch of step 2 for 0\.02 s \(watchdog\.stall_warn\)"):
         assert watchdog.wait(in_background(late), 2) == 4
     with (
         pytest.warns(NeuroadaWarning, match="step 3"),
-        pytest.raises(UserError, match=r"the data of step 3 did not come within 0\.1 s \(watchdog\.stall_stop\)"),
+        pytest.raises(UserError, match=r"the batch of step 3 did not arrive within 0\.1 s \(watchdog\.stall_stop\)"),
     ):
         watchdog.wait(in_background(come.wait), 3)
     come.set()
@@ -124,7 +124,7 @@ def test_a_step_that_compiles_again():
         double(jnp.zeros(3))
     assert counts["compiled_again"] == 0
     with (
-        pytest.warns(NeuroadaWarning, match=r"step 3 was compiled once more \(.* s\), although .*; that makes 1"),
+        pytest.warns(NeuroadaWarning, match=r"step 3 was compiled again \(.* s\), although .*; 1 so far"),
         watchdog.compiling(3, expected=False),
     ):
         double(other)
