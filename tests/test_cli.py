@@ -475,7 +475,7 @@ def test_bad_arguments_of_the_other_commands(trained, tmp_path, inputs, neuroada
         (["generate", *model, "--prompt", "a", "--max-new-tokens", 0], "max_new_tokens: expected at least 1, found 0"),
         (["generate", *model, "--prompt", "a", "--max-new-tokens", 500], "exceeds the model's 128 positions"),
         (["generate", *model, "--prompt", "a", "--temperature", 0], "temperature: expected above 0, found 0.0"),
-        (["generate", *model, "--prompt", "a", "--top-p", 0.9, "--beams", 4], "beams: a search with 4 beams draws nothing"),
+        (["generate", *model, "--prompt", "a", "--top-p", 0.9, "--beams", 4], "a search with 4 beams samples nothing"),
         (["generate", *model, "--prompt", "a", "--seed", 1], "seed: nothing is sampled"),
         (["generate", *model, "--prompt", "a", "--early-stopping"], "they are for a beam search"),
         (["generate", *model, "--prompt", "a", "--stop", ""], "stop: found an empty text"),

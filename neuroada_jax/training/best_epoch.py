@@ -19,7 +19,6 @@ from neuroada_jax import console, files
 from neuroada_jax.adapters import native, on_base
 from neuroada_jax.core import bypass
 from neuroada_jax.core.bypass import Bypass
-from neuroada_jax.data.rows import Rows
 from neuroada_jax.errors import UserError
 from neuroada_jax.evaluation.scoring import Score
 from neuroada_jax.pretrained.load import IdentifiedModel
@@ -52,12 +51,6 @@ def split(rows: int, seed: int) -> Split:
     count = CHOOSING_OF_LARGE if rows > LARGE else (rows + 1) // 2
     order = np.random.default_rng([seed, rows]).permutation(rows)
     return Split(np.sort(order[:count]), np.sort(order[count:]))
-
-
-def part(rows: Rows, numbers: Int64[np.ndarray, "n"]) -> Rows:
-    """Some of the rows."""
-    chosen = numbers.tolist()
-    return Rows([rows.rows[i] for i in chosen], rows.source, [rows.places[i] for i in chosen])
 
 
 def _rank(epoch: dict[str, Any]) -> float:

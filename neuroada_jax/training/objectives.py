@@ -1,21 +1,20 @@
-"""What a run trains a model for. Decoders and encoders differ here, in data, losses and scores, and nowhere else."""
+"""Objectives of decoders and encoders: their data, losses and scorers."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Array
 
 from neuroada_jax import console
-from neuroada_jax.core.trees import Tree
 from neuroada_jax.data.batches import AnyBatches, Batches, ClassificationBatches
 from neuroada_jax.data.examples import encode
 from neuroada_jax.data.prompts import PromptStyle
 from neuroada_jax.data.rows import Rows, load_rows
 from neuroada_jax.errors import UserError
 from neuroada_jax.evaluation import classification, continuation
-from neuroada_jax.evaluation.scoring import Progress, Score, Scorer
+from neuroada_jax.evaluation.scoring import Scorer
 from neuroada_jax.models.losses import classification_losses, label_losses
 from neuroada_jax.pretrained.load import OpenedModel
 from neuroada_jax.tasks import GLUE, TASKS, Task, overlap, read_rows
@@ -25,7 +24,7 @@ from neuroada_jax.training.config import DataSection, EvaluationSet, RunConfig
 
 @runtime_checkable
 class Objective(Protocol):
-    """How rows become batches, what is lost on a batch, and how a set of rows is scored.
+    """The data, the loss and the scorers of a run.
 
     Attributes:
       losses: as `step.make_step` takes them.
@@ -38,33 +37,41 @@ class Objective(Protocol):
     @property
     def dropout_seed(self) -> int | None: ...
 
-    def batches(self, tokenizer: Any, held_out: dict[str, Rows], rows: Rows | None = None) -> tuple[AnyBatches, Rows]:
-        """The training data, and the rows that a batch's numbers mean.
+    def evaluation_rows(self, each: EvaluationSet) -> Rows:
+        """Read the rows of an evaluation set.
+
+        Raises:
+          UserError: see `tasks.read_rows`.
+        """
+
+    def training_rows(self, held_out: Mapping[str, Rows], rows: Rows | None = None) -> Rows:
+        """Return the training rows.
 
         Args:
-          tokenizer: of the model.
           held_out: the rows of every evaluation set, for `data.drop_overlap`.
-          rows: to train on, where they are in memory; None: those of `data.train`.
+          rows: training rows in memory; None: read those of `data.train`.
 
         Raises:
           UserError: rows that do not fit the task, or none left.
         """
 
-    def rows(self, each: EvaluationSet, base_model: OpenedModel, tokenizer: Any) -> Rows:
-        """The rows of an evaluation set, read and checked, so that no score fails for them after the training.
+    def scorer(self, each: EvaluationSet, rows: Rows, base_model: OpenedModel, tokenizer: Any) -> Scorer:
+        """Validate and tokenise rows of an evaluation set, so that none can stop the scoring after the training.
 
         Raises:
-          UserError: a file that is missing, or rows that do not fit their task or the model's positions.
+          UserError: rows that do not fit their task or the model's positions.
         """
 
-    def score(
-        self, each: EvaluationSet, rows: Rows, base_model: OpenedModel, params: Tree, tokenizer: Any, progress: Progress
-    ) -> Score:
-        """Scores rows of an evaluation set with the parameters of the whole model."""
+    def batches(self, rows: Rows, tokenizer: Any) -> AnyBatches:
+        """Tokenise the training rows.
+
+        Raises:
+          UserError: rows that do not fit the task, or none with a label within `data.max_length`.
+        """
 
 
 def objective(config: RunConfig, base_model: OpenedModel) -> tuple[Objective, OpenedModel]:
-    """The run's objective, and the opened model with the head that it asks for.
+    """Return the run's objective, and the opened model with the classifier that it needs.
 
     Raises:
       UserError: the config asks of a decoder what only an encoder does, or the reverse.
@@ -73,9 +80,9 @@ def objective(config: RunConfig, base_model: OpenedModel) -> tuple[Objective, Op
     if base_model.model.architecture.is_decoder:
         return Continuation(config), base_model
     task = GLUE[config.data.task]
-    columns = classification.classes_to_train(base_model, task)
-    labels = [task.labels[columns.index(output)] for output in range(len(columns))]
-    return Classification(config, columns), base_model.with_labels(labels)
+    classes = classification.classes_to_train(base_model, task)
+    labels = [task.labels[classes.index(number)] for number in range(len(classes))]
+    return Classification(config, classes), base_model.with_labels(labels)
 
 
 def _training_rows(section: DataSection, rows: Rows | None) -> Rows:
@@ -97,10 +104,9 @@ class Continuation:
         self._config = config
         self._trained_on: frozenset[str] = frozenset()  # the questions of the training rows
 
-    def batches(self, tokenizer: Any, held_out: dict[str, Rows], rows: Rows | None = None) -> tuple[AnyBatches, Rows]:
+    def batches(self, rows: Rows, tokenizer: Any) -> AnyBatches:
         """See `Objective`."""
-        config, rows = self._config, self._training_rows(held_out, rows)
-        self._trained_on = overlap.questions(rows.rows)
+        config = self._config
         style = PromptStyle(config.data.style or TASKS[config.data.task].style)
         with console.bar("tokenising") as shown:
             examples = encode(rows, style, tokenizer, config.data.max_length, console.reporter(shown))
@@ -123,10 +129,15 @@ class Continuation:
                 f"packed into {batches.row_count} rows of {config.data.max_length} tokens: "
                 f"{len(examples) / batches.row_count:.1f} examples a row, {100 * filled:.1f} % of it tokens"
             )
-        return batches, rows
+        return batches
 
-    def _training_rows(self, held_out: dict[str, Rows], rows: Rows | None) -> Rows:
-        """The rows to train on in their task's form, without those that `data.drop_overlap` leaves out."""
+    def training_rows(self, held_out: Mapping[str, Rows], rows: Rows | None = None) -> Rows:
+        """Return the rows in their task's form, without those that `data.drop_overlap` drops; see `Objective`."""
+        rows = self._without_overlap(held_out, rows)
+        self._trained_on = overlap.questions(rows.rows)
+        return rows
+
+    def _without_overlap(self, held_out: Mapping[str, Rows], rows: Rows | None) -> Rows:
         section = self._config.data
         rows = continuation.convert(_training_rows(section, rows), TASKS[section.task])
         if not section.drop_overlap:
@@ -139,19 +150,18 @@ class Continuation:
             raise UserError(
                 f"{rows.source}: every row's question is in an evaluation set, so that data.drop_overlap leaves none"
             )
-        console.say(f"left out {len(rows) - len(kept)} of {len(rows)} rows, whose question is in an evaluation set")
-        return Rows([rows.rows[i] for i in kept], rows.source, [rows.places[i] for i in kept])
+        console.say(f"dropped {len(rows) - len(kept)} of {len(rows)} rows, whose question is in an evaluation set")
+        return rows.part(kept)
 
     def _task(self, each: EvaluationSet) -> Task:
         return TASKS[each.task or self._config.data.task]
 
-    def rows(self, each: EvaluationSet, base_model: OpenedModel, tokenizer: Any) -> Rows:
+    def evaluation_rows(self, each: EvaluationSet) -> Rows:
         """See `Objective`."""
-        rows = read_rows(self._task(each), each.data, each.split, each.limit)
-        self._scorer(each, rows, base_model, tokenizer)
-        return rows
+        return read_rows(self._task(each), each.data, each.split, each.limit)
 
-    def _scorer(self, each: EvaluationSet, rows: Rows, base_model: OpenedModel, tokenizer: Any) -> Scorer:
+    def scorer(self, each: EvaluationSet, rows: Rows, base_model: OpenedModel, tokenizer: Any) -> Scorer:
+        """See `Objective`; after `training_rows`, whose questions are scored apart."""
         options = continuation.Options(
             self._style(each),
             each.method,
@@ -162,14 +172,8 @@ class Continuation:
         )
         return continuation.ContinuationScorer.prepare(base_model, tokenizer, rows, self._task(each), options)
 
-    def score(
-        self, each: EvaluationSet, rows: Rows, base_model: OpenedModel, params: Tree, tokenizer: Any, progress: Progress
-    ) -> Score:
-        """See `Objective`."""
-        return self._scorer(each, rows, base_model, tokenizer).score(base_model, params, progress)
-
     def _style(self, each: EvaluationSet) -> PromptStyle:
-        """The set's own style, else the training data's where the task or its suite is the same, else the task's."""
+        """Return the set's own style, else the training data's if task or suite are the same, else the task's."""
         section = self._config.data
         task, trained = self._task(each), TASKS[section.task]
         related = task is trained or (task.suite is not None and task.suite == trained.suite)
@@ -181,17 +185,20 @@ class Classification:
 
     losses = staticmethod(classification_losses)
 
-    def __init__(self, config: RunConfig, columns: Sequence[int]) -> None:
-        """`columns`: which output of the head each of the task's labels is."""
+    def __init__(self, config: RunConfig, classes: Sequence[int]) -> None:
+        """`classes`: the classifier's class for each of the task's labels."""
         self._config = config
         self._task = GLUE[config.data.task]
-        self._columns = np.array(columns, np.int32)
+        self._classes = np.array(classes, np.int32)
         self.dropout_seed = config.seed
 
-    def batches(self, tokenizer: Any, held_out: dict[str, Rows], rows: Rows | None = None) -> tuple[AnyBatches, Rows]:
+    def training_rows(self, held_out: Mapping[str, Rows], rows: Rows | None = None) -> Rows:
+        """See `Objective`."""
+        return _training_rows(self._config.data, rows)
+
+    def batches(self, rows: Rows, tokenizer: Any) -> AnyBatches:
         """See `Objective`."""
         section = self._config.data
-        rows = _training_rows(section, rows)
         with console.bar("tokenising") as shown:
             examples = classification.encode(rows, self._task, tokenizer, section.max_length, console.reporter(shown))
         console.say(
@@ -199,20 +206,18 @@ class Classification:
             f"{examples.truncated} truncated to {section.max_length} tokens"
         )
         if not self._task.is_regression:
-            examples = dataclasses.replace(examples, labels=self._columns[examples.labels])
+            examples = dataclasses.replace(examples, labels=self._classes[examples.labels])
         config = self._config
-        batches = ClassificationBatches(
+        return ClassificationBatches(
             examples, config.training.batch_size, config.seed, section.buckets, section.group_by_length
         )
-        return batches, rows
 
-    def rows(self, each: EvaluationSet, base_model: OpenedModel, tokenizer: Any) -> Rows:
+    def evaluation_rows(self, each: EvaluationSet) -> Rows:
         """See `Objective`."""
-        rows = read_rows(self._task, each.data, each.split, each.limit)
-        self._scorer(rows, base_model, tokenizer)
-        return rows
+        return read_rows(self._task, each.data, each.split, each.limit)
 
-    def _scorer(self, rows: Rows, base_model: OpenedModel, tokenizer: Any) -> Scorer:
+    def scorer(self, each: EvaluationSet, rows: Rows, base_model: OpenedModel, tokenizer: Any) -> Scorer:
+        """See `Objective`."""
         return classification.ClassificationScorer.prepare(
             base_model,
             tokenizer,
@@ -221,9 +226,3 @@ class Classification:
             max_length=self._config.data.max_length,
             batch_size=self._config.evaluation.batch_size,
         )
-
-    def score(
-        self, each: EvaluationSet, rows: Rows, base_model: OpenedModel, params: Tree, tokenizer: Any, progress: Progress
-    ) -> Score:
-        """See `Objective`."""
-        return self._scorer(rows, base_model, tokenizer).score(base_model, params, progress)

@@ -8,10 +8,10 @@ from neuroada_jax.core.trees import ModulePath, Tree
 from neuroada_jax.data.batches import AnyBatches
 from neuroada_jax.data.rows import Rows
 from neuroada_jax.evaluation import scoring
-from neuroada_jax.evaluation.scoring import Score
+from neuroada_jax.evaluation.scoring import Score, Scorer
 from neuroada_jax.pretrained.load import OpenedModel, open_with_tokenizer
 from neuroada_jax.training import best_epoch, checkpoint, modules, objectives, parallel, resuming, run_directory, trackers
-from neuroada_jax.training.config import EvaluationSet, RunConfig
+from neuroada_jax.training.config import RunConfig
 from neuroada_jax.training.objectives import Objective
 from neuroada_jax.training.step import TrainState
 
@@ -26,8 +26,8 @@ class Prepared:
       tokenizer: of the model.
       objective: data, loss and score of the task.
       target_paths: the linear maps that carry a bypass.
-      held_out: the rows of every evaluation set by name; of the set that chooses the epoch, its test part.
-      choosing: the rows that choose the epoch; None where the last epoch is kept.
+      scorers: of every evaluation set by name; of the set that chooses the epoch, its test part.
+      choosing: scorer of the rows that choose the epoch; None where the last epoch is kept.
       split: the row numbers of the two parts of that set.
       batches: the training data.
       rows: the rows that the numbers in a batch refer to, for messages.
@@ -42,8 +42,8 @@ class Prepared:
     tokenizer: Any
     objective: Objective
     target_paths: list[ModulePath]
-    held_out: dict[str, Rows]
-    choosing: Rows | None
+    scorers: dict[str, Scorer]
+    choosing: Scorer | None
     split: best_epoch.Split | None
     batches: AnyBatches
     rows: Rows
@@ -67,32 +67,22 @@ class Prepared:
           when: "before" or "after".
         """
         scores = {}
-        for each in self.config.evaluation.sets:
-            scores[each.name] = score = self._score(each, self.held_out[each.name], base_model, params)
-            console.say(f"{each.name}: {score.metric} {score.value:.4f} of {score.n}")
-            scoring.write_predictions(self.config.directory / f"predictions-{each.name}-{when}.jsonl", score)
+        for name, scorer in self.scorers.items():
+            scores[name] = score = _score(name, scorer, base_model, params)
+            console.say(f"{name}: {score.metric} {score.value:.4f} of {score.n}")
+            scoring.write_predictions(self.config.directory / f"predictions-{name}-{when}.jsonl", score)
         return scores
 
     def score_epoch(self, base_model: OpenedModel, state: TrainState) -> Score:
         """Score a state on the rows that choose the epoch."""
-        evaluation = self.config.evaluation
-        assert self.choosing is not None
-        chooser = next(each for each in evaluation.sets if each.name == evaluation.best_epoch)
-        return self._score(chooser, self.choosing, base_model, self.devices.local(state.merged))
-
-    def _score(self, each: EvaluationSet, rows: Rows, base_model: OpenedModel, params: Tree) -> Score:
-        with console.bar(f"evaluating {each.name}") as bar:
-            progress = console.reporter(bar)
-            return self.objective.score(each, rows, base_model, params, self.tokenizer, progress)
+        chooser = self.config.evaluation.best_epoch
+        assert chooser is not None and self.choosing is not None
+        return _score(chooser, self.choosing, base_model, self.devices.local(state.merged))
 
 
-def evaluation_rows(config: RunConfig, objective: Objective, opened: OpenedModel, tokenizer: Any) -> dict[str, Rows]:
-    """Read and check the rows of every evaluation set. Needs no weights.
-
-    Raises:
-      UserError: a file that is missing, or rows that do not fit their task or the model's positions.
-    """
-    return {each.name: objective.rows(each, opened, tokenizer) for each in config.evaluation.sets}
+def _score(name: str, scorer: Scorer, base_model: OpenedModel, params: Tree) -> Score:
+    with console.bar(f"evaluating {name}") as bar:
+        return scorer.score(base_model, params, console.reporter(bar))
 
 
 def prepare(
@@ -133,21 +123,25 @@ def prepare(
     objective, opened = objectives.objective(config, opened)
     modules.check_length(config, opened.model)
     target_paths = modules.target_paths(config, opened.model)
-    held_out = evaluation_rows(config, objective, opened, tokenizer)
-    batches, rows = objective.batches(tokenizer, held_out, rows)
-    if found:
-        resuming.check_data(found.about, directory, batches, force_resume)
-    choosing, split, chooser = None, None, config.evaluation.best_epoch
+    sets, chooser = {each.name: each for each in config.evaluation.sets}, config.evaluation.best_epoch
+    held_out = {name: objective.evaluation_rows(each) for name, each in sets.items()}
+    rows = objective.training_rows(held_out, rows)
+    choosing, split = None, None
     if chooser is not None:
         split = best_epoch.split(len(held_out[chooser]), config.seed)
-        choosing, held_out[chooser] = (best_epoch.part(held_out[chooser], numbers) for numbers in split)
+        part, held_out[chooser] = (held_out[chooser].part(numbers.tolist()) for numbers in split)
+        choosing = objective.scorer(sets[chooser], part, opened, tokenizer)
+    scorers = {name: objective.scorer(each, held_out[name], opened, tokenizer) for name, each in sets.items()}
+    batches = objective.batches(rows, tokenizer)
+    if found:
+        resuming.check_data(found.about, directory, batches, force_resume)
     return Prepared(
         config=config,
         opened=opened,
         tokenizer=tokenizer,
         objective=objective,
         target_paths=target_paths,
-        held_out=held_out,
+        scorers=scorers,
         choosing=choosing,
         split=split,
         batches=batches,

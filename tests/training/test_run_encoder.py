@@ -307,7 +307,7 @@ def test_one_row_is_not_split():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("data.task=cola", ".jsonl:1: task 'cola' needs the text fields sentence and a field label, found "),
+        ("data.task=cola", ": task 'cola' needs the text fields sentence and a field label, found "),
         ("data.task=commonsense", "data.task: 'commonsense' trains a decoder to continue texts, and bert is an encoder"),
         ("data.task=glue", "data.task: unknown task 'glue'"),
         ("data.style=plain", "data.style: bert is an encoder, which has no prompts"),
