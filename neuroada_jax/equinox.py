@@ -33,7 +33,7 @@ def build(
     score: Callable[[jax.Array], jax.Array] = selection.magnitude,
     dtype: Any = jnp.float32,
 ) -> Bypass:
-    """Zero values and selected columns for linear layers of a model.
+    """Return zero values and selected columns for linear layers of a model.
 
     Args:
       model: any Equinox module, or a pytree of some.
@@ -61,7 +61,7 @@ def build(
 
 
 def attach(model: Any, bypass: Bypass) -> Any:
-    """The model with bypass layers; it is called as before, and its own arrays get no gradient from these layers.
+    """Return the model with bypass layers; it is called as before, and its own arrays get no gradient from these layers.
 
     Raises:
       UserError: a weight does not fit its columns, or carries a bypass already.
@@ -71,7 +71,7 @@ def attach(model: Any, bypass: Bypass) -> Any:
 
 
 def merge(model: Any, trained: Bypass) -> Any:
-    """The model with W + D for the weights of its layers: of the same structure as before.
+    """Return the model with W + D as the weights of its layers, in the same structure.
 
     Args:
       model: without a bypass attached.
@@ -84,7 +84,7 @@ def merge(model: Any, trained: Bypass) -> Any:
 
 
 def parameters(model: Any) -> Tree:
-    """The leaves of a model as nested dicts, for `adapters.own` and the functions of the core."""
+    """Return the leaves of a model as nested dicts, for `adapters.own` and the functions of the core."""
     return trees.to_nested(model, is_leaf=_is_attached)
 
 

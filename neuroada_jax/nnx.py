@@ -47,7 +47,7 @@ class BypassDotGeneral(nnx.Module):
     def __call__(
         self, x: jax.Array, kernel: jax.Array, dimension_numbers: Any, precision: Any = None, out_sharding: Any = None
     ) -> jax.Array:
-        """Computes the product, with a gradient for x and the values only."""
+        """Compute the product, with a gradient for x and the values only."""
         if out_sharding is not None:
             raise UserError(f"{self.name}: a layer with a bypass cannot take out_sharding, found {out_sharding}")
         columns, values = self.columns.get_value(), self.values.get_value()
@@ -62,7 +62,7 @@ def build(
     score: Callable[[jax.Array], jax.Array] = selection.magnitude,
     dtype: Any = jnp.float32,
 ) -> Bypass:
-    """Zero values and selected columns for linear layers of a model.
+    """Return zero values and selected columns for linear layers of a model.
 
     Args:
       model: any NNX module.
@@ -90,7 +90,7 @@ def build(
 
 
 def attach(model: nnx.Module, bypass: Bypass) -> Any:
-    """A copy of the model with bypass layers; the Variables are its own, the arrays in them are shared.
+    """Return a copy of the model with bypass layers; the Variables are its own, the arrays in them are shared.
 
     Raises:
       UserError: no linear layer at a path, a layer that cannot carry a bypass, or columns that do not fit its kernel.
@@ -106,7 +106,7 @@ def attach(model: nnx.Module, bypass: Bypass) -> Any:
 
 
 def detach(model: nnx.Module) -> tuple[Any, Bypass]:
-    """A copy of the model without its bypass layers, and the bypass that they hold."""
+    """Return a copy of the model without its bypass layers, and the bypass that they hold."""
     model = nnx.clone(model)
     values: Tree = {}
     columns: Tree = {}
@@ -120,7 +120,7 @@ def detach(model: nnx.Module) -> tuple[Any, Bypass]:
 
 
 def merge(model: nnx.Module, trained: Bypass) -> Any:
-    """A copy of the model, of plain layers, with W + D for their kernels.
+    """Return a copy of the model, of plain layers, with W + D for their kernels.
 
     Args:
       model: without a bypass attached.
@@ -137,7 +137,7 @@ def merge(model: nnx.Module, trained: Bypass) -> Any:
 
 
 def parameters(model: nnx.Module) -> Tree:
-    """The kernels of a model's linear layers as nested dicts, for `adapters.own` and the functions of the core."""
+    """Return the kernels of a model's linear layers as nested dicts, for `adapters.own` and the functions of the core."""
     params: Tree = {}
     for path, layer in _linear_layers(model).items():
         params = trees.put(params, path, {"kernel": layer.kernel.get_value()})
@@ -145,7 +145,7 @@ def parameters(model: nnx.Module) -> Tree:
 
 
 def _linear_layers(model: nnx.Module) -> dict[ModulePath, Any]:
-    """The linear layers by path; one that stands in several places is listed once."""
+    """Return the linear layers by path; one that stands in several places is listed once."""
     layers = {
         tuple(map(str, path)): module
         for path, module in nnx.iter_modules(model)
@@ -157,7 +157,7 @@ def _linear_layers(model: nnx.Module) -> dict[ModulePath, Any]:
 
 
 def _layers_of(model: nnx.Module, bypass: Bypass) -> list[tuple[ModulePath, Any, Any]]:
-    """The (path, layer, columns) of every layer that a bypass is for."""
+    """Yield the (path, layer, columns) of every layer that a bypass is for."""
     layers = _linear_layers(model)
     found = []
     for path, columns in trees.leaves(bypass.columns, "columns"):
@@ -186,7 +186,7 @@ def _obstacle(layer: Any) -> str | None:
 
 
 def _matrix(path: ModulePath, layer: Any) -> jax.Array:
-    """The kernel as (*L, I, O)."""
+    """Return the kernel as (*L, I, O)."""
     if isinstance(layer, nnx.Linear):
         inputs, neurons = (layer.in_features,), (layer.out_features,)
     else:

@@ -41,7 +41,7 @@ def share_examples(name: str, function: Callable[..., jax.Array]) -> Callable[..
 
 
 def _primitive(name: str, shared: Callable[..., jax.Array]) -> Any:
-    """The primitive, with the parameters `jaxpr`, of the function at these arguments, and `static`."""
+    """Return the primitive, with the parameters `jaxpr`, of the function at these arguments, and `static`."""
     from jax.extend.core import Primitive, jaxpr_as_fun  # here, since jax.extend takes a tenth of the time of `import jax`
 
     primitive = Primitive(name)
