@@ -393,7 +393,7 @@ def test_configs_that_are_no_adapters(untied, pristine, kind, fields, message, t
 
 
 @KINDS
-def test_modules_and_heads_that_the_base_does_not_have(untied, kind, tmp_path):
+def test_modules_and_dense_parameters_that_the_base_does_not_have(untied, kind, tmp_path):
     adapter = trained(untied, dense_parameters=["lm_head.weight"])
     peft.export(adapter, tmp_path / "x", kind, untied.base_model)
     path = tmp_path / "x" / "adapter_model.safetensors"

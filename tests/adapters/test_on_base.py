@@ -1,4 +1,4 @@
-"""Encoders with a trained head: through the native adapter, as transformers directories, and on the command line."""
+"""Adapters on their base model: densely trained classifiers, on disk, in transformers and on the command line."""
 
 import json
 
@@ -37,7 +37,7 @@ TARGETS = ["query", "output.dense"]
 
 
 def write_encoder(directory, kind, bare=False, dtype="float32"):
-    """A checkpoint directory with a tokenizer; `bare`: of the model without head and pooler, names without prefix."""
+    """A checkpoint directory with a tokenizer; `bare`: of the model without classifier and pooler, names without prefix."""
     config = {"model_type": kind, **SIZES, "dtype": dtype}
     config |= {} if bare else {"id2label": {str(number): label for number, label in enumerate(LABELS)}}
     config |= {"architectures": [f"{kind.capitalize()}Model"]} if bare else {}
@@ -53,7 +53,7 @@ def write_encoder(directory, kind, bare=False, dtype="float32"):
 
 
 def trained(base_model, paths=None, k=2):
-    """A bypass with random values and a random head, as after training."""
+    """A bypass with random values and a random classifier, as after training."""
     params = base_model.params
     built = bypass.build(params, models.match_targets(params, TARGETS, base_model.model.layers_path), k)
     rng = np.random.default_rng(0)
@@ -64,7 +64,7 @@ def trained(base_model, paths=None, k=2):
 
 @pytest.fixture(scope="module", params=["bert", "roberta"])
 def bare(request, tmp_path_factory):
-    """(base with a head drawn for three labels, trained bypass, trained head, adapter directory)."""
+    """(base with an initialised classifier of three labels, trained bypass, trained classifier, adapter directory)."""
     folder = tmp_path_factory.mktemp(request.param)
     directory = write_encoder(folder / "model", request.param, bare=True)
     base_model = load_model(str(directory), labels=LABELS)
@@ -74,11 +74,13 @@ def bare(request, tmp_path_factory):
     return base_model, values, classifier, folder / "adapter"
 
 
-def test_a_head_comes_back_bit_for_bit(bare):
+def test_a_classifier_comes_back_bit_for_bit(bare):
     base_model, values, classifier, directory = bare
     adapter = native.read(str(directory))
     assert set(adapter.dense_parameters) == set(base_model.initialised) and adapter.metadata["base"]["labels"] == LABELS
-    again = load_model(base_model.source, labels=adapter.metadata["base"]["labels"], seed=9)  # another head to begin with
+    again = load_model(
+        base_model.source, labels=adapter.metadata["base"]["labels"], seed=9
+    )  # another classifier to begin with
     jax.tree.map(np.testing.assert_array_equal, on_base.classifier(adapter, again), classifier)
     want = dense_modules.join(bypass.merge(base_model.params, values), classifier)
     jax.tree.map(np.testing.assert_array_equal, on_base.merge(adapter, again), want)
@@ -105,7 +107,7 @@ def test_the_merged_model_loads_in_transformers_with_the_same_logits(bare, tmp_p
     jax.tree.map(np.testing.assert_array_equal, again.params, params)
 
 
-def test_heads_that_do_not_fit_or_are_missing(bare):
+def test_classifiers_that_do_not_fit_or_are_missing(bare):
     base_model, *_, directory = bare
     adapter = native.read(str(directory))
     name = min(adapter.dense_parameters)
@@ -137,7 +139,7 @@ def run(folder, model, **sections):
     return from_dict(run_config(folder, model, write_rows(folder / "rows.jsonl"), **sections), "here")
 
 
-def test_which_modules_train_whole(bare, tmp_path):
+def test_which_modules_train_densely(bare, tmp_path):
     base_model, _, classifier, _ = bare
     config = run(tmp_path, base_model.source)
     assert config.bypass.targets is None
@@ -190,7 +192,7 @@ def test_the_command_line_on_an_encoder(bare, tmp_path, capsys):
     assert code == 2 and f"{kind} is an encoder, which cannot continue a text" in err
 
 
-def test_a_decoder_has_no_head_to_train(tmp_path, capsys):
+def test_a_decoder_has_no_classifier_to_train(tmp_path, capsys):
     model = write_model(tmp_path / "model")
     content = run_config(tmp_path, model, write_rows(tmp_path / "rows.jsonl"), classifier={"learning_rate": 0.1})
     path = write_config(tmp_path / "run.yaml", content)
@@ -203,7 +205,7 @@ def test_a_decoder_has_no_head_to_train(tmp_path, capsys):
     ("kind", "dtype", "k"),
     [("bert", "float32", 1), ("bert", "bfloat16", 20), ("roberta", "float32", 5), ("roberta", "bfloat16", 2)],
 )
-def test_a_trained_head_in_pytorch_and_back(kind, dtype, k, form, tmp_path, capsys):
+def test_a_trained_classifier_in_pytorch_and_back(kind, dtype, k, form, tmp_path, capsys):
     directory = write_encoder(tmp_path / "model", kind, dtype=dtype)
     base_model = load_model(str(directory), "auto", labels=LABELS)
     values, classifier = trained(base_model, k=k)
