@@ -1,4 +1,4 @@
-"""Generation on texts: prompts are tokenised in their style, continuations are decoded and end where they should."""
+"""Generation from texts to texts: prompts are rendered in a style and tokenised, continuations decoded and truncated."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ from neuroada_jax.pretrained.load import OpenedModel
 
 
 class Continuation(NamedTuple):
-    """The text that follows a prompt, without stop strings and special tokens, and the number of tokens generated."""
+    """Continuation of a prompt: its text without stop strings and special tokens, and the number of generated tokens."""
 
     text: str
     tokens: int
@@ -51,11 +51,11 @@ def continue_texts(
     """Continue prompts with plain (base or merged) parameters of a decoder.
 
     Args:
-      base_model: architecture, config and where its generation_config.json is.
+      base_model: architecture, config and the path of its generation_config.json.
       params: the parameters to generate with.
-      tokenizer: of the model.
+      tokenizer: the tokenizer of the model.
       prompts: the texts, each read as the `prompt` of a row.
-      style: how a prompt is written around the text.
+      style: the prompt style around each text.
       max_new_tokens: the most tokens of a continuation.
       decoding: greedy, sampling or beam search.
 
