@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     parsed, rest = parser.parse_known_args(arguments)
     # `train run.yaml --overwrite bypass.k=2`: argparse may leave overrides behind an option in `rest`; which ones depends
-    # on the version of Python, so that all are joined here and the config's reader says what is no override.
+    # on the version of Python, so all are joined here, and the config's reader refuses what is no override.
     if rest and (not hasattr(parsed, "overrides") or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
@@ -40,7 +40,7 @@ def one_line_errors(work: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("neuroada: interrupted\n")
         return 130
-    except BrokenPipeError:  # `neuroada ... | head` has seen enough
+    except BrokenPipeError:  # `neuroada ... | head` has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's own flush complains at exit
     return 0
 

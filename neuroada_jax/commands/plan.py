@@ -1,4 +1,4 @@
-"""`neuroada plan`: what a run would need, before there is one."""
+"""`neuroada plan`: the memory and time that a run would need."""
 
 import argparse
 import os
@@ -8,7 +8,7 @@ from neuroada_jax.commands import shared
 
 def add(commands: shared.Commands) -> None:
     """Add the command."""
-    summary = "tell what a run would need of a machine, without reading weights or running anything"
+    summary = "report the memory and time that a run would need on a machine; read no weights, run nothing"
     parser = shared.add_command(commands, "plan", run, summary)
     shared.add_config(parser)
     parser.add_argument(

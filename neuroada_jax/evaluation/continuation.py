@@ -188,7 +188,7 @@ def _part(correct: Iterable[bool]) -> Part:
 
 
 def summarise(predictions: list[dict[str, Any]]) -> Score:
-    """Return the score of all predictions, and of the subsets that their fields tell apart."""
+    """Return the score of all predictions, and of the subsets that their fields define."""
     value, n, interval = _part(each["correct"] for each in predictions)
     clean = [each for each in predictions if not each.get("in_training")]
     parts = {}

@@ -1,4 +1,4 @@
-"""Texts with labels as an encoder reads them: as the tokenizer joins them, cut and counted."""
+"""Texts with labels as an encoder reads them: as the tokenizer joins them, truncated and counted."""
 
 import numpy as np
 import pytest

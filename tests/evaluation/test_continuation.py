@@ -110,7 +110,7 @@ def test_rows_that_cannot_be_scored(base_model, tmp_path):
     assert message == "rows: row 0: task 'commonsense' needs the text fields instruction and answer, found instruction"
     message = message_of(score, base_model, [{"prompt": "a", "completion": "b"}], method="choices")
     assert message == "evaluation method 'choices': task 'instruct' has no fixed answers; use 'generate'"
-    for length in (58, 69, 90):  # the answer is cut, or nothing of it is left
+    for length in (58, 69, 90):  # the answer is truncated, or dropped
         rows = [{"sentence": "ok", "label": 1}, {"sentence": "7" * length, "label": 1}]
         message = message_of(score, base_model, rows, "sst2", method="choices")
         assert "longer than the model's 128 positions" in message

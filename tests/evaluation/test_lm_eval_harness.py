@@ -112,7 +112,7 @@ def test_tables_and_answers_equal_those_of_the_hf_model(harness, pair, tasks):
 
 
 def test_single_requests_equal_those_of_the_hf_model(pair):
-    """Out of order, of many lengths, with an empty context, BOS in the text, one-token answers, and texts that are cut."""
+    """Out of order, of many lengths, with an empty context, BOS in the text, one-token answers, and truncated texts."""
     ours, theirs = pair
     pairs = [(text, " " + end) for text, end in zip(sentences(9, 1), sentences(9, 2, 1, 4), strict=True)]
     pairs += [("", "then a day"), ("<s>the day", " is"), ("the day ", "is"), (" ".join(sentences(20, 3)), " the night")]
