@@ -1,7 +1,7 @@
-"""The epoch that is kept: part of an evaluation set chooses it, and the rest of the set is what the run is judged by.
+"""Selection of the best epoch: one part of an evaluation set chooses it, the other part gives the reported score.
 
-This is how GLUE is reported in this line of work: of a dev set of more than 5,000 examples 1,000 choose, of a smaller one
-half (rounded up), drawn anew for every seed.
+GLUE is reported like this in this line of work: of a dev set of more than 5,000 rows, 1,000 choose; of a smaller one, half
+(rounded up). The split depends on the seed.
 """
 
 import json
@@ -29,19 +29,19 @@ CHOOSING_OF_LARGE = 1000
 
 
 class Split(NamedTuple):
-    """A set in two parts, as ascending row numbers."""
+    """The two parts of an evaluation set, as ascending row numbers."""
 
     choosing: Int64[np.ndarray, "c"]
     test: Int64[np.ndarray, "t"]
 
     def describe(self) -> dict[str, Any]:
-        """Sizes, and a digest of the numbers that differs wherever the split does."""
+        """Return the sizes, and a digest of the numbers that differs wherever the split does."""
         digest = xxhash.xxh3_128_hexdigest(self.choosing.tobytes() + b"|" + self.test.tobytes())
         return {"choosing_rows": len(self.choosing), "test_rows": len(self.test), "digest": digest}
 
 
 def split(rows: int, seed: int) -> Split:
-    """Draws the rows that choose the epoch; the others are the test part.
+    """Split row numbers at random into those that choose the epoch and the test part.
 
     Raises:
       UserError: fewer than two rows.
@@ -60,20 +60,23 @@ def _rank(epoch: dict[str, Any]) -> float:
 class BestEpoch:
     """Scores every epoch of a run and keeps the adapter of each that is better than all before.
 
-    epochs.jsonl has a line for every epoch, and epochs/<steps>/ the adapters, until the run ends: so a resumed run knows
-    the best epoch up to its checkpoint, whatever an interrupted one did after it.
+    Until the run ends, epochs.jsonl has a line for every epoch and epochs/<steps>/ the adapters. A resumed run therefore
+    knows the best epoch up to its checkpoint, even if the interrupted run went further.
+
+    Attributes:
+      epochs: the lines of epochs.jsonl: "epoch", "step", "metric", "value" (None if not finite) and further metrics.
     """
 
     def __init__(
         self, directory: Path, score: Callable[[TrainState], Score], save: Callable[[Path, TrainState], None], done: int
     ) -> None:
-        """Goes on after `done` steps: later epochs that an interrupted run left are dropped.
+        """Continue after `done` steps: later epochs of an interrupted run are dropped.
 
         Args:
-          directory: the run's.
-          score: of a state, on the part that chooses.
-          save: writes the state's adapter.
-          done: steps done by the run that is resumed, 0 for a new one.
+          directory: of the run.
+          score: scores a state on the part that chooses.
+          save: writes a state's adapter to a directory.
+          done: steps done before the run was resumed; 0 for a new run.
         """
         self._score, self._save = score, save
         self._log, self._adapters = directory / "epochs.jsonl", directory / "epochs"
@@ -81,16 +84,16 @@ class BestEpoch:
         self.epochs = [epoch for epoch in map(json.loads, lines) if epoch["step"] <= done]
 
     def value(self, step: int) -> float | None:
-        """The score of the epoch that ended with that step; None where there is none, or it is not finite."""
+        """Return the score of the epoch that ended with that step; None where there is none, or it is not finite."""
         return next((epoch["value"] for epoch in self.epochs if epoch["step"] == step), None)
 
     @property
     def best(self) -> dict[str, Any]:
-        """The line of the first epoch with the highest value; those whose value is not finite come last."""
+        """The line of the first epoch with the highest value; values that are not finite rank last."""
         return max(self.epochs, key=_rank)
 
     def __call__(self, state: TrainState) -> None:
-        """Scores the state as that of the next epoch, if it has not been already."""
+        """Score the state as that of the next epoch, unless its step has been scored already."""
         step = int(state.step)
         if any(epoch["step"] == step for epoch in self.epochs):
             return
@@ -104,7 +107,7 @@ class BestEpoch:
         console.say(f"epoch {epoch['epoch']}: {score.metric} {score.value:.4f}, best {_rank(self.best):.4f}")
 
     def restore(self, state: TrainState, base_model: IdentifiedModel) -> TrainState:
-        """The last state with the best epoch's values and head in it."""
+        """Return the last state with the values and the classifier of the best epoch."""
         adapter = native.read(str(self._adapters / str(self.best["step"])))
         tree: dict[str, Any] = {"bypass": on_base.stack_layers(adapter, base_model).values}
         if state.classifier:

@@ -1,4 +1,4 @@
-"""The training loop: batches in, steps on the device, a line of metrics per step, a progress bar."""
+"""The training loop: batches in, steps on the device, a log line for each step, a progress bar."""
 
 import dataclasses
 import functools
@@ -47,7 +47,12 @@ class History:
 
 
 class NotFinite(Exception):
-    """A loss or its gradient was NaN or infinite, and the run may not go on; the state is the last good one."""
+    """A loss or its gradient was NaN or infinite, and the run may not go on.
+
+    Attributes:
+      rows: the numbers of the training rows of the step's batch.
+      state: the last good one.
+    """
 
     def __init__(self, message: str, rows: np.ndarray, state: TrainState) -> None:
         super().__init__(message)
@@ -71,7 +76,7 @@ class Settings(NamedTuple):
 
 
 class Hooks(NamedTuple):
-    """What the loop calls.
+    """Functions that the loop calls.
 
     Attributes:
       on_lines: called with the log lines of finished steps, in order.
@@ -105,24 +110,24 @@ def run(
 ) -> TrainState:
     """Take the steps from `state.step` up to `settings.total_steps`.
 
-    The host waits for the device at log and save steps, and where an epoch ends, only; the next batch is built meanwhile.
+    The host waits for the device only at log and save steps and at the end of an epoch; the next batch is built meanwhile.
 
     Args:
       state: where to start; donated.
       run_step: the jitted step.
-      batches: what to train on, epoch after epoch.
+      batches: the training data, epoch after epoch.
       settings: see `Settings`.
-      history: of the steps before; brought up to date.
-      watchdog: sees every batch, call and line.
-      stop: looked at after every step. While an epoch is scored, a request interrupts that.
+      history: of earlier steps; updated in place.
+      watchdog: monitors every batch, compilation and log line.
+      stop: checked after every step. While an epoch is scored, a request interrupts the scoring.
       hooks: see `Hooks`.
 
     Returns: the last state.
 
     Raises:
       NotFinite: a loss or gradient was NaN or infinite, or too many were.
-      UserError: a batch that did not come, or a file that cannot be written.
-      Stopped: on request, when the state is saved.
+      UserError: a batch that did not arrive in time, or a file that cannot be written.
+      Stopped: on request, once the state is saved.
     """
     start, total, after_epoch = int(state.step), settings.total_steps, hooks.after_epoch
     pending: list[_Step] = []
@@ -152,29 +157,21 @@ def run(
             if done % settings.log_every and not (done == total or saving or scoring or stopping):
                 continue
 
-            tokens = sum(each.tokens for each in pending)
             lines = _lines(pending, settings.rates, watchdog)  # waits for the device
             pending.clear()
             hooks.on_lines(lines)
-            try:
-                watchdog.look(lines)
-            except Failed as failed:
-                rows = batches.rows(*divmod(failed.step - 1, batches.steps_per_epoch))
-                raise NotFinite(str(failed), rows, state) from None
+            _check_finite(lines, watchdog, batches, state)
             now = time.perf_counter()
             history.add(lines, compiled, earlier + now - began)
             if after_epoch is not None and scoring and not stopping:
-                try:
-                    with stop.held(False):
-                        after_epoch(state)
-                except Stopped:
-                    stopping = True
+                stopping = _interrupted(stop, after_epoch, state)
                 began += time.perf_counter() - now
             stopping = stopping or stop.requested
             if saving or stopping:
                 hooks.save(state)
             if stopping:
                 raise Stopped(done)
+            tokens = sum(line["tokens"] for line in lines)
             note = f"loss {history.losses[-1]:.4f}, {tokens / (now - last):.0f} tokens/s"
             last = time.perf_counter()
             bar.update(done, total, note)
@@ -184,19 +181,38 @@ def run(
     return state
 
 
+def _check_finite(lines: list[Line], watchdog: Watchdog, batches: AnyBatches, state: TrainState) -> None:
+    """Show the lines to the watchdog; raise NotFinite, with the rows of the batch, where the run may not go on."""
+    try:
+        watchdog.look(lines)
+    except Failed as failed:
+        rows = batches.rows(*divmod(failed.step - 1, batches.steps_per_epoch))
+        raise NotFinite(str(failed), rows, state) from None
+
+
+def _interrupted(stop: Stop, after_epoch: Callable[[TrainState], None], state: TrainState) -> bool:
+    """Score an epoch, and return whether a request to stop interrupted that."""
+    try:
+        with stop.held(False):
+            after_epoch(state)
+    except Stopped:
+        return True
+    return False
+
+
 def _announce(batch: AnyBatch, compiled: set[tuple[int, ...]], possible: int) -> bool:
-    """Whether the batch has a shape that was not compiled yet, and says which."""
+    """Return whether the batch has a shape that has not been compiled yet, and if so report it."""
     shape = (batch.input_ids.shape[1], *batch.label_mask.shape[1:])
     if shape in compiled:
         return False
     compiled.add(shape)
-    what = " and ".join(f"{size} {name}" for size, name in zip(shape, ("tokens", "labels"), strict=False))
-    console.say(f"compiling a step for {what} a row ({len(compiled)} of at most {possible})")
+    sizes = " and ".join(f"{size} {name}" for size, name in zip(shape, ("tokens", "labels"), strict=False))
+    console.say(f"compiling a step for {sizes} a row ({len(compiled)} of at most {possible})")
     return True
 
 
 def _lines(pending: list[_Step], rates: optax.Schedule, watchdog: Watchdog) -> list[Line]:
-    """What metrics.jsonl says of some steps. A step that is left out does not move the learning rate on."""
+    """Return the log lines of steps. A skipped step does not advance the learning rate's schedule."""
     lines: list[Line] = []
     skipped = watchdog.counts["skipped"]
     for entry in pending:

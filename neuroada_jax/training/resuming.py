@@ -1,4 +1,4 @@
-"""What a checkpoint says about its run, and whether a run with this config, data and base may go on from it."""
+"""Metadata of a checkpoint, and whether a run with a given config, data and base model may resume from it."""
 
 import contextlib
 import dataclasses
@@ -24,8 +24,8 @@ from neuroada_jax.training.signals import Stopped
 from neuroada_jax.training.step import TrainState
 from neuroada_jax.training.trackers import Line
 
-# Fields, and sections, that a resumed run may change: what is written where and how often, and how the same sums are
-# computed. Everything else changes what is learnt or what is reported.
+# Fields that a resumed run may change: where and how often files are written, and how the same sums are computed.
+# Every other field changes what is learnt or what is reported.
 FREE = (
     "name",
     "output",
@@ -44,7 +44,7 @@ _DIGESTED_AS = {"is_label": "is_target"}
 
 
 def digest_of_data(batches: AnyBatches) -> str:
-    """Of the examples that a run trains on; it differs where a token or their order does."""
+    """Return the digest of the training examples; it differs where a token or their order does."""
     digest, examples = xxhash.xxh3_128(), batches.examples
     for field in dataclasses.fields(examples):
         value = getattr(examples, field.name)
@@ -55,7 +55,7 @@ def digest_of_data(batches: AnyBatches) -> str:
 
 
 def digest_of_base(state: TrainState) -> str | None:
-    """Of the original weights at the chosen entries; None where they are spread over several processes."""
+    """Return the digest of the original weights at the chosen entries; None where several processes share them."""
     leaves = jax.tree.leaves(state.base_entries)
     if not all(leaf.is_fully_addressable for leaf in leaves):
         return None
@@ -68,7 +68,7 @@ def digest_of_base(state: TrainState) -> str | None:
 def describe(
     config: RunConfig, batches: AnyBatches, dropout_seed: int | None, state: TrainState, before: dict[str, Score]
 ) -> dict[str, Any]:
-    """What all checkpoints of a run say about it."""
+    """Return the metadata that is the same in all checkpoints of a run, as JSON."""
     return {
         "config": dataclasses.asdict(config),
         "versions": native.installed_versions(),
@@ -80,17 +80,17 @@ def describe(
 
 
 def changed_fields(about: dict[str, Any], config: RunConfig) -> dict[str, str]:
-    """The fields that differ from those of the checkpoint, by path, as "a then, b now"."""
+    """Return the fields that differ from those of the checkpoint: dotted path -> "a then, b now"."""
     old = flatten_config(from_dict(about["config"], "the checkpoint's config"))
     new = flatten_config(config)
     return {key: f"{old.get(key)} then, {new.get(key)} now" for key in {**old, **new} if old.get(key) != new.get(key)}
 
 
 def check_config(about: dict[str, Any], config: RunConfig, force: bool) -> None:
-    """Names the fields that differ, and refuses those that change the result unless told to go on.
+    """Report the fields that differ, and refuse those that change the result.
 
     Raises:
-      UserError: such a field, without `force`.
+      UserError: a field that changes the result, without `force`.
     """
     changed = changed_fields(about, config)
     if changed:
@@ -101,7 +101,7 @@ def check_config(about: dict[str, Any], config: RunConfig, force: bool) -> None:
 
 
 def check_data(about: dict[str, Any], directory: Path, batches: AnyBatches, force: bool) -> None:
-    """Refuses other training rows than those that the run in `directory` began with.
+    """Check that the training rows are those that the run in `directory` began with.
 
     Raises:
       UserError: they differ, without `force`.
@@ -111,7 +111,7 @@ def check_data(about: dict[str, Any], directory: Path, batches: AnyBatches, forc
 
 
 def check_base(about: dict[str, Any], directory: Path, state: TrainState, force: bool) -> None:
-    """Refuses other base weights than those that the run began with, as far as it uses them; says which libraries differ.
+    """Check that the base weights at the chosen entries are those the run began with; warn of other library versions.
 
     Raises:
       UserError: the weights differ, without `force`.
@@ -125,7 +125,10 @@ def check_base(about: dict[str, Any], directory: Path, state: TrainState, force:
 
 
 def _is_free(key: str, dropout: bool) -> bool:
-    """With dropout, devices that share a batch drop something else each, so that their number changes the result."""
+    """Return whether a field may change.
+
+    With dropout, devices that share a batch have different masks, so that their number changes the result.
+    """
     section = key.partition(".")[0]
     return key in FREE or section in ("watchdog", "tracking") or (section == "parallel" and not dropout)
 
@@ -137,7 +140,7 @@ def _refuse(message: str, force: bool) -> None:
 
 
 def scores_before(about: dict[str, Any]) -> dict[str, Score]:
-    """The scores of the base model that the run began with, without their predictions, which are in their files."""
+    """Return the scores of the base model that the run began with, without predictions, which have their own files."""
     return {name: Score.from_json(content) for name, content in about["before"].items()}
 
 
@@ -161,7 +164,7 @@ def history(found: Found | None, lines: Sequence[Line]) -> History:
 
 
 class Saver:
-    """Saves a state, with all that the run has to know when it goes on from there."""
+    """Saves a state as a checkpoint, with the metadata that resuming needs."""
 
     def __init__(
         self,
@@ -171,13 +174,22 @@ class Saver:
         history: History,
         score: Callable[[int], float | None] | None = None,
     ) -> None:
-        """score: that of the epoch that ended with a step, by which the best checkpoints are chosen; else the loss."""
+        """Take a run's checkpoints and the state of its progress.
+
+        Args:
+          checkpoints: of the run's directory.
+          about: metadata that all of its checkpoints share, from `describe`.
+          batches: the training data.
+          history: of the run; the loop updates it.
+          score: step -> the score of the epoch that ended there, by which `keep_best` ranks; None: rank by the mean loss
+            since the previous checkpoint, the lower the better.
+        """
         self._checkpoints, self._about, self._batches = checkpoints, about, batches
         self._history, self._score = history, score
-        self._last = len(history.losses)  # the steps at the save before
+        self._last = len(history.losses)  # steps at the previous save
 
     def __call__(self, state: TrainState) -> None:
-        """Saves it in the background."""
+        """Save a state in the background."""
         step, done = int(state.step), self._history
         epoch, index = divmod(step, self._batches.steps_per_epoch)
         changing = {
@@ -195,8 +207,7 @@ class Saver:
 
     @contextlib.contextmanager
     def on_stop(self, state: TrainState) -> Iterator[None]:
-        """Work that comes after the training: the state is saved where that is interrupted."""
-        state = state._replace(params={}, base_entries={})  # the weights shall not be held twice
+        """Save the state of the last step if the work inside, which follows the training, is interrupted."""
         try:
             yield
         except Stopped as stopped:

@@ -1,4 +1,4 @@
-"""One config, several seeds: a run for each in a folder of its own, and a table with mean and deviation."""
+"""One config, several seeds: a run for each in its own directory, and a table with mean and standard deviation."""
 
 import dataclasses
 import math
@@ -23,22 +23,22 @@ def train(
     force_resume: bool = False,
     stop: Stop | None = None,
 ) -> dict[str, Any]:
-    """Runs a config once for each of its `seeds`, in <output>/seed-<n>, and writes <output>/results.json.
+    """Run a config once for each of its `seeds`, in <output>/seed-<n>, and write <output>/results.json.
 
-    Everything that follows from the seed differs: a new head, the order of the rows, dropout, the part of a set that
-    chooses the epoch.
+    Everything that follows from the seed differs between runs: the initial classifier, the order of the examples, dropout
+    masks, the part of a set that chooses the epoch, random connections.
 
     Args:
       config: with `seeds`; its `seed` is not used.
-      overwrite: replace runs that are there.
-      resume: leave finished runs alone, go on with one that was interrupted, and start the others.
-      force_resume: see `run.train`; a finished run counts although its config differs.
-      stop: see `run.train`.
+      overwrite: replace existing runs.
+      resume: keep finished runs, resume those that were interrupted, and start the others.
+      force_resume: see `run.train`; a finished run is kept even if its config differs.
+      stop: see `run.fit`.
 
     Returns: the content of results.json.
 
     Raises:
-      UserError: see `run.train`; also a folder that holds a run, unless told what to do with it, and with `resume` a
+      UserError: see `run.train`; also a directory that holds a run, without `overwrite` or `resume`, and with `resume` a
         finished run of another config.
     """
     runs = {seed: _of_seed(config, seed) for seed in config.seeds or [config.seed]}
@@ -72,10 +72,11 @@ def _of_seed(config: RunConfig, seed: int) -> RunConfig:
 
 
 def _finished(runs: dict[int, RunConfig], force: bool) -> dict[int, dict[str, Any]]:
-    """The results of the runs that have ended, whose configs must be what the others will be trained by.
+    """Return the results of finished runs, by seed. Their configs must match the one that the remaining seeds will use.
 
     Raises:
-      UserError: one differs in what the result depends on, without `force`, or has not scored the sets of the config.
+      UserError: a config that differs in a field that changes the result, without `force`, or an evaluation set of the
+        config that a finished run has not scored.
     """
     done = {seed: each for seed, each in runs.items() if (each.directory / "results.json").exists()}
     if not done:

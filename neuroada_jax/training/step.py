@@ -1,4 +1,4 @@
-"""The training step: loss at the labels, gradient of what trains alone, update, resident write."""
+"""The training step: loss at the labels, gradient of the trainable tree alone, update, resident write."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -17,26 +17,23 @@ from neuroada_jax.models import dense_modules
 from neuroada_jax.models.losses import label_losses
 
 AnyBatch = Any  # Batch or ClassificationBatch: a tuple of arrays (B, ...) with a `label_mask`
-
-
-SKIP = -2
+SKIP = -2  # of TrainState.failed_step: non-finite steps are skipped
 
 
 class TrainState(NamedTuple):
-    """Everything a step reads and writes; donated to it, so that nothing of it exists twice.
+    """Everything that a step reads and writes; the step donates it, so that no array exists twice.
 
     Attributes:
-      step: int32 scalar, updates done.
-      trainable: {"bypass": values}, and with a head that trains {"head": modules}, float32; the only tree that gradients
-        and optimiser state mirror.
+      step: int32 scalar, the number of updates done.
+      trainable: {"bypass": values}, and with a trained classifier {"classifier": modules}, float32 (values in the base
+        dtype under `fidelity: official`); the only tree that gradients and optimiser state mirror.
       opt_state: state of the optax transformation.
-      params: the frozen weights with base + values written over the chosen entries (resident), without the head that
-        trains.
+      params: the frozen weights, resident (base + values at the chosen entries), without the trained classifier.
       columns: int32 columns of the bypass.
-      base_entries: the chosen entries of the original weights.
-      failed_step: int32 scalar, the first step whose loss, gradient or updated values were not finite, -1 if none. From
-        there on the state does not change any more: it stays the last good one. SKIP where such a step is left out: it
-        counts as a step, but changes neither values nor moments, and the next one goes on.
+      base_entries: the original weights at the chosen entries, in the base dtype.
+      failed_step: int32 scalar, the first step whose loss, gradient or updated values were not finite; -1 if there is
+        none. Once set, the state is frozen at the last good one. SKIP (-2): non-finite steps are skipped; they advance
+        `step` but change neither values nor moments.
     """
 
     step: Int[Array, ""]
@@ -49,24 +46,28 @@ class TrainState(NamedTuple):
 
     @property
     def bypass(self) -> Bypass:
-        """The bypass as trained so far."""
+        """The values trained so far, with their columns."""
         return Bypass(self.trainable["bypass"], self.columns)
 
     @property
     def classifier(self) -> Tree:
-        """The head as trained so far, empty where none trains."""
+        """The classifier trained so far; empty where none is trained."""
         return self.trainable.get("classifier", {})
 
     @property
     def merged(self) -> Tree:
-        """The parameters of the whole model as trained so far."""
+        """The complete parameters of the model as trained so far."""
         return dense_modules.join(self.params, self.classifier)
 
 
 class StepMetrics(NamedTuple):
-    """Scalars of one step: mean loss per target, gradient norm before clipping, and the targets counted.
+    """Scalars of one step.
 
-    finite: whether loss, gradient and updated values were.
+    Attributes:
+      loss: mean over the labels, in nats (for regression, the mean squared error).
+      gradient_norm: global L2 norm before clipping.
+      labels: number of labels.
+      finite: whether loss, gradient and updated values are finite.
     """
 
     loss: Float[Array, ""]
@@ -82,14 +83,14 @@ def initial_state(
     classifier: Sequence[ModulePath] = (),
     skip_nonfinite: bool = False,
 ) -> TrainState:
-    """The state before the first step. It takes `params` over: the step donates them.
+    """Return the state before the first step. It takes over `params`: the step donates them.
 
     Args:
-      params: of the whole model.
-      built: zero values and the columns.
-      opt_state: what updates the trainable tree.
-      classifier: the modules that train whole; none of them carries a bypass.
-      skip_nonfinite: leave out steps that are not finite, rather than stay at the first.
+      params: complete parameters of the model.
+      built: zero values, and the columns.
+      optimizer: of the trainable tree.
+      classifier: paths of the modules that are trained densely; none of them carries a bypass.
+      skip_nonfinite: skip steps that are not finite, rather than freeze the state at the first.
     """
     params, modules = dense_modules.split(params, classifier)
     trainable = {"bypass": built.values}
@@ -107,17 +108,17 @@ def initial_state(
 
 
 def split(batch: AnyBatch, parts: int) -> AnyBatch:
-    """The batch as `parts` micro batches along a new leading axis."""
+    """Return the batch as `parts` micro batches along a new leading axis: (B, ...) -> (parts, B / parts, ...)."""
     return jax.tree.map(lambda leaf: leaf.reshape(parts, leaf.shape[0] // parts, *leaf.shape[1:]), batch)
 
 
 class Sums(NamedTuple):
-    """What the rows of a batch add up to; sums of parts of a batch add up to those of the whole.
+    """Sums over the examples of a batch; those of its parts add up to those of the complete batch.
 
     Attributes:
-      loss: of all targets.
-      targets: how many there are, float32.
-      gradient: of `loss`, as the trainable tree.
+      loss: over the labels.
+      labels: number of labels, float32.
+      gradient: of `loss`, in the shape of the trainable tree.
     """
 
     loss: Float[Array, ""]
@@ -131,16 +132,17 @@ def make_sums(
     losses: Callable[..., Array] = label_losses,
     dropout_seed: int | None = None,
 ) -> Callable[..., Sums]:
-    """The first half of a step: (state, batch, shard) -> the sums over the rows of this batch, or part of a batch.
+    """Return the first half of a step: (state, batch, shard) -> sums over the examples of a batch or of a part of one.
 
-    `shard`, an int32 scalar or None, numbers the part where several devices share a batch: each drops something else.
+    `shard`, an int32 scalar or None, is the number of the part where several devices share a batch: each has its own
+    dropout mask.
 
     Args:
       module: the model.
-      accumulation: the micro batches that the rows are computed in, one after the other.
-      losses: (module, variables, batch) -> the loss of every target, of the shape of `batch.label_mask`.
-      dropout_seed: `losses` also gets `dropout=key`, which follows from this seed, the step, the micro batch and the shard
-        alone, so that a resumed run drops what the whole run drops. None: it gets no key.
+      accumulation: number of micro batches, computed one after the other.
+      losses: (module, variables, batch) -> the loss of every label, in the shape of `batch.label_mask`.
+      dropout_seed: `losses` also gets `dropout=key`; the key follows from this seed, the step, the micro batch and the
+        shard alone, so that a resumed run has the masks of an uninterrupted one. None: it gets no key.
     """
 
     def loss_sum(trainable: Tree, state: TrainState, shard: Array | None, batch: AnyBatch, part: Array) -> Array:
@@ -179,11 +181,11 @@ def make_sums(
 def make_update(
     optimizer: optax.GradientTransformation, write: Callable[[Tree, Bypass, Tree], Tree] = bypass.make_resident
 ) -> Callable[[TrainState, Sums], tuple[TrainState, StepMetrics]]:
-    """The second half of a step: (state, sums over the whole batch) -> (state, metrics). One division, then the update.
+    """Return the second half of a step, (state, sums over the batch) -> (state, metrics): one division, then the update.
 
     Args:
-      opt_state: what updates the trainable tree.
-      write: puts the new values into the resident weights.
+      optimizer: of the trainable tree.
+      write: writes the new values into the resident weights.
     """
 
     def update(state: TrainState, sums: Sums) -> tuple[TrainState, StepMetrics]:
@@ -195,11 +197,11 @@ def make_update(
         with jax.numpy_dtype_promotion("standard"):  # optax's own code mixes int32 counts and float32 in there
             updates, opt_state = optimizer.update(gradient, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
-        # The values too: an absurd learning rate overflows them although loss and gradient are finite.
+        # The values are checked too: an absurd learning rate overflows them although loss and gradient are finite.
         sound = [jnp.all(jnp.isfinite(leaf)) for leaf in [loss, norm, *jax.tree.leaves(trainable)]]
         finite = jnp.all(jnp.stack(sound))
         good = finite & (state.failed_step < 0)
-        # The small trees alone are chosen between: a bad step leaves the last good state behind.
+        # Selecting between the small trees alone is enough: a bad step leaves the last good state behind.
         trainable, opt_state = jax.tree.map(
             lambda new, old: jnp.where(good, new, old), (trainable, opt_state), (state.trainable, state.opt_state)
         )
@@ -224,10 +226,10 @@ def make_step(
     losses: Callable[..., Array] = label_losses,
     dropout_seed: int | None = None,
 ) -> Callable[[TrainState, AnyBatch], tuple[TrainState, StepMetrics]]:
-    """The jitted step of one device, (state, batch) -> (state, metrics); the state is donated.
+    """Return the jitted step of one device, (state, batch) -> (state, metrics); the state is donated.
 
-    Accumulation sums losses and target counts over the micro batches and divides once, so that N parts of one batch give
-    what the whole batch gives (but for dropout, which differs from part to part). Arguments as in `make_sums`.
+    Accumulation sums losses and label counts over the micro batches and divides once, so that N micro batches give the
+    result of the complete batch (apart from dropout, whose masks differ between them). Arguments as in `make_sums`.
     """
     sums, update = make_sums(module, accumulation, losses, dropout_seed), make_update(optimizer)
 

@@ -16,7 +16,8 @@ from helpers import run_config, write_config, write_model, write_rows
 from neuroada_jax import cli
 from neuroada_jax.adapters import native
 from neuroada_jax.errors import NeuroadaWarning
-from neuroada_jax.training import objectives, signals, trackers
+from neuroada_jax.evaluation import continuation
+from neuroada_jax.training import signals, trackers
 
 
 @pytest.fixture(scope="module")
@@ -74,11 +75,11 @@ def test_a_run_that_is_stopped_at_every_stage_ends_as_if_it_was_not(tmp_path, in
     handlers = [signal.getsignal(number) for number in signals.SIGNALS]
     stages = (
         # After the evaluation before; while metrics are written; as the first epoch is scored; as the run is scored.
-        (objectives.Continuation, "score", 1, None),
+        (continuation.ContinuationScorer, "score", 1, None),
         (trackers.JsonLines, "write", 1, 4),
-        (objectives.Continuation, "score", 1, 6),
+        (continuation.ContinuationScorer, "score", 1, 6),
         (trackers.JsonLines, "write", 1, 8),
-        (objectives.Continuation, "score", 2, 12),
+        (continuation.ContinuationScorer, "score", 2, 12),
     )
     flags = []
     for owner, name, number, saved in stages:
