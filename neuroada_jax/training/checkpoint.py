@@ -1,11 +1,11 @@
-"""Checkpoints of a run through Orbax: step, values, columns, optimiser state. The only file that knows Orbax.
+"""Checkpoints of a run through Orbax: step, values, columns, optimiser state. The only file that imports Orbax.
 
 The base weights are not in a checkpoint. A batch is a pure function of (seed, epoch, index), and a dropout key one of
-(seed, step, part), so that the step is the cursor of both; what else a resumed run has to know is in `about`. The columns
-are kept: those chosen by a gradient cost a pass over the data, and may differ where a GPU sums in another order.
+(seed, step, micro batch), so the step alone restores both; the rest that a resumed run needs is in `about`. The columns
+are saved because those chosen by a gradient cost a pass over the data, and may differ where a GPU sums in another order.
 
-A checkpoint has its name only when all of it is written. Orbax notices most damage that comes later, but not a bit that
-flipped inside an array, so every checkpoint has the digests of its files (not of those at its top: Orbax adds times there).
+A checkpoint gets its name only once all of it is written. Orbax notices most later damage, but not a flipped bit inside an
+array, so every checkpoint has the digests of its files (except those at its top level, to which Orbax adds times later).
 """
 
 import contextlib
@@ -36,8 +36,13 @@ FORMER_FORMAT = 2  # of neuroada-jax 0.1: the same arrays under other names
 ABOUT, DIGESTS = "about.json", "digests.json"
 
 
-class Found(NamedTuple):
-    """A whole checkpoint: its step, and what `save` was told about the run."""
+class CheckpointInfo(NamedTuple):
+    """An intact checkpoint.
+
+    Attributes:
+      step: updates done.
+      about: metadata of the run (`resuming.describe`), with "format", "step" and "arrays".
+    """
 
     step: int
     about: dict[str, Any]
@@ -47,15 +52,21 @@ class Checkpoints:
     """The checkpoints of one run's directory."""
 
     def __init__(self, directory: Path, keep_last: int = 2, keep_best: int = 0) -> None:
-        """keep_last, keep_best: how many of the newest stay, and besides how many of those with the most merit."""
+        """Name the directory and how many checkpoints to keep; nothing is created yet.
+
+        Args:
+          directory: of the checkpoints.
+          keep_last: number of the newest that are kept.
+          keep_best: number of those with the highest ranking score that are kept besides.
+        """
         self._directory, self._keep_last, self._keep_best = directory, keep_last, keep_best
         self._quiet = contextlib.ExitStack()
-        self._saving: Found | None = None  # what is being written in the background
-        self.damaged: list[Path] = []  # that `newest` passed over
+        self._saving: CheckpointInfo | None = None  # being written in the background
+        self.damaged: list[Path] = []  # skipped by `newest`
 
     @functools.cached_property
     def _manager(self) -> ocp.CheckpointManager:
-        """Made when first needed: a run that saves nothing has no folder of checkpoints."""
+        """Orbax's manager, created on first use: a run that saves nothing has no directory of checkpoints."""
         policies = [checkpoint_managers.LatestN(self._keep_last)]
         if self._keep_best:
             policies.append(checkpoint_managers.BestN(get_metric_fn=_merit, n=self._keep_best))
@@ -79,18 +90,18 @@ class Checkpoints:
             try:
                 self._manager.close()  # waits for a save under way
             except Exception as failure:
-                if error is None or issubclass(error, KeyboardInterrupt):  # else the first error says more
+                if error is None or issubclass(error, KeyboardInterrupt):  # otherwise the first error is more telling
                     raise self._not_saved(failure) from failure
 
     def save(self, state: TrainState, about: dict[str, Any] | None = None, merit: float | None = None) -> None:
-        """Saves in the background; what is saved is copied first, so the state may be donated at once.
+        """Save in the background. The arrays are copied first, so the state may be donated at once.
 
-        Does nothing where this step is saved already.
+        Does nothing if this step is saved already.
 
         Args:
           state: a good one.
-          about: what else the run has to know when it goes on, as JSON.
-          merit: by which `keep_best` chooses, the more the better; None where it is not known.
+          about: metadata that resuming needs, as JSON.
+          merit: ranking score for `keep_best`, higher is better; None if unknown.
 
         Raises:
           UserError: this checkpoint, or the one before it that was still being written, could not be saved.
@@ -100,7 +111,9 @@ class Checkpoints:
         try:
             if step in self._manager.all_steps():
                 return
-            self._saving = Found(step, {"format": FORMAT, "step": step, "arrays": _arrays(saved(state)), **(about or {})})
+            self._saving = CheckpointInfo(
+                step, {"format": FORMAT, "step": step, "arrays": _arrays(saved(state)), **(about or {})}
+            )
             with tempfile.TemporaryDirectory(prefix=".probe", dir=self._directory) as probe:
                 (Path(probe) / "probe").write_bytes(bytes(4096))  # where this fails, Orbax's threads wait for ten minutes
             args = ocp.args.Composite(state=ocp.args.StandardSave(saved(state)))
@@ -109,10 +122,10 @@ class Checkpoints:
             raise self._not_saved(error) from error
 
     def wait(self) -> None:
-        """Until everything is saved.
+        """Wait until everything is saved.
 
         Raises:
-          UserError: it could not be.
+          UserError: a checkpoint could not be saved.
         """
         if self._saving is None:
             return
@@ -123,7 +136,7 @@ class Checkpoints:
         self._saving = None
 
     def _seal(self) -> None:
-        """Orbax calls it in its thread when all is written and the checkpoint has not got its name yet."""
+        """Write metadata and digests; Orbax calls this in its thread, once all is written and before the rename."""
         if jax.process_index() != 0 or self._saving is None:
             return
         (folder,) = self._directory.resolve().glob(f"{self._saving.step}.orbax-checkpoint-tmp*")
@@ -139,14 +152,14 @@ class Checkpoints:
         return UserError(f"{self._directory / str(step)}: the checkpoint cannot be saved ({_reason(error)}); {kept}")
 
     def _steps(self) -> list[int]:
-        """Of every checkpoint that has its name, whole or damaged since, the newest first."""
+        """Return the steps of all finished checkpoints, intact or damaged since, the newest first."""
         if not self._directory.is_dir():
             return []
         return sorted((int(path.name) for path in self._directory.iterdir() if path.name.isdigit()), reverse=True)
 
     @functools.cached_property
-    def newest(self) -> Found | None:
-        """The newest checkpoint that is whole; None where there is none. Says which are passed over, and why.
+    def newest(self) -> CheckpointInfo | None:
+        """The newest intact checkpoint; None if there is none. Warns of damaged ones, which are skipped.
 
         Raises:
           UserError: a checkpoint of another format.
@@ -158,25 +171,25 @@ class Checkpoints:
             try:
                 about = _verified(folder)
             except UserError as damage:
-                console.warn(f"{damage}: passed over")
+                console.warn(f"{damage}: skipped")
                 self.damaged.append(folder)
                 continue
             if about.get("format") not in (FORMAT, FORMER_FORMAT):
                 raise UserError(f"{folder}: expected checkpoint format {FORMAT}, found {about.get('format')}")
-            return Found(step, about)
+            return CheckpointInfo(step, about)
         return None
 
     def restore(self, state: TrainState) -> TrainState:
-        """The newest whole checkpoint put into a state that was just initialised, on whatever columns of the same shapes.
+        """Restore the newest intact checkpoint into a freshly initialised state, whose columns need only the same shapes.
 
-        Arrays come back with the sharding that those of `state` have.
+        The arrays get the shardings of those of `state`.
 
         Raises:
-          UserError: there is no whole checkpoint, or it does not fit the state.
+          UserError: there is no intact checkpoint, or it does not fit the state.
         """
         if self.newest is None:
             raise UserError(f"{self._directory}: no checkpoint to resume from")
-        for folder in self.damaged:  # its step is saved again in time
+        for folder in self.damaged:  # its step will be saved again
             aside = folder.with_name(f"{folder.name}.damaged")
             try:
                 shutil.rmtree(aside, ignore_errors=True)
@@ -198,25 +211,25 @@ class Checkpoints:
         except Exception as error:
             reason = _reason(error)
             raise UserError(f"{self._directory / str(step)}: this checkpoint cannot be resumed from ({reason})") from error
-        # Both trees have the same leaves in the same order: the keys that differ stand at the same place in it.
+        # Both trees have the same leaves in the same order: the keys that differ sort to the same place.
         found = jax.tree.unflatten(jax.tree.structure(saved(state)), jax.tree.leaves(found)) if former else found
         trained = bypass.Bypass(found["trainable"]["bypass"], found["columns"])
-        base_entries = bypass.read(state.params, trained.columns)  # no step was taken: these are the original weights
+        base_entries = bypass.read(state.params, trained.columns)  # the original weights, since no step was taken yet
         complete = state._replace(
             **found, base_entries=base_entries, params=bypass.make_resident(state.params, trained, base_entries)
         )
-        # Orbax ties arrays to their device, as device_put does: all are tied alike, or the second step compiles once more.
+        # Orbax commits arrays to their device, as device_put does. All must be committed, or the second step recompiles.
         return jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding), complete)
 
 
 def saved(state: TrainState) -> dict[str, Any]:
-    """What a checkpoint holds of a state, abstract or real."""
+    """Return the part of a state, abstract or real, that a checkpoint holds."""
     kept = ("step", "trainable", "columns", "opt_state")
     return {field: getattr(state, field) for field in kept}
 
 
 def _with_former_names(content: Any) -> Any:
-    """The content of a checkpoint under the names that neuroada-jax 0.1 gave to its parts."""
+    """Return the content of a checkpoint under the names that neuroada-jax 0.1 used."""
     if isinstance(content, dict):
         names = {"opt_state": "optimizer"} | ({"classifier": "head"} if "bypass" in content else {})
         return {names.get(key, key): _with_former_names(node) for key, node in content.items()}
@@ -227,16 +240,16 @@ def _with_former_names(content: Any) -> Any:
 
 
 def _arrays(content: dict[str, Any]) -> dict[str, str]:
-    """Type and shape of everything that is saved, by its place."""
+    """Return dtype and shape of every saved array by its path."""
     leaves = jax.tree_util.tree_leaves_with_path(content)
     return {jax.tree_util.keystr(path, simple=True, separator="."): str(jax.typeof(leaf)) for path, leaf in leaves}
 
 
 def _verified(folder: Path) -> dict[str, Any]:
-    """What a checkpoint says about its run, if all of its files are as they were written.
+    """Return the metadata of a checkpoint after checking the digests of its files.
 
     Raises:
-      UserError: a file that is missing or differs.
+      UserError: a file that is missing or differs from what was written.
     """
     if not (folder / DIGESTS).exists():
         raise UserError(f"{folder}: damaged, {DIGESTS} is missing")
@@ -255,14 +268,14 @@ def _digest(path: Path) -> str:
 
 
 def _merit(metrics: dict[str, float | None]) -> float:
-    """Orbax asks for a number of every checkpoint."""
+    """Return the ranking score of a checkpoint; -inf where none was recorded, since Orbax needs a number."""
     merit = metrics["merit"]
     return -float("inf") if merit is None else merit
 
 
 @contextlib.contextmanager
 def _orbax_is_quiet() -> Iterator[None]:
-    """Without what it logs of errors that it also raises, and what its other writes say after a failed one."""
+    """Silence what Orbax logs of errors that it also raises, and what its other writes print after a failed one."""
     log, hook = logging.getLogger("absl"), sys.unraisablehook
 
     def not_of_orbax(record: logging.LogRecord) -> bool:
@@ -282,7 +295,7 @@ def _orbax_is_quiet() -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """The first line that says something of an error that comes from deep below."""
+    """Return the first informative line of an error of Orbax or of a library below it."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if below := re.search(r"os_error_code='(\d+)'", str(error)):  # TensorStore's

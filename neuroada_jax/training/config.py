@@ -1,4 +1,4 @@
-"""What a run is: every field of a config, with its default and its limits. config_file.py reads and writes them."""
+"""The config of a run: every field with its meaning, unit, default and limits. config_file.py reads and writes it."""
 
 import dataclasses
 from pathlib import Path
@@ -19,7 +19,12 @@ Seed = Annotated[int, pydantic.Field(ge=0, lt=2**32)]  # JAX's keys are made of 
 
 @dataclass(frozen=True, config=_STRICT)
 class ModelSection:
-    """Which frozen model. `path` is a Hugging Face directory, a hub id, a .gguf file or package:NAME/FILE."""
+    """The frozen base model.
+
+    Attributes:
+      path: a Hugging Face directory, a hub id, a .gguf file or package:NAME/FILE.
+      dtype: of the weights; "auto" (the default) is the checkpoint's own, bfloat16 for a float16 checkpoint.
+    """
 
     path: str
     dtype: Literal["float32", "bfloat16", "auto"] = "auto"
@@ -27,46 +32,63 @@ class ModelSection:
 
 @dataclass(frozen=True, config=_STRICT)
 class BypassSection:
-    """k connections for every neuron of the linear maps in `targets` (names as in `neuroada inspect MODEL`).
+    """The trained connections.
 
-    `score` says which k of each neuron: those with the largest |weight| (the method), with the smallest (reverse), with the
-    largest |gradient| over the training data, or random ones.
+    Attributes:
+      k: connections of every neuron (output) of the target linear maps. Default 1.
+      score: which k of a neuron's weights are trained: those with the largest |weight| ("magnitude", the method and the
+        default), the smallest |weight| ("reverse"), the largest |gradient| over one epoch ("gradient"), or "random" ones.
+      targets: names of linear maps, as in `neuroada inspect MODEL`. None (the default): every linear map of a layer.
     """
 
     k: int = pydantic.Field(default=1, ge=1)
     score: Literal["magnitude", "reverse", "gradient", "random"] = "magnitude"
-    targets: list[str] | None = pydantic.Field(default=None, min_length=1)  # None: every linear map of a layer
+    targets: list[str] | None = pydantic.Field(default=None, min_length=1)
 
 
 @dataclass(frozen=True, config=_STRICT)
 class ClassifierSection:
-    """How an encoder's head trains, whole, beside the bypass. Its biases do not decay."""
+    """The dense classifier of an encoder, trained beside the bypass. Its biases have no weight decay.
+
+    Attributes:
+      train: whether it is trained. Default true; a classifier that the checkpoint lacks must be.
+      learning_rate: peak rate. None (the default): `optimizer.learning_rate`.
+      weight_decay: of its kernels. None (the default): `optimizer.weight_decay`.
+    """
 
     train: bool = True
-    learning_rate: float | None = pydantic.Field(default=None, gt=0)  # None: that of the optimizer section
-    weight_decay: float | None = pydantic.Field(default=None, ge=0)  # None: that of the optimizer section
+    learning_rate: float | None = pydantic.Field(default=None, gt=0)
+    weight_decay: float | None = pydantic.Field(default=None, ge=0)
 
     def __post_init__(self) -> None:
         if not self.train and (self.learning_rate is not None or self.weight_decay is not None):
-            raise ValueError("head.train: a head that does not train has no learning_rate or weight_decay")
+            raise ValueError("classifier.train: a classifier that is not trained has no learning_rate or weight_decay")
 
 
 @dataclass(frozen=True, config=_STRICT)
 class DataSection:
-    """Training rows: a file, a `datasets` directory or a hub name, read as the rows of `task`.
+    """The training rows, read as the rows of `task`.
 
-    Which tasks there are depends on the model: a decoder continues texts, an encoder tells the labels of a GLUE task apart.
-
-    With `packing`, a row of a batch is `max_length` tokens that hold as many whole examples as fit, each by itself.
-    With `drop_overlap`, rows whose question is also in an evaluation set are left out.
+    Attributes:
+      train: a file, a directory written by `datasets`, or a hub name.
+      split: of a directory or hub name. Default "train".
+      task: how rows become examples. A decoder takes an instruction task (default "instruct"), an encoder a GLUE task.
+      style: prompt style of a decoder. None (the default): that of the task.
+      max_length: tokens of the longest example; longer ones are truncated. Default 512.
+      buckets: padded lengths in tokens, one compiled step for each that occurs. None (the default): derived from the data.
+      group_by_length: batches of examples of similar length, for less padding. Default false.
+      packing: fill rows of `max_length` tokens with as many complete examples as fit, which do not see one another.
+        Default false.
+      drop_overlap: drop rows whose question is also in an evaluation set. Default false.
+      limit: number of rows that are read. None (the default): all.
     """
 
     train: str
     split: str = "train"
     task: str = "instruct"
-    style: str | None = None  # None: the task's own prompt style
+    style: str | None = None
     max_length: int = pydantic.Field(default=512, gt=1)
-    buckets: list[int] | None = None  # padded lengths; None: derived from the data
+    buckets: list[int] | None = None
     group_by_length: bool = False
     packing: bool = False
     drop_overlap: bool = False
@@ -81,7 +103,18 @@ class DataSection:
 
 @dataclass(frozen=True, config=_STRICT)
 class OptimizerSection:
-    """AdamW over the bypass values; the defaults are those of the published runs."""
+    """AdamW over the bypass values; the defaults are those of the published runs.
+
+    Attributes:
+      learning_rate: peak rate.
+      schedule: after the warmup: "linear" to 0 (the default), "cosine" to 0, or "constant".
+      warmup_ratio: share of the steps in which the rate rises linearly from 0, from 0 to 1. Default 0.
+      weight_decay: decoupled. Default 0.
+      clip_norm: bound of the gradient's global L2 norm. Default 1; None: no clipping.
+      beta1: decay of the first moment. Default 0.9.
+      beta2: decay of the second moment. Default 0.999.
+      epsilon: added to the denominator. Default 1e-8.
+    """
 
     learning_rate: float = pydantic.Field(gt=0)
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -95,11 +128,20 @@ class OptimizerSection:
 
 @dataclass(frozen=True, config=_STRICT)
 class TrainingSection:
-    """How long and how much at once. `batch_size` rows make one update, in `accumulation` equal parts.
+    """Length of the training, batch size, memory, and how often files are written.
 
-    A row is an example, or with `data.packing` several. Of the checkpoints, the `keep_last` newest stay, and besides them
-    the `keep_best` best: those with the highest score of `evaluation.best_epoch`, or where no set chooses, with the lowest
-    mean loss of the steps since the checkpoint before.
+    Attributes:
+      epochs: passes over the data. Exactly one of `epochs` and `steps` is given.
+      steps: updates.
+      batch_size: examples in an update; with `data.packing`, packed rows. Default 16.
+      accumulation: equal micro batches that a batch is computed in, one after the other. Default 1.
+      remat: activations that the backward pass recomputes: "none" is fastest, "names" keeps some, "full" (the default)
+        needs the least memory.
+      log_every: steps between two writes of log lines; there is a line for every step. Default 10.
+      save_every: steps between two checkpoints, for --resume. None (the default): only when the run is stopped.
+      keep_last: number of the newest checkpoints that are kept. Default 2.
+      keep_best: number of the best that are kept besides. Default 0. The best have the highest score of
+        `evaluation.best_epoch`, or where no set chooses, the lowest mean loss since the previous checkpoint.
     """
 
     epochs: int | None = pydantic.Field(default=None, gt=0)
@@ -108,7 +150,7 @@ class TrainingSection:
     accumulation: int = pydantic.Field(default=1, gt=0)
     remat: Literal["none", "names", "full"] = "full"
     log_every: int = pydantic.Field(default=10, gt=0)
-    save_every: int | None = pydantic.Field(default=None, gt=0)  # steps between checkpoints, for --resume
+    save_every: int | None = pydantic.Field(default=None, gt=0)
     keep_last: int = pydantic.Field(default=2, ge=1)
     keep_best: int = pydantic.Field(default=0, ge=0)
 
@@ -120,6 +162,7 @@ class TrainingSection:
 
     @property
     def remat_policy(self) -> Remat:
+        """The policy of the models for `remat`."""
         return Remat(self.remat)
 
 
@@ -127,15 +170,19 @@ class TrainingSection:
 class ParallelSection:
     """How devices share a batch, and whether each holds all weights (docs/scaling.md).
 
-    `mode` is shard_map or pmap (every device holds all weights, and one reduction sums the gradients), jit (the same, or
-    with `fsdp` and `tensor` devices that share the weights by neuron), single, or auto: jit where weights are shared,
-    shard_map on several GPUs or TPUs, else single.
+    Attributes:
+      mode: "shard_map" and "pmap": every device holds all weights, and one reduction sums the gradients. "jit": the same,
+        or with `fsdp` and `tensor` devices that shard the weights by neuron. "single": one device. "auto" (the default):
+        jit where weights are sharded, shard_map on several GPUs or TPUs, else single.
+      devices: number of devices. None (the default): all of them.
+      fsdp: devices that shard weights and batch, and gather one layer at a time. Default 1.
+      tensor: devices that shard weights and the neurons' outputs. Default 1.
     """
 
     mode: Literal["auto", "single", "shard_map", "pmap", "jit"] = "auto"
-    devices: int | None = pydantic.Field(default=None, gt=0)  # None: all of them
-    fsdp: int = pydantic.Field(default=1, gt=0)  # devices that share weights and batch, and gather a layer at a time
-    tensor: int = pydantic.Field(default=1, gt=0)  # devices that share weights and the neurons' outputs
+    devices: int | None = pydantic.Field(default=None, gt=0)
+    fsdp: int = pydantic.Field(default=1, gt=0)
+    tensor: int = pydantic.Field(default=1, gt=0)
 
     def __post_init__(self) -> None:
         if self.mode not in ("auto", "jit") and self.fsdp * self.tensor > 1:
@@ -146,7 +193,7 @@ class ParallelSection:
 
 @dataclass(frozen=True, config=_STRICT)
 class GenerationSection(Decoding):
-    """How answers are generated, with the fields of `sampling.Decoding`; greedily where it is left out."""
+    """How answers are generated, with the fields of `sampling.Decoding`; the default is greedy decoding."""
 
     def __post_init__(self) -> None:
         try:
@@ -160,16 +207,28 @@ class EvaluationSet:
     """Rows to score, read as the rows of `task`.
 
     In a file, `suite: commonsense` or `suite: arithmetic` stands for one such set for each of its tasks.
+
+    Attributes:
+      name: in reports and file names. Empty (the default): that of the task.
+      data: a file, directory or hub name. None (the default): where the task's own rows are (`neuroada tasks`).
+      task: None (the default): that of the training data.
+      style: prompt style. None (the default): that of the training data where the tasks are related, else the task's.
+      split: of `data`. None (the default): "test".
+      limit: number of rows. None (the default): all.
+      method: "generate" (the default) continues the prompt and reads the answer from it; "choices" takes the likeliest of
+        the task's answers.
+      max_new_tokens: of a generation. None (the default): the task's own.
+      generation: decoding of generations; greedy by default.
     """
 
-    name: str = ""  # empty: that of the task
-    data: str | None = None  # None: where the task's rows are (`neuroada tasks`)
-    task: str | None = None  # None: the task of the training data
+    name: str = ""
+    data: str | None = None
+    task: str | None = None
     style: str | None = None
-    split: str | None = None  # of `data`; None: test
+    split: str | None = None
     limit: int | None = pydantic.Field(default=None, gt=0)
-    method: Literal["generate", "choices"] = "generate"  # choices: the likeliest of the task's answers
-    max_new_tokens: int | None = pydantic.Field(default=None, gt=0)  # None: the task's own
+    method: Literal["generate", "choices"] = "generate"
+    max_new_tokens: int | None = pydantic.Field(default=None, gt=0)
     generation: GenerationSection = dataclasses.field(default_factory=GenerationSection)
 
     def __post_init__(self) -> None:
@@ -180,16 +239,21 @@ class EvaluationSet:
         if self.task is None and not (self.name and self.data):
             raise ValueError("a set without a task needs a name and data")
         if self.split is not None and not self.data:
-            raise ValueError("split: it is of `data`, and the task's own rows have theirs; leave it out or give both")
+            raise ValueError("split: it needs data; without data, the task's own split is used")
         object.__setattr__(self, "name", self.name or self.task)  # frozen for everybody else
 
 
 @dataclass(frozen=True, config=_STRICT)
 class EvaluationSection:
-    """What to score before (if asked) and after training, always with the merged weights.
+    """Scores of the base model and of the merged model.
 
-    `best_epoch` names the set that chooses the epoch that is kept, as GLUE is reported: a part of it drawn from the seed
-    (1,000 rows of more than 5,000, else half) is scored after every epoch, and the rest of it after training.
+    Attributes:
+      sets: what to score. Default none.
+      best_epoch: name of the set that chooses the epoch whose adapter is kept, as GLUE is reported: a part of it that
+        depends on the seed (1,000 rows of more than 5,000, else half) is scored after every epoch, and the rest after
+        training. None (the default): the last epoch is kept.
+      before: whether the base model is scored before training. Default true.
+      batch_size: prompts, or examples, that are scored at a time. Default 16.
     """
 
     sets: list[EvaluationSet] = pydantic.Field(default_factory=list)
@@ -200,11 +264,15 @@ class EvaluationSection:
 
 @dataclass(frozen=True, config=_STRICT)
 class WatchdogSection:
-    """What is done about steps that go wrong, and from when on the rest is told (docs/reliability.md).
+    """Reactions to failing steps, and thresholds of warnings (docs/reliability.md).
 
-    A step whose loss, gradient or updated values are NaN or infinite ends the run (`stop`), or is left out (`skip`), up to
-    `max_skips` of them. A loss is a spike from `spike` robust deviations above the median of the last 100 on. A batch that
-    takes longer than `stall_warn` seconds is told, one that takes longer than `stall_stop` ends the run.
+    Attributes:
+      nonfinite: a step whose loss, gradient or updated values are NaN or infinite ends the run ("stop", the default) or is
+        skipped ("skip").
+      max_skips: the most steps of a run that may be skipped; one more ends it. Default 10.
+      spike: a loss so many robust deviations above the median of the last 100 is a spike. Default 10; None: no warning.
+      stall_warn: seconds to wait for a batch before a warning. Default 30; None: no warning.
+      stall_stop: seconds to wait for a batch before the run ends. None (the default): wait forever.
     """
 
     nonfinite: Literal["stop", "skip"] = "stop"
@@ -214,17 +282,33 @@ class WatchdogSection:
     stall_stop: float | None = pydantic.Field(default=None, gt=0)
 
 
-# What transformers' Trainer does unless it is told otherwise, and the published code tells it nothing of these.
+# Defaults of transformers' Trainer, which the published code does not override.
 _TRAINER = {"beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8, "clip_norm": 1.0}
 
 
 @dataclass(frozen=True, config=_STRICT)
 class RunConfig:
-    """Everything a run needs. `output` defaults to runs/<name>.
+    """Everything a run needs.
 
-    `fidelity` says in which numbers it is done. recommended: values and moments of AdamW in float32 on any base. official:
-    in the dtype of the base, as the published code does it, so that a bfloat16 base is summed with its values in bfloat16;
-    and AdamW and clipping as transformers' Trainer has them by default. On a float32 base there is no difference.
+    Attributes:
+      name: of the run.
+      model: the base model.
+      data: the training rows.
+      optimizer: AdamW and its schedule.
+      training: length, batch size and checkpoints.
+      bypass: the trained connections.
+      fidelity: the numbers it is computed in. "recommended" (the default): values and moments of AdamW in float32 on any
+        base model. "official": in the base dtype, as the published code does it, so that a bfloat16 weight and its value
+        are added in bfloat16; AdamW and clipping as transformers' Trainer has them by default. The same on float32.
+      classifier: of an encoder.
+      evaluation: what is scored, before and after.
+      parallel: several devices.
+      watchdog: reactions to failing steps.
+      tracking: trackers that get the log lines besides metrics.jsonl. Default none.
+      output: directory of the run. None (the default): runs/<name>.
+      merge: also write the merged model to <output>/merged. Default false.
+      seed: of the order of the data, dropout, a new classifier, random connections and splits. Default 42.
+      seeds: a run for each of them, in <output>/seed-<n>. None (the default): one run.
     """
 
     name: str
@@ -238,13 +322,11 @@ class RunConfig:
     evaluation: EvaluationSection = dataclasses.field(default_factory=EvaluationSection)
     parallel: ParallelSection = dataclasses.field(default_factory=ParallelSection)
     watchdog: WatchdogSection = dataclasses.field(default_factory=WatchdogSection)
-    tracking: list[Literal["tensorboard", "wandb", "trackio"]] = dataclasses.field(
-        default_factory=list
-    )  # besides metrics.jsonl
+    tracking: list[Literal["tensorboard", "wandb", "trackio"]] = dataclasses.field(default_factory=list)
     output: str | None = None
-    merge: bool = False  # also write the merged model to <output>/merged
+    merge: bool = False
     seed: Seed = 42
-    seeds: list[Seed] | None = pydantic.Field(default=None, min_length=1)  # a run for each
+    seeds: list[Seed] | None = pydantic.Field(default=None, min_length=1)
 
     def __post_init__(self) -> None:
         for field, default in _TRAINER.items() if self.fidelity == "official" else ():
@@ -264,7 +346,7 @@ class RunConfig:
             raise ValueError(f"evaluation.best_epoch: no set {self.evaluation.best_epoch!r}, found {found}")
         twice = sorted({seed for seed in self.seeds or () if (self.seeds or []).count(seed) > 1})
         if twice:
-            raise ValueError(f"seeds: {twice[0]} is there twice")
+            raise ValueError(f"seeds: {twice[0]} is given twice")
         if len(names) != len(set(names)):
             raise ValueError("evaluation.sets: two sets have the same name")
         for name in names:
@@ -272,7 +354,7 @@ class RunConfig:
                 raise ValueError(f"evaluation.sets: {name!r} becomes part of a file name; it must be text without '/'")
 
     def tasks(self) -> list[tuple[str, str]]:
-        """(section, task) of the training rows and of every evaluation set."""
+        """Return (section, task) of the training rows and of every evaluation set."""
         sets = enumerate(self.evaluation.sets)
         return [("data", self.data.task)] + [(f"evaluation.sets.{i}", each.task or self.data.task) for i, each in sets]
 
@@ -282,5 +364,5 @@ class RunConfig:
 
     @property
     def directory(self) -> Path:
-        """Where the run's files go."""
+        """The directory of the run's files."""
         return Path(self.output or f"runs/{self.name}")

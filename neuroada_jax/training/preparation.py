@@ -33,7 +33,7 @@ class Prepared:
       rows: the rows that the numbers in a batch refer to, for messages.
       devices: that the run uses.
       checkpoints: of the run's directory.
-      found: the checkpoint to resume from; None to start at step 0.
+      resumed_from: the checkpoint to resume from; None to start at step 0.
       force_resume: resume although the base weights differ from those that the run began with.
     """
 
@@ -49,7 +49,7 @@ class Prepared:
     rows: Rows
     devices: parallel.Parallel
     checkpoints: checkpoint.Checkpoints
-    found: checkpoint.Found | None
+    resumed_from: checkpoint.CheckpointInfo | None
     force_resume: bool
 
     @property
@@ -114,12 +114,12 @@ def prepare(
     devices.check(config)
     directory, training = config.directory, config.training
     checkpoints = checkpoint.Checkpoints(directory / "checkpoints", training.keep_last, training.keep_best)
-    found = run_directory.newest_checkpoint(checkpoints, directory) if resume else None
+    resumed_from = run_directory.newest_checkpoint(checkpoints, directory) if resume else None
     opened, tokenizer = model or open_with_tokenizer(config.model.path, config.model.dtype)
     opened = OpenedModel(opened.model, opened.path, opened.source)  # a caller's own weights are given to `fit`
     config = modules.resolved(config, opened.model)
-    if found:
-        resuming.check_config(found.about, config, force_resume)
+    if resumed_from:
+        resuming.check_config(resumed_from.about, config, force_resume)
     objective, opened = objectives.objective(config, opened)
     modules.check_length(config, opened.model)
     target_paths = modules.target_paths(config, opened.model)
@@ -133,8 +133,8 @@ def prepare(
         choosing = objective.scorer(sets[chooser], part, opened, tokenizer)
     scorers = {name: objective.scorer(each, held_out[name], opened, tokenizer) for name, each in sets.items()}
     batches = objective.batches(rows, tokenizer)
-    if found:
-        resuming.check_data(found.about, directory, batches, force_resume)
+    if resumed_from:
+        resuming.check_data(resumed_from.about, directory, batches, force_resume)
     return Prepared(
         config=config,
         opened=opened,
@@ -148,6 +148,6 @@ def prepare(
         rows=rows,
         devices=devices,
         checkpoints=checkpoints,
-        found=found,
+        resumed_from=resumed_from,
         force_resume=force_resume,
     )

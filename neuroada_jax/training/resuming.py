@@ -16,7 +16,7 @@ from neuroada_jax.adapters import native
 from neuroada_jax.data.batches import AnyBatches
 from neuroada_jax.errors import UserError
 from neuroada_jax.evaluation.scoring import Score
-from neuroada_jax.training.checkpoint import Checkpoints, Found
+from neuroada_jax.training.checkpoint import CheckpointInfo, Checkpoints
 from neuroada_jax.training.config import RunConfig
 from neuroada_jax.training.config_file import flatten_config, from_dict
 from neuroada_jax.training.loop import History
@@ -144,15 +144,15 @@ def scores_before(about: dict[str, Any]) -> dict[str, Score]:
     return {name: Score.from_json(content) for name, content in about["before"].items()}
 
 
-def history(found: Found | None, lines: Sequence[Line]) -> History:
+def history(checkpoint: CheckpointInfo | None, lines: Sequence[Line]) -> History:
     """Return the history up to the checkpoint, from it and from the lines of metrics.jsonl; empty for a new run."""
-    if found is None:
+    if checkpoint is None:
         return History()
-    losses, rates = [math.nan] * found.step, [math.nan] * found.step
+    losses, rates = [math.nan] * checkpoint.step, [math.nan] * checkpoint.step
     for line in lines:
         losses[line["step"] - 1] = math.nan if line["loss"] is None else line["loss"]
         rates[line["step"] - 1] = line["learning_rate"]
-    progress = found.about["progress"]
+    progress = checkpoint.about["progress"]
     return History(
         losses=losses,
         learning_rates=rates,

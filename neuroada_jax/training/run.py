@@ -122,15 +122,15 @@ def fit(
         adapter of the last good step is kept).
       Stopped: on request.
     """
-    config, found = prepared.config, prepared.found
+    config, resumed_from = prepared.config, prepared.resumed_from
     started, state = _start(prepared, loaded)
     try:
         with contextlib.ExitStack() as resources:
             resources.enter_context(prepared.checkpoints)
-            if found:
+            if resumed_from:
                 state = prepared.devices.place(prepared.checkpoints.restore(state))
-                resuming.check_base(found.about, config.directory, state, prepared.force_resume)
-                console.say(f"resuming after step {found.step}")
+                resuming.check_base(resumed_from.about, config.directory, state, prepared.force_resume)
+                console.say(f"resuming after step {resumed_from.step}")
             return _train(prepared, started, state, stop or Stop(), on_lines, resources)
     except loop.NotFinite as failure:
         adapter = config.directory / "adapter"
@@ -150,7 +150,7 @@ def _start(prepared: Prepared, loaded: LoadedModel | None) -> tuple[_Started, Tr
         loaded = with_params(prepared.opened, loaded, config.seed)
     classifier = modules.dense_paths(config, loaded, prepared.target_paths)
     built = _connections(prepared, loaded)
-    run_directory.start(config, resumed=prepared.found is not None)
+    run_directory.start(config, resumed=prepared.resumed_from is not None)
 
     in_classifier = bypass.count(dense_modules.split(loaded.params, classifier)[1])
     sizes = results.Sizes(bypass.count(built.values) + in_classifier, in_classifier, bypass.count(loaded.params))
@@ -159,8 +159,8 @@ def _start(prepared: Prepared, loaded: LoadedModel | None) -> tuple[_Started, Tr
         f"{prepared.total_steps} steps"
     )
     before: dict[str, Score] = {}
-    if prepared.found:
-        before = resuming.scores_before(prepared.found.about)
+    if prepared.resumed_from:
+        before = resuming.scores_before(prepared.resumed_from.about)
     elif config.evaluation.before:
         before = prepared.score_sets(loaded, loaded.params, "before")
 
@@ -178,7 +178,7 @@ def _start(prepared: Prepared, loaded: LoadedModel | None) -> tuple[_Started, Tr
 def _connections(prepared: Prepared, loaded: LoadedModel) -> Bypass:
     """Choose the connections of a new run; for a resumed one, placeholders of the right shapes."""
     config, batches, devices = prepared.config, prepared.batches, prepared.devices
-    if prepared.found:  # the columns of its checkpoint will take the place of these
+    if prepared.resumed_from:  # the columns of its checkpoint will take the place of these
         config = dataclasses.replace(config, bypass=dataclasses.replace(config.bypass, score="magnitude"))
     return connections.choose(
         config,
@@ -203,7 +203,7 @@ def _train(
     config, objective, batches = prepared.config, prepared.objective, prepared.batches
     about = resuming.describe(config, batches, objective.dropout_seed, state, started.before)
     with contextlib.closing(trackers.Log(config, int(state.step))) as log:
-        history = resuming.history(prepared.found, log.lines)
+        history = resuming.history(prepared.resumed_from, log.lines)
         best = None
         if config.evaluation.best_epoch is not None:
             best = best_epoch.BestEpoch(

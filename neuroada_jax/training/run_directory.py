@@ -37,7 +37,7 @@ def check(config: RunConfig, overwrite: bool, resume: bool, force_resume: bool) 
         )
 
 
-def newest_checkpoint(checkpoints: checkpoint.Checkpoints, directory: Path) -> checkpoint.Found | None:
+def newest_checkpoint(checkpoints: checkpoint.Checkpoints, directory: Path) -> checkpoint.CheckpointInfo | None:
     """Return the checkpoint to resume from; None for a run that was interrupted before its first one.
 
     Raises:

@@ -178,7 +178,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, damage, which):
     save_steps(tmp_path, 2, 4)
     newest = tmp_path / "4"
     damage(largest(newest) if which == "arrays" else newest / which)
-    with pytest.warns(NeuroadaWarning, match=r"4.*: passed over"):
+    with pytest.warns(NeuroadaWarning, match=r"4.*: skipped"):
         assert_goes_on_from(tmp_path, 2)
     assert {path.name for path in tmp_path.iterdir()} == {"2", "4.damaged"}
     save_steps(tmp_path, 4)
@@ -189,7 +189,7 @@ def test_no_whole_checkpoint(tmp_path):
     save_steps(tmp_path, 2)
     (tmp_path / "2" / "digests.json").unlink()
     with (
-        pytest.warns(NeuroadaWarning, match="2: damaged, digests.json is missing: passed over"),
+        pytest.warns(NeuroadaWarning, match="2: damaged, digests.json is missing: skipped"),
         Checkpoints(tmp_path) as checkpoints,
     ):
         assert message_of(checkpoints.restore, state_after(0)) == f"{tmp_path}: no checkpoint to resume from"

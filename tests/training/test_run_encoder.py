@@ -325,7 +325,7 @@ def test_one_row_is_not_split():
         ("evaluation.sets.0.limit=1", "evaluation.best_epoch: a set of 1 row"),
         ("data.max_length=41", "data.max_length: 41 is more than the model's 40 positions"),
         ("data.max_length=4", "max_length: found 4, expected at least 5"),
-        ("seeds=[1, 1]", "seeds: 1 is there twice"),
+        ("seeds=[1, 1]", "seeds: 1 is given twice"),
         ("seeds=[-1]", "seeds.0: input should be greater than or equal to 0, found -1"),
         ("seed=4294967296", "seed: input should be less than 4294967296, found 4294967296"),  # JAX's keys have 32 bits
         ("--seeds=", "--seeds: expected numbers with commas between, such as 42,43,44, found ''"),
