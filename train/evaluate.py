@@ -1,4 +1,4 @@
-"""Scores a model or an adapter: python train/evaluate.py --model M --data FILE ... The same as `neuroada evaluate`."""
+"""Score a model or an adapter: python train/evaluate.py --model M --data FILE ... The same as `neuroada evaluate`."""
 
 import sys
 

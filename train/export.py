@@ -1,4 +1,4 @@
-"""Writes an adapter for PyTorch libraries: python train/export.py ADAPTER --to FORMAT --out DIR. As `neuroada export`."""
+"""Export an adapter to another format: python train/export.py ADAPTER --to FORMAT --out DIR. As `neuroada export`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Fine-tunes as a config says: python train/finetune.py CONFIG [section.field=value ...]. The same as `neuroada train`."""
+"""Fine-tune by a config: python train/finetune.py CONFIG [section.field=value ...]. The same as `neuroada train`."""
 
 import sys
 

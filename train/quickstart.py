@@ -1,8 +1,8 @@
-"""`make quickstart`: SmolLM2-135M learns to look things up in what it was told, on this machine, in minutes.
+"""`make quickstart`: fine-tune SmolLM2-135M to answer questions about a short text, on this machine, in minutes.
 
-The task is reasoning-gym's `needle_haystack` with a small haystack: four sentences on who likes what, and the question who
-likes one of the things. Problems are generated and verifiable; those for training and those for testing come from disjoint
-seeds, and no prompt is in both.
+The task is reasoning-gym's `needle_haystack` with a small haystack: four sentences that say who likes which things, and a
+question who likes one of them. Problems are generated and can be verified; those for training and testing come from
+different seeds, and no prompt is in both.
 """
 
 import json
@@ -24,13 +24,13 @@ TEST_ROWS, TEST_SEED = 250, 1_000_000
 
 
 def problems(rows: int, seed: int) -> Iterator[dict[str, str]]:
-    """Problems as prompt/completion rows."""
+    """Yield problems as rows with prompt, completion and answer."""
     try:
         import reasoning_gym
     except ModuleNotFoundError as error:
         if error.name != "pycosat":
             raise UserError(f"{error}; `make quickstart` installs what is needed") from error
-        # A SAT solver that one other puzzle needs. It has no wheel, and the quickstart asks for no C compiler.
+        # A SAT solver that one other puzzle needs. It has no wheel, and the quickstart should not need a C compiler.
         sys.modules["pycosat"] = types.ModuleType("pycosat")
         import reasoning_gym
     for entry in reasoning_gym.create_dataset(TASK, size=rows, seed=seed, **SETTINGS):
@@ -38,7 +38,7 @@ def problems(rows: int, seed: int) -> Iterator[dict[str, str]]:
 
 
 def write_data(directory: Path) -> None:
-    """train.jsonl and test.jsonl; a test problem whose prompt is among the training ones is left out."""
+    """Write train.jsonl and test.jsonl; test problems whose prompt is also a training prompt are dropped."""
     directory.mkdir(parents=True, exist_ok=True)
     train = list(problems(TRAIN_ROWS, TRAIN_SEED))
     known = {row["prompt"] for row in train}
@@ -46,11 +46,11 @@ def write_data(directory: Path) -> None:
     for name, rows in (("train", train), ("test", list(test.values()))):
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (directory / f"{name}.jsonl").write_text(text, encoding="utf-8")
-    console.say(f"{TASK}: {len(train)} problems to learn from, {len(test)} others to test on")
+    console.say(f"{TASK}: {len(train)} training problems, {len(test)} test problems")
 
 
 def main() -> None:
-    """Writes the data, runs configs/quickstart.yaml and says what to do next."""
+    """Write the data, run configs/quickstart.yaml and print the next steps."""
     root = Path(__file__).resolve().parents[1]
     path = str(root / "configs" / "quickstart.yaml")
     data = config_file.load(path, sys.argv[1:]).directory / "data"
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def next_steps(settings: config.RunConfig) -> str:
-    """What to look at and to run after the quickstart; the commands can be pasted into a shell."""
+    """Return the files to look at and the commands to run after the quickstart, which can be pasted into a shell."""
     out, test = settings.directory, settings.evaluation.sets[0]
     question = json.loads(Path(str(test.data)).read_text(encoding="utf-8").splitlines()[0])["prompt"]
     return f"""

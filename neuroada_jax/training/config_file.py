@@ -1,4 +1,4 @@
-"""A run's YAML file, decoded strictly into the dataclasses of config.py, with `a.b=c` overrides from the command line."""
+"""YAML files of runs, decoded strictly into the dataclasses of config.py, with `a.b=c` overrides from the command line."""
 
 import dataclasses
 import difflib
@@ -16,11 +16,11 @@ from neuroada_jax.training.config import EvaluationSet, RunConfig
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, but with 9e-3 a number, as everybody expects."""
+    """Reads YAML 1.1 as PyYAML does, except that 9e-3 is a number, as users expect."""
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes the texts that `_Loader` would take for numbers."""
+    """Quotes strings that `_Loader` would read as numbers."""
 
 
 for _kind in (_Loader, _Dumper):
@@ -30,7 +30,7 @@ for _kind in (_Loader, _Dumper):
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """YAML text as plain Python data.
+    """Parse YAML text into plain Python data.
 
     Raises:
       UserError: not YAML; names the line.
@@ -44,13 +44,13 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def nearest(name: str, known: list[str]) -> str:
-    """The end of a message about an unknown name: the nearest known one, else all of them."""
+    """Return the end of a message about an unknown name: the nearest known name, else all of them."""
     close = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
 
 
 def _section_fields(location: tuple[Any, ...]) -> list[str]:
-    """The field names that are valid at a path of the config."""
+    """Return the field names that are valid at a path of the config."""
     kind: Any = RunConfig
     for key in location:
         if isinstance(key, int):
@@ -60,7 +60,7 @@ def _section_fields(location: tuple[Any, ...]) -> list[str]:
     return [f.name for f in dataclasses.fields(kind)]
 
 
-# Where pydantic's own words would puzzle someone who writes YAML.
+# In place of pydantic's wording, which speaks of Python types.
 _REASONS = {
     "dataclass_type": "expected a section of fields",
     "too_short": "expected at least one item",
@@ -85,10 +85,10 @@ def _message(error: pydantic.ValidationError) -> str:
 
 
 def apply_override(content: dict[str, Any], override: str) -> None:
-    """Sets one `a.b=c` in nested dicts and lists; c is read as YAML.
+    """Apply one `a.b=c` to nested dicts and lists; c is parsed as YAML.
 
     Raises:
-      UserError: no "=", or a path through something that is no section.
+      UserError: no "=", or a path through something that is not a section.
     """
     path, equals, text = override.partition("=")
     if not equals or not path:
@@ -112,7 +112,7 @@ def _index(node: Any, key: str, override: str) -> int:
 
 
 def from_dict(content: Any, where: str) -> RunConfig:
-    """Decodes plain data into a RunConfig.
+    """Decode plain data into a RunConfig.
 
     Raises:
       UserError: an unknown field (with the nearest valid name), a wrong type or value; one line with the field's path.
@@ -121,7 +121,7 @@ def from_dict(content: Any, where: str) -> RunConfig:
         raise UserError(f"{where}: expected a mapping of sections, found {type(content).__name__}")
     content = _without_suites(_with_current_names(content, where), where)
     try:
-        # Through JSON, since pydantic's strict mode takes mappings for dataclasses from there only.
+        # By way of JSON, since only there pydantic's strict mode accepts mappings for dataclasses.
         return pydantic.TypeAdapter(RunConfig).validate_json(json.dumps(content, default=str))
     except pydantic.ValidationError as error:
         raise UserError(f"{where}: {_message(error)}") from error
@@ -139,7 +139,7 @@ def _with_current_names(content: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _without_suites(content: dict[str, Any], where: str) -> dict[str, Any]:
-    """The content with a set for every task of a suite in the place of `suite: <name>`; its other fields hold for each."""
+    """Replace every set `suite: <name>` by one for each of the suite's tasks, which share its other fields."""
     section = content.get("evaluation")
     sets = section.get("sets") if isinstance(section, dict) else None
     if not isinstance(sets, list):
@@ -162,7 +162,7 @@ def _without_suites(content: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def load(path: str, overrides: list[str] | None = None) -> RunConfig:
-    """Reads a run's YAML file.
+    """Read a run's YAML file.
 
     Args:
       path: the file.
@@ -186,7 +186,7 @@ def load(path: str, overrides: list[str] | None = None) -> RunConfig:
 
 
 def flatten_config(config: RunConfig) -> dict[str, Any]:
-    """Every field by its path, such as "training.steps"."""
+    """Return every field by its dotted path, such as "training.steps"."""
 
     def walk(node: Any, prefix: str) -> dict[str, Any]:
         if isinstance(node, dict):
@@ -197,5 +197,5 @@ def flatten_config(config: RunConfig) -> dict[str, Any]:
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The whole config with all defaults written out; `load` gives the same config back."""
+    """Return the complete config as YAML, with all defaults; `load` gives the same config back."""
     return yaml.dump(dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False)
