@@ -112,6 +112,7 @@ def test_decoder_run_is_resumed(folder, capsys):
     assert_merged(run / "merged", "decoder", ADAPTERS["decoder"])
     found, want = lines(run / "metrics.jsonl"), lines(finished / "metrics.jsonl")
     assert [each["step"] for each in found] == [each["step"] for each in want] == list(range(1, 9))
+    assert [each["labels"] for each in found] == [each["targets"] for each in want]
     assert [each["loss"] for each in found] == pytest.approx([each["loss"] for each in want], rel=1e-5)
     found, want = (json.loads((each / "results.json").read_text()) for each in (run, finished))
     assert found["trainable"] == want["trainable"] and found["examples"] == want["examples"]
