@@ -330,7 +330,7 @@ def test_one_row_is_not_split():
         ("seed=4294967296", "seed: input should be less than 4294967296, found 4294967296"),  # JAX's keys have 32 bits
         ("--seeds=", "--seeds: expected numbers with commas between, such as 42,43,44, found ''"),
         ("--seeds=42,,43", "--seeds: expected numbers with commas between, such as 42,43,44, found '42,,43'"),
-        ("evaluation.sets=[{task: mrpc, split: x}]", "evaluation.sets.0: split: it is of `data`"),
+        ("evaluation.sets=[{task: mrpc, split: x}]", "evaluation.sets.0: split: it needs data"),
     ],
 )
 def test_bad_config(override, message, tmp_path, model, data, capsys):

@@ -94,7 +94,7 @@ def test_a_step_moves_head_and_values_and_nothing_else():
     for leaf, old in zip(jax.tree.leaves(state.trainable), jax.tree.leaves(before.trainable), strict=True):
         assert np.abs(leaf - old).max() > 1e-3
     kept = bypass.unmerge(state.params, state.columns, state.base_entries)
-    originals = bypass.unmerge(before.params, before.columns, before.base_model)
+    originals = bypass.unmerge(before.params, before.columns, before.base_entries)
     jax.tree.map(np.testing.assert_array_equal, kept, originals)
 
 
