@@ -459,7 +459,7 @@ def test_a_tokenizer_larger_than_the_embeddings(tmp_path, inputs, neuroada):
 def test_an_adapter_for_another_base(trained, tmp_path, inputs, neuroada):
     other = write_model(tmp_path / "other", seed=1)
     arguments = ["--model", other, "--adapter", trained / "adapter"]
-    want = f"{other} is not the base of this adapter ({inputs[0]}): tensor 'model.embed_tokens.weight' differs"
+    want = f"{other} is not the base model of this adapter ({inputs[0]}): tensor 'model.embed_tokens.weight' differs"
     assert one_line_error(neuroada("generate", *arguments, "--prompt", "a")) == want
     assert one_line_error(neuroada("evaluate", *arguments, "--data", inputs[1])) == want
     assert one_line_error(neuroada("merge", *arguments, "--out", tmp_path / "out")) == want
@@ -503,7 +503,7 @@ def test_evaluate_checks_before_it_reads_weights(inputs, tmp_path, neuroada, mon
     for options, part in (
         (["--task", "sst2"], "rows.jsonl:1: task 'sst2' needs"),
         (["--style", "fancy"], "prompt style: found 'fancy'"),
-        (["--max-length", 9], "--max-length: llama is a decoder, whose prompts are not truncated; leave it out"),
+        (["--max-length", 9], "--max-length: llama is a decoder, whose prompts are not truncated; remove it"),
         (["--method", "choices", "--max-new-tokens", 9], "--max-new-tokens: method choices generates nothing"),
         (["--method", "choices"], "has no fixed answers"),
         (["--trained-on", tmp_path / "none.jsonl"], "none.jsonl: no such file or directory"),

@@ -104,7 +104,7 @@ def test_a_saved_adapter_comes_back(folder, tuned, tmp_path):
     assert again.generate(PROMPTS, max_new_tokens=6, style="plain") == tuned.generate(PROMPTS, max_new_tokens=6)
     assert again.history == [] and "exists" in message_of(tuned.save, tmp_path / "adapter")
     other = write_model(tmp_path / "other", seed=6)
-    assert "is not the base of this adapter" in message_of(na.load, other, adapter=tmp_path / "adapter")
+    assert "is not the base model of this adapter" in message_of(na.load, other, adapter=tmp_path / "adapter")
 
 
 def test_files_stay_with_an_output_alone(model, tmp_path, monkeypatch):

@@ -49,7 +49,7 @@ def export_adapter(
     trained_on = adapter.metadata["base"]
     where = model or trained_on.get("source")
     if not where:
-        raise UserError(f"{source}: adapter.json names no base; give --model")
+        raise UserError(f"{source}: adapter.json names no base model; give --model")
     merges = verify or to_format == "huggingface"
     labels = trained_on.get("labels")
     opened = open_model(where, dtype or trained_on.get("dtype") or "auto", config_only=not merges, labels=labels)
@@ -110,7 +110,7 @@ def import_adapter(
     Returns: `out`, `values`, `k`, and `notes` that report what was removed or converted.
 
     Raises:
-      UserError: a file that cannot be read or written, or that holds no such adapter or none of this base model.
+      UserError: a file that cannot be read or written, that holds no such adapter, or an adapter of another base model.
     """
     if Path(out).exists():
         raise UserError(f"--out: {out} exists already; choose another folder or remove it")
@@ -129,7 +129,7 @@ def import_adapter(
     k = max(columns.shape[1] for columns in imported.columns.values())
     selection = native.Selection(k, targets, rule=None)
     adapter = on_base.assemble(loaded, imported.values, imported.columns, selection, imported.dense_parameters)
-    on_base.stack_layers(adapter, loaded)  # this and the next line refuse an adapter that does not fit
+    on_base.stack_layers(adapter, loaded)  # this call and the next refuse an adapter that does not fit
     on_base.classifier(adapter, loaded)
     native.write(Path(out), adapter)
     total = sum(values.size for values in imported.values.values())

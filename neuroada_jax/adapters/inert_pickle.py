@@ -173,7 +173,7 @@ class _Interpreter:
         if type(self.stack[-1]) is not dict or len(pairs) % 2:
             raise Refused("it fills something that is no dict")
         for key, value in zip(pairs[::2], pairs[1::2], strict=True):
-            # Only text: hashing nested tuples can take for ever.
+            # Only text: hashing nested tuples can take forever.
             if type(key) is not str or key in self.stack[-1]:
                 raise Refused("a dict in it has a key twice, or one that is no text")
             self.stack[-1][key] = value
@@ -217,7 +217,7 @@ _OPCODES: dict[str, _Handler] = {
 
 
 def _run(stream: io.BytesIO) -> Any:
-    """Interpret one pickle, and leave the stream behind its end."""
+    """Interpret one pickle, and leave the stream at its end."""
     state = _Interpreter()
     for opcode, argument, _ in pickletools.genops(stream):
         if opcode.name == "STOP":
@@ -238,7 +238,7 @@ def _reference(persistent_id: Any) -> _Reference:
 
 def _call(function: Any, arguments: Any) -> Any:
     if not isinstance(function, _Name) or function.name not in _CALLS:
-        # Only a name is quoted: anything else may be nested without end.
+        # Only a name is quoted: anything else may be nested arbitrarily deep.
         called = repr(function.name[:200]) if isinstance(function, _Name) else "something that has no name"
         raise Refused(f"it calls {called}, which a saved dict of tensors does not")
     if type(arguments) is not tuple:

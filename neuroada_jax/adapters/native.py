@@ -72,7 +72,7 @@ def new_metadata(
 
     Args:
       base_model: its `source`, its `digests` (tensor -> digest), and other facts about it.
-      inputs: module -> I.
+      inputs: module path -> its number of inputs I.
       selection: how the connections were selected.
       dense_parameters: the names of the densely trained parameters.
     """
@@ -144,21 +144,21 @@ def read(directory: str) -> Adapter:
     for module in values:
         _check_pair(path, module, values[module], columns[module])
     if metadata.get("digest") not in (None, _digest(path)):  # adapters of the first releases have none
-        raise UserError(f"{path}: not the file that adapter.json's digest describes; it was damaged or changed")
+        raise UserError(f"{path}: its digest differs from the one in adapter.json; the file was damaged or changed")
     return Adapter(metadata, values, columns, dense_parameters)
 
 
 def _check_metadata(path: Path, metadata: dict[str, Any]) -> None:
-    """Refuse fields that later code could not use; fields that the first releases did not write may be missing."""
+    """Refuse fields that later code could not use; fields that the first releases did not write may be absent."""
     base_model, inputs = metadata.get("base"), metadata.get("inputs", {})
     if not isinstance(base_model, dict) or not isinstance(base_model.get("digests"), dict) or not isinstance(inputs, dict):
-        raise UserError(f"{path}: 'base', its 'digests' or 'inputs' is missing or no object")
+        raise UserError(f"{path}: 'base', its 'digests' or 'inputs' is missing or not an object")
     source, dtype = base_model.get("source", ""), base_model.get("dtype", "float32")
     if not isinstance(source, str) or dtype not in ("float32", "bfloat16"):
         raise UserError(f"{path}: base has source {source!r} and dtype {dtype!r}, expected text, and float32 or bfloat16")
     for name, number in {"base.parameters": base_model.get("parameters", 1), **inputs}.items():
         if not isinstance(number, int) or number < 1:
-            raise UserError(f"{path}: {name} is {number!r}, expected a whole number above 0")
+            raise UserError(f"{path}: {name} is {number!r}, expected a positive integer")
     labels = base_model.get("labels")
     if labels is not None and not (isinstance(labels, list) and labels and all(isinstance(each, str) for each in labels)):
         raise UserError(f"{path}: 'labels' of the base must be a list of names, found {labels!r}")
@@ -207,4 +207,4 @@ def check_base(adapter: Adapter, digests: Mapping[str, str], source: str) -> Non
     for name, digest in expected.items():
         if digests.get(name) != digest:
             found = "is missing" if name not in digests else "differs"
-            raise UserError(f"{source} is not the base of this adapter ({trained_on}): tensor {name!r} {found}")
+            raise UserError(f"{source} is not the base model of this adapter ({trained_on}): tensor {name!r} {found}")

@@ -89,16 +89,16 @@ def export(
         torch.save(content, temporary / VALUES)
         np.save(temporary / POSITIONS, np.array(positions, dtype=object), allow_pickle=True)
     count = sum(values.size for values in adapter.values.values())
-    return [f"{changed} of {count} values rounded to {chosen}, the base's dtype"] if changed else []
+    return [f"{changed} of {count} values rounded to {chosen}, the base dtype"] if changed else []
 
 
 def read(directory: Path, base_model: models.Model) -> Imported:
-    """Read the adapter that a run of the published code left, without executing anything in it.
+    """Read the adapter that a run of the published code wrote, without executing anything in it.
 
     `POSITIONS` is a pickle: `inert_pickle` interprets it and never unpickles it. `VALUES` is read by `load_tensors`.
 
     Args:
-      directory: its output folder, with `VALUES` and `POSITIONS` in it.
+      directory: the run's output folder, with `VALUES` and `POSITIONS` in it.
       base_model: the architecture and config of its base model, against whose shapes the files are checked.
 
     Raises:
@@ -119,7 +119,7 @@ def read(directory: Path, base_model: models.Model) -> Imported:
     for name, pairs in positions.items():
         module = name.removesuffix(".weight")
         if module not in shapes or module == name:
-            raise UserError(f"{path}: the base has no linear map {name!r}")
+            raise UserError(f"{path}: the base model has no linear map {name!r}")
         columns[module] = _columns(f"{path}: {name!r}", pairs, *shapes[module])
         values[module] = _numbers(directory / VALUES, f"{name}_new", trained[f"{name}_new"], (columns[module].size,))
         values[module] = values[module].reshape(columns[module].shape)
@@ -135,7 +135,7 @@ def read(directory: Path, base_model: models.Model) -> Imported:
         if name in trained:
             continue
         if name not in slots or name.removesuffix(".weight") in values:
-            raise UserError(f"{directory / VALUES}: the base has no parameter {name!r}, or one that carries a bypass")
+            raise UserError(f"{directory / VALUES}: the base model has no parameter {name!r}, or one that carries a bypass")
         leaf, layer = leaves[slots[name].path], slots[name].layer
         dense_parameters[name] = _numbers(directory / VALUES, name, tensor, leaf.shape if layer is None else leaf.shape[1:])
     return Imported(values, columns, dense_parameters, notes)

@@ -125,7 +125,7 @@ def stack_layers(adapter: Adapter, base_model: IdentifiedModel) -> Bypass:
         values = trees.put(values, path, {"values": pick([adapter.values[module] for module in modules])})
         columns = trees.put(columns, path, {"columns": pick([adapter.columns[module] for module in modules])})
     if remaining:
-        raise UserError(f"adapter: the base has no module {min(remaining)!r}")
+        raise UserError(f"adapter: the base model has no module {min(remaining)!r}")
     return Bypass(values, columns)
 
 
@@ -158,7 +158,9 @@ def dense_slots(
     for name, array in dense_parameters.items():
         expected = list(leaves[slots[name].path].shape) if name in slots else "no such tensor"
         if list(array.shape) != expected:
-            raise UserError(f"adapter: dense parameter {name!r} has shape {list(array.shape)}, the base has {expected}")
+            raise UserError(
+                f"adapter: dense parameter {name!r} has shape {list(array.shape)}, the base model has {expected}"
+            )
         if name.removesuffix(".weight") in targets:
             raise UserError(f"adapter: {name!r} is both a dense parameter and the weight of a bypass")
     return {name: slots[name] for name in dense_parameters}

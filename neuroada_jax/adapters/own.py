@@ -50,7 +50,7 @@ def save(
     values = {".".join(path): np.asarray(leaf, np.float32) for path, leaf in trees.leaves(trained.values, "values")}
     columns = {".".join(path): np.asarray(leaf, np.int32) for path, leaf in trees.leaves(trained.columns, "columns")}
     if not columns or {name: leaf.shape for name, leaf in values.items()} != {n: leaf.shape for n, leaf in columns.items()}:
-        raise UserError(f"{directory}: values at {', '.join(values)} and columns at {', '.join(columns)} are no bypass")
+        raise UserError(f"{directory}: values at {', '.join(values)} and columns at {', '.join(columns)} are not a bypass")
     kernels = _kernels(params)
     inputs = {name: _inputs(name, kernels, chosen) for name, chosen in columns.items()}
     about = native.new_metadata(
@@ -79,7 +79,7 @@ def load(directory: str | Path, params: Any) -> Bypass:
     adapter = native.read(str(directory))
     about, shapes = adapter.metadata["base"], adapter.metadata.get("shapes")
     if about.get("kind") != _KIND:
-        raise UserError(f"{directory}: an adapter of {about.get('source')}, expected one of own parameters")
+        raise UserError(f"{directory}: an adapter of {about.get('source')}, expected one of the caller's own parameters")
     kernels = _kernels(params)
     digests = {name: _digest(kernels[name][1]) for name in about["digests"] if name in kernels}
     native.check_base(adapter, digests, "this tree")

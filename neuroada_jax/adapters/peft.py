@@ -74,7 +74,7 @@ def supertuning_length(outputs: int, inputs: int, sparsity: float) -> int:
 
 
 def _sparsity(shapes: dict[str, tuple[int, int, int]]) -> float:
-    """Return the largest sparsity in [0, 1) that leaves at least k * O entries on every (O, I, k)."""
+    """Return the largest sparsity in [0, 1) that gives every weight (O, I) with its k at least k * O entries."""
     sparsity = max(0.0, 1 - max(k / inputs for _, inputs, k in shapes.values()))
     while any(supertuning_length(outputs, inputs, sparsity) < outputs * k for outputs, inputs, k in shapes.values()):
         sparsity = math.nextafter(sparsity, 0.0)  # the quotient was rounded; one or two steps correct it
@@ -82,7 +82,7 @@ def _sparsity(shapes: dict[str, tuple[int, int, int]]) -> float:
 
 
 def _rank(shapes: dict[str, tuple[int, int, int]]) -> int:
-    """Return the smallest r of SHiRA that leaves at least k * O entries on every (O, I, k)."""
+    """Return the smallest r of SHiRA that gives every weight (O, I) with its k at least k * O entries."""
     rank = max(math.ceil(outputs * k / (inputs + outputs)) for outputs, inputs, k in shapes.values())
     for module, (outputs, inputs, _) in shapes.items():
         if rank * (inputs + outputs) > outputs * inputs:
@@ -105,7 +105,7 @@ def export(adapter: Adapter, directory: Path, kind: Kind, base_model: OpenedMode
     Returns: lines that report the padding.
 
     Raises:
-      UserError: the adapter does not fit the base or the format, or the directory exists or cannot be written.
+      UserError: the adapter does not fit the base model or the format, or the directory exists or cannot be written.
     """
     shapes = {}
     for module, (outputs, inputs) in _shapes(base_model.model, list(adapter.values)).items():
@@ -161,7 +161,7 @@ def _shapes(base_model: models.Model, modules: list[str]) -> dict[str, tuple[int
     known = base_model.linear_maps()
     for module in modules:
         if module not in known:
-            raise UserError(f"the base has no linear map {module!r}")
+            raise UserError(f"the base model has no linear map {module!r}")
     return {module: known[module] for module in modules}
 
 
@@ -239,7 +239,7 @@ def _check_config(where: Path, config: dict[str, Any]) -> Kind:
         if not isinstance(sparsity, float | int) or not 0 <= sparsity < 1:
             raise UserError(f"{where}: sparsity {sparsity!r}, expected a number from 0 to below 1")
     elif not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise UserError(f"{where}: r {rank!r}, expected a positive whole number")
+        raise UserError(f"{where}: r {rank!r}, expected a positive integer")
     if config.get("fan_in_fan_out"):
         raise UserError(f"{where}: fan_in_fan_out is set; only weights of (outputs, inputs) are supported")
     saved = config.get("modules_to_save")
@@ -289,7 +289,7 @@ def read(directory: Path, base_model: models.Model, kind: Kind) -> Imported:
             expected = stored.config["r"] * (inputs + outputs)
         if found != expected:
             raise UserError(
-                f"{directory}: {module} has {found:,} entries, but the config means {expected:,} on ({outputs}, {inputs})"
+                f"{directory}: {module} has {found:,} entries, but the config gives {expected:,} on ({outputs}, {inputs})"
             )
         indices = stored.indices[module][..., : stored.entries[module]]
         if kind is Kind.SHIRA and indices[1].max() >= inputs:  # otherwise it would wrap into the next row

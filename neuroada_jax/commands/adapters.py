@@ -57,7 +57,7 @@ def _add_export(commands: shared.Commands) -> None:
     parser.add_argument("--model", metavar="MODEL", help="base model (default: the one that the adapter names)")
     parser.add_argument("--dtype", choices=shared.DTYPES, help="dtype of the base model (default: the adapter's)")
     parser.add_argument(
-        "--verify", action="store_true", help="load the export in its library and fail if its outputs differ"
+        "--verify", action="store_true", help="load the export in its library and fail if its weights or outputs differ"
     )
 
 
@@ -69,7 +69,7 @@ def _export(parsed: argparse.Namespace) -> None:
 
 
 def _add_import(commands: shared.Commands) -> None:
-    parser = shared.add_command(commands, "import", _import, "turn another library's adapter into a native adapter")
+    parser = shared.add_command(commands, "import", _import, "convert another library's adapter to a native adapter")
     parser.add_argument("directory", metavar="ADAPTER", help="directory of the other library's adapter")
     parser.add_argument(
         "--from",

@@ -28,7 +28,7 @@ def add(commands: shared.Commands) -> None:
     )
     decoder.add_argument("--max-new-tokens", type=int, metavar="N", help="longest generation (default: the task's)")
     decoder.add_argument(
-        "--trained-on", metavar="ROWS", help="training rows, to score apart the questions that are among them"
+        "--trained-on", metavar="ROWS", help="training rows; test questions that are among them are also scored separately"
     )
     encoder = parser.add_argument_group("options for an encoder")
     encoder.add_argument(
@@ -79,7 +79,7 @@ def _check_kind(parsed: argparse.Namespace, model: Any) -> None:
         kind, others = "an encoder, which has no prompts", ["method", "style", "max_new_tokens", "trained_on"]
     for name in others:
         if getattr(parsed, name) is not None:
-            raise UserError(f"{shared.flag(name)}: {model.hf_config['model_type']} is {kind}; leave it out")
+            raise UserError(f"{shared.flag(name)}: {model.hf_config['model_type']} is {kind}; remove it")
 
 
 def _continuation(parsed: argparse.Namespace, opened: Any, tokenizer: Any, rows: Any) -> Any:
@@ -95,7 +95,7 @@ def _continuation(parsed: argparse.Namespace, opened: Any, tokenizer: Any, rows:
         trained_on = overlap.questions(training_rows.rows)
     style, method = PromptStyle(parsed.style or task.style), parsed.method or "generate"
     if method == "choices" and parsed.max_new_tokens is not None:
-        raise UserError("--max-new-tokens: method choices generates nothing; leave it out")
+        raise UserError("--max-new-tokens: method choices generates nothing; remove it")
     options = continuation.Options(
         style, method, parsed.max_new_tokens, batch_size=parsed.batch_size, trained_on=trained_on
     )

@@ -55,7 +55,7 @@ def open_model(parsed: argparse.Namespace, *, decoder: bool = True) -> tuple[Any
 
     Args:
       parsed: with the options of `add_model`.
-      decoder: accept decoders alone.
+      decoder: accept only decoders.
 
     Returns:
       (opened model, tokenizer, adapter or None).
@@ -79,7 +79,7 @@ def open_model(parsed: argparse.Namespace, *, decoder: bool = True) -> tuple[Any
 
 
 def load_params(opened: Any, adapter: Any) -> tuple[Any, Any]:
-    """Read the weights of an opened model: (loaded model, its parameters with the adapter merged in, if there is one)."""
+    """Read the weights of an opened model and return (loaded model, its parameters with the adapter, if any, merged in)."""
     from neuroada_jax.adapters import on_base
     from neuroada_jax.pretrained.load import load_with_progress
 

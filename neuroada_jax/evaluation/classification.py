@@ -33,7 +33,7 @@ class ClassificationScorer:
       rows: raw rows of the task.
       task: fields, labels and metrics.
       examples: the rows as token ids, none dropped.
-      classes: the class of the model's classifier that each of the task's labels is.
+      classes: for each of the task's labels, the index of its class in the model's classifier.
       batch_size: examples at a time.
     """
 
@@ -54,7 +54,7 @@ class ClassificationScorer:
         max_length: int,
         batch_size: int = 16,
     ) -> "ClassificationScorer":
-        """Validate and tokenise raw rows of a task; says how many were truncated. Needs no weights.
+        """Validate and tokenise raw rows of a task, and report how many were truncated. Needs no weights.
 
         Args:
           base_model: architecture and config; its classifier must have the task's labels.
@@ -74,7 +74,7 @@ class ClassificationScorer:
         return cls(rows, task, examples, classes, batch_size)
 
     def score(self, base_model: OpenedModel, params: Tree, on_progress: Progress | None = None) -> Score:
-        """See `Scorer`."""
+        """Score the rows; see `Scorer.score`."""
         task, labels = self.task, self.examples.labels
         logits = predict(base_model, params, self.examples, self.batch_size, on_progress)[:, self.classes]
         values, found = figures(logits, labels, task), _decisions(logits, task)
@@ -120,7 +120,7 @@ def _decisions(logits: Float[np.ndarray, "n labels"], task: GlueTask) -> Num[np.
 
 
 def label_classes(base_model: OpenedModel, task: GlueTask) -> list[int]:
-    """Return the class of the model's classifier that each of the task's labels is.
+    """Return, for each of the task's labels, the index of its class in the model's classifier.
 
     Names are compared by their letters and digits, case-insensitively. A classifier without names of its own, such as
     LABEL_0 and LABEL_1, is assumed to have the task's order, and a single class is regression whatever its name.
@@ -148,7 +148,7 @@ def label_classes(base_model: OpenedModel, task: GlueTask) -> list[int]:
 
 
 def classes_to_train(base_model: OpenedModel, task: GlueTask) -> list[int]:
-    """Return the class to train for each of the task's labels.
+    """Return, for each of the task's labels, the index of the class to train.
 
     A classifier for this task keeps its own order (roberta-large-mnli begins with contradiction); any other gets the
     task's order.

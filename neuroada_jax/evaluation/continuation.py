@@ -30,8 +30,8 @@ class Options(NamedTuple):
       max_new_tokens: longest generation; None for the task's own limit.
       decoding: how "generate" picks tokens.
       batch_size: prompts, or rows with all their choices, at a time.
-      trained_on: questions of the training rows (`tasks.overlap.questions`), to score rows apart that are among them;
-        None where the training rows are not known.
+      trained_on: questions of the training rows (`tasks.overlap.questions`), to score the rows that are among them
+        separately; None where the training rows are not known.
     """
 
     style: PromptStyle
@@ -93,7 +93,7 @@ class ContinuationScorer:
         return cls(converted, task, options, tokenizer, length, prompts, answers, candidates)
 
     def score(self, base_model: OpenedModel, params: Tree, on_progress: Progress | None = None) -> Score:
-        """See `Scorer`."""
+        """Score the rows; see `Scorer.score`."""
         if self.options.method == "choices":
             predictions = self._choose(base_model, params, on_progress)
         else:

@@ -71,7 +71,7 @@ class NeuroAdaLM(TemplateLM):
           params: complete plain parameters, with any adapter merged in.
           tokenizer: the model's.
           batch_size: texts at a time.
-          on_progress: called with (done, in all) of the requests of one kind.
+          on_progress: called with (requests done, requests in all) for each kind of request.
         """
         super().__init__()
         self.base_model, self.params, self.tokenizer = base_model, params, tokenizer
@@ -288,7 +288,7 @@ def evaluate(lm: TemplateLM, tasks: Tasks, **options: Any) -> dict[str, Any]:
 
 
 def summary_table(results: dict[str, Any]) -> str:
-    """Return lm-eval's own table, and that of groups where there are any."""
+    """Return lm-eval's own table of the tasks, and its table of the groups where there are any."""
     return "\n".join(make_table(results, *which) for which in [(), ("groups",)] if not which or results.get("groups"))
 
 

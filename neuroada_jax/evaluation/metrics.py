@@ -10,7 +10,7 @@ from neuroada_jax.errors import UserError
 
 Values = Sequence[Any] | npt.NDArray
 _RESAMPLES = 1000
-_RESAMPLED_AT_ONCE = 1_000_000  # row numbers held in memory
+_RESAMPLED_AT_ONCE = 1_000_000  # resampled row numbers held in memory
 
 __all__ = ["METRICS", "accuracy", "f1", "interval", "matthews", "pearson", "spearman", "wilson_interval"]
 
@@ -26,7 +26,7 @@ def accuracy(predictions: Values, labels: Values) -> float:
 
 
 def f1(predictions: Values, labels: Values) -> float:
-    """Return the harmonic mean of precision and recall of class 1, 0 to 1; 0 without any row of class 1.
+    """Return the harmonic mean of precision and recall of class 1, 0 to 1; 0 where neither contains it.
 
     Raises:
       UserError: values other than 0 and 1.

@@ -49,7 +49,7 @@ class Score(NamedTuple):
     beside_intervals: Mapping[str, tuple[float, float] | None] = MappingProxyType({})
 
     def to_json(self) -> dict[str, Any]:
-        """Return all fields but the predictions, which have a file of their own, as JSON has them."""
+        """Return the fields as JSON has them, without the predictions, which have a file of their own."""
         fields = self._asdict() | {
             "interval": _interval_to_json(self.interval),
             "beside": dict(self.beside),

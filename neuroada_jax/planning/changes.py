@@ -8,7 +8,7 @@ from neuroada_jax.planning.result import Changes, Plan
 
 
 def with_changes(plan: Plan, measure: Callable[[Sequence[str]], Plan]) -> Plan:
-    """Return the plan with the changes that it takes to make the config fit; each is planned again to confirm.
+    """Return the plan with the changes that make the config fit; each is planned again to confirm.
 
     Args:
       plan: of a config as it stands.

@@ -101,7 +101,7 @@ NAMES = ("cpu", *_BY_NAME)
 
 
 def find(name: str, dtype: Any) -> Machine:
-    """Return the machine of that name; "cpu" is this computer, whose speed with `dtype` is measured now.
+    """Return the machine of a name; "cpu" is this computer, whose speed with `dtype` is measured by the call.
 
     Raises:
       UserError: an unknown name; lists the known ones.
@@ -203,12 +203,12 @@ def temporaries(compiled: Any) -> int:
 
 
 # The code never runs, so LLVM's optimisations, most of the compile time, are switched off.
-_HASTY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+_FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 _GPUS_OF_A_HOST = 8
 
 
 def compiler_for(machine: Machine, count: int = 1) -> Compiler:
-    """Return the compiler for `count` machines of a kind; for a GPU without JAX's CUDA plugin, that of the CPU.
+    """Return the compiler for `count` machines of one kind; without JAX's CUDA plugin, that of the CPU.
 
     Raises:
       UserError: more CPU devices than JAX was started with.
@@ -230,4 +230,4 @@ def compiler_for(machine: Machine, count: int = 1) -> Compiler:
             f"--devices: {count} need as many virtual CPU devices, found {len(cpus)}; set "
             f"XLA_FLAGS=--xla_force_host_platform_device_count={count}"
         )
-    return Compiler(tuple(cpus[:count]), "cpu", False, "cpu", _HASTY)
+    return Compiler(tuple(cpus[:count]), "cpu", False, "cpu", _FAST_COMPILE)

@@ -38,7 +38,7 @@ def plan(config: RunConfig, machine: str = "cpu", devices: int | None = None) ->
     Args:
       config: the run.
       machine: one of `machines.NAMES`.
-      devices: how many machines share a batch and, as the config's section `parallel` says, the weights. None: as many as
+      devices: how many devices share a batch and, as the config's section `parallel` says, the weights. None: as many as
         that section says, else one.
 
     Raises:

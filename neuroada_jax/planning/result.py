@@ -61,7 +61,7 @@ class Plan:
     Attributes:
       name: of the run.
       model: its path.
-      machine: the kind of device.
+      machine: the GPU or CPU that each device is.
       devices: how many share a batch.
       mode: form of the step, as in the config's section `parallel`; pmap is planned as shard_map.
       mesh: devices along the axes data, fsdp and tensor.
@@ -122,12 +122,12 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether they fit into the memory of the machine."""
+        """Whether `total` fits into the memory of the machine."""
         return self.total <= self.machine.memory
 
     @property
     def floor_seconds(self) -> float:
-        """Roofline of a step: the longer of FLOPs and memory traffic at the machine's peak rates; without collectives."""
+        """Roofline bound of a step: the longer of FLOPs and memory traffic at the machine's peak rates; no collectives."""
         return max(self.flops / self.machine.flops[self.dtype], self.bytes_moved / self.machine.bandwidth)
 
     def to_json(self) -> dict[str, Any]:

@@ -151,7 +151,7 @@ def test_another_base_is_refused(adapters, tmp_path, capsys):
     other = write_model(tmp_path / "other", CHAT, seed=1, **WIDE)
     for form in ("peft-shira", "huggingface"):
         arguments = ("export", adapters["float32"], "--to", form, "--verify", "--model", other, "--out", tmp_path / "x")
-        assert f"{other} is not the base of this adapter" in failed(capsys, *arguments)
+        assert f"{other} is not the base model of this adapter" in failed(capsys, *arguments)
         assert not (tmp_path / "x").exists()
 
 
@@ -167,7 +167,7 @@ def test_errors(bases, adapters, tmp_path, capsys, monkeypatch):
     assert "no adapter here" in failed(capsys, "export", exported, "--to", "peft-shira", "--out", tmp_path / "y")
     other = write_model(tmp_path / "small", None)
     message = failed(capsys, "import", exported, "--from", "peft-shira", "--base", other, "--out", tmp_path / "y")
-    assert "but the config means" in message
+    assert "but the config gives" in message
     monkeypatch.setitem(sys.modules, "peft", None)
     message = failed(capsys, "export", adapter, "--to", "peft-shira", "--verify", "--out", tmp_path / "y")
     assert 'pip install -e ".[torch]"' in message

@@ -112,7 +112,7 @@ def test_another_base_is_refused(base_model, pristine, tmp_path):
     changed[3, 5] = np.nextafter(changed[3, 5], 9, dtype=np.float32)
     other = load_model(str(write_model(tmp_path / "other", None, weights={name: changed})))
     message = message_of(on_base.load, str(pristine), other)
-    assert message == f"{other.source} is not the base of this adapter ({base_model.source}): tensor {name!r} differs"
+    assert message == f"{other.source} is not the base model of this adapter ({base_model.source}): tensor {name!r} differs"
     untied = load_model(str(write_model(tmp_path / "untied", None, tie_word_embeddings=False)))
     save(tmp_path / "u", untied)
     message = message_of(on_base.load, str(tmp_path / "u"), base_model)
@@ -132,9 +132,9 @@ def rewrite_metadata(adapter, **fields):
         ({"format": "peft"}, "format 'peft', expected 'neuroada-adapter'"),
         ({"version": 2}, "version 2, this release reads 1"),
         ({"version": None}, "version None, this release reads 1"),
-        ({"base": "SmolLM2"}, "'base', its 'digests' or 'inputs' is missing or no object"),
-        ({"base": {"digests": [1]}}, "'base', its 'digests' or 'inputs' is missing or no object"),
-        ({"base": {}}, "'base', its 'digests' or 'inputs' is missing or no object"),
+        ({"base": "SmolLM2"}, "'base', its 'digests' or 'inputs' is missing or not an object"),
+        ({"base": {"digests": [1]}}, "'base', its 'digests' or 'inputs' is missing or not an object"),
+        ({"base": {}}, "'base', its 'digests' or 'inputs' is missing or not an object"),
     ],
 )
 def test_wrong_metadata(adapter, base_model, fields, message):
@@ -222,7 +222,7 @@ def spoil(tensors, spoiled):
         ("shape", f"{Q} has values (16, 2) and columns (16, 3), expected (O, k) for both"),
         ("rank", f"{Q} has values (3,) and columns (3,), expected (O, k) for both"),
         ("neurons", f"{Q} has 8 neurons or columns that do not fit (16, 16)"),
-        ("module", "the base has no module 'model.layers.9.self_attn.q_proj'"),
+        ("module", "the base model has no module 'model.layers.9.self_attn.q_proj'"),
         ("layer", "model.layers.1.self_attn.q_proj has values but other layers' q_proj have none"),
         ("other k", "model.layers.1.self_attn.q_proj has another k than model.layers.0.self_attn.q_proj"),
     ],
@@ -242,7 +242,7 @@ def test_a_flipped_bit_in_the_values_is_noticed(adapter, base_model):
     content[-2] ^= 1  # still finite float32, or a column in range
     path.write_bytes(content)
     message = message_of(on_base.load, str(adapter), base_model)
-    assert message == f"{path}: not the file that adapter.json's digest describes; it was damaged or changed"
+    assert message == f"{path}: its digest differs from the one in adapter.json; the file was damaged or changed"
 
 
 def test_an_adapter_without_a_digest_is_read(adapter, base_model):

@@ -107,7 +107,7 @@ def test_the_layers_of_a_deep_model_come_in_their_order(tmp_path):
 def test_values_take_the_dtype_of_the_base(tmp_path):
     adapter = as_adapter(*golden_files("roberta_cls"), dtype="bfloat16")
     (note,) = official.export(adapter, tmp_path / "a")
-    assert note.endswith(" of 896 values rounded to bfloat16, the base's dtype")
+    assert note.endswith(" of 896 values rounded to bfloat16, the base dtype")
     found = torch.load(tmp_path / "a" / official.VALUES, weights_only=True)
     assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
     assert official.export(adapter, tmp_path / "b", "float32") == []
@@ -368,12 +368,12 @@ def spoil(what, tensors, positions):
         ("no tensor", f"'{Q}.weight_new' is list, expected a tensor"),
         ("no values", f"'{Q}.weight_new' is not both in tunable_para/state_dict_tunable.pt and in positions.npy"),
         ("no positions", f"'{Q}.weight_new' is not both in tunable_para/state_dict_tunable.pt and in positions.npy"),
-        ("module", "the base has no linear map 'model.layers.9.weight'"),
+        ("module", "the base model has no linear map 'model.layers.9.weight'"),
         ("bias", "'model.norm.bias_new' is not both in"),
-        ("stranger", "the base has no parameter 'classifier.dense.weight'"),
-        ("escape", "the base has no parameter '../../x'"),
+        ("stranger", "the base model has no parameter 'classifier.dense.weight'"),
+        ("escape", "the base model has no parameter '../../x'"),
         ("head shape", "'model.norm.weight' has shape [63], expected [64]"),
-        ("whole kernel", f"the base has no parameter '{Q}.weight', or one that carries a bypass"),
+        ("whole kernel", f"the base model has no parameter '{Q}.weight', or one that carries a bypass"),
     ],
 )
 def test_content_that_does_not_fit(golden_base, spoiled, what, message):

@@ -120,11 +120,11 @@ def test_classifiers_that_do_not_fit_or_are_missing(bare):
     )
     wide = adapter._replace(dense_parameters={**adapter.dense_parameters, name: np.zeros(7, np.float32)})
     assert message_of(on_base.classifier, wide, base_model).startswith(
-        f"adapter: dense parameter {name!r} has shape [7], the base has ["
+        f"adapter: dense parameter {name!r} has shape [7], the base model has ["
     )
     layer = f"{base_model.model.architecture.prefix}encoder.layer.0.output.dense.bias"
     stacked = adapter._replace(dense_parameters={**adapter.dense_parameters, layer: np.zeros(16, np.float32)})
-    assert message_of(on_base.classifier, stacked, base_model).endswith("the base has no such tensor")
+    assert message_of(on_base.classifier, stacked, base_model).endswith("the base model has no such tensor")
 
 
 def test_labels_of_an_adapter_are_checked(bare, tmp_path):

@@ -75,15 +75,15 @@ def test_other_parameters_may_change(pristine):
 )
 def test_another_tree_is_refused(pristine, changed, message):
     found = message_of(own.load, pristine, {**PARAMS, **changed})
-    assert found == f"this tree is not the base of this adapter (own parameters): {message}"
+    assert found == f"this tree is not the base model of this adapter (own parameters): {message}"
 
 
 def test_adapters_of_models_and_of_trees_are_told_apart(tmp_path, pristine):
     base = load_model(str(write_model(tmp_path / "model", None)))
     built = na.build(base.params, [("model", "layers", "self_attn", "q_proj")], 2)
     on_base.save(tmp_path / "a", built, base, native.Selection(2, ["q_proj"], seed=0))
-    assert message_of(own.load, tmp_path / "a", base.params).endswith("expected one of own parameters")
-    assert "is not the base of this adapter (own parameters)" in message_of(on_base.load, str(pristine), base)
+    assert message_of(own.load, tmp_path / "a", base.params).endswith("expected one of the caller's own parameters")
+    assert "is not the base model of this adapter (own parameters)" in message_of(on_base.load, str(pristine), base)
 
 
 @pytest.mark.parametrize(
@@ -92,8 +92,8 @@ def test_adapters_of_models_and_of_trees_are_told_apart(tmp_path, pristine):
         (trained([("hidden", "w")]), {"hidden": {"w": array(3, 8)}}, r"hidden.w: columns \(8, 2\) up to [345] do not fit"),
         (trained([("hidden", "w")]), {"hidden": {"w": array(6, 7)}}, r"do not fit a kernel \(6, 7\)"),
         (trained([("hidden", "w")]), {"other": array(6, 8)}, "hidden.w holds no kernel"),
-        (trained([("hidden", "w")])._replace(columns={}), PARAMS, "are no bypass"),
-        (na.Bypass({}, {}), PARAMS, "are no bypass"),
+        (trained([("hidden", "w")])._replace(columns={}), PARAMS, "are not a bypass"),
+        (na.Bypass({}, {}), PARAMS, "are not a bypass"),
         (trained([("out.1",)]), {"out.1": array(8, 4), "out": {"1": array(8, 4)}}, "two parameters are named out.1"),
     ],
 )

@@ -269,7 +269,9 @@ def test_an_adapter_of_another_base_is_not_exported(untied, tmp_path):
     message = message_of(peft.export, trained(untied), tmp_path / "x", Kind.SHIRA, other)
     assert "neurons or columns that do not fit" in message
     adapter = trained(untied, targets=["lm_head"])
-    assert message_of(peft.export, adapter, tmp_path / "x", Kind.SHIRA, other) == "the base has no linear map 'lm_head'"
+    assert (
+        message_of(peft.export, adapter, tmp_path / "x", Kind.SHIRA, other) == "the base model has no linear map 'lm_head'"
+    )
 
 
 @pytest.mark.parametrize("shapes", [[(11008, 4096, 20), (4096, 11008, 20)], [(3, 7, 1)], [(49, 49, 48), (5, 93, 1)]])
@@ -327,7 +329,7 @@ TENSOR_MESSAGES = {
     "float64": f"{DOWN} has values float64 and indices int32, expected float32 and int32",
     "bfloat16": f"{DOWN} has values bfloat16 and indices int32, expected float32 and int32",
     "float indices": f"{DOWN} has values float32 and indices float32, expected float32 and int32",
-    "shorter": "but the config means",
+    "shorter": "but the config gives",
     "values alone shorter": f"{DOWN} has values",
     "rank": f"{DOWN} has values (1, ",
     "empty": f"{DOWN} has values (0,)",
@@ -365,16 +367,16 @@ def test_tensors_that_are_no_adapter(untied, pristine, kind, spoiled, tmp_path):
         (Kind.SHIRA, {"peft_type": None}, "peft_type None, expected SUPERTUNING or SHIRA"),
         (Kind.SHIRA, {"peft_type": ["SHIRA"]}, "peft_type ['SHIRA'], expected"),
         (Kind.SHIRA, {"peft_type": "SUPERTUNING", "r": None, "sparsity": 0.5}, "expected pairs of supertuning_values"),
-        (Kind.SHIRA, {"r": None}, "r None, expected a positive whole number"),
-        (Kind.SHIRA, {"r": 1.5}, "r 1.5, expected a positive whole number"),
-        (Kind.SHIRA, {"r": True}, "r True, expected a positive whole number"),
-        (Kind.SHIRA, {"r": 10**30}, "but the config means"),
+        (Kind.SHIRA, {"r": None}, "r None, expected a positive integer"),
+        (Kind.SHIRA, {"r": 1.5}, "r 1.5, expected a positive integer"),
+        (Kind.SHIRA, {"r": True}, "r True, expected a positive integer"),
+        (Kind.SHIRA, {"r": 10**30}, "but the config gives"),
         (Kind.SHIRA, {"fan_in_fan_out": True}, "fan_in_fan_out is set"),
         (Kind.SUPERTUNING, {"sparsity": None}, "sparsity None, expected a number from 0 to below 1"),
         (Kind.SUPERTUNING, {"sparsity": "0.5"}, "sparsity '0.5', expected a number from 0 to below 1"),
         (Kind.SUPERTUNING, {"sparsity": 1.0}, "sparsity 1.0, expected a number from 0 to below 1"),
         (Kind.SUPERTUNING, {"sparsity": float("nan")}, "sparsity nan, expected a number from 0 to below 1"),
-        (Kind.SUPERTUNING, {"sparsity": 0.5}, "but the config means"),
+        (Kind.SUPERTUNING, {"sparsity": 0.5}, "but the config gives"),
         (Kind.SUPERTUNING, {"r": 8}, "r is 8: SuperTuning's low-rank part is not supported"),
         (Kind.SUPERTUNING, {"modules_to_save": "classifier"}, "modules_to_save 'classifier', expected a list of names"),
         (Kind.SUPERTUNING, {"target_modules": ["k_proj", 3]}, "target_modules does not name model.layers.0.mlp.down_proj"),
@@ -401,10 +403,10 @@ def test_modules_and_dense_parameters_that_the_base_does_not_have(untied, kind, 
     tensors["base_model.model.lm_head.bias"] = np.zeros(304, np.float32)
     safetensors.numpy.save_file(tensors, str(path))
     message = message_of(peft.read, tmp_path / "x", untied.base_model.model, kind)
-    assert "dense parameter 'lm_head.bias' has shape [304], the base has no such tensor" in message
+    assert "dense parameter 'lm_head.bias' has shape [304], the base model has no such tensor" in message
     tied = open_model(str(write_model(tmp_path / "tied", None, num_hidden_layers=1, **WIDE)))
     message = message_of(peft.read, tmp_path / "x", tied.model, kind)
-    assert message.startswith("the base has no linear map 'model.layers.1.")
+    assert message.startswith("the base model has no linear map 'model.layers.1.")
 
 
 def test_files_that_are_missing_or_another_kind(untied, pristine, tmp_path):
