@@ -157,7 +157,7 @@ def _linear_layers(model: nnx.Module) -> dict[ModulePath, Any]:
 
 
 def _layers_of(model: nnx.Module, bypass: Bypass) -> list[tuple[ModulePath, Any, Any]]:
-    """Yield the (path, layer, columns) of every layer that a bypass is for."""
+    """Return the (path, layer, columns) of every layer that a bypass is for."""
     layers = _linear_layers(model)
     found = []
     for path, columns in trees.leaves(bypass.columns, "columns"):
