@@ -51,3 +51,13 @@ def test_the_core_needs_neither_flax_nor_transformers():
     script = f"import sys, neuroada_jax; print([name for name in {others} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("folder", ["neuroada_jax", "benchmarks", "train", "docs"])
+def test_files_and_functions_can_be_read_in_one_sitting(folder):
+    for path in (PACKAGE.parent / folder).rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert text.count("\n") <= 400, f"{path} has more than 400 lines"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 80, f"{path}: {node.name} has more than 80 lines"
