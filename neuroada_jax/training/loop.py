@@ -171,8 +171,7 @@ def run(
                 hooks.save(state)
             if stopping:
                 raise Stopped(done)
-            tokens = sum(line["tokens"] for line in lines)
-            note = f"loss {history.losses[-1]:.4f}, {tokens / (now - last):.0f} tokens/s"
+            note = f"loss {history.losses[-1]:.4f}, {sum(line['tokens'] for line in lines) / (now - last):.0f} tokens/s"
             last = time.perf_counter()
             bar.update(done, total, note)
             if not console.is_terminal():
