@@ -1,8 +1,9 @@
 """neuroada-jax: sparse fine-tuning of large models with NeuroAda (arXiv 2510.18940), in JAX.
 
-Two doors. `load` and `fine_tune` take a pretrained model and rows (docs/python.md). All other names are the core, functions
-on arrays and trees for models of your own (docs/own-models.md), and need JAX alone. What needs Flax or transformers
-(`load`, `fine_tune`, and the modules `linen`, `nnx` and `equinox`) is imported at its first use.
+There are two ways to use it. `load` and `fine_tune` work on pretrained models and rows of text, and return objects of the
+other types here (docs/python.md). The core, functions on arrays and trees, works on models of your own (docs/own-models.md)
+and needs no other framework than JAX. Everything that needs Flax, Equinox or transformers (`load`, `fine_tune` and their
+types, and the modules `linen`, `nnx` and `equinox`) is imported at its first use.
 """
 
 import importlib
@@ -57,7 +58,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import the names that need more than JAX when they are asked for (PEP 562)."""
+    """Import a name that needs more than JAX at its first use (PEP 562)."""
     if name in _MODULES:
         return importlib.import_module(f"{__name__}.{name}")
     if name == "fine_tune":

@@ -36,9 +36,9 @@ def build(
     """Return zero values and selected columns for linear layers of a model.
 
     Args:
-      model: any Equinox module, or a pytree of some.
-      targets: exact paths of layers ("blocks.0.query_proj") or last components of some ("query_proj"), a predicate of the
-        path, or None for every `eqx.nn.Linear`.
+      model: any Equinox module, or a pytree that contains some.
+      targets: exact paths of layers ("blocks.0.query_proj") or the last components of paths ("query_proj"), a predicate of
+        the path, or None for every `eqx.nn.Linear`.
       k: connections per neuron; a layer with fewer inputs gets all of them.
       score: elementwise, kernel -> scores of the same shape.
       dtype: of the values.
@@ -46,7 +46,7 @@ def build(
     Returns: values (*L, O, min(k, I)) and int32 columns of the same shape, at the paths of the layers' weights.
 
     Raises:
-      UserError: the model has no linear layer, or a target selects none (lists them).
+      UserError: the model has no linear layer, or a target matches none (lists them).
       ValueError: k < 1.
     """
     layers: dict[str, ModulePath] = {}
@@ -65,7 +65,7 @@ def attach(model: Any, bypass: Bypass) -> Any:
 
     Raises:
       UserError: a weight does not fit its columns, or carries a bypass already.
-      KeyError: a path without a weight.
+      KeyError: a path holds no weight.
     """
     return trees.from_nested(model, attached.attach(parameters(model), bypass), is_leaf=_is_attached)
 
@@ -78,7 +78,7 @@ def merge(model: Any, trained: Bypass) -> Any:
       trained: see `build`.
 
     Raises:
-      KeyError: a path without a weight.
+      KeyError: a path holds no weight.
     """
     return trees.from_nested(model, core.merge(parameters(model), trained))
 

@@ -39,7 +39,7 @@ def build(
     dtype: Any = jnp.float32,
     **kwargs: Any,
 ) -> Bypass:
-    """Select columns and make zero values for the linear maps of a model that `targets` name.
+    """Return zero values and selected columns for the linear maps of a model that `targets` select.
 
     The linear maps are those that `module.apply(variables, *args, **kwargs)` calls; it is traced, not computed.
 
@@ -47,8 +47,8 @@ def build(
       module: any Linen module.
       variables: its variables; the kernels are those of "params".
       args: as for `module.apply`, such as one batch.
-      targets: exact module paths ("encoder.block_0.query") or last components of some ("query"), never substrings; or a
-        predicate of the path, or None for all of them.
+      targets: exact module paths ("encoder.block_0.query") or the last components of paths ("query"), never substrings;
+        or a predicate of the path; or None for all of them.
       k: connections per neuron; a map with fewer inputs gets all of them.
       score: elementwise, kernel -> scores of the same shape.
       dtype: of the values.
@@ -57,7 +57,8 @@ def build(
     Returns: values (*L, O, min(k, I)) and int32 columns of the same shape, at the modules' paths.
 
     Raises:
-      UserError: no linear maps, a target that none of them has (lists them), or one that cannot carry a bypass (says why).
+      UserError: the model calls no linear map, a target matches none (lists them), or a selected linear map cannot carry a
+        bypass (says why).
       ValueError: k < 1.
     """
     axes: dict[ModulePath, tuple[int, int]] = {}
@@ -97,9 +98,9 @@ def with_bypass(apply: Callable[..., Any]) -> Callable[..., Any]:
 
     Raises (by the returned function):
       UserError: one of the two collections is missing, there is a "base_entries" collection (a resident kernel holds the
-        values already), or a path whose module cannot carry a bypass.
-      KeyError: a path without a kernel.
-      ValueError: columns that do not fit their kernel.
+        values already), or the module at a path cannot carry a bypass.
+      KeyError: a path holds no kernel.
+      ValueError: columns do not fit their kernel.
     """
 
     @functools.wraps(apply)
@@ -124,7 +125,7 @@ def with_bypass(apply: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _obstacle(module: Any) -> str | None:
-    """Return the reason for which a module cannot carry a bypass, None if it can."""
+    """Return the reason why a module cannot carry a bypass, None if it can."""
     if not isinstance(module, nn.Dense | nn.DenseGeneral):
         return f"a {type(module).__name__} cannot carry a bypass, only a Dense or DenseGeneral"
     if module.dot_general is not None or module.dot_general_cls is not None:
@@ -156,16 +157,19 @@ def _intercept(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.mod
         object.__setattr__(module, "dot_general", None)
 
 
-def as_matrices(kernel: jax.Array, inputs: int, neurons: int) -> jax.Array:
-    """Return the kernel as (*L, I, O), given its numbers of input and neuron axes."""
-    stacked = kernel.ndim - inputs - neurons
-    return kernel.reshape(*kernel.shape[:stacked], -1, math.prod(kernel.shape[stacked + inputs :]))
+def as_matrices(kernel: jax.Array, input_axes: int, neuron_axes: int) -> jax.Array:
+    """Return a kernel (*L, *I, *O) as (*L, I, O), given how many axes its inputs and its neurons have."""
+    stacked = kernel.ndim - input_axes - neuron_axes
+    return kernel.reshape(*kernel.shape[:stacked], -1, math.prod(kernel.shape[stacked + input_axes :]))
 
 
 def bypass_dot_general(
     x: jax.Array, kernel: jax.Array, dimension_numbers: Any, precision: None, *, columns: jax.Array, values: jax.Array
 ) -> jax.Array:
-    """Compute `lax.dot_general` as Flax's linear layers call it: the first axes of a kernel (*I, *O) against some of x."""
+    """Apply a bypass layer in place of the `lax.dot_general` of Flax's linear layers.
+
+    They contract some axes of x with the first axes of a kernel (*I, *O), and batch over none.
+    """
     (axes, inputs), _ = dimension_numbers
     x = jnp.moveaxis(x, axes, tuple(range(-len(axes), 0)))
     batch, features = x.shape[: x.ndim - len(axes)], kernel.shape[len(inputs) :]

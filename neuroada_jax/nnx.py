@@ -23,7 +23,7 @@ from neuroada_jax import linen
 from neuroada_jax.core import bypass as core
 from neuroada_jax.core import selection, trees
 from neuroada_jax.core.bypass import Bypass
-from neuroada_jax.core.ops import Layout
+from neuroada_jax.core.entries import Layout
 from neuroada_jax.core.trees import ModulePath, Targets, Tree
 from neuroada_jax.errors import UserError
 
@@ -37,7 +37,7 @@ class BypassColumns(nnx.Variable):
 
 
 class BypassDotGeneral(nnx.Module):
-    """What an attached layer has in the place of `lax.dot_general`; bias, dtypes and axes stay the layer's own."""
+    """Replacement of `lax.dot_general` in a layer with a bypass; bias, dtypes and axes stay the layer's own."""
 
     def __init__(self, name: str, columns: jax.Array, values: jax.Array):
         self.name = name
@@ -47,7 +47,7 @@ class BypassDotGeneral(nnx.Module):
     def __call__(
         self, x: jax.Array, kernel: jax.Array, dimension_numbers: Any, precision: Any = None, out_sharding: Any = None
     ) -> jax.Array:
-        """Compute the product, with a gradient for x and the values only."""
+        """Compute x (W + D), differentiable in x and the values only."""
         if out_sharding is not None:
             raise UserError(f"{self.name}: a layer with a bypass cannot take out_sharding, found {out_sharding}")
         columns, values = self.columns.get_value(), self.values.get_value()
@@ -66,8 +66,8 @@ def build(
 
     Args:
       model: any NNX module.
-      targets: exact paths of layers ("blocks.0.attention.query") or last components of some ("query"), a predicate of the
-        path, or None for every linear layer.
+      targets: exact paths of layers ("blocks.0.attention.query") or the last components of paths ("query"), a predicate of
+        the path, or None for every linear layer.
       k: connections per neuron; a layer with fewer inputs gets all of them.
       score: elementwise, kernel -> scores of the same shape.
       dtype: of the values.
@@ -75,7 +75,7 @@ def build(
     Returns: values (*L, O, min(k, I)) and int32 columns of the same shape, at the layers' paths.
 
     Raises:
-      UserError: the model has no linear layer, a target selects none (lists them), or a layer cannot carry a bypass.
+      UserError: the model has no linear layer, a target matches none (lists them), or a selected one cannot carry a bypass.
       ValueError: k < 1.
     """
     layers = _linear_layers(model)
@@ -93,7 +93,7 @@ def attach(model: nnx.Module, bypass: Bypass) -> Any:
     """Return a copy of the model with bypass layers; the Variables are its own, the arrays in them are shared.
 
     Raises:
-      UserError: no linear layer at a path, a layer that cannot carry a bypass, or columns that do not fit its kernel.
+      UserError: a path holds no linear layer, a layer cannot carry a bypass, or columns do not fit its kernel.
     """
     model = nnx.clone(model)
     for path, layer, columns in _layers_of(model, bypass):
@@ -120,7 +120,7 @@ def detach(model: nnx.Module) -> tuple[Any, Bypass]:
 
 
 def merge(model: nnx.Module, trained: Bypass) -> Any:
-    """Return a copy of the model, of plain layers, with W + D for their kernels.
+    """Return a copy of the model with W + D as the kernels of its layers, which remain plain layers.
 
     Args:
       model: without a bypass attached.
@@ -145,7 +145,7 @@ def parameters(model: nnx.Module) -> Tree:
 
 
 def _linear_layers(model: nnx.Module) -> dict[ModulePath, Any]:
-    """Return the linear layers by path; one that stands in several places is listed once."""
+    """Return the linear layers by path; a layer that the model uses in several places is listed once."""
     layers = {
         tuple(map(str, path)): module
         for path, module in nnx.iter_modules(model)
@@ -157,7 +157,7 @@ def _linear_layers(model: nnx.Module) -> dict[ModulePath, Any]:
 
 
 def _layers_of(model: nnx.Module, bypass: Bypass) -> list[tuple[ModulePath, Any, Any]]:
-    """Return the (path, layer, columns) of every layer that a bypass is for."""
+    """Return the (path, layer, columns) of every layer that the bypass is for."""
     layers = _linear_layers(model)
     found = []
     for path, columns in trees.leaves(bypass.columns, "columns"):
@@ -170,7 +170,7 @@ def _layers_of(model: nnx.Module, bypass: Bypass) -> list[tuple[ModulePath, Any,
 
 
 def _obstacle(layer: Any) -> str | None:
-    """Why a linear layer cannot carry a bypass, None if it can."""
+    """Return the reason why a linear layer cannot carry a bypass, None if it can."""
     if isinstance(layer.dot_general, BypassDotGeneral):
         return "this layer carries a bypass already"
     if type(layer).__call__ not in (nnx.Linear.__call__, nnx.LinearGeneral.__call__, nnx.LoRALinear.__call__):

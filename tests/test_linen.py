@@ -307,5 +307,5 @@ def test_incomplete_or_unfit_collections_are_refused():
     with pytest.raises(KeyError, match="nowhere holds no kernel"):
         apply({**whole, "columns": {"nowhere": built.columns["block_0"]["up"]}}, x)
     unfit = {"block_0": {"up": {"columns": jnp.zeros((D, 3), jnp.int32), "values": jnp.zeros((D, 3))}}}
-    with pytest.raises(ValueError, match=r"kernel \(12, 20\) in layout IO does not go with columns \(12, 3\)"):
+    with pytest.raises(ValueError, match=r"kernel \(12, 20\) in layout IO does not fit columns \(12, 3\)"):
         apply({**whole, "columns": unfit, "bypass": unfit}, x)

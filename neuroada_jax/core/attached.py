@@ -17,7 +17,8 @@ import jax.numpy as jnp
 
 from neuroada_jax.core import trees
 from neuroada_jax.core.bypass import Bypass
-from neuroada_jax.core.ops import Layout, bypass_dense
+from neuroada_jax.core.entries import Layout
+from neuroada_jax.core.ops import bypass_dense
 from neuroada_jax.core.trees import Tree
 from neuroada_jax.errors import UserError
 
@@ -64,8 +65,8 @@ class BypassKernel:
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the array that the object stands for."""
-        *leading, rows, columns = self.kernel.shape
-        return (*leading, columns, rows) if self.transposed else (*leading, rows, columns)
+        *leading, first, last = self.kernel.shape
+        return (*leading, last, first) if self.transposed else (*leading, first, last)
 
     @property
     def dtype(self) -> Any:
@@ -109,7 +110,7 @@ class BypassKernel:
         self._refuse()
 
     def _refuse(self, *_: Any) -> NoReturn:
-        raise _NotSupported(f"{self.name} carries a bypass, which is only for x @ w, w @ x, w.T and w(x)")
+        raise _NotSupported(f"{self.name} carries a bypass, which supports only x @ w, w @ x, w.T and w(x)")
 
     __getitem__ = __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __pow__ = __neg__ = _refuse
 

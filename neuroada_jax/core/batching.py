@@ -19,7 +19,8 @@ from jax.interpreters import ad, batching, mlir
 def share_examples(name: str, function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """Return `function` with a vmap rule for x alone, which turns the mapped axis into a leading axis of x.
 
-    Derivatives, residuals, and vmap over other arguments too (several adapters, stacked layers) remain those of `function`.
+    Derivatives and residuals remain those of `function`, and so does vmap over its other arguments (several adapters,
+    stacked layers).
 
     Args:
       name: of the primitive that represents the function in a jaxpr until it is differentiated or compiled.
@@ -41,7 +42,7 @@ def share_examples(name: str, function: Callable[..., jax.Array]) -> Callable[..
 
 
 def _primitive(name: str, shared: Callable[..., jax.Array]) -> Any:
-    """Return the primitive, with the parameters `jaxpr`, of the function at these arguments, and `static`."""
+    """Return the primitive; its parameters are `jaxpr`, the function traced at its arguments, and the items of `static`."""
     from jax.extend.core import Primitive, jaxpr_as_fun  # here, since jax.extend takes a tenth of the time of `import jax`
 
     primitive = Primitive(name)

@@ -1,4 +1,4 @@
-"""The bypass of a model: its values, its columns, and the operations on whole parameter trees.
+"""The bypass of a model: its values, its columns, and the operations on parameter trees.
 
 Trees are plain nested dicts that mirror the parameters (docs/design.md). A linear map is a node that holds a `kernel`, or
 the kernel itself. Kernels are (*L, O, I), or (*L, I, O) with `Layout.IO`, where *L are the axes of stacked layers, if any.
@@ -118,7 +118,7 @@ def make_resident(
 ) -> Tree:
     """Return the parameters with base + values written over the chosen entries; in place under jit with donation.
 
-    Unlike with `merge`, the previous content of these entries does not matter. So the training step calls it after every
+    Unlike in `merge`, the previous content of these entries does not matter: the training step calls this after every
     update, and it can replace one adapter with another of equal columns.
     """
 

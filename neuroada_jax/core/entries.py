@@ -14,12 +14,12 @@ from jaxtyping import Array, Float, Int
 class Layout(enum.StrEnum):
     """Axis order of a kernel."""
 
-    OI = "OI"  # (*L, O, I), one neuron per row: PyTorch, Hugging Face checkpoints, the models of this package
-    IO = "IO"  # (*L, I, O), one neuron per column: Flax's nn.Dense and most code that writes x @ kernel
+    OI = "OI"  # (*L, O, I), neurons first: PyTorch, Hugging Face checkpoints, the models of this package
+    IO = "IO"  # (*L, I, O), inputs first: Flax's nn.Dense and most code that writes x @ kernel
 
 
 def wide_dtype(dtype: Any) -> Any:
-    """Return the dtype for sums over many numbers of `dtype`: float64 for float64, else float32."""
+    """Return the dtype in which numbers of `dtype` are accumulated: float64 for float64, else float32."""
     return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
@@ -29,11 +29,11 @@ def check_layout(kernel: Array, columns: Array, layout: Layout) -> None:
     The scatters below promise XLA that indices are in bounds, so a kernel in the other layout must not reach them.
 
     Raises:
-      ValueError: it has not.
+      ValueError: it does not.
     """
     neurons = kernel.shape[-2] if layout is Layout.OI else kernel.shape[-1]
     if (*kernel.shape[:-2], neurons) != columns.shape[:-1]:
-        raise ValueError(f"a kernel {kernel.shape} in layout {layout} does not go with columns {columns.shape} (*L, O, k)")
+        raise ValueError(f"a kernel {kernel.shape} in layout {layout} does not fit columns {columns.shape} (*L, O, k)")
 
 
 def entry_indices(columns: Int[Array, "*L O k"], layout: Layout = Layout.OI) -> tuple[Array, ...]:
@@ -51,7 +51,7 @@ def read_entries(
     """Return the kernel's entries at the columns, in the kernel's dtype.
 
     Raises:
-      ValueError: kernel and columns do not belong together in this layout (`write_entries` and `add_entries` likewise).
+      ValueError: the kernel does not fit the columns in this layout (`write_entries` and `add_entries` likewise).
     """
     check_layout(kernel, columns, layout)
     if layout is Layout.OI:
@@ -91,7 +91,7 @@ def add_entries(
 
 
 def rounding_remainder(base_entries: Float[Array, "*L O k"], values: Float[Array, "*L O k"]) -> Float[Array, "*L O k"]:
-    """Return the part of base + values that rounding to the base's dtype loses, in the dtype of `values`."""
+    """Return the part of base + values that rounding to the base dtype loses, in the dtype of `values`."""
     exact = base_entries.astype(values.dtype) + values
     # Compiled for a GPU, XLA drops this pair of conversions (xla_allow_excess_precision), and the remainder is 0.
     return exact - exact.astype(base_entries.dtype).astype(values.dtype)

@@ -1,6 +1,6 @@
 """The bypass op: a frozen linear map plus k trainable connections per neuron, after NeuroAda (arXiv 2510.18940).
 
-Letters (docs/design.md): T tokens, O neurons (rows of the kernel), I input connections, k connections per neuron.
+Letters (docs/design.md): T tokens, O neurons, I input connections, k connections per neuron.
 
     y[t, o]       = sum_i W[o, i] x[t, i] + sum_j values[o, j] x[t, columns[o, j]]
     dvalues[o, j] = sum_t dy[t, o] x[t, columns[o, j]]
@@ -24,7 +24,7 @@ from neuroada_jax.core.batching import share_examples
 from neuroada_jax.core.entries import Layout, add_entries, check_layout, read_entries, rounding_remainder
 from neuroada_jax.core.value_gradient import GradientAlgorithm, choose_algorithm, value_gradient
 
-_COLUMNS_AT_ONCE = 16  # connections of the remainder that one pass of a GPU over y adds
+_COLUMNS_AT_ONCE = 16  # connections per neuron whose remainder a GPU adds in one pass over y
 
 
 def _matmul(x: Array, kernel: Array, layout: Layout, wide: Any = None) -> Array:
@@ -150,11 +150,11 @@ def bypass_dense(
     is stateless: `vmap` over values and columns serves several adapters, `vmap` over x alone remains one call.
 
     With `base_entries`, the entries of W at the columns, the kernel is *resident*: it already holds round(W + D), as
-    ``write_entries(kernel, columns, base_entries + values)`` leaves it. Forward and dx are then plain matrix products, and
-    `values` serves to receive its gradient.
+    ``write_entries(kernel, columns, base_entries + values)`` leaves it. The forward pass and dx are then plain matrix
+    products, and `values` is an argument so that it receives its gradient.
 
-    Where `values` is wider than the kernel (float32 values over a bfloat16 base), y includes the part of base + values that
-    the kernel's dtype cannot hold. dx omits it: it is below half a unit in the last place of W.
+    Where the dtype of `values` is wider than the kernel's (float32 values on a bfloat16 kernel), y includes the part of
+    base + values that the kernel's dtype cannot hold. dx omits it: it is at most half a unit in the last place of W + D.
 
     Args:
       x: float (*B, I), in the kernel's dtype.
@@ -162,14 +162,14 @@ def bypass_dense(
       columns: int32 (O, k), distinct within a neuron, in [0, I).
       values: float (O, k).
       base_entries: float (O, k) in the kernel's dtype, or None.
-      algorithm: how dvalues is computed; None for that of `choose_algorithm`.
+      algorithm: how dvalues is computed; None: as `choose_algorithm` decides.
       layout: axis order of the kernel.
 
     Returns:
       (*B, O) in the dtype of x.
 
     Raises:
-      ValueError: kernel and columns do not belong together in this layout.
+      ValueError: the kernel does not fit the columns in this layout.
     """
     check_layout(kernel, columns, layout)
     algorithm = algorithm or choose_algorithm(columns.shape[1], x.shape[-1])

@@ -9,13 +9,13 @@ times the element's own size in bfloat16. So XLA first transposes x, once for al
 then a row of x^T, and consecutive tokens load as vectors of 16 bytes. Bytes moved, at b bytes per element:
 
     x^T             2 b T I                read and written; shared by the linear maps that read the same x
-    gathers         b T O k                from the L2 cache: all programs walk the tokens in step, so that a few MB of x^T
-                                           are in use at a time
-    dy              b T O ceil(k / 4)      once for every four connections; after the first time mostly from the cache
-    partial sums    8 S O k                for S <= T / 64 ranges of tokens, written and added up in float32
+    gathers         b T O k                from the L2 cache: all programs go through the tokens in the same order, so that
+                                           a few MB of x^T are in use at a time
+    dy              b T O ceil(k / 4)      once for every four connections; mostly from the cache after the first time
+    partial sums    8 S O k                for S <= T / 64 ranges of tokens, written and summed in float32
 
 A 4096 x 4096 map of LLaMA with 8,192 tokens in bfloat16 at k = 20: 134 MB, 1.3 GB, 336 MB and 1.3 MB. Gathering from the
-rows of x would move up to 21 GB through the cache. The price is x^T, a temporary of the size of x. On an H100 an
+rows of x would move up to 21 GB through the cache. The cost is x^T, a temporary of the size of x. On an H100 an
 11008 x 4096 map takes 0.19 ms at k = 1 and 0.91 ms at k = 20 (8,192 tokens, bfloat16); the dense product takes 1.07 ms.
 
 Tensor cores do not help: for 16 neurons they would form 16 x 16 products, of which only the diagonal is needed.
@@ -36,14 +36,14 @@ from jaxtyping import Array, Float, Int
 # Compiled for sm_90a in bfloat16 with four connections, a thread takes 126 of its 255 registers and spills none: four
 # programs fit on a multiprocessor, with 80 KB of loads in flight.
 NEURONS, TOKENS = 32, 64  # tile of one program
-CONNECTIONS = 4  # at most so many share a tile of dy, each with a tile of sums in registers
+CONNECTIONS = 4  # the most connections that share a tile of dy, each with a tile of sums in registers
 WARPS = 4
 REMAINDER_TOKENS = 128  # tile of the remainder: 3 % faster than 64
 PROGRAMS = 1024  # about two waves on the 132 multiprocessors of an H100; with fewer neurons, tokens are split further
 
 
-def _kernel(dy_ref, x_rows_ref, columns_ref, sums_ref, *, connections: int, tiles: int):
-    """Compute one program: NEURONS neurons, `connections` of their connections, `tiles` tiles of tokens."""
+def _gradient_kernel(dy_ref, x_rows_ref, columns_ref, sums_ref, *, connections: int, tiles: int):
+    """Run one program: NEURONS neurons, `connections` of their connections, `tiles` tiles of tokens."""
     (tokens, outputs), (_, _, k) = dy_ref.shape, sums_ref.shape
     wide = sums_ref.dtype
     groups = pl.cdiv(k, connections)
@@ -98,7 +98,7 @@ def gathered_rows_gradient(
     parts = pl.cdiv(all_tiles, tiles)
 
     sums = _call(
-        functools.partial(_kernel, connections=connections, tiles=tiles),
+        functools.partial(_gradient_kernel, connections=connections, tiles=tiles),
         # dy derives from x and the columns, and so varies over every mesh axis over which they vary.
         jax.ShapeDtypeStruct((parts, outputs, k), wide, manual_axis_type=jax.typeof(dy).manual_axis_type),
         (blocks, parts),
@@ -109,7 +109,7 @@ def gathered_rows_gradient(
 
 
 def _remainder_kernel(y_ref, x_rows_ref, columns_ref, remainder_ref, out_ref):
-    """Compute one program: NEURONS neurons, REMAINDER_TOKENS tokens, all connections."""
+    """Run one program: NEURONS neurons, REMAINDER_TOKENS tokens, all connections."""
     (tokens, outputs), (_, k) = y_ref.shape, columns_ref.shape
     neurons = pl.program_id(0) * NEURONS + jnp.arange(NEURONS, dtype=jnp.int32)
     index = pl.program_id(1) * REMAINDER_TOKENS + jnp.arange(REMAINDER_TOKENS, dtype=jnp.int32)
@@ -151,7 +151,7 @@ def with_remainder(
 
 
 def _call(kernel: Any, out_shape: jax.ShapeDtypeStruct, grid: tuple[int, int], name: str, *operands: Array) -> Array:
-    """Call a GPU kernel, or its interpreter where a CPU is lowered for.
+    """Call a GPU kernel, or interpret it where the lowering is for a CPU.
 
     The lowering platform decides, not the default backend, so that a host without a GPU can compile for one.
 

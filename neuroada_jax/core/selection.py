@@ -1,10 +1,10 @@
 """Selection of the connections that get a bypass: the k highest-scoring inputs of every neuron (the method: by |W|).
 
-The algorithm is a knock-out tournament in each row of the kernel. The first round, the maximum of every eight neighbouring
-scores, is the only one that reads the complete kernel; each further round does the same with the winners. Then, k times,
-the winner is traced from the last round down to its column, and the rounds it took part in are replayed without it. On a
-CPU this costs little more than reading the weights. `lax.top_k` costs up to thirty times that, and hundreds of times in
-bfloat16.
+The algorithm is a knock-out tournament among the inputs of each neuron. The first round, the maximum of every eight
+neighbouring scores, is the only one that reads the complete kernel; each further round does the same with the winners.
+Then, k times, the winner is traced from the last round down to its column, and the rounds it took part in are replayed
+without it. On a CPU this costs little more than reading the weights. `lax.top_k` costs up to thirty times that, and
+hundreds of times in bfloat16.
 """
 
 import functools
@@ -41,13 +41,13 @@ def select(
     """Return the columns of the k largest scores of every neuron, ascending.
 
     Ties go to the lowest column, as in `jax.lax.top_k`. Neurons with k or fewer inputs get all of them. Temporaries are a
-    fraction of one layer's kernel where I is a multiple of 8; (I, O) kernels need two copies of one layer's kernel more,
+    fraction of one layer's kernel where I is a multiple of 8; (I, O) kernels need two more copies of one layer's kernel,
     for its transpose.
 
     Args:
       kernel: float (*L, O, I), or (*L, I, O) for `Layout.IO`.
       k: connections per neuron, at least 1.
-      score: elementwise, array -> finite scores of the same shape; it gets pieces of the kernel in float32 or float64.
+      score: elementwise, array -> finite scores of the same shape; called on parts of the kernel in float32 or float64.
       layout: axis order of the kernel.
 
     Returns:
@@ -92,7 +92,7 @@ def _select(rows: Float[Array, "R I"], first: Int[Array, ""], count: int, k: int
         rounds[-1] = _padded(rounds[-1])
         rounds.append(_winners(lambda column, width: rounds[-1][:, column : column + width], rounds[-1].shape[1]))
 
-    every = jnp.arange(count, dtype=jnp.int32)
+    neurons = jnp.arange(count, dtype=jnp.int32)
     within = jnp.arange(_BLOCK, dtype=jnp.int32)[None, :]
 
     def next_best(state: tuple[list[Array], Array, Array], _: None) -> tuple[tuple[list[Array], Array, Array], Array]:
@@ -100,10 +100,10 @@ def _select(rows: Float[Array, "R I"], first: Int[Array, ""], count: int, k: int
         block = _argmax(rounds[-1])
         matches = []  # those of the winner, from the last round to the first: (block, place in it, entries)
         for winners in rounds[-2::-1]:
-            entries = _block(winners, every, block)
+            entries = _block(winners, neurons, block)
             matches.append((block, _argmax(entries), entries))
             block = block * _BLOCK + matches[-1][1]
-        entries = score(_block(_bound(rows, block), every + first, block).astype(wide))
+        entries = score(_block(_bound(rows, block), neurons + first, block).astype(wide))
         # Mask the entries selected so far: scores descend, and columns ascend among equal scores.
         columns = block[:, None] * _BLOCK + within
         later = (entries == last_score[:, None]) & (columns > last_column[:, None])
@@ -115,7 +115,7 @@ def _select(rows: Float[Array, "R I"], first: Int[Array, ""], count: int, k: int
         replayed = []
         for winners, (block, winner, entries) in zip(rounds, reversed(matches), strict=True):
             replaced = jnp.max(jnp.where(within == winner[:, None], replaced[:, None], entries), axis=1)
-            at = winners.at[every, block]
+            at = winners.at[neurons, block]
             replayed.append(at.set(replaced, unique_indices=True, mode="promise_in_bounds"))
         column = matches[-1][0] * _BLOCK + place
         return (replayed, jnp.max(matches[-1][2], axis=1), column), column

@@ -22,8 +22,8 @@ from jaxtyping import Array, Float, Int
 from neuroada_jax.core import platform
 from neuroada_jax.core.entries import wide_dtype
 
-# Both limits are measured (docs/performance.md): the gathered rows of a block should stay in a core's L2 cache, and a chunk
-# of dW should be all of it where that is small.
+# Both limits are measured (docs/performance.md): the gathered rows of a block should stay in a core's L2 cache, and a small
+# dW should be a single chunk.
 _ROW_BLOCK_BYTES = 3 << 18  # 768 KiB
 _ROW_TOKENS = 256  # transposed at a time
 _DENSE_CHUNK_BYTES = 32 << 20
@@ -39,17 +39,17 @@ class GradientAlgorithm(enum.StrEnum):
 
 
 def choose_algorithm(k: int, inputs: int, backend: str | None = None, *, split: bool | None = None) -> GradientAlgorithm:
-    """Return the algorithm that measured fastest for these static facts on a CPU and on an H100 (docs/performance.md).
+    """Return the algorithm that was measured to be fastest for these sizes, on a CPU and an H100 (docs/performance.md).
 
     On a CPU the column gather wins for k <= 2, row blocks up to about k = I / 48, and the dense product above. On a GPU the
-    column gather wins at k = 1, where it fuses with the operation that makes dy, and the GPU kernels above. XLA cannot
+    column gather wins at k = 1, where it fuses with the operation that produces dy, and the GPU kernels above. XLA cannot
     partition the GPU kernels: where it partitions the arrays, the column gather is used up to about k = I / 2048 and the
     dense product above.
 
     Args:
       k: connections per neuron.
       inputs: I.
-      backend: "cpu" or "gpu"; None for the platform that is traced for.
+      backend: "cpu" or "gpu"; None for the platform that the program is traced for.
       split: whether XLA partitions the arrays over devices, as `jax.jit` does with sharded ones. None: assume so where
         there are several devices and neither `shard_map` nor `pmap` is being traced.
     """
@@ -100,8 +100,8 @@ def _column_gather(dy: Array, x: Array, columns: Array) -> Array:
 
 
 def _row_blocks(dy: Array, x: Array, columns: Array) -> Array:
-    # The scan makes XLA materialise dy. Without a loop its CPU backend computes dy again, element by element and in the
-    # order of its transpose, which takes longer than everything else here; hence at least two parts.
+    # The scan makes XLA materialise dy. Without a loop its CPU backend recomputes dy, element by element and in the order
+    # of its transpose, which takes longer than everything else here; hence at least two parts.
     parts = max(-(-x.shape[0] // _ROW_TOKENS), 2)
     tokens = -(-x.shape[0] // parts)
 
@@ -146,7 +146,7 @@ def _dense_chunks(dy: Array, x: Array, columns: Array) -> Array:
 
 
 def _pallas(dy: Array, x: Array, columns: Array) -> Array:
-    # Imported where it is chosen, so that a JAX without Pallas for Triton can use the others.
+    # Imported here, so that the other algorithms work in a JAX without Pallas for Triton.
     from neuroada_jax.core.pallas_kernels import gathered_rows_gradient
 
     return gathered_rows_gradient(dy, x, columns, wide_dtype(x.dtype))

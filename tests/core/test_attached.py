@@ -118,7 +118,7 @@ def test_dtypes_are_promoted_as_for_arrays():
     ],
 )
 def test_other_uses_name_the_weight(use):
-    with pytest.raises(UserError, match=r"^hidden.w carries a bypass, which is only for x @ w, w @ x, w.T and w\(x\)$"):
+    with pytest.raises(UserError, match=r"^hidden.w carries a bypass, which supports only x @ w, w @ x, w.T and w\(x\)$"):
         use(kernel(Layout.IO)[0])
 
 

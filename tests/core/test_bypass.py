@@ -279,7 +279,7 @@ def test_a_kernel_may_have_its_inputs_and_neurons_over_several_axes(layout):
 def test_a_tree_in_the_other_layout_is_refused():
     params = own_tree(jnp.float32, Layout.OI)
     built = bypass.build(params, [("head",)], 2)
-    with pytest.raises(ValueError, match=r"\(11, 6\) in layout IO does not go with columns \(11, 2\)"):
+    with pytest.raises(ValueError, match=r"\(11, 6\) in layout IO does not fit columns \(11, 2\)"):
         bypass.merge(params, built, layout=Layout.IO)
 
 

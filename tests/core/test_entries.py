@@ -55,7 +55,7 @@ def test_a_kernel_in_the_other_layout_is_refused():
     kernel, columns, values = jnp.asarray(kernel, jnp.float32), jnp.asarray(columns), jnp.asarray(values, jnp.float32)
     for call in calls:
         for right, wrong in (Layout.OI, Layout.IO), (Layout.IO, Layout.OI):
-            with pytest.raises(ValueError, match=rf"in layout {wrong} does not go with columns \(12, 3\)"):
+            with pytest.raises(ValueError, match=rf"in layout {wrong} does not fit columns \(12, 3\)"):
                 call(laid_out(kernel, right), wrong)
 
 
