@@ -62,7 +62,7 @@ BatchType = TypeVar("BatchType", Batch, ClassificationBatch)
 
 
 class AnyBatches(Generic[BatchType]):
-    """The batches of every epoch over some examples, with random access, so that two numbers suffice to resume a run.
+    """The batches of every epoch over some examples, with random access, so that a run resumes from (epoch, index) alone.
 
     Every example is in exactly one batch of an epoch. The last batch is padded with empty rows. Only the order of the most
     recently used epoch is kept in memory.
@@ -144,8 +144,8 @@ class AnyBatches(Generic[BatchType]):
         bucket = int(np.searchsorted(self._sizes, self._lengths[chosen].max()))
         return self._filled(chosen, *self.shapes[bucket])
 
-    def _filled(self, chosen: Int64[np.ndarray, "b"], time: int, labels: int) -> BatchType:
-        """Return a batch of these rows with T = `time` and M = `labels`."""
+    def _filled(self, chosen: Int64[np.ndarray, "b"], length: int, labels: int) -> BatchType:
+        """Return a batch of these rows with T = `length` and M = `labels`."""
         raise NotImplementedError
 
     def rows(self, epoch: int, index: int) -> Int32[np.ndarray, "b"]:
@@ -161,8 +161,7 @@ class AnyBatches(Generic[BatchType]):
         """Return the numbers of a batch's rows, without empty rows."""
         if epoch < 0 or not 0 <= index < self.steps_per_epoch:
             raise IndexError(f"batch {index} of epoch {epoch}: an epoch has batches 0 to {self.steps_per_epoch - 1}")
-        # Without shuffling all epochs are the same.
-        epoch = epoch if self.shuffle else 0
+        epoch = epoch if self.shuffle else 0  # without shuffling all epochs are the same
         cached = self._cached
         if cached is None or cached[0] != epoch:
             self._cached = cached = (epoch, self._epoch_order(epoch))
@@ -193,14 +192,14 @@ class Batches(AnyBatches[Batch]):
 
     examples: Examples
 
-    def _filled(self, chosen: Int64[np.ndarray, "b"], time: int, labels: int) -> Batch:
+    def _filled(self, chosen: Int64[np.ndarray, "b"], length: int, labels: int) -> Batch:
         batch = Batch(
-            input_ids=np.zeros((self.batch_size, time), np.int32),
+            input_ids=np.zeros((self.batch_size, length), np.int32),
             lengths=np.zeros(self.batch_size, np.int32),
             label_positions=np.zeros((self.batch_size, labels), np.int32),
             label_ids=np.zeros((self.batch_size, labels), np.int32),
             label_mask=np.zeros((self.batch_size, labels), np.float32),
-            positions=np.zeros((self.batch_size, time), np.int32) if self.packed else None,
+            positions=np.zeros((self.batch_size, length), np.int32) if self.packed else None,
         )
         batch.lengths[: len(chosen)] = self._lengths[chosen]
         for row, numbers in list(enumerate(self._rows[chosen]))[self.own_rows]:
@@ -220,16 +219,16 @@ class Batches(AnyBatches[Batch]):
 
 
 class ClassificationBatches(AnyBatches[ClassificationBatch]):
-    """Batches of examples with one label each, for an encoder; one example a row, and M is 0."""
+    """Batches of examples with one label each, for an encoder; a row is one example, and M is 0: no token is a label."""
 
     examples: LabelledExamples
 
-    def _filled(self, chosen: Int64[np.ndarray, "b"], time: int, labels: int) -> ClassificationBatch:
+    def _filled(self, chosen: Int64[np.ndarray, "b"], length: int, labels: int) -> ClassificationBatch:
         rows, examples = self.batch_size, self.examples
         batch = ClassificationBatch(
-            input_ids=np.full((rows, time), examples.pad_id, np.int32),
+            input_ids=np.full((rows, length), examples.pad_id, np.int32),
             lengths=np.zeros(rows, np.int32),
-            token_types=np.zeros((rows, time), np.int32),
+            token_types=np.zeros((rows, length), np.int32),
             labels=np.zeros(rows, examples.labels.dtype),
             label_mask=np.zeros(rows, np.float32),
         )

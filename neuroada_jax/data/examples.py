@@ -12,7 +12,7 @@ from neuroada_jax.data.prompts import PromptStyle, Rendered, is_templated, rende
 from neuroada_jax.data.rows import Rows, rows_from_list
 from neuroada_jax.errors import UserError
 
-# Rows that the tokenizer gets at once: enough to keep its threads busy, few enough for a progress bar that moves.
+# Rows tokenised in one call: enough to keep the tokenizer's threads busy, few enough that a progress bar moves.
 CHUNK = 1000
 
 Example = tuple[Int32[np.ndarray, "_"], Bool[np.ndarray, "_"]]  # input_ids, is_label
@@ -22,16 +22,16 @@ Texts = tuple[str, ...]  # one text, or a pair
 
 @dataclass(frozen=True)
 class Examples:
-    """n tokenised examples end to end, N tokens in all.
+    """n tokenised examples, concatenated; N tokens in total.
 
     Attributes:
       token_ids: int32 (N,).
-      is_label: bool (N,), which tokens are to be predicted; False for the first token of an example, which nothing
-        predicts, and for BOS.
+      is_label: bool (N,), whether the model learns to predict the token; False for the first token of an example, which
+        has no predecessor to predict it from, and for BOS.
       row_numbers: int32 (n,), the row that each example came from, ascending.
       offsets: int64 (n + 1,); example i is tokens offsets[i] to offsets[i + 1].
-      truncated: number of examples that lost tokens on the right to max_length but kept a label.
-      dropped: number of rows that lost all labels to max_length; they are not among the examples, nor in `truncated`.
+      truncated: number of examples that were truncated on the right to max_length and kept a label.
+      dropped: number of rows of which no label is within max_length; they are not among the examples, nor in `truncated`.
     """
 
     token_ids: Int32[np.ndarray, "N"]
@@ -69,16 +69,16 @@ def encode(
 ) -> Examples:
     """Tokenise every row, prompt and completion as one text, in row order.
 
-    A token is a label if it ends beyond the prompt's text. An example ends with one EOS, which is a label too; a chat
-    ends with the end-of-turn token of its last assistant turn instead, where the template has one. Tokens after the last
-    label are dropped, since nothing is learnt from them. Then the example is truncated on the right to max_length tokens.
+    A token is a label if it ends after the prompt's text. An example ends with one EOS, which is a label too; a chat ends
+    with the end-of-turn token of its last assistant turn instead, where the template has one. Tokens after the last label
+    are dropped, since nothing is learnt from them. Then the example is truncated on the right to max_length tokens.
 
     Args:
       rows: to tokenise.
       style: prompt style.
       tokenizer: a fast Hugging Face tokenizer.
-      max_length: the most tokens of an example, at least 2.
-      on_progress: called with (rows done, rows in all).
+      max_length: the largest number of tokens in an example, at least 2.
+      on_progress: called with (rows done, rows in total).
 
     Raises:
       UserError: as `render_example`; also for a slow tokenizer, one without EOS, max_length below 2, or no example left.
@@ -87,12 +87,12 @@ def encode(
         raise UserError(f"max_length: found {max_length}, expected at least 2 (the first token is never a label)")
     if not isinstance(rows, Rows):
         rows = rows_from_list([dict(row) for row in rows])
-    style, tokens = PromptStyle(style), _Tokens(tokenizer)
+    style, example_tokenizer = PromptStyle(style), _ExampleTokenizer(tokenizer)
     ids, labels, numbers, truncated = [], [], [], 0
     for first in range(0, len(rows), CHUNK):
         chunk = range(first, min(first + CHUNK, len(rows)))
         rendered = [render_example(rows.rows[i], style, tokenizer, rows.where(i)) for i in chunk]
-        coded = tokens.examples(rendered, [rows.where(i) for i in chunk])
+        coded = example_tokenizer.examples(rendered, [rows.where(i) for i in chunk])
         for number, (row_ids, is_label) in zip(chunk, coded, strict=True):
             kept = is_label[:max_length].nonzero()[0]
             if not len(kept):
@@ -126,14 +126,14 @@ def encode_prompt(row: Mapping, style: PromptStyle | str, tokenizer: Any, where:
       UserError: as `render_prompt`, and for a prompt without tokens.
     """
     text = render_prompt(row, style, tokenizer, where)
-    ids, *_ = _Tokens(tokenizer).encode([text], add_special_tokens=not is_templated(row, style))[0]
+    ids, *_ = _ExampleTokenizer(tokenizer).encode([text], add_special_tokens=not is_templated(row, style))[0]
     if not len(ids):
         raise UserError(f"{where}: the prompt has no tokens, expected at least one to generate from")
     return ids.tolist()
 
 
-class _Tokens:
-    """A tokenizer's special tokens, and the rules for BOS and EOS."""
+class _ExampleTokenizer:
+    """A fast tokenizer with the rules for labels, BOS and EOS."""
 
     def __init__(self, tokenizer: Any):
         if not getattr(tokenizer, "is_fast", False):
@@ -217,14 +217,14 @@ class _Tokens:
 
 @dataclass(frozen=True)
 class LabelledExamples:
-    """n tokenised examples with one label each, end to end, N tokens in all; example i is row i.
+    """n tokenised examples with one label each, concatenated; N tokens in total; example i is row i.
 
     Attributes:
       token_ids: int32 (N,).
       token_types: int32 (N,), 0 for the first and 1 for the second text of a pair.
       labels: (n,), int32 classes, or float32 numbers for regression.
       offsets: int64 (n + 1,); example i is tokens offsets[i] to offsets[i + 1].
-      truncated: number of examples that lost tokens to max_length.
+      truncated: number of examples that were truncated to max_length.
       pad_id: the tokenizer's padding token.
       dropped: always 0, since a label needs no tokens of its own.
     """
@@ -276,18 +276,20 @@ def encode_labelled(
       texts: one text or a pair for each example.
       labels: (n,), int32 classes, or float32 numbers for regression.
       tokenizer: a Hugging Face tokenizer.
-      max_length: the most tokens of an example, special tokens included.
-      on_progress: called with (examples done, examples in all).
+      max_length: the largest number of tokens in an example, special tokens included.
+      on_progress: called with (examples done, examples in total).
 
     Raises:
-      UserError: a tokenizer without a padding token, or max_length too short for the special tokens.
+      UserError: a tokenizer without a padding token, or max_length too small for the special tokens and one of each text.
     """
     if tokenizer.pad_token_id is None:
         raise UserError(f"tokenizer: {type(tokenizer).__name__} has no padding token, expected one to pad batches with")
     shortest = tokenizer.num_special_tokens_to_add(pair=len(texts[0]) > 1) + len(texts[0])
     if max_length < shortest:
-        raise UserError(f"max_length: found {max_length}, expected at least {shortest} (special tokens, and one of a text)")
-    # As in transformers: a model without a second segment (RoBERTa) gets zeros.
+        raise UserError(
+            f"max_length: found {max_length}, expected at least {shortest} (the special tokens, and one token of each text)"
+        )
+    # As in transformers: a model without token types (RoBERTa) gets zeros.
     has_types = "token_type_ids" in tokenizer.model_input_names
     ids: list[np.ndarray] = []
     types: list[np.ndarray] = []
@@ -295,18 +297,18 @@ def encode_labelled(
     for first in range(0, len(texts), CHUNK):
         chunk = texts[first : first + CHUNK]
         coded = _tokenise(tokenizer, chunk, None)
-        long = [i for i, row in enumerate(coded["input_ids"]) if len(row) > max_length]
+        long = [i for i, one in enumerate(coded["input_ids"]) if len(one) > max_length]
         if long:
             shortened = _tokenise(tokenizer, [chunk[i] for i in long], max_length)
-            for field, rows in coded.items():
-                for i, row in zip(long, shortened[field], strict=True):
-                    rows[i] = row
+            for field, sequences in coded.items():
+                for i, one in zip(long, shortened[field], strict=True):
+                    sequences[i] = one
         truncated += len(long)
-        ids += [np.array(row, np.int32) for row in coded["input_ids"]]
-        types += [np.array(row, np.int32) * has_types for row in coded["token_type_ids"]]
+        ids += [np.array(one, np.int32) for one in coded["input_ids"]]
+        types += [np.array(one, np.int32) * has_types for one in coded["token_type_ids"]]
         if on_progress is not None:
             on_progress(first + len(chunk), len(texts))
-    offsets = np.concatenate([[0], np.cumsum([len(row) for row in ids])]).astype(np.int64)
+    offsets = np.concatenate([[0], np.cumsum([len(one) for one in ids])]).astype(np.int64)
     return LabelledExamples(np.concatenate(ids), np.concatenate(types), labels, offsets, truncated, tokenizer.pad_token_id)
 
 

@@ -22,7 +22,7 @@ ALPACA_WITH_INPUT = (
 
 
 class PromptStyle(enum.StrEnum):
-    """How instruction and prompt/completion rows become prompts.
+    """Way in which instruction and prompt/completion rows become prompts.
 
     Rows with `messages` use the chat template in any style. A prompt/completion row is read as an instruction without
     input, so `verbatim` leaves its prompt unchanged.
@@ -50,7 +50,7 @@ class Rendered(NamedTuple):
 
     Attributes:
       text: prompt and completion.
-      spans: [start, end) character ranges to learn, ascending.
+      spans: [start, end) character ranges of the completions, whose tokens become labels; ascending.
       templated: whether the text came from a chat template, which has written its special tokens already.
     """
 
@@ -62,13 +62,13 @@ class Rendered(NamedTuple):
 def render_prompt(row: Mapping, style: PromptStyle | str, tokenizer: Any, where: str = "row") -> str:
     """Return the text that a model continues. The row needs no completion.
 
-    Of a chat that is every message, but for a last one of the assistant, and the opening of the assistant's turn.
+    For a chat, this is every message except a final one of the assistant, and then the opening of an assistant turn.
 
     Args:
       row: with the fields of a chat, a prompt or an instruction.
       style: prompt style.
       tokenizer: for its chat template.
-      where: the row's place for messages, such as `Rows.where(i)`.
+      where: the row's place for error messages, such as `Rows.where(i)`.
 
     Raises:
       UserError: no known fields, a field that is missing or not a string, no chat template, or one that fails.
@@ -107,7 +107,7 @@ def _render_chat(tokenizer: Any, messages: list[dict], where: str) -> Rendered:
     """Render a chat and find its assistant turns.
 
     Turn i lies between the end of the chat before it, with the assistant's turn opened, and the end of the chat with it.
-    White space that the template writes after the end-of-turn token is layout and not learnt.
+    White space that the template writes after the end-of-turn token is formatting and not part of the turn.
     """
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:

@@ -30,7 +30,7 @@ class Rows:
 
     Attributes:
       rows: one dict a row, with the values of the file (checked when they are rendered, not here).
-      source: the name that the user gave, for messages.
+      source: the name that the user gave, for error messages.
       places: (file, number) of each row; the number is a line for JSON and a row for other formats.
     """
 
@@ -53,7 +53,7 @@ class Rows:
 
 
 def rows_from_list(rows: list[dict], source: str = "rows") -> Rows:
-    """Wrap rows that are in memory; messages name them '<source>: row <index>'."""
+    """Wrap rows that are in memory; error messages name them '<source>: row <index>'."""
     return Rows(rows, source, [(source, index) for index in range(len(rows))])
 
 
@@ -66,11 +66,11 @@ def load_rows(source: str, split: str = "train", limit: int | None = None) -> Ro
         the name of a configuration: `nyu-mll/glue:mrpc`.
       split: the split of a hub name or of a saved DatasetDict; of a directory, the files whose names have the split's name
         (files that name no split are "train", files that name two are neither). A single file is read whatever the split.
-      limit: the most rows to read, from the first; None for all.
+      limit: the number of rows to read, from the first on; None for all.
 
     Raises:
       UserError: nothing there, an unknown kind of file, an unknown split or one that is two sets (MNLI's validation), no
-        rows, not JSON, or a row that is no object.
+        rows, invalid JSON, or a row that is not an object.
     """
     source = str(source)
     if limit is not None and limit < 1:
@@ -78,17 +78,17 @@ def load_rows(source: str, split: str = "train", limit: int | None = None) -> Ro
     path = Path(source)
     if path.is_dir():
         if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-            pairs = _from_datasets(source, split, limit, _load_from_disk)
+            records = _from_datasets(source, split, limit, _load_from_disk)
         else:
-            pairs = _take((pair for file in _files_of(path, split) for pair in _read_file(file, limit)), limit)
+            records = _take((record for file in _files_of(path, split) for record in _read_file(file, limit)), limit)
     elif path.exists():
-        pairs = _take(_read_file(path, limit), limit)
+        records = _take(_read_file(path, limit), limit)
     elif source.lower().endswith(SUFFIXES) or not HUB_NAME.fullmatch(source) or source[0] == ".":
         raise UserError(f"{source}: no such file or directory")
     else:
-        pairs = _from_datasets(source, split, limit, _load_from_hub)
+        records = _from_datasets(source, split, limit, _load_from_hub)
     rows, places = [], []
-    for file, number, row in pairs:
+    for file, number, row in records:
         rows.append(row)
         places.append((file, number))
     if not rows:
@@ -96,9 +96,9 @@ def load_rows(source: str, split: str = "train", limit: int | None = None) -> Ro
     return Rows(rows, source, places)
 
 
-def _take(pairs: Iterator, limit: int | None) -> Iterator:
-    for count, pair in enumerate(pairs, start=1):
-        yield pair
+def _take(records: Iterator, limit: int | None) -> Iterator:
+    for count, record in enumerate(records, start=1):
+        yield record
         if count == limit:
             return
 
@@ -148,7 +148,7 @@ def has_split(directory: Path, split: str) -> bool:
 
 
 def _read_file(path: Path, limit: int | None) -> Iterator[tuple[str, int, dict]]:
-    """Yield (file, line or row number, row)."""
+    """Yield the (file, line or row number, row) records of a file."""
     name = path.name.lower()
     try:
         if name.endswith(".parquet"):

@@ -1,4 +1,4 @@
-"""The tasks by name: how a row becomes a prompt and a completion, and how a generation becomes an answer."""
+"""Registry of tasks: how a row becomes a prompt and a completion, and how an answer is extracted from generated text."""
 
 import difflib
 from typing import Any
@@ -37,7 +37,7 @@ def read_rows(task: Task | GlueTask, data: str | None, split: str | None = None,
     Args:
       task: the rows' task.
       data: see `rows.load_rows`.
-      split: split of `data`, "test" by default; the task's own source has its own.
+      split: split of `data`, "test" by default; ignored for the task's own source, which names its split.
       limit: None for all rows.
 
     Raises:
@@ -55,7 +55,7 @@ def unknown(name: str) -> str:
 
 
 def listing() -> list[dict[str, Any]]:
-    """Return a dict for every task: name, suite, metric, prompt style, longest generation and sources of rows."""
+    """Return a dict for every task: name, suite, kind of model, metric, prompt, answers and the sources of its rows."""
     decoders = [
         {
             "task": task.name,

@@ -1,9 +1,9 @@
 """The seven arithmetic tasks, prompted as in LLM-Adapters and scored as by LoReFT and NeuroAda.
 
 The model learns to write a chain of thought that ends in the answer. By the published rule the answer is the last number
-in it, right within 0.001; for AQuA, the first capital letter A to E anywhere in the text. That second rule is weak: of the
-713 rationales with a letter in math_10k, it finds the right one in 371. AQuA is therefore also scored by the letter that
-the text states as its answer, which is right in 680.
+in it, correct within 0.001; for AQuA, the first capital letter A to E anywhere in the text. That second rule is weak: of
+the 713 rationales with a letter in math_10k, it finds the correct one in 371. AQuA is therefore also scored by the letter
+that the text states as its answer, which is correct in 680.
 """
 
 import functools

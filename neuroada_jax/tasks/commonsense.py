@@ -71,7 +71,7 @@ def _labels(word: str, count: int) -> tuple[str, ...]:
 def _choose(
     kind: str, task: str, question: str, options: list[str], right: int, gap: str = " ", end: str = "\n\n"
 ) -> tuple[str, str]:
-    """Return (instruction, answer) of a question with numbered options; `right` counts from 0."""
+    """Return (instruction, answer) of a question with numbered options; `right`, the correct one, counts from 0."""
     labels = _labels(kind, len(options))
     listed = gap.join(f"{label.capitalize()}: {option}" for label, option in zip(labels, options, strict=True))
     instruction = f"Please choose the correct {task}: {question}\n\n{listed}{end}Answer format: {'/'.join(labels)}"

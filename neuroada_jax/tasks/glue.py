@@ -1,8 +1,8 @@
 """GLUE: eight tasks for an encoder with a classifier, one model each.
 
-Fields, labels and metrics are those of the benchmark (gluebenchmark.com), as in the hub's `nyu-mll/glue`. The epoch is
-chosen by accuracy for MRPC and QQP and by Pearson's coefficient for STS-B, as in the published NeuroAda code; the
-benchmark's second metric, F1 or Spearman's coefficient, is reported beside it.
+Fields, labels and metrics are those of the benchmark (gluebenchmark.com), as in the hub's `nyu-mll/glue`. The best epoch
+is chosen by accuracy for MRPC and QQP and by Pearson's correlation for STS-B, as in the published NeuroAda code; the
+benchmark's second metric, F1 or Spearman's correlation, is reported beside it.
 """
 
 import math
@@ -25,7 +25,7 @@ class GlueTask(NamedTuple):
       name: its name in configs, and its configuration on the hub.
       texts: the fields of the text, or of the pair of texts.
       labels: the names of the labels in the order of their ids; a single name means regression.
-      metric: the metric that chooses the epoch, one of `metrics.METRICS`.
+      metric: the metric by which the best epoch is chosen, one of `metrics.METRICS`.
       beside: further metrics that are reported.
       validation: the hub's split with the dev set.
     """
@@ -57,7 +57,7 @@ class GlueTask(NamedTuple):
         """Return (the texts, the label) of a row.
 
         Raises:
-          UserError: a field that is missing or no text, or a label that the task lacks; names the place.
+          UserError: a field is missing or not a string, or the task has no such label; the error names the row's place.
         """
         if not all(isinstance(row.get(field), str) for field in self.texts) or "label" not in row:
             raise UserError(

@@ -24,13 +24,13 @@ class Task(NamedTuple):
       style: default prompt style.
       convert: (row, where) -> a chat, prompt/completion or instruction row with a field `answer`, and with `choices` where
         the row has fewer answers than the task; raises UserError for rows that do not fit.
-      extract: (generated text, right answer) -> the answer in the text, or "". The right answer only tells which kind of
-        answer to look for.
-      matches: (extracted answer, right answer) -> whether they are the same; "" never matches.
+      extract: (generated text, correct answer) -> the answer in the text, or "". The correct answer only determines which
+        kind of answer to look for.
+      matches: (extracted answer, correct answer) -> whether they are the same; "" never matches.
       strict: a second rule like `extract`, where the published one is known to be weak; both are reported.
       choices: all possible answers, where they are few and fixed; these can be scored by likelihood.
       completion: answer -> the text that the model learns to produce, for `choices`.
-      max_new_tokens: default for the longest generation.
+      max_new_tokens: default for the largest number of generated tokens.
       suite: the group of tasks that it is published with; they share prompts.
       sources: where its rows may be, best first; see `source`.
     """
