@@ -26,7 +26,7 @@ def say(message: str) -> None:
 
 
 def silence() -> None:
-    """Show nothing but errors from now on, in a process of a run whose first process shows the rest."""
+    """Suppress all output of this module from now on: of several processes of a run, only the first shows it."""
     _err.quiet = _out.quiet = True
 
 
@@ -74,12 +74,12 @@ def bar(description: str, total: int | None = None) -> Iterator[Bar]:
 
 
 def reporter(shown: Bar) -> Callable[[int, int], None]:
-    """Return a bar as the (done, total) callback of the library's long functions."""
+    """Return the (done, total) callback of a bar, for the `on_progress` of long functions."""
     return lambda done, total: shown.update(done, total)
 
 
 def is_terminal() -> bool:
-    """Return whether progress bars are animated; if not, long work prints a line now and then instead."""
+    """Return whether progress bars are animated; if not, long operations print a line now and then instead."""
     return _err.is_terminal or _err.is_jupyter
 
 

@@ -10,5 +10,5 @@ class NeuroadaWarning(UserWarning):
 
 
 def install_line(extra: str) -> str:
-    """Return the command that installs an extra from a clone; the package is on no index yet."""
+    """Return the command that installs an extra from a clone, since the package is on no index yet."""
     return f'pip install -e ".[{extra}]"'

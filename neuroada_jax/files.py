@@ -67,7 +67,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Raise UserError where `write_text` could foreseeably not write this file; create nothing."""
+    """Raise UserError if `write_text` would foreseeably fail to write this file; create nothing."""
     above = next(folder for folder in path.absolute().parents if os.path.exists(folder))
     if path.is_dir():
         raise UserError(f"{path}: cannot be written (it is a folder)")

@@ -60,7 +60,7 @@ def search(
       module: the decoder.
       params: its parameters.
       ids: int32 prompts, padded on the left.
-      lengths: tokens of each prompt; 0 for a sequence that only fills the batch.
+      lengths: tokens of each prompt; 0 for a sequence that only pads the batch.
       limit: tokens of the longest continuation.
       slots: slots for prompt and continuation, at least T + limit.
       decoding: settings with `beams` above 1.

@@ -70,7 +70,7 @@ def prefill(
       module: the decoder.
       params: its parameters.
       ids: int32 prompts, padded on the left.
-      lengths: tokens of each prompt; 0 for a sequence that only fills the batch.
+      lengths: tokens of each prompt; 0 for a sequence that only pads the batch.
       slots: slots of the caches, at least T.
 
     Returns: the logits after the prompts, in float32 or wider, and caches that hold their keys and values.

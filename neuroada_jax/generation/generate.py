@@ -18,11 +18,11 @@ from neuroada_jax.generation.decoder import Caches, Decoder, is_end, prefill, pr
 from neuroada_jax.generation.sampling import GREEDY, Decoding, choose, process
 from neuroada_jax.models import Model
 
-_STOP_EVERY = 16  # tokens between two searches for stop strings, which need the text and therefore the host
+_STOP_EVERY = 16  # tokens between two searches for stop strings, which need the text and so a transfer to the host
 
 
 class Ending(NamedTuple):
-    """The end of a continuation, as far as it depends on the tokenizer.
+    """Conditions that end a continuation, as far as they depend on the tokenizer.
 
     Attributes:
       eos_ids: tokens that end a continuation; they are not part of it.
@@ -38,8 +38,8 @@ class Prompts(NamedTuple):
 
     Attributes:
       ids: int32 (B, T).
-      lengths: tokens of each prompt, int32 (B,); 0 for a sequence that only fills the batch.
-      numbers: place of each prompt in the caller's list, int32 (B,); its random key depends on it.
+      lengths: tokens of each prompt, int32 (B,); 0 for a sequence that only pads the batch.
+      numbers: index of each prompt in the caller's list, int32 (B,); its random key depends on it.
     """
 
     ids: Int[Array, "B T"]
@@ -78,12 +78,12 @@ def _start(
     decoding: Decoding,
     eos_ids: tuple[int, ...],
 ) -> State:
-    """Read the prompts and choose the first token of each continuation."""
+    """Process the prompts and choose the first token of each continuation."""
     batch, width = prompts.ids.shape
     logits, caches = prefill(module, params, prompts.ids, prompts.lengths, slots)
     tokens = jnp.full((batch, slots), -1, jnp.int32).at[:, :width].set(prompts.ids)
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), prompts.numbers)
-    # Sequences that only fill the batch have no tokens and count as done.
+    # Sequences that only pad the batch have no tokens and count as done.
     state = State(tokens, width - prompts.lengths, jnp.int32(width), prompts.lengths == 0, keys, caches)
     return _advance(state, logits, decoding, eos_ids)
 
@@ -132,7 +132,7 @@ def check_lengths(
       model: architecture and config.
       prompts: token ids.
       max_new_tokens: the longest continuation.
-      name: number of a prompt -> what an error calls it.
+      name: index of a prompt -> its name in error messages.
 
     Raises:
       UserError: an empty prompt, or one that is too long.
@@ -161,7 +161,7 @@ def generate(
     """Continue every prompt until an end token, a stop string or `max_new_tokens`.
 
     Prompts of similar length share a batch; padding is on the left and masked, so that the continuation of a prompt does
-    not depend on the rest of its batch. Random draws depend on the seed and on the prompt's place in `prompts`.
+    not depend on the rest of its batch. Sampling depends on the seed and on the prompt's index in `prompts`.
 
     Args:
       model: architecture and config.
@@ -184,7 +184,7 @@ def generate(
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens: expected at least 1, found {max_new_tokens}")
     if decoding.stop and ending.decode is None:
-        raise UserError("stop: texts that end a continuation need the tokenizer (decode)")
+        raise UserError("stop: stop strings are looked for in the text, which needs ending.decode, found None")
     check_lengths(model, prompts, max_new_tokens)
     stops = _Stops(decoding.stop, ending.decode, frozenset(ending.eos_ids))
     batch_size = max(1, min(batch_size, len(prompts)))

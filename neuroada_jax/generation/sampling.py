@@ -1,7 +1,7 @@
 """Choice of the next token: decoding settings, processors of the logits, and the choice itself.
 
-The functions on logits are equal to transformers' logits processors of the same names, in the order in which it applies
-them.
+The functions on logits compute the same as the logits processors of transformers and are applied in its order. Letters: R
+sequences, S slots, V vocabulary entries.
 """
 
 import dataclasses
@@ -24,13 +24,13 @@ class Decoding:
     Attributes:
       temperature: divides the logits, above 0.
       top_k: samples from this many likeliest tokens only.
-      top_p: samples from the likeliest tokens that have this probability together, above 0 and at most 1.
+      top_p: samples from the fewest likeliest tokens whose total probability reaches this, above 0 and at most 1.
       seed: seed of the sampling; None means 0.
       beams: number of hypotheses of a prompt.
       length_penalty: a hypothesis's log-probability is divided by its length to this power; above 0 favours longer ones.
       early_stopping: True ends the search of a prompt as soon as `beams` hypotheses have ended; False continues while a
         better one is likely, "never" while one is possible.
-      repetition_penalty: makes tokens that occurred already, in the prompt too, less likely; 1 has no effect.
+      repetition_penalty: above 1, makes tokens that have occurred, in the prompt too, less likely; 1 has no effect.
       no_repeat_ngram: no sequence of this many tokens occurs twice; 0 allows all.
       stop: texts that end a continuation; they are not part of it.
     """
@@ -55,7 +55,7 @@ class Decoding:
         self._check_ranges()
         if self.samples and self.beams > 1:
             raise UserError(
-                f"beams: a search with {self.beams} beams samples nothing; leave out beams, or temperature, top_k and top_p"
+                f"beams: a search with {self.beams} beams samples nothing; omit beams, or temperature, top_k and top_p"
             )
         if self.seed is not None and not self.samples:
             raise UserError("seed: nothing is sampled; give temperature, top_k or top_p too")
@@ -64,7 +64,7 @@ class Decoding:
 
     def _check_ranges(self) -> None:
         if self.temperature is not None and not self.temperature > 0:
-            raise UserError(f"temperature: expected above 0, found {self.temperature}; leave it out for greedy decoding")
+            raise UserError(f"temperature: expected above 0, found {self.temperature}; omit it for greedy decoding")
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top_k: expected at least 1, found {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -110,7 +110,7 @@ def forbid_repeated_ngrams(
 
     Args:
       logits: logits of the next token.
-      tokens: tokens of each sequence; its present slots are consecutive.
+      tokens: tokens of each sequence; the slots that hold one are consecutive.
       present: the slots that hold a token.
       end: the slot after the last token, the same for all sequences.
       size: tokens of an n-gram, above 0.
@@ -133,7 +133,7 @@ def process(
     end: Int[Array, ""],
     decoding: Decoding,
 ) -> Float[Array, "R V"]:
-    """Apply the two rules against repetition to logits, or to the log-probabilities of a beam search."""
+    """Apply the repetition penalty and the n-gram ban to logits, or to the log-probabilities of a beam search."""
     if decoding.repetition_penalty != 1.0:
         logits = penalise_repetition(logits, tokens, present, decoding.repetition_penalty)
     if decoding.no_repeat_ngram:
@@ -177,7 +177,7 @@ def choose(
       logits: the result of `process`.
       decoding: greedy or sampling.
       keys: a random key for each sequence, so that sequences do not depend on one another.
-      numbers: number of the token in its sequence, folded into the key.
+      numbers: position of the token in its sequence, folded into the key.
     """
     if not decoding.samples:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)

@@ -1,4 +1,4 @@
-"""Generation from texts to texts: prompts are rendered in a style and tokenised, continuations decoded and truncated."""
+"""Generation from text to text: prompts are rendered in a style and tokenised, continuations decoded and truncated."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +34,7 @@ def end_tokens(base_model: OpenedModel, tokenizer: transformers.PreTrainedTokeni
 
 
 def ending(base_model: OpenedModel, tokenizer: transformers.PreTrainedTokenizerBase) -> Ending:
-    """Return the end of a continuation: the model's end tokens, and stop strings looked for with special tokens kept."""
+    """Return what ends a continuation: the model's end tokens, and stop strings in text that keeps its special tokens."""
     return Ending(tuple(end_tokens(base_model, tokenizer)), lambda ids: str(tokenizer.decode(ids)))
 
 
@@ -56,7 +56,7 @@ def continue_texts(
       tokenizer: the tokenizer of the model.
       prompts: the texts, each read as the `prompt` of a row.
       style: the prompt style around each text.
-      max_new_tokens: the most tokens of a continuation.
+      max_new_tokens: the largest number of tokens in a continuation.
       decoding: greedy, sampling or beam search.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Attention: causal, masked, cached and with dropout."""
+"""Scaled dot-product attention: causal, masked, cached and with dropout."""
 
 import functools
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from neuroada_jax.core import platform
 from neuroada_jax.core.entries import wide_dtype
-from neuroada_jax.models.layers import dropped
+from neuroada_jax.models.layers import dropout
 
 
 def attention(
@@ -22,7 +22,7 @@ def attention(
     causal: bool,
     window: int | None = None,
 ) -> Float[Array, "B T H N"]:
-    """Compute scaled dot-product attention with grouped keys and values; the softmax is float32.
+    """Compute scaled dot-product attention, grouped-query where K < H; the softmax is float32.
 
     Causal attention without a mask runs as cuDNN flash attention on a GPU in half precision. Attention with a mask
     (decoding, packing, encoders) takes XLA's implementation on every platform, which forms the float32 logits
@@ -41,7 +41,7 @@ def attention(
         sliding = None if window is None else (window - 1, 0)
         return _attend(query, key, value, is_causal=True, local_window_size=sliding, implementation="cudnn")
     if not causal:
-        return _attend_again(query, key, value, mask)
+        return _attend_with_remat(query, key, value, mask)
     # Blocks of queries, each with the slots that it can attend to: nearly half of the logits are never formed. On a CPU
     # two blocks of 128 queries take 0.4 of the time of one product of 256. At most eight blocks bound the compile time.
     tokens = query.shape[1]
@@ -52,10 +52,10 @@ def attention(
         stop = min(start + block, tokens)
         first = 0 if window is None else max(start + 1 - window, 0)
         distance = jnp.arange(start, stop)[:, None] - jnp.arange(first, stop)[None, :]
-        seen = (distance >= 0 if window is None else (distance >= 0) & (distance < window))[None, None]
+        visible = (distance >= 0 if window is None else (distance >= 0) & (distance < window))[None, None]
         if mask is not None:
-            seen = seen & mask[:, :, start:stop, first:stop]
-        parts.append(_attend_again(query[:, start:stop], key[:, first:stop], value[:, first:stop], seen))
+            visible = visible & mask[:, :, start:stop, first:stop]
+        parts.append(_attend_with_remat(query[:, start:stop], key[:, first:stop], value[:, first:stop], visible))
     return jnp.concatenate(parts, axis=1)
 
 
@@ -64,10 +64,10 @@ def _attend(query: Array, key: Array, value: Array, **options: Any) -> Array:
         return jax.nn.dot_product_attention(query, key, value, **options)
 
 
-def _attend_again(query: Array, key: Array, value: Array, mask: Array | None) -> Array:
+def _attend_with_remat(query: Array, key: Array, value: Array, mask: Array | None) -> Array:
     """Compute attention with XLA and recompute the probabilities in the backward pass, as flash attention does.
 
-    On a CPU this is faster than keeping them, too.
+    On a CPU this is also faster than keeping them.
     """
     attend: Callable[..., Array] = functools.partial(_attend, mask=mask, implementation="xla")
     return jax.checkpoint(attend, prevent_cse=False)(query, key, value)
@@ -105,7 +105,7 @@ def attention_with_dropout(
         wide = wide_dtype(query.dtype)
         logits = jnp.einsum("bthn,bshn->bhts", query, key).astype(wide) * query.shape[-1] ** -0.5
         logits = jnp.where(mask, logits, jnp.finfo(wide).min)
-        probabilities = dropped(jax.nn.softmax(logits, axis=-1).astype(query.dtype), rate, rng)
+        probabilities = dropout(jax.nn.softmax(logits, axis=-1).astype(query.dtype), rate, rng)
         return jnp.einsum("bhts,bshn->bthn", probabilities, value)
 
     return jax.checkpoint(attend, prevent_cse=False)(query, key, value, rng)

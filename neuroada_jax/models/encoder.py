@@ -50,7 +50,7 @@ class EncoderConfig:
 
     @property
     def max_positions(self) -> int:
-        """The most tokens of a sequence."""
+        """The largest number of tokens in a sequence."""
         return self.num_positions - self.first_position
 
     @classmethod
@@ -64,7 +64,7 @@ class EncoderConfig:
 
         def need(field: str) -> int:
             if not isinstance(config.get(field), int) or config[field] < 1:
-                raise UserError(f"config.json: {field} must be a whole number above 0, found {config.get(field)!r}")
+                raise UserError(f"config.json: {field} must be a positive integer, found {config.get(field)!r}")
             return config[field]
 
         def rate(field: str, default: float) -> float:
@@ -277,8 +277,8 @@ class Encoder(nn.Module):
     def __call__(self, ids: Array, mask: Array | None, token_types: Array | None) -> Array:
         mask = jnp.ones(ids.shape, bool) if mask is None else mask
         batch, length = ids.shape
-        every = jnp.broadcast_to(mask[:, None, None, :], (batch, 1, length, length))
-        return self.encoder(self.embeddings(ids, token_types), every)
+        attended = jnp.broadcast_to(mask[:, None, None, :], (batch, 1, length, length))
+        return self.encoder(self.embeddings(ids, token_types), attended)
 
 
 class _ForSequenceClassification(nn.Module):

@@ -86,7 +86,7 @@ class RMSNorm(nn.Module):
             normed = (wide * lax.rsqrt(variance + self.epsilon)).astype(x.dtype)
             return normed * jnp.broadcast_to(scale, normed.shape)
 
-        # Without it the backward pass keeps x in float32, and its normalised form a second time.
+        # Without this checkpoint the backward pass keeps x in float32, and the normalised x a second time.
         return jax.checkpoint(normalise, prevent_cse=False)(x, scale)
 
 
@@ -108,7 +108,7 @@ class LayerNorm(nn.Module):
             scale, bias = (jnp.broadcast_to(leaf.astype(wide.dtype), wide.shape) for leaf in (scale, bias))
             return (centred * lax.rsqrt(variance + self.epsilon) * scale + bias).astype(x.dtype)
 
-        # As in RMSNorm: without it the backward pass keeps x in float32.
+        # As in RMSNorm: without this checkpoint the backward pass keeps x in float32.
         return jax.checkpoint(normalise, prevent_cse=False)(x, scale, bias)
 
 
@@ -121,11 +121,11 @@ class Dropout(nn.Module):
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         if not self.rate or not self.has_rng("dropout"):
             return x
-        return dropped(x, self.rate, self.make_rng("dropout"))
+        return dropout(x, self.rate, self.make_rng("dropout"))
 
 
-def dropped(x: Float[Array, "*B D"], rate: float, key: Array) -> Float[Array, "*B D"]:
-    """Return x with a share `rate` of its entries set to zero and the others divided by 1 - rate.
+def dropout(x: Float[Array, "*B D"], rate: float, key: Array) -> Float[Array, "*B D"]:
+    """Return x with a fraction `rate` of its entries set to zero and the others divided by 1 - rate.
 
     Each entry takes 16 random bits, which meets the rate to 2^-17. Generating the bits dominates the cost: with 32 bits for
     each entry it took a fifth of a training step of MiniLM on a CPU.
@@ -138,7 +138,7 @@ def dropped(x: Float[Array, "*B D"], rate: float, key: Array) -> Float[Array, "*
 
 
 class Embedding(nn.Module):
-    """Token embedding, parameter embedding (V, D); `attend` is the tied output layer."""
+    """Embedding of ids, with parameter embedding (V, D); `attend` is the tied output layer of a decoder."""
 
     vocabulary: int
     features: int

@@ -57,7 +57,7 @@ class LlamaConfig:
 
         def need(field: str) -> int:
             if not isinstance(config.get(field), int) or config[field] < 1:
-                raise UserError(f"config.json: {field} must be a whole number above 0, found {config.get(field)!r}")
+                raise UserError(f"config.json: {field} must be a positive integer, found {config.get(field)!r}")
             return config[field]
 
         activation = config.get("hidden_act", "silu")
@@ -95,6 +95,7 @@ class LlamaConfig:
 
 
 def _windows(config: Mapping[str, Any], num_layers: int) -> tuple[int | None, ...]:
+    """Return the sliding window of each layer, None where attention is full."""
     if config["model_type"] == "mistral":
         return (config.get("sliding_window", 4096),) * num_layers  # transformers' default; null means none
     window = config.get("sliding_window")
@@ -190,7 +191,10 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-    """One decoder layer, written as the body of a scan: carry (x, cache), scanned (layer number or None, windowed)."""
+    """One decoder layer, written as the body of a scan.
+
+    The carry is (x, cache); scanned are the layer's index, None outside of a scan, and whether its attention has a window.
+    """
 
     config: LlamaConfig
     remat: Remat = Remat.NONE
@@ -241,7 +245,9 @@ class LlamaModel(nn.Module):
     def __call__(self, ids: Array, positions: Array, mask: Array | None, cache: Cache | None) -> tuple[Array, Cache | None]:
         c = self.config
         cos, sin = rotations(c.rope, c.head_dim, positions)
-        if mask is None and len(set(c.windows)) > 1:  # windows differ: one scan body needs masks for that
+        if (
+            mask is None and len(set(c.windows)) > 1
+        ):  # windows differ between layers, and one scan body needs masks for that
             mask = jnp.broadcast_to(positions[:, :, None] >= positions[:, None, :], (*positions.shape, ids.shape[1]))
         masks = None if mask is None else self._masks(mask)
         scanned = (jnp.arange(c.num_layers, dtype=jnp.int32), jnp.asarray([w is not None for w in c.windows]))

@@ -84,7 +84,7 @@ def _logits(module: nn.Module, variables: Tree, states: Float[Array, "n D"]) -> 
 def _with_gradient_at_once(losses: Any, states: Float[Array, "n D"], ids: Int[Array, "n"], chunk: int) -> Float[Array, "n"]:
     """Return losses(states, ids), whose gradient for `states` is computed together with the losses of each chunk.
 
-    That takes two vocabulary matmuls, recomputing the logits in the backward pass would take three; no logits are kept.
+    This takes two vocabulary matmuls and keeps no logits; recomputing them in the backward pass would take three.
     """
 
     def value_and_gradient(states: Array, ids: Array) -> tuple[Array, Array]:
@@ -114,7 +114,7 @@ def _in_chunks(function: Any, states: Float[Array, "n D"], ids: Int[Array, "n"],
 def classification_losses(
     module: nn.Module, variables: Tree, batch: ClassificationBatch, dropout: Array | None = None
 ) -> Float[Array, "B"]:
-    """Return the loss of every example in float32, 0 for examples that only fill the batch.
+    """Return the loss of every example in float32, 0 for padding.
 
     The loss is the cross-entropy of the label, or the squared error where the classifier has a single output.
 

@@ -71,7 +71,7 @@ def spellings(name: str, prefix: str) -> list[str]:
 
 
 def module_names(path: ModulePath, leaf: Any, layers_path: ModulePath) -> list[str]:
-    """Return the Hugging Face names of the modules that a (stacked) leaf of the module at `path` belongs to, by layer."""
+    """Return the Hugging Face module names, in layer order, that a (stacked) leaf of the module at `path` belongs to."""
     layers = range(leaf.shape[0]) if is_stacked(path, layers_path) else [None]
     return [module_name(path, layer, layers_path) for layer in layers]
 

@@ -24,7 +24,7 @@ class Remat(enum.StrEnum):
 
     NONE = "none"  # the inputs and outputs of linear maps, and the residuals of fused attention
     NAMES = "names"  # the outputs of linear maps and of attention
-    FULL = "full"  # the layer's input only, at the price of a second forward pass
+    FULL = "full"  # the layer's input only, at the cost of a second forward pass
 
 
 _KEEP_NAMED = jax.checkpoint_policies.save_only_these_names(_KEPT)
@@ -75,8 +75,8 @@ def token_wise(block: Callable[..., Any], remat: Remat, shape: tuple[int, ...]) 
     """Return a token-wise block of a layer under the part of its remat policy that `remat_module` does not cover.
 
     Under `Remat.NONE` the block keeps its input and the outputs of its linear maps only. Under `Remat.FULL` it is
-    recomputed for a part of the batch at a time: beside weights and layer inputs, memory then holds the activations of one
-    part of one layer, and nothing is computed more often.
+    recomputed for one part of the batch at a time: besides weights and layer inputs, memory then holds the activations of
+    one part of one layer, at no additional computation.
 
     Args:
       block: (module, (B, T, D)) -> (B, T, D), without interaction between tokens.

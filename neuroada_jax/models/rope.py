@@ -29,7 +29,7 @@ class RopeType(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Static description of a rotary embedding; the fields are those of a Hugging Face config's `rope_parameters`."""
+    """Static description of a rotary embedding, after the `rope_parameters` of a Hugging Face config."""
 
     rope_type: RopeType = RopeType.DEFAULT
     theta: float = 10000.0
@@ -50,7 +50,7 @@ class Rope:
         """Read `rope_parameters` (transformers >= 5) or `rope_theta` and `rope_scaling` (older configs).
 
         Raises:
-          UserError: a rope type that is not in RopeType, one without the fields it needs, or different ones by layer.
+          UserError: a rope type that is not in RopeType or lacks a field it needs, or rope parameters that differ by layer.
         """
         scaling = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
         if any(isinstance(value, Mapping) for value in scaling.values()):

@@ -225,7 +225,7 @@ def _rope_scaling(path: str | Path, header: Header, arch: str, theta: float, hea
 def _llama3_scaling(
     path: str | Path, table: np.ndarray, theta: float, head_dim: int, original: int
 ) -> dict[str, Any] | None:
-    """Infer Llama 3's rule from its table (N/2,) of divisors; all releases use low 1 and high 4, so only factor varies."""
+    """Infer `rope_scaling` from Llama 3's table (N/2,) of divisors; only factor varies, low is 1 and high is 4."""
     factor, low, high = float(table.max()), 1.0, 4.0
     if factor == 1.0:
         return None

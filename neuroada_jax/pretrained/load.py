@@ -32,7 +32,7 @@ class OpenedModel:
     Attributes:
       model: architecture and config.
       path: the local directory or GGUF file.
-      source: the path or hub id that was asked for.
+      source: the path, hub id or package file that the user named.
     """
 
     model: models.Model
@@ -106,17 +106,17 @@ def _is_below(path: ModulePath, modules: tuple[ModulePath, ...]) -> bool:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _place(buffer: jax.Array, tensor: jax.Array, layer: jax.Array) -> jax.Array:
+def _write_layer(buffer: jax.Array, tensor: jax.Array, layer: jax.Array) -> jax.Array:
     return lax.dynamic_update_index_in_dim(buffer, tensor.astype(buffer.dtype), layer, 0)
 
 
-def _initial_tensor(name: str, shape: tuple[int, ...], spread: float, seed: int) -> np.ndarray:
+def _initial_tensor(name: str, shape: tuple[int, ...], stddev: float, seed: int) -> np.ndarray:
     """Initialise a float32 tensor as transformers does: a normal weight or a zero bias."""
     if name.endswith(".bias"):
         return np.zeros(shape, np.float32)
     # A generator of its own, so that a tensor does not depend on which others are initialised.
     random = np.random.default_rng([seed, xxhash.xxh32_intdigest(name.encode())])
-    return spread * random.standard_normal(shape, np.float32)
+    return stddev * random.standard_normal(shape, np.float32)
 
 
 def load_params(
@@ -134,13 +134,13 @@ def load_params(
       on_progress: called with (tensors done, tensors in total).
       seed: initialises the optional tensors that the checkpoint lacks; they have no digest.
       shardings: the sharding of each leaf of the tree; None for the default device. No device holds more than its part of
-        the tree and one tensor.
+        the tree, and one tensor besides.
 
     Raises:
       UserError: a tensor that the model needs is missing or has another shape.
     """
     flat: dict[tuple[str, ...], Any] = dict(trees.flatten(model.abstract_params()))
-    places = dict(trees.flatten(shardings or jax.tree.map(lambda _: None, model.abstract_params())))
+    leaf_shardings = dict(trees.flatten(shardings or jax.tree.map(lambda _: None, model.abstract_params())))
     slots = names.checkpoint_names(model.abstract_params(), model.layers_path)
     available, architecture = set(tensors.names()), model.architecture
     digests = {}
@@ -159,12 +159,12 @@ def load_params(
         else:
             raise UserError(f"tensor {name!r} is missing from the checkpoint; expected shape {list(expected)}")
         if slot.layer is None:
-            filled[slot.path] = jax.device_put(jnp.asarray(tensor).astype(leaf.dtype), places[slot.path])
+            filled[slot.path] = jax.device_put(jnp.asarray(tensor).astype(leaf.dtype), leaf_shardings[slot.path])
         else:
             if slot.path not in filled:
-                filled[slot.path] = jnp.zeros(leaf.shape, leaf.dtype, device=places[slot.path])
-            placed = _place(filled[slot.path], np.asarray(tensor), np.int32(slot.layer))
-            filled[slot.path] = placed.block_until_ready()  # without it tensors queue up in host memory
+                filled[slot.path] = jnp.zeros(leaf.shape, leaf.dtype, device=leaf_shardings[slot.path])
+            written = _write_layer(filled[slot.path], np.asarray(tensor), np.int32(slot.layer))
+            filled[slot.path] = written.block_until_ready()  # without it tensors queue up in host memory
         del tensor
         if on_progress:
             on_progress(done + 1, len(slots))
@@ -177,10 +177,10 @@ def open_model(
     """Find a model and read its config; its weights are read by `OpenedModel.load`.
 
     Args:
-      source: local Hugging Face directory, hub id or GGUF file.
+      source: local Hugging Face directory, hub id, GGUF file or package file; see `source.resolve`.
       dtype: "float32", "bfloat16" or "auto" for the dtype of the checkpoint; float16 becomes bfloat16.
       config_only: download the config of a hub id only; its weights cannot be loaded afterwards.
-      labels: labels of an encoder's classifier, one for regression; None: those of the model's config.
+      labels: names of the classes of an encoder's classifier, one for regression; None: those of the model's config.
 
     Raises:
       UserError: the path does not exist, or its architecture or config is not supported.

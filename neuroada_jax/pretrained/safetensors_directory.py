@@ -15,7 +15,7 @@ _DTYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtyp
 
 
 def read_all(path: Path) -> dict[str, np.ndarray]:
-    """Read all tensors of a small safetensors file, after its header was checked against the file's length.
+    """Read all tensors of a small safetensors file, after checking its header against the file's length.
 
     Raises:
       UserError: the file is missing, truncated or not a safetensors file.

@@ -1,4 +1,4 @@
-"""Sources of pretrained models: a directory, a GGUF file, the hub or a Python package; their configs and tensors."""
+"""Sources of pretrained models: a directory, a GGUF file, the hub or a Python package; access to config and tensors."""
 
 import importlib.util
 import os

@@ -1,4 +1,4 @@
-"""Tokenizers of Hugging Face directories, hub ids and GGUF files, which have one in their metadata.
+"""Tokenizers of Hugging Face directories, hub ids and GGUF files (which store one in their metadata).
 
 transformers can build a tokenizer from a GGUF file too, but only with torch installed. This module does the same with the
 `tokenizers` library alone; tests compare the two.
@@ -29,8 +29,8 @@ _GPT2 = None  # the rule built into the ByteLevel pre-tokenizer
 # llama.cpp's or from the model's tokenizer.json in these cases:
 #   smollm   tokenizer.json also isolates every digit, so that whitespace before a digit stays one piece: "\n\n2" is "\n\n"
 #            "2" there and "\n" "\n" "2" here. Digits give the same tokens, since no merge contains one.
-#   llama3, tekken  tokenizer.json keeps a piece that is a token as it is, without merges.
-#   qwen2    tokenizer.json composes Unicode (NFC) first; llama.cpp does not either.
+#   llama3, tekken  tokenizer.json leaves a piece that is itself a token unmerged (ignore_merges).
+#   qwen2    tokenizer.json composes Unicode (NFC) first; neither this module nor llama.cpp does.
 #   default  llama.cpp splits off punctuation first, and numbers into groups of three digits.
 _SPLITS = {
     "default": _GPT2,

@@ -172,7 +172,7 @@ def test_before_stop():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"temperature": 0.0}, "temperature: expected above 0, found 0.0; leave it out for greedy decoding"),
+        ({"temperature": 0.0}, "temperature: expected above 0, found 0.0; omit it for greedy decoding"),
         ({"top_k": 0}, "top_k: expected at least 1, found 0"),
         ({"top_p": 0.0}, "top_p: expected above 0 and at most 1, found 0.0"),
         ({"top_p": 1.1}, "top_p: expected above 0 and at most 1, found 1.1"),
@@ -193,4 +193,4 @@ def test_settings_that_make_no_sense(settings, message):
 
 def test_stop_strings_need_a_tokenizer(base_model):
     message = message_of(generate, base_model, PROMPTS, stop=("a",))
-    assert message == "stop: texts that end a continuation need the tokenizer (decode)"
+    assert message == "stop: stop strings are looked for in the text, which needs ending.decode, found None"

@@ -278,7 +278,7 @@ def test_labels_of_the_caller():
     [
         ({"hidden_act": "mish"}, "hidden_act 'mish' is not supported"),
         ({"hidden_size": 30}, "hidden_size 30 is no multiple of num_attention_heads 4"),
-        ({"num_hidden_layers": None}, "num_hidden_layers must be a whole number above 0, found None"),
+        ({"num_hidden_layers": None}, "num_hidden_layers must be a positive integer, found None"),
         ({"hidden_dropout_prob": 1.0}, "hidden_dropout_prob must be a number from 0 to below 1, found 1.0"),
         ({"position_embedding_type": "relative_key"}, "position_embedding_type 'relative_key' is not supported"),
         ({"is_decoder": True}, "is_decoder True is not supported"),

@@ -54,7 +54,7 @@ def test_causal_attention_and_its_gradient_equal_the_plain_formula(tokens, windo
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 0.999999])
 def test_dropout_zeroes_its_share_and_scales_the_rest(rate):
     x = jnp.full((300, 1001), 3.0)  # an odd width: the last pair of draws is used by half
-    found = np.asarray(layers.dropped(x, rate, jax.random.key(7)))
+    found = np.asarray(layers.dropout(x, rate, jax.random.key(7)))
     dropped = found == 0
     spread = 5 * np.sqrt(rate * (1 - rate) / x.size) + 2**-16
     assert abs(dropped.mean() - rate) <= spread
@@ -62,4 +62,4 @@ def test_dropout_zeroes_its_share_and_scales_the_rest(rate):
     if rate == 0.5:  # neighbours are drawn apart, and so are rows
         both = (dropped[:, :-1] & dropped[:, 1:]).mean(), (dropped[:-1] & dropped[1:]).mean()
         np.testing.assert_allclose(both, 0.25, atol=0.005)
-        assert (dropped != np.asarray(layers.dropped(x, rate, jax.random.key(8)) == 0)).mean() > 0.45
+        assert (dropped != np.asarray(layers.dropout(x, rate, jax.random.key(8)) == 0)).mean() > 0.45

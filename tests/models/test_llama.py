@@ -184,8 +184,8 @@ def test_defaults_of_fields_that_a_config_leaves_out():
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("hidden_size", None, "hidden_size must be a whole number above 0, found None"),
-        ("num_hidden_layers", "three", "num_hidden_layers must be a whole number above 0, found 'three'"),
+        ("hidden_size", None, "hidden_size must be a positive integer, found None"),
+        ("num_hidden_layers", "three", "num_hidden_layers must be a positive integer, found 'three'"),
         ("hidden_act", "tanh2", "hidden_act 'tanh2' is not supported"),
     ],
 )
