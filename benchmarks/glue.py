@@ -195,7 +195,7 @@ def _score(model: Any, batches: ClassificationBatches, task: GlueTask) -> dict[s
     with torch.no_grad():
         for index in range(batches.steps_per_epoch):
             inputs, _ = _inputs(model, batches.batch(0, index))
-            outputs[batches.rows(0, index)] = model(**inputs).logits.cpu().numpy()
+            outputs[batches.row_numbers(0, index)] = model(**inputs).logits.cpu().numpy()
     return classification.figures(outputs, batches.examples.labels, task)
 
 

@@ -18,8 +18,8 @@ WINDOW = 50
 class Batch(NamedTuple):
     """The data of one step for a decoder, as NumPy arrays.
 
-    A row holds one example or, packed, several end to end. Masks are derived from lengths and positions: no token id has a
-    special meaning.
+    A row of these arrays holds one example or, packed, several concatenated ones. Masks are derived from lengths and
+    positions: no token id has a special meaning.
 
     Attributes:
       input_ids: int32 (B, T), zeros beyond a row's length.
@@ -148,8 +148,8 @@ class AnyBatches(Generic[BatchType]):
         """Return a batch of these rows with T = `length` and M = `labels`."""
         raise NotImplementedError
 
-    def rows(self, epoch: int, index: int) -> Int32[np.ndarray, "b"]:
-        """Return the numbers of the data rows in a batch, int32 (b,), in its order; more than B if packed.
+    def row_numbers(self, epoch: int, index: int) -> Int32[np.ndarray, "b"]:
+        """Return the data row number of every example in a batch, int32 (b,), in its order; b may exceed B if packed.
 
         Raises:
           IndexError: there is no such batch.

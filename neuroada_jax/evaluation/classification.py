@@ -190,7 +190,7 @@ def predict(
     module = base_model.model.module()
     logits = np.zeros((len(examples), base_model.model.config.num_labels), np.float32)
     for index in range(batches.steps_per_epoch):
-        numbers = batches.rows(0, index)
+        numbers = batches.row_numbers(0, index)
         logits[numbers] = np.asarray(_logits(module, params, batches.batch(0, index)))[: len(numbers)]
         if on_progress:
             on_progress(index + 1, batches.steps_per_epoch)

@@ -161,7 +161,7 @@ class Embeddings(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention in both directions, without its output layer."""
+    """Bidirectional multi-head attention, without its output layer."""
 
     config: EncoderConfig
 

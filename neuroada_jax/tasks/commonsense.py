@@ -69,15 +69,15 @@ def _labels(word: str, count: int) -> tuple[str, ...]:
 
 
 def _choose(
-    kind: str, task: str, question: str, options: list[str], right: int, gap: str = " ", end: str = "\n\n"
+    kind: str, task: str, question: str, options: list[str], correct: int, gap: str = " ", end: str = "\n\n"
 ) -> tuple[str, str]:
-    """Return (instruction, answer) of a question with numbered options; `right`, the correct one, counts from 0."""
+    """Return (instruction, answer) of a question with numbered options; `correct` is the index of the correct one."""
     labels = _labels(kind, len(options))
     listed = gap.join(f"{label.capitalize()}: {option}" for label, option in zip(labels, options, strict=True))
     instruction = f"Please choose the correct {task}: {question}\n\n{listed}{end}Answer format: {'/'.join(labels)}"
-    if not 0 <= right < len(options):
-        raise ValueError(f"label {right} of {len(options)} options")
-    return instruction, labels[right]
+    if not 0 <= correct < len(options):
+        raise ValueError(f"label {correct} of {len(options)} options")
+    return instruction, labels[correct]
 
 
 def _boolq(row: Mapping[str, Any]) -> tuple[str, str]:
@@ -108,8 +108,8 @@ def _winogrande(row: Mapping[str, Any]) -> tuple[str, str]:
 
 def _exam(question: str, row: Mapping[str, Any]) -> tuple[str, str]:
     """Convert a row of ARC or OpenBookQA, whose options are named A, B, ... or 1, 2, ..."""
-    right = row["choices"]["label"].index(row["answerKey"])
-    return _choose("answer", "answer to the question", row[question], row["choices"]["text"], right)
+    correct = row["choices"]["label"].index(row["answerKey"])
+    return _choose("answer", "answer to the question", row[question], row["choices"]["text"], correct)
 
 
 _ARC = _Original(("question", "choices", "answerKey"), functools.partial(_exam, "question"))

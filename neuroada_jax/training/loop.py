@@ -185,7 +185,7 @@ def _check_finite(lines: list[Line], watchdog: Watchdog, batches: AnyBatches, st
     try:
         watchdog.look(lines)
     except Failed as failed:
-        rows = batches.rows(*divmod(failed.step - 1, batches.steps_per_epoch))
+        rows = batches.row_numbers(*divmod(failed.step - 1, batches.steps_per_epoch))
         raise NotFinite(str(failed), rows, state) from None
 
 

@@ -35,7 +35,7 @@ def test_an_epoch_has_every_example_once_in_few_shapes(lengths, batch_size, grou
     assert len({time for time, _ in batches.shapes}) == len(batches.shapes)
     seen = []
     for index in range(batches.steps_per_epoch):
-        batch, rows = batches.batch(1, index), batches.rows(1, index)
+        batch, rows = batches.batch(1, index), batches.row_numbers(1, index)
         shape = batch.input_ids.shape[1], batch.label_ids.shape[1]
         assert shape in batches.shapes
         assert batch.positions is None
@@ -80,7 +80,7 @@ def test_a_packed_epoch_has_every_example_once(lengths, batch_size, shuffle, len
     assert time == length
     seen, rows_seen, fullest = [], 0, 0
     for index in range(batches.steps_per_epoch):
-        batch, numbers = batches.batch(2, index), batches.rows(2, index) // 2
+        batch, numbers = batches.batch(2, index), batches.row_numbers(2, index) // 2
         assert batch.input_ids.shape == batch.positions.shape == (batch_size, length)
         assert batch.label_ids.shape == (batch_size, most)
         assert batch.positions.dtype == np.int32
@@ -115,10 +115,10 @@ def test_a_packed_epoch_has_every_example_once(lengths, batch_size, shuffle, len
 
 def test_packing_mixes_a_file_that_comes_in_blocks():
     blocks = examples_of([16] * 400)
-    kinds = [set((Batches(blocks, 1, 0, packed_length=64).rows(0, i) // 400).tolist()) for i in range(100)]
+    kinds = [set((Batches(blocks, 1, 0, packed_length=64).row_numbers(0, i) // 400).tolist()) for i in range(100)]
     assert sum(len(kind) > 1 for kind in kinds) > 50
     unshuffled = Batches(blocks, 1, 0, shuffle=False, packed_length=64)
-    assert np.concatenate([unshuffled.rows(7, i) for i in range(100)]).tolist() == list(range(0, 800, 2))
+    assert np.concatenate([unshuffled.row_numbers(7, i) for i in range(100)]).tolist() == list(range(0, 800, 2))
 
 
 def test_packing_refuses_what_it_cannot_do():
@@ -142,16 +142,16 @@ def test_batches_are_pure_and_may_be_asked_for_in_any_order(options):
         for a, b, c in zip(first[epoch, index], again, forward.batch(epoch, index), strict=True):
             assert np.array_equal(a, b)  # of None and None too
             assert np.array_equal(a, c)
-    orders = [np.concatenate([forward.rows(e, i) for i in range(forward.steps_per_epoch)]) for e in range(2)]
+    orders = [np.concatenate([forward.row_numbers(e, i) for i in range(forward.steps_per_epoch)]) for e in range(2)]
     assert not np.array_equal(*orders)  # epochs differ
     other = Batches(examples, 8, 6, **options)
-    assert not np.array_equal(orders[0][:8], other.rows(0, 0))  # seeds differ
+    assert not np.array_equal(orders[0][:8], other.row_numbers(0, 0))  # seeds differ
 
 
 def test_order_is_kept_without_shuffling():
     batches = Batches(examples_of([5] * 10), 4, 0, None, shuffle=False)
     for epoch in (0, 3):
-        order = np.concatenate([batches.rows(epoch, i) for i in range(3)])
+        order = np.concatenate([batches.row_numbers(epoch, i) for i in range(3)])
         assert order.tolist() == list(range(0, 20, 2))
 
 
@@ -216,8 +216,8 @@ def test_classification_batches_have_every_example_once_and_pad_with_the_tokeniz
     assert batches.shapes == [(8, 0), (24, 0)] and batches.steps_per_epoch == 3
     seen = []
     for index in range(3):
-        batch, rows = batches.batch(2, index), batches.rows(2, index)
-        assert (rows * 2 == order.rows(2, index)).all()
+        batch, rows = batches.batch(2, index), batches.row_numbers(2, index)
+        assert (rows * 2 == order.row_numbers(2, index)).all()
         count = len(rows)
         seen += rows.tolist()
         assert batch.label_mask.tolist() == [1.0] * count + [0.0] * (3 - count)

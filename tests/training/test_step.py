@@ -160,9 +160,9 @@ def test_packed_losses_and_gradients_equal_unpacked_ones(fields):
     for batches in (Batches(examples, 9, 0, [16]), Batches(examples, 6, 0, packed_length=24)):  # an empty row at the end
         batch = batches.batch(0, 0)
         gradient, each = gradient_and_losses(built.values, batch)
-        counts = examples.label_counts[batches.rows(0, 0)]
+        counts = examples.label_counts[batches.row_numbers(0, 0)]
         per_example = np.split(np.asarray(each)[batch.label_mask == 1], np.cumsum(counts)[:-1])
-        results.append((gradient, dict(zip(batches.rows(0, 0).tolist(), per_example, strict=True))))
+        results.append((gradient, dict(zip(batches.row_numbers(0, 0).tolist(), per_example, strict=True))))
     (gradient, unpacked), (packed_gradient, packed) = results
     assert not batch.lengths[-1] and batch.positions[0].tolist().count(0) > 1
     for number in range(9):
