@@ -1,6 +1,6 @@
-"""Fine-tuning from Python: options become the config of a run, and the run a tuned model.
+"""Fine-tuning from Python: `fine_tune` turns options into the config of a run, runs it, and returns the tuned model.
 
-A run from Python is the run of a config: `fine_tune` builds the very `RunConfig` that a YAML file with these fields gives.
+The config is the same `RunConfig` that a YAML file with these fields gives.
 """
 
 import dataclasses
@@ -22,10 +22,11 @@ from neuroada_jax.session import PretrainedModel, TunedModel
 from neuroada_jax.tasks import TASKS
 from neuroada_jax.training import config_file, run
 from neuroada_jax.training.config import RunConfig
+from neuroada_jax.training.loop import NotFinite
 
 # Sections whose fields are options of `fine_tune` by their own names; those of the others are given as `section={...}`.
 _FLAT = ("bypass", "data", "optimizer", "training")
-# Fields of a config that are something else here.
+# Fields of a config that `fine_tune` takes in another way.
 _ELSEWHERE = {
     "model": "the model is the first argument",
     "train": "the rows are the second argument",
@@ -43,31 +44,40 @@ def fine_tune(
     resume: bool = False,
     **options: Any,
 ) -> TunedModel:
-    """Train a bypass on a model and return the tuned model; the model itself stays as it is.
+    """Train a bypass on a model, from zero values, and return the tuned model; the model itself stays as it is.
 
-    The options are the fields of a config (neuroada_jax/training/config.py) under their names there, checked and
-    defaulted in the same way: those of the sections bypass, data, optimizer and training by themselves (k,
-    learning_rate, epochs, batch_size, max_length, style, ...), and name, output, merge, seed, fidelity and tracking;
-    whole sections as dicts (evaluation={...}, parallel={...}, watchdog={...}, classifier={...}).
+    The options are the fields of a config, with the names, checks and defaults of neuroada_jax/training/config.py. Fields
+    of the sections bypass, data, optimizer and training are given by themselves (k, learning_rate, epochs, batch_size,
+    max_length, style, ...), as are name, output, merge, seed, fidelity and tracking; other sections are given as dicts
+    (evaluation={...}, parallel={...}, watchdog={...}, classifier={...}).
 
     Args:
-      model: what `load` returned; decoders lend their weights to the run, and have them back afterwards.
+      model: from `load`, without an adapter. A decoder lends its weights to the run and has them back afterwards; if the
+        training ends early, after its first step, they are lost and the model is closed.
       rows: a file, a directory of `datasets`, a hub name, or rows in memory: dicts, or a `datasets.Dataset`.
       on_log: called with every step's line of metrics.
       overwrite: replace the run that is in `output`.
-      resume: go on with the run that is in `output`, from its last checkpoint.
-      **options: see above. Without `output` no file stays: `TunedModel` has all that there is.
+      resume: continue the run that is in `output` from its last checkpoint.
+      **options: see above. Without `output` the files of the run are temporary, and only the `TunedModel` remains.
 
     Raises:
-      UserError: anything wrong with model, rows or options, in one line; a loss that becomes NaN.
+      UserError: in one line: a model, rows or options that do not fit; a loss that becomes NaN or infinite.
     """
     if not isinstance(model, PretrainedModel):
-        raise UserError(f"fine_tune: model: expected what neuroada_jax.load returns, found {type(model).__name__}")
+        raise UserError(
+            "fine_tune: model: expected a PretrainedModel (neuroada_jax.load without adapter, or the attribute model of a "
+            f"TunedModel), found {type(model).__name__}"
+        )
     model._check_open()
     train, in_memory = _rows(rows)
     config = _config(model, train, options)
+    needs_files = {"resume": resume, "merge": config.merge, "save_every": config.training.save_every is not None}
+    asked = next((name for name, given in needs_files.items() if given), None)
+    if config.output is None and asked:
+        raise UserError(f"fine_tune: {asked} needs output, the run's directory: without it no file of the run is kept")
+    keeps_files = config.output is not None
     with tempfile.TemporaryDirectory(prefix="neuroada-") as folder:
-        if config.output is None:
+        if not keeps_files:
             config = dataclasses.replace(config, output=str(Path(folder) / "run"))
         history: list[dict[str, Any]] = []
 
@@ -84,7 +94,13 @@ def fine_tune(
             model=(model._loaded, model.tokenizer),
             rows=in_memory,
         )
-        tuned, results = _train(model, prepared, on_lines)
+        try:
+            tuned, results = _train(model, prepared, on_lines)
+        except UserError as error:
+            if keeps_files or not isinstance(error.__cause__, NotFinite):
+                raise
+            reason = str(error).partition(";")[0]  # what follows names an adapter in the temporary folder
+            raise UserError(f"{reason}; with output=..., the adapter of the last good step is kept") from error
         adapter = native.read(str(config.directory / "adapter"))
     style = config.data.style or (TASKS[config.data.task].style if model.is_decoder else PromptStyle.VERBATIM)
     return TunedModel(tuned, adapter, history, results, style)
@@ -92,24 +108,25 @@ def fine_tune(
 
 def _train(model: PretrainedModel, prepared: run.Prepared, on_lines: run.OnLines) -> tuple[PretrainedModel, dict[str, Any]]:
     """Run the training; return the model that the adapter belongs to, and the run's results."""
-    if not model.is_decoder:  # the classifier becomes the task's: the weights are read again, and the caller's stay
+    if not model.is_decoder:  # the task's classifier takes the place of its own, so the run reads the weights again
         results = run.finish(run.fit(prepared, on_lines=on_lines))
         return PretrainedModel(load_with_progress(prepared.opened, prepared.config.seed), model.tokenizer), results
     loaded = model._take("its weights went into a run that did not end")
     try:
         fitted = run.fit(prepared, loaded=loaded, on_lines=on_lines)
-        results = run.finish(fitted)
     except BaseException:
         if not any(leaf.is_deleted() for leaf in jax.tree.leaves(loaded.params)):  # no step was taken
             model._give(loaded.params)
         raise
-    state = fitted.state
-    model._give(jax.jit(bypass.unmerge, donate_argnums=0)(state.params, state.columns, state.base_entries))
-    return model, results
+    try:
+        return model, run.finish(fitted)
+    finally:
+        state = fitted.state
+        model._give(jax.jit(bypass.unmerge, donate_argnums=0)(state.params, state.columns, state.base_entries))
 
 
 def _rows(rows: object) -> tuple[str, Rows | None]:
-    """Return what data.train says, and the rows themselves where they are in memory."""
+    """Return the value of data.train, and the rows if they are in memory, else None."""
     if isinstance(rows, str | Path):
         return str(rows), None
     if isinstance(rows, Mapping) or not isinstance(rows, Iterable):

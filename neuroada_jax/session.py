@@ -1,9 +1,9 @@
-"""Models in a Python session: pretrained, tuned and merged, on one copy of the weights; docs/python.md shows their use."""
+"""Models in a Python session: pretrained, tuned and merged, on one copy of the weights (docs/python.md)."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import jax
 import numpy as np
@@ -26,14 +26,14 @@ from neuroada_jax.training import config_file
 
 
 class Prediction(NamedTuple):
-    """The likeliest label of a text and its probability; of a regression, the number as `label` and None."""
+    """The likeliest label of a text and its probability; for regression, the number as `label`, and None."""
 
     label: str | float
     probability: float | None
 
 
 class _Held(NamedTuple):
-    """The adapter that the weights hold at the moment, and what takes it out bit for bit."""
+    """The adapter that is in the weights now, with the columns and base entries that restore the original weights."""
 
     adapter: native.Adapter | None
     columns: Tree
@@ -47,8 +47,8 @@ _swap = jax.jit(bypass.swap, donate_argnums=0)
 class PretrainedModel:
     """A model in memory: its weights, its tokenizer and the digests of its tensors.
 
-    One copy of the weights serves the model and all that is tuned from it: an adapter is written into them when it is
-    needed, and taken out again bit for bit.
+    One copy of the weights serves this model and every model tuned from it: a call writes the adapter that it needs into
+    them, and the original weights are restored bit for bit. The calls of several threads must therefore be serialised.
 
     Attributes:
       tokenizer: the model's Hugging Face tokenizer.
@@ -73,7 +73,7 @@ class PretrainedModel:
 
     @property
     def source(self) -> str:
-        """The path or hub id that was asked for."""
+        """The path or hub id that was given to `load`."""
         return self._loaded.source
 
     @property
@@ -88,7 +88,7 @@ class PretrainedModel:
 
     @property
     def is_decoder(self) -> bool:
-        """Whether the model continues texts (`generate`), rather than labelling them (`predict`)."""
+        """Whether the model continues texts (`generate`); otherwise it labels them (`predict`)."""
         return self._loaded.model.architecture.is_decoder
 
     def generate(
@@ -99,12 +99,12 @@ class PretrainedModel:
         style: PromptStyle | str = PromptStyle.VERBATIM,
         **decoding: Any,
     ) -> list[str]:
-        """Continue prompts, greedily unless told otherwise.
+        """Continue prompts, by greedy decoding unless settings say otherwise.
 
         Args:
-          prompts: the texts; a single one is a list of one.
+          prompts: a list of texts; the result has their continuations alone, in the same order.
           max_new_tokens: the most tokens of a continuation.
-          style: how a prompt is written around the text: verbatim, plain, alpaca or chat.
+          style: the prompt style around each text: verbatim, plain, alpaca or chat.
           **decoding: fields of `generation.sampling.Decoding`, such as temperature, top_p, seed, beams or stop.
 
         Raises:
@@ -115,15 +115,19 @@ class PretrainedModel:
     def predict(self, texts: Sequence[str | tuple[str, str]], *, batch_size: int = 32) -> list[Prediction]:
         """Label texts, or pairs of texts, with the classifier of an encoder.
 
+        Args:
+          texts: texts, or pairs of texts; longer ones are truncated to the model's positions.
+          batch_size: texts at a time.
+
         Raises:
-          UserError: a decoder, a closed model, or a checkpoint without a trained classifier.
+          UserError: a decoder, a closed model, a checkpoint without a trained classifier, or an empty list.
         """
         if self._loaded.initialised:
             raise UserError(f"{self.source} has no trained {self._loaded.initialised[0]}; fine_tune trains one")
         return _predict(self, None, texts, batch_size)
 
     def close(self) -> None:
-        """Free the memory of the weights; the model, and what was tuned from it, cannot be used afterwards."""
+        """Free the memory of the weights; this model and those tuned from it cannot generate or predict afterwards."""
         self._take("close() was called")
 
     def _check_open(self) -> None:
@@ -131,7 +135,7 @@ class PretrainedModel:
             raise UserError(f"the model {self.source} is closed ({self._closed}); load it again with neuroada_jax.load")
 
     def _take(self, reason: str) -> LoadedModel:
-        """Give the original weights away; until `_give` the model is closed."""
+        """Return the model with its original weights and hold them no longer; until `_give` it is closed."""
         if not self._closed:
             self._params(None)
         loaded, self._loaded = self._loaded, dataclasses.replace(self._loaded, params={})
@@ -143,7 +147,7 @@ class PretrainedModel:
         self._loaded, self._closed = dataclasses.replace(self._loaded, params=params), ""
 
     def _params(self, adapter: native.Adapter | None) -> Tree:
-        """Return the weights with this adapter in them, with no copy of what it does not touch."""
+        """Return the parameters with this adapter in them; only the entries at its columns are rewritten, in place."""
         self._check_open()
         if self._held.adapter is not adapter:
             new = Bypass({}, {}) if adapter is None else on_base.stack_layers(adapter, self._loaded)
@@ -155,7 +159,7 @@ class PretrainedModel:
 
 
 class MergedModel:
-    """A base model with an adapter in its weights, as `TunedModel.merged` gives it."""
+    """A base model with an adapter merged into its weights, from `TunedModel.merged`; for saving."""
 
     def __init__(self, model: PretrainedModel, adapter: native.Adapter) -> None:
         self._model, self._adapter = model, adapter
@@ -176,8 +180,9 @@ class TunedModel:
     Attributes:
       model: the base model; it can be used and tuned again.
       adapter: the adapter's arrays and metadata, as its files hold them.
-      history: a dict for every step (step, loss, learning_rate, gradient_norm, ...); empty for an adapter that was loaded.
-      results: the content of the run's results.json; empty for an adapter that was loaded.
+      history: a dict for every step of the `fine_tune` call (step, loss, learning_rate, gradient_norm, ...); empty for a
+        loaded adapter.
+      results: the content of the run's results.json; empty for a loaded adapter.
     """
 
     def __init__(
@@ -204,15 +209,19 @@ class TunedModel:
         style: PromptStyle | str | None = None,
         **decoding: Any,
     ) -> list[str]:
-        """Continue prompts with the adapter; as `PretrainedModel.generate`, in the style of the training by default."""
+        """Continue prompts with the adapter; see `PretrainedModel.generate`.
+
+        The default style is that of the training rows. An adapter directory does not record it: for a loaded adapter the
+        default is verbatim.
+        """
         return _generate(self.model, self.adapter, prompts, max_new_tokens, style or self._style, decoding)
 
     def predict(self, texts: Sequence[str | tuple[str, str]], *, batch_size: int = 32) -> list[Prediction]:
-        """Label texts with the adapter and its classifier; as `PretrainedModel.predict`."""
+        """Label texts with the adapter and its classifier; see `PretrainedModel.predict`."""
         return _predict(self.model, self.adapter, texts, batch_size)
 
     def save(self, directory: str | Path, *, replace: bool = False) -> None:
-        """Write the adapter: adapter.safetensors and adapter.json, without any weight of the base.
+        """Write the adapter: adapter.safetensors and adapter.json, without base weights.
 
         Raises:
           UserError: the directory exists and `replace` is False, or it cannot be written.
@@ -225,7 +234,15 @@ class TunedModel:
         return MergedModel(self.model, self.adapter)
 
 
-def load(source: str | Path, dtype: str = "auto", *, adapter: str | Path | None = None) -> "PretrainedModel | TunedModel":
+@overload
+def load(source: str | Path, dtype: str = "auto", *, adapter: None = None) -> PretrainedModel: ...
+
+
+@overload
+def load(source: str | Path, dtype: str = "auto", *, adapter: str | Path) -> TunedModel: ...
+
+
+def load(source: str | Path, dtype: str = "auto", *, adapter: str | Path | None = None) -> PretrainedModel | TunedModel:
     """Load a model with its tokenizer, and an adapter of it where one is given.
 
     Args:
@@ -233,10 +250,10 @@ def load(source: str | Path, dtype: str = "auto", *, adapter: str | Path | None 
       dtype: "float32", "bfloat16" or "auto": as the checkpoint says, or as the adapter was trained.
       adapter: the directory of an adapter that was trained on this model.
 
-    Returns: a `PretrainedModel`, or with an adapter a `TunedModel`.
+    Returns: a `PretrainedModel`, or with an adapter a `TunedModel` (its base model is the attribute `model`).
 
     Raises:
-      UserError: no such model, an unsupported one, a damaged file, or an adapter of another base.
+      UserError: no such model, an unsupported one, a damaged file, or an adapter of another base model.
     """
     trained = None if adapter is None else native.read(str(adapter))
     about = {} if trained is None else trained.metadata["base"]
@@ -246,7 +263,7 @@ def load(source: str | Path, dtype: str = "auto", *, adapter: str | Path | None 
     if trained is None:
         return model
     tuned = TunedModel(model, trained)
-    model._params(trained)  # refuses an adapter of another base now
+    model._params(trained)  # refuses an adapter of another base model now
     return tuned
 
 
@@ -267,7 +284,7 @@ def _generate(
     for name in settings:
         if name not in known:
             raise UserError(f"generate: unknown option {name!r}{config_file.nearest(name, known)}")
-    stop = settings.get("stop", ())
+    stop = settings.get("stop") or ()
     decoding = Decoding(**{**settings, "stop": (stop,) if isinstance(stop, str) else tuple(stop)})
     made = continue_texts(
         model._loaded,
@@ -292,11 +309,13 @@ def _predict(
         raise UserError(f"{model.source}: {model.config['model_type']} is a decoder, which has no classifier; use generate")
     if isinstance(texts, str) or not texts:
         raise UserError("predict: texts: expected a list of texts, or of pairs of texts, with at least one")
+    if batch_size < 1:
+        raise UserError(f"predict: batch_size: expected at least 1, found {batch_size}")
     tuples = [(text,) if isinstance(text, str) else tuple(text) for text in texts]
     if len({len(each) for each in tuples}) > 1 or len(tuples[0]) > 2:
         raise UserError("predict: texts: expected single texts or pairs, all of one kind")
     loaded, params = model._loaded, model._params(adapter)
-    unknown = np.zeros(len(tuples), np.int32)  # labels, which a prediction does not read
+    unknown = np.zeros(len(tuples), np.int32)  # the labels, which predictions do not depend on
     examples = encode_labelled(tuples, unknown, model.tokenizer, loaded.model.config.max_positions)
     outputs = classification.predict(loaded, params, examples, batch_size).astype(np.float64)
     if loaded.model.config.num_labels == 1:

@@ -1,4 +1,4 @@
-"""The Python door: the run of a config, one copy of the weights, and one-line errors."""
+"""The Python interface: the run of a config, one copy of the weights, and one-line errors."""
 
 import dataclasses
 import json
@@ -13,6 +13,8 @@ import neuroada_jax as na
 from neuroada_jax import cli, fine_tuning
 from neuroada_jax.adapters import native
 from neuroada_jax.core import trees
+from neuroada_jax.errors import UserError
+from neuroada_jax.training import run
 from neuroada_jax.training.config import RunConfig
 
 ROWS = [{"prompt": f"after {a},", "completion": b} for a, b in zip("abcdefghijkl", "bcdefghijklm", strict=True)]
@@ -24,7 +26,7 @@ PROMPTS = ["after c,", "the answer"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    found = tmp_path_factory.mktemp("door")
+    found = tmp_path_factory.mktemp("python")
     write_model(found / "model", seed=5)
     write_bert(found / "bert")
     return found
@@ -171,6 +173,13 @@ def test_every_field_of_a_config_is_an_option():
         (ROWS, {"evaluation": {"sets": [{"suite": "x"}]}}, "fine_tune: evaluation.sets.0.suite: unknown suite 'x'"),
         (ROWS, {"targets": ["nope"]}, "bypass.targets: 'nope' matches no linear map"),
         (ROWS, {"classifier": {"train": False}}, "classifier: llama is a decoder"),
+        (
+            ROWS,
+            {"merge": True},
+            "fine_tune: merge needs output, the run's directory: without it no file of the run is kept",
+        ),
+        (ROWS, {"resume": True}, "fine_tune: resume needs output"),
+        (ROWS, {"save_every": 2}, "fine_tune: save_every needs output"),
     ],
 )
 def test_bad_input_is_one_line_and_the_model_stays_open(model, rows, options, message):
@@ -184,9 +193,10 @@ def test_what_is_asked_of_the_wrong_kind(model, tuned, encoder, labeller):
     assert "bert is an encoder, which continues no text; use predict" in message_of(labeller.generate, ["a"])
     assert "expected a list of texts" in message_of(tuned.generate, "a")
     assert "expected a list of texts" in message_of(labeller.predict, "a")
+    assert message_of(labeller.predict, ["a"], batch_size=0) == "predict: batch_size: expected at least 1, found 0"
     assert "single texts or pairs" in message_of(labeller.predict, ["a", ("a", "b")])
     assert "unknown option 'temprature'; did you mean 'temperature'?" in message_of(tuned.generate, ["a"], temprature=1.0)
-    assert "expected what neuroada_jax.load returns, found str" in message_of(fine_tune, "model", ROWS, **OPTIONS)
+    assert "found str" in message_of(fine_tune, "model", ROWS, **OPTIONS)
 
 
 def test_a_closed_model_says_so(folder):
@@ -196,6 +206,22 @@ def test_a_closed_model_says_so(folder):
     calls = (model.generate, tuned.generate, lambda _: na.fine_tune(model, ROWS, **OPTIONS), lambda _: tuned.merged())
     assert [message_of(call, ["a"]) for call in calls] == [expected] * 4
     assert "closed" in repr(model) and tuned.adapter.values  # an adapter can still be saved
+
+
+def test_a_run_that_fails_after_its_training_gives_the_weights_back(model, monkeypatch):
+    def fail(fitted):
+        raise UserError("the disk is full")
+
+    before = weights(model)
+    monkeypatch.setattr(run, "finish", fail)
+    assert message_of(na.fine_tune, model, ROWS, **OPTIONS) == "the disk is full"
+    assert_same(weights(model), before)
+
+
+def test_a_loss_that_is_not_finite_names_no_temporary_file(folder):
+    message = message_of(na.fine_tune, na.load(folder / "model"), ROWS, **{**OPTIONS, "learning_rate": 1e38})
+    assert message.startswith("the loss or its gradient became NaN or infinite at step ")
+    assert message.endswith("); with output=..., the adapter of the last good step is kept")
 
 
 def test_an_interrupted_run_closes_its_model(folder):
