@@ -328,7 +328,7 @@ def bad_run(neuroada, folder, path, *arguments):
         ("data.task=sst", f"data.task: unknown task 'sst'; did you mean 'sst2'? known: {', '.join(TASKS | GLUE)}"),
         (
             "data={train: x, packing: true, buckets: [64]}",
-            "data.packing: packed rows all have data.max_length tokens; leave out data.group_by_length and data.buckets",
+            "data.packing: packed rows all have data.max_length tokens; remove data.group_by_length and data.buckets",
         ),
     ],
 )

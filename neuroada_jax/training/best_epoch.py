@@ -1,6 +1,6 @@
 """Selection of the best epoch: one part of an evaluation set chooses it, the other part gives the reported score.
 
-GLUE is reported like this in this line of work: of a dev set of more than 5,000 rows, 1,000 choose; of a smaller one, half
+Related work reports GLUE in this way: of a dev set of more than 5,000 rows, 1,000 choose; of a smaller one, half
 (rounded up). The split depends on the seed.
 """
 

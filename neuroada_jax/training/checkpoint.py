@@ -275,7 +275,7 @@ def _merit(metrics: dict[str, float | None]) -> float:
 
 @contextlib.contextmanager
 def _orbax_is_quiet() -> Iterator[None]:
-    """Silence what Orbax logs of errors that it also raises, and what its other writes print after a failed one."""
+    """Silence Orbax's log of errors that it also raises, and the output of its other writes after one has failed."""
     log, hook = logging.getLogger("absl"), sys.unraisablehook
 
     def not_of_orbax(record: logging.LogRecord) -> bool:

@@ -97,7 +97,7 @@ class DataSection:
     def __post_init__(self) -> None:
         if self.packing and (self.group_by_length or self.buckets is not None):
             raise ValueError(
-                "data.packing: packed rows all have data.max_length tokens; leave out data.group_by_length and data.buckets"
+                "data.packing: packed rows all have data.max_length tokens; remove data.group_by_length and data.buckets"
             )
 
 
@@ -233,14 +233,14 @@ class EvaluationSet:
 
     def __post_init__(self) -> None:
         if self.method == "choices" and self.generation != GenerationSection():
-            raise ValueError("generation: method 'choices' generates nothing; leave one out")
+            raise ValueError("generation: method 'choices' generates nothing; remove one of them")
         if self.method == "choices" and self.max_new_tokens is not None:
-            raise ValueError("max_new_tokens: method 'choices' generates nothing; leave one out")
+            raise ValueError("max_new_tokens: method 'choices' generates nothing; remove one of them")
         if self.task is None and not (self.name and self.data):
             raise ValueError("a set without a task needs a name and data")
         if self.split is not None and not self.data:
             raise ValueError("split: it needs data; without data, the task's own split is used")
-        object.__setattr__(self, "name", self.name or self.task)  # frozen for everybody else
+        object.__setattr__(self, "name", self.name or self.task)  # the dataclass is frozen
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -248,7 +248,7 @@ class EvaluationSection:
     """Scores of the base model and of the merged model.
 
     Attributes:
-      sets: what to score. Default none.
+      sets: the rows to score. Default none.
       best_epoch: name of the set that chooses the epoch whose adapter is kept, as GLUE is reported: a part of it that
         depends on the seed (1,000 rows of more than 5,000, else half) is scored after every epoch, and the rest after
         training. None (the default): the last epoch is kept.
@@ -301,7 +301,7 @@ class RunConfig:
         base model. "official": in the base dtype, as the published code does it, so that a bfloat16 weight and its value
         are added in bfloat16; AdamW and clipping as transformers' Trainer has them by default. The same on float32.
       classifier: of an encoder.
-      evaluation: what is scored, before and after.
+      evaluation: the sets to score, before and after training.
       parallel: several devices.
       watchdog: reactions to failing steps.
       tracking: trackers that get the log lines besides metrics.jsonl. Default none.
@@ -332,7 +332,9 @@ class RunConfig:
         for field, default in _TRAINER.items() if self.fidelity == "official" else ():
             found = getattr(self.optimizer, field)
             if found != default:
-                raise ValueError(f"optimizer.{field}: found {found}, but fidelity: official needs {default}; leave one out")
+                raise ValueError(
+                    f"optimizer.{field}: found {found}, but fidelity: official needs {default}; remove one of them"
+                )
         for where, task in self.tasks():
             if task not in TASKS and task not in GLUE:
                 raise ValueError(f"{where}.task: {unknown(task)}")

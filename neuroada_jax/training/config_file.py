@@ -154,7 +154,7 @@ def _without_suites(content: dict[str, Any], where: str) -> dict[str, Any]:
             raise UserError(f"{field}.suite: unknown suite {suite!r}; known: {', '.join(SUITES)}")
         taken = [name for name in ("name", "data", "task") if name in each]
         if taken:
-            raise UserError(f"{field}.{taken[0]}: a suite has its own names, data and tasks; leave it out")
+            raise UserError(f"{field}.{taken[0]}: a suite has its own names, data and tasks; remove it")
         single += [
             {"task": task, **{key: value for key, value in each.items() if key != "suite"}} for task in SUITES[suite]
         ]

@@ -39,7 +39,7 @@ def choose(
       model: its base model.
       params: the weights of the base model.
       paths: the targets.
-      batches: one pass over the training data; required and read for the score "gradient" only.
+      batches: one pass over the training data; read, and required, only for the score "gradient".
       losses: as in `step.make_step`; for the score "gradient" only.
       by_neuron: `modes.Parallel.by_neuron`, for sharded weights.
     """
@@ -108,11 +108,11 @@ def gradient_sums(
         return jnp.sum(losses(module, {"params": params}, batch))
 
     def add(sums: Tree, params: Tree, kernels: Tree, batch: AnyBatch) -> Tree:
-        targets = jnp.maximum(jnp.sum(batch.label_mask), 1)
+        labels = jnp.maximum(jnp.sum(batch.label_mask), 1)
 
         def add_part(sums: Tree, part: AnyBatch) -> tuple[Tree, None]:
             gradient = jax.grad(loss_sum)(kernels, params, part)
-            return jax.tree.map(lambda total, leaf: total + leaf.astype(jnp.float32) / targets, sums, gradient), None
+            return jax.tree.map(lambda total, leaf: total + leaf.astype(jnp.float32) / labels, sums, gradient), None
 
         return lax.scan(add_part, sums, split(batch, accumulation))[0]
 

@@ -9,7 +9,7 @@ from neuroada_jax.pretrained.load import IdentifiedModel
 from neuroada_jax.tasks import GLUE, TASKS
 from neuroada_jax.training.config import ClassifierSection, GenerationSection, RunConfig
 
-# Fields of an evaluation set that an encoder has no use for, with the values that leave them unset.
+# Fields of an evaluation set that do not apply to an encoder, with their defaults.
 _FOR_PROMPTS = {"style": None, "method": "generate", "max_new_tokens": None, "generation": GenerationSection()}
 
 

@@ -74,7 +74,7 @@ def objective(config: RunConfig, base_model: OpenedModel) -> tuple[Objective, Op
     """Return the run's objective, and the opened model with the classifier that it needs.
 
     Raises:
-      UserError: the config asks of a decoder what only an encoder does, or the reverse.
+      UserError: the config asks a decoder for a feature of encoders, or the reverse.
     """
     modules.check_kind(config, base_model.model)
     if base_model.model.architecture.is_decoder:
@@ -95,7 +95,7 @@ def _training_rows(section: DataSection, rows: Rows | None) -> Rows:
 
 
 class Continuation:
-    """A decoder learns to continue prompts, and is scored by what it generates."""
+    """The objective of a decoder: it learns to continue prompts, and is scored by its answers."""
 
     losses = staticmethod(label_losses)
     dropout_seed = None
@@ -161,7 +161,7 @@ class Continuation:
         return read_rows(self._task(each), each.data, each.split, each.limit)
 
     def scorer(self, each: EvaluationSet, rows: Rows, base_model: OpenedModel, tokenizer: Any) -> Scorer:
-        """See `Objective`; after `training_rows`, whose questions are scored apart."""
+        """See `Objective`; after `training_rows`, whose questions are scored separately."""
         options = continuation.Options(
             self._style(each),
             each.method,
@@ -181,7 +181,7 @@ class Continuation:
 
 
 class Classification:
-    """An encoder learns the labels of one GLUE task, with dropout, and is scored by the task's metric."""
+    """The objective of an encoder: the labels of one GLUE task, with dropout; it is scored by the task's metric."""
 
     losses = staticmethod(classification_losses)
 

@@ -1,4 +1,4 @@
-"""Devices, mesh and mode of a run: what the section `parallel` of its config asks for (the modes are in modes.py)."""
+"""Devices, mesh and mode of a run: the interpretation of the config's section `parallel` (the modes are in modes.py)."""
 
 import math
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ def resolve(section: ParallelSection, available: Sequence[Any] | None = None) ->
 def layout(section: ParallelSection, platform: str, available: int, processes: int = 1) -> tuple[str, tuple[int, int, int]]:
     """Return the mode, never "auto", and the mesh shape (data, fsdp, tensor) that a config asks for.
 
-    Several CPU devices exist only where the user asked JAX for virtual ones, to try out what GPUs would do: `auto` uses one
+    Several CPU devices exist only where the user asked JAX for virtual ones, to try out several GPUs: `auto` uses one
     of them unless `parallel.devices` says how many.
 
     Args:

@@ -1,4 +1,4 @@
-"""The tables that end a run, and the curve of its loss."""
+"""Tables of a finished run, and its loss curve."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -74,7 +74,7 @@ def scores(content: Mapping[str, Any], when: str) -> dict[str, Score]:
 
 
 def print_summary(content: dict[str, Any]) -> None:
-    """Print the tables that end a run: scores, then what was trained and how fast.
+    """Print the tables of a finished run: scores, then sizes, losses and speed.
 
     Args:
       content: of results.json.
@@ -113,7 +113,7 @@ def print_scores(
     mean: Mapping[str, float | None] | None = None,
     heading: str = "",
 ) -> None:
-    """Print a row for every set, its further metrics and its parts, and the mean; below the table, what counts mean.
+    """Print a row for every set, its further metrics and its parts, and the mean; below the table, explain the counts.
 
     Args:
       before: scores of the base model by set; empty where there are none.
@@ -142,7 +142,7 @@ def print_scores(
 
 
 def loss_curve(path: Path, losses: list[float], title: str) -> None:
-    """Write the loss of every step and its running mean as a PNG; without matplotlib, say that there is none."""
+    """Write the loss of every step and its running mean as a PNG; without matplotlib, report that it is not written."""
     try:
         import matplotlib.figure
     except ImportError:

@@ -1,4 +1,4 @@
-"""results.json of a run: what it holds, and how one of neuroada-jax 0.1 is read."""
+"""The content of results.json, and reading one that neuroada-jax 0.1 wrote."""
 
 import sys
 from pathlib import Path

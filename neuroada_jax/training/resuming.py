@@ -25,7 +25,7 @@ from neuroada_jax.training.step import TrainState
 from neuroada_jax.training.trackers import Line
 
 # Fields that a resumed run may change: where and how often files are written, and how the same sums are computed.
-# Every other field changes what is learnt or what is reported.
+# Every other field changes the trained values or the reported scores.
 FREE = (
     "name",
     "output",
@@ -94,7 +94,7 @@ def check_config(about: dict[str, Any], config: RunConfig, force: bool) -> None:
     """
     changed = changed_fields(about, config)
     if changed:
-        console.say("changed since the run before: " + ", ".join(f"{key} ({how})" for key, how in changed.items()))
+        console.say("changed since the last run: " + ", ".join(f"{key} ({how})" for key, how in changed.items()))
     dropout = about["dropout_seed"] is not None
     if refused := [f"{key} ({how})" for key, how in changed.items() if not _is_free(key, dropout)]:
         _refuse(f"{config.directory}: cannot resume with another config; changed: {', '.join(refused)}", force)
@@ -135,8 +135,8 @@ def _is_free(key: str, dropout: bool) -> bool:
 
 def _refuse(message: str, force: bool) -> None:
     if not force:
-        raise UserError(f"{message} (--force-resume goes on all the same)")
-    console.warn(f"{message}, but --force-resume says to go on")
+        raise UserError(f"{message} (--force-resume resumes anyway)")
+    console.warn(f"{message}; resuming anyway (--force-resume)")
 
 
 def scores_before(about: dict[str, Any]) -> dict[str, Score]:

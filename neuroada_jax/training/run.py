@@ -67,7 +67,7 @@ class Fitted:
       best: the epochs' scores; None where the last epoch is kept.
       saver: saves a checkpoint of the last step where `finish` is interrupted.
       last: the state of the last step without weights, for `saver`.
-      resources: what is open until `finish` or `close`.
+      resources: context managers that are open until `finish` or `close`.
     """
 
     prepared: Prepared
@@ -234,7 +234,7 @@ def _train(
             stop,
             loop.Hooks(write, saver, best),
         )
-    last = state._replace(params={}, base_entries={})  # the weights shall not be held twice
+    last = state._replace(params={}, base_entries={})  # so that the weights are not held twice
     if best:
         with saver.on_stop(last):
             state = best.restore(state, started.base_model)

@@ -118,7 +118,7 @@ def test_packing_leaves_nothing_to_group(field, value):
     content = with_field(f"data.{field}", value)
     content["data"]["packing"] = True
     message = message_of(config_file.from_dict, content, "here")
-    assert message.startswith("here: data.packing: packed rows all have data.max_length tokens; leave out ")
+    assert message.startswith("here: data.packing: packed rows all have data.max_length tokens; remove ")
     assert f"data.{field}" in message
 
 
@@ -130,7 +130,7 @@ def test_official_fidelity_leaves_no_choice_of_the_optimiser(field, value, neede
     content = with_field(f"optimizer.{field}", value)
     assert config_file.from_dict(content, "here").fidelity == "recommended"
     message = message_of(config_file.from_dict, content | {"fidelity": "official"}, "here")
-    assert message == f"here: optimizer.{field}: found {value}, but fidelity: official needs {needed}; leave one out"
+    assert message == f"here: optimizer.{field}: found {value}, but fidelity: official needs {needed}; remove one of them"
     config_file.from_dict(with_field(f"optimizer.{field}", needed) | {"fidelity": "official"}, "here")
 
 
@@ -288,7 +288,7 @@ def test_a_suite_stands_for_its_tasks():
         ({"suite": ["x"]}, "here: evaluation.sets.0.suite: unknown suite ['x']; known: commonsense, arithmetic"),
         (
             {"suite": "arithmetic", "data": "d"},
-            "here: evaluation.sets.0.data: a suite has its own names, data and tasks; leave it out",
+            "here: evaluation.sets.0.data: a suite has its own names, data and tasks; remove it",
         ),
         ({"data": "d"}, "here: evaluation.sets.0: a set without a task needs a name and data"),
         ({"name": "n"}, "here: evaluation.sets.0: a set without a task needs a name and data"),

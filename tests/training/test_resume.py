@@ -153,9 +153,9 @@ def test_what_may_change_and_what_may_not(tmp_path, inputs, monkeypatch, capfd):
         neuroada(capfd, path, *short)
     code, err = neuroada(capfd, path, *short, "--resume", "optimizer.learning_rate=0.03", "training.log_every=3")
     assert code == 2 and err.splitlines()[-2:] == [
-        "changed since the run before: optimizer.learning_rate (0.02 then, 0.03 now), training.log_every (4 then, 3 now)",
+        "changed since the last run: optimizer.learning_rate (0.02 then, 0.03 now), training.log_every (4 then, 3 now)",
         f"neuroada: error: {tmp_path / 'out'}: cannot resume with another config; changed: optimizer.learning_rate "
-        "(0.02 then, 0.03 now) (--force-resume goes on all the same)",
+        "(0.02 then, 0.03 now) (--force-resume resumes anyway)",
     ]
     rows.write_text(rows.read_text().replace("after a,", "behind a,"))
     code, err = neuroada(capfd, path, *short, "--resume")
@@ -163,7 +163,7 @@ def test_what_may_change_and_what_may_not(tmp_path, inputs, monkeypatch, capfd):
     forced = [*short, "--resume", "--force-resume", "training.log_every=3", "training.keep_last=1", "merge=true"]
     code, err = neuroada(capfd, path, *forced)
     assert code == 0 and "resuming after step 4" in err
-    assert "on other training rows than those that the run began with, but --force-resume says to go on" in err
+    assert "on other training rows than those that the run began with; resuming anyway (--force-resume)" in err
     assert "log_every: 3" in (tmp_path / "out" / "config.yaml").read_text()
     code, err = neuroada(capfd, path, *short, "--force-resume")
     assert code == 2 and "--force-resume: only together with --resume" in err

@@ -229,7 +229,7 @@ def test_several_seeds(tmp_path, model, data, capsys):
     code, _, err = neuroada(capsys, *again, override, "--force-resume")
     assert (
         code == 2
-        and "but --force-resume says to go on" in err
+        and "resuming anyway (--force-resume)" in err
         and err.splitlines()[-1].endswith("seed-7 has no score of new, found dev")
     )
 
