@@ -17,7 +17,7 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 2 for an error that the user can mend, 130 when interrupted."""
+    """Run one command and return its exit code: 0, 2 for a UserError, 130 when interrupted."""
     parser = _parser()
     parsed, rest = parser.parse_known_args(arguments)
     # `train run.yaml --overwrite bypass.k=2`: argparse may leave overrides behind an option in `rest`; which ones depends

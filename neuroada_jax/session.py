@@ -247,7 +247,7 @@ def load(source: str | Path, dtype: str = "auto", *, adapter: str | Path | None 
 
     Args:
       source: a Hugging Face directory, a hub id, a .gguf file or "package:NAME/FILE".
-      dtype: "float32", "bfloat16" or "auto": as the checkpoint says, or as the adapter was trained.
+      dtype: of the weights: "float32", "bfloat16" or "auto", which is the adapter's base dtype, else the checkpoint's own.
       adapter: the directory of an adapter that was trained on this model.
 
     Returns: a `PretrainedModel`, or with an adapter a `TunedModel` (its base model is the attribute `model`).

@@ -24,7 +24,7 @@ class Prepared:
       config: the run, with the defaults that depend on the model filled in.
       opened: the model, whose weights have not been read, with the classifier that the task needs.
       tokenizer: of the model.
-      objective: data, loss and score of the task.
+      objective: data, loss and scorers of the task.
       target_paths: the linear maps that carry a bypass.
       scorers: of every evaluation set by name; of the set that chooses the epoch, its test part.
       choosing: scorer of the rows that choose the epoch; None where the last epoch is kept.

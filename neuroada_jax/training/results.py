@@ -40,7 +40,7 @@ def results(
       sizes: numbers of parameters.
       history: of all steps.
       best: the scores of the epochs; None where the last epoch is kept.
-      before: scores of the base model, empty where they were not asked for.
+      before: scores of the base model, empty where `evaluation.before` is off.
       after: scores of the merged model.
 
     Returns: JSON. A number that is not finite is null. `before` and `after` hold, by evaluation set, `Score.to_json`.
