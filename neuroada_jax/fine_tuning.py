@@ -112,6 +112,7 @@ def _train(model: PretrainedModel, prepared: run.Prepared, on_lines: run.OnLines
         results = run.finish(run.fit(prepared, on_lines=on_lines))
         return PretrainedModel(load_with_progress(prepared.opened, prepared.config.seed), model.tokenizer), results
     loaded = model._take("its weights went into a run that did not end")
+    placement = jax.tree.map(lambda leaf: leaf.sharding, loaded.params)  # the run may place them on several devices
     try:
         fitted = run.fit(prepared, loaded=loaded, on_lines=on_lines)
     except BaseException:
@@ -122,7 +123,8 @@ def _train(model: PretrainedModel, prepared: run.Prepared, on_lines: run.OnLines
         return model, run.finish(fitted)
     finally:
         state = fitted.state
-        model._give(jax.jit(bypass.unmerge, donate_argnums=0)(state.params, state.columns, state.base_entries))
+        original = jax.jit(bypass.unmerge, donate_argnums=0)(state.params, state.columns, state.base_entries)
+        model._give(jax.device_put(original, placement))
 
 
 def _rows(rows: object) -> tuple[str, Rows | None]:

@@ -17,12 +17,12 @@ from neuroada_jax.data.examples import encode_labelled
 from neuroada_jax.data.prompts import PromptStyle
 from neuroada_jax.errors import UserError
 from neuroada_jax.evaluation import classification
-from neuroada_jax.generation.sampling import Decoding
 from neuroada_jax.generation.texts import continue_texts
 from neuroada_jax.models import dense_modules
 from neuroada_jax.pretrained import save as checkpoint
 from neuroada_jax.pretrained.load import LoadedModel, load_with_progress, open_with_tokenizer
 from neuroada_jax.training import config_file
+from neuroada_jax.training.config import GenerationSection
 
 
 class Prediction(NamedTuple):
@@ -280,12 +280,13 @@ def _generate(
         raise UserError(f"{model.source}: {model.config['model_type']} is an encoder, which continues no text; use predict")
     if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
         raise UserError("generate: prompts: expected a list of texts")
-    known = [field.name for field in dataclasses.fields(Decoding)]
+    known = [field.name for field in dataclasses.fields(GenerationSection)]
     for name in settings:
         if name not in known:
             raise UserError(f"generate: unknown option {name!r}{config_file.nearest(name, known)}")
     stop = settings.get("stop") or ()
-    decoding = Decoding(**{**settings, "stop": (stop,) if isinstance(stop, str) else tuple(stop)})
+    fields = {**settings, "stop": [stop] if isinstance(stop, str) else list(stop)}
+    decoding = config_file.decode(GenerationSection, fields, "generate")
     made = continue_texts(
         model._loaded,
         model._params(adapter),

@@ -196,6 +196,10 @@ def test_what_is_asked_of_the_wrong_kind(model, tuned, encoder, labeller):
     assert message_of(labeller.predict, ["a"], batch_size=0) == "predict: batch_size: expected at least 1, found 0"
     assert "single texts or pairs" in message_of(labeller.predict, ["a", ("a", "b")])
     assert "unknown option 'temprature'; did you mean 'temperature'?" in message_of(tuned.generate, ["a"], temprature=1.0)
+    assert message_of(tuned.generate, ["a"], temperature="hot").startswith(
+        "generate: temperature: input should be a valid number"
+    )
+    assert message_of(tuned.generate, ["a"], top_k=0).startswith("generate: top_k: expected at least 1, found 0")
     assert "found str" in message_of(fine_tune, "model", ROWS, **OPTIONS)
 
 
@@ -232,3 +236,14 @@ def test_an_interrupted_run_closes_its_model(folder):
     with pytest.raises(KeyboardInterrupt):
         na.fine_tune(model, ROWS, **OPTIONS, on_log=interrupt)
     assert "its weights went into a run that did not end" in message_of(model.generate, ["a"])
+
+
+@pytest.mark.parametrize("layout", [{"mode": "shard_map", "devices": 4}, {"mode": "jit", "fsdp": 2, "devices": 2}])
+def test_several_devices(folder, tuned, layout):
+    model = na.load(folder / "model")
+    parallel = na.fine_tune(model, ROWS, **OPTIONS, parallel=layout)
+    for module, values in parallel.adapter.values.items():
+        np.testing.assert_allclose(values, tuned.adapter.values[module], atol=1e-4)
+    assert_same(weights(model), weights(na.load(folder / "model")))
+    assert all(len(each.devices()) == 1 for each in jax.tree.leaves(model._params(None)))
+    assert parallel.generate(PROMPTS, max_new_tokens=4) == tuned.generate(PROMPTS, max_new_tokens=4)

@@ -1,4 +1,7 @@
-"""Verification of an export: load it in PyTorch, PEFT or transformers and compare weights and logits with ours."""
+"""Verification of an export: load it in PyTorch, PEFT or transformers and compare weights and logits with ours.
+
+Whether an adapter's own files are sound and fit a base model is checked in native.py and on_base.py.
+"""
 
 import contextlib
 import tempfile

@@ -5,7 +5,7 @@ import difflib
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pydantic
 import yaml
@@ -13,6 +13,8 @@ import yaml
 from neuroada_jax.errors import UserError
 from neuroada_jax.tasks import SUITES
 from neuroada_jax.training.config import EvaluationSet, RunConfig
+
+Section = TypeVar("Section")
 
 
 class _Loader(yaml.SafeLoader):
@@ -119,10 +121,18 @@ def from_dict(content: Any, where: str) -> RunConfig:
     """
     if not isinstance(content, dict):
         raise UserError(f"{where}: expected a mapping of sections, found {type(content).__name__}")
-    content = _without_suites(_with_current_names(content, where), where)
+    return decode(RunConfig, _without_suites(_with_current_names(content, where), where), where)
+
+
+def decode(kind: type[Section], content: dict[str, Any], where: str) -> Section:
+    """Decode plain data into a section of a config, or into a config.
+
+    Raises:
+      UserError: a wrong type or value; one line with the field's path.
+    """
     try:
         # By way of JSON, since only there pydantic's strict mode accepts mappings for dataclasses.
-        return pydantic.TypeAdapter(RunConfig).validate_json(json.dumps(content, default=str))
+        return pydantic.TypeAdapter(kind).validate_json(json.dumps(content, default=str))
     except pydantic.ValidationError as error:
         raise UserError(f"{where}: {_message(error)}") from error
 
