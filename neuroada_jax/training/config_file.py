@@ -73,7 +73,7 @@ _REASONS = {
 def _message(error: pydantic.ValidationError) -> str:
     first = error.errors()[0]
     location = first["loc"]
-    path = ".".join(str(part) for part in location) or "config"
+    path = ".".join(str(part) for part in location)
     kind = first["type"]
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
         return f"{path}: unknown field{nearest(str(location[-1]), _section_fields(location[:-1]))}"
@@ -81,7 +81,7 @@ def _message(error: pydantic.ValidationError) -> str:
         return f"{path}: this field is required"
     reason = first["msg"].removeprefix("Value error, ")
     if kind == "value_error":
-        return reason if "." in reason.partition(":")[0] else f"{path}: {reason}"
+        return f"{path}: {reason}" if path and "." not in reason.partition(":")[0] else reason
     reason = _REASONS.get(kind, reason)
     return f"{path}: {reason[0].lower()}{reason[1:]}, found {first['input']!r}"
 
