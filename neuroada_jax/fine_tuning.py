@@ -54,8 +54,10 @@ def fine_tune(
     Args:
       model: from `load`, without an adapter. A decoder lends its weights to the run and has them back afterwards; if the
         training ends early, after its first step, they are lost and the model is closed.
-      rows: a file, a directory of `datasets`, a hub name, or rows in memory: dicts, or a `datasets.Dataset`.
-      on_log: called with every step's line of metrics.
+      rows: a file, a directory of `datasets`, a hub name, or rows in memory: dicts, a `datasets.Dataset`
+        or a pandas `DataFrame`.
+      on_log: called with every step's line of metrics, while the run holds the model's weights. What it raises ends the
+        run.
       overwrite: replace the run that is in `output`.
       resume: continue the run that is in `output` from its last checkpoint.
       **options: see above. Without `output` the files of the run are temporary, and only the `TunedModel` remains.
@@ -69,12 +71,16 @@ def fine_tune(
             f"TunedModel), found {type(model).__name__}"
         )
     model._check_open()
+    if on_log is not None and not callable(on_log):
+        raise UserError(f"fine_tune: on_log: expected a function of a line's dict, found {type(on_log).__name__}")
     train, in_memory = _rows(rows)
     config = _config(model, train, options)
     needs_files = {"resume": resume, "merge": config.merge, "save_every": config.training.save_every is not None}
     asked = next((name for name, given in needs_files.items() if given), None)
     if config.output is None and asked:
         raise UserError(f"fine_tune: {asked} needs output, the run's directory: without it no file of the run is kept")
+    if config.output == "":
+        raise UserError("fine_tune: output: expected the run's directory, found an empty text")
     keeps_files = config.output is not None
     with tempfile.TemporaryDirectory(prefix="neuroada-") as folder:
         if not keeps_files:
@@ -82,10 +88,10 @@ def fine_tune(
         history: list[dict[str, Any]] = []
 
         def on_lines(lines: Sequence[dict[str, Any]]) -> None:
-            history.extend(lines)
+            history.extend(dict(line) for line in lines)
             for line in lines:
                 if on_log is not None:
-                    on_log(line)
+                    on_log(dict(line))
 
         prepared = run.prepare(
             config,
@@ -103,6 +109,8 @@ def fine_tune(
             raise UserError(f"{reason}; with output=..., the adapter of the last good step is kept") from error
         adapter = native.read(str(config.directory / "adapter"))
     style = config.data.style or (TASKS[config.data.task].style if model.is_decoder else PromptStyle.VERBATIM)
+    if any("messages" in row for row in prepared.rows.rows):  # chats use the chat template in any style
+        style = PromptStyle.CHAT
     return TunedModel(tuned, adapter, history, results, style)
 
 
@@ -111,13 +119,15 @@ def _train(model: PretrainedModel, prepared: run.Prepared, on_lines: run.OnLines
     if not model.is_decoder:  # the task's classifier takes the place of its own, so the run reads the weights again
         results = run.finish(run.fit(prepared, on_lines=on_lines))
         return PretrainedModel(load_with_progress(prepared.opened, prepared.config.seed), model.tokenizer), results
-    loaded = model._take("its weights went into a run that did not end")
+    loaded = model._take("its weights are in a run that goes on")
     placement = jax.tree.map(lambda leaf: leaf.sharding, loaded.params)  # the run may place them on several devices
     try:
         fitted = run.fit(prepared, loaded=loaded, on_lines=on_lines)
     except BaseException:
         if not any(leaf.is_deleted() for leaf in jax.tree.leaves(loaded.params)):  # no step was taken
             model._give(loaded.params)
+        else:
+            model._closed = "its weights went into a run that did not end"
         raise
     try:
         return model, run.finish(fitted)
@@ -130,13 +140,19 @@ def _train(model: PretrainedModel, prepared: run.Prepared, on_lines: run.OnLines
 def _rows(rows: object) -> tuple[str, Rows | None]:
     """Return the value of data.train, and the rows if they are in memory, else None."""
     if isinstance(rows, str | Path):
+        if not str(rows):
+            raise UserError("fine_tune: rows: expected a path, a hub name or dicts, found an empty text")
         return str(rows), None
+    if type(rows).__name__ == "DataFrame":  # of pandas, which is not imported here
+        rows = rows.to_dict("records")  # type: ignore[attr-defined]
     if isinstance(rows, Mapping) or not isinstance(rows, Iterable):
         raise UserError(f"fine_tune: rows: expected a path, a hub name or dicts, found {type(rows).__name__}")
     found = list(rows)
     for number, row in enumerate(found):
         if not isinstance(row, Mapping):
             raise UserError(f"fine_tune: rows: row {number}: expected a dict, found {type(row).__name__}")
+        if not all(isinstance(field, str) for field in row):
+            raise UserError(f"fine_tune: rows: row {number}: expected fields named by texts, found {list(row)}")
     if not found:
         raise UserError("fine_tune: rows: no rows, expected at least one")
     return "rows in memory", rows_from_list([dict(row) for row in found])

@@ -1,7 +1,7 @@
 """Models in a Python session: pretrained, tuned and merged, on one copy of the weights (docs/python.md)."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
@@ -171,7 +171,9 @@ class MergedModel:
           UserError: the directory exists and `replace` is False, or it cannot be written.
         """
         model = self._model
-        checkpoint.save(Path(directory), model._loaded, model._params(self._adapter), model.tokenizer, replace=replace)
+        checkpoint.save(
+            _directory(directory), model._loaded, model._params(self._adapter), model.tokenizer, replace=replace
+        )
 
 
 class TunedModel:
@@ -226,7 +228,7 @@ class TunedModel:
         Raises:
           UserError: the directory exists and `replace` is False, or it cannot be written.
         """
-        native.write(Path(directory), self.adapter, replace=replace)
+        native.write(_directory(directory), self.adapter, replace=replace)
 
     def merged(self) -> MergedModel:
         """Return the model with the adapter merged into its weights, to be saved as a Hugging Face directory."""
@@ -242,7 +244,7 @@ def load(source: str | Path, dtype: str = "auto", *, adapter: None = None) -> Pr
 def load(source: str | Path, dtype: str = "auto", *, adapter: str | Path) -> TunedModel: ...
 
 
-def load(source: str | Path, dtype: str = "auto", *, adapter: str | Path | None = None) -> PretrainedModel | TunedModel:
+def load(source: str | Path, dtype: Any = "auto", *, adapter: str | Path | None = None) -> PretrainedModel | TunedModel:
     """Load a model with its tokenizer, and an adapter of it where one is given.
 
     Args:
@@ -255,6 +257,12 @@ def load(source: str | Path, dtype: str = "auto", *, adapter: str | Path | None 
     Raises:
       UserError: no such model, an unsupported one, a damaged file, or an adapter of another base model.
     """
+    for name, path in (("source", source), *((("adapter", adapter),) if adapter is not None else ())):
+        if not isinstance(path, str | Path) or not str(path):
+            raise UserError(f"load: {name}: expected a path or a name, found {path!r}")
+    dtype = dtype if isinstance(dtype, str) else getattr(dtype, "__name__", str(dtype))  # jnp.float32 and "float32" alike
+    if dtype not in ("float32", "bfloat16", "auto"):
+        raise UserError(f"load: dtype: expected 'float32', 'bfloat16' or 'auto', found {dtype!r}")
     trained = None if adapter is None else native.read(str(adapter))
     about = {} if trained is None else trained.metadata["base"]
     chosen = about.get("dtype", "auto") if dtype == "auto" else dtype
@@ -267,19 +275,41 @@ def load(source: str | Path, dtype: str = "auto", *, adapter: str | Path | None 
     return tuned
 
 
+def _texts(values: object, expected: str) -> list[str]:
+    """Return texts as a list.
+
+    Raises:
+      UserError: `values` is one text or no iterable, or holds what is not text, or half of a surrogate pair.
+    """
+    found = [] if isinstance(values, str) or not isinstance(values, Iterable) else list(values)
+    if not isinstance(values, Iterable) or isinstance(values, str) or not all(isinstance(each, str) for each in found):
+        raise UserError(expected)
+    for number, text in enumerate(found):
+        if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise UserError(f"{expected}; text {number} holds half of a surrogate pair")
+    return found
+
+
+def _directory(path: object) -> Path:
+    if not isinstance(path, str | Path) or not str(path):
+        raise UserError(f"expected the path of a directory, found {path!r}")
+    return Path(path)
+
+
 def _generate(
     model: PretrainedModel,
     adapter: native.Adapter | None,
-    prompts: Sequence[str],
-    max_new_tokens: int,
+    prompts: object,
+    max_new_tokens: object,
     style: PromptStyle | str,
     settings: Mapping[str, Any],
 ) -> list[str]:
     model._check_open()
     if not model.is_decoder:
         raise UserError(f"{model.source}: {model.config['model_type']} is an encoder, which continues no text; use predict")
-    if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
-        raise UserError("generate: prompts: expected a list of texts")
+    texts = _texts(prompts, "generate: prompts: expected a list of texts")
+    if type(max_new_tokens) is not int or max_new_tokens < 1:
+        raise UserError(f"generate: max_new_tokens: expected an integer above 0, found {max_new_tokens!r}")
     known = [field.name for field in dataclasses.fields(GenerationSection)]
     for name in settings:
         if name not in known:
@@ -291,7 +321,7 @@ def _generate(
         model._loaded,
         model._params(adapter),
         model.tokenizer,
-        prompts,
+        texts,
         style=style,
         max_new_tokens=max_new_tokens,
         decoding=decoding,
@@ -302,18 +332,22 @@ def _generate(
 def _predict(
     model: PretrainedModel,
     adapter: native.Adapter | None,
-    texts: Sequence[str | tuple[str, str]],
-    batch_size: int,
+    texts: object,
+    batch_size: object,
 ) -> list[Prediction]:
     model._check_open()
     if model.is_decoder:
         raise UserError(f"{model.source}: {model.config['model_type']} is a decoder, which has no classifier; use generate")
-    if isinstance(texts, str) or not texts:
-        raise UserError("predict: texts: expected a list of texts, or of pairs of texts, with at least one")
-    if batch_size < 1:
-        raise UserError(f"predict: batch_size: expected at least 1, found {batch_size}")
-    tuples = [(text,) if isinstance(text, str) else tuple(text) for text in texts]
-    if len({len(each) for each in tuples}) > 1 or len(tuples[0]) > 2:
+    expected = "predict: texts: expected a list of texts, or of pairs of texts, with at least one"
+    if isinstance(texts, str | Mapping) or not isinstance(texts, Iterable):
+        raise UserError(expected)
+    pairs = [[text] if isinstance(text, str) else text for text in texts]
+    if not pairs or not all(isinstance(each, list | tuple) for each in pairs):
+        raise UserError(expected)
+    tuples = [tuple(_texts(each, expected)) for each in pairs]
+    if type(batch_size) is not int or batch_size < 1:
+        raise UserError(f"predict: batch_size: expected an integer above 0, found {batch_size!r}")
+    if len({len(each) for each in tuples}) > 1 or len(tuples[0]) not in (1, 2):
         raise UserError("predict: texts: expected single texts or pairs, all of one kind")
     loaded, params = model._loaded, model._params(adapter)
     unknown = np.zeros(len(tuples), np.int32)  # the labels, which predictions do not depend on

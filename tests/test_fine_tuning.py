@@ -159,6 +159,11 @@ def test_every_field_of_a_config_is_an_option():
         ([{"prompt": "a", "completion": "b"}, "c"], {}, "fine_tune: rows: row 1: expected a dict, found str"),
         ({"prompt": "a"}, {}, "fine_tune: rows: expected a path, a hub name or dicts, found dict"),
         (3, {}, "fine_tune: rows: expected a path, a hub name or dicts, found int"),
+        ("", {}, "fine_tune: rows: expected a path, a hub name or dicts, found an empty text"),
+        ([{1: 2}], {}, "fine_tune: rows: row 0: expected fields named by texts, found [1]"),
+        (ROWS, {"on_log": 3}, "fine_tune: on_log: expected a function of a line's dict, found int"),
+        (ROWS, {"output": ""}, "fine_tune: output: expected the run's directory, found an empty text"),
+        (ROWS, {"output": b"x"}, "fine_tune: expected numbers, texts, lists and sections, found bytes"),
         ("nowhere.jsonl", {}, "nowhere.jsonl: no such file or directory"),
         ([{"question": "a"}], {}, "rows: row 0: "),
         (ROWS, {"learning_rat": 1.0}, "fine_tune: unknown option 'learning_rat'; did you mean 'learning_rate'?"),
@@ -193,7 +198,7 @@ def test_what_is_asked_of_the_wrong_kind(model, tuned, encoder, labeller):
     assert "bert is an encoder, which continues no text; use predict" in message_of(labeller.generate, ["a"])
     assert "expected a list of texts" in message_of(tuned.generate, "a")
     assert "expected a list of texts" in message_of(labeller.predict, "a")
-    assert message_of(labeller.predict, ["a"], batch_size=0) == "predict: batch_size: expected at least 1, found 0"
+    assert message_of(labeller.predict, ["a"], batch_size=0) == "predict: batch_size: expected an integer above 0, found 0"
     assert "single texts or pairs" in message_of(labeller.predict, ["a", ("a", "b")])
     assert "unknown option 'temprature'; did you mean 'temperature'?" in message_of(tuned.generate, ["a"], temprature=1.0)
     assert message_of(tuned.generate, ["a"], temperature="hot").startswith(
@@ -247,3 +252,45 @@ def test_several_devices(folder, tuned, layout):
     assert_same(weights(model), weights(na.load(folder / "model")))
     assert all(len(each.devices()) == 1 for each in jax.tree.leaves(model._params(None)))
     assert parallel.generate(PROMPTS, max_new_tokens=4) == tuned.generate(PROMPTS, max_new_tokens=4)
+
+
+def test_numbers_of_numpy_and_a_data_frame(model, tuned):
+    import pandas
+
+    options = {**OPTIONS, "k": np.int64(2), "learning_rate": np.float64(0.3), "steps": jax.numpy.int32(3)}
+    assert_same(fine_tune(model, pandas.DataFrame(ROWS), **options).adapter.values, tuned.adapter.values)
+
+
+def test_chats_are_asked_in_their_template(model):
+    chats = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 4
+    chatty = na.fine_tune(model, chats, **{**OPTIONS, "steps": 1})
+    asked = [chatty.generate(["a"], max_new_tokens=4, **style) for style in ({}, {"style": "chat"}, {"style": "plain"})]
+    assert asked[0] == asked[1] != asked[2]
+
+
+def test_a_callback_can_neither_change_nor_use_what_the_run_holds(model):
+    said = []
+
+    def look(line):
+        line.clear()
+        said.append(message_of(model.generate, ["a"]))
+
+    assert all("loss" in line for line in na.fine_tune(model, ROWS, **OPTIONS, on_log=look).history)
+    assert len(said) == 3 and all("its weights are in a run that goes on" in each for each in said)
+
+
+def test_bad_texts_and_places(folder, model, tuned, labeller, tmp_path):
+    generate, predict = (getattr(call, "__wrapped__", call) for call in (na.TunedModel.generate, na.TunedModel.predict))
+    for prompts in (None, 3, [None], [b"a"]):
+        assert message_of(generate, tuned, prompts) == "generate: prompts: expected a list of texts"
+    assert "text 0 holds half of a surrogate pair" in message_of(generate, tuned, ["\ud800"])
+    assert generate(tuned, iter(["a", "b"]), max_new_tokens=2) == tuned.generate(["a", "b"], max_new_tokens=2)
+    for number in (0, 2.5, True, None, "4"):
+        assert "max_new_tokens: expected an integer above 0" in message_of(generate, tuned, ["a"], max_new_tokens=number)
+    for texts in (None, [None], [{"sentence": "a"}], [("a", None)], []):
+        assert message_of(predict, labeller, texts).startswith("predict: texts: expected a list of texts")
+    save, load = (getattr(call, "__wrapped__", call) for call in (na.TunedModel.save, na.load))
+    assert message_of(save, tuned, None) == "expected the path of a directory, found None"
+    assert message_of(load, None) == "load: source: expected a path or a name, found None"
+    assert message_of(load, folder / "model", "float16").startswith("load: dtype: expected 'float32', 'bfloat16' or 'auto'")
+    assert load(folder / "model", jax.numpy.float32).config["dtype"] == "float32"

@@ -1,6 +1,7 @@
 """YAML files of runs, decoded strictly into the dataclasses of config.py, with `a.b=c` overrides from the command line."""
 
 import dataclasses
+import datetime
 import difflib
 import json
 import re
@@ -132,9 +133,20 @@ def decode(kind: type[Section], content: dict[str, Any], where: str) -> Section:
     """
     try:
         # By way of JSON, since only there pydantic's strict mode accepts mappings for dataclasses.
-        return pydantic.TypeAdapter(kind).validate_json(json.dumps(content, default=str))
+        return pydantic.TypeAdapter(kind).validate_json(json.dumps(content, default=_plain))
     except pydantic.ValidationError as error:
         raise UserError(f"{where}: {_message(error)}") from error
+    except TypeError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def _plain(value: Any) -> Any:
+    """Return the plain form of a value that YAML or Python brings and JSON lacks: NumPy's numbers, paths, dates."""
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        return value.item()
+    if isinstance(value, Path | datetime.date):
+        return str(value)
+    raise TypeError(f"expected numbers, texts, lists and sections, found {type(value).__name__}")
 
 
 # Sections that neuroada-jax 0.1 had under another name.
