@@ -132,9 +132,9 @@ def attach(params: Mapping[str, Any], bypass: Bypass, *, layout: Layout = Layout
         kernel, node, name = trees.kernel_at(params, path), trees.get(params, path), ".".join(path)
         if isinstance(kernel, BypassKernel):
             raise UserError(f"{name} carries a bypass already")
-        outputs = kernel.shape[-2] if layout is Layout.OI else kernel.shape[-1]
+        outputs = kernel.shape[-2] if Layout(layout) is Layout.OI else kernel.shape[-1]
         if (*kernel.shape[:-2], outputs) != columns.shape[:-1]:
             raise UserError(f"{name}: a kernel {kernel.shape} in layout {layout} does not fit columns {columns.shape}")
-        new = BypassKernel(kernel, columns, trees.get(bypass.values, path)["values"], layout, name)
+        new = BypassKernel(kernel, columns, trees.get(bypass.values, path)["values"], Layout(layout), name)
         attached = trees.put(attached, path, {**node, "kernel": new} if isinstance(node, Mapping) else new)
     return attached

@@ -76,7 +76,7 @@ def count(values: Mapping[str, Any]) -> int:
 def _as_matrices(kernel: jax.Array, columns: jax.Array, layout: Layout) -> jax.Array:
     """Return the kernel as (*L, O, I) or (*L, I, O), with several axes of inputs or neurons flattened into one."""
     *leading, outputs, _ = columns.shape
-    shape = (outputs, -1) if layout is Layout.OI else (-1, outputs)
+    shape = (outputs, -1) if Layout(layout) is Layout.OI else (-1, outputs)
     return kernel if kernel.ndim == columns.ndim else kernel.reshape(*leading, *shape)
 
 

@@ -31,7 +31,7 @@ def check_layout(kernel: Array, columns: Array, layout: Layout) -> None:
     Raises:
       ValueError: it does not.
     """
-    neurons = kernel.shape[-2] if layout is Layout.OI else kernel.shape[-1]
+    neurons = kernel.shape[-2] if Layout(layout) is Layout.OI else kernel.shape[-1]
     if (*kernel.shape[:-2], neurons) != columns.shape[:-1]:
         raise ValueError(f"a kernel {kernel.shape} in layout {layout} does not fit columns {columns.shape} (*L, O, k)")
 
@@ -42,7 +42,7 @@ def entry_indices(columns: Int[Array, "*L O k"], layout: Layout = Layout.OI) -> 
         jnp.arange(size, dtype=columns.dtype).reshape((-1,) + (1,) * (columns.ndim - 1 - axis))
         for axis, size in enumerate(columns.shape[:-1])
     ]
-    return (*leading, neurons, columns) if layout is Layout.OI else (*leading, columns, neurons)
+    return (*leading, neurons, columns) if Layout(layout) is Layout.OI else (*leading, columns, neurons)
 
 
 def read_entries(
@@ -54,7 +54,7 @@ def read_entries(
       ValueError: the kernel does not fit the columns in this layout (`write_entries` and `add_entries` likewise).
     """
     check_layout(kernel, columns, layout)
-    if layout is Layout.OI:
+    if Layout(layout) is Layout.OI:
         return jnp.take_along_axis(kernel, columns, axis=-1, mode="clip")
     entries = jnp.take_along_axis(kernel, columns.swapaxes(-1, -2), axis=-2, mode="clip")
     return entries.swapaxes(-1, -2)

@@ -32,7 +32,7 @@ def _matmul(x: Array, kernel: Array, layout: Layout, wide: Any = None) -> Array:
 
     XLA accumulates bfloat16 products in float32 with either result dtype.
     """
-    inputs = 1 if layout is Layout.OI else 0
+    inputs = 1 if Layout(layout) is Layout.OI else 0
     return lax.dot_general(x, kernel, (((x.ndim - 1,), (inputs,)), ((), ())), preferred_element_type=wide)
 
 
@@ -75,7 +75,7 @@ def _backward(
     dy: Array, x: Array, kernel: Array, columns: Array, values_dtype: Any, algorithm: GradientAlgorithm, layout: Layout
 ) -> tuple[Array, Array]:
     """Return dx, (*B, I), and dvalues, (O, k), for a kernel that holds W + D."""
-    neurons = 0 if layout is Layout.OI else 1
+    neurons = 0 if Layout(layout) is Layout.OI else 1
     dx = lax.dot_general(dy, kernel, (((dy.ndim - 1,), (neurons,)), ((), ())))
     flat_dy, flat_x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
     return dx, value_gradient(flat_dy, flat_x, columns, algorithm).astype(values_dtype)

@@ -58,13 +58,13 @@ def select(
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, found {k}")
-    *leading, outputs, inputs = kernel.shape if layout is Layout.OI else kernel.swapaxes(-1, -2).shape
+    *leading, outputs, inputs = kernel.shape if Layout(layout) is Layout.OI else kernel.swapaxes(-1, -2).shape
     if k >= inputs:
         return jnp.broadcast_to(jnp.arange(inputs, dtype=jnp.int32), (*leading, outputs, inputs))
     rows = kernel.reshape(-1, kernel.shape[-1])
 
     def select_layer(layer: Array) -> Array:
-        if layout is Layout.OI:
+        if Layout(layout) is Layout.OI:
             return _select(rows, layer * outputs, outputs, k, score)
         of_layer = lax.dynamic_slice(_bound(rows, layer), (layer * inputs, jnp.int32(0)), (inputs, outputs))
         return _select(of_layer.T, jnp.int32(0), outputs, k, score)

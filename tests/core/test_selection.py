@@ -1,5 +1,8 @@
 """selection.select against a stable argsort in numpy."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -107,3 +110,19 @@ def test_abstract_shapes_are_enough():
     kernel = jax.ShapeDtypeStruct((32, 4096, 4096), jnp.bfloat16)
     columns = jax.eval_shape(lambda kernel: selection.select(kernel, 20), kernel)
     assert (columns.shape, columns.dtype) == ((32, 4096, 20), jnp.int32)
+
+
+def test_a_layout_may_be_its_name_and_nothing_else():
+    """In a process without the tests' own checks of argument types."""
+    script = """
+import jax, neuroada_jax as na
+kernel = jax.random.normal(jax.random.key(0), (6, 6))
+for layout in na.Layout:
+    assert (na.select(kernel, 2, layout=layout.value) == na.select(kernel, 2, layout=layout)).all()
+try:
+    na.select(kernel, 2, layout="zz")
+except ValueError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "'zz' is not a valid Layout\n"
