@@ -51,6 +51,7 @@ def test_every_method_has_its_bytes(tmp_path, capsys):
         assert expected <= row["bytes"]["optimizer"] <= expected + 32, row["method"]  # and counters
 
 
+@pytest.mark.slow  # half a minute of compiling; tests/planning has the planner's own on shared weights
 def test_devices_share_weights_and_traffic(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(plans.MODELS, "llama-7b", CONFIG)
     options = ["--models", "llama-7b", "--devices", "1", "8", "--k", "1", "--length", "16"]
