@@ -281,8 +281,10 @@ def _texts(values: object, expected: str) -> list[str]:
     Raises:
       UserError: `values` is one text or no iterable, or holds what is not text, or half of a surrogate pair.
     """
-    found = [] if isinstance(values, str) or not isinstance(values, Iterable) else list(values)
-    if not isinstance(values, Iterable) or isinstance(values, str) or not all(isinstance(each, str) for each in found):
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise UserError(expected)
+    found = list(values)
+    if not all(isinstance(each, str) for each in found):
         raise UserError(expected)
     for number, text in enumerate(found):
         if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
