@@ -2,6 +2,8 @@
 
 import enum
 from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jinja2
@@ -43,6 +45,36 @@ class PromptStyle(enum.StrEnum):
     @classmethod
     def _missing_(cls, value: object) -> "PromptStyle":
         raise UserError(f"prompt style: found {value!r}, expected one of {', '.join(style.value for style in cls)}")
+
+
+@dataclass(frozen=True)
+class PromptForm:
+    """The text that stands around rows, in training, evaluation and generation alike.
+
+    Attributes:
+      style: prompt style.
+      chat_template: text of the chat template; None: the tokenizer's own.
+      template_arguments: values of the variables that the chat template reads, such as {"enable_thinking": False}.
+      date: "YYYY-MM-DD", the day that a dated chat template writes; None: today.
+      task: name of the task that the rows belong to; None if unknown.
+      end_tokens: the texts of the tokens that end what was learnt, each one token; a generation ends at any of them too.
+    """
+
+    style: PromptStyle = PromptStyle.VERBATIM
+    chat_template: str | None = None
+    template_arguments: Mapping[str, Any] = MappingProxyType({})
+    date: str | None = None
+    task: str | None = None
+    end_tokens: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, form: "PromptForm | PromptStyle | str") -> "PromptForm":
+        """Return the form, or the form of a style.
+
+        Raises:
+          UserError: an unknown style.
+        """
+        return form if isinstance(form, PromptForm) else cls(PromptStyle(form))
 
 
 class Rendered(NamedTuple):
