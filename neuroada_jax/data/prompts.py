@@ -2,8 +2,7 @@
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jinja2
@@ -62,7 +61,7 @@ class PromptForm:
 
     style: PromptStyle = PromptStyle.VERBATIM
     chat_template: str | None = None
-    template_arguments: Mapping[str, Any] = MappingProxyType({})
+    template_arguments: Mapping[str, Any] = field(default_factory=dict)
     date: str | None = None
     task: str | None = None
     end_tokens: tuple[str, ...] = ()
