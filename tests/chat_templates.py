@@ -336,8 +336,8 @@ def chat(*turns: str, system: str | None = None) -> list[dict]:
 def tokenizer(template: Template, *, kind: str = "byte_level") -> PreTrainedTokenizerFast:
     """Return a tokenizer of one of `KINDS` with the template and its tokens.
 
-    It is made once for all tests: copy it before you change it. `dataclasses.replace(template, eos=...)` gives that of a base
-    model with another EOS.
+    It is made once for all tests: copy it before you change it. For a base model with another EOS, give it
+    `dataclasses.replace(template, eos=...)`.
     """
     raw = raw_tokenizer(kind)
     special = dict.fromkeys([*([template.bos] if template.bos else []), template.eos, *template.tokens])
