@@ -1,14 +1,16 @@
 """From rows to examples: token ids with either some of the tokens as labels, or one label for each example."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
-from typing import Any
+from itertools import groupby
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Int32, Int64, Num
 
-from neuroada_jax.data.prompts import PromptStyle, Rendered, is_templated, render_example, render_prompt
+from neuroada_jax.data.example_tokenizer import ExampleTokenizer
+from neuroada_jax.data.prompts import PromptForm, PromptStyle, is_templated, render_examples, render_prompt
 from neuroada_jax.data.rows import Rows, rows_from_list
 from neuroada_jax.errors import UserError
 
@@ -16,7 +18,6 @@ from neuroada_jax.errors import UserError
 CHUNK = 1000
 
 Example = tuple[Int32[np.ndarray, "_"], Bool[np.ndarray, "_"]]  # input_ids, is_label
-Coded = tuple[Int32[np.ndarray, "_"], Int32[np.ndarray, "_"], Int32[np.ndarray, "_"]]  # ids, starts, ends
 Texts = tuple[str, ...]  # one text, or a pair
 
 
@@ -28,10 +29,15 @@ class Examples:
       token_ids: int32 (N,).
       is_label: bool (N,), whether the model learns to predict the token; False for the first token of an example, which
         has no predecessor to predict it from, and for BOS.
-      row_numbers: int32 (n,), the row that each example came from, ascending.
+      row_numbers: int32 (n,), the row that each example came from, ascending; a chat may have become several examples.
       offsets: int64 (n + 1,); example i is tokens offsets[i] to offsets[i + 1].
       truncated: number of examples that were truncated on the right to max_length and kept a label.
       dropped: number of rows of which no label is within max_length; they are not among the examples, nor in `truncated`.
+      end_tokens: the tokens that end learnt turns or completions; a generation has to end at them too.
+      split_rows: number of chats that became one example for each learnt turn, since their template or tokenizer writes a
+        turn differently once later text follows.
+      crossings: number of rows in which a token would have spanned the border between prompt and completion.
+      unended: number of chats whose {% generation %} blocks leave out the end of a turn, so that it is not learnt.
     """
 
     token_ids: Int32[np.ndarray, "N"]
@@ -40,6 +46,10 @@ class Examples:
     offsets: Int64[np.ndarray, "n+1"]
     truncated: int
     dropped: int
+    end_tokens: tuple[str, ...] = ()
+    split_rows: int = 0
+    crossings: int = 0
+    unended: int = 0
 
     def __len__(self) -> int:
         return len(self.row_numbers)
@@ -62,45 +72,59 @@ class Examples:
 
 def encode(
     rows: Rows | Sequence[Mapping],
-    style: PromptStyle | str,
+    form: PromptForm | PromptStyle | str,
     tokenizer: Any,
     max_length: int,
     on_progress: Callable[[int, int], None] | None = None,
+    *,
+    learn: Literal["all", "last"] = "all",
 ) -> Examples:
-    """Tokenise every row, prompt and completion as one text, in row order.
+    """Tokenise every row, prompt and completion, in row order.
 
-    A token is a label if it ends after the prompt's text. An example ends with one EOS, which is a label too; a chat ends
-    with the end-of-turn token of its last assistant turn instead, where the template has one. Tokens after the last label
-    are dropped, since nothing is learnt from them. Then the example is truncated on the right to max_length tokens.
+    The tokens of a prompt are those of `encode_prompt`, and all tokens after them are labels: where a token of the complete
+    text would span the border, prompt and completion are tokenised separately. An example ends with one EOS, which is a
+    label too; a chat ends with the end-of-turn token of its last learnt turn instead, where the template has one. Tokens
+    after the last label are dropped, since nothing is learnt from them. Then the example is truncated on the right to
+    max_length tokens.
 
     Args:
       rows: to tokenise.
-      style: prompt style.
+      form: prompt form, or a style.
       tokenizer: a fast Hugging Face tokenizer.
       max_length: the largest number of tokens in an example, at least 2.
       on_progress: called with (rows done, rows in total).
+      learn: "all" assistant turns of a chat, or the "last".
 
     Raises:
-      UserError: as `render_example`; also for a slow tokenizer, one without EOS, max_length below 2, or no example left.
+      UserError: as `render_examples`; also for a slow tokenizer, one without EOS, max_length below 2, or no example left.
     """
     if max_length < 2:
         raise UserError(f"max_length: found {max_length}, expected at least 2 (the first token is never a label)")
     if not isinstance(rows, Rows):
         rows = rows_from_list([dict(row) for row in rows])
-    style, example_tokenizer = PromptStyle(style), _ExampleTokenizer(tokenizer)
-    ids, labels, numbers, truncated = [], [], [], 0
+    form, example_tokenizer = PromptForm.of(form), ExampleTokenizer(tokenizer)
+    ids, labels, numbers, ends = [], [], [], set[int]()
+    count: Counter[str] = Counter()
     for first in range(0, len(rows), CHUNK):
         chunk = range(first, min(first + CHUNK, len(rows)))
-        rendered = [render_example(rows.rows[i], style, tokenizer, rows.where(i)) for i in chunk]
-        coded = example_tokenizer.examples(rendered, [rows.where(i) for i in chunk])
-        for number, (row_ids, is_label) in zip(chunk, coded, strict=True):
-            kept = is_label[:max_length].nonzero()[0]
-            if not len(kept):
-                continue
-            truncated += len(row_ids) > max_length
-            ids.append(row_ids[: kept[-1] + 1])
-            labels.append(is_label[: kept[-1] + 1])
-            numbers.append(number)
+        rendered = [
+            (i, each) for i in chunk for each in render_examples(rows.rows[i], form, tokenizer, rows.where(i), learn)
+        ]
+        coded = example_tokenizer.examples([each for _, each in rendered], [rows.where(i) for i, _ in rendered])
+        for i, parts in groupby(zip(rendered, coded, strict=True), key=lambda pair: pair[0][0]):
+            encoded = [each for _, examples in parts for each in examples]
+            count["split"] += len(encoded) > 1
+            count["crossed"] += any(each.crossed for each in encoded)
+            count["unended"] += not all(each.ends for each in encoded)
+            for each in encoded:
+                ends |= each.ends
+                kept = each.is_label[:max_length].nonzero()[0]
+                if not len(kept):
+                    continue
+                count["truncated"] += len(each.ids) > max_length
+                ids.append(each.ids[: kept[-1] + 1])
+                labels.append(each.is_label[: kept[-1] + 1])
+                numbers.append(i)
         if on_progress is not None:
             on_progress(chunk.stop, len(rows))
     if not ids:
@@ -114,105 +138,26 @@ def encode(
         is_label=np.concatenate(labels),
         row_numbers=np.array(numbers, np.int32),
         offsets=offsets,
-        truncated=truncated,
-        dropped=len(rows) - len(numbers),
+        truncated=count["truncated"],
+        dropped=len(rows) - len(set(numbers)),
+        end_tokens=tuple(example_tokenizer.text_of(each) for each in sorted(ends)),
+        split_rows=count["split"],
+        crossings=count["crossed"],
+        unended=count["unended"],
     )
 
 
-def encode_prompt(row: Mapping, style: PromptStyle | str, tokenizer: Any, where: str = "row") -> list[int]:
+def encode_prompt(row: Mapping, form: PromptForm | PromptStyle | str, tokenizer: Any, where: str = "row") -> list[int]:
     """Return the token ids of a prompt to continue: with BOS at most once, without an EOS added by the tokenizer.
 
     Raises:
       UserError: as `render_prompt`, and for a prompt without tokens.
     """
-    text = render_prompt(row, style, tokenizer, where)
-    ids, *_ = _ExampleTokenizer(tokenizer).encode([text], add_special_tokens=not is_templated(row, style))[0]
+    text = render_prompt(row, form, tokenizer, where)
+    ids, *_ = ExampleTokenizer(tokenizer).encode([text], add_special_tokens=not is_templated(row, form))[0]
     if not len(ids):
         raise UserError(f"{where}: the prompt has no tokens, expected at least one to generate from")
     return ids.tolist()
-
-
-class _ExampleTokenizer:
-    """A fast tokenizer with the rules for labels, BOS and EOS."""
-
-    def __init__(self, tokenizer: Any):
-        if not getattr(tokenizer, "is_fast", False):
-            raise UserError(
-                f"tokenizer: found {type(tokenizer).__name__}, expected a fast one (made from tokenizer.json), "
-                "since character offsets separate completions from prompts"
-            )
-        self.tokenizer = tokenizer
-        self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-        # At the end of an assistant turn, any of these is its end-of-turn token; ordinary text is not.
-        self.control = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
-
-    def encode(self, texts: list[str], add_special_tokens: bool) -> list[Coded]:
-        """Tokenise texts.
-
-        Returns:
-          For each text: ids, and the start and end of each token in characters, all int32 (t,); both are -1 for tokens
-          that the tokenizer added.
-        """
-        coded = self.tokenizer(
-            texts,
-            add_special_tokens=add_special_tokens,
-            return_offsets_mapping=True,
-            return_special_tokens_mask=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            padding=False,
-            truncation=False,
-            verbose=False,
-        )
-        result = []
-        fields = (coded[name] for name in ("input_ids", "offset_mapping", "special_tokens_mask"))
-        for ids, pairs, added in zip(*fields, strict=True):
-            spans = np.fromiter(chain.from_iterable(pairs), np.int32, 2 * len(ids)).reshape(-1, 2)
-            ids = np.array(ids, np.int32)
-            spans[np.array(added, bool)] = -1
-            start, stop = 0, len(ids)
-            while stop and spans[stop - 1, 1] < 0 and not (stop == 1 and ids[0] == self.bos):
-                stop -= 1  # EOS of the post-processor: a prompt has none, and `_finish` adds an example's
-            if stop > 1 and spans[0, 1] < 0 and ids[0] == ids[1] == self.bos:
-                start = 1  # the text has its own BOS
-            result.append((ids[start:stop], spans[start:stop, 0], spans[start:stop, 1]))
-        return result
-
-    def examples(self, rendered: list[Rendered], where: list[str]) -> list[Example]:
-        """Tokenise rendered examples and end each with EOS or its end-of-turn token; does not truncate."""
-        result: list = [None] * len(rendered)
-        for templated in (False, True):
-            chosen = [i for i, one in enumerate(rendered) if one.templated is templated]
-            if chosen:
-                coded = self.encode([rendered[i].text for i in chosen], add_special_tokens=not templated)
-                for i, part in zip(chosen, coded, strict=True):
-                    result[i] = self._finish(rendered[i], part, where[i])
-        return result
-
-    def _finish(self, one: Rendered, coded: Coded, where: str) -> Example:
-        """Find the labels among the tokens of an example, and end it."""
-        ids, starts, ends = coded
-        is_label = np.zeros(len(ids), bool)
-        for start, stop in one.spans:
-            # A byte-level tokenizer may trim the offsets of white space to an empty range at its end, so that the last
-            # token starts where the text ends: only spans before a later turn are bounded from above.
-            bounded = starts < stop if stop < len(one.text) else True
-            is_label |= (ends > start) & bounded
-        if self.bos != self.eos:
-            is_label &= ids != self.bos
-        last = is_label.nonzero()[0]
-        if one.templated and len(last) and int(ids[last[-1]]) in self.control:
-            ids, is_label = ids[: last[-1] + 1], is_label[: last[-1] + 1]
-        else:
-            if self.eos is None:
-                raise UserError(f"{where}: the tokenizer has no EOS token, expected one to end the completion with")
-            stop = last[-1] + 1 if len(last) else len(ids)
-            while stop and is_label[stop - 1] and ids[stop - 1] == self.eos:
-                stop -= 1  # a completion with an EOS of its own still ends with one
-            ids = np.append(ids[:stop], np.int32(self.eos))
-            is_label = np.append(is_label[:stop], True)
-        is_label[:1] = False
-        return ids, is_label
 
 
 @dataclass(frozen=True)

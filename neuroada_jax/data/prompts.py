@@ -1,15 +1,18 @@
 """From rows to text: the prompt, and the characters that the model learns to produce."""
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-import jinja2
-
+from neuroada_jax.data.chat_template import ChatTemplate
+from neuroada_jax.data.chats import Chat, is_chat, kind_of, read_chat
 from neuroada_jax.errors import UserError
 
-EXPECTED_FIELDS = "'messages', or 'prompt' and 'completion', or 'instruction' and 'output' (and perhaps 'input')"
+EXPECTED_FIELDS = (
+    "'messages' or 'conversations', or 'prompt' and 'completion', or 'instruction' and 'output' (and perhaps 'input')"
+)
+_THOUGHTS_END = "</think>"
 
 ALPACA_NO_INPUT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request."
@@ -83,92 +86,148 @@ class Rendered(NamedTuple):
       text: prompt and completion.
       spans: [start, end) character ranges of the completions, whose tokens become labels; ascending.
       templated: whether the text came from a chat template, which has written its special tokens already.
+      masked: whether the spans are the {% generation %} blocks of a chat template, to be labelled exactly.
     """
 
     text: str
     spans: list[tuple[int, int]]
     templated: bool
+    masked: bool = False
 
 
-def render_prompt(row: Mapping, style: PromptStyle | str, tokenizer: Any, where: str = "row") -> str:
+def render_prompt(row: Mapping, form: PromptForm | PromptStyle | str, tokenizer: Any, where: str = "row") -> str:
     """Return the text that a model continues. The row needs no completion.
 
     For a chat, this is every message except a final one of the assistant, and then the opening of an assistant turn.
 
     Args:
       row: with the fields of a chat, a prompt or an instruction.
-      style: prompt style.
+      form: prompt form, or a style.
       tokenizer: for its chat template.
       where: the row's place for error messages, such as `Rows.where(i)`.
 
     Raises:
       UserError: no known fields, a field that is missing or not a string, no chat template, or one that fails.
     """
-    if "messages" in row:
-        messages = _messages(row, where)
-        return _apply(tokenizer, messages[:-1] if messages[-1]["role"] == "assistant" else messages, True, where)
-    prompt = _prompt(row, style, where)
-    if PromptStyle(style) is PromptStyle.CHAT:
-        return _apply(tokenizer, [{"role": "user", "content": prompt}], True, where)
-    return prompt
+    form = PromptForm.of(form)
+    chat = _chat(row, form.style, where)
+    if chat is None:
+        return _prompt(row, form.style, where)
+    template = chat_template(form, tokenizer, where)
+    template.check(chat, where)
+    text = template.render(chat, chat.asked, where, opened=True)
+    template.check_text(chat._replace(messages=chat.asked), text, where, opened=True)
+    return text
 
 
-def is_templated(row: Mapping, style: PromptStyle | str) -> bool:
-    """Return whether the row's text comes from the tokenizer's chat template."""
-    return "messages" in row or PromptStyle(style) is PromptStyle.CHAT
-
-
-def render_example(row: Mapping, style: PromptStyle | str, tokenizer: Any, where: str = "row") -> Rendered:
-    """Return prompt and completion as one text.
+def chat_template(form: PromptForm, tokenizer: Any, where: str = "row") -> ChatTemplate:
+    """Return the chat template of a form.
 
     Raises:
-      UserError: as `render_prompt`, and for a missing completion.
+      UserError: there is none, it is not valid, or it does not read the form's arguments.
     """
-    if "messages" in row:
-        return _render_chat(tokenizer, _messages(row, where), where)
-    prompt = _prompt(row, style, where)
-    completion = _string(row, "output" if _is_instruction(row) else "completion", where)
-    if PromptStyle(style) is PromptStyle.CHAT:
-        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-        return _render_chat(tokenizer, turns, where)
-    return Rendered(prompt + completion, [(len(prompt), len(prompt) + len(completion))], False)
-
-
-def _render_chat(tokenizer: Any, messages: list[dict], where: str) -> Rendered:
-    """Render a chat and find its assistant turns.
-
-    Turn i lies between the end of the chat before it, with the assistant's turn opened, and the end of the chat with it.
-    White space that the template writes after the end-of-turn token is formatting and not part of the turn.
-    """
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if not turns:
-        roles = ", ".join(message["role"] for message in messages)
-        raise UserError(f"{where}: 'messages' has no assistant turn, found {roles}; expected at least one to learn from")
-    text = _apply(tokenizer, messages, False, where)
-    spans = []
-    for i in turns:
-        before = _apply(tokenizer, messages[:i], True, where)
-        upto = text if i + 1 == len(messages) else _apply(tokenizer, messages[: i + 1], False, where)
-        if not (upto.startswith(before) and text.startswith(upto)):
-            raise UserError(
-                f"{where}: the tokenizer's chat template is not prefix-stable (it writes message {i} differently once "
-                "later text follows), so the assistant's tokens cannot be found; use another template or style"
-            )
-        spans.append((len(before), max(len(before), len(upto.rstrip()))))
-    return Rendered(text, spans, True)
-
-
-def _apply(tokenizer: Any, messages: list[dict], add_generation_prompt: bool, where: str) -> str:
-    if not getattr(tokenizer, "chat_template", None):
-        raise UserError(
-            f"{where}: the row or style asks for chat, but the tokenizer has no chat template; "
-            "expected one, or another prompt style on rows without 'messages'"
-        )
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{where}: the tokenizer's chat template refuses this chat ({reason})") from error
+        return ChatTemplate(tokenizer, form.chat_template, form.template_arguments, form.date)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def is_templated(row: Mapping, form: PromptForm | PromptStyle | str) -> bool:
+    """Return whether the row's text comes from the chat template."""
+    return is_chat(row) or PromptForm.of(form).style is PromptStyle.CHAT
+
+
+def render_examples(
+    row: Mapping,
+    form: PromptForm | PromptStyle | str,
+    tokenizer: Any,
+    where: str = "row",
+    learn: Literal["all", "last"] = "all",
+) -> list[Rendered]:
+    """Return prompt and completion as one text; for some chats, as one text for each turn.
+
+    A chat is one text with all its learnt turns where that text begins, up to every such turn, exactly as the turn is asked
+    in a generation. Where the template writes a turn differently once later text follows (Qwen3 drops the thoughts of
+    earlier turns, Mistral moves the system text), every learnt turn becomes a text of its own.
+
+    Args:
+      row: as for `render_prompt`, with a completion.
+      form: prompt form, or a style.
+      tokenizer: for its chat template.
+      where: the row's place for error messages.
+      learn: "all" turns of a chat, or the "last".
+
+    Raises:
+      UserError: as `render_prompt`, and for a missing completion, or a chat without a turn to learn.
+    """
+    form = PromptForm.of(form)
+    if not is_chat(row) and form.style is not PromptStyle.CHAT:
+        prompt, completion = _prompt(row, form.style, where), _completion(row, where)
+        return [Rendered(prompt + completion, [(len(prompt), len(prompt) + len(completion))], False)]
+    chat = _chat(row, form.style, where, _completion)
+    assert chat is not None
+    if not chat.learnt:
+        roles = ", ".join(message["role"] for message in chat.messages)
+        reason = "no assistant turn" if "assistant" not in roles else "no assistant turn of a weight other than 0"
+        raise UserError(f"{where}: the chat has {reason}, found {roles}; expected at least one to learn from")
+    template = chat_template(form, tokenizer, where)
+    template.check(chat, where)
+    if template.masked:
+        return [_masked(template, chat, where, learn)]
+    learnt = chat.learnt if learn == "all" else chat.learnt[-1:]
+    turns = [template.turn(chat, i, where) for i in learnt]
+    texts = [turn.prompt + turn.answer for turn in turns]
+    asked = chat._replace(messages=chat.messages[: learnt[-1]])
+    template.check_text(asked, turns[-1].prompt, where, opened=True)
+    if all(texts[-1].startswith(text) for text in texts):
+        spans = [(len(turn.prompt), len(text)) for turn, text in zip(turns, texts, strict=True)]
+        return [Rendered(texts[-1], spans, True)]
+    return [Rendered(text, [(len(turn.prompt), len(text))], True) for turn, text in zip(turns, texts, strict=True)]
+
+
+def _masked(template: ChatTemplate, chat: Chat, where: str, learn: str) -> Rendered:
+    """Return a chat whose template marks what is learnt."""
+    text, spans = template.masks(chat, where)
+    template.check_text(chat, text, where, opened=False)
+    turns = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
+    if len(spans) != len(turns) and (learn == "last" or len(chat.learnt) < len(turns)):
+        raise UserError(
+            f"{where}: the chat template marks {len(spans)} {{% generation %}} blocks for {len(turns)} assistant turns; "
+            "expected one a turn to choose among them"
+        )
+    if len(spans) == len(turns):
+        chosen = chat.learnt if learn == "all" else chat.learnt[-1:]
+        spans = [span for i, span in zip(turns, spans, strict=True) if i in chosen]
+    spans = [(start, stop) for start, stop in spans if stop > start]
+    if not spans:
+        raise UserError(f"{where}: the chat template's {{% generation %}} blocks are empty, expected text to learn")
+    return Rendered(text, spans, True, masked=True)
+
+
+def _chat(
+    row: Mapping, style: PromptStyle, where: str, completion: Callable[[Mapping, str], str] | None = None
+) -> Chat | None:
+    """Return the row's chat; in style chat, a prompt or instruction as one. None for other rows."""
+    chat = read_chat(row, where)
+    if chat is not None or style is not PromptStyle.CHAT:
+        return chat
+    messages = [{"role": "user", "content": _prompt(row, style, where)}]
+    if completion is None:
+        return Chat(messages, None, ())
+    return Chat([*messages, {"role": "assistant", "content": completion(row, where)}], None, (1,))
+
+
+def _completion(row: Mapping, where: str) -> str:
+    return _string(row, "output" if _is_instruction(row) else "completion", where)
+
+
+def answer_text(ids: Sequence[int], tokenizer: Any) -> str:
+    """Return the text of a generation after its block of thoughts, if it has one, without special tokens."""
+    closing = tokenizer.get_added_vocab().get(_THOUGHTS_END)
+    found = list(ids)
+    if closing in found:  # where it is a special token, the text would not have it
+        found = found[len(found) - found[::-1].index(closing) :]
+    return str(tokenizer.decode(found, skip_special_tokens=True)).rpartition(_THOUGHTS_END)[2].lstrip("\n")
 
 
 def _is_instruction(row: Mapping) -> bool:
@@ -199,32 +258,9 @@ def _string(row: Mapping, field: str, where: str) -> str:
     if field not in row:
         raise UserError(f"{where}: no field {field!r}, found fields {_fields(row)}; expected {EXPECTED_FIELDS}")
     if not isinstance(row[field], str):
-        raise UserError(f"{where}: field {field!r} is {_kind(row[field])}, expected a string")
+        raise UserError(f"{where}: field {field!r} is {kind_of(row[field])}, expected a string")
     return row[field]
-
-
-def _messages(row: Mapping, where: str) -> list[dict]:
-    messages = row["messages"]
-    if not isinstance(messages, list) or not messages:
-        found = "an empty list" if messages == [] else _kind(messages)
-        raise UserError(f"{where}: field 'messages' is {found}, expected a list of objects with 'role' and 'content'")
-    for i, message in enumerate(messages):
-        if not isinstance(message, Mapping):
-            raise UserError(f"{where}: messages[{i}] is {_kind(message)}, expected an object with 'role' and 'content'")
-        for field in ("role", "content"):
-            if not isinstance(message.get(field), str):
-                found = _kind(message[field]) if field in message else "missing"
-                raise UserError(f"{where}: messages[{i}].{field} is {found}, expected a string")
-    if messages[0]["role"] == "assistant":
-        # Its prompt would be a chat without messages, for which chat templates are not defined.
-        raise UserError(f"{where}: messages[0].role is 'assistant', expected a system or user message first")
-    return messages
 
 
 def _fields(row: Mapping) -> str:
     return ", ".join(map(str, row)) or "none"
-
-
-def _kind(value: object) -> str:
-    known = {int: "a number", float: "a number", bool: "true or false", list: "a list", dict: "an object", str: "a string"}
-    return "null" if value is None else known.get(type(value), f"a {type(value).__name__}")

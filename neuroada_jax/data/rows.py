@@ -4,7 +4,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ class Rows:
 
 def rows_from_list(rows: list[dict], source: str = "rows") -> Rows:
     """Wrap rows that are in memory; error messages name them '<source>: row <index>'."""
-    return Rows(rows, source, [(source, index) for index in range(len(rows))])
+    return _checked(Rows(rows, source, [(source, index) for index in range(len(rows))]))
 
 
 def load_rows(source: str, split: str = "train", limit: int | None = None) -> Rows:
@@ -93,7 +93,31 @@ def load_rows(source: str, split: str = "train", limit: int | None = None) -> Ro
         places.append((file, number))
     if not rows:
         raise UserError(f"{source}: no rows, expected at least one")
-    return Rows(rows, source, places)
+    return _checked(Rows(rows, source, places))
+
+
+def _checked(rows: Rows) -> Rows:
+    """Return the rows, after a check that their texts are made of complete characters, which tokenizers need.
+
+    Raises:
+      UserError: half of a surrogate pair, such as "\\ud83d" in JSON; names the row and the field.
+    """
+    for i, row in enumerate(rows.rows):
+        for field, value in row.items():
+            if _has_half_characters(value):
+                raise UserError(
+                    f"{rows.where(i)}: field {field!r} holds half of a surrogate pair (such as \\ud83d), expected complete "
+                    "characters"
+                )
+    return rows
+
+
+def _has_half_characters(value: object) -> bool:
+    if isinstance(value, str):
+        return not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value)
+    if isinstance(value, Mapping):
+        return any(_has_half_characters(each) for pair in value.items() for each in pair)
+    return isinstance(value, list | tuple) and any(map(_has_half_characters, value))
 
 
 def _take(records: Iterator, limit: int | None) -> Iterator:
@@ -221,7 +245,7 @@ def _read_json_list(path: Path, text: str) -> Iterator[tuple[str, int, dict]]:
             row, at = decoder.raw_decode(text, at)
         except json.JSONDecodeError as error:
             raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg}), expected a list of objects") from error
-        except RecursionError as error:
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, or nesting without end
             raise UserError(f"{path}:{number}: not JSON that can be read ({error})") from error
         yield str(path), number, _object(row, path, number)
         at = _past_space(text, at)
@@ -251,13 +275,15 @@ def _read_parquet(path: Path, limit: int | None) -> Iterator[tuple[str, int, dic
     import pyarrow
     import pyarrow.parquet
 
+    number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            number = 0
             for batch in file.iter_batches(batch_size=min(limit or 4096, 4096)):
                 for row in batch.to_pylist():
                     yield str(path), number, row
                     number += 1
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: a text of row {number} or one after it is not UTF-8 ({error.reason})") from error
     except pyarrow.ArrowException as error:
         raise UserError(f"{path}: not a parquet file ({_first_line(error)})") from error
 

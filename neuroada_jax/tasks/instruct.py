@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from neuroada_jax.data.chats import read_chat
 from neuroada_jax.data.prompts import EXPECTED_FIELDS, PromptStyle
 from neuroada_jax.errors import UserError
 from neuroada_jax.tasks.task import Source, Task
@@ -17,19 +18,22 @@ def after_trigger(text: str, answer: str) -> str:
 
 
 def _as_is(row: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return the row with its answer: the field `answer`, or else the complete completion.
+    """Return the row with its answer: the field `answer`, or else the complete completion; of a chat, the last answer.
 
     Raises:
-      UserError: no field that a prompt can be made of.
+      UserError: no field that a prompt can be made of, or a chat that is none.
     """
-    if not row.keys() & {"messages", "prompt", "instruction"}:
+    chat = read_chat(row, where)
+    if chat is None and not row.keys() & {"prompt", "instruction"}:
         raise UserError(f"{where}: found fields {', '.join(row) or 'none'}; expected {EXPECTED_FIELDS}")
-    given = (row.get(field) for field in ("answer", "completion", "output"))
-    answer = next((value for value in given if value is not None), None)  # `datasets` stores a missing field as null
-    messages = row.get("messages")
-    if answer is None and isinstance(messages, list) and messages:
-        last = messages[-1]
-        answer = last.get("content") if isinstance(last, Mapping) and last.get("role") == "assistant" else None
+    answer = row.get("answer")
+    if answer is None and chat is not None:
+        last = chat.messages[-1]
+        if last["role"] == "assistant" and last.get("content"):
+            answer = last["content"].rpartition("</think>")[2].strip()  # as a generation is read, without its thoughts
+    elif answer is None:
+        given = (row.get(field) for field in ("completion", "output"))
+        answer = next((value for value in given if value is not None), None)  # `datasets` stores a missing field as null
     return {**row, "answer": answer}
 
 

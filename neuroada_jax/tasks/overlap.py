@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from neuroada_jax.data.chats import read_chat
+
 # Published test sets: (questions that are also in LLM-Adapters' math_10k, all questions).
 IN_MATH_10K = {"multiarith": (569, 600), "addsub": (331, 395), "singleeq": (449, 508), "mawps": (169, 238)}
 _OTHER = re.compile(r"[^a-z0-9]+")
@@ -11,9 +13,9 @@ _OTHER = re.compile(r"[^a-z0-9]+")
 
 def question(row: Mapping[str, Any]) -> str:
     """Return the question of a converted row, reduced to lower-case letters and digits: equal for the same words."""
-    if isinstance(row.get("messages"), list):
-        turns = [message for message in row["messages"] if isinstance(message, Mapping)]
-        asked = [turn.get("content") for turn in turns if turn.get("role") == "user"]
+    chat = read_chat(row, "row")
+    if chat is not None:
+        asked = [message["content"] for message in chat.messages if message["role"] == "user"]
     elif "instruction" in row:
         asked = [row["instruction"], row.get("input") or ""]
     else:

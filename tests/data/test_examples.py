@@ -23,7 +23,7 @@ TEXT = st.text(st.sampled_from("ab ct\nhe🙂é."), max_size=12)
 
 @settings(max_examples=100)
 @given(prompt=TEXT, target=TEXT, tokenizer=st.sampled_from([BYTES, CHAT, LLAMA, byte_level("<s> $A </s>")]))
-def test_targets_are_the_target_text_and_one_eos(prompt, target, tokenizer):
+def test_labels_are_the_completion_and_one_eos(prompt, target, tokenizer):
     row = {"prompt": "a" + prompt, "completion": target}
     ids, is_label = one(row, "verbatim", tokenizer)
     assert ids.dtype == np.int32
@@ -36,17 +36,16 @@ def test_targets_are_the_target_text_and_one_eos(prompt, target, tokenizer):
     assert np.count_nonzero(ids == tokenizer.bos_token_id) == (0 if tokenizer is CHAT else 1)
     first = int(is_label.argmax())
     assert is_label[first:].all()  # one run to the end
-    # The joint text's own tokens, untouched, between BOS and EOS.
+    # The prompt has the tokens that it has in a generation, and all of the target and nothing else follows.
+    asked = encode_prompt(row, "verbatim", tokenizer)
+    assert list(ids[:first]) == asked
+    text = tokenizer.decode(ids[:-1], clean_up_tokenization_spaces=False)
+    assert text == tokenizer.decode(asked, clean_up_tokenization_spaces=False) + target
+    # Where no token spans the border, the tokens are those of the complete text.
     begin = 0 if tokenizer is CHAT else 1
-    assert list(ids[begin:-1]) == tokenizer(row["prompt"] + target, add_special_tokens=False)["input_ids"]
-    # No token of the prompt's text alone is a target: all before the first target fits inside the prompt ...
-    before = tokenizer.decode(ids[begin:first], clean_up_tokenization_spaces=False)
-    shown = before.lstrip() if tokenizer is LLAMA else before
-    clean = shown.rstrip("\ufffd")  # a straddling token may split a character
-    assert (row["prompt"].lstrip() if tokenizer is LLAMA else row["prompt"]).startswith(clean)
-    # ... and all of the target is in what follows.
-    rest = tokenizer.decode(ids[first:-1], clean_up_tokenization_spaces=False)
-    assert rest.endswith(target)
+    together = tokenizer(row["prompt"] + target, add_special_tokens=False)["input_ids"]
+    if together[: len(asked) - begin] == asked[begin:]:
+        assert list(ids[begin:-1]) == together
 
 
 def test_bos_is_never_doubled_and_eos_comes_once():
@@ -105,7 +104,7 @@ def test_chat_without_an_end_of_turn_token_gets_an_eos():
     tokenizer = byte_level(template=template)
     ids, is_label = one({"instruction": "a", "output": "b"}, "chat", tokenizer)
     assert decoded(tokenizer, ids) == "user: a\nassistant: b</s>"
-    assert decoded(tokenizer, ids[is_label]) == " b</s>"  # the token that straddles the border counts as target
+    assert decoded(tokenizer, ids[is_label]) == "b</s>"
 
 
 def test_mixed_rows_keep_their_order():

@@ -3,7 +3,7 @@
 import pytest
 from data_helpers import message_of
 
-from neuroada_jax.data.prompts import render_example, render_prompt
+from neuroada_jax.data.prompts import render_examples, render_prompt
 from neuroada_jax.tasks import GLUE, SUITES, TASKS, Source, listing, overlap
 from neuroada_jax.tasks.arithmetic import first_letter, last_number, stated_letter
 
@@ -144,7 +144,7 @@ def test_the_training_rows_of_a_suite_take_either_answer():
         assert task.convert(row, "here") == {**row, "answer": found}
     scored = {"instruction": "i", "answer": "1"}  # without a rationale, which only training needs
     assert task.convert(scored, "here") == task.convert({**scored, "output": None}, "here") == scored
-    assert message_of(render_example, task.convert(scored, "here"), task.style, None, "here").startswith(
+    assert message_of(render_examples, task.convert(scored, "here"), task.style, None, "here").startswith(
         "here: no field 'output', found fields instruction, answer; expected "
     )
 
@@ -241,7 +241,9 @@ def test_rows_that_do_not_fit(task, row, message):
         ({"instruction": "i", "output": "o", "answer": "a"}, "a"),
         ({"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "c"}]}, "c"),
         ({"messages": [{"role": "user", "content": "u"}]}, None),
-        *(({"messages": messages}, None) for messages in ({"role": "user"}, 3, "text", [], [3])),
+        ({"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "<think>2</think>\n\nc"}]}, "c"),
+        ({"conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "c"}]}, "c"),
+        ({"prompt": [{"role": "user", "content": "u"}], "completion": [{"role": "assistant", "content": "c"}]}, "c"),
     ],
 )
 def test_the_answer_of_a_row_of_any_kind(row, answer):

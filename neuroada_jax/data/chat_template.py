@@ -1,0 +1,330 @@
+"""Chat templates: rendering, and the exact texts that are asked and answered for every turn of a chat."""
+
+import datetime
+import functools
+import inspect
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jinja2
+import jinja2.meta
+import jinja2.nodes
+import jinja2.sandbox
+
+from neuroada_jax.data.chats import Chat
+from neuroada_jax.errors import UserError
+
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_END_GENERATION = re.compile(r"\{%-?\s*endgeneration\s*-?%\}")
+# The date that a template writes, with its format as a constant.
+_NOW = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?("[^"]*"|'[^']*')\s*\)""")
+# Texts that are meant as one token: <|im_end|>, the same in DeepSeek's wide letters, <end_of_turn>, <eos>, </s>. Others in
+# brackets are plain text for some models: [INST] of Llama 2, <think>, <tools>.
+_TOKEN_LIKE = re.compile(r"<\|[^<>|\s]+\|>|<｜[^<>｜\s]+｜>|<(?:start|end)_of_[a-z]+>|<[be]os>|</?s>")
+_OPENED_THOUGHTS = re.compile(r"<([a-z_]+)>\s*\Z")
+_GLOBALS = {"raise_exception", "strftime_now", "namespace", "dict", "range", "lipsum", "cycler", "joiner"}
+
+
+class Turn(NamedTuple):
+    """An assistant turn: the text before it, exactly as a generation is asked, and the text to learn, with its end."""
+
+    prompt: str
+    answer: str
+
+
+class _Facts(NamedTuple):
+    """What a template's source says about itself.
+
+    Attributes:
+      variables: the names that it reads from outside.
+      words: every name, attribute and text constant in it.
+      tokens: the texts in its constants that look like one token.
+    """
+
+    variables: frozenset[str]
+    words: frozenset[str]
+    tokens: frozenset[str]
+
+
+@functools.lru_cache(maxsize=64)
+def _facts(source: str) -> _Facts:
+    """Parse a template.
+
+    Raises:
+      jinja2.TemplateSyntaxError: it is none.
+    """
+    plain = _END_GENERATION.sub("{% endif %}", _GENERATION.sub("{% if true %}", source))
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    tree = environment.parse(plain)
+    texts = [str(node.value) for node in tree.find_all(jinja2.nodes.Const) if isinstance(node.value, str)]
+    texts += [node.data for node in tree.find_all(jinja2.nodes.TemplateData)]
+    names = {node.name for node in tree.find_all(jinja2.nodes.Name)}
+    names |= {node.attr for node in tree.find_all(jinja2.nodes.Getattr)}
+    tokens = {token for text in texts for token in _TOKEN_LIKE.findall(text)}
+    variables = frozenset(jinja2.meta.find_undeclared_variables(tree)) - _GLOBALS
+    return _Facts(variables, frozenset({*names, *texts}), frozenset(tokens))
+
+
+@functools.cache
+def _reserved() -> frozenset[str]:
+    """Return the names that `template_arguments` cannot set, since transformers or this module does."""
+    from transformers import PreTrainedTokenizerBase
+
+    return frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {"kwargs"} | {"messages"}
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer, or another one in its place, with its arguments and its date.
+
+    Attributes:
+      source: the template's text, with the date in it where it writes one.
+      masked: whether it marks what is learnt with {% generation %} blocks.
+    """
+
+    def __init__(self, tokenizer: Any, source: str | None, arguments: Mapping[str, Any], date: str | None) -> None:
+        """Take a template.
+
+        Args:
+          tokenizer: writes its special tokens, and has a template of its own.
+          source: text of the template; None: the tokenizer's own.
+          arguments: values of the template's variables.
+          date: "YYYY-MM-DD" for templates that write the date; None: today.
+
+        Raises:
+          UserError: no template, one that cannot be parsed, or arguments that it does not read.
+        """
+        self._tokenizer, self._arguments = tokenizer, dict(arguments)
+        self.given = source
+        self._date = datetime.date.fromisoformat(date) if date else datetime.date.today()
+        default = self._default
+        self._facts = _parsed(default)
+        self.masked = bool(_GENERATION.search(default))
+        for name in self._arguments:
+            if name in _reserved():
+                raise UserError(f"template_arguments: {name!r} is set by the library itself; remove it")
+            if name not in self._facts.variables:
+                read = sorted(self._facts.variables - _reserved() - set(tokenizer.special_tokens_map))
+                raise UserError(
+                    f"template_arguments: the chat template does not read {name!r}; it reads {', '.join(read) or 'none'}"
+                )
+
+    @functools.cached_property
+    def _default(self) -> str:
+        """The template's text with its date."""
+        return self._dated(None)
+
+    @functools.cached_property
+    def _for_tools(self) -> str:
+        """The same for chats with tools, for which some tokenizers have another template."""
+        return self._dated([])
+
+    def _source(self, chat: Chat) -> str:
+        return self._default if chat.tools is None else self._for_tools
+
+    def _dated(self, tools: list[Any] | None) -> str:
+        """Return a template with the date as text in it.
+
+        Raises:
+          UserError: there is no template, or it writes the date in a format that is no constant.
+        """
+        try:
+            source = self._tokenizer.get_chat_template(self.given, tools)
+        except ValueError as error:  # no template, or several of which none is the default
+            raise UserError(
+                "the row or style asks for chat, but the tokenizer has no chat template; expected one, data.chat_template, "
+                "or another prompt style on rows without 'messages'"
+            ) from error
+        dated = _NOW.sub(lambda found: repr(self._date.strftime(found[1][1:-1])), source)
+        if re.search(r"strftime_now\s*\(", dated):
+            raise UserError("the chat template computes the format of its date (strftime_now), expected a constant")
+        return dated
+
+    @property
+    def is_dated(self) -> bool:
+        """Whether the template writes the date of the day."""
+        return bool(_NOW.search(self.text))
+
+    @property
+    def text(self) -> str:
+        """The template's text as it was given."""
+        return str(self._tokenizer.get_chat_template(self.given, None))
+
+    def render(self, chat: Chat, messages: list[dict[str, Any]], where: str, *, opened: bool) -> str:
+        """Return the text of some messages of a chat, with or without the opening of an assistant turn.
+
+        Raises:
+          UserError: the template refuses or fails; in one line, with its own message.
+        """
+        return self._apply(chat, messages, where, opened, False)[0]
+
+    def _apply(
+        self, chat: Chat, messages: list[dict[str, Any]], where: str, opened: bool, masked: bool
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """Return the text, and the character ranges of its {% generation %} blocks if they are asked for."""
+        from transformers.utils.chat_template_utils import render_jinja_template  # slow to import
+
+        arguments = {**self._tokenizer.special_tokens_map, **self._arguments}
+        # As transformers does: many templates fail on null, or write "None", where they can do without the field.
+        plain = [{key: value for key, value in each.items() if value is not None} for each in messages]
+        for attempt in (plain, [{"content": "", **each} for each in plain]):
+            try:
+                rendered: Any = render_jinja_template(
+                    [attempt],
+                    tools=chat.tools,
+                    chat_template=self._source(chat),
+                    return_assistant_tokens_mask=masked,
+                    add_generation_prompt=opened,
+                    **arguments,
+                )
+            # Whatever operations of a template on texts and numbers can raise.
+            except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+                reason, cause = (str(error) or type(error).__name__).splitlines()[0], error
+                continue
+            return rendered[0][0], rendered[1][0] if masked else []
+        raise UserError(f"{where}: the chat template refuses this chat ({reason})") from cause
+
+    def check(self, chat: Chat, where: str) -> None:
+        """Refuse what the template would leave out in silence.
+
+        Raises:
+          UserError: tools, tool calls or thoughts that the template does not read; names the field.
+        """
+        words = _parsed(self._source(chat)).words
+        if chat.tools is not None and "tools" not in words:
+            raise UserError(f"{where}: the chat template does not read the row's field 'tools'; expected one that does")
+        for i, message in enumerate(chat.messages):
+            for fields in (("tool_calls",), ("reasoning_content", "thinking", "reasoning")):
+                found = next((field for field in fields if message.get(field)), None)
+                if found and not words.intersection(fields):
+                    raise UserError(
+                        f"{where}: the chat template does not read {found!r} of message {i}; expected one that does"
+                    )
+
+    def check_text(self, chat: Chat, text: str, where: str, *, opened: bool) -> None:
+        """Refuse a text in which a message is missing, or one with a token of the template that the tokenizer splits.
+
+        Args:
+          chat: whose messages the text has.
+          text: from `render` with these messages.
+          where: the row's place for error messages.
+          opened: as in `render`.
+
+        Raises:
+          UserError: names the message or the token.
+        """
+        for token in self._foreign_tokens:
+            if token in text:
+                count = len(self._tokenizer(token, add_special_tokens=False)["input_ids"])
+                raise UserError(
+                    f"{where}: the chat template writes {token!r}, which this tokenizer splits into {count} tokens; "
+                    "expected a template of its own tokens (data.chat_template)"
+                )
+        for i, message in enumerate(chat.messages):
+            content = message.get("content")
+            if not content or message["role"] == "assistant" or content.strip() in text:
+                continue
+            other = [*chat.messages]
+            other[i] = {**message, "content": "another text"}
+            if self.render(chat, other, where, opened=opened) == text:
+                raise UserError(
+                    f"{where}: the chat template writes nothing of message {i} (role {message['role']!r}); "
+                    "expected a template with this role, or rows without it"
+                )
+
+    @functools.cached_property
+    def _foreign_tokens(self) -> list[str]:
+        """Texts in the template that are meant as one token and that the tokenizer does not have."""
+        unknown = (None, self._tokenizer.unk_token_id)
+        return sorted(each for each in self._facts.tokens if self._tokenizer.convert_tokens_to_ids(each) in unknown)
+
+    def turn(self, chat: Chat, i: int, where: str) -> Turn:
+        """Return what is asked before the assistant's message `i`, and what is answered.
+
+        The prompt is exactly what a generation at this place is given. White space that the template writes after the end
+        of the turn is formatting and belongs to neither.
+
+        Raises:
+          UserError: the template refuses, writes nothing for the message, or stores it in another form than it asks for it.
+        """
+        before = self.render(chat, chat.messages[:i], where, opened=True)
+        stored = self.render(chat, chat.messages[: i + 1], where, opened=False)
+        message = chat.messages[i]
+        if stored.startswith(before):
+            answer = self._ended(chat, i, before, stored, where)[len(before) :]
+        else:
+            found = _with_thoughts(message, before, stored)
+            if found is None:
+                at = _common(before, stored)
+                raise UserError(
+                    f"{where}: the chat template asks for message {i} with {before[at:][:40]!r} and stores it with "
+                    f"{stored[at:][:40]!r} in its place, so what to learn cannot be found; expected a template with "
+                    "{% generation %} blocks, template_arguments, or another template (data.chat_template)"
+                )
+            answer = found.rstrip()
+        content = _squeezed(message.get("content") or "").rpartition("</think>")[2]
+        if not answer.strip() or content not in _squeezed(answer):
+            raise UserError(
+                f"{where}: the chat template writes nothing of message {i} (role 'assistant'), expected its text"
+            )
+        return Turn(before, answer)
+
+    def _ended(self, chat: Chat, i: int, before: str, stored: str, where: str) -> str:
+        """Return the stored text up to the end of turn `i`.
+
+        Some templates write a token after the last turn of a stored chat that does not follow it in a longer chat (Phi-3).
+        """
+        ends = [found.end() for found in _TOKEN_LIKE.finditer(stored, len(before))]
+        if len(ends) > 1:
+            longer = self.render(chat, chat.messages[: i + 1], where, opened=True)
+            common = _common(stored, longer)
+            kept = [end for end in ends if end <= common]
+            if common < len(stored.rstrip()) and kept:
+                return stored[: kept[-1]]
+        return stored.rstrip() if len(stored.rstrip()) > len(before) else stored
+
+    def masks(self, chat: Chat, where: str) -> tuple[str, list[tuple[int, int]]]:
+        """Return the text of the complete chat and the character ranges of its {% generation %} blocks."""
+        return self._apply(chat, chat.messages, where, False, True)
+
+
+def _parsed(source: str) -> _Facts:
+    try:
+        return _facts(source)
+    except (jinja2.TemplateError, RecursionError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"the chat template is not valid ({reason})") from error
+
+
+def _common(one: str, other: str) -> int:
+    """Return the length of the common beginning."""
+    pairs = zip(one, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
+def _with_thoughts(message: Mapping[str, Any], before: str, stored: str) -> str | None:
+    """Return the answer to a prompt that opens a block of thoughts, from a stored turn that has lost it (R1-Distill).
+
+    A turn without thoughts closes the block at once.
+    """
+    found = _OPENED_THOUGHTS.search(before)
+    if found is None or not stored.startswith(before[: found.start()]):
+        return None
+    closing = f"</{found[1]}>"
+    content, answer = message.get("content") or "", stored[found.start() :]
+    thoughts = next((message[each] for each in ("reasoning_content", "thinking", "reasoning") if message.get(each)), None)
+    if thoughts is None:
+        thoughts, separator, last = content.rpartition(closing)
+        if separator:
+            thoughts, content = thoughts.strip().removeprefix(f"<{found[1]}>"), last
+    at = answer.rfind(content.strip())
+    if at < 0:
+        return None
+    # The text of the stored turn without what it kept of the thoughts.
+    return f"{thoughts.strip()}\n{closing}\n\n{answer[at:]}"

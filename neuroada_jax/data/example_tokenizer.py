@@ -1,0 +1,205 @@
+"""From rendered text to token ids and labels, with one border between prompt and completion.
+
+The prompt of an example has the very tokens that it has in a generation, where it is tokenised by itself.
+"""
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int32
+
+from neuroada_jax.data.prompts import Rendered
+from neuroada_jax.errors import UserError
+
+Coded = tuple[Int32[np.ndarray, "_"], Int32[np.ndarray, "_"], Int32[np.ndarray, "_"]]  # ids, starts, ends
+
+# Texts before a completion that is tokenised without its prompt: a SentencePiece tokenizer would put a space before it.
+_ANCHORS = ("\n", ".", "a", "1", ":")
+
+
+class Encoded(NamedTuple):
+    """A tokenised example, not truncated.
+
+    Attributes:
+      ids: int32 (t,).
+      is_label: bool (t,).
+      ends: ids of the tokens that end what is learnt.
+      crossed: whether a token would have spanned the border, so that prompt and completion were tokenised separately.
+    """
+
+    ids: Int32[np.ndarray, "_"]
+    is_label: Bool[np.ndarray, "_"]
+    ends: frozenset[int]
+    crossed: bool = False
+
+
+class ExampleTokenizer:
+    """A fast tokenizer with the rules for borders, labels, BOS and EOS."""
+
+    def __init__(self, tokenizer: Any):
+        if not getattr(tokenizer, "is_fast", False):
+            raise UserError(
+                f"tokenizer: found {type(tokenizer).__name__}, expected a fast one (made from tokenizer.json), "
+                "since character offsets separate completions from prompts"
+            )
+        self.tokenizer = tokenizer
+        self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        # At the end of an assistant turn, any of these is its end-of-turn token; ordinary text is not. The tokenizer splits
+        # a text at them first, so that the tokens after one do not depend on the text before it.
+        self._control = np.array(sorted({*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}), np.int32)
+        self._tails: dict[tuple[str, str], np.ndarray] = {}
+
+    def encode(self, texts: list[str], add_special_tokens: bool) -> list[Coded]:
+        """Tokenise texts.
+
+        Returns:
+          For each text: ids, and the start and end of each token in characters, all int32 (t,); both are -1 for tokens
+          that the tokenizer added.
+        """
+        coded = self.tokenizer(
+            texts,
+            add_special_tokens=add_special_tokens,
+            return_offsets_mapping=True,
+            return_special_tokens_mask=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            padding=False,
+            truncation=False,
+            verbose=False,
+        )
+        result = []
+        fields = (coded[name] for name in ("input_ids", "offset_mapping", "special_tokens_mask"))
+        for ids, pairs, added in zip(*fields, strict=True):
+            spans = np.fromiter(chain.from_iterable(pairs), np.int32, 2 * len(ids)).reshape(-1, 2)
+            ids = np.array(ids, np.int32)
+            spans[np.array(added, bool)] = -1
+            start, stop = 0, len(ids)
+            while stop and spans[stop - 1, 1] < 0 and not (stop == 1 and ids[0] == self.bos):
+                stop -= 1  # EOS of the post-processor: a prompt has none, and `_finish` adds an example's
+            if stop > 1 and spans[0, 1] < 0 and ids[0] == ids[1] == self.bos:
+                start = 1  # the text has its own BOS
+            result.append((ids[start:stop], spans[start:stop, 0], spans[start:stop, 1]))
+        return result
+
+    def examples(self, rendered: Sequence[Rendered], where: Sequence[str]) -> list[list[Encoded]]:
+        """Tokenise rendered examples and end each with EOS or its end-of-turn token.
+
+        Returns: for each the tokenised example; several where a chat had a token across the border of a later turn, or a
+          turn without an end-of-turn token, so that every turn becomes an example of its own.
+        """
+        result: list[list[Encoded]] = [[] for _ in rendered]
+        for templated in (False, True):
+            chosen = [i for i, one in enumerate(rendered) if one.templated is templated]
+            if not chosen:
+                continue
+            coded = self.encode([rendered[i].text for i in chosen], add_special_tokens=not templated)
+            prompts: Sequence[Coded | None] = [None] * len(chosen)
+            if not templated:
+                prompts = self.encode(
+                    [rendered[i].text[: rendered[i].spans[0][0]] for i in chosen], add_special_tokens=True
+                )
+            for i, part, prompt in zip(chosen, coded, prompts, strict=True):
+                result[i] = self._example(rendered[i], part, None if prompt is None else prompt[0], where[i])
+        return result
+
+    def _example(self, one: Rendered, coded: Coded, prompt: np.ndarray | None, where: str) -> list[Encoded]:
+        """Label the tokens of one example; `prompt`: the tokens of its prompt by itself, where they are known."""
+        if one.masked:
+            return [self._masked(one, coded)]
+        borders = [self._border(one.text, start, coded, prompt) for start, _ in one.spans]
+        if None not in borders:
+            found = self._labelled(one, coded, [border for border in borders if border is not None], where)
+            if found is not None:
+                return [found]
+        if len(one.spans) > 1:
+            turns = [Rendered(one.text[:stop], [(start, stop)], one.templated) for start, stop in one.spans]
+            return list(chain.from_iterable(self.examples(turns, [where] * len(turns))))
+        (start, stop), *_ = one.spans
+        if prompt is None:
+            prompt = self.encode([one.text[:start]], add_special_tokens=not one.templated)[0][0]
+        completion = self._alone(one.text[start:stop])
+        ids = np.concatenate([prompt, completion])
+        is_label = np.arange(len(ids)) >= len(prompt)
+        return [self._finish(one, ids, is_label, where)._replace(crossed=True)]
+
+    def _border(self, text: str, start: int, coded: Coded, prompt: np.ndarray | None) -> int | None:
+        """Return the number of tokens before character `start`; None if the text's tokens are not those of its prompt."""
+        ids, starts, ends = coded
+        if prompt is None:
+            before = np.flatnonzero(np.isin(ids, self._control) & (ends <= start) & (starts >= 0))
+            if len(before):
+                at = int(before[-1])
+                tail = self._tail(text[starts[at] : ends[at]], text[ends[at] : start])
+                if np.array_equal(ids[at : at + len(tail)], tail):
+                    return at + len(tail)
+            prompt = self.encode([text[:start]], add_special_tokens=False)[0][0]
+        return len(prompt) if np.array_equal(ids[: len(prompt)], prompt) else None
+
+    def _tail(self, control: str, text: str) -> np.ndarray:
+        """Return the tokens of a control token and the text after it; most prompts of a file end with the same one."""
+        if (control, text) not in self._tails:
+            if len(self._tails) > 10_000:
+                self._tails.clear()
+            self._tails[control, text] = self.encode([control + text], add_special_tokens=False)[0][0]
+        return self._tails[control, text]
+
+    def _alone(self, text: str) -> np.ndarray:
+        """Return the tokens of a completion that is tokenised by itself, but not as a beginning of text."""
+        for anchor in _ANCHORS:
+            (before, *_), (ids, *_) = self.encode([anchor, anchor + text], add_special_tokens=False)
+            if np.array_equal(ids[: len(before)], before):
+                return ids[len(before) :]
+        return self.encode([text], add_special_tokens=False)[0][0]
+
+    def _labelled(self, one: Rendered, coded: Coded, borders: list[int], where: str) -> Encoded | None:
+        """Label the tokens from each border to its span's end; None if a turn before the last has no end-of-turn token."""
+        ids, starts, _ = coded
+        order, is_label, ends = np.arange(len(ids)), np.zeros(len(ids), bool), set()
+        for border, (_, stop) in zip(borders, one.spans, strict=True):
+            # A byte-level tokenizer may trim the offsets of white space to an empty range at its end, so that the last
+            # token starts where the text ends: only spans before a later turn are bounded from above.
+            part = (order >= border) & ((starts < stop) if stop < len(one.text) else True)
+            is_label |= part
+            if stop < len(one.text):
+                last = part.nonzero()[0]
+                if not len(last) or int(ids[last[-1]]) not in self._control:
+                    return None
+                ends.add(int(ids[last[-1]]))
+        found = self._finish(one, ids, is_label, where)
+        return found._replace(ends=found.ends | ends)
+
+    def _masked(self, one: Rendered, coded: Coded) -> Encoded:
+        """Label exactly the tokens in the spans, as transformers' `return_assistant_tokens_mask` does."""
+        ids, starts, ends = coded
+        is_label, ending = np.zeros(len(ids), bool), set()
+        for start, stop in one.spans:
+            part = (ends > start) & (starts < stop) & (starts >= 0)
+            is_label |= part
+            control = np.flatnonzero(part & np.isin(ids, self._control))
+            if len(control) and not one.text[ends[control[-1]] : stop].strip():
+                ending.add(int(ids[control[-1]]))
+        return Encoded(ids, is_label & (np.arange(len(ids)) > 0), frozenset(ending))
+
+    def _finish(self, one: Rendered, ids: np.ndarray, is_label: np.ndarray, where: str) -> Encoded:
+        """End an example with its end-of-turn token or EOS, a label too."""
+        if self.bos != self.eos:
+            is_label = is_label & (ids != self.bos)
+        last = is_label.nonzero()[0]
+        if one.templated and len(last) and int(ids[last[-1]]) in self._control:
+            ids, is_label = ids[: last[-1] + 1], is_label[: last[-1] + 1]
+        else:
+            if self.eos is None:
+                raise UserError(f"{where}: the tokenizer has no EOS token, expected one to end the completion with")
+            stop = last[-1] + 1 if len(last) else len(ids)
+            while stop and is_label[stop - 1] and ids[stop - 1] == self.eos:
+                stop -= 1  # a completion with an EOS of its own still ends with one
+            ids = np.append(ids[:stop], np.int32(self.eos))
+            is_label = np.append(is_label[:stop], True)
+        is_label[:1] = False
+        return Encoded(ids, is_label, frozenset({int(ids[-1])}))
+
+    def text_of(self, token: int) -> str:
+        """Return the text of a control token."""
+        return str(self.tokenizer.convert_ids_to_tokens(int(token)))
