@@ -119,7 +119,7 @@ def _classification(parsed: argparse.Namespace, opened: Any, tokenizer: Any, row
 
 def _summary(score: Any) -> dict[str, Any]:
     """Return the content of `evaluate --json` beside the task; counts and parts that a score lacks are omitted."""
-    counts = {"overlap": score.overlap, "empty": score.empty}
+    counts = {"overlap": score.overlap, "empty": score.empty, "unfinished": score.unfinished or None}
     parts = {name: part._asdict() for name, part in score.parts.items()}
     return {
         "metric": score.metric,

@@ -122,8 +122,13 @@ class ContinuationScorer:
             batch_size=self.options.batch_size,
             on_progress=on_progress,
         )
-        texts = (str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in outputs)
-        return [{"generation": before_stop(text, decoding.stop)} for text in texts]
+        return [
+            {
+                "generation": before_stop(str(tokenizer.decode(each.ids, skip_special_tokens=True)), decoding.stop),
+                "stopped": each.stopped,
+            }
+            for each in outputs
+        ]
 
     def _compare(self, row: dict[str, Any], prediction: dict[str, Any]) -> None:
         """Extract the answers of a prediction and add whether they are correct."""
@@ -191,7 +196,7 @@ def summarise(predictions: list[dict[str, Any]]) -> Score:
     """Return the score of all predictions, and of the subsets that their fields define."""
     value, n, interval = _part(each["correct"] for each in predictions)
     clean = [each for each in predictions if not each.get("in_training")]
-    parts = {}
+    parts, generated = {}, "generation" in predictions[0]
     if "strict_correct" in predictions[0]:
         parts["strict"] = _part(each["strict_correct"] for each in predictions)
     if 0 < len(clean) < n:
@@ -203,7 +208,8 @@ def summarise(predictions: list[dict[str, Any]]) -> Score:
         n,
         interval,
         predictions,
-        empty=sum(not each["generation"].strip() for each in predictions) if "generation" in predictions[0] else None,
+        empty=sum(not each["generation"].strip() for each in predictions) if generated else None,
+        unfinished=sum(each["stopped"] == "length" for each in predictions) if generated else None,
         overlap=n - len(clean) if "in_training" in predictions[0] else None,
         parts=parts,
     )

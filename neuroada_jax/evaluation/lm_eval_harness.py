@@ -186,8 +186,8 @@ class NeuroAdaLM(TemplateLM):
                 batch_size=self.batch_size,
                 on_progress=self.on_progress,
             )
-            for number, ids in zip(numbers, outputs, strict=True):
-                texts[number] = before_stop(str(self.tokenizer.decode(ids, skip_special_tokens=True)), until)
+            for number, each in zip(numbers, outputs, strict=True):
+                texts[number] = before_stop(str(self.tokenizer.decode(each.ids, skip_special_tokens=True)), until)
         return texts
 
 

@@ -35,6 +35,7 @@ class Score(NamedTuple):
       overlap: rows whose question is among the training rows; None where those are not known.
       parts: accuracy without these rows ("clean"), by the task's strict rule ("strict"), and both ("clean, strict").
       beside_intervals: 95 % intervals of the metrics in `beside`, by name.
+      unfinished: generations that neither an end token nor a stop string ended; None where nothing is generated.
     """
 
     value: float
@@ -47,6 +48,7 @@ class Score(NamedTuple):
     overlap: int | None = None
     parts: Mapping[str, Part] = MappingProxyType({})
     beside_intervals: Mapping[str, tuple[float, float] | None] = MappingProxyType({})
+    unfinished: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON has them, without the predictions, which have a file of their own."""

@@ -1,8 +1,9 @@
 """Batched decoding with a key/value cache: greedy, sampling or beam search, in a bounded number of jitted programs."""
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,18 @@ class Ending(NamedTuple):
 
     eos_ids: tuple[int, ...] = ()
     decode: Callable[[list[int]], str] | None = None
+
+
+class Generation(NamedTuple):
+    """The continuation of a prompt.
+
+    Attributes:
+      ids: the new tokens, without an end token. Where a stop string ended the continuation, the last one completed it.
+      stopped: why it ended: at an "end" token, at a "stop" string, or at the largest "length".
+    """
+
+    ids: list[int]
+    stopped: Literal["end", "stop", "length"]
 
 
 class Prompts(NamedTuple):
@@ -157,7 +170,7 @@ def generate(
     decoding: Decoding = GREEDY,
     batch_size: int = 16,
     on_progress: Callable[[int, int], None] | None = None,
-) -> list[list[int]]:
+) -> list[Generation]:
     """Continue every prompt until an end token, a stop string or `max_new_tokens`.
 
     Prompts of similar length share a batch; padding is on the left and masked, so that the continuation of a prompt does
@@ -173,9 +186,8 @@ def generate(
       batch_size: prompts decoded together.
       on_progress: called with (prompts done, prompts in total).
 
-    Returns: the new ids of each prompt, in the order given. Where a stop string ended a continuation, its last id is the
-      one that completed the string; `before_stop` removes the string from the text. A beam search looks for stop strings
-      in its result only.
+    Returns: the new ids of each prompt and why they end, in the order given. `before_stop` removes a stop string from the
+      text. A beam search looks for stop strings in its result only.
 
     Raises:
       UserError: max_new_tokens below 1, stop strings without `ending.decode`, an empty prompt, or one that exceeds the
@@ -189,15 +201,15 @@ def generate(
     stops = _Stops(decoding.stop, ending.decode, frozenset(ending.eos_ids))
     batch_size = max(1, min(batch_size, len(prompts)))
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
-    results: list[list[int]] = [[] for _ in prompts]
+    results: dict[int, Generation] = {}
     for first in range(0, len(order), batch_size):
         chosen = order[first : first + batch_size]
         out = _decode(model, params, _batch(prompts, chosen, batch_size), max_new_tokens, decoding, stops)
         for place, number in enumerate(chosen):
-            results[number] = stops.truncate(out[place])
+            results[number] = stops.ended(out[place])
         if on_progress:
             on_progress(min(first + batch_size, len(order)), len(order))
-    return results
+    return [results[number] for number in range(len(prompts))]
 
 
 def _batch(prompts: Sequence[Sequence[int]], chosen: Sequence[int], batch_size: int) -> Prompts:
@@ -246,16 +258,17 @@ class _Stops(NamedTuple):
 
     def found(self, tokens: Int[np.ndarray, "N"]) -> bool:
         """Return whether a stop string occurs in the new tokens of a sequence, -1 where there is none."""
-        return self._ended([int(token) for token in tokens if token >= 0])
+        return self._occur([int(token) for token in tokens if token >= 0])
 
-    def truncate(self, tokens: Int[np.ndarray, "N"]) -> list[int]:
-        """Return the tokens before the end token, and up to the one that completes the first stop string."""
-        ids = [int(token) for token in tokens if token >= 0 and token not in self.eos_ids]
-        if not self._ended(ids):
-            return ids
-        return next(ids[:length] for length in range(1, len(ids) + 1) if self._ended(ids[:length]))
+    def ended(self, tokens: Int[np.ndarray, "N"]) -> Generation:
+        """Return the tokens before the end token, or up to the one that completes the first stop string."""
+        new = [int(token) for token in tokens if token >= 0]
+        ids = list(itertools.takewhile(lambda token: token not in self.eos_ids, new))
+        if self._occur(ids):
+            return Generation(next(ids[:size] for size in range(1, len(ids) + 1) if self._occur(ids[:size])), "stop")
+        return Generation(ids, "end" if len(ids) < len(new) else "length")
 
-    def _ended(self, ids: list[int]) -> bool:
+    def _occur(self, ids: list[int]) -> bool:
         if not self.texts or self.decode is None:
             return False
         text = self.decode(ids)

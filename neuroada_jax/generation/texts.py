@@ -16,10 +16,17 @@ from neuroada_jax.pretrained.load import OpenedModel
 
 
 class Continuation(NamedTuple):
-    """Continuation of a prompt: its text without stop strings and special tokens, and the number of generated tokens."""
+    """Continuation of a prompt.
+
+    Attributes:
+      text: without stop strings and special tokens.
+      tokens: number of generated tokens, without an end token.
+      stopped: why it ended: at an "end" token, at a "stop" string, or at the largest "length".
+    """
 
     text: str
     tokens: int
+    stopped: str
 
 
 def end_tokens(base_model: OpenedModel, tokenizer: transformers.PreTrainedTokenizerBase) -> list[int]:
@@ -72,5 +79,11 @@ def continue_texts(
         max_new_tokens=max_new_tokens,
         decoding=decoding,
     )
-    texts = [before_stop(str(tokenizer.decode(each, skip_special_tokens=True)), decoding.stop) for each in outputs]
-    return [Continuation(text, len(each)) for text, each in zip(texts, outputs, strict=True)]
+    return [
+        Continuation(
+            before_stop(str(tokenizer.decode(each.ids, skip_special_tokens=True)), decoding.stop),
+            len(each.ids),
+            each.stopped,
+        )
+        for each in outputs
+    ]

@@ -21,6 +21,7 @@ def percent(value: float | None, interval: Sequence[float] | None = None) -> str
 _COUNTS = {
     "overlap": "overlap: questions that are among the training rows",
     "empty": "empty: generations without any text, which count as wrong",
+    "unfinished": "unfinished: generations that ran to max_new_tokens without an end",
 }
 
 
@@ -50,7 +51,7 @@ class Figure(NamedTuple):
 
 def figures(name: str, score: Score) -> list[Figure]:
     """Return the rows of a set: its metric, the metrics beside it, and its parts."""
-    counts = {"overlap": score.overlap, "empty": score.empty}
+    counts = {"overlap": score.overlap, "empty": score.empty, "unfinished": score.unfinished or None}
     main = Figure(name, score.metric, score.n, score.value, score.interval, counts)
     beside = (
         Figure(f"  {name}, {each}", each, score.n, value, score.beside_intervals.get(each))

@@ -138,14 +138,14 @@ def test_continuations_equal_pytorch_token_for_token(base_model, smollm2_gguf, t
     eos_ids = [tokenizer.eos_token_id]
     options = {"max_new_tokens": 64, "decoding": Decoding(**settings), "batch_size": 10}
     got = generate(base_model.model, base_model.params, prompts, Ending(tuple(eos_ids)), **options)
-    for prompt, ids in zip(prompts, got, strict=True):
+    for prompt, each in zip(prompts, got, strict=True):
         inputs = {"input_ids": torch.tensor([prompt]), "attention_mask": torch.ones((1, len(prompt)), dtype=torch.long)}
         out = reference.generate(
             **inputs, do_sample=False, max_new_tokens=64, pad_token_id=0, eos_token_id=eos_ids, **theirs
         )
         want = out[0, len(prompt) :].tolist()
         want = want[: next((at for at, token in enumerate(want) if token in eos_ids), len(want))]
-        assert ids == want, tokenizer.decode(prompt)
+        assert each.ids == want, tokenizer.decode(prompt)
 
 
 @pytest.mark.slow

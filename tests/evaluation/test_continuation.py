@@ -14,6 +14,7 @@ from neuroada_jax.data.prompts import PromptStyle
 from neuroada_jax.data.rows import load_rows, rows_from_list
 from neuroada_jax.evaluation import choices, continuation, metrics, scoring
 from neuroada_jax.evaluation.continuation import ContinuationScorer, Options
+from neuroada_jax.generation.generate import Generation
 from neuroada_jax.pretrained.load import load_model
 from neuroada_jax.tasks import TASKS
 
@@ -128,7 +129,9 @@ def test_chat_rows_are_scored_against_the_last_assistant_turn(base_model):
 def test_parts_by_a_second_rule_and_without_the_training_rows(base_model, monkeypatch):
     texts = ["A book: the answer is (B).", "The answer is C", "", "Denote it by x."]
     monkeypatch.setattr(
-        continuation, "generate", lambda *_, **options: [[i] for i in range(options["max_new_tokens"] - 508)]
+        continuation,
+        "generate",
+        lambda *_, **options: [Generation([i], "end") for i in range(options["max_new_tokens"] - 508)],
     )
     monkeypatch.setattr(continuation, "check_lengths", lambda *_: None)  # of a model with 128 positions
     monkeypatch.setattr(type(CHAT), "decode", lambda self, ids, **_: texts[ids[0]])
@@ -156,6 +159,16 @@ def test_parts_by_a_second_rule_and_without_the_training_rows(base_model, monkey
 
 
 def test_an_empty_generation_is_wrong_whatever_the_answer(base_model, monkeypatch):
-    monkeypatch.setattr(continuation, "generate", lambda *_, **__: [[]])
+    monkeypatch.setattr(continuation, "generate", lambda *_, **__: [Generation([], "end")])
     got = score(base_model, [{"prompt": "a", "completion": " "}])
-    assert got.value == 0 and got.empty == 1
+    assert got.value == 0 and got.empty == 1 and got.unfinished == 0
+
+
+def test_generations_that_ran_to_the_limit_are_counted(base_model, monkeypatch):
+    kinds = ("end", "length", "stop", "length")
+    monkeypatch.setattr(continuation, "generate", lambda *_, **__: [Generation([5], kind) for kind in kinds])
+    got = score(base_model, [{"prompt": "a", "completion": "b"}] * len(kinds))
+    assert [each["stopped"] for each in got.predictions] == list(kinds)
+    assert got.unfinished == 2 == scoring.Score.from_json(got.to_json()).unfinished
+    rows = [{"sentence": "the question", "label": 1}]
+    assert score(base_model, rows, "sst2", method="choices").unfinished is None

@@ -160,7 +160,8 @@ def test_generation_cuts_long_prompts_and_keeps_settings_apart(harness, pair, mo
     # One at a time there: a batch takes the BOS rule of its first text, and cuts padding as if it were text.
     expected = [theirs.generate_until(requests(one), disable_tqdm=True)[0] for one in asked]
     assert ours.generate_until(requests(*asked)) == expected
-    stopped = [ids for ids in outputs[: len(texts[::3])] if stop in ours.tokenizer.decode(ids)]
+    said = [each.ids for each in outputs[: len(texts[::3])]]
+    stopped = [ids for ids in said if stop in ours.tokenizer.decode(ids)]
     assert stopped and not any(stop in ours.tokenizer.decode(ids[:-1]) for ids in stopped)  # the rest is not decoded
 
 

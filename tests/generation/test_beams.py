@@ -51,7 +51,7 @@ def family(request, tmp_path_factory):
     write_model(directory, None, seed=5, model_type=request.param, **FAMILIES[request.param])
     loaded = load_model(str(directory))
     said = generate(loaded.model, loaded.params, prompts(), Ending(), max_new_tokens=NEW)
-    eos_ids = [token for token, _ in collections.Counter(token for ids in said for token in ids).most_common(6)[3:]]
+    eos_ids = [token for token, _ in collections.Counter(token for each in said for token in each.ids).most_common(6)[3:]]
     reference = AutoModelForCausalLM.from_pretrained(directory).eval()
     reference.generation_config.eos_token_id = None  # only what a test asks for
     return request.param, loaded, reference, eos_ids
@@ -81,7 +81,9 @@ def ours(family, settings, eos_ids, batch_size=3):
     key = name, decoding, tuple(eos_ids), batch_size
     if key not in MADE:
         options = {"max_new_tokens": NEW, "decoding": decoding, "batch_size": batch_size}
-        MADE[key] = generate(loaded.model, loaded.params, prompts(), Ending(tuple(eos_ids)), **options)
+        made = generate(loaded.model, loaded.params, prompts(), Ending(tuple(eos_ids)), **options)
+        assert all(each.stopped == ("length" if len(each.ids) == NEW else "end") for each in made)
+        MADE[key] = [each.ids for each in made]
     return MADE[key]
 
 

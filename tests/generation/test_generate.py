@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from neuroada_jax import models
 from neuroada_jax.generation import generate as generation
 from neuroada_jax.generation.generate import Ending, generate
+from neuroada_jax.generation.sampling import Decoding
 from neuroada_jax.pretrained.load import load_model
 
 NEW = 12
@@ -46,9 +47,13 @@ def reference(model, prompt, eos_ids, new=NEW):
     return tokens[:-1] if tokens[-1] in eos_ids else tokens
 
 
-def ours(pair, prompts, eos_ids, **options):
+def generated(pair, prompts, eos_ids, decode=None, new=NEW, **options):
     loaded = pair[0]
-    return generate(loaded.model, loaded.params, prompts, Ending(tuple(eos_ids)), max_new_tokens=NEW, **options)
+    return generate(loaded.model, loaded.params, prompts, Ending(tuple(eos_ids), decode), max_new_tokens=new, **options)
+
+
+def ours(*arguments, **options):
+    return [each.ids for each in generated(*arguments, **options)]
 
 
 def test_greedy_equals_transformers(pair):
@@ -67,6 +72,33 @@ def test_end_tokens_equal_transformers(pair):
         assert got == [reference(pair[1], prompt, eos_ids) for prompt in prompts()]
         assert not any(set(tokens) & set(eos_ids) for tokens in got)
     assert min(len(tokens) for tokens in got) == 0 and max(len(tokens) for tokens in got) > 0
+
+
+WAYS = {"greedy": {}, "sampling": {"top_k": 40, "seed": 3}, "beams": {"beams": 3}}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_why_a_continuation_ends(pair, way):
+    """At its longest, at an end token wherever it comes, the last allowed one too, or at a stop string before it."""
+    settings, asked = WAYS[way], prompts((5, 17, 33))
+
+    def run(eos_ids=(), stop=(), new=NEW):
+        decoding, text = Decoding(**settings, stop=stop), lambda ids: "".join(f"<{each}>" for each in ids)
+        return generated(pair, asked, eos_ids, text, new, decoding=decoding)
+
+    free = run()
+    assert {each.stopped for each in free} == {"length"} and {len(each.ids) for each in free} == {NEW}
+    for new in (1, 2, NEW):
+        said = run(new=new)[0].ids
+        ended = run([said[-1]], new=new)[0]  # with a search, perhaps another continuation with that end
+        if way != "beams":
+            assert ended == (said[: said.index(said[-1])], "end")
+        assert ended.stopped == ("length" if len(ended.ids) == new else "end")
+        stopped = run((), (f"<{said[-1]}>",), new)[0]
+        assert stopped.stopped == "stop" and stopped.ids == said[: said.index(said[-1]) + 1]
+    said = free[1].ids
+    before = run([said[5]], (f"<{said[2]}>",))[1] if way != "beams" else None
+    assert before is None or before.stopped == ("stop" if said.index(said[2]) < said.index(said[5]) else "end")
 
 
 def test_a_result_does_not_depend_on_the_batch_or_the_order(pair):
@@ -98,7 +130,7 @@ def test_bfloat16_decodes(pair):
     model = models.from_hf_config(config, jnp.bfloat16)
     with jax.numpy_dtype_promotion("standard"):
         got = generate(model, params, prompts((3, 9)), Ending(), max_new_tokens=4)
-    assert [len(tokens) for tokens in got] == [4, 4]
+    assert [len(each.ids) for each in got] == [4, 4]
 
 
 def test_errors(pair):

@@ -113,7 +113,7 @@ def base_model(tmp_path_factory):
 def generate(base_model, prompts, new=20, **settings):
     ending = generation.Ending(decode=settings.pop("decode", None))
     options = {"batch_size": settings.pop("batch_size", 16), "max_new_tokens": new, "decoding": Decoding(**settings)}
-    return generation.generate(base_model.model, base_model.params, prompts, ending, **options)
+    return [each.ids for each in generation.generate(base_model.model, base_model.params, prompts, ending, **options)]
 
 
 PROMPTS = [[5, 6, 7], [8, 9], [5, 6, 7], [4] * 9]

@@ -84,11 +84,11 @@ def test_loads_in_transformers_with_the_same_logits_and_generations(name, saved,
     tokenizer = AutoTokenizer.from_pretrained(directory)
     coded = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
     got = generate(base_model.model, params, coded, Ending(), max_new_tokens=10)
-    for prompt, tokens in zip(coded, got, strict=True):
+    for prompt, each in zip(coded, got, strict=True):
         inputs = torch.tensor([prompt])
         options = {"do_sample": False, "max_new_tokens": 10, "eos_token_id": None, "pad_token_id": 0}
         out = model.generate(inputs, attention_mask=torch.ones_like(inputs), **options)
-        assert out[0, len(prompt) :].tolist() == tokens
+        assert out[0, len(prompt) :].tolist() == each.ids
 
 
 def test_it_loads_here_again(saved):
