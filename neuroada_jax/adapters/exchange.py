@@ -14,7 +14,7 @@ from neuroada_jax.core import trees
 from neuroada_jax.core.trees import Tree
 from neuroada_jax.errors import UserError
 from neuroada_jax.models import names
-from neuroada_jax.pretrained import save
+from neuroada_jax.pretrained import prompt_form, save
 from neuroada_jax.pretrained.load import LoadedModel, load_with_progress, open_model, open_with_tokenizer
 
 _PEFT = {"peft-supertuning": peft.Kind.SUPERTUNING, "peft-shira": peft.Kind.SHIRA}
@@ -46,6 +46,7 @@ def export_adapter(
     if verify:
         verification.require_torch()
     adapter = native.read(source)
+    form = native.form_of(adapter)
     trained_on = adapter.metadata["base"]
     where = model or trained_on.get("source")
     if not where:
@@ -59,6 +60,8 @@ def export_adapter(
         stored = opened.model.hf_config.get("dtype") or opened.model.hf_config.get("torch_dtype")
         # Nothing is rounded before the merge: weights are loaded as bfloat16 only if they are stored in it.
         opened, tokenizer = open_with_tokenizer(where, merged_dtype.name if stored == "bfloat16" else "float32", labels)
+        if form is not None:  # before the weights, which take longer
+            prompt_form.end_ids(form, tokenizer, opened.source)
     base_model = load_with_progress(opened) if merges else None
 
     # The official code and SuperTuning round the values to the dtype of the weights before the sum; SHiRA and we add in
@@ -71,7 +74,7 @@ def export_adapter(
 
     reload: Callable[[LoadedModel], verification.Reloaded]
     if to_format == "huggingface":
-        save.save(directory, opened, params, tokenizer)
+        save.save(directory, opened, params, tokenizer, form=form)
         notes = [f"merged in float32, saved as {merged_dtype.name}"]
         reload = lambda base: verification.reload_huggingface(base, directory, merged_dtype)  # noqa: E731
     elif to_format in _PEFT:

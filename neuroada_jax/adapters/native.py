@@ -19,7 +19,9 @@ import safetensors.numpy
 import xxhash
 
 from neuroada_jax import files
+from neuroada_jax.data.prompts import PromptForm
 from neuroada_jax.errors import UserError
+from neuroada_jax.pretrained import prompt_form
 from neuroada_jax.pretrained.safetensors_directory import read_all
 
 FORMAT = "neuroada-adapter"
@@ -66,7 +68,11 @@ def installed_versions() -> dict[str, str]:
 
 
 def new_metadata(
-    base_model: Mapping[str, Any], inputs: Mapping[str, int], selection: Selection, dense_parameters: Sequence[str] = ()
+    base_model: Mapping[str, Any],
+    inputs: Mapping[str, int],
+    selection: Selection,
+    dense_parameters: Sequence[str] = (),
+    prompt: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return the content of adapter.json.
 
@@ -75,6 +81,7 @@ def new_metadata(
       inputs: module path -> its number of inputs I.
       selection: how the connections were selected.
       dense_parameters: the names of the densely trained parameters.
+      prompt: the form of the prompts that it was trained on (`prompt_form.to_json`); None if unknown.
     """
     return {
         "format": FORMAT,
@@ -86,6 +93,7 @@ def new_metadata(
         "rule": selection.rule,
         "seed": selection.seed,
         "dense_parameters": list(dense_parameters),
+        "prompt": prompt,
         "versions": installed_versions(),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
@@ -165,6 +173,12 @@ def _check_metadata(path: Path, metadata: dict[str, Any]) -> None:
     dense_parameters = metadata.get("dense_parameters", [])
     if not isinstance(dense_parameters, list) or not all(isinstance(name, str) for name in dense_parameters):
         raise UserError(f"{path}: dense_parameters is {dense_parameters!r}, expected a list of names")
+    prompt_form.from_json(metadata.get("prompt"), f"{path}: prompt")  # absent in 0.1
+
+
+def form_of(adapter: Adapter) -> PromptForm | None:
+    """Return the form of the prompts that an adapter was trained on; None where it is not recorded (0.1, imports)."""
+    return prompt_form.from_json(adapter.metadata.get("prompt"), "adapter.json: prompt")
 
 
 def _pop_dense_parameters(path: Path, tensors: dict[str, np.ndarray], listed: list[str]) -> dict[str, np.ndarray]:

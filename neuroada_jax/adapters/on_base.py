@@ -19,8 +19,10 @@ from neuroada_jax.adapters.native import Adapter, Selection
 from neuroada_jax.core import bypass, trees
 from neuroada_jax.core.bypass import Bypass
 from neuroada_jax.core.trees import Tree
+from neuroada_jax.data.prompts import PromptForm
 from neuroada_jax.errors import UserError
 from neuroada_jax.models import dense_modules, names
+from neuroada_jax.pretrained import prompt_form
 from neuroada_jax.pretrained.load import IdentifiedModel, LoadedModel, OpenedModel
 
 
@@ -30,6 +32,7 @@ def assemble(
     columns: Mapping[str, Any],
     selection: Selection,
     dense_parameters: Mapping[str, Any] | None = None,
+    form: PromptForm | None = None,
 ) -> Adapter:
     """Return an adapter of `base_model` from arrays that are named by Hugging Face module path.
 
@@ -39,6 +42,7 @@ def assemble(
       columns: module path -> (O, k), ascending within each neuron, stored as int32.
       selection: how the columns were selected.
       dense_parameters: Hugging Face parameter name -> the complete, densely trained parameter.
+      form: of the prompts that it was trained on, with its template's complete text; None if unknown.
     """
     shapes = base_model.model.linear_maps()
     about = {
@@ -50,8 +54,10 @@ def assemble(
         "digests": base_model.digests,
     }
     inputs = {module: shapes[module][1] for module in values}
+    is_decoder = base_model.model.architecture.is_decoder
+    prompt = None if form is None else prompt_form.to_json(form, is_decoder=is_decoder)
     return Adapter(
-        native.new_metadata(about, inputs, selection, sorted(dense_parameters or {})),
+        native.new_metadata(about, inputs, selection, sorted(dense_parameters or {}), prompt),
         {module: np.asarray(leaf, np.float32) for module, leaf in values.items()},
         {module: np.asarray(leaf, np.int32) for module, leaf in columns.items()},
         {name: np.asarray(leaf, np.float32) for name, leaf in (dense_parameters or {}).items()},
@@ -76,6 +82,7 @@ def save(
     selection: Selection,
     *,
     classifier: Tree | None = None,
+    form: PromptForm | None = None,
     replace: bool = False,
 ) -> None:
     """Write trained arrays as an adapter directory, complete or not at all.
@@ -86,13 +93,14 @@ def save(
       base_model: the model that they were trained on.
       selection: how the columns were selected.
       classifier: the densely trained modules, as in the training state; None for none.
+      form: of the prompts that it was trained on, with its template's complete text; None if unknown.
       replace: overwrite an existing adapter.
 
     Raises:
       UserError: the directory exists or cannot be written.
     """
     values, columns = (dict(names.unstacked(tree, base_model.model.layers_path)) for tree in trained)
-    adapter = assemble(base_model, values, columns, selection, dense_modules.to_names(classifier or {}))
+    adapter = assemble(base_model, values, columns, selection, dense_modules.to_names(classifier or {}), form)
     native.write(directory, adapter, replace=replace)
 
 

@@ -1,7 +1,9 @@
 """Merged models as Hugging Face directories: config, generation config, tokenizer, sharded safetensors."""
 
+import copy
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ import transformers
 from neuroada_jax import files
 from neuroada_jax.core import trees
 from neuroada_jax.core.trees import ModulePath, Tree
+from neuroada_jax.data.prompts import PromptForm
 from neuroada_jax.models import names
+from neuroada_jax.pretrained import prompt_form
 from neuroada_jax.pretrained.load import OpenedModel
 
 SHARD_BYTES = 5 * 10**9
@@ -27,6 +31,7 @@ def save(
     params: Tree,
     tokenizer: transformers.PreTrainedTokenizerBase | None,
     *,
+    form: PromptForm | None = None,
     replace: bool = False,
 ) -> None:
     """Write `params` atomically as a checkpoint that transformers loads.
@@ -36,11 +41,14 @@ def save(
       base_model: the model with this architecture and config.
       params: merged parameters; their dtype becomes the checkpoint's.
       tokenizer: saved beside the weights; None for no tokenizer.
+      form: of the prompts that the weights were trained on, with its template's complete text: it is saved too, its
+        template as the tokenizer's, and its end tokens end transformers' generations. None if unknown.
       replace: overwrite an existing directory.
 
     Raises:
-      UserError: the directory exists or cannot be written.
+      UserError: the directory exists or cannot be written, or an end token is not one token of the tokenizer.
     """
+    end_ids = prompt_form.end_ids(form, tokenizer, base_model.source) if form and tokenizer is not None else []
     leaves: dict[ModulePath, jax.Array] = dict(trees.flatten(params))
     slots = names.checkpoint_names(params, base_model.model.layers_path)
     dtype = np.dtype(next(iter(leaves.values())).dtype)
@@ -68,9 +76,11 @@ def save(
             _write_json(temporary / "model.safetensors.index.json", index)
         _write_json(temporary / "config.json", _config(base_model, dtype))
         if base_model.model.architecture.is_decoder:
-            _copy_generation_config(base_model, temporary)
+            _copy_generation_config(base_model, temporary, end_ids)
         if tokenizer is not None:
-            tokenizer.save_pretrained(str(temporary))
+            _with_template(tokenizer, form).save_pretrained(str(temporary))
+        if form is not None:
+            prompt_form.write(temporary, form, is_decoder=base_model.model.architecture.is_decoder)
 
 
 def _write_json(path: Path, content: Any) -> None:
@@ -86,11 +96,30 @@ def _config(base_model: OpenedModel, dtype: np.dtype) -> dict[str, Any]:
     return config
 
 
-def _copy_generation_config(base_model: OpenedModel, directory: Path) -> None:
-    source = Path(base_model.path) / "generation_config.json"
+def _with_template(tokenizer: Any, form: PromptForm | None) -> Any:
+    """Return the tokenizer with the form's chat template; the caller's own stays as it is."""
+    template = None if form is None else form.chat_template
+    if template is None or template == prompt_form.own_template(tokenizer):
+        return tokenizer
+    changed = copy.deepcopy(tokenizer)
+    changed.chat_template = template
+    return changed
+
+
+def _copy_generation_config(base_model: OpenedModel, directory: Path, end_ids: Sequence[int]) -> None:
+    """Write the base model's generation config, with further end tokens behind its own."""
+    source, config = Path(base_model.path) / "generation_config.json", base_model.model.hf_config
     if source.is_file():
+        content = files.read_json(source)
+    else:
+        ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+        content = {key: config[key] for key in ids if config.get(key) is not None}
+    own = content.get("eos_token_id", config.get("eos_token_id"))
+    own = own if isinstance(own, list) else [] if own is None else [own]
+    joined = list(dict.fromkeys([*own, *end_ids]))
+    if joined != own:
+        content["eos_token_id"] = joined
+    elif source.is_file():
         shutil.copy(source, directory)
         return
-    config = base_model.model.hf_config
-    ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key) is not None}
-    _write_json(directory / "generation_config.json", ids)
+    _write_json(directory / source.name, content)

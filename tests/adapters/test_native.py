@@ -16,6 +16,7 @@ from neuroada_jax import models
 from neuroada_jax.adapters import inspection, native, on_base
 from neuroada_jax.core import bypass
 from neuroada_jax.core.bypass import Bypass
+from neuroada_jax.data.prompts import PromptForm, PromptStyle
 from neuroada_jax.pretrained.load import load_model
 
 TARGETS = ["q_proj", "down_proj"]
@@ -141,6 +142,22 @@ def test_wrong_metadata(adapter, base_model, fields, message):
     rewrite_metadata(adapter, **fields)
     found = message_of(on_base.load, str(adapter), base_model)
     assert found.startswith(str(adapter / "adapter.json")) and message in found
+
+
+def test_the_prompt_form_is_in_it(base_model, tmp_path):
+    form = PromptForm(PromptStyle.CHAT, "{{ messages }}", {"a": [1]}, "2026-01-31", "instruct", ("<|im_end|>",))
+    read = native.read(str(save(tmp_path / "a", base_model, form=form)))
+    assert native.form_of(read) == form
+    contract = {"style": "chat", "template_arguments": {"a": [1]}, "task": "instruct", "end_tokens": ["<|im_end|>"]}
+    assert contract.items() <= read.metadata["prompt"].items()
+    assert native.form_of(native.read(str(save(tmp_path / "b", base_model)))) is None
+
+
+@pytest.mark.parametrize("prompt", [[], {"style": "poem"}, {"end_tokens": {}}, {"template": "{{ x }}"}])
+def test_a_prompt_form_that_is_none(adapter, prompt):
+    file = adapter / "adapter.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "prompt": prompt}))
+    assert message_of(native.read, str(adapter)).startswith(f"{file}: prompt")
 
 
 def test_files_that_are_missing_or_not_whole(adapter, base_model, tmp_path):

@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
-from data_helpers import CHAT, message_of
+from data_helpers import CHAT, CHATML, message_of
 from helpers import CONFIG, load_in_transformers, write_model
 from transformers import AutoTokenizer
 
 from neuroada_jax import models
 from neuroada_jax.core import bypass
 from neuroada_jax.core.bypass import Bypass
+from neuroada_jax.data.prompts import PromptForm, PromptStyle
+from neuroada_jax.generation import texts
 from neuroada_jax.generation.generate import Ending, generate
-from neuroada_jax.pretrained import save
+from neuroada_jax.pretrained import prompt_form, save
 from neuroada_jax.pretrained.load import load_model
 
 PROMPTS = ["the", "after a,", "Please choose the correct answer", "option1\n", "a  b   c d"]
@@ -143,6 +145,44 @@ def test_a_generation_config_is_copied(tmp_path):
     base_model = load_model(str(directory))
     save.save(tmp_path / "out", base_model, base_model.params, CHAT)
     assert (tmp_path / "out" / "generation_config.json").read_text() == (directory / "generation_config.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("file", "joined"),
+    [
+        (None, ["<|im_end|>", "</s>"]),
+        ({"eos_token_id": [1, 2], "top_k": 5}, [1, 2, "<|im_end|>"]),
+        ({"eos_token_id": 2}, [2, "</s>", "<|im_end|>"]),
+        ({"top_k": 5}, ["<|im_end|>", "</s>"]),
+        ({"eos_token_id": None}, ["</s>", "<|im_end|>"]),
+    ],
+)
+def test_end_tokens_of_the_training_join_those_of_the_base(tmp_path, file, joined):
+    """Of generation_config.json; of config.json if that says nothing."""
+    directory = write_model(tmp_path / "m")
+    if file is not None:
+        (directory / "generation_config.json").write_text(json.dumps(file))
+    base_model = load_model(str(directory))
+    form = PromptForm(end_tokens=("</s>", "<|im_end|>"))
+    save.save(tmp_path / "out", base_model, base_model.params, CHAT, form=form)
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    ids = [each if isinstance(each, int) else CHAT.convert_tokens_to_ids(each) for each in joined]
+    assert written.pop("eos_token_id") == ids
+    assert written == {"bos_token_id": CHAT.bos_token_id} if file is None else written.items() <= file.items()
+    assert prompt_form.read(str(tmp_path / "out")) == form
+    assert texts.end_tokens(load_model(str(tmp_path / "out")), CHAT) == sorted({*ids, CHAT.eos_token_id})
+
+
+def test_the_chat_template_of_the_training_is_the_saved_tokenizers(saved, tmp_path):
+    base_model, params, _ = saved["tied"]
+    for number, text in enumerate((CHATML, CHATML.replace("user", "human") + "{# another #}")):
+        form = PromptForm(PromptStyle.CHAT, text)
+        save.save(tmp_path / str(number), base_model, params, CHAT, form=form)
+        assert AutoTokenizer.from_pretrained(tmp_path / str(number)).chat_template == text
+        assert CHAT.chat_template == CHATML
+    form = PromptForm(end_tokens=("<|eot_id|>",))
+    message = message_of(save.save, tmp_path / "m", base_model, params, CHAT, form=form)
+    assert "end token '<|eot_id|>' of the trained prompts is not one token" in message and not (tmp_path / "m").exists()
 
 
 def test_a_config_without_architectures_or_with_an_old_dtype_field(tmp_path):
