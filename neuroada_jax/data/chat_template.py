@@ -179,8 +179,7 @@ class ChatTemplate:
                     add_generation_prompt=opened,
                     **arguments,
                 )
-            # Whatever operations of a template on texts and numbers can raise.
-            except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+            except Exception as error:  # a template can divide by zero, add text to numbers, recurse, break outside a loop
                 reason, cause = (str(error) or type(error).__name__).splitlines()[0], error
                 continue
             return rendered[0][0], rendered[1][0] if masked else []
@@ -204,7 +203,7 @@ class ChatTemplate:
                     )
 
     def check_text(self, chat: Chat, text: str, where: str, *, opened: bool) -> None:
-        """Refuse a text in which a message is missing, or one with a token of the template that the tokenizer splits.
+        """Refuse a text in which a message is missing.
 
         Args:
           chat: whose messages the text has.
@@ -213,15 +212,8 @@ class ChatTemplate:
           opened: as in `render`.
 
         Raises:
-          UserError: names the message or the token.
+          UserError: names the message.
         """
-        for token in self._foreign_tokens:
-            if token in text:
-                count = len(self._tokenizer(token, add_special_tokens=False)["input_ids"])
-                raise UserError(
-                    f"{where}: the chat template writes {token!r}, which this tokenizer splits into {count} tokens; "
-                    "expected a template of its own tokens (data.chat_template)"
-                )
         for i, message in enumerate(chat.messages):
             content = message.get("content")
             if not content or message["role"] == "assistant" or content.strip() in text:
@@ -235,10 +227,12 @@ class ChatTemplate:
                 )
 
     @functools.cached_property
-    def _foreign_tokens(self) -> list[str]:
-        """Texts in the template that are meant as one token and that the tokenizer does not have."""
-        unknown = (None, self._tokenizer.unk_token_id)
-        return sorted(each for each in self._facts.tokens if self._tokenizer.convert_tokens_to_ids(each) in unknown)
+    def foreign_tokens(self) -> tuple[str, ...]:
+        """Texts in the template that are meant as one token and that the tokenizer splits."""
+        return tuple(sorted(token for token in self._facts.tokens if self._pieces(token) > 1))
+
+    def _pieces(self, text: str) -> int:
+        return len(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def turn(self, chat: Chat, i: int, where: str) -> Turn:
         """Return what is asked before the assistant's message `i`, and what is answered.
@@ -251,11 +245,13 @@ class ChatTemplate:
         """
         before = self.render(chat, chat.messages[:i], where, opened=True)
         stored = self.render(chat, chat.messages[: i + 1], where, opened=False)
-        message = chat.messages[i]
+        content = (chat.messages[i].get("content") or "").rpartition("</think>")[2].strip()
         if stored.startswith(before):
-            answer = self._ended(chat, i, before, stored, where)[len(before) :]
+            answer = stored[len(before) :]
         else:
-            found = _with_thoughts(message, before, stored)
+            found = _with_thoughts(chat.messages[i], before, stored) or self._resumed(
+                chat, i, before, stored, content, where
+            )
             if found is None:
                 at = _common(before, stored)
                 raise UserError(
@@ -263,27 +259,50 @@ class ChatTemplate:
                     f"{stored[at:][:40]!r} in its place, so what to learn cannot be found; expected a template with "
                     "{% generation %} blocks, template_arguments, or another template (data.chat_template)"
                 )
-            answer = found.rstrip()
-        content = _squeezed(message.get("content") or "").rpartition("</think>")[2]
-        if not answer.strip() or content not in _squeezed(answer):
+            answer = found
+        if not answer.strip() or _squeezed(content) not in _squeezed(answer):
             raise UserError(
-                f"{where}: the chat template writes nothing of message {i} (role 'assistant'), expected its text"
+                f"{where}: the chat template writes nothing of message {i} (role 'assistant'); expected its text"
             )
-        return Turn(before, answer)
+        return Turn(before, self._ended(chat, i, answer, content, where))
 
-    def _ended(self, chat: Chat, i: int, before: str, stored: str, where: str) -> str:
-        """Return the stored text up to the end of turn `i`.
+    def _resumed(self, chat: Chat, i: int, before: str, stored: str, content: str, where: str) -> str | None:
+        """Return the stored text of turn `i` after the end of the prompt, whose beginning is stored in another form.
 
-        Some templates write a token after the last turn of a stored chat that does not follow it in a longer chat (Phi-3).
+        Mistral's templates, for instance, leave the system text out of a chat that ends with an answer.
         """
-        ends = [found.end() for found in _TOKEN_LIKE.finditer(stored, len(before))]
-        if len(ends) > 1:
+        opening = before[_common(before, self.render(chat, chat.messages[:i], where, opened=False)) :]
+        at = stored.rfind(content) if content else len(stored)
+        for length in range(min(len(before), at), max(len(opening), 3), -1):
+            found = stored.rfind(before[-length:], 0, at)
+            if found >= 0:
+                return stored[found + length :]
+        return None
+
+    def _ended(self, chat: Chat, i: int, answer: str, content: str, where: str) -> str:
+        """Return the answer of turn `i` up to its end, the first token after its text.
+
+        Some templates write more after the last turn of a stored chat: EOS (Phi-3), or the next prompt (the first Llama 3).
+
+        Raises:
+          UserError: the turn ends with a text that is meant as one token and that the tokenizer splits.
+        """
+        after = max(answer.rfind(content), 0) + len(content)
+        ends = [found.end() for found in _TOKEN_LIKE.finditer(answer, after)]
+        if chat.messages[i].get("tool_calls"):  # tokens may introduce calls, so the end is where longer chats go on
+            stored = self.render(chat, chat.messages[: i + 1], where, opened=False)
             longer = self.render(chat, chat.messages[: i + 1], where, opened=True)
-            common = _common(stored, longer)
-            kept = [end for end in ends if end <= common]
-            if common < len(stored.rstrip()) and kept:
-                return stored[: kept[-1]]
-        return stored.rstrip() if len(stored.rstrip()) > len(before) else stored
+            same = _common(stored, longer) - (len(stored) - len(answer))
+            ends = [end for end in ends if end <= same] if same < len(answer.rstrip()) else []
+            ends.reverse()
+        ended = answer[: ends[0]] if ends else answer.rstrip()
+        for token in self.foreign_tokens:
+            if ended.endswith(token):
+                raise UserError(
+                    f"{where}: the chat template ends a turn with {token!r}, which this tokenizer splits into "
+                    f"{self._pieces(token)} tokens; expected a template whose turns end with one token (data.chat_template)"
+                )
+        return ended
 
     def masks(self, chat: Chat, where: str) -> tuple[str, list[tuple[int, int]]]:
         """Return the text of the complete chat and the character ranges of its {% generation %} blocks."""

@@ -173,9 +173,12 @@ class ExampleTokenizer:
     def _masked(self, one: Rendered, coded: Coded) -> Encoded:
         """Label exactly the tokens in the spans, as transformers' `return_assistant_tokens_mask` does."""
         ids, starts, ends = coded
-        is_label, ending = np.zeros(len(ids), bool), set()
+        order, is_label, ending = np.arange(len(ids)), np.zeros(len(ids), bool), set()
         for start, stop in one.spans:
-            part = (ends > start) & (starts < stop) & (starts >= 0)
+            first, last = (np.flatnonzero((starts <= at) & (at < ends)) for at in (start, stop - 1))
+            part = (
+                (order >= first[0]) & (order <= last[0]) if len(first) and len(last) else (ends > start) & (starts < stop)
+            )
             is_label |= part
             control = np.flatnonzero(part & np.isin(ids, self._control))
             if len(control) and not one.text[ends[control[-1]] : stop].strip():

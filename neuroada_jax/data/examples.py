@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Int32, Int64, Num
 
 from neuroada_jax.data.example_tokenizer import ExampleTokenizer
-from neuroada_jax.data.prompts import PromptForm, PromptStyle, is_templated, render_examples, render_prompt
+from neuroada_jax.data.prompts import PromptForm, PromptStyle, chat_template, is_templated, render_examples, render_prompt
 from neuroada_jax.data.rows import Rows, rows_from_list
 from neuroada_jax.errors import UserError
 
@@ -38,6 +38,8 @@ class Examples:
         turn differently once later text follows.
       crossings: number of rows in which a token would have spanned the border between prompt and completion.
       unended: number of chats whose {% generation %} blocks leave out the end of a turn, so that it is not learnt.
+      foreign_tokens: texts that the chat template means as one token and that the tokenizer splits, as it does with the
+        roles of Zephyr's template.
     """
 
     token_ids: Int32[np.ndarray, "N"]
@@ -50,6 +52,7 @@ class Examples:
     split_rows: int = 0
     crossings: int = 0
     unended: int = 0
+    foreign_tokens: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.row_numbers)
@@ -110,6 +113,7 @@ def encode(
         rendered = [
             (i, each) for i in chunk for each in render_examples(rows.rows[i], form, tokenizer, rows.where(i), learn)
         ]
+        count["templated"] += any(each.templated for _, each in rendered)
         coded = example_tokenizer.examples([each for _, each in rendered], [rows.where(i) for i, _ in rendered])
         for i, parts in groupby(zip(rendered, coded, strict=True), key=lambda pair: pair[0][0]):
             encoded = [each for _, examples in parts for each in examples]
@@ -144,6 +148,7 @@ def encode(
         split_rows=count["split"],
         crossings=count["crossed"],
         unended=count["unended"],
+        foreign_tokens=chat_template(form, tokenizer, rows.source).foreign_tokens if count["templated"] else (),
     )
 
 

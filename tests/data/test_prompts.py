@@ -1,7 +1,7 @@
 """Rows become prompts: styles, chat templates, BOS, and messages about rows that do not fit."""
 
 import pytest
-from data_helpers import BYTES, CHAT, CHATML, LLAMA, byte_level, decoded, message_of, write_lines
+from data_helpers import BYTES, CHAT, LLAMA, byte_level, decoded, message_of, write_lines
 
 from neuroada_jax.data.examples import encode, encode_prompt
 from neuroada_jax.data.prompts import PromptStyle, render_prompt
@@ -94,8 +94,6 @@ def test_tokenizers_that_do_not_fit():
     assert "no chat template" in message_of(encode, [row], "chat", BYTES, 100)
     refusing = byte_level(template="{{ raise_exception('roles must alternate') }}")
     assert "roles must alternate" in message_of(encode, [row], "chat", refusing, 100)
-    unstable = byte_level(template="{{ messages | length }}" + CHATML)
-    assert "what to learn cannot be found" in message_of(encode, [row], "chat", unstable, 100)
     assert "no EOS token" in message_of(encode, [row], "plain", byte_level(eos=None), 100)
     assert "expected a fast one" in message_of(encode, [row], "plain", object(), 100)
     assert "max_length: found 1" in message_of(encode, [row], "plain", BYTES, 1)
