@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Bool, Int32, Int64, Num
 
+from neuroada_jax.data.chat_template import ChatTemplate
 from neuroada_jax.data.example_tokenizer import ExampleTokenizer
 from neuroada_jax.data.prompts import PromptForm, PromptStyle, chat_template, is_templated, render_examples, render_prompt
 from neuroada_jax.data.rows import Rows, rows_from_list
@@ -108,12 +109,17 @@ def encode(
     form, example_tokenizer = PromptForm.of(form), ExampleTokenizer(tokenizer)
     ids, labels, numbers, ends = [], [], [], set[int]()
     count: Counter[str] = Counter()
+    template: ChatTemplate | None = None
     for first in range(0, len(rows), CHUNK):
         chunk = range(first, min(first + CHUNK, len(rows)))
+        if template is None:
+            chats = (i for i in chunk if is_templated(rows.rows[i], form))
+            template = next((chat_template(form, tokenizer, rows.where(i)) for i in chats), None)
         rendered = [
-            (i, each) for i in chunk for each in render_examples(rows.rows[i], form, tokenizer, rows.where(i), learn)
+            (i, each)
+            for i in chunk
+            for each in render_examples(rows.rows[i], form, tokenizer, rows.where(i), learn, template)
         ]
-        count["templated"] += any(each.templated for _, each in rendered)
         coded = example_tokenizer.examples([each for _, each in rendered], [rows.where(i) for i, _ in rendered])
         for i, parts in groupby(zip(rendered, coded, strict=True), key=lambda pair: pair[0][0]):
             encoded = [each for _, examples in parts for each in examples]
@@ -148,7 +154,7 @@ def encode(
         split_rows=count["split"],
         crossings=count["crossed"],
         unended=count["unended"],
-        foreign_tokens=chat_template(form, tokenizer, rows.source).foreign_tokens if count["templated"] else (),
+        foreign_tokens=template.foreign_tokens if template else (),
     )
 
 

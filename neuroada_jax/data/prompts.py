@@ -143,6 +143,7 @@ def render_examples(
     tokenizer: Any,
     where: str = "row",
     learn: Literal["all", "last"] = "all",
+    template: ChatTemplate | None = None,
 ) -> list[Rendered]:
     """Return prompt and completion as one text; for some chats, as one text for each turn.
 
@@ -156,6 +157,7 @@ def render_examples(
       tokenizer: for its chat template.
       where: the row's place for error messages.
       learn: "all" turns of a chat, or the "last".
+      template: the form's `chat_template`, where it has been made for other rows; None: it is made for this one.
 
     Raises:
       UserError: as `render_prompt`, and for a missing completion, or a chat without a turn to learn.
@@ -170,7 +172,7 @@ def render_examples(
         roles = ", ".join(message["role"] for message in chat.messages)
         reason = "no assistant turn" if "assistant" not in roles else "no assistant turn of a weight other than 0"
         raise UserError(f"{where}: the chat has {reason}, found {roles}; expected at least one to learn from")
-    template = chat_template(form, tokenizer, where)
+    template = template or chat_template(form, tokenizer, where)
     template.check(chat, where)
     if template.masked:
         return [_masked(template, chat, where, learn)]
