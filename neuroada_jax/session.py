@@ -324,7 +324,7 @@ def _generate(
         model._params(adapter),
         model.tokenizer,
         texts,
-        style=style,
+        form=style,
         max_new_tokens=max_new_tokens,
         decoding=decoding,
     )

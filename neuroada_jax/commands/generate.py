@@ -64,7 +64,7 @@ def run(parsed: argparse.Namespace) -> None:
         params,
         tokenizer,
         parsed.prompt,
-        style=parsed.style,
+        form=parsed.style,
         max_new_tokens=parsed.max_new_tokens,
         decoding=decoding,
     )

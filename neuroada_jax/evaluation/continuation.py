@@ -8,12 +8,12 @@ import transformers
 
 from neuroada_jax.core.trees import Tree
 from neuroada_jax.data.examples import Example, encode, encode_prompt
-from neuroada_jax.data.prompts import PromptStyle, render_prompt
+from neuroada_jax.data.prompts import PromptForm, PromptStyle, answer_text, is_templated, render_prompt
 from neuroada_jax.data.rows import Rows, rows_from_list
 from neuroada_jax.errors import UserError
 from neuroada_jax.evaluation import choices, metrics
 from neuroada_jax.evaluation.scoring import Part, Progress, Score
-from neuroada_jax.generation.generate import before_stop, check_lengths, generate
+from neuroada_jax.generation.generate import Ending, before_stop, check_lengths, generate
 from neuroada_jax.generation.sampling import GREEDY, Decoding
 from neuroada_jax.generation.texts import ending
 from neuroada_jax.pretrained.load import OpenedModel
@@ -24,7 +24,7 @@ class Options(NamedTuple):
     """How a decoder is prompted and how its answers are found.
 
     Attributes:
-      style: prompt style.
+      form: prompt form, or a style.
       method: "generate" continues the prompt and extracts the answer; "choices" takes the most likely of the task's
         answers.
       max_new_tokens: longest generation; None for the task's own limit.
@@ -34,7 +34,7 @@ class Options(NamedTuple):
         separately; None where the training rows are not known.
     """
 
-    style: PromptStyle
+    form: PromptForm | PromptStyle | str
     method: str = "generate"
     max_new_tokens: int | None = None
     decoding: Decoding = GREEDY
@@ -50,7 +50,9 @@ class ContinuationScorer:
       rows: in the task's own form, each with its answer.
       task: how answers are extracted and compared.
       options: see `Options`.
+      form: of the prompts.
       tokenizer: the base model's.
+      ending: what ends a generation.
       max_new_tokens: longest generation.
       prompts: token ids of every row's prompt, for "generate".
       answers: the answers to choose from, for every row, for "choices".
@@ -60,7 +62,9 @@ class ContinuationScorer:
     rows: Rows
     task: Task
     options: Options
+    form: PromptForm
     tokenizer: transformers.PreTrainedTokenizerBase
+    ending: Ending
     max_new_tokens: int
     prompts: list[list[int]]
     answers: list[Sequence[str]]
@@ -78,19 +82,20 @@ class ContinuationScorer:
         """Validate and tokenise raw rows of a task. Needs no weights.
 
         Raises:
-          UserError: rows that do not fit the task or have no answer, "choices" for a task without fixed answers, or
-            prompts that with their generation or answers exceed the model's positions.
+          UserError: rows that do not fit the task or have no answer, "choices" for a task without fixed answers, prompts
+            that with their generation or answers exceed the model's positions, or an end token that the tokenizer lacks.
         """
-        style, converted = options.style, _check_rows(rows, task, options.method)
+        form, converted = PromptForm.of(options.form), _check_rows(rows, task, options.method)
         length = task.max_new_tokens if options.max_new_tokens is None else options.max_new_tokens
         prompts, answers, candidates = [], [], []
         if options.method == "choices":
             answers = [row.get("choices", task.choices) for row in converted.rows]
-            candidates = _candidates(base_model, tokenizer, converted, task, style, answers)
+            candidates = _candidates(base_model, tokenizer, converted, task, form, answers)
         else:
-            prompts = [encode_prompt(row, style, tokenizer, converted.where(i)) for i, row in enumerate(converted.rows)]
+            prompts = [encode_prompt(row, form, tokenizer, converted.where(i)) for i, row in enumerate(converted.rows)]
             check_lengths(base_model.model, prompts, length, lambda i: f"{converted.where(i)}: the prompt")
-        return cls(converted, task, options, tokenizer, length, prompts, answers, candidates)
+        ends = ending(base_model, tokenizer, form)
+        return cls(converted, task, options, form, tokenizer, ends, length, prompts, answers, candidates)
 
     def score(self, base_model: OpenedModel, params: Tree, on_progress: Progress | None = None) -> Score:
         """Score the rows; see `Scorer.score`."""
@@ -100,7 +105,7 @@ class ContinuationScorer:
             predictions = self._generate(base_model, params, on_progress)
         for i, (row, prediction) in enumerate(zip(self.rows.rows, predictions, strict=True)):
             self._compare(row, prediction)
-            prediction["prompt"] = render_prompt(row, self.options.style, self.tokenizer, self.rows.where(i))
+            prediction["prompt"] = render_prompt(row, self.form, self.tokenizer, self.rows.where(i))
         return summarise(predictions)
 
     def _choose(self, base_model: OpenedModel, params: Tree, on_progress: Progress | None) -> list[dict[str, Any]]:
@@ -110,35 +115,35 @@ class ContinuationScorer:
         return [{"prediction": own[choice]} for own, choice in zip(self.answers, best, strict=True)]
 
     def _generate(self, base_model: OpenedModel, params: Tree, on_progress: Progress | None) -> list[dict[str, Any]]:
-        """Return the continuation of every row's prompt."""
-        decoding, tokenizer = self.options.decoding, self.tokenizer
+        """Return the continuation of every row's prompt, and the text that its answer is looked for in."""
+        stop, tokenizer = self.options.decoding.stop, self.tokenizer
         outputs = generate(
             base_model.model,
             params,
             self.prompts,
-            ending(base_model, tokenizer),
+            self.ending,
             max_new_tokens=self.max_new_tokens,
-            decoding=decoding,
+            decoding=self.options.decoding,
             batch_size=self.options.batch_size,
             on_progress=on_progress,
         )
-        return [
-            {
-                "generation": before_stop(str(tokenizer.decode(each.ids, skip_special_tokens=True)), decoding.stop),
-                "stopped": each.stopped,
-            }
-            for each in outputs
-        ]
+        predictions = []
+        for row, each in zip(self.rows.rows, outputs, strict=True):
+            text = before_stop(str(tokenizer.decode(each.ids, skip_special_tokens=True)), stop)
+            # Of a chat without the thoughts before it.
+            answer = before_stop(answer_text(each.ids, tokenizer), stop) if is_templated(row, self.form) else text
+            predictions.append({"generation": text, "stopped": each.stopped, "answered": answer})
+        return predictions
 
     def _compare(self, row: dict[str, Any], prediction: dict[str, Any]) -> None:
         """Extract the answers of a prediction and add whether they are correct."""
         task, answer = self.task, row["answer"].strip()
-        generation = prediction.get("generation")
-        if generation is not None:
-            prediction["prediction"] = task.extract(generation, answer)
+        text = prediction.pop("answered", None)
+        if text is not None:
+            prediction["prediction"] = task.extract(text, answer)
         prediction |= {"answer": answer, "correct": _matches(task, prediction["prediction"], answer)}
-        if task.strict and generation is not None:
-            strict = task.strict(generation, answer)
+        if task.strict and text is not None:
+            strict = task.strict(text, answer)
             prediction |= {"strict_prediction": strict, "strict_correct": _matches(task, strict, answer)}
         if self.options.trained_on is not None:
             prediction["in_training"] = overlap.question(row) in self.options.trained_on
@@ -169,14 +174,14 @@ def _candidates(
     tokenizer: transformers.PreTrainedTokenizerBase,
     rows: Rows,
     task: Task,
-    style: PromptStyle,
+    form: PromptForm,
     answers: Sequence[Sequence[str]],
 ) -> list[list[Example]]:
     """Return every row with each of its answers as its completion."""
     pairs = [(row, each) for row, own in zip(rows.rows, answers, strict=True) for each in own]
     candidates = [{**row, "output": task.completion(each)} for row, each in pairs]
     positions = base_model.model.config.max_positions
-    examples = encode(rows_from_list(candidates, rows.source), style, tokenizer, positions)
+    examples = encode(rows_from_list(candidates, rows.source), form, tokenizer, positions, learn="last")
     if examples.truncated or examples.dropped:  # part of an answer would be compared with another answer in full
         raise UserError(f"{rows.source}: a prompt is longer than the model's {positions} positions")
     numbers = iter(range(len(candidates)))

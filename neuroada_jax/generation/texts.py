@@ -9,9 +9,10 @@ import transformers
 from neuroada_jax import files
 from neuroada_jax.core.trees import Tree
 from neuroada_jax.data.examples import encode_prompt
-from neuroada_jax.data.prompts import PromptStyle
+from neuroada_jax.data.prompts import PromptForm, PromptStyle
 from neuroada_jax.generation.generate import Ending, before_stop, check_lengths, generate
 from neuroada_jax.generation.sampling import GREEDY, Decoding
+from neuroada_jax.pretrained import prompt_form
 from neuroada_jax.pretrained.load import OpenedModel
 
 
@@ -29,20 +30,33 @@ class Continuation(NamedTuple):
     stopped: str
 
 
-def end_tokens(base_model: OpenedModel, tokenizer: transformers.PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids that end a generation: those of generation_config.json, of config.json and the tokenizer's EOS."""
+def end_tokens(
+    base_model: OpenedModel, tokenizer: transformers.PreTrainedTokenizerBase, form: PromptForm | None = None
+) -> list[int]:
+    """Return the ids that end a generation.
+
+    They are those of generation_config.json and of config.json, the tokenizer's EOS, and the tokens that the trained turns
+    or completions end with.
+
+    Raises:
+      UserError: an end token of the form that is not one token of the tokenizer.
+    """
     found: list[int] = []
     generation = Path(base_model.path) / "generation_config.json"
     sources = [files.read_json(generation)] if generation.is_file() else []
     declared = [source.get("eos_token_id") for source in [*sources, base_model.model.hf_config]]
     for value in [*declared, tokenizer.eos_token_id]:
         found += value if isinstance(value, list) else [] if value is None else [value]
+    if form is not None:
+        found += prompt_form.end_ids(form, tokenizer, base_model.source)
     return sorted(set(found))
 
 
-def ending(base_model: OpenedModel, tokenizer: transformers.PreTrainedTokenizerBase) -> Ending:
-    """Return what ends a continuation: the model's end tokens, and stop strings in text that keeps its special tokens."""
-    return Ending(tuple(end_tokens(base_model, tokenizer)), lambda ids: str(tokenizer.decode(ids)))
+def ending(
+    base_model: OpenedModel, tokenizer: transformers.PreTrainedTokenizerBase, form: PromptForm | None = None
+) -> Ending:
+    """Return what ends a continuation: the end tokens, and stop strings in text that keeps its special tokens."""
+    return Ending(tuple(end_tokens(base_model, tokenizer, form)), lambda ids: str(tokenizer.decode(ids)))
 
 
 def continue_texts(
@@ -51,7 +65,7 @@ def continue_texts(
     tokenizer: transformers.PreTrainedTokenizerBase,
     prompts: Sequence[str],
     *,
-    style: PromptStyle | str = PromptStyle.VERBATIM,
+    form: PromptForm | PromptStyle | str = PromptStyle.VERBATIM,
     max_new_tokens: int = 256,
     decoding: Decoding = GREEDY,
 ) -> list[Continuation]:
@@ -62,20 +76,22 @@ def continue_texts(
       params: the parameters to generate with.
       tokenizer: the tokenizer of the model.
       prompts: the texts, each read as the `prompt` of a row.
-      style: the prompt style around each text.
+      form: prompt form around each text, or a style.
       max_new_tokens: the largest number of tokens in a continuation.
       decoding: greedy, sampling or beam search.
 
     Raises:
-      UserError: an unknown style, an empty prompt, or one that exceeds the model's positions with its continuation.
+      UserError: an unknown style, an empty prompt, one that exceeds the model's positions with its continuation, or an end
+        token that the tokenizer lacks.
     """
-    ids = [encode_prompt({"prompt": prompt}, style, tokenizer, f"prompt {i}") for i, prompt in enumerate(prompts)]
+    form = PromptForm.of(form)
+    ids = [encode_prompt({"prompt": prompt}, form, tokenizer, f"prompt {i}") for i, prompt in enumerate(prompts)]
     check_lengths(base_model.model, ids, max_new_tokens, lambda i: f"prompt {i}")
     outputs = generate(
         base_model.model,
         params,
         ids,
-        ending(base_model, tokenizer),
+        ending(base_model, tokenizer, form),
         max_new_tokens=max_new_tokens,
         decoding=decoding,
     )

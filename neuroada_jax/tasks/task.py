@@ -47,6 +47,10 @@ class Task(NamedTuple):
     suite: str | None = None
     sources: tuple[Source, ...] = ()
 
+    def is_related(self, other: "Task") -> bool:
+        """Return whether it is the other task or one of its suite: they share prompts."""
+        return self is other or (self.suite is not None and self.suite == other.suite)
+
     def source(self) -> Source:
         """Return the first source that is on the hub or exists as a file.
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic.dataclasses import dataclass
@@ -73,7 +73,12 @@ class DataSection:
       train: a file, a directory written by `datasets`, or a hub name.
       split: of a directory or hub name. Default "train".
       task: how rows become examples. A decoder takes an instruction task (default "instruct"), an encoder a GLUE task.
-      style: prompt style of a decoder. None (the default): that of the task.
+      style: prompt style of a decoder. None (the default): that of the task. Chats use the chat template in any style.
+      chat_template: a file, relative to the working directory, or the text of a template, which holds "{{" or "{%". None
+        (the default): the tokenizer's own.
+      template_arguments: values of variables that the chat template reads, such as {enable_thinking: false}, in training
+        and evaluation alike. Default none.
+      learn: "all" assistant turns of a chat are learnt (the default), but those of `weight: 0`, or the "last" of these.
       max_length: tokens of the longest example; longer ones are truncated. Default 512.
       buckets: padded lengths in tokens, one compiled step for each that occurs. None (the default): derived from the data.
       group_by_length: batches of examples of similar length, for less padding. Default false.
@@ -87,6 +92,9 @@ class DataSection:
     split: str = "train"
     task: str = "instruct"
     style: str | None = None
+    chat_template: str | None = None
+    template_arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+    learn: Literal["all", "last"] = "all"
     max_length: int = pydantic.Field(default=512, gt=1)
     buckets: list[int] | None = None
     group_by_length: bool = False

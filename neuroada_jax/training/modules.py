@@ -1,6 +1,7 @@
 """The modules of a model that a config trains, and whether a config suits a model; almost everything before the weights."""
 
 import dataclasses
+from typing import Any
 
 from neuroada_jax import console, models
 from neuroada_jax.core import trees
@@ -9,7 +10,8 @@ from neuroada_jax.pretrained.load import IdentifiedModel
 from neuroada_jax.tasks import GLUE, TASKS
 from neuroada_jax.training.config import ClassifierSection, GenerationSection, RunConfig
 
-# Fields of an evaluation set that do not apply to an encoder, with their defaults.
+# Fields of the data and of an evaluation set that do not apply to an encoder, with their defaults.
+_FOR_TRAINED_PROMPTS: dict[str, Any] = {"style": None, "chat_template": None, "template_arguments": {}, "learn": "all"}
 _FOR_PROMPTS = {"style": None, "method": "generate", "max_new_tokens": None, "generation": GenerationSection()}
 
 
@@ -55,8 +57,8 @@ def _check_encoder(config: RunConfig, kind: str) -> None:
     for number, each in enumerate(config.evaluation.sets):
         for field in (field for field, value in _FOR_PROMPTS.items() if getattr(each, field) != value):
             raise UserError(f"evaluation.sets.{number}.{field}: {kind} is an encoder, which has no prompts; remove it")
-    if config.data.style is not None:
-        raise UserError(f"data.style: {kind} is an encoder, which has no prompts; remove it")
+    for field in (field for field, value in _FOR_TRAINED_PROMPTS.items() if getattr(config.data, field) != value):
+        raise UserError(f"data.{field}: {kind} is an encoder, which has no prompts; remove it")
 
 
 def resolved(config: RunConfig, model: models.Model) -> RunConfig:

@@ -1,6 +1,7 @@
 """Objectives of decoders and encoders: their data, losses and scorers."""
 
 import dataclasses
+import datetime
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -9,13 +10,15 @@ from jaxtyping import Array
 
 from neuroada_jax import console
 from neuroada_jax.data.batches import AnyBatches, Batches, ClassificationBatches
-from neuroada_jax.data.examples import encode
-from neuroada_jax.data.prompts import PromptStyle
+from neuroada_jax.data.chats import is_chat
+from neuroada_jax.data.examples import Examples, encode
+from neuroada_jax.data.prompts import PromptForm, PromptStyle, is_templated
 from neuroada_jax.data.rows import Rows, load_rows
 from neuroada_jax.errors import UserError
 from neuroada_jax.evaluation import classification, continuation
 from neuroada_jax.evaluation.scoring import Scorer
 from neuroada_jax.models.losses import classification_losses, label_losses
+from neuroada_jax.pretrained import prompt_form
 from neuroada_jax.pretrained.load import OpenedModel
 from neuroada_jax.tasks import GLUE, TASKS, Task, overlap, read_rows
 from neuroada_jax.training import modules
@@ -29,6 +32,7 @@ class Objective(Protocol):
     Attributes:
       losses: as `step.make_step` takes them.
       dropout_seed: as `step.make_step` takes it.
+      form: of the prompts that are trained, as adapters record it; complete after `batches`.
     """
 
     @property
@@ -36,6 +40,9 @@ class Objective(Protocol):
 
     @property
     def dropout_seed(self) -> int | None: ...
+
+    @property
+    def form(self) -> PromptForm: ...
 
     def evaluation_rows(self, each: EvaluationSet) -> Rows:
         """Read the rows of an evaluation set.
@@ -52,11 +59,13 @@ class Objective(Protocol):
           rows: training rows in memory; None: read those of `data.train`.
 
         Raises:
-          UserError: rows that do not fit the task, or none left.
+          UserError: rows that do not fit the task, or none left; an option for chats where there are none.
         """
 
     def scorer(self, each: EvaluationSet, rows: Rows, base_model: OpenedModel, tokenizer: Any) -> Scorer:
         """Validate and tokenise rows of an evaluation set, so that none can stop the scoring after the training.
+
+        To be called after `training_rows` and `batches`: a set's prompts have the form of the trained ones.
 
         Raises:
           UserError: rows that do not fit their task or the model's positions.
@@ -70,15 +79,20 @@ class Objective(Protocol):
         """
 
 
-def objective(config: RunConfig, base_model: OpenedModel) -> tuple[Objective, OpenedModel]:
+def objective(config: RunConfig, base_model: OpenedModel, date: str | None = None) -> tuple[Objective, OpenedModel]:
     """Return the run's objective, and the opened model with the classifier that it needs.
 
+    Args:
+      config: the run.
+      base_model: the opened model.
+      date: "YYYY-MM-DD", the day that dated chat templates write; None: today.
+
     Raises:
-      UserError: the config asks a decoder for a feature of encoders, or the reverse.
+      UserError: the config asks a decoder for a feature of encoders, or the reverse, or its chat template cannot be read.
     """
     modules.check_kind(config, base_model.model)
     if base_model.model.architecture.is_decoder:
-        return Continuation(config), base_model
+        return Continuation(config, date), base_model
     task = GLUE[config.data.task]
     classes = classification.classes_to_train(base_model, task)
     labels = [task.labels[classes.index(number)] for number in range(len(classes))]
@@ -100,16 +114,30 @@ class Continuation:
     losses = staticmethod(label_losses)
     dropout_seed = None
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, date: str | None = None) -> None:
+        """`date`: "YYYY-MM-DD", the day that dated chat templates write; None: today."""
+        section = config.data
         self._config = config
         self._trained_on: frozenset[str] = frozenset()  # the questions of the training rows
+        self._only_chats = False
+        # As the rows are encoded; `form` is what an adapter records of it.
+        self._form = self.form = PromptForm(
+            style=PromptStyle(section.style or TASKS[section.task].style),
+            chat_template=section.chat_template and prompt_form.given_template(section.chat_template, "data.chat_template"),
+            template_arguments=section.template_arguments,
+            date=date or datetime.date.today().isoformat(),
+            task=section.task,
+        )
 
     def batches(self, rows: Rows, tokenizer: Any) -> AnyBatches:
         """See `Objective`."""
         config = self._config
-        style = PromptStyle(config.data.style or TASKS[config.data.task].style)
         with console.bar("tokenising") as shown:
-            examples = encode(rows, style, tokenizer, config.data.max_length, console.reporter(shown))
+            report = console.reporter(shown)
+            examples = encode(rows, self._form, tokenizer, config.data.max_length, report, learn=config.data.learn)
+        self._form = dataclasses.replace(self._form, end_tokens=examples.end_tokens)
+        self.form = self._recorded(rows, tokenizer)
+        _say_prompts(self.form, examples, "data.chat_template" if config.data.chat_template else "the tokenizer")
         console.say(
             f"{len(examples)} examples of {len(rows)} rows, {int(examples.lengths.sum())} tokens, "
             f"{int(examples.label_counts.sum())} of them labels; {examples.truncated} truncated to "
@@ -131,11 +159,40 @@ class Continuation:
             )
         return batches
 
+    def _recorded(self, rows: Rows, tokenizer: Any) -> PromptForm:
+        """Return the form for adapters: style chat where all rows are chats, and the template's text if it was used."""
+        form = self._form
+        if not any(is_templated(row, form) for row in rows.rows):
+            return dataclasses.replace(form, chat_template=None, template_arguments={}, date=None)
+        return dataclasses.replace(
+            form,
+            style=PromptStyle.CHAT if self._only_chats else form.style,
+            chat_template=form.chat_template or prompt_form.own_template(tokenizer),
+        )
+
     def training_rows(self, held_out: Mapping[str, Rows], rows: Rows | None = None) -> Rows:
         """Return the rows in their task's form, without those that `data.drop_overlap` drops; see `Objective`."""
         rows = self._without_overlap(held_out, rows)
         self._trained_on = overlap.questions(rows.rows)
+        self._only_chats = all(is_chat(row) for row in rows.rows)
+        self._check_chat_options(held_out, rows)
         return rows
+
+    def _check_chat_options(self, held_out: Mapping[str, Rows], rows: Rows) -> None:
+        """Refuse options for chats that would have no effect."""
+        section = self._config.data
+        used = any(is_templated(row, self._form) for row in rows.rows) or any(
+            is_templated(row, self._style(each))
+            for each in self._config.evaluation.sets
+            for row in held_out[each.name].rows
+        )
+        given = {"chat_template": section.chat_template, "template_arguments": section.template_arguments}
+        for name in (name for name, value in given.items() if value and not used):
+            raise UserError(f"data.{name}: no row is a chat and no style is chat, so no chat template is used; remove it")
+        if section.learn != "all" and not any(is_chat(row) for row in rows.rows):
+            raise UserError(
+                f"data.learn: {section.learn!r} is for chats, and none of the {len(rows)} rows is one; remove it"
+            )
 
     def _without_overlap(self, held_out: Mapping[str, Rows], rows: Rows | None) -> Rows:
         section = self._config.data
@@ -161,9 +218,9 @@ class Continuation:
         return read_rows(self._task(each), each.data, each.split, each.limit)
 
     def scorer(self, each: EvaluationSet, rows: Rows, base_model: OpenedModel, tokenizer: Any) -> Scorer:
-        """See `Objective`; after `training_rows`, whose questions are scored separately."""
+        """See `Objective`; the questions of `training_rows` are scored separately."""
         options = continuation.Options(
-            self._style(each),
+            dataclasses.replace(self._form, style=self._style(each), task=self._task(each).name),
             each.method,
             each.max_new_tokens,
             each.generation,
@@ -173,11 +230,29 @@ class Continuation:
         return continuation.ContinuationScorer.prepare(base_model, tokenizer, rows, self._task(each), options)
 
     def _style(self, each: EvaluationSet) -> PromptStyle:
-        """Return the set's own style, else the training data's if task or suite are the same, else the task's."""
-        section = self._config.data
-        task, trained = self._task(each), TASKS[section.task]
-        related = task is trained or (task.suite is not None and task.suite == trained.suite)
-        return PromptStyle(each.style or (section.style if related else None) or task.style)
+        """Return the set's own style, else the training data's if the tasks are related, else the task's."""
+        section, task = self._config.data, self._task(each)
+        trained = PromptStyle.CHAT if self._only_chats else section.style
+        return PromptStyle(each.style or (trained if task.is_related(TASKS[section.task]) else None) or task.style)
+
+
+def _say_prompts(form: PromptForm, examples: Examples, origin: str) -> None:
+    """Print the form of the trained prompts, and what tokenising had to do to keep it."""
+    console.say(prompt_form.describe(form, origin))
+    if examples.split_rows:
+        console.say(
+            f"{examples.split_rows} chats became one example a learnt turn: their template or tokenizer writes a turn "
+            "differently once later text follows"
+        )
+    if examples.crossings:
+        console.say(
+            f"in {examples.crossings} rows a token would span the border between prompt and completion: both are tokenised "
+            "by themselves, as in a generation"
+        )
+    if examples.unended:
+        console.say(
+            f"in {examples.unended} chats the template's generation blocks leave out the end of a turn, which is not learnt"
+        )
 
 
 class Classification:
@@ -191,6 +266,7 @@ class Classification:
         self._task = GLUE[config.data.task]
         self._classes = np.array(classes, np.int32)
         self.dropout_seed = config.seed
+        self.form = PromptForm(task=config.data.task)
 
     def training_rows(self, held_out: Mapping[str, Rows], rows: Rows | None = None) -> Rows:
         """See `Objective`."""

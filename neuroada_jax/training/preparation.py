@@ -120,19 +120,20 @@ def prepare(
     config = modules.resolved(config, opened.model)
     if resumed_from:
         resuming.check_config(resumed_from.about, config, force_resume)
-    objective, opened = objectives.objective(config, opened)
+    date = resumed_from.about.get("date") if resumed_from else None  # checkpoints of 0.1 have none
+    objective, opened = objectives.objective(config, opened, date)
     modules.check_length(config, opened.model)
     target_paths = modules.target_paths(config, opened.model)
     sets, chooser = {each.name: each for each in config.evaluation.sets}, config.evaluation.best_epoch
     held_out = {name: objective.evaluation_rows(each) for name, each in sets.items()}
     rows = objective.training_rows(held_out, rows)
+    batches = objective.batches(rows, tokenizer)  # before the scorers, which end at the tokens that trained turns end with
     choosing, split = None, None
     if chooser is not None:
         split = best_epoch.split(len(held_out[chooser]), config.seed)
         part, held_out[chooser] = (held_out[chooser].part(numbers.tolist()) for numbers in split)
         choosing = objective.scorer(sets[chooser], part, opened, tokenizer)
     scorers = {name: objective.scorer(each, held_out[name], opened, tokenizer) for name, each in sets.items()}
-    batches = objective.batches(rows, tokenizer)
     if resumed_from:
         resuming.check_data(resumed_from.about, directory, batches, force_resume)
     return Prepared(

@@ -8,7 +8,9 @@ import jax
 
 from neuroada_jax import files
 from neuroada_jax.adapters import native
+from neuroada_jax.data.examples import Examples
 from neuroada_jax.evaluation.scoring import Score
+from neuroada_jax.pretrained import prompt_form
 from neuroada_jax.training.best_epoch import BestEpoch
 from neuroada_jax.training.loop import History
 from neuroada_jax.training.preparation import Prepared
@@ -66,6 +68,7 @@ def results(
         "examples": len(batches.examples),
         "truncated": batches.examples.truncated,
         "dropped": batches.examples.dropped,
+        **_prompts(prepared),
         "before": {name: score.to_json() for name, score in before.items()},
         "after": {name: score.to_json() for name, score in after.items()},
         "mean": _mean(before, after),
@@ -81,6 +84,16 @@ def results(
             "epochs": best.epochs,
         }
     return files.finite(content)
+
+
+def _prompts(prepared: Prepared) -> dict[str, Any]:
+    """Return the form of the trained prompts without its template's text, and of a decoder what it did to the rows."""
+    form, examples = prepared.objective.form, prepared.batches.examples
+    prompt = prompt_form.to_json(form, is_decoder=prepared.opened.model.architecture.is_decoder)
+    del prompt["template"]
+    if not isinstance(examples, Examples):
+        return {"prompt": prompt}
+    return {"prompt": prompt, "split_rows": examples.split_rows, "crossings": examples.crossings}
 
 
 def _mean(before: Scores, after: Scores) -> dict[str, float | None] | None:

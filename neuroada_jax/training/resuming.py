@@ -20,6 +20,7 @@ from neuroada_jax.training.checkpoint import CheckpointInfo, Checkpoints
 from neuroada_jax.training.config import RunConfig
 from neuroada_jax.training.config_file import flatten_config, from_dict
 from neuroada_jax.training.loop import History
+from neuroada_jax.training.objectives import Objective
 from neuroada_jax.training.signals import Stopped
 from neuroada_jax.training.step import TrainState
 from neuroada_jax.training.trackers import Line
@@ -66,15 +67,16 @@ def digest_of_base(state: TrainState) -> str | None:
 
 
 def describe(
-    config: RunConfig, batches: AnyBatches, dropout_seed: int | None, state: TrainState, before: dict[str, Score]
+    config: RunConfig, objective: Objective, batches: AnyBatches, state: TrainState, before: dict[str, Score]
 ) -> dict[str, Any]:
     """Return the metadata that is the same in all checkpoints of a run, as JSON."""
     return {
         "config": dataclasses.asdict(config),
+        "date": objective.form.date,
         "versions": native.installed_versions(),
         "examples": digest_of_data(batches),
         "base": digest_of_base(state),
-        "dropout_seed": dropout_seed,
+        "dropout_seed": objective.dropout_seed,
         "before": {name: score.to_json() for name, score in before.items()},
     }
 

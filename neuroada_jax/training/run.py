@@ -201,7 +201,7 @@ def _train(
 ) -> Fitted:
     """Take the remaining steps from a placed state; `resources` passes to the result."""
     config, objective, batches = prepared.config, prepared.objective, prepared.batches
-    about = resuming.describe(config, batches, objective.dropout_seed, state, started.before)
+    about = resuming.describe(config, objective, batches, state, started.before)
     with contextlib.closing(trackers.Log(config, int(state.step))) as log:
         history = resuming.history(prepared.resumed_from, log.lines)
         best = None
@@ -256,7 +256,8 @@ def _save_adapter(prepared: Prepared, base_model: IdentifiedModel, directory: Pa
     config = prepared.config
     values, classifier = prepared.devices.unsharded((state.bypass, state.classifier))
     selection = native.Selection(config.bypass.k, config.bypass.targets or [], config.bypass.score, config.seed)
-    on_base.save(directory, values, base_model, selection, classifier=classifier, replace=True)
+    form = prepared.objective.form
+    on_base.save(directory, values, base_model, selection, classifier=classifier, form=form, replace=True)
 
 
 def finish(fitted: Fitted) -> dict[str, Any]:
@@ -274,7 +275,8 @@ def finish(fitted: Fitted) -> dict[str, Any]:
         merged = prepared.devices.local(fitted.state.merged)
         after = prepared.score_sets(fitted.base_model, merged, "after")
         if config.merge:
-            save.save(directory / "merged", fitted.base_model, merged, fitted.tokenizer, replace=True)
+            form = prepared.objective.form
+            save.save(directory / "merged", fitted.base_model, merged, fitted.tokenizer, form=form, replace=True)
 
     content = results.results(prepared, fitted.sizes, fitted.history, fitted.best, fitted.before, after)
     files.write_text(directory / "results.json", files.to_json(content, indent=2) + "\n")

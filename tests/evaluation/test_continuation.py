@@ -26,7 +26,7 @@ def base_model(tmp_path_factory):
 
 def score(base_model, rows, task="instruct", batch_size=16, trained_on=None, **options):
     rows = rows_from_list(rows) if isinstance(rows, list) else rows
-    options = {"style": PromptStyle.PLAIN, "max_new_tokens": 8, **options}
+    options = {"form": PromptStyle.PLAIN, "max_new_tokens": 8, **options}
     options = Options(**options, batch_size=batch_size, trained_on=trained_on)
     return ContinuationScorer.prepare(base_model, CHAT, rows, TASKS[task], options).score(base_model, base_model.params)
 
@@ -137,7 +137,7 @@ def test_parts_by_a_second_rule_and_without_the_training_rows(base_model, monkey
     monkeypatch.setattr(type(CHAT), "decode", lambda self, ids, **_: texts[ids[0]])
     rows = [{"instruction": f"i{i}", "output": "", "answer": answer} for i, answer in enumerate("BCAD")]
     got = score(
-        base_model, rows, "aqua", style=PromptStyle.ALPACA, max_new_tokens=None, trained_on=frozenset({"i0", "i3", "i9"})
+        base_model, rows, "aqua", form=PromptStyle.ALPACA, max_new_tokens=None, trained_on=frozenset({"i0", "i3", "i9"})
     )
     assert [each["prediction"] for each in got.predictions] == ["A", "C", "", "D"]
     assert [each["strict_prediction"] for each in got.predictions] == ["B", "C", "", ""]
@@ -151,7 +151,7 @@ def test_parts_by_a_second_rule_and_without_the_training_rows(base_model, monkey
     assert got.parts["clean"].interval == metrics.wilson_interval(1, 2)
     # Without a second rule or known training rows there is nothing to tell apart.
     plain = score(
-        base_model, [{**row, "answer": "3"} for row in rows], "gsm8k", style=PromptStyle.ALPACA, max_new_tokens=None
+        base_model, [{**row, "answer": "3"} for row in rows], "gsm8k", form=PromptStyle.ALPACA, max_new_tokens=None
     )
     assert plain.parts == {} and plain.overlap is None and plain.empty == 1
     none_clean = score(base_model, rows, "aqua", max_new_tokens=None, trained_on=frozenset({"i0", "i1", "i2", "i3"}))

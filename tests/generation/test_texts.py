@@ -28,7 +28,7 @@ def test_end_tokens_come_from_everywhere(base_model, tmp_path):
 
 def test_a_style_is_a_prompt_of_that_form(base_model):
     plain, verbatim, written = (
-        *continued(base_model, "the answer", style="plain"),
+        *continued(base_model, "the answer", form="plain"),
         *continued(base_model, "the answer", "the answer\n"),
     )
     assert plain == written != verbatim and 0 < plain.tokens <= 6
