@@ -42,7 +42,7 @@ class Architecture(NamedTuple):
       layers_path: the path of the layer scan in the parameter tree.
       targets: the default bypass targets.
       transformers_class: the class whose checkpoints have this parameter tree.
-      prefix: the prefix that tensor names lack in a checkpoint of the bare model, "" where there is no such checkpoint.
+      prefix: the prefix that tensor names lack in a checkpoint of the bare model.
       classifier: the modules that depend on the task and train densely, empty for a decoder.
       optional: the modules that a checkpoint may lack; they are initialised from a seed.
     """
@@ -52,7 +52,7 @@ class Architecture(NamedTuple):
     layers_path: ModulePath
     targets: tuple[str, ...]
     transformers_class: str
-    prefix: str = ""
+    prefix: str
     classifier: tuple[ModulePath, ...] = ()
     optional: tuple[ModulePath, ...] = ()
 
@@ -63,7 +63,9 @@ class Architecture(NamedTuple):
 
 
 def _llama(transformers_class: str) -> Architecture:
-    return Architecture(LlamaConfig.from_hf, LlamaForCausalLM, ("model", "layers"), LLAMA_TARGETS, transformers_class)
+    return Architecture(
+        LlamaConfig.from_hf, LlamaForCausalLM, ("model", "layers"), LLAMA_TARGETS, transformers_class, prefix="model."
+    )
 
 
 def _roberta(transformers_class: str) -> Architecture:

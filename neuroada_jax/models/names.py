@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 from neuroada_jax.core.trees import ModulePath, flatten
 
 _LEAVES_OF_WEIGHT = ("kernel", "scale", "embedding")
-_FIRST_BERTS = (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta"))
 
 
 class Slot(NamedTuple):
@@ -56,18 +55,6 @@ def checkpoint_names(params: Mapping[str, Any], layers_path: ModulePath) -> dict
         for layer in layers:
             names[f"{module_name(tuple(module), layer, layers_path)}.{suffix}"] = Slot(path, layer)
     return names
-
-
-def spellings(name: str, prefix: str) -> list[str]:
-    """Return the names that a checkpoint may use for a tensor, the usual one first.
-
-    Args:
-      name: the name in a checkpoint of the complete model.
-      prefix: prefix of that name which a checkpoint of the bare model omits, such as "bert.".
-    """
-    found = [name, name.removeprefix(prefix)]
-    # The first BERT checkpoints, converted from TensorFlow.
-    return found + [each.replace(new, old) for each in found for new, old in _FIRST_BERTS if each.endswith(new)]
 
 
 def module_names(path: ModulePath, leaf: Any, layers_path: ModulePath) -> list[str]:

@@ -61,7 +61,7 @@ class GGUFTensors:
     """Tensors of one GGUF file under Hugging Face names, decoded one at a time from the memory map.
 
     Raises:
-      UserError: the file is truncated, not supported, or holds a tensor that its architecture does not have.
+      UserError: the file is truncated or not supported.
     """
 
     def __init__(self, path: str | Path):
@@ -78,10 +78,13 @@ class GGUFTensors:
             elif layer and layer[2] in _LAYER:
                 self._tensors[f"model.layers.{layer[1]}.{_LAYER[layer[2]]}.{layer[3]}"] = info
             elif not _ROPE_TABLE.fullmatch(name):
-                raise UserError(f"{path}: tensor {name} does not belong to a dense {self._arch} model")
+                self._tensors[f"{name} (GGUF)"] = info  # a name that no tensor of the model can have
 
     def names(self) -> list[str]:
-        """Return the Hugging Face names in file order, without `rope_freqs.weight`, which belongs to the config."""
+        """Return the Hugging Face names in file order, without `rope_freqs.weight`, which belongs to the config.
+
+        A tensor that no dense model of the architecture has is marked "(GGUF)" and keeps its name in the file.
+        """
         return list(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:

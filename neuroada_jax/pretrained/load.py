@@ -6,6 +6,7 @@ about one tensor of the model's size.
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +22,16 @@ from neuroada_jax.core import trees
 from neuroada_jax.core.trees import ModulePath, Tree
 from neuroada_jax.errors import UserError
 from neuroada_jax.models import names
-from neuroada_jax.pretrained.source import HUB_FILES, TensorSource, config_dtype, open_tensors, read_config, resolve
+from neuroada_jax.pretrained import tensor_names
+from neuroada_jax.pretrained.source import (
+    HUB_FILES,
+    TensorSource,
+    config_dtype,
+    open_directory,
+    open_tensors,
+    read_config,
+    resolve,
+)
 from neuroada_jax.pretrained.tokenizer import load_tokenizer
 
 
@@ -46,19 +56,23 @@ class OpenedModel:
 
     def missing(self) -> list[str]:
         """Return the Hugging Face names of the optional tensors that the checkpoint lacks, from its headers alone."""
-        available, prefix = set(open_tensors(self.path).names()), self.model.architecture.prefix
-        return [name for name in _optional(self.model) if available.isdisjoint(names.spellings(name, prefix))]
+        stored = tensor_names.assign(self.model, open_tensors(self.path).names()).stored
+        return [name for name in _optional(self.model) if name not in stored]
 
     def load(
-        self, seed: int = 0, shardings: Tree | None = None, on_progress: Callable[[int, int], None] | None = None
+        self,
+        seed: int = 0,
+        shardings: Tree | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+        tensors: TensorSource | None = None,
     ) -> "LoadedModel":
-        """Read the weights; arguments as in `load_params`.
+        """Read the weights; arguments as in `load_params`, with the model's own tensors where none are given.
 
         Raises:
           UserError: a file or tensor that is missing, truncated or of another shape.
         """
         try:
-            params, digests = load_params(self.model, open_tensors(self.path), on_progress, seed, shardings)
+            params, digests = load_params(self.model, tensors or open_tensors(self.path), on_progress, seed, shardings)
         except UserError as error:
             raise UserError(str(error) if self.path in str(error) else f"{self.path}: {error}") from error
         return LoadedModel(self.model, self.path, self.source, digests, params)
@@ -142,13 +156,13 @@ def load_params(
     flat: dict[tuple[str, ...], Any] = dict(trees.flatten(model.abstract_params()))
     leaf_shardings = dict(trees.flatten(shardings or jax.tree.map(lambda _: None, model.abstract_params())))
     slots = names.checkpoint_names(model.abstract_params(), model.layers_path)
-    available, architecture = set(tensors.names()), model.architecture
+    found, architecture = tensor_names.assign(model, tensors.names()).stored, model.architecture
     digests = {}
     filled: dict[tuple[str, ...], jax.Array] = {}
     for done, (name, slot) in enumerate(slots.items()):
         leaf = flat[slot.path]
         expected = leaf.shape if slot.layer is None else leaf.shape[1:]
-        stored = next((each for each in names.spellings(name, architecture.prefix) if each in available), None)
+        stored = found.get(name)
         if stored is not None:
             if tensors.shape(stored) != expected:
                 raise UserError(f"tensor {stored!r} has shape {list(tensors.shape(stored))}, expected {list(expected)}")
@@ -157,7 +171,8 @@ def load_params(
         elif _is_below(slot.path, architecture.optional):
             tensor = _initial_tensor(name, expected, model.hf_config.get("initializer_range", 0.02), seed)
         else:
-            raise UserError(f"tensor {name!r} is missing from the checkpoint; expected shape {list(expected)}")
+            untied = " (tie_word_embeddings is false)" if name == tensor_names.HEAD else ""
+            raise UserError(f"tensor {name!r} is missing from the checkpoint{untied}; expected shape {list(expected)}")
         if slot.layer is None:
             filled[slot.path] = jax.device_put(jnp.asarray(tensor).astype(leaf.dtype), leaf_shardings[slot.path])
         else:
@@ -187,11 +202,37 @@ def open_model(
     """
     path = resolve(source, ["config.json"] if config_only else HUB_FILES)
     hf_config = read_config(path)
+    if os.path.exists(os.path.join(path, "adapter_config.json")):
+        raise UserError(
+            f"{path}: a PEFT adapter (adapter_config.json) lies beside the model, and transformers would load both; "
+            "merge it into the model, or move it elsewhere"
+        )
     try:
         model = models.from_hf_config(hf_config, config_dtype(dtype, hf_config), labels)
+        if model.architecture.is_decoder and model.config.tied and not _tied_in_effect(model, path, config_only):
+            hf_config = {**hf_config, "tie_word_embeddings": False}
+            model = models.from_hf_config(hf_config, model.config.dtype)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+        raise UserError(str(error) if path in str(error) else f"{path}: {error}") from error
     return OpenedModel(model, path, source)
+
+
+def _tied_in_effect(model: models.Model, path: str, config_only: bool) -> bool:
+    """Return whether a model whose config ties the output layer to the embedding has them tied.
+
+    As in transformers, they are tied unless the checkpoint stores both with different values.
+    """
+    if path.endswith(".gguf"):
+        return True  # the config is made from the tensors
+    try:
+        tensors = open_directory(path)
+    except UserError:
+        if config_only:
+            return True  # the weights were not downloaded, or not completely: nothing but the config is known
+        raise
+    stored = tensor_names.assign(model, tensors.names()).stored
+    head, embedding = stored.get(tensor_names.HEAD), stored.get(tensor_names.EMBEDDING)
+    return head is None or embedding in (None, head) or tensors.same_values(head, embedding)
 
 
 def load_model(
@@ -226,18 +267,32 @@ def open_with_tokenizer(
 
 
 def load_with_progress(opened: OpenedModel, seed: int = 0, shardings: Tree | None = None) -> LoadedModel:
-    """Read the weights under a progress bar, and report the tensors that were initialised from `seed`.
+    """Read the weights under a progress bar; report unused tensors, and those that were initialised from `seed`.
 
     Arguments as in `load_params`.
     """
+    tensors = open_tensors(opened.path)
     with console.bar("loading weights") as shown:
-        loaded = opened.load(seed, shardings, console.reporter(shown))
+        loaded = opened.load(seed, shardings, console.reporter(shown), tensors)
+    if unused := tensor_names.line(opened.path, opened.model, tensors.names()):
+        console.say(unused)
+    if _is_untied_by_its_tensors(opened):
+        console.say(
+            f"{opened.path}: {tensor_names.HEAD} differs from {tensor_names.EMBEDDING}, so they are not tied, as in "
+            "transformers, though config.json has tie_word_embeddings true"
+        )
     if loaded.initialised:
         console.say(
             f"{opened.path} has no {', '.join(loaded.initialised)}: initialised from seed {seed}, to be trained or "
             "replaced by an adapter"
         )
     return loaded
+
+
+def _is_untied_by_its_tensors(opened: OpenedModel) -> bool:
+    if not opened.model.architecture.is_decoder or opened.model.config.tied or opened.path.endswith(".gguf"):
+        return False
+    return bool(read_config(opened.path).get("tie_word_embeddings"))
 
 
 def with_params(opened: OpenedModel, loaded: LoadedModel, seed: int = 0) -> LoadedModel:

@@ -1,6 +1,7 @@
 """Tensors of a Hugging Face directory, read one by one from its safetensors files."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,32 +39,38 @@ class _Stored(NamedTuple):
     nbytes: int
 
 
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack", ".ckpt")  # of any library
+_CHUNK = 2**22  # elements that are compared at a time
+
+
 class SafetensorsDirectory:
     """Tensors of one or several safetensors files in a Hugging Face directory.
 
     They are read, not memory-mapped: mapped pages count as memory of this process, like a second copy of the model.
     """
 
-    def __init__(self, directory: str) -> None:
+    def __init__(self, directory: str, file: str | None = None) -> None:
+        """Read the headers of the files that transformers would load.
+
+        Args:
+          directory: the Hugging Face directory.
+          file: the file or index that its config names (`transformers_weights`); None: model.safetensors if there is one,
+            else its index.
+
+        Raises:
+          UserError: no such file, or one that is damaged or lacks a tensor that the index places there.
+        """
         self.directory = Path(directory)
-        index = self.directory / "model.safetensors.index.json"
-        single = self.directory / "model.safetensors"
-        if index.exists():
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-                raise UserError(f"{index}: has no 'weight_map' from tensor names to file names")
-            files = sorted(set(weight_map.values()))
-        elif single.exists():
-            weight_map, files = None, [single.name]
-        else:
-            raise UserError(f"{directory}: found neither model.safetensors nor model.safetensors.index.json")
+        first = _first(self.directory, file)
+        weight_map = _weight_map(first) if first.suffix == ".json" else {}
+        files = sorted(set(weight_map.values())) or [first.name]
         headers = {file: self._header(self.directory / file) for file in files}
-        if weight_map is None:
-            weight_map = dict.fromkeys(headers[single.name], single.name)
+        # As in transformers, all tensors of the shards count, and of two with one name that of the last shard.
+        self._tensors = {name: stored for file in files for name, stored in headers[file].items()}
         for name, file in weight_map.items():
-            if name not in headers[file]:
+            if name not in self._tensors:
                 raise UserError(f"{self.directory / file}: tensor {name!r} is missing, though the index places it there")
-        self._tensors = {name: headers[file][name] for name, file in weight_map.items()}
 
     def _header(self, path: Path) -> dict[str, _Stored]:
         if path.parent != self.directory:
@@ -99,15 +106,64 @@ class SafetensorsDirectory:
         Raises:
           UserError: its dtype is not supported.
         """
-        stored = self._tensors[name]
-        if stored.dtype not in _DTYPES:
-            expected = ", ".join(_DTYPES)
-            raise UserError(f"{stored.file}: tensor {name!r} is stored as {stored.dtype}, expected one of {expected}")
+        stored = self._checked(name)
         return self._bytes(stored).view(_DTYPES[stored.dtype]).reshape(stored.shape)
 
     def raw(self, name: str) -> Any:
         """Return the stored bytes of a tensor."""
         return self._bytes(self._tensors[name]).data
 
+    def same_values(self, first: str, second: str) -> bool:
+        """Return whether two tensors have the same shape and, whatever they are stored as, the same values."""
+        one, other = self._checked(first), self._checked(second)
+        if one.shape != other.shape:
+            return False
+        count = math.prod(one.shape)
+        parts = ((start, min(_CHUNK, count - start)) for start in range(0, count, _CHUNK))
+        return all(np.array_equal(_elements(one, *part), _elements(other, *part)) for part in parts)
+
+    def _checked(self, name: str) -> _Stored:
+        stored = self._tensors[name]
+        if stored.dtype not in _DTYPES:
+            expected = ", ".join(_DTYPES)
+            raise UserError(f"{stored.file}: tensor {name!r} is stored as {stored.dtype}, expected one of {expected}")
+        return stored
+
     def _bytes(self, stored: _Stored) -> np.ndarray:
         return np.fromfile(stored.file, np.uint8, stored.nbytes, offset=stored.start)
+
+
+def _elements(stored: _Stored, start: int, count: int) -> np.ndarray:
+    """Read a part of a flattened tensor as float32."""
+    dtype = np.dtype(_DTYPES[stored.dtype])
+    offset = stored.start + start * dtype.itemsize
+    part = np.fromfile(stored.file, np.uint8, count * dtype.itemsize, offset=offset)
+    return part.view(dtype).astype(np.float32)
+
+
+def _first(directory: Path, file: str | None) -> Path:
+    """Return the file of the weights, or the index of several."""
+    if file is not None:
+        if Path(file).name != file or not (directory / file).is_file():
+            raise UserError(f"{directory / 'config.json'}: transformers_weights names {file!r}, expected a file beside it")
+        return directory / file
+    for name in (SINGLE, INDEX):
+        if (directory / name).is_file():
+            return directory / name
+    raise UserError(f"{directory}: found neither {SINGLE} nor {INDEX}{_others(directory)}")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    found = read_json(index).get("weight_map")
+    if not isinstance(found, dict) or not found or not all(isinstance(file, str) for file in found.values()):
+        raise UserError(f"{index}: has no 'weight_map' from tensor names to file names")
+    return found
+
+
+def _others(directory: Path) -> str:
+    """Return the end of the message that there are no weights: the weights of other kinds that are there."""
+    found = sorted(path.name for path in directory.glob("*") if path.suffix in _WEIGHTS)
+    if not found:
+        return ""
+    names = ", ".join(found[:4] + ["..."] * (len(found) > 4))
+    return f", only {names} (save_pretrained of transformers writes model.safetensors)"

@@ -89,7 +89,8 @@ def _write_json(path: Path, content: Any) -> None:
 
 def _config(base_model: OpenedModel, dtype: np.dtype) -> dict[str, Any]:
     config = dict(base_model.model.hf_config)
-    config.pop("torch_dtype", None)
+    for field in ("torch_dtype", "transformers_weights"):  # the older name of dtype, and the file that was read
+        config.pop(field, None)
     config["dtype"] = "bfloat16" if dtype == jnp.bfloat16 else str(dtype)
     # The class of the saved model: a bare encoder has a classifier now.
     config["architectures"] = [base_model.model.architecture.transformers_class]

@@ -85,7 +85,17 @@ def read_config(path: str) -> dict[str, Any]:
 
 def open_tensors(path: str) -> TensorSource:
     """Open the tensors of a local model directory or GGUF file."""
-    return gguf_file.GGUFTensors(path) if path.endswith(".gguf") else SafetensorsDirectory(path)
+    return gguf_file.GGUFTensors(path) if path.endswith(".gguf") else open_directory(path)
+
+
+def open_directory(path: str) -> SafetensorsDirectory:
+    """Open the tensors of a local model directory: those that transformers would load."""
+    file = read_config(path).get("transformers_weights")
+    if file is not None and not (isinstance(file, str) and file.endswith((".safetensors", ".safetensors.index.json"))):
+        raise UserError(
+            f"{path}/config.json: transformers_weights: expected a .safetensors file or its index, found {file!r}"
+        )
+    return SafetensorsDirectory(path, file)
 
 
 def config_dtype(name: str, hf_config: dict[str, Any]) -> Any:

