@@ -66,7 +66,7 @@ def export_adapter(
 
     # The official code and SuperTuning round the values to the dtype of the weights before the sum; SHiRA and we add in
     # float32.
-    round_first = merged_dtype if to_format in ("official", "peft-supertuning") else jnp.float32
+    round_first = merged_dtype if to_format in ("official", "peft-supertuning") else jnp.dtype(jnp.float32)
     params: Tree = {}
     if base_model:
         merged = on_base.merge(adapter, base_model, round_first)
@@ -88,7 +88,10 @@ def export_adapter(
     result: dict[str, Any] = {"out": out, "files": _files(directory), "notes": notes}
     if not verify or base_model is None:
         return result
-    result |= verification.verify(base_model, params, functools.partial(reload, base_model))
+    dtypes = verification.Merge(round_first, merged_dtype)
+    result |= verification.verify(base_model, adapter, dtypes, params, functools.partial(reload, base_model))
+    if result["original"] is None:
+        notes.append("compared with this library's own reading of the GGUF file, which transformers reads differently")
     if not (result["merged_bit_equal"] and result["max_logit_difference"] <= result["logit_tolerance"]):
         raise UserError(
             f"{out} differs from the adapter: logits differ by up to {result['max_logit_difference']:.3g} "

@@ -1,12 +1,15 @@
 """Verification of an export: load it in PyTorch, PEFT or transformers and compare weights and logits with ours.
 
+The other side of the comparison begins with the original checkpoint as transformers loads it, to which the adapter is
+added in PyTorch, so that a base model that is read wrongly here cannot verify itself.
+
 Whether an adapter's own files are sound and fit a base model is checked in native.py and on_base.py.
 """
 
 import contextlib
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +20,7 @@ import transformers
 
 from neuroada_jax import models
 from neuroada_jax.adapters.foreign import Imported
+from neuroada_jax.adapters.native import Adapter
 from neuroada_jax.core import trees
 from neuroada_jax.core.trees import Tree
 from neuroada_jax.errors import UserError, install_line
@@ -25,7 +29,14 @@ from neuroada_jax.pretrained import save
 from neuroada_jax.pretrained.load import LoadedModel, OpenedModel
 
 TOLERANCE = 1e-4  # of logits, relative to the largest one, or to 1 where all are smaller
-_TOKENS = (2, 24)  # batch size and length of the compared tokens
+_TOKENS = (2, 64)  # batch size and length of the compared tokens
+
+
+class Merge(NamedTuple):
+    """Dtypes of the sum W + values, which is taken in float32: of the values before it, and of its result."""
+
+    values: Any
+    result: Any
 
 
 class Reloaded(NamedTuple):
@@ -61,22 +72,57 @@ def _quiet() -> Iterator[None]:
 
 
 def load_torch(model: models.Model, directory: str, dtype: Any) -> Any:
-    """Load a Hugging Face directory in transformers, with weights in `dtype`."""
+    """Load a Hugging Face directory in the class that transformers chooses for it, with weights in `dtype`."""
     import torch
 
-    # The class's name is from our code, not from the file.
-    load = getattr(transformers, model.architecture.transformers_class).from_pretrained
-    return load(directory, dtype=getattr(torch, jnp.dtype(dtype).name)).eval()
+    config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)  # never code from the directory
+    decodes = model.architecture.is_decoder
+    if not decodes:
+        config.num_labels = model.config.num_labels  # a bare encoder gets the classifier of its adapter
+    auto = transformers.AutoModelForCausalLM if decodes else transformers.AutoModelForSequenceClassification
+    torch_dtype = getattr(torch, jnp.dtype(dtype).name)
+    options = {"config": config, "dtype": torch_dtype, "use_safetensors": True, "trust_remote_code": False}
+    try:
+        return auto.from_pretrained(directory, **options).eval()
+    except Exception as error:  # of any type: what the file holds decides where it fails
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{directory}: transformers cannot load it ({reason})") from error
+
+
+def reads_original(base_model: OpenedModel) -> bool:
+    """Return whether transformers can load the base model itself; a GGUF file is read by this library only."""
+    return Path(base_model.path).is_dir()
 
 
 def _torch_base(base_model: LoadedModel) -> Any:
-    if Path(base_model.path).is_dir() and not base_model.initialised:
+    """Load the base model in transformers; tensors that its checkpoint lacks have arbitrary values."""
+    if reads_original(base_model):
         return load_torch(base_model.model, base_model.path, base_model.model.config.dtype)
-    # A GGUF file, which transformers reads differently, or an encoder whose classifier it would initialise differently.
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "base"
         save.save(directory, base_model, base_model.params, None)
         return load_torch(base_model.model, str(directory), base_model.model.config.dtype)
+
+
+def _original_with(base_model: LoadedModel, adapter: Adapter, merge: Merge) -> Any:
+    """Load the base model in transformers and add an adapter to its weights, in float32 and rounded once."""
+    import torch
+
+    def rounded(tensor: Any, dtype: Any) -> Any:
+        return tensor.to(getattr(torch, jnp.dtype(dtype).name)).float()
+
+    model = _torch_base(base_model).float()
+    with torch.no_grad():
+        for module, columns in adapter.columns.items():
+            weight, rows = model.get_submodule(module).weight, torch.arange(len(columns))[:, None]
+            weight[rows, torch.from_numpy(columns).long()] += rounded(
+                torch.from_numpy(adapter.values[module]), merge.values
+            )
+        for name, array in adapter.dense_parameters.items():
+            model.get_parameter(name).copy_(torch.from_numpy(array))
+        for parameter in model.parameters():
+            parameter.copy_(rounded(parameter, merge.result))
+    return model
 
 
 def reload_huggingface(base_model: OpenedModel, directory: Path, dtype: Any) -> Reloaded:
@@ -110,54 +156,80 @@ def reload_official(base_model: LoadedModel, adapter: Imported) -> Reloaded:
     return Reloaded(model, lambda: model)
 
 
-def verify(base_model: OpenedModel, params: Tree, reload: Callable[[], Reloaded]) -> dict[str, Any]:
-    """Compare an export with our own merged model.
+def verify(
+    base_model: LoadedModel, adapter: Adapter, merge: Merge, params: Tree, reload: Callable[[], Reloaded]
+) -> dict[str, Any]:
+    """Compare our merged model with the original base model plus the adapter, and an export with both.
 
     The merged weights are compared bit for bit. In float32, the logits of the reloaded model and of its merged form are
     compared with ours. In bfloat16, where the roundings of two libraries differ in every layer, the logits of the merged
     weights are compared in float32 arithmetic.
 
     Args:
-      base_model: the model's architecture and config.
+      base_model: the base model as it was read here.
+      adapter: the native adapter that was exported.
+      merge: the dtypes of the export's sum.
       params: our merged parameters, in the dtype of the export.
       reload: called without arguments, loads the export.
 
-    Returns: `max_logit_difference`, `merged_bit_equal`, `logit_tolerance` (1e-4 of the largest logit, or 1e-4) and
-      `compared_in`, the name of the weights' dtype.
+    Returns: `max_logit_difference`, `merged_bit_equal`, `logit_tolerance` (1e-4 of the largest logit, or 1e-4),
+      `compared_in`, the name of the weights' dtype, and `original`, the directory that transformers loaded, None for a
+      GGUF file.
 
     Raises:
-      UserError: PyTorch or PEFT is not installed.
+      UserError: PyTorch or PEFT is not installed, or transformers loads another base model from the original directory
+        than the one here.
     """
     require_torch()
     import torch
 
-    vocabulary = base_model.model.config.vocab_size
-    ids = np.random.default_rng(0).integers(min(8, vocabulary - 1), vocabulary, _TOKENS)  # above the usual special tokens
-    leaves = dict(trees.flatten(params))
-    as_stored = next(iter(leaves.values())).dtype
+    config = base_model.model.config
+    shape = (_TOKENS[0], min(_TOKENS[1], config.max_positions))
+    ids = np.random.default_rng(0).integers(min(8, config.vocab_size - 1), config.vocab_size, shape)
 
     def theirs(model: Any) -> np.ndarray:
         with torch.no_grad():
             return model(input_ids=torch.from_numpy(ids)).logits.numpy()
 
+    ours = _logits(base_model, params, ids)
+    tolerance = TOLERANCE * max(1.0, float(np.abs(ours).max()))
+    with _quiet():
+        original = _original_with(base_model, adapter, merge)
+        wanted = theirs(original)
+        stored_as = getattr(torch, jnp.dtype(merge.result).name)
+        # float32 holds what was rounded to the stored dtype, so that this rounds nothing.
+        other = _differing(base_model, original.to(stored_as).state_dict(), params)
+        del original
+    difference = float(np.abs(wanted - ours).max())
+    if not difference <= tolerance or other is not None:
+        raise UserError(
+            f"{base_model.path} with the adapter differs from what transformers makes of it: logits differ by up to "
+            f"{difference:.3g} (expected at most {tolerance:.3g}), "
+            + ("merged weights are equal" if other is None else f"{other} is different")
+        )
     with _quiet():
         reloaded = reload()
-        found = [theirs(reloaded.model)] if as_stored == jnp.float32 else []
+        found = [theirs(reloaded.model)] if merge.result == jnp.float32 else []
         merged = reloaded.merge()
-        state = merged.state_dict()
-        slots = names.checkpoint_names(params, base_model.model.layers_path)
-        equal = all(
-            _same_bits(state[name], leaves[slot.path] if slot.layer is None else leaves[slot.path][slot.layer])
-            for name, slot in slots.items()
-        )
+        other = _differing(base_model, merged.state_dict(), params)
         found.append(theirs(merged.float()))
-    ours = _logits(base_model, params, ids)
     return {
-        "max_logit_difference": max(float(np.abs(each - ours).max()) for each in found),
-        "merged_bit_equal": equal,
-        "logit_tolerance": TOLERANCE * max(1.0, float(np.abs(ours).max())),
-        "compared_in": jnp.dtype(as_stored).name,
+        "max_logit_difference": max(difference, *(float(np.abs(a - b).max()) for a in found for b in (ours, wanted))),
+        "merged_bit_equal": other is None,
+        "logit_tolerance": tolerance,
+        "compared_in": jnp.dtype(merge.result).name,
+        "original": base_model.path if reads_original(base_model) else None,
     }
+
+
+def _differing(base_model: OpenedModel, state: Mapping[str, Any], params: Tree) -> str | None:
+    """Return the name of a tensor of which PyTorch has other bits than we have, None where there is none."""
+    leaves = dict(trees.flatten(params))
+    for name, slot in names.checkpoint_names(params, base_model.model.layers_path).items():
+        ours = leaves[slot.path] if slot.layer is None else leaves[slot.path][slot.layer]
+        if name not in state or not _same_bits(state[name], ours):
+            return name
+    return None
 
 
 def _same_bits(theirs: Any, ours: jax.Array) -> bool:
@@ -165,7 +237,7 @@ def _same_bits(theirs: Any, ours: jax.Array) -> bool:
 
     host = np.asarray(ours)
     bits = {2: (torch.int16, np.int16), 4: (torch.int32, np.int32)}
-    if theirs.element_size() != host.dtype.itemsize:
+    if theirs.element_size() != host.dtype.itemsize or tuple(theirs.shape) != host.shape:
         return False
     for_torch, for_numpy = bits[host.dtype.itemsize]
     return np.array_equal(theirs.contiguous().view(for_torch).numpy(), host.view(for_numpy))

@@ -5,6 +5,8 @@ from typing import Any
 
 from neuroada_jax.commands import shared
 
+_VERIFY = "load the original model and the result in PyTorch, and fail if weights or outputs differ from ours"
+
 
 def add(commands: shared.Commands) -> None:
     """Add the commands."""
@@ -34,13 +36,16 @@ def _add_merge(commands: shared.Commands) -> None:
     parser = shared.add_command(commands, "merge", _merge, summary)
     shared.add_model(parser, adapter_required=True)
     parser.add_argument("--out", required=True, metavar="DIRECTORY", help="directory to create")
+    parser.add_argument("--verify", action="store_true", help=_VERIFY)
 
 
 def _merge(parsed: argparse.Namespace) -> None:
     from neuroada_jax.adapters import exchange
 
-    made = exchange.export_adapter(parsed.adapter, "huggingface", parsed.out, model=parsed.model, dtype=parsed.dtype)
-    shared.print_json({"model": made["out"], "files": made["files"]}) if parsed.json else exchange.print_result(made)
+    options = {"model": parsed.model, "dtype": parsed.dtype, "verify": parsed.verify}
+    made = exchange.export_adapter(parsed.adapter, "huggingface", parsed.out, **options)
+    content = {"model" if key == "out" else key: value for key, value in made.items() if key != "notes"}
+    shared.print_json(content) if parsed.json else exchange.print_result(made)
 
 
 def _add_export(commands: shared.Commands) -> None:
@@ -56,9 +61,7 @@ def _add_export(commands: shared.Commands) -> None:
     parser.add_argument("--out", required=True, metavar="DIRECTORY", help="directory to create")
     parser.add_argument("--model", metavar="MODEL", help="base model (default: the one that the adapter names)")
     parser.add_argument("--dtype", choices=shared.DTYPES, help="dtype of the base model (default: the adapter's)")
-    parser.add_argument(
-        "--verify", action="store_true", help="load the export in its library and fail if its weights or outputs differ"
-    )
+    parser.add_argument("--verify", action="store_true", help=_VERIFY)
 
 
 def _export(parsed: argparse.Namespace) -> None:

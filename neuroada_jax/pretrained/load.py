@@ -274,11 +274,11 @@ def load_with_progress(opened: OpenedModel, seed: int = 0, shardings: Tree | Non
     tensors = open_tensors(opened.path)
     with console.bar("loading weights") as shown:
         loaded = opened.load(seed, shardings, console.reporter(shown), tensors)
-    if unused := tensor_names.line(opened.path, opened.model, tensors.names()):
+    if unused := tensor_names.line(opened.source, opened.model, tensors.names()):
         console.say(unused)
     if _is_untied_by_its_tensors(opened):
         console.say(
-            f"{opened.path}: {tensor_names.HEAD} differs from {tensor_names.EMBEDDING}, so they are not tied, as in "
+            f"{opened.source}: {tensor_names.HEAD} differs from {tensor_names.EMBEDDING}, so they are not tied, as in "
             "transformers, though config.json has tie_word_embeddings true"
         )
     if loaded.initialised:

@@ -114,11 +114,11 @@ def _printable(name: str) -> str:
     return shown if len(shown) <= _LONGEST else f"{shown[:_LONGEST]}..."
 
 
-def line(path: str, model: models.Model, available: Iterable[str]) -> str | None:
+def line(source: str, model: models.Model, available: Iterable[str]) -> str | None:
     """Return the line that names the tensors of a checkpoint that its model does not use; None where there are none."""
     found = assign(model, available)
     if not found.unused:
         return None
     kind = "decoder" if model.architecture.is_decoder else "sequence classifier"
     count = f"{len(found.unused)} tensor{'s' if len(found.unused) > 1 else ''}"
-    return f"{path} has {count} that this {kind} does not use: {describe(found.unused, found.stored.values())}"
+    return f"{source} has {count} that this {kind} does not use: {describe(found.unused, found.stored.values())}"
