@@ -1,6 +1,5 @@
 """The command line: train, evaluate, tasks, lm-eval, generate, plan, inspect, merge, export and import."""
 
-import argparse
 import contextlib
 import os
 import sys
@@ -9,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from neuroada_jax import __version__
-from neuroada_jax.commands import adapters, evaluate, generate, lm_eval, plan, tasks, train
+from neuroada_jax.commands import adapters, evaluate, generate, lm_eval, parsing, plan, tasks, train
 from neuroada_jax.errors import NeuroadaWarning, UserError
 
 # Without PyTorch, transformers warns on import that no models are available. The models here need no PyTorch.
@@ -56,12 +55,18 @@ def _one_line_warnings() -> Iterator[None]:
         yield
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("neuroada", description="Sparse fine-tuning of language models with NeuroAda, in JAX.")
+# The groups in which the commands are listed.
+_GROUPS = {
+    "a run": (plan, train),
+    "its result": (generate, evaluate, lm_eval),
+    "adapters and models on disk": (adapters,),
+    "what there is": (tasks,),
+}
+
+
+def _parser() -> parsing.MainParser:
+    parser = parsing.MainParser(_GROUPS, description="Sparse fine-tuning of language models with NeuroAda, in JAX.")
     parser.add_argument("--version", action="version", version=f"neuroada-jax {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (train, evaluate, tasks, lm_eval, generate, plan, adapters):
-        module.add(commands)
     return parser
 
 

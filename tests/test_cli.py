@@ -288,13 +288,65 @@ def test_the_console_entry(inputs):
 
 
 def test_usage_errors(neuroada, capsys, tmp_path):
-    for arguments in ([], ["fly"], ["train"], ["train", "x", "--fast"], ["generate"], ["tasks", "--json", "y"]):
+    for arguments in (["fly"], ["train"], ["train", "x", "--fast"], ["generate"], ["tasks", "--json", "y"]):
         with pytest.raises(SystemExit) as caught:
             cli.main(arguments)
-        assert caught.value.code == 2
+        out, err = capsys.readouterr()
+        assert (caught.value.code, out, err.count("\n")) == (2, "", 1) and err.startswith("neuroada: error: ")
     with pytest.raises(SystemExit) as caught:
         cli.main(["--version"])
     assert caught.value.code == 0 and "neuroada-jax" in capsys.readouterr().out
+
+
+def test_alone_it_lists_every_command_in_a_group(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main([])
+    out = capsys.readouterr().out
+    assert caught.value.code == 2 and max(map(len, out.splitlines())) <= 80
+    *_, groups = out.partition("\na run:\n")
+    listed = [line.split()[0] for line in groups.splitlines() if line.startswith("  ")]
+    assert listed == list(cli._parser().commands.choices)
+
+
+def usage_error(capsys, *arguments):
+    with pytest.raises(SystemExit):
+        cli.main([str(argument) for argument in arguments])
+    return capsys.readouterr().err.removeprefix("neuroada: error: ").rstrip("\n")
+
+
+def test_every_command_and_option_is_found_by_a_name_with_two_letters_swapped(capsys):
+    """Also where the mistyped option is a required one."""
+
+    def swapped(name):
+        at = next(at for at in range(len(name) - 2, 0, -1) if name[at] != name[at - 1] and "-" not in name[at - 1 : at + 1])
+        return f"{name[: at - 1]}{name[at]}{name[at - 1]}{name[at + 1 :]}"
+
+    for name, command in cli._parser().commands.choices.items():
+        assert (
+            usage_error(capsys, swapped(name))
+            == f"no command {swapped(name)!r}; did you mean {name!r}?; see neuroada --help"
+        )
+        options = [option for action in command._actions for option in action.option_strings if option.startswith("--")]
+        assert "--json" in options
+        for option in options:
+            found = usage_error(capsys, name, f"{swapped(option)}=1")
+            # --process is as near to --processes.
+            assert found.startswith(f"no option {swapped(option)}; did you mean '{option}") and found.endswith(
+                f"{name} --help"
+            )
+
+
+def test_a_field_that_is_written_as_an_option_is_explained(capsys):
+    written = usage_error(capsys, "train", "run.yaml", "--max-length", 9)
+    assert (
+        written
+        == "no option --max-length; a field of the config is written data.max_length=VALUE; see neuroada train --help"
+    )
+    assert "written training.steps=VALUE;" in usage_error(capsys, "plan", "run.yaml", "--training-steps=9")
+    assert "optimizer.learning_rate=VALUE or classifier.learning_rate=VALUE" in usage_error(
+        capsys, "train", "x", "--learning_rate", 1
+    )
+    assert "field" not in usage_error(capsys, "tasks", "--steps")
 
 
 @pytest.mark.parametrize("at", [0, 1, 3])
@@ -304,7 +356,7 @@ def test_overrides_may_stand_anywhere_behind_the_config(at, tmp_path, inputs, ne
     arguments = ["--overwrite", "--seeds", "1,2"]
     arguments.insert(at, "bypass.kk=1")
     found = bad_run(neuroada, tmp_path, path, "name=a", *arguments)
-    assert found == f"{path}: bypass.kk: unknown field; did you mean 'k'?"
+    assert found == "override 'bypass.kk=1': bypass.kk: unknown field; did you mean 'k'?"
     arguments[arguments.index("bypass.kk=1")] = "y"
     assert bad_run(neuroada, tmp_path, path, *arguments) == "override 'y': expected the form section.field=value"
 
@@ -334,7 +386,12 @@ def bad_run(neuroada, folder, path, *arguments):
 )
 def test_bad_config(override, message, tmp_path, inputs, neuroada):
     path = config(tmp_path, inputs)
-    assert bad_run(neuroada, tmp_path, path, override) == f"{path}: {message}"
+    assert bad_run(neuroada, tmp_path, path, override) == f"override {override!r}: {message}"
+
+
+def test_seeds_that_are_wrong_are_blamed_on_their_option(tmp_path, inputs, neuroada):
+    message = bad_run(neuroada, tmp_path, config(tmp_path, inputs), "--seeds", "1,1", "bypass.k=2")
+    assert message == "--seeds 1,1: seeds: 1 is given twice"
 
 
 def test_missing_config_and_broken_yaml(tmp_path, neuroada):

@@ -17,7 +17,7 @@ def add(commands: shared.Commands) -> None:
 
 
 def _add_inspect(commands: shared.Commands) -> None:
-    summary = "list the modules of a model or an adapter with their neurons, values and bytes"
+    summary = "count the neurons, values and bytes of a model or an adapter"
     parser = shared.add_command(commands, "inspect", _inspect, summary)
     parser.add_argument("path", metavar="PATH", help="model directory, hub id, .gguf file or adapter directory")
     parser.add_argument("--k", type=int, default=1, metavar="N", help="connections per neuron, for a model (default: 1)")
@@ -32,7 +32,7 @@ def _inspect(parsed: argparse.Namespace) -> None:
 
 
 def _add_merge(commands: shared.Commands) -> None:
-    summary = "merge an adapter into its base model and write a Hugging Face model directory"
+    summary = "merge an adapter into its base model, as a Hugging Face directory"
     parser = shared.add_command(commands, "merge", _merge, summary)
     shared.add_model(parser, adapter_required=True)
     parser.add_argument("--out", required=True, metavar="DIRECTORY", help="directory to create")
@@ -49,7 +49,7 @@ def _merge(parsed: argparse.Namespace) -> None:
 
 
 def _add_export(commands: shared.Commands) -> None:
-    summary = "write an adapter for PyTorch libraries: PEFT, transformers or the official code"
+    summary = "write an adapter for PEFT, transformers or the official code"
     parser = shared.add_command(commands, "export", _export, summary)
     parser.add_argument("adapter", metavar="ADAPTER", help="adapter directory")
     parser.add_argument(

@@ -8,7 +8,7 @@ from neuroada_jax.commands import shared
 
 def add(commands: shared.Commands) -> None:
     """Add the command."""
-    summary = "report the memory and time that a run would need on a machine; read no weights, run nothing"
+    summary = "report the memory and time that a run would need, without weights"
     parser = shared.add_command(commands, "plan", run, summary)
     shared.add_config(parser)
     parser.add_argument(

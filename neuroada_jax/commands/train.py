@@ -39,8 +39,8 @@ def run(parsed: argparse.Namespace) -> None:
         raise UserError(f"--seeds: expected numbers with commas between, such as 42,43,44, found {parsed.seeds!r}")
     if parsed.coordinator and parsed.resume:
         raise UserError("--resume: runs of several processes save no checkpoints yet, so there is none to resume from")
-    overrides = parsed.overrides + ([f"seeds=[{parsed.seeds}]"] if parsed.seeds else [])
-    settings = config_file.load(parsed.config, overrides)
+    typed = {f"seeds=[{parsed.seeds}]": f"--seeds {parsed.seeds}"} if parsed.seeds else {}
+    settings = config_file.load(parsed.config, [*parsed.overrides, *typed], typed)
     several = settings.seeds is not None
     train = seeds.train if several else run.train
     stopped = None

@@ -1,10 +1,12 @@
 """YAML files of runs, decoded strictly into the dataclasses of config.py, with `a.b=c` overrides from the command line."""
 
+import copy
 import dataclasses
 import datetime
 import difflib
 import json
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -85,6 +87,22 @@ def _message(error: pydantic.ValidationError) -> str:
         return f"{path}: {reason}" if path and "." not in reason.partition(":")[0] else reason
     reason = _REASONS.get(kind, reason)
     return f"{path}: {reason[0].lower()}{reason[1:]}, found {first['input']!r}"
+
+
+def paths_of_field(name: str) -> list[str]:
+    """Return the dotted paths of the fields with this name, or with this path where "_" stands for its dot."""
+
+    def walk(kind: Any, prefix: str) -> list[str]:
+        found = []
+        for field in dataclasses.fields(kind):
+            path = f"{prefix}{field.name}"
+            if dataclasses.is_dataclass(field.type):
+                found += walk(field.type, f"{path}.")
+            elif name in (field.name, path.replace(".", "_")):
+                found.append(path)
+        return found
+
+    return walk(RunConfig, "")
 
 
 def apply_override(content: dict[str, Any], override: str) -> None:
@@ -183,12 +201,13 @@ def _without_suites(content: dict[str, Any], where: str) -> dict[str, Any]:
     return {**content, "evaluation": {**(section or {}), "sets": single}}
 
 
-def load(path: str, overrides: list[str] | None = None) -> RunConfig:
+def load(path: str, overrides: Sequence[str] = (), typed: Mapping[str, str] | None = None) -> RunConfig:
     """Read a run's YAML file.
 
     Args:
       path: the file.
       overrides: `section.field=value` strings, applied in order.
+      typed: override -> the option that stands for it on the command line, for messages.
 
     Raises:
       UserError: see `from_dict`; also a missing file.
@@ -202,9 +221,28 @@ def load(path: str, overrides: list[str] | None = None) -> RunConfig:
     content = parse_yaml(text, path)
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a mapping of sections, found {type(content).__name__}")
-    for override in overrides or []:
-        apply_override(content, override)
-    return from_dict(content, path)
+    stages = [content]  # the content of the file, and after each override
+    for override in overrides:
+        stages.append(copy.deepcopy(stages[-1]))
+        apply_override(stages[-1], override)
+    wrong = _error(stages[-1])
+    if wrong is None:
+        return from_dict(stages[-1], path)
+    # The last override that brought the error about; none where the file has it by itself.
+    blamed = next((number for number in range(len(stages) - 1, 0, -1) if _error(stages[number - 1]) != wrong), 0)
+    if not blamed:
+        raise UserError(f"{path}: {wrong}")
+    override = overrides[blamed - 1]
+    raise UserError(f"{(typed or {}).get(override, f'override {override!r}')}: {wrong}")
+
+
+def _error(content: dict[str, Any]) -> str | None:
+    """Return what is wrong with the content of a config, without its place; None if nothing is."""
+    try:
+        from_dict(content, "")
+    except UserError as error:
+        return str(error).removeprefix(": ")
+    return None
 
 
 def flatten_config(config: RunConfig) -> dict[str, Any]:

@@ -234,12 +234,28 @@ def test_overrides(tmp_path):
         ("evaluation.sets.x.limit=3", "override 'evaluation.sets.x.limit=3': 'x' is no index of a list of 1"),
         ("evaluation.sets.x=3", "override 'evaluation.sets.x=3': 'x' is no index of a list of 1"),
         ("bypass.k=[1", "override 'bypass.k=[1': line 1 not YAML"),
-        ("bypass.kk=1", "run.yaml: bypass.kk: unknown field"),
+        ("bypass.kk=1", "override 'bypass.kk=1': bypass.kk: unknown field"),
+        ("optimizer=3", "override 'optimizer=3': optimizer: expected a section of fields"),
+        ("training.epochs=1", "override 'training.epochs=1': training: give either epochs or steps, found both"),
+        ("name=null", "override 'name=null': name: input should be a valid string"),
     ],
 )
 def test_bad_overrides(override, message, tmp_path):
     path = write(tmp_path, yaml.safe_dump(with_field("evaluation.sets", [{"name": "t", "data": "d"}])))
     assert message in message_of(config_file.load, path, [override])
+
+
+def test_of_several_overrides_the_one_at_fault_is_named_and_else_the_file(tmp_path):
+    path = write(tmp_path, yaml.safe_dump(MINIMAL))
+    fine = ["bypass.k=2", "seed=4"]
+    for bad in ("bypass.k=0", "training.steps=abc", "evaluation.sets=[{name: n}]", "data.max_length=1"):
+        message = message_of(config_file.load, path, [fine[0], bad, fine[1]])
+        assert message.startswith(f"override {bad!r}: {bad.partition('=')[0]}")
+    assert message_of(config_file.load, path, ["bypass.k=0", "bypass.k=-1"]).startswith("override 'bypass.k=-1': ")
+    # Given together they are right: each alone would be wrong.
+    assert config_file.load(path, ["training.epochs=2", "training.steps=null"]).training.epochs == 2
+    path = write(tmp_path, yaml.safe_dump(with_field("bypass.kk", 1)))
+    assert message_of(config_file.load, path, fine).startswith(f"{path}: bypass.kk: unknown field")
 
 
 def test_round_trip(tmp_path):
