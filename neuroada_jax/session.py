@@ -266,7 +266,7 @@ def load(source: str | Path, dtype: Any = "auto", *, adapter: str | Path | None 
     trained = None if adapter is None else native.read(str(adapter))
     about = {} if trained is None else trained.metadata["base"]
     chosen = about.get("dtype", "auto") if dtype == "auto" else dtype
-    opened, tokenizer = open_with_tokenizer(str(source), chosen, about.get("labels"))
+    opened, tokenizer = open_with_tokenizer(str(source), chosen, native.labels_of(about))
     model = PretrainedModel(load_with_progress(opened), tokenizer)
     if trained is None:
         return model

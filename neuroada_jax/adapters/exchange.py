@@ -52,7 +52,7 @@ def export_adapter(
     if not where:
         raise UserError(f"{source}: adapter.json names no base model; give --model")
     merges = verify or to_format == "huggingface"
-    labels = trained_on.get("labels")
+    labels = native.labels_of(trained_on)
     opened = open_model(where, dtype or trained_on.get("dtype") or "auto", config_only=not merges, labels=labels)
     merged_dtype = jnp.dtype(opened.model.config.dtype)
     tokenizer = None

@@ -21,6 +21,7 @@ import xxhash
 from neuroada_jax import files
 from neuroada_jax.data.prompts import PromptForm
 from neuroada_jax.errors import UserError
+from neuroada_jax.models.labels import MULTILABEL, PROBLEM_TYPES, Labels
 from neuroada_jax.pretrained import prompt_form
 from neuroada_jax.pretrained.safetensors_directory import read_all
 
@@ -170,10 +171,21 @@ def _check_metadata(path: Path, metadata: dict[str, Any]) -> None:
     labels = base_model.get("labels")
     if labels is not None and not (isinstance(labels, list) and labels and all(isinstance(each, str) for each in labels)):
         raise UserError(f"{path}: 'labels' of the base must be a list of names, found {labels!r}")
+    problem = base_model.get("problem_type")
+    if problem not in (None, *PROBLEM_TYPES):
+        raise UserError(
+            f"{path}: 'problem_type' of the base is {problem!r}, expected null or one of {', '.join(PROBLEM_TYPES)}"
+        )
     dense_parameters = metadata.get("dense_parameters", [])
     if not isinstance(dense_parameters, list) or not all(isinstance(name, str) for name in dense_parameters):
         raise UserError(f"{path}: dense_parameters is {dense_parameters!r}, expected a list of names")
     prompt_form.from_json(metadata.get("prompt"), f"{path}: prompt")  # absent in 0.1
+
+
+def labels_of(base_model: Mapping[str, Any]) -> Labels | None:
+    """Return the labels of a classifier from an adapter's metadata of its base model; None for a decoder."""
+    names = base_model.get("labels")
+    return Labels(tuple(names), base_model.get("problem_type") == MULTILABEL) if names else None
 
 
 def form_of(adapter: Adapter) -> PromptForm | None:

@@ -45,16 +45,17 @@ def assemble(
       form: of the prompts that it was trained on, with its template's complete text; None if unknown.
     """
     shapes = base_model.model.linear_maps()
+    is_decoder = base_model.model.architecture.is_decoder
     about = {
         "source": base_model.source,
         "dtype": jnp.dtype(base_model.model.config.dtype).name,
         "model_type": base_model.model.hf_config["model_type"],
         "labels": classifier_labels(base_model),
+        "problem_type": None if is_decoder else base_model.model.hf_config.get("problem_type"),
         "parameters": bypass.count(base_model.model.abstract_params()),
         "digests": base_model.digests,
     }
     inputs = {module: shapes[module][1] for module in values}
-    is_decoder = base_model.model.architecture.is_decoder
     prompt = None if form is None else prompt_form.to_json(form, is_decoder=is_decoder)
     return Adapter(
         native.new_metadata(about, inputs, selection, sorted(dense_parameters or {}), prompt),

@@ -71,7 +71,7 @@ def open_model(parsed: argparse.Namespace, *, decoder: bool = True) -> tuple[Any
     source = parsed.model or base.get("source")
     if not source:
         raise UserError("give --model, or an --adapter that names its base model")
-    opened, tokenizer = open_with_tokenizer(source, parsed.dtype or base.get("dtype") or "auto", base.get("labels"))
+    opened, tokenizer = open_with_tokenizer(source, parsed.dtype or base.get("dtype") or "auto", native.labels_of(base))
     if decoder and not opened.model.architecture.is_decoder:
         kind = opened.model.hf_config["model_type"]
         raise UserError(f"{source}: {kind} is an encoder, which cannot continue a text; this command needs a decoder")

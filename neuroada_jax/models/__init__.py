@@ -16,8 +16,8 @@ from neuroada_jax.models.encoder import (
     BertForSequenceClassification,
     EncoderConfig,
     RobertaForSequenceClassification,
-    with_labels,
 )
+from neuroada_jax.models.labels import Labels
 from neuroada_jax.models.llama import LLAMA_TARGETS, LlamaConfig, LlamaForCausalLM
 from neuroada_jax.models.remat import Remat
 
@@ -26,6 +26,7 @@ __all__ = [
     "ENCODER_TARGETS",
     "LLAMA_TARGETS",
     "Architecture",
+    "Labels",
     "Model",
     "Remat",
     "from_hf_config",
@@ -140,13 +141,15 @@ def _abstract_params(architecture: Architecture, config: Any) -> Tree:
     return jax.eval_shape(init, jax.ShapeDtypeStruct((1, 2), jnp.int32))["params"]
 
 
-def from_hf_config(config: Mapping[str, Any], dtype: Any = jnp.float32, labels: Sequence[str] | None = None) -> Model:
+def from_hf_config(
+    config: Mapping[str, Any], dtype: Any = jnp.float32, labels: Labels | Sequence[str] | None = None
+) -> Model:
     """Return the model that a Hugging Face config.json describes, with weights and activations in `dtype`.
 
     Args:
       config: the content of config.json.
       dtype: float32 or bfloat16.
-      labels: names of the classes of an encoder's classifier, or one name for regression; None: those of the config.
+      labels: of an encoder's classifier, or their names; None: those of the config.
 
     Raises:
       UserError: the architecture or a setting of its config is not supported, or labels were given for a decoder.
@@ -163,7 +166,7 @@ def from_hf_config(config: Mapping[str, Any], dtype: Any = jnp.float32, labels: 
     if labels is not None:
         if architecture.is_decoder:
             raise UserError(f"config.json: model_type {kind!r} is a decoder, which has no classifier for labels")
-        config = with_labels(config, labels)
+        config = Labels.of(labels).written_into(config)
     return Model(architecture, architecture.read_config(config, dtype), dict(config))
 
 

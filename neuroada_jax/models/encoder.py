@@ -7,7 +7,7 @@ Dropout is active only where `apply` is given `rngs={"dropout": key}`.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from neuroada_jax.errors import UserError
-from neuroada_jax.models import attention, layers
+from neuroada_jax.models import attention, labels, layers
 from neuroada_jax.models.layers import BypassDense, Dropout, Embedding, LayerNorm
 from neuroada_jax.models.remat import BYPASS_COLLECTIONS, Remat, kept_activation, remat_module, token_wise
 
@@ -120,21 +120,13 @@ def num_labels(config: Mapping[str, Any]) -> int:
     if not isinstance(count, int) or count < 1:
         raise UserError(f"config.json: id2label must name at least one label, found {found!r}")
     problem = config.get("problem_type")
-    fitting = (None, "regression") if count == 1 else (None, "single_label_classification")
+    fitting = (None, labels.REGRESSION) if count == 1 else (None, labels.SINGLE, labels.MULTILABEL)
     if problem not in fitting:
         raise UserError(
-            f"config.json: problem_type {problem!r} with {count} label(s) is not supported; expected {fitting[1]!r}"
+            f"config.json: problem_type {problem!r} with {count} label(s) is not supported; expected "
+            f"{' or '.join(map(repr, fitting[1:]))}"
         )
     return count
-
-
-def with_labels(config: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
-    """Return the Hugging Face config with a classifier for these labels; one label means regression."""
-    return {key: value for key, value in config.items() if key != "num_labels"} | {
-        "id2label": {str(number): label for number, label in enumerate(labels)},
-        "label2id": {label: number for number, label in enumerate(labels)},
-        "problem_type": "regression" if len(labels) == 1 else "single_label_classification",
-    }
 
 
 class Embeddings(nn.Module):

@@ -21,7 +21,7 @@ from neuroada_jax import console, models
 from neuroada_jax.core import trees
 from neuroada_jax.core.trees import ModulePath, Tree
 from neuroada_jax.errors import UserError
-from neuroada_jax.models import names
+from neuroada_jax.models import Labels, names
 from neuroada_jax.pretrained import tensor_names
 from neuroada_jax.pretrained.source import (
     HUB_FILES,
@@ -49,8 +49,8 @@ class OpenedModel:
     path: str
     source: str
 
-    def with_labels(self, labels: Sequence[str]) -> "OpenedModel":
-        """Return this encoder with a classifier for these labels; one label means regression."""
+    def with_labels(self, labels: Labels | Sequence[str]) -> "OpenedModel":
+        """Return this encoder with a classifier for these labels, or for labels of these names."""
         model = models.from_hf_config(self.model.hf_config, self.model.config.dtype, labels)
         return OpenedModel(model, self.path, self.source)
 
@@ -187,7 +187,7 @@ def load_params(
 
 
 def open_model(
-    source: str, dtype: str = "auto", *, config_only: bool = False, labels: Sequence[str] | None = None
+    source: str, dtype: str = "auto", *, config_only: bool = False, labels: Labels | Sequence[str] | None = None
 ) -> OpenedModel:
     """Find a model and read its config; its weights are read by `OpenedModel.load`.
 
@@ -195,7 +195,7 @@ def open_model(
       source: local Hugging Face directory, hub id, GGUF file or package file; see `source.resolve`.
       dtype: "float32", "bfloat16" or "auto" for the dtype of the checkpoint; float16 becomes bfloat16.
       config_only: download the config of a hub id only; its weights cannot be loaded afterwards.
-      labels: names of the classes of an encoder's classifier, one for regression; None: those of the model's config.
+      labels: of an encoder's classifier, or their names; None: those of the model's config.
 
     Raises:
       UserError: the path does not exist, or its architecture or config is not supported.
@@ -240,7 +240,7 @@ def load_model(
     dtype: str = "auto",
     on_progress: Callable[[int, int], None] | None = None,
     *,
-    labels: Sequence[str] | None = None,
+    labels: Labels | Sequence[str] | None = None,
     seed: int = 0,
 ) -> LoadedModel:
     """Open a model and read its weights; see `open_model` and `OpenedModel.load`."""
@@ -248,7 +248,7 @@ def load_model(
 
 
 def open_with_tokenizer(
-    source: str, dtype: str, labels: Sequence[str] | None = None
+    source: str, dtype: str, labels: Labels | Sequence[str] | None = None
 ) -> tuple[OpenedModel, transformers.PreTrainedTokenizerFast]:
     """Open a model and read its tokenizer.
 

@@ -269,6 +269,9 @@ def test_labels_of_the_caller():
     model = models.from_hf_config({"model_type": "roberta", **SIZES}, labels=["score"])
     assert model.config.num_labels == 1 and model.hf_config["problem_type"] == "regression"
     assert models.from_hf_config({"model_type": "bert", **SIZES}).config.num_labels == 2  # transformers' default
+    several = models.from_hf_config({"model_type": "bert", **SIZES}, labels=models.Labels(("a", "b"), multilabel=True))
+    assert several.hf_config["problem_type"] == "multi_label_classification"
+    assert several.hf_config["label2id"] == {"a": 0, "b": 1}
     with pytest.raises(UserError, match="'llama' is a decoder"):
         models.from_hf_config({"model_type": "llama", **SIZES}, labels=["a"])
 
@@ -283,7 +286,10 @@ def test_labels_of_the_caller():
         ({"position_embedding_type": "relative_key"}, "position_embedding_type 'relative_key' is not supported"),
         ({"is_decoder": True}, "is_decoder True is not supported"),
         ({"id2label": {}}, "id2label must name at least one label"),
-        ({"problem_type": "multi_label_classification"}, "problem_type 'multi_label_classification' with 2 label"),
+        (
+            {"problem_type": "multi_label_classification", "num_labels": 1},
+            "problem_type 'multi_label_classification' with 1 label",
+        ),
         ({"problem_type": "regression"}, "problem_type 'regression' with 2 label"),
     ],
 )
