@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import transformers
 
-from neuroada_jax.adapters import native, on_base
+from neuroada_jax.adapters import hub, native, on_base
 from neuroada_jax.core import bypass
 from neuroada_jax.core.bypass import Bypass
 from neuroada_jax.core.trees import Tree
@@ -250,7 +250,7 @@ def load(source: str | Path, dtype: Any = "auto", *, adapter: str | Path | None 
     Args:
       source: a Hugging Face directory, a hub id, a .gguf file or "package:NAME/FILE".
       dtype: of the weights: "float32", "bfloat16" or "auto", which is the adapter's base dtype, else the checkpoint's own.
-      adapter: the directory of an adapter that was trained on this model.
+      adapter: an adapter that was trained on this model: its directory, or a hub id such as "user/name@revision".
 
     Returns: a `PretrainedModel`, or with an adapter a `TunedModel` (its base model is the attribute `model`).
 
@@ -263,7 +263,7 @@ def load(source: str | Path, dtype: Any = "auto", *, adapter: str | Path | None 
     dtype = dtype if isinstance(dtype, str) else getattr(dtype, "__name__", str(dtype))  # jnp.float32 and "float32" alike
     if dtype not in ("float32", "bfloat16", "auto"):
         raise UserError(f"load: dtype: expected 'float32', 'bfloat16' or 'auto', found {dtype!r}")
-    trained = None if adapter is None else native.read(str(adapter))
+    trained = None if adapter is None else hub.read(str(adapter))
     about = {} if trained is None else trained.metadata["base"]
     chosen = about.get("dtype", "auto") if dtype == "auto" else dtype
     opened, tokenizer = open_with_tokenizer(str(source), chosen, native.labels_of(about))

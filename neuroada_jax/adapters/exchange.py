@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from neuroada_jax import console
-from neuroada_jax.adapters import native, official, on_base, peft, verification
+from neuroada_jax.adapters import hub, native, official, on_base, peft, verification
 from neuroada_jax.core import trees
 from neuroada_jax.core.trees import Tree
 from neuroada_jax.errors import UserError
@@ -26,7 +26,7 @@ def export_adapter(
     """Write a native adapter in another library's format, and verify the export on request.
 
     Args:
-      source: directory of a native adapter.
+      source: directory or hub id of a native adapter.
       to_format: "official", "peft-supertuning", "peft-shira", or "huggingface" for the merged model.
       out: the directory to create.
       model: the base model; by default the one that the adapter names.
@@ -45,7 +45,7 @@ def export_adapter(
         raise UserError(f"--out: {out} exists already; choose another folder or remove it")
     if verify:
         verification.require_torch()
-    adapter = native.read(source)
+    adapter = hub.read(source)
     form = native.form_of(adapter)
     trained_on = adapter.metadata["base"]
     where = model or trained_on.get("source")

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from neuroada_jax import console
-from neuroada_jax.adapters import native, official, peft
+from neuroada_jax.adapters import hub, native, official, peft
 from neuroada_jax.core import bypass
 from neuroada_jax.pretrained.load import open_model
 
@@ -27,8 +27,9 @@ def inspect(path: str, k: int) -> dict[str, Any]:
     Raises:
       UserError: neither is there, or a file is damaged.
     """
-    if native.is_adapter(path):
-        return inspect_adapter(path)
+    adapter = hub.directory_if_adapter(path)
+    if adapter is not None:
+        return inspect_adapter(adapter) | {"path": path}
     if peft.is_adapter(path):
         return inspect_peft(path)
     if (Path(path) / "tunable_para").is_dir():

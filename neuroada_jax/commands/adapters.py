@@ -19,7 +19,7 @@ def add(commands: shared.Commands) -> None:
 def _add_inspect(commands: shared.Commands) -> None:
     summary = "count the neurons, values and bytes of a model or an adapter"
     parser = shared.add_command(commands, "inspect", _inspect, summary)
-    parser.add_argument("path", metavar="PATH", help="model directory, hub id, .gguf file or adapter directory")
+    parser.add_argument("path", metavar="PATH", help="model directory, .gguf file, adapter directory, or hub id of either")
     parser.add_argument("--k", type=int, default=1, metavar="N", help="connections per neuron, for a model (default: 1)")
 
 
@@ -51,7 +51,7 @@ def _merge(parsed: argparse.Namespace) -> None:
 def _add_export(commands: shared.Commands) -> None:
     summary = "write an adapter for PEFT, transformers or the official code"
     parser = shared.add_command(commands, "export", _export, summary)
-    parser.add_argument("adapter", metavar="ADAPTER", help="adapter directory")
+    parser.add_argument("adapter", metavar="ADAPTER", help=shared.ADAPTER_HELP)
     parser.add_argument(
         "--to",
         required=True,

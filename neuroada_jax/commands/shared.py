@@ -9,6 +9,7 @@ from neuroada_jax.errors import UserError
 
 Commands = Any  # argparse has no public name for what `add_subparsers` returns
 DTYPES = ["float32", "bfloat16", "auto"]
+ADAPTER_HELP = "adapter directory, or hub id: USER/NAME or USER/NAME@REVISION"
 
 
 def add_command(commands: Commands, name: str, run: Callable[[argparse.Namespace], None], help: str) -> Any:
@@ -33,7 +34,7 @@ def add_model(parser: argparse.ArgumentParser, *, adapter_required: bool = False
         metavar="MODEL",
         help="model directory, hub id, .gguf file or package:NAME/FILE (default: the adapter's base model)",
     )
-    parser.add_argument("--adapter", metavar="DIRECTORY", required=adapter_required, help="adapter directory")
+    parser.add_argument("--adapter", metavar="ADAPTER", required=adapter_required, help=ADAPTER_HELP)
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: the adapter's, else auto)")
 
 
@@ -63,10 +64,10 @@ def open_model(parsed: argparse.Namespace, *, decoder: bool = True) -> tuple[Any
     Raises:
       UserError: no model is named, it cannot be opened, or it is an encoder where `decoder` is set.
     """
-    from neuroada_jax.adapters import native
+    from neuroada_jax.adapters import hub
     from neuroada_jax.pretrained.load import open_with_tokenizer
 
-    adapter = native.read(parsed.adapter) if parsed.adapter else None
+    adapter = hub.read(parsed.adapter) if parsed.adapter else None
     base = adapter.metadata.get("base", {}) if adapter else {}
     source = parsed.model or base.get("source")
     if not source:
