@@ -64,7 +64,7 @@ def open_model(parsed: argparse.Namespace, *, decoder: bool = True) -> tuple[Any
     Raises:
       UserError: no model is named, it cannot be opened, or it is an encoder where `decoder` is set.
     """
-    from neuroada_jax.adapters import hub
+    from neuroada_jax.adapters import hub, native
     from neuroada_jax.pretrained.load import open_with_tokenizer
 
     adapter = hub.read(parsed.adapter) if parsed.adapter else None
