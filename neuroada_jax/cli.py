@@ -16,7 +16,7 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 2 for a UserError, 130 when interrupted."""
+    """Run one command and return its exit code: its own, else 0; 2 for a UserError, 130 when interrupted."""
     parser = _parser()
     parsed, rest = parser.parse_known_args(arguments)
     # `train run.yaml --overwrite bypass.k=2`: argparse may leave overrides behind an option in `rest`; which ones depends
@@ -28,11 +28,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return one_line_errors(lambda: parsed.run(parsed))
 
 
-def one_line_errors(work: Callable[[], None]) -> int:
-    """Run `work` and return the process's exit code; print errors for the user as one line each."""
+def one_line_errors(work: Callable[[], int | None]) -> int:
+    """Run `work` and return the process's exit code, its own or 0; print errors for the user as one line each."""
     try:
         with _one_line_warnings():
-            work()
+            return work() or 0
     except UserError as error:
         sys.stderr.write(f"neuroada: error: {' '.join(str(error).split())}\n")
         return 2

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from neuroada_jax import files
@@ -12,7 +13,7 @@ DTYPES = ["float32", "bfloat16", "auto"]
 ADAPTER_HELP = "adapter directory, or hub id: USER/NAME or USER/NAME@REVISION"
 
 
-def add_command(commands: Commands, name: str, run: Callable[[argparse.Namespace], None], help: str) -> Any:
+def add_command(commands: Commands, name: str, run: Callable[[argparse.Namespace], int | None], help: str) -> Any:
     """Add a command with its option --json and return its parser."""
     parser = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
     parser.add_argument("--json", action="store_true", help="print JSON on standard output and nothing else")
@@ -67,6 +68,7 @@ def open_model(parsed: argparse.Namespace, *, decoder: bool = True) -> tuple[Any
     from neuroada_jax.adapters import hub, native
     from neuroada_jax.pretrained.load import open_with_tokenizer
 
+    check_results(parsed.adapter, parsed.model)
     adapter = hub.read(parsed.adapter) if parsed.adapter else None
     base = adapter.metadata.get("base", {}) if adapter else {}
     source = parsed.model or base.get("source")
@@ -77,6 +79,17 @@ def open_model(parsed: argparse.Namespace, *, decoder: bool = True) -> tuple[Any
         kind = opened.model.hf_config["model_type"]
         raise UserError(f"{source}: {kind} is an encoder, which cannot continue a text; this command needs a decoder")
     return opened, tokenizer, adapter
+
+
+def check_results(*paths: str | None) -> None:
+    """Raise UserError where a path is the directory of a run, or the place of a result that its run has not written."""
+    for path in (Path(each) for each in paths if each):
+        complete = any((path / name).is_file() for name in ("adapter.json", "adapter_config.json", "config.json"))
+        patterns = ("config.yaml", "seed-*/config.yaml")
+        if not complete and any([*folder.glob(each)] for folder in (path, path.parent) for each in patterns):
+            from neuroada_jax.training import run_directory
+
+            run_directory.check_result(path)
 
 
 def load_params(opened: Any, adapter: Any) -> tuple[Any, Any]:

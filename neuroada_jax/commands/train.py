@@ -9,10 +9,16 @@ import sys
 from neuroada_jax.commands import shared
 from neuroada_jax.errors import UserError
 
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
+
 
 def add(commands: shared.Commands) -> None:
     """Add the command."""
     parser = shared.add_command(commands, "train", run, "fine-tune a model as a config says")
+    parser.epilog = (
+        f"Exit code: 0 for a finished run, 2 for an error, {STOPPED} where Ctrl-C or SIGTERM stopped the run with its last "
+        "step saved; the last line is then the command that resumes it."
+    )
     shared.add_config(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace a run that is already in the output directory")
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint (training.save_every)")
@@ -31,9 +37,9 @@ def add(commands: shared.Commands) -> None:
     )
 
 
-def run(parsed: argparse.Namespace) -> None:
-    """Train, and print the results or where to resume."""
-    from neuroada_jax.training import config_file, processes, report, run, seeds, signals
+def run(parsed: argparse.Namespace) -> int:
+    """Train, print the results or how to resume, and return the exit code."""
+    from neuroada_jax.training import config_file, processes, report, run, run_directory, seeds, signals
 
     if parsed.seeds is not None and not re.fullmatch(r"\d+(,\d+)*", parsed.seeds):
         raise UserError(f"--seeds: expected numbers with commas between, such as 42,43,44, found {parsed.seeds!r}")
@@ -43,7 +49,7 @@ def run(parsed: argparse.Namespace) -> None:
     settings = config_file.load(parsed.config, [*parsed.overrides, *typed], typed)
     several = settings.seeds is not None
     train = seeds.train if several else run.train
-    stopped = None
+    stopped, before = None, run_directory.written(settings)
     flags = {"overwrite": parsed.overwrite, "resume": parsed.resume, "force_resume": parsed.force_resume}
     with (
         processes.joined(parsed.coordinator, parsed.processes, parsed.process) as first,
@@ -60,8 +66,24 @@ def run(parsed: argparse.Namespace) -> None:
                 shared.print_json(results)
             else:
                 (seeds.print_summary if several else report.print_summary)(results)
-    if stopped:  # after the signal listener's own line, which another thread writes
-        saved = "nothing new to save" if stopped.step is None else f"step {stopped.step} is saved"
-        seeds_option = ["--seeds", parsed.seeds] if parsed.seeds else []
-        again = shlex.join(["neuroada", "train", parsed.config, *parsed.overrides, *seeds_option, "--resume"])
-        sys.stderr.write(f"neuroada: stopped, {saved}; go on with: {again}\n")
+    if stopped is None:
+        return 0
+    # After the signal listener's own line, which another thread writes.
+    begun = parsed.resume or run_directory.written(settings) != before
+    saved = "nothing new to save" if stopped.step is None else f"step {stopped.step} is saved"
+    how = f"stopped, {saved}; go on with" if begun else "stopped before the run had begun; start it with"
+    sys.stderr.write(f"neuroada: {how}: {_again(parsed, begun, stopped.step is not None)}\n")
+    return STOPPED
+
+
+def _again(parsed: argparse.Namespace, begun: bool, saved: bool) -> str:
+    """Return the command that resumes a stopped run, or starts it where it had not begun."""
+    options = {
+        "--seeds": parsed.seeds,
+        "--json": parsed.json,
+        "--overwrite": parsed.overwrite and not begun,
+        "--resume": begun,
+        "--force-resume": parsed.force_resume and not saved,  # a new checkpoint has the changed config
+    }
+    given = [word for name, value in options.items() if value for word in ((name,) if value is True else (name, value))]
+    return shlex.join(["neuroada", "train", parsed.config, *parsed.overrides, *given])

@@ -86,7 +86,7 @@ def test_a_run_that_is_stopped_at_every_stage_ends_as_if_it_was_not(tmp_path, in
         with monkeypatch.context() as patch:
             send_at_call(patch, owner, name, number)
             code, err = neuroada(capfd, path, *flags)
-        assert code == 0
+        assert code == 75
         what = f"step {saved} is saved" if saved else "nothing new to save"
         assert err.splitlines()[-1] == f"neuroada: stopped, {what}; go on with: neuroada train {path} --resume"
         assert "SIGTERM: saving, then stopping; once more ends at once" in err
@@ -112,7 +112,7 @@ def test_several_seeds_are_stopped_and_go_on(tmp_path, inputs, monkeypatch, capf
         send_at_call(patch, trackers.JsonLines, "write", 3)  # a run of 6 steps writes twice
         code, err = neuroada(capfd, path, *short)
     again = f"{path} training.epochs=1 'evaluation.sets=[]' evaluation.best_epoch=null --seeds 1,2 --resume"
-    assert code == 0 and err.splitlines()[-1].endswith(f"step 4 is saved; go on with: neuroada train {again}")
+    assert code == 75 and err.splitlines()[-1].endswith(f"step 4 is saved; go on with: neuroada train {again}")
     code, err = neuroada(capfd, path, *short, "--resume")
     assert code == 0 and err.count("resuming after step 4") == 1
     assert json.loads((tmp_path / "out" / "results.json").read_text())["seeds"] == [1, 2]
@@ -122,15 +122,15 @@ def test_a_run_on_eight_devices_goes_on_there_and_on_another_mesh(tmp_path, inpu
     path = settings(tmp_path, inputs, batch_size=8)
     short = ["evaluation.sets=[]", "evaluation.best_epoch=null", "parallel.mode=shard_map", "parallel.devices=8"]
 
-    def train(name, *options):
-        code, err = neuroada(capfd, path, *short, f"output={tmp_path / name}", *options)
-        assert code == 0, err
+    def train(name, *options, code=0):
+        found, err = neuroada(capfd, path, *short, f"output={tmp_path / name}", *options)
+        assert found == code, err
         return err
 
     train("whole")
     with monkeypatch.context() as patch:
         send_at_call(patch, trackers.JsonLines, "write", 1)
-        assert "step 4 is saved" in train("same")
+        assert "step 4 is saved" in train("same", code=75)
     shutil.copytree(tmp_path / "same", tmp_path / "other")
     train("same", "--resume")
     mesh = ["parallel.mode=jit", "parallel.fsdp=2", "parallel.devices=4"]
@@ -167,6 +167,80 @@ def test_what_may_change_and_what_may_not(tmp_path, inputs, monkeypatch, capfd):
     assert "log_every: 3" in (tmp_path / "out" / "config.yaml").read_text()
     code, err = neuroada(capfd, path, *short, "--force-resume")
     assert code == 2 and "--force-resume: only together with --resume" in err
+
+
+@pytest.fixture(scope="module")
+def unfinished(tmp_path_factory, inputs):
+    """The directories of a run that was stopped after a checkpoint, and of runs of two seeds, the second one stopped."""
+    folder = tmp_path_factory.mktemp("unfinished")
+    path = settings(folder, inputs)
+    short = ["training.epochs=1", "evaluation.sets=[]", "evaluation.best_epoch=null"]
+    for name, writes, options in (("one", 1, []), ("two", 3, ["--seeds", "1,2"])):
+        with pytest.MonkeyPatch.context() as patch:
+            send_at_call(patch, trackers.JsonLines, "write", writes)
+            assert cli.main(["train", str(path), *short, f"output={folder / name}", *options]) == 75
+    return folder
+
+
+COMMANDS = {
+    "merge": ["--adapter", "{}", "--out", "{out}"],
+    "generate": ["--adapter", "{}", "--prompt", "a"],
+    "generate --model": ["--model", "{}", "--prompt", "a"],
+    "evaluate": ["--adapter", "{}", "--task", "boolq"],
+    "export": ["{}", "--to", "peft-shira", "--out", "{out}"],
+    "inspect": ["{}"],
+}
+
+
+def error_of(capfd, command, directory, out):
+    capfd.readouterr()
+    arguments = [argument.format(directory, out=out) for argument in COMMANDS[command]]
+    assert cli.main([command.split()[0], *arguments]) == 2
+    assert not out.exists()
+    return capfd.readouterr().err.splitlines()[-1].removeprefix("neuroada: error: ").removeprefix(str(directory))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_on_a_run_that_is_not_finished_says_how_to_resume_it(command, unfinished, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    one, two, out = unfinished / "one", unfinished / "two", tmp_path / "out"
+    for path in (one, one / "adapter", one / "merged"):
+        resume = f"neuroada train {one / 'config.yaml'} --resume"
+        assert error_of(capfd, command, path, out) == f": the run in {one} is not finished; resume it with: {resume}"
+    every = f"{two / 'seed-1' / 'adapter'}, {two / 'seed-2' / 'adapter'}"
+    for path in (two, two / "adapter"):
+        message = error_of(capfd, command, path, out)
+        assert message == f": {two} holds runs of several seeds; give the adapter of one of them: {every}"
+    assert "is not finished" in error_of(capfd, command, two / "seed-2" / "adapter", out)
+    finished = two / "seed-1"
+    assert error_of(capfd, command, finished, out) == f" is the directory of a run; its adapter is {finished / 'adapter'}"
+    # Beside a config of the user's own there is no run.
+    shutil.copy(one / "config.yaml", tmp_path)
+    assert "resume" not in error_of(capfd, command, tmp_path / "none", out) + error_of(capfd, command, tmp_path, out)
+
+
+def test_the_command_that_is_named_resumes_the_run_also_where_it_was_moved(unfinished, tmp_path, monkeypatch, capfd):
+    moved = shutil.copytree(unfinished / "one", tmp_path / "moved")
+    resume = error_of(capfd, "inspect", moved, tmp_path / "out").partition("resume it with: neuroada ")[2]
+    assert f"output={moved}" in resume
+    assert cli.main(resume.split()) == 0
+    assert "resuming after step 4" in capfd.readouterr().err and (moved / "adapter" / "adapter.json").is_file()
+
+
+def test_a_run_that_is_stopped_before_it_began_is_started_again(tmp_path, inputs, monkeypatch, capfd):
+    path = settings(tmp_path, inputs)
+    again = f"neuroada: stopped before the run had begun; start it with: neuroada train {path}"
+    with monkeypatch.context() as patch:
+        send_at_call(patch, continuation.ContinuationScorer, "prepare", 1)
+        code, err = neuroada(capfd, path)
+        assert code == 75 and err.splitlines()[-1] == again
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.yaml").write_text("name: another run\n")
+    with monkeypatch.context() as patch:
+        send_at_call(patch, continuation.ContinuationScorer, "prepare", 1)
+        code, err = neuroada(capfd, path, "--overwrite", "--json")
+        assert code == 75 and err.splitlines()[-1] == f"{again} --json --overwrite"
+    assert (tmp_path / "out" / "config.yaml").read_text() == "name: another run\n"
 
 
 # The pieces by themselves.
