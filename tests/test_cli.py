@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import warnings
@@ -166,6 +167,41 @@ def test_a_run_prints_tables(trained, capsys):
     report.print_summary(json.loads((trained / "results.json").read_text()))
     out = capsys.readouterr().out
     assert "held out" in out and "128" in out and "7" in out and "before" in out and out.count(", seed ") == 2
+
+
+def next_commands(err):
+    """The commands that `train` ends with, as lists of words."""
+    lines = err.splitlines()
+    return [shlex.split(line)[1:] for line in lines[lines.index("next:") + 1 :]]
+
+
+def test_a_run_ends_with_what_it_wrote_and_commands_that_work(tmp_path, inputs, neuroada):
+    folder = tmp_path / "with space"
+    folder.mkdir()
+    code, out, err = neuroada("train", config(folder, inputs, training={"steps": 1}), "--json")
+    assert code == 0 and json.loads(out)["steps"] == 1
+    written = next(line for line in err.splitlines() if line.startswith("wrote "))
+    path, _, names = written.removeprefix("wrote ").partition(": ")
+    assert sorted(names.split(", ")) == sorted(each.name for each in Path(path).iterdir())
+    commands = next_commands(err)
+    assert [each[0] for each in commands] == ["generate", "evaluate", "merge"]
+    for command in commands:
+        code, _, err = neuroada(
+            *command, *{"evaluate": ["--limit", 2, "--out", folder / "x", "--max-new-tokens", 1]}.get(command[0], [])
+        )
+        assert code == 0, err
+    assert (folder / "out" / "merged" / "config.json").is_file()
+
+
+def test_several_seeds_end_with_the_first_ones_adapter(tmp_path, inputs, neuroada):
+    sets = {"sets": [{"name": "some", "data": str(inputs[1]), "limit": 2, "max_new_tokens": 1}], "before": False}
+    path = config(tmp_path, inputs, training={"steps": 1}, evaluation=sets, merge=True)
+    code, _, err = neuroada("train", path, "--seeds", "4,5")
+    assert code == 0 and "\nwrote " in err and f"wrote {tmp_path / 'out'}: results.json\n" in err
+    adapter = str(tmp_path / "out" / "seed-4" / "adapter")
+    assert all(adapter in command for command in next_commands(err))
+    assert [command[0] for command in next_commands(err)] == ["generate", "evaluate", "export"]
+    assert next_commands(err)[1] == ["evaluate", "--adapter", adapter, "--task", "instruct", "--data", str(inputs[1])]
 
 
 def test_a_packed_run_trains_on_every_example_once_an_epoch(tmp_path, inputs, neuroada):

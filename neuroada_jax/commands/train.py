@@ -66,6 +66,7 @@ def run(parsed: argparse.Namespace) -> int:
                 shared.print_json(results)
             else:
                 (seeds.print_summary if several else report.print_summary)(results)
+            report.print_next_steps(settings)
     if stopped is None:
         return 0
     # After the signal listener's own line, which another thread writes.

@@ -1,6 +1,7 @@
 """Tables of a finished run, and its loss curve."""
 
 import math
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -9,6 +10,10 @@ from typing import Any, NamedTuple
 from neuroada_jax import console
 from neuroada_jax.errors import install_line
 from neuroada_jax.evaluation.scoring import Score
+from neuroada_jax.tasks import TASKS
+from neuroada_jax.training.config import RunConfig
+
+_WRITTEN = ("adapter", "merged", "checkpoints", "config.yaml", "results.json", "metrics.jsonl", "loss.png", "predictions-*")
 
 
 def percent(value: float | None, interval: Sequence[float] | None = None) -> str:
@@ -102,6 +107,39 @@ def print_summary(content: dict[str, Any]) -> None:
         ("files", content["directory"]),
     ]
     console.table(run, ("", ""), rows)
+
+
+def print_next_steps(config: RunConfig) -> None:
+    """Print on standard error what a finished run has written, and commands that use it, as a shell takes them."""
+    directory = config.directory
+    runs = [directory / f"seed-{seed}" for seed in config.seeds] if config.seeds else [directory]
+    for run in runs:
+        names = sorted(path.name for pattern in _WRITTEN for path in run.glob(pattern))
+        console.say(f"wrote {run}: {', '.join(names)}")
+    if config.seeds:
+        console.say(f"wrote {directory}: results.json")
+    adapter = str(runs[0] / "adapter")
+    steps = [["evaluate", "--adapter", adapter, *_evaluation_rows(config)]]
+    if config.data.task in TASKS:  # a decoder
+        steps.insert(0, ["generate", "--adapter", adapter, "--prompt", "..."])
+    if config.merge:
+        steps.append(["export", adapter, "--to", "peft-shira", "--out", str(runs[0] / "peft")])
+    else:
+        steps.append(["merge", "--adapter", adapter, "--out", str(runs[0] / "merged")])
+    console.say("next:")
+    for each in steps:
+        console.say(f"  {shlex.join(['neuroada', *each])}")
+
+
+def _evaluation_rows(config: RunConfig) -> list[str]:
+    """Return the options of `neuroada evaluate` for the rows of the first set, else for those of the training."""
+    if config.evaluation.sets:
+        first = config.evaluation.sets[0]
+        found = {"--task": first.task or config.data.task, "--data": first.data, "--split": first.split}
+    else:
+        split = None if config.data.split == "train" and Path(config.data.train).is_file() else config.data.split
+        found = {"--task": config.data.task, "--data": config.data.train, "--split": split}
+    return [word for name, value in found.items() if value is not None for word in (name, value)]
 
 
 def _loss(value: float | None) -> str:
