@@ -24,6 +24,7 @@ from neuroada_jax.errors import UserError
 from neuroada_jax.models import dense_modules, names
 from neuroada_jax.pretrained import prompt_form
 from neuroada_jax.pretrained.load import IdentifiedModel, LoadedModel, OpenedModel
+from neuroada_jax.pretrained.tensor_names import EMBEDDING, HEAD
 
 
 def assemble(
@@ -117,6 +118,7 @@ def stack_layers(adapter: Adapter, base_model: IdentifiedModel) -> Bypass:
       UserError: another base model, a module that it does not have, or entries that do not fit it.
     """
     native.check_base(adapter, base_model.digests, base_model.source)
+    _check_tied(adapter, base_model)
     values: Tree = {}
     columns: Tree = {}
     remaining = set(adapter.values)
@@ -136,6 +138,16 @@ def stack_layers(adapter: Adapter, base_model: IdentifiedModel) -> Bypass:
     if remaining:
         raise UserError(f"adapter: the base model has no module {min(remaining)!r}")
     return Bypass(values, columns)
+
+
+def _check_tied(adapter: Adapter, base_model: IdentifiedModel) -> None:
+    """Refuse an adapter that was trained as if the output layer were the embedding, although the checkpoint has its own."""
+    trained_on = adapter.metadata.get("base", {}).get("digests", {})
+    if HEAD in base_model.digests and EMBEDDING in trained_on and HEAD not in trained_on:
+        raise UserError(
+            f"{base_model.source} has a {HEAD} of its own, which this adapter's training did not use (neuroada-jax 0.1 "
+            "tied it to the embedding); train the adapter again"
+        )
 
 
 def _check_fit(adapter: Adapter, modules: list[str], outputs: int, inputs: int) -> None:

@@ -23,6 +23,7 @@ from neuroada_jax.core.trees import ModulePath, Tree
 from neuroada_jax.errors import UserError
 from neuroada_jax.models import Labels, names
 from neuroada_jax.pretrained import tensor_names
+from neuroada_jax.pretrained.safetensors_directory import SafetensorsDirectory
 from neuroada_jax.pretrained.source import (
     HUB_FILES,
     TensorSource,
@@ -274,6 +275,8 @@ def load_with_progress(opened: OpenedModel, seed: int = 0, shardings: Tree | Non
     tensors = open_tensors(opened.path)
     with console.bar("loading weights") as shown:
         loaded = opened.load(seed, shardings, console.reporter(shown), tensors)
+    for note in tensors.notes if isinstance(tensors, SafetensorsDirectory) else []:
+        console.say(note)
     if unused := tensor_names.line(opened.source, opened.model, tensors.names()):
         console.say(unused)
     if _is_untied_by_its_tensors(opened):

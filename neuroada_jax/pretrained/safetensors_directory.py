@@ -48,6 +48,9 @@ class SafetensorsDirectory:
     """Tensors of one or several safetensors files in a Hugging Face directory.
 
     They are read, not memory-mapped: mapped pages count as memory of this process, like a second copy of the model.
+
+    Attributes:
+      notes: a line for each choice between files, or between tensors of one name in several files.
     """
 
     def __init__(self, directory: str, file: str | None = None) -> None:
@@ -66,8 +69,17 @@ class SafetensorsDirectory:
         weight_map = _weight_map(first) if first.suffix == ".json" else {}
         files = sorted(set(weight_map.values())) or [first.name]
         headers = {file: self._header(self.directory / file) for file in files}
-        # As in transformers, all tensors of the shards count, and of two with one name that of the last shard.
-        self._tensors = {name: stored for file in files for name, stored in headers[file].items()}
+        self.notes: list[str] = []
+        if file is None and first.name == SINGLE and (self.directory / INDEX).is_file():
+            self.notes.append(f"{directory}: {SINGLE} is read, as in transformers, and not the shards of {INDEX} beside it")
+        self._tensors: dict[str, _Stored] = {}
+        for shard in files:  # as in transformers, all tensors of the shards count, whatever the index says of them
+            if repeated := [name for name in headers[shard] if name in self._tensors]:
+                more = f" and {len(repeated) - 1} more" if len(repeated) > 1 else ""
+                self.notes.append(
+                    f"{directory}: {repeated[0]!r}{more} in several shards; that of {shard} is used, as in transformers"
+                )
+            self._tensors |= headers[shard]
         for name, file in weight_map.items():
             if name not in self._tensors:
                 raise UserError(f"{self.directory / file}: tensor {name!r} is missing, though the index places it there")

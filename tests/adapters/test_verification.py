@@ -136,3 +136,15 @@ def test_a_base_that_transformers_reads_differently_is_compared_with_our_reading
     made = exchange.export_adapter(str(bases["yarn"][1]), "peft-shira", str(tmp_path / "x"), verify=True)
     assert made["original"] is None and made["max_logit_difference"] <= made["logit_tolerance"]
     assert "compared with this library's own reading of the GGUF file" in made["notes"][-1]
+
+
+def test_an_adapter_that_was_trained_as_if_tied_is_refused(bases, tmp_path, monkeypatch, capsys):
+    """As neuroada-jax 0.1 did, which took the embedding for the output layer that the checkpoint stores."""
+    base = bases["another head"][0]
+    with monkeypatch.context() as patch:
+        as_if_tied(patch)
+        write_adapter(tmp_path / "adapter", base)
+    assert cli.main(["merge", "--adapter", str(tmp_path / "adapter"), "--out", str(tmp_path / "x")]) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert f"{base} has a lm_head.weight of its own, which this adapter's training did not use" in message
+    assert not (tmp_path / "x").exists()

@@ -23,7 +23,7 @@ def error_of(directory):
 @pytest.mark.parametrize("shards", [1, 3])
 def test_tensors_are_read_by_name(tmp_path, shards):
     found = SafetensorsDirectory(str(write_safetensors(tmp_path, TENSORS, shards)))
-    assert set(found.names()) == set(TENSORS)
+    assert set(found.names()) == set(TENSORS) and found.notes == []
     for name, tensor in TENSORS.items():
         assert found.shape(name) == (3, 4) and bytes(found.raw(name)) == tensor.tobytes()
         np.testing.assert_array_equal(found.read(name), tensor)
@@ -73,12 +73,16 @@ def test_all_tensors_of_the_shards_count_whatever_the_index_says_of_them(tmp_pat
     found = SafetensorsDirectory(str(tmp_path))
     assert set(found.names()) == set(TENSORS)
     np.testing.assert_array_equal(found.read("a"), TENSORS["a"] + 100)  # the last shard has the last word
+    assert found.notes == [f"{tmp_path}: 'a' in several shards; that of {files[1]} is used, as in transformers"]
 
 
 def test_a_single_file_comes_before_an_index(tmp_path):
     write_safetensors(tmp_path, {name: tensor + 100 for name, tensor in TENSORS.items()}, shards=2)
     write_safetensors(tmp_path, TENSORS)
-    np.testing.assert_array_equal(SafetensorsDirectory(str(tmp_path)).read(NAME), TENSORS[NAME])
+    found = SafetensorsDirectory(str(tmp_path))
+    np.testing.assert_array_equal(found.read(NAME), TENSORS[NAME])
+    files = "model.safetensors is read, as in transformers, and not the shards of model.safetensors.index.json beside it"
+    assert found.notes == [f"{tmp_path}: {files}"]
 
 
 @pytest.mark.parametrize("shards", [1, 2])
