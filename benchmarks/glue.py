@@ -26,7 +26,7 @@ from neuroada_jax import console
 from neuroada_jax.cli import one_line_errors
 from neuroada_jax.data.batches import ClassificationBatch, ClassificationBatches
 from neuroada_jax.evaluation import classification
-from neuroada_jax.tasks import GLUE, GlueTask
+from neuroada_jax.tasks import GLUE, ClassificationTask
 from neuroada_jax.training import config_file, run
 from neuroada_jax.training.config import RunConfig
 
@@ -187,7 +187,7 @@ def _loss(model: Any, batch: ClassificationBatch) -> Any:
     return torch.nn.functional.cross_entropy(logits, labels.long())
 
 
-def _score(model: Any, batches: ClassificationBatches, task: GlueTask) -> dict[str, float]:
+def _score(model: Any, batches: ClassificationBatches, task: ClassificationTask) -> dict[str, float]:
     import torch
 
     model.eval()

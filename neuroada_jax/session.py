@@ -17,19 +17,13 @@ from neuroada_jax.data.examples import encode_labelled
 from neuroada_jax.data.prompts import PromptStyle
 from neuroada_jax.errors import UserError
 from neuroada_jax.evaluation import classification
+from neuroada_jax.evaluation.classification import Prediction
 from neuroada_jax.generation.texts import continue_texts
 from neuroada_jax.models import dense_modules
 from neuroada_jax.pretrained import save as checkpoint
 from neuroada_jax.pretrained.load import LoadedModel, load_with_progress, open_with_tokenizer
 from neuroada_jax.training import config_file
 from neuroada_jax.training.config import GenerationSection
-
-
-class Prediction(NamedTuple):
-    """The likeliest label of a text and its probability; for regression, the number as `label`, and None."""
-
-    label: str | float
-    probability: float | None
 
 
 class _Held(NamedTuple):
@@ -354,12 +348,4 @@ def _predict(
     loaded, params = model._loaded, model._params(adapter)
     unknown = np.zeros(len(tuples), np.int32)  # the labels, which predictions do not depend on
     examples = encode_labelled(tuples, unknown, model.tokenizer, loaded.model.config.max_positions)
-    outputs = classification.predict(loaded, params, examples, batch_size).astype(np.float64)
-    if loaded.model.config.num_labels == 1:
-        return [Prediction(float(each), None) for each in outputs[:, 0]]
-    exponents = np.exp(outputs - outputs.max(axis=1, keepdims=True))
-    shares = exponents / exponents.sum(axis=1, keepdims=True)
-    labels = on_base.classifier_labels(loaded) or []
-    return [
-        Prediction(labels[int(best)], float(share[best])) for best, share in zip(shares.argmax(axis=1), shares, strict=True)
-    ]
+    return classification.predictions(loaded, classification.predict(loaded, params, examples, batch_size))

@@ -47,14 +47,15 @@ class ClassificationBatch(NamedTuple):
       input_ids: int32 (B, T), padded on the right with the tokenizer's padding token (RoBERTa counts positions by it).
       lengths: int32 (B,), tokens in each row; 0 for empty rows that pad the batch.
       token_types: int32 (B, T), 0 for the first and 1 for the second text of a pair.
-      labels: (B,), int32 classes, or float32 numbers for regression.
-      label_mask: float32 (B,), 1 for examples, 0 for padding.
+      labels: int32 (B,) classes, float32 (B,) numbers for regression, or float32 (B, C) of 0 and 1 where an example may
+        have several of C labels.
+      label_mask: float32 (B,), the weight of each example, which is 1 without class weights; 0 for padding.
     """
 
     input_ids: Int32[np.ndarray, "B T"]
     lengths: Int32[np.ndarray, "B"]
     token_types: Int32[np.ndarray, "B T"]
-    labels: Num[np.ndarray, "B"]
+    labels: Num[np.ndarray, "B *C"]
     label_mask: Float32[np.ndarray, "B"]
 
 
@@ -229,7 +230,7 @@ class ClassificationBatches(AnyBatches[ClassificationBatch]):
             input_ids=np.full((rows, length), examples.pad_id, np.int32),
             lengths=np.zeros(rows, np.int32),
             token_types=np.zeros((rows, length), np.int32),
-            labels=np.zeros(rows, examples.labels.dtype),
+            labels=np.zeros((rows, *examples.labels.shape[1:]), examples.labels.dtype),
             label_mask=np.zeros(rows, np.float32),
         )
         batch.lengths[: len(chosen)] = self._lengths[chosen]
@@ -238,5 +239,5 @@ class ClassificationBatches(AnyBatches[ClassificationBatch]):
             batch.input_ids[row, : len(ids)] = ids
             batch.token_types[row, : len(ids)] = token_types
         batch.labels[: len(chosen)] = examples.labels[chosen]
-        batch.label_mask[: len(chosen)] = 1
+        batch.label_mask[: len(chosen)] = 1 if examples.weights is None else examples.weights[chosen]
         return batch

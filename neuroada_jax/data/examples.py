@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Bool, Int32, Int64, Num
+from jaxtyping import Bool, Float32, Int32, Int64, Num
 
 from neuroada_jax.data.chat_template import ChatTemplate
 from neuroada_jax.data.example_tokenizer import ExampleTokenizer
@@ -178,20 +178,23 @@ class LabelledExamples:
     Attributes:
       token_ids: int32 (N,).
       token_types: int32 (N,), 0 for the first and 1 for the second text of a pair.
-      labels: (n,), int32 classes, or float32 numbers for regression.
+      labels: int32 (n,) classes, float32 (n,) numbers for regression, or of C labels, any of which an example may have,
+        float32 (n, C): 1 for those that it has, 0 for the others.
       offsets: int64 (n + 1,); example i is tokens offsets[i] to offsets[i + 1].
       truncated: number of examples that were truncated to max_length.
       pad_id: the tokenizer's padding token.
       dropped: always 0, since a label needs no tokens of its own.
+      weights: float32 (n,), the weights of the examples in the mean loss of a step; None where all are 1.
     """
 
     token_ids: Int32[np.ndarray, "N"]
     token_types: Int32[np.ndarray, "N"]
-    labels: Num[np.ndarray, "n"]
+    labels: Num[np.ndarray, "n *C"]
     offsets: Int64[np.ndarray, "n+1"]
     truncated: int
     pad_id: int
     dropped: int = 0
+    weights: Float32[np.ndarray, "n"] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -219,7 +222,7 @@ class LabelledExamples:
 
 def encode_labelled(
     texts: Sequence[Texts],
-    labels: Num[np.ndarray, "n"],
+    labels: Num[np.ndarray, "n *C"],
     tokenizer: Any,
     max_length: int,
     on_progress: Callable[[int, int], None] | None = None,
@@ -230,7 +233,7 @@ def encode_labelled(
 
     Args:
       texts: one text or a pair for each example.
-      labels: (n,), int32 classes, or float32 numbers for regression.
+      labels: see `LabelledExamples`.
       tokenizer: a Hugging Face tokenizer.
       max_length: the largest number of tokens in an example, special tokens included.
       on_progress: called with (examples done, examples in total).

@@ -60,6 +60,9 @@ class PromptForm:
       date: "YYYY-MM-DD", the day that a dated chat template writes; None: today.
       task: name of the task that the rows belong to; None if unknown.
       end_tokens: the texts of the tokens that end what was learnt, each one token; a generation ends at any of them too.
+      text: of an encoder's task on rows of one's own, the columns of the text, or of the pair of texts.
+      label: of such a task, the column of the label; None where every label has a column of its own.
+      metric: of such a task, the main metric.
     """
 
     style: PromptStyle = PromptStyle.VERBATIM
@@ -68,6 +71,9 @@ class PromptForm:
     date: str | None = None
     task: str | None = None
     end_tokens: tuple[str, ...] = ()
+    text: tuple[str, ...] = ()
+    label: str | None = None
+    metric: str | None = None
 
     @classmethod
     def of(cls, form: "PromptForm | PromptStyle | str") -> "PromptForm":

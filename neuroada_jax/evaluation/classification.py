@@ -2,14 +2,14 @@
 
 import functools
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import numpy as np
 import transformers
 from flax import linen as nn
-from jaxtyping import Array, Float, Float32, Num
+from jaxtyping import Array, Float, Float32, Num, Shaped
 
 from neuroada_jax import console
 from neuroada_jax.adapters import on_base
@@ -19,15 +19,17 @@ from neuroada_jax.data.examples import LabelledExamples, encode_labelled
 from neuroada_jax.data.rows import Rows
 from neuroada_jax.errors import UserError
 from neuroada_jax.evaluation import metrics
+from neuroada_jax.evaluation.class_report import ClassReport
 from neuroada_jax.evaluation.scoring import Progress, Score
+from neuroada_jax.models.labels import MULTILABEL
 from neuroada_jax.models.losses import classification_logits
 from neuroada_jax.pretrained.load import OpenedModel
-from neuroada_jax.tasks import GlueTask
+from neuroada_jax.tasks import ClassificationTask
 
 
 @dataclass(frozen=True)
 class ClassificationScorer:
-    """Validated and tokenised rows of a GLUE task (see `scoring.Scorer`).
+    """Validated and tokenised rows of a task on labelled texts (see `scoring.Scorer`).
 
     Attributes:
       rows: raw rows of the task.
@@ -38,7 +40,7 @@ class ClassificationScorer:
     """
 
     rows: Rows
-    task: GlueTask
+    task: ClassificationTask
     examples: LabelledExamples
     classes: list[int]
     batch_size: int
@@ -49,7 +51,7 @@ class ClassificationScorer:
         base_model: OpenedModel,
         tokenizer: transformers.PreTrainedTokenizerBase,
         rows: Rows,
-        task: GlueTask,
+        task: ClassificationTask,
         *,
         max_length: int,
         batch_size: int = 16,
@@ -78,7 +80,8 @@ class ClassificationScorer:
         task, labels = self.task, self.examples.labels
         logits = predict(base_model, params, self.examples, self.batch_size, on_progress)[:, self.classes]
         values, found = figures(logits, labels, task), _decisions(logits, task)
-        intervals = {name: metrics.interval(name, found, labels) for name in values}
+        expected = labels > 0 if task.is_multilabel else labels
+        intervals = {name: metrics.interval(name, found, expected) for name in values}
         return Score(
             values[task.metric],
             len(labels),
@@ -87,12 +90,13 @@ class ClassificationScorer:
             task.metric,
             beside={name: values[name] for name in task.beside},
             beside_intervals={name: intervals[name] for name in task.beside},
+            classes=_class_report(found, expected, task),
         )
 
 
 def encode(
     rows: Rows,
-    task: GlueTask,
+    task: ClassificationTask,
     tokenizer: transformers.PreTrainedTokenizerBase,
     max_length: int,
     on_progress: Progress | None = None,
@@ -102,31 +106,44 @@ def encode(
     Raises:
       UserError: rows that do not fit the task; see also `examples.encode_labelled`.
     """
-    texts, labels = zip(*(task.convert(row, rows.where(i)) for i, row in enumerate(rows.rows)), strict=True)
-    dtype = np.float32 if task.is_regression else np.int32
-    return encode_labelled(texts, np.array(labels, dtype), tokenizer, max_length, on_progress)
+    texts, labels = task.read(rows)
+    return encode_labelled(texts, labels, tokenizer, max_length, on_progress)
 
 
-def figures(logits: Float[np.ndarray, "n labels"], labels: Num[np.ndarray, "n"], task: GlueTask) -> dict[str, float]:
+def figures(
+    logits: Float[np.ndarray, "n labels"], labels: Num[np.ndarray, "n *labels"], task: ClassificationTask
+) -> dict[str, float]:
     """Return the task's metric and those reported beside it, by name."""
-    found = _decisions(logits, task)
-    return {name: metrics.METRICS[name](found, labels) for name in (task.metric, *task.beside)}
+    found, names = _decisions(logits, task), (task.metric, *task.beside)
+    if task.is_multilabel:
+        return {name: metrics.SEVERAL_LABELS[name](found, labels > 0) for name in names}
+    return {name: metrics.METRICS[name](found, labels) for name in names}
 
 
-def _decisions(logits: Float[np.ndarray, "n labels"], task: GlueTask) -> Num[np.ndarray, "n"]:
-    """Return the most likely labels, or for regression the predicted numbers."""
+def _decisions(logits: Float[np.ndarray, "n labels"], task: ClassificationTask) -> Shaped[np.ndarray, "n *labels"]:
+    """Return the most likely labels, for regression the predicted numbers, or which of several labels are likely."""
+    if task.is_multilabel:
+        return logits > 0  # a probability above 0.5
     # A correlation of nearly equal numbers needs more digits than float32 has.
     return logits[:, 0].astype(np.float64) if task.is_regression else logits.argmax(axis=1)
 
 
-def label_classes(base_model: OpenedModel, task: GlueTask) -> list[int]:
+def _class_report(found: np.ndarray, expected: np.ndarray, task: ClassificationTask) -> ClassReport | None:
+    if task.is_regression or not task.detailed:
+        return None
+    return (ClassReport.of_several if task.is_multilabel else ClassReport.of_classes)(found, expected, task.labels)
+
+
+def label_classes(base_model: OpenedModel, task: ClassificationTask) -> list[int]:
     """Return, for each of the task's labels, the index of its class in the model's classifier.
 
-    Names are compared by their letters and digits, case-insensitively. A classifier without names of its own, such as
-    LABEL_0 and LABEL_1, is assumed to have the task's order, and a single class is regression whatever its name.
+    Where names are not equal, they are compared by their letters and digits, case-insensitively. A classifier without names
+    of its own, such as LABEL_0 and LABEL_1, is assumed to have the task's order, and a single class is regression whatever
+    its name.
 
     Raises:
-      UserError: a classifier with another number of classes, or with other names.
+      UserError: a classifier with another number of classes, with other names, or for one label an example rather than
+        several.
     """
     names, count = on_base.classifier_labels(base_model) or [], base_model.model.config.num_labels
     if count != len(task.labels):
@@ -136,18 +153,27 @@ def label_classes(base_model: OpenedModel, task: GlueTask) -> list[int]:
         )
     if task.is_regression:
         return [0]
-    found = [_plain(name) for name in names]
+    if is_multilabel(base_model) != task.is_multilabel:
+        several, one = "any number of labels an example", "one label an example"
+        wanted, found = (several, one) if task.is_multilabel else (one, several)
+        raise UserError(f"task {task.name!r} has {wanted}, and the classifier of {base_model.source} {found}")
     for known in (task.labels, [f"LABEL_{number}" for number in range(count)], [str(number) for number in range(count)]):
-        wanted = [_plain(name) for name in known]
-        if sorted(found) == sorted(wanted):
-            return [found.index(name) for name in wanted]
+        for spelt in (str, _plain):
+            have, want = [spelt(name) for name in names], [spelt(name) for name in known]
+            if sorted(have) == sorted(want) and len(set(want)) == count:
+                return [have.index(name) for name in want]
     raise UserError(
         f"task {task.name!r} has the labels {', '.join(task.labels)}, "
         f"and the classifier of {base_model.source} has {', '.join(map(str, names))}"
     )
 
 
-def classes_to_train(base_model: OpenedModel, task: GlueTask) -> list[int]:
+def is_multilabel(base_model: OpenedModel) -> bool:
+    """Return whether a model's classifier gives an example any number of labels."""
+    return base_model.model.hf_config.get("problem_type") == MULTILABEL
+
+
+def classes_to_train(base_model: OpenedModel, task: ClassificationTask) -> list[int]:
     """Return, for each of the task's labels, the index of the class to train.
 
     A classifier for this task keeps its own order (roberta-large-mnli begins with contradiction); any other gets the
@@ -163,18 +189,22 @@ def _plain(name: Any) -> str:
     return re.sub(r"[^a-z0-9]", "", str(name).lower())
 
 
-def _prediction(row: dict[str, Any], task: GlueTask, logits: np.ndarray, label: Any) -> dict[str, Any]:
+def _prediction(row: dict[str, Any], task: ClassificationTask, logits: np.ndarray, label: Any) -> dict[str, Any]:
     """Return one line of the predictions file."""
     texts = {field: row[field] for field in task.texts}
     if task.is_regression:
         return {**texts, "prediction": float(logits[0]), "answer": float(label)}
+    digits = [round(float(number), 6) for number in logits]
+    if task.is_multilabel:
+        names = [[name for name, there in zip(task.labels, row, strict=True) if there] for row in (logits > 0, label > 0)]
+        return {**texts, "prediction": names[0], "answer": names[1], "correct": names[0] == names[1], "logits": digits}
     found = int(logits.argmax())
     return {
         **texts,
         "prediction": task.labels[found],
         "answer": task.labels[label],
         "correct": bool(found == label),
-        "logits": [round(float(number), 6) for number in logits],
+        "logits": digits,
     }
 
 
@@ -200,3 +230,40 @@ def predict(
 @functools.partial(jax.jit, static_argnames="module")
 def _logits(module: nn.Module, params: Tree, batch: ClassificationBatch) -> Float[Array, "B classes"]:
     return classification_logits(module, {"params": params}, batch)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a classifier says of a text.
+
+    Attributes:
+      label: the likeliest label; of several labels the list of those whose probability is above a half; for regression the
+        number.
+      probability: of the label; of several labels, the list of theirs; for regression None.
+      probabilities: of all labels by name, in the classifier's order; for regression empty.
+    """
+
+    label: str | float | list[str]
+    probability: float | list[float] | None
+    probabilities: dict[str, float] = field(default_factory=dict, repr=False)
+
+
+def predictions(base_model: OpenedModel, logits: Float32[np.ndarray, "n classes"]) -> list[Prediction]:
+    """Return what a classifier's outputs mean, in row order."""
+    from scipy import special  # takes half a second to import
+
+    outputs = logits.astype(np.float64)
+    if base_model.model.config.num_labels == 1:
+        return [Prediction(float(each), None) for each in outputs[:, 0]]
+    names, several = on_base.classifier_labels(base_model) or [], is_multilabel(base_model)
+    shares = special.expit(outputs) if several else special.softmax(outputs, axis=1)
+    found = []
+    for row in shares.tolist():
+        each = dict(zip(names, row, strict=True))
+        if several:
+            likely = {name: share for name, share in each.items() if share > 0.5}
+            found.append(Prediction(list(likely), list(likely.values()), each))
+        else:
+            best = int(np.argmax(row))
+            found.append(Prediction(names[best], row[best], each))
+    return found

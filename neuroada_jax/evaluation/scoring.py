@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from neuroada_jax import files
 from neuroada_jax.core.trees import Tree
+from neuroada_jax.evaluation.class_report import ClassReport
 from neuroada_jax.pretrained.load import OpenedModel
 
 Progress = Callable[[int, int], None]  # called with (batches done, batches in all)
@@ -25,7 +26,7 @@ class Score(NamedTuple):
     """A metric over n rows, and every prediction.
 
     Attributes:
-      value: the metric's value: accuracy by the task's rule, or the main metric of a GLUE task.
+      value: the metric's value: accuracy by the task's rule, or the main metric of a classification task.
       n: number of rows.
       interval: 95 % interval: Wilson's for accuracy, by resampling for other metrics (`metrics.interval`).
       predictions: one dict a row.
@@ -36,6 +37,7 @@ class Score(NamedTuple):
       parts: accuracy without these rows ("clean"), by the task's strict rule ("strict"), and both ("clean, strict").
       beside_intervals: 95 % intervals of the metrics in `beside`, by name.
       unfinished: generations that neither an end token nor a stop string ended; None where nothing is generated.
+      classes: figures of every class of a classifier; None where there are none.
     """
 
     value: float
@@ -49,6 +51,7 @@ class Score(NamedTuple):
     parts: Mapping[str, Part] = MappingProxyType({})
     beside_intervals: Mapping[str, tuple[float, float] | None] = MappingProxyType({})
     unfinished: int | None = None
+    classes: ClassReport | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON has them, without the predictions, which have a file of their own."""
@@ -60,8 +63,8 @@ class Score(NamedTuple):
                 name: part._asdict() | {"interval": _interval_to_json(part.interval)} for name, part in self.parts.items()
             },
         }
-        del fields["predictions"]
-        return fields
+        del fields["predictions"], fields["classes"]
+        return fields if self.classes is None else fields | {"classes": self.classes.to_json()}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "Score":
@@ -77,6 +80,7 @@ class Score(NamedTuple):
             "beside": {name: _value_from_json(value) for name, value in content["beside"].items()},
             "beside_intervals": {name: _interval_from_json(each) for name, each in content["beside_intervals"].items()},
             "parts": parts,
+            "classes": ClassReport.from_json(content["classes"]) if content.get("classes") else None,
         }
         return cls(**fields)
 

@@ -114,9 +114,10 @@ def _in_chunks(function: Any, states: Float[Array, "n D"], ids: Int[Array, "n"],
 def classification_losses(
     module: nn.Module, variables: Tree, batch: ClassificationBatch, dropout: Array | None = None
 ) -> Float[Array, "B"]:
-    """Return the loss of every example in float32, 0 for padding.
+    """Return the loss of every example in float32, times its weight, and 0 for padding.
 
-    The loss is the cross-entropy of the label, or the squared error where the classifier has a single output.
+    The loss is that of transformers' classifiers: the cross-entropy of the label; the squared error where there is a single
+    output; and where an example may have several labels, the mean over the labels of the cross-entropy of a sigmoid.
 
     Args:
       module: an encoder with a classifier.
@@ -127,6 +128,8 @@ def classification_losses(
     logits, labels = classification_logits(module, variables, batch, dropout), jnp.asarray(batch.labels)
     if logits.shape[-1] == 1:
         losses = jnp.square(logits[:, 0] - labels.astype(jnp.float32))
+    elif labels.ndim == 2:
+        losses = jnp.mean(optax.sigmoid_binary_cross_entropy(logits, labels), axis=1)
     else:
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     return losses * batch.label_mask

@@ -21,6 +21,7 @@ from neuroada_jax.planning.result import Footprint, Plan
 from neuroada_jax.planning.roofline import nbytes
 from neuroada_jax.planning.shapes import AbstractRun, abstract_run, longest_batch
 from neuroada_jax.training import checkpoint, parallel, step
+from neuroada_jax.training.classification_objective import Classification
 from neuroada_jax.training.config import ParallelSection, RunConfig
 from neuroada_jax.training.config_file import apply_override, from_dict
 from neuroada_jax.training.modes import Parallel, SingleDevice
@@ -154,8 +155,8 @@ def _compile(config: RunConfig, run: AbstractRun, mode: Parallel, compiler: Comp
     size = mode.padded_size(config.training)
     mode = mode.ahead_of_time()
     model, state = run.opened.model, run.state
-    is_decoder = model.architecture.is_decoder
-    batch, own_batch = (longest_batch(config, examples, is_decoder) for examples in (size, size // mode.shards))
+    task = run.objective.task if isinstance(run.objective, Classification) else None
+    batch, own_batch = (longest_batch(config, examples, task) for examples in (size, size // mode.shards))
     module, objective = model.module(config.training.remat_policy), run.objective
     settings = (module, run.transformation, config.training.accumulation, objective.losses, objective.dropout_seed)
 

@@ -10,7 +10,7 @@ from neuroada_jax.core import bypass
 from neuroada_jax.core.trees import Tree
 from neuroada_jax.data.batches import Batch, ClassificationBatch
 from neuroada_jax.pretrained.load import OpenedModel, open_model
-from neuroada_jax.tasks import GLUE
+from neuroada_jax.tasks import ClassificationTask
 from neuroada_jax.training import connections, modules, objectives, optimizer, step
 from neuroada_jax.training.config import RunConfig
 from neuroada_jax.training.objectives import Objective
@@ -55,8 +55,14 @@ def abstract_run(config: RunConfig) -> AbstractRun:
     return AbstractRun(opened, transformation, jax.eval_shape(initial_state, opened.model.abstract_params()), objective)
 
 
-def longest_batch(config: RunConfig, examples: int, is_decoder: bool = True) -> AnyBatch:
-    """Return the shapes of the longest possible batch of a run; for a decoder, every position has a label."""
+def longest_batch(config: RunConfig, examples: int, task: ClassificationTask | None = None) -> AnyBatch:
+    """Return the shapes of the longest possible batch of a run; for a decoder, every position has a label.
+
+    Args:
+      config: the run.
+      examples: rows of the batch.
+      task: of an encoder; None for a decoder.
+    """
     if config.data.packing:
         length = config.data.max_length
     elif config.data.buckets:
@@ -66,16 +72,18 @@ def longest_batch(config: RunConfig, examples: int, is_decoder: bool = True) -> 
     else:
         length = -(-config.data.max_length // 8) * 8
 
-    if not is_decoder:
-        return abstract_classification_batch(examples, length, config.data.task)
+    if task is not None:
+        return abstract_classification_batch(examples, length, task)
     return abstract_batch(examples, length, config.data.packing)
 
 
-def abstract_classification_batch(examples: int, length: int, task: str) -> ClassificationBatch:
-    """Return the shapes of an encoder's batch of a GLUE task."""
+def abstract_classification_batch(examples: int, length: int, task: ClassificationTask) -> ClassificationBatch:
+    """Return the shapes of an encoder's batch."""
     ids, lengths = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((examples, length), (examples,)))
     numbers = jax.ShapeDtypeStruct((examples,), jnp.float32)
-    leaves: Any = (ids, lengths, ids, numbers if GLUE[task].is_regression else lengths, numbers)
+    several = jax.ShapeDtypeStruct((examples, len(task.labels)), jnp.float32)
+    labels = several if task.is_multilabel else numbers if task.is_regression else lengths
+    leaves: Any = (ids, lengths, ids, labels, numbers)
     return ClassificationBatch(*leaves)
 
 

@@ -30,6 +30,7 @@ def to_json(form: PromptForm, *, is_decoder: bool = True) -> dict[str, Any]:
         "date": form.date,
         "task": form.task,
         "end_tokens": list(form.end_tokens),
+        **({"text": list(form.text), "label": form.label, "metric": form.metric} if form.text else {}),
     }
 
 
@@ -50,6 +51,7 @@ def from_json(content: object, where: str) -> PromptForm | None:
     styles = [style.value for style in PromptStyle]
     date, template = content.get("date"), content.get("template")
     arguments, end_tokens = content.get("template_arguments", {}), content.get("end_tokens", [])
+    text = content.get("text", [])
     for name, expected, holds in (
         ("style", f"null or one of {', '.join(styles)}", content.get("style") in (None, *styles)),
         ("template", "text or null", isinstance(template, str | None)),
@@ -57,6 +59,9 @@ def from_json(content: object, where: str) -> PromptForm | None:
         ("date", "null or a date such as 2026-01-31", date is None or _is_date(date)),
         ("task", "text or null", isinstance(content.get("task"), str | None)),
         ("end_tokens", "a list of texts", isinstance(end_tokens, list) and all(isinstance(t, str) for t in end_tokens)),
+        ("text", "a list of one or two texts", text == [] or _are_columns(text)),
+        ("label", "text or null", isinstance(content.get("label"), str | None)),
+        ("metric", "text or null", isinstance(content.get("metric"), str | None)),
     ):
         if not holds:
             raise UserError(f"{where}.{name}: found {content.get(name)!r}, expected {expected}")
@@ -69,7 +74,14 @@ def from_json(content: object, where: str) -> PromptForm | None:
         date,
         content.get("task"),
         tuple(end_tokens),
+        tuple(text),
+        content.get("label"),
+        content.get("metric"),
     )
+
+
+def _are_columns(value: object) -> bool:
+    return isinstance(value, list) and len(value) in (1, 2) and all(isinstance(each, str) for each in value)
 
 
 def _is_date(value: object) -> bool:

@@ -5,13 +5,26 @@ from typing import Any
 
 from neuroada_jax.data.rows import Rows, load_rows
 from neuroada_jax.tasks import arithmetic, commonsense
-from neuroada_jax.tasks.glue import GLUE, GlueTask
+from neuroada_jax.tasks.classification import LABEL, OWN, OWN_METRICS, TEXT, ClassificationTask, Problem
+from neuroada_jax.tasks.glue import GLUE
 from neuroada_jax.tasks.instruct import ALPACA, INSTRUCT, SST2
 from neuroada_jax.tasks.task import Source, Task
 
-__all__ = ["GLUE", "SUITES", "TASKS", "GlueTask", "Source", "Task", "listing", "read_rows", "unknown"]
+__all__ = [
+    "ENCODER_TASKS",
+    "GLUE",
+    "OWN",
+    "SUITES",
+    "TASKS",
+    "ClassificationTask",
+    "Source",
+    "Task",
+    "listing",
+    "read_rows",
+    "unknown",
+]
 
-# Tasks of decoders. Those of encoders are in GLUE; sst2 is in both.
+# Tasks of decoders. Those of encoders are in GLUE (sst2 is in both), and OWN names those on rows of one's own.
 # The tasks "commonsense" and "arithmetic" read the training rows that their suites share.
 TASKS: dict[str, Task] = {
     task.name: task
@@ -25,13 +38,16 @@ TASKS: dict[str, Task] = {
         *arithmetic.TASKS,
     )
 }
+ENCODER_TASKS: tuple[str, ...] = (*OWN, *GLUE)
 # Tasks that are published in one table, in its order.
 SUITES: dict[str, tuple[str, ...]] = {
     module.SUITE: tuple(task.name for task in module.TASKS) for module in (commonsense, arithmetic)
 }
 
 
-def read_rows(task: Task | GlueTask, data: str | None, split: str | None = None, limit: int | None = None) -> Rows:
+def read_rows(
+    task: Task | ClassificationTask, data: str | None, split: str | None = None, limit: int | None = None
+) -> Rows:
     """Read the first `limit` rows of `data`, or of the task's own source where `data` is None.
 
     Args:
@@ -49,7 +65,7 @@ def read_rows(task: Task | GlueTask, data: str | None, split: str | None = None,
 
 def unknown(name: str) -> str:
     """Return the error message for a name that no task has, with the nearest name and all names."""
-    known = list(TASKS | GLUE)
+    known = [*TASKS, *OWN, *GLUE]
     near = "".join(f"did you mean {each!r}? " for each in difflib.get_close_matches(name, known, n=1))
     return f"unknown task {name!r}; {near}known: {', '.join(known)}"
 
@@ -82,4 +98,17 @@ def listing() -> list[dict[str, Any]]:
         }
         for task in GLUE.values()
     ]
-    return decoders + encoders
+    own: list[dict[str, Any]] = [
+        {
+            "task": problem.value,
+            "suite": None,
+            "model": "encoder",
+            "metric": OWN_METRICS[problem][0],
+            "prompt": f"{TEXT}, {LABEL} (data.text, data.label)",
+            "max_new_tokens": None,
+            "answers": [],
+            "data": [],
+        }
+        for problem in Problem
+    ]
+    return decoders + own + encoders

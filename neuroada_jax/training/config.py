@@ -11,7 +11,8 @@ from neuroada_jax.data.prompts import PromptStyle
 from neuroada_jax.errors import UserError
 from neuroada_jax.generation.sampling import Decoding
 from neuroada_jax.models import Remat
-from neuroada_jax.tasks import GLUE, TASKS, unknown
+from neuroada_jax.tasks import ENCODER_TASKS, TASKS, unknown
+from neuroada_jax.training import label_fields
 
 _STRICT = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 Seed = Annotated[int, pydantic.Field(ge=0, lt=2**32)]  # JAX's keys are made of 32 bits
@@ -54,11 +55,14 @@ class ClassifierSection:
       train: whether it is trained. Default true; a classifier that the checkpoint lacks must be.
       learning_rate: peak rate. None (the default): `optimizer.learning_rate`.
       weight_decay: of its kernels. None (the default): `optimizer.weight_decay`.
+      class_weights: weights of the classes in the loss: "none" (the default), "balanced", so that every class has the same
+        weight in all, or a weight for each label, such as {spam: 3}; the others have 1.
     """
 
     train: bool = True
     learning_rate: float | None = pydantic.Field(default=None, gt=0)
     weight_decay: float | None = pydantic.Field(default=None, ge=0)
+    class_weights: label_fields.ClassWeights = "none"
 
     def __post_init__(self) -> None:
         if not self.train and (self.learning_rate is not None or self.weight_decay is not None):
@@ -72,13 +76,18 @@ class DataSection:
     Attributes:
       train: a file, a directory written by `datasets`, or a hub name.
       split: of a directory or hub name. Default "train".
-      task: how rows become examples. A decoder takes an instruction task (default "instruct"), an encoder a GLUE task.
+      task: how rows become examples. A decoder takes an instruction task (default "instruct"), an encoder a GLUE task, or
+        classification, regression or multilabel on rows of your own (docs/classification.md).
       style: prompt style of a decoder. None (the default): that of the task. Chats use the chat template in any style.
       chat_template: a file, relative to the working directory, or the text of a template, which holds "{{" or "{%". None
         (the default): the tokenizer's own.
       template_arguments: values of variables that the chat template reads, such as {enable_thinking: false}, in training
         and evaluation alike. Default none.
       learn: "all" assistant turns of a chat are learnt (the default), but those of `weight: 0`, or the "last" of these.
+      text: column of the text, or the two columns of a pair, of own classification rows. None (the default): "text".
+      label: column of the label. None (the default): "label"; for multilabel with `labels`, a column of 0 and 1 for each.
+      labels: names of the labels in their order. "auto" (the default): those of the training rows.
+      metric: the main metric, which chooses the best epoch. None (the default): accuracy, pearson or micro_f1.
       max_length: tokens of the longest example; longer ones are truncated. Default 512.
       buckets: padded lengths in tokens, one compiled step for each that occurs. None (the default): derived from the data.
       group_by_length: batches of examples of similar length, for less padding. Default false.
@@ -95,6 +104,10 @@ class DataSection:
     chat_template: str | None = None
     template_arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
     learn: Literal["all", "last"] = "all"
+    text: label_fields.TextColumns = None
+    label: str | None = pydantic.Field(default=None, min_length=1)
+    labels: label_fields.LabelNames = "auto"
+    metric: str | None = None
     max_length: int = pydantic.Field(default=512, gt=1)
     buckets: list[int] | None = None
     group_by_length: bool = False
@@ -103,6 +116,7 @@ class DataSection:
     limit: int | None = pydantic.Field(default=None, gt=0)
 
     def __post_init__(self) -> None:
+        label_fields.check(self.task, self.text, self.label, self.labels, self.metric)
         if self.packing and (self.group_by_length or self.buckets is not None):
             raise ValueError(
                 "data.packing: packed rows all have data.max_length tokens; remove data.group_by_length and data.buckets"
@@ -344,7 +358,7 @@ class RunConfig:
                     f"optimizer.{field}: found {found}, but fidelity: official needs {default}; remove one of them"
                 )
         for where, task in self.tasks():
-            if task not in TASKS and task not in GLUE:
+            if task not in TASKS and task not in ENCODER_TASKS:
                 raise ValueError(f"{where}.task: {unknown(task)}")
         styles = [member.value for member in PromptStyle]
         for where, style in self._styles():

@@ -7,7 +7,7 @@ from neuroada_jax import console, models
 from neuroada_jax.core import trees
 from neuroada_jax.errors import UserError
 from neuroada_jax.pretrained.load import IdentifiedModel
-from neuroada_jax.tasks import GLUE, TASKS
+from neuroada_jax.tasks import ENCODER_TASKS, OWN, TASKS
 from neuroada_jax.training.config import ClassifierSection, GenerationSection, RunConfig
 
 # Fields of the data and of an evaluation set that do not apply to an encoder, with their defaults.
@@ -32,6 +32,12 @@ def _check_decoder(config: RunConfig, kind: str) -> None:
     if config.classifier != ClassifierSection():
         raise UserError(f"classifier: {kind} is a decoder, which has no classifier to train; remove this section")
     for where, task in config.tasks():
+        if task in OWN:
+            encoders = ", ".join(name for name, each in models.ARCHITECTURES.items() if not each.is_decoder)
+            raise UserError(
+                f"{where}.task: {task!r} needs an encoder ({encoders}), and {kind} is a decoder; name another model, or "
+                "write the label as the completion of prompt/completion rows for task instruct"
+            )
         if task not in TASKS:
             raise UserError(
                 f"{where}.task: {task!r} is a classification task for encoders, and {kind} is a decoder; use another model "
@@ -47,10 +53,10 @@ def _check_encoder(config: RunConfig, kind: str) -> None:
             f"data.drop_overlap: {kind} is an encoder, whose rows have no questions to compare; set it to false"
         )
     for where, task in config.tasks():
-        if task not in GLUE:
+        if task not in ENCODER_TASKS:
             raise UserError(
                 f"{where}.task: {task!r} trains a decoder to continue texts, and {kind} is an encoder; use another model "
-                f"or one of {', '.join(GLUE)}"
+                f"or one of {', '.join(ENCODER_TASKS)}"
             )
         if task != config.data.task:
             raise UserError(f"{where}.task: the classifier is trained for {config.data.task!r}, found {task!r}; remove it")

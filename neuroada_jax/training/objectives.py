@@ -2,26 +2,26 @@
 
 import dataclasses
 import datetime
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
 from jaxtyping import Array
 
 from neuroada_jax import console
-from neuroada_jax.data.batches import AnyBatches, Batches, ClassificationBatches
+from neuroada_jax.data.batches import AnyBatches, Batches
 from neuroada_jax.data.chats import is_chat
 from neuroada_jax.data.examples import Examples, encode
 from neuroada_jax.data.prompts import PromptForm, PromptStyle, is_templated
 from neuroada_jax.data.rows import Rows, load_rows
 from neuroada_jax.errors import UserError
-from neuroada_jax.evaluation import classification, continuation
+from neuroada_jax.evaluation import continuation
 from neuroada_jax.evaluation.scoring import Scorer
-from neuroada_jax.models.losses import classification_losses, label_losses
+from neuroada_jax.models.losses import label_losses
 from neuroada_jax.pretrained import prompt_form
 from neuroada_jax.pretrained.load import OpenedModel
-from neuroada_jax.tasks import GLUE, TASKS, Task, overlap, read_rows
-from neuroada_jax.training import modules
+from neuroada_jax.tasks import TASKS, Task, overlap, read_rows
+from neuroada_jax.training import classification_objective, modules
 from neuroada_jax.training.config import DataSection, EvaluationSet, RunConfig
 
 
@@ -79,24 +79,26 @@ class Objective(Protocol):
         """
 
 
-def objective(config: RunConfig, base_model: OpenedModel, date: str | None = None) -> tuple[Objective, OpenedModel]:
+def objective(
+    config: RunConfig, base_model: OpenedModel, date: str | None = None, rows: Rows | None = None
+) -> tuple[Objective, OpenedModel]:
     """Return the run's objective, and the opened model with the classifier that it needs.
 
     Args:
       config: the run.
       base_model: the opened model.
       date: "YYYY-MM-DD", the day that dated chat templates write; None: today.
+      rows: training rows in memory, in which labels are found; None: those of `data.train`.
 
     Raises:
-      UserError: the config asks a decoder for a feature of encoders, or the reverse, or its chat template cannot be read.
+      UserError: the config asks a decoder for a feature of encoders, or the reverse, or its chat template cannot be read,
+        or the training rows have no labels.
     """
     modules.check_kind(config, base_model.model)
     if base_model.model.architecture.is_decoder:
         return Continuation(config, date), base_model
-    task = GLUE[config.data.task]
-    classes = classification.classes_to_train(base_model, task)
-    labels = [task.labels[classes.index(number)] for number in range(len(classes))]
-    return Classification(config, classes), base_model.with_labels(labels)
+    read = functools.partial(_training_rows, config.data, rows)
+    return classification_objective.objective(config, base_model, read)
 
 
 def _training_rows(section: DataSection, rows: Rows | None) -> Rows:
@@ -252,53 +254,4 @@ def _say_prompts(form: PromptForm, examples: Examples, origin: str) -> None:
     if examples.unended:
         console.say(
             f"in {examples.unended} chats the template's generation blocks leave out the end of a turn, which is not learnt"
-        )
-
-
-class Classification:
-    """The objective of an encoder: the labels of one GLUE task, with dropout; it is scored by the task's metric."""
-
-    losses = staticmethod(classification_losses)
-
-    def __init__(self, config: RunConfig, classes: Sequence[int]) -> None:
-        """`classes`: the classifier's class for each of the task's labels."""
-        self._config = config
-        self._task = GLUE[config.data.task]
-        self._classes = np.array(classes, np.int32)
-        self.dropout_seed = config.seed
-        self.form = PromptForm(task=config.data.task)
-
-    def training_rows(self, held_out: Mapping[str, Rows], rows: Rows | None = None) -> Rows:
-        """See `Objective`."""
-        return _training_rows(self._config.data, rows)
-
-    def batches(self, rows: Rows, tokenizer: Any) -> AnyBatches:
-        """See `Objective`."""
-        section = self._config.data
-        with console.bar("tokenising") as shown:
-            examples = classification.encode(rows, self._task, tokenizer, section.max_length, console.reporter(shown))
-        console.say(
-            f"{len(examples)} examples, {int(examples.lengths.sum())} tokens; "
-            f"{examples.truncated} truncated to {section.max_length} tokens"
-        )
-        if not self._task.is_regression:
-            examples = dataclasses.replace(examples, labels=self._classes[examples.labels])
-        config = self._config
-        return ClassificationBatches(
-            examples, config.training.batch_size, config.seed, section.buckets, section.group_by_length
-        )
-
-    def evaluation_rows(self, each: EvaluationSet) -> Rows:
-        """See `Objective`."""
-        return read_rows(self._task, each.data, each.split, each.limit)
-
-    def scorer(self, each: EvaluationSet, rows: Rows, base_model: OpenedModel, tokenizer: Any) -> Scorer:
-        """See `Objective`."""
-        return classification.ClassificationScorer.prepare(
-            base_model,
-            tokenizer,
-            rows,
-            self._task,
-            max_length=self._config.data.max_length,
-            batch_size=self._config.evaluation.batch_size,
         )

@@ -121,7 +121,7 @@ def prepare(
     if resumed_from:
         resuming.check_config(resumed_from.about, config, force_resume)
     date = resumed_from.about.get("date") if resumed_from else None  # checkpoints of 0.1 have none
-    objective, opened = objectives.objective(config, opened, date)
+    objective, opened = objectives.objective(config, opened, date, rows)
     modules.check_length(config, opened.model)
     target_paths = modules.target_paths(config, opened.model)
     sets, chooser = {each.name: each for each in config.evaluation.sets}, config.evaluation.best_epoch

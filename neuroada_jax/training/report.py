@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from neuroada_jax import console
 from neuroada_jax.errors import install_line
+from neuroada_jax.evaluation.class_report import ClassReport
 from neuroada_jax.evaluation.scoring import Score
 from neuroada_jax.tasks import TASKS
 from neuroada_jax.training.config import RunConfig
@@ -23,6 +24,7 @@ def percent(value: float | None, interval: Sequence[float] | None = None) -> str
     return f"{100 * value:.1f}" + (f" ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})" if interval else "")
 
 
+_MOST_CLASSES = 30  # that are printed
 _COUNTS = {
     "overlap": "overlap: questions that are among the training rows",
     "empty": "empty: generations without any text, which count as wrong",
@@ -48,6 +50,13 @@ class Figure(NamedTuple):
     value: float
     interval: tuple[float, float] | None
     counts: Mapping[str, int | None] = MappingProxyType({})
+
+    @property
+    def shown(self) -> str:
+        """The value with its interval: in percent, but a mean of squares as it is."""
+        if self.metric != "mse":
+            return percent(self.value, self.interval)
+        return f"{self.value:.4g}" if math.isfinite(self.value) else "-"
 
     def cells(self, fields: Sequence[str]) -> list[str]:
         """Return the counts in these fields of a table."""
@@ -165,8 +174,8 @@ def print_scores(
     fields, rows = count_fields(shown), []
     for each in shown:
         label = each.name if each.name not in after or each.metric == "accuracy" else f"{each.name}, {each.metric}"
-        first = percent(known[each.name].value, known[each.name].interval) if each.name in known else "-"
-        rows.append((label, str(each.n), *each.cells(fields), first, percent(each.value, each.interval)))
+        first = known[each.name].shown if each.name in known else "-"
+        rows.append((label, str(each.n), *each.cells(fields), first, each.shown))
     if mean:
         spare = [""] * len(fields)
         rows.append(("mean of the sets", str(len(after)), *spare, percent(mean["before"]), percent(mean["after"])))
@@ -178,6 +187,20 @@ def print_scores(
         console.table(title, ("set", "n", *fields, kind), [(*row[:-2], row[-1]) for row in rows])
     for field in fields:
         console.say(_COUNTS[field])
+    for name, score in after.items():
+        if score.classes is not None:
+            _print_classes(name, score.classes)
+
+
+def _print_classes(name: str, report: ClassReport) -> None:
+    """Print the figures of every class; of many classes the worst, since the others are in results.json."""
+    worst = sorted(report.classes, key=lambda each: each.f1)[:_MOST_CLASSES]
+    chosen = report.classes if len(report.classes) <= _MOST_CLASSES else worst
+    rows = [(each.label, str(each.support), *(percent(value) for value in each[1:4])) for each in chosen]
+    title = (
+        "labels" if chosen is report.classes else f"the {len(chosen)} labels with the lowest F1 of {len(report.classes)}"
+    )
+    console.table(f"{name}: {title}, in %", ("label", "n", "precision", "recall", "F1"), rows)
 
 
 def loss_curve(path: Path, losses: list[float], title: str) -> None:

@@ -16,6 +16,7 @@ from neuroada_jax.adapters import native, on_base
 from neuroada_jax.core import bypass
 from neuroada_jax.core.bypass import Bypass
 from neuroada_jax.errors import UserError
+from neuroada_jax.evaluation import class_report
 from neuroada_jax.evaluation.scoring import Score
 from neuroada_jax.models import dense_modules
 from neuroada_jax.pretrained import save
@@ -281,6 +282,11 @@ def finish(fitted: Fitted) -> dict[str, Any]:
     content = results.results(prepared, fitted.sizes, fitted.history, fitted.best, fitted.before, after)
     files.write_text(directory / "results.json", files.to_json(content, indent=2) + "\n")
     report.loss_curve(directory / "loss.png", fitted.history.losses, config.name)
+    for name, score in after.items():
+        if score.classes is not None:
+            class_report.confusion_picture(
+                directory / f"confusion-{name}.png", score.classes, f"{config.name}: {name}, {score.n} rows"
+            )
     if not config.training.save_every:  # else the run may be resumed once more, and need the adapters of its epochs
         for each in ("epochs", "checkpoints"):
             shutil.rmtree(directory / each, ignore_errors=True)

@@ -24,6 +24,39 @@ def test_two_classes_by_hand():
     assert metrics.f1(opposite, LABELS) == 0 == metrics.accuracy(opposite, LABELS)
 
 
+def test_more_classes_by_hand():
+    # Counts by (right, predicted) of three classes: 3 of the first, 2 and 2, with one mistake each.
+    labels, found = [0, 0, 0, 1, 1, 2, 2], [0, 0, 1, 1, 2, 2, 0]
+    # F1: 2 * 2 / (3 + 3), 2 * 1 / (2 + 2), 2 * 1 / (2 + 2).
+    assert metrics.macro_f1(found, labels) == pytest.approx((2 / 3 + 1 / 2 + 1 / 2) / 3)
+    # A class that is predicted and never right counts with 0, and one that does not occur does not count.
+    assert metrics.macro_f1([0, 0, 9], [0, 0, 0]) == pytest.approx((2 * 2 / 5 + 0) / 2)
+    # R_K = (c s - sum p t) / sqrt((s^2 - sum p^2)(s^2 - sum t^2)): c = 4 right of s = 7, p = t = (3, 2, 2).
+    assert metrics.matthews(found, labels) == pytest.approx((4 * 7 - 17) / (49 - 17))
+    assert metrics.matthews(labels, labels) == pytest.approx(1) and metrics.matthews([2, 2], [0, 2]) == 0
+    # Of two classes both definitions are one.
+    renamed = np.array(FOUND) + 3, np.array(LABELS) + 3
+    assert metrics.matthews(*renamed) == pytest.approx(metrics.matthews(FOUND, LABELS))
+    assert metrics.macro_f1(FOUND, LABELS) == pytest.approx((2 * 3 / (4 + 5) + 2 * 4 / (6 + 5)) / 2)
+    assert metrics.mse([1, 2, 4], [1.0, 4.0, 4.5]) == pytest.approx((0 + 4 + 0.25) / 3)
+
+
+def test_several_labels_by_hand():
+    labels = np.array([[1, 0, 0], [1, 1, 0], [0, 1, 0], [1, 0, 0]], bool)
+    found = np.array([[1, 1, 0], [0, 1, 0], [0, 0, 0], [1, 0, 0]], bool)
+    values = {name: function(found, labels) for name, function in metrics.SEVERAL_LABELS.items()}
+    # 3 right of 4 predicted and 5 there; by label 2 of (2, 3), 1 of (2, 2), and none of none.
+    assert values == {
+        "micro_f1": pytest.approx(6 / 9),
+        "macro_f1": pytest.approx((4 / 5 + 1 / 2 + 0) / 3),
+        "accuracy": 1 / 4,
+    }
+    assert metrics.SEVERAL_LABELS["micro_f1"](found & False, labels & False) == 0
+    for name, value in values.items():
+        low, high = metrics.interval(name, found, labels)
+        assert low <= value <= high and (low, high) == metrics.interval(name, found, labels)
+
+
 def test_numbers_by_hand():
     # Deviations -1.5 -0.5 0.5 1.5 and -1 0 -2 3: the products sum to 5, the squares to 5 and 14.
     assert metrics.pearson([1, 2, 3, 4], [2, 3, 1, 6]) == pytest.approx(5 / math.sqrt(5 * 14))
@@ -46,7 +79,7 @@ def test_values_that_do_not_fit():
     for function in METRICS.values():
         assert message_of(function, [], []).startswith("metric: found (0,) predictions")
         assert message_of(function, [1, 0], [1]).endswith("expected as many of each")
-    assert message_of(metrics.matthews, [0, 2], [0, 1]) == "metric: predictions of two classes must be 0 or 1, found 2"
+    assert message_of(metrics.f1, [0, 2], [0, 1]) == "metric: predictions of two classes must be 0 or 1, found 2"
     assert message_of(metrics.f1, [0, 1], [0, 3]) == "metric: labels of two classes must be 0 or 1, found 3"
 
 

@@ -61,7 +61,7 @@ def test_a_row_becomes_its_texts_and_label(name):
         (
             "mnli",
             {"premise": None},
-            "here: task 'mnli' needs the text fields premise, hypothesis and a field label, ",
+            "here: column 'premise' is null, expected text",
         ),
         ("cola", {"label": -1}, "here: label -1, expected one of task 'cola': 0 (unacceptable), 1 (acceptable)"),
         ("cola", {"label": True}, "here: label True, expected one of task 'cola'"),
@@ -82,7 +82,7 @@ def test_rows_that_do_not_fit(name, changes, message):
 
 def test_a_missing_label():
     message = message_of(GLUE["cola"].convert, {"sentence": "a", "text": "b"}, "here")
-    assert message == "here: task 'cola' needs the text fields sentence and a field label, found sentence, text"
+    assert message == "here: no column 'label', which task 'cola' names; found sentence, text"
 
 
 @pytest.mark.parametrize("name", GLUE)

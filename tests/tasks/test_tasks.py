@@ -4,7 +4,7 @@ import pytest
 from data_helpers import message_of
 
 from neuroada_jax.data.prompts import render_examples, render_prompt
-from neuroada_jax.tasks import GLUE, SUITES, TASKS, Source, listing, overlap
+from neuroada_jax.tasks import GLUE, OWN, SUITES, TASKS, Source, listing, overlap
 from neuroada_jax.tasks.arithmetic import first_letter, last_number, stated_letter
 
 EXAM = {"text": ["a rock", "the sun", "ice"], "label": ["A", "B", "C"]}
@@ -289,7 +289,7 @@ def test_the_listing_has_every_task():
     found = {each["task"]: each for each in listing() if each["model"] == "decoder"}
     assert list(found) == list(TASKS)
     encoders = {each["task"]: each for each in listing() if each["model"] == "encoder"}
-    assert list(encoders) == list(GLUE) and encoders["stsb"]["metric"] == "pearson"
+    assert list(encoders) == [*OWN, *GLUE] and encoders["stsb"]["metric"] == "pearson"
     assert encoders["mnli"]["prompt"] == "premise + hypothesis" and encoders["mnli"]["data"][-1] == "nyu-mll/glue:mnli"
     assert found["boolq"]["answers"] == ["true", "false"] and found["boolq"]["data"][-1] == "google/boolq"
     assert [len(names) for names in SUITES.values()] == [8, 7]

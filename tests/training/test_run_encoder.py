@@ -307,7 +307,7 @@ def test_one_row_is_not_split():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("data.task=cola", ": task 'cola' needs the text fields sentence and a field label, found "),
+        ("data.task=cola", "train.jsonl:1: no column 'sentence', which task 'cola' names; found sentence1, "),
         ("data.task=commonsense", "data.task: 'commonsense' trains a decoder to continue texts, and bert is an encoder"),
         ("data.task=glue", "data.task: unknown task 'glue'"),
         ("data.style=plain", "data.style: bert is an encoder, which has no prompts"),
@@ -345,7 +345,7 @@ def test_bad_config(override, message, tmp_path, model, data, capsys):
 def test_bad_evaluations(trained, model, data, capsys):
     out, _ = trained
     for arguments, message in (
-        (["--adapter", out / "adapter", "--task", "qqp"], "needs the text fields question1, question2"),
+        (["--adapter", out / "adapter", "--task", "qqp"], "no column 'question1', which task 'qqp' names; found sentence1"),
         (["--adapter", out / "adapter", "--task", "instruct"], "bert is an encoder, which cannot continue a text"),
         (
             ["--adapter", out / "adapter", "--task", "stsb"],
