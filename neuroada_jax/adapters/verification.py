@@ -29,7 +29,8 @@ from neuroada_jax.pretrained import save
 from neuroada_jax.pretrained.load import LoadedModel, OpenedModel
 
 TOLERANCE = 1e-4  # of logits, relative to the largest one, or to 1 where all are smaller
-_TOKENS = (2, 64)  # batch size and length of the compared tokens
+_TOKENS = (2, 64)  # batch size and least length of the compared tokens
+_SHORT = 1000  # positions up to which a window or context is exceeded
 
 
 class Merge(NamedTuple):
@@ -183,9 +184,7 @@ def verify(
     require_torch()
     import torch
 
-    config = base_model.model.config
-    shape = (_TOKENS[0], min(_TOKENS[1], config.max_positions))
-    ids = np.random.default_rng(0).integers(min(8, config.vocab_size - 1), config.vocab_size, shape)
+    ids = _tokens(base_model.model)
 
     def theirs(model: Any) -> np.ndarray:
         with torch.no_grad():
@@ -220,6 +219,18 @@ def verify(
         "compared_in": jnp.dtype(merge.result).name,
         "original": base_model.path if reads_original(base_model) else None,
     }
+
+
+def _tokens(model: models.Model) -> np.ndarray:
+    """Return random tokens (B, T), above the usual special ones; long enough to leave a short window or context."""
+    length = _TOKENS[1]
+    if model.architecture.is_decoder:
+        limits = [model.hf_config.get(field) for field in ("sliding_window", "max_position_embeddings")]
+        length = max([length, *(limit + 8 for limit in limits if isinstance(limit, int) and limit <= _SHORT)])
+    else:
+        length = min(length, model.config.max_positions)
+    vocabulary = model.config.vocab_size
+    return np.random.default_rng(0).integers(min(8, vocabulary - 1), vocabulary, (_TOKENS[0], length))
 
 
 def _differing(base_model: OpenedModel, state: Mapping[str, Any], params: Tree) -> str | None:
