@@ -2,13 +2,17 @@
 
 import contextlib
 import importlib.util
+import os
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 import rich.box
 import rich.console
+import rich.measure
 import rich.progress
 import rich.table
+import rich.text
 
 from neuroada_jax.errors import NeuroadaWarning
 
@@ -16,8 +20,9 @@ from neuroada_jax.errors import NeuroadaWarning
 _NOTEBOOK = None if importlib.util.find_spec("ipywidgets") else False
 _err = rich.console.Console(stderr=True, highlight=False, force_jupyter=_NOTEBOOK)
 _out = rich.console.Console(highlight=False)
-if not _out.is_terminal:
+if not _out.is_terminal and not os.environ.get("COLUMNS", "").isdigit():
     _out = rich.console.Console(highlight=False, width=120)  # a file or a pipe: rich would assume 80 columns
+_BAR_WIDTH = 106  # columns that a bar of 30 takes with everything beside it
 
 
 def say(message: str) -> None:
@@ -35,14 +40,33 @@ def warn(message: str) -> None:
     warnings.warn(message, NeuroadaWarning, stacklevel=2)
 
 
+def write(text: str) -> None:
+    """Print a line of a result on standard output; a long one goes on, indented, in the next, broken between words."""
+    wrapped = textwrap.wrap(text, _out.width, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+    _out.print("\n".join(wrapped), markup=False, soft_wrap=True)
+
+
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table on standard output, the first field aligned to the left and the others to the right."""
-    grid = rich.table.Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD)
-    for position, name in enumerate(header):
-        grid.add_column(name, justify="right" if position else "left", overflow="fold")
-    for row in rows:
-        grid.add_row(*row)
-    _out.print(grid)
+    """Print a table on standard output, the first field aligned to the left and the others to the right.
+
+    Where the terminal is too narrow for it, the padding goes; where that is not enough, every row becomes a paragraph.
+    """
+    write(title)
+    for padding in (1, 0):
+        grid = rich.table.Table(box=rich.box.SIMPLE_HEAD, padding=(0, padding), show_edge=padding > 0)
+        for position, name in enumerate(header):
+            grid.add_column(name, justify="right" if position else "left")
+        for row in rows:
+            grid.add_row(*row)
+        if rich.measure.Measurement.get(_out, _out.options.update(max_width=10**6), grid).maximum <= _out.width:
+            _out.print(grid)
+            return
+    write("")
+    for name, *values in rows:
+        named = zip(header[1:], values, strict=True)
+        fields = ", ".join(f"{field} {value}" for field, value in named if value) if any(header) else " ".join(values)
+        write(f"{name.strip()}: {fields}")
+    write("")
 
 
 class Bar:
@@ -56,10 +80,23 @@ class Bar:
         self._progress.update(self._task, completed=done, total=total, note=note)
 
 
-@contextlib.contextmanager
-def bar(description: str, total: int | None = None) -> Iterator[Bar]:
-    """Show a progress bar with time left and a note; where standard error is no terminal, only its last state."""
-    progress = rich.progress.Progress(
+class _Line(rich.progress.ProgressColumn):
+    """All of a task in one text without a bar, cut where the terminal ends."""
+
+    def render(self, task: rich.progress.Task) -> rich.text.Text:
+        """Return the text."""
+        left = "?" if task.time_remaining is None else f"{task.time_remaining:.0f} s"
+        done, total = f"{task.completed:.0f}", "?" if task.total is None else f"{task.total:.0f}"
+        line = f"{task.description} {done}/{total}, {left} left"
+        if task.fields["note"]:
+            line += f", {task.fields['note']}"
+        return rich.text.Text(line, no_wrap=True, overflow="ellipsis")
+
+
+def _bar_columns() -> list[rich.progress.ProgressColumn]:
+    if _err.width < _BAR_WIDTH:
+        return [_Line()]
+    return [
         rich.progress.TextColumn("{task.description}"),
         rich.progress.BarColumn(bar_width=30),
         rich.progress.MofNCompleteColumn(),
@@ -67,8 +104,16 @@ def bar(description: str, total: int | None = None) -> Iterator[Bar]:
         rich.progress.TextColumn("left"),
         rich.progress.TimeRemainingColumn(),
         rich.progress.TextColumn("{task.fields[note]}"),
-        console=_err,
-    )
+    ]
+
+
+@contextlib.contextmanager
+def bar(description: str, total: int | None = None) -> Iterator[Bar]:
+    """Show a progress bar with time left and a note; where standard error is no terminal, only its last state.
+
+    In a terminal that is too narrow for the bar, the rest of it stands alone.
+    """
+    progress = rich.progress.Progress(*_bar_columns(), console=_err)
     with progress:
         yield Bar(progress, progress.add_task(description, total=total, note=""))
 

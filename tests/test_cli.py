@@ -298,9 +298,22 @@ def test_inspect(trained, inputs, neuroada):
     assert model["kind"] == "model" and model["values"] == 2 * 3 * NEURONS and len(model["modules"]) == 14
     adapter = one_object(neuroada("inspect", trained / "adapter", "--json"))
     assert adapter["kind"] == "adapter" and adapter["values"] == 128 and adapter["base"] == str(inputs[0])
-    for path in (inputs[0], trained / "adapter"):
+    assert [(kind["module"], kind["modules"]) for kind in adapter["kinds"]] == [
+        ("mlp.down_proj", 2),
+        ("self_attn.q_proj", 2),
+    ]
+    for path, values in ((inputs[0], f"{2 * NEURONS}"), (trained / "adapter", "128")):
         code, out, _ = neuroada("inspect", path)
-        assert code == 0 and "model.layers.1.self_attn.q_proj" in out and "all" in out
+        assert code == 0 and out.startswith(f"total: {values} values (k = ")
+        assert [line.split()[:2] for line in out.splitlines() if "q_proj" in line] == [["self_attn.q_proj", "2"]]
+        code, out, _ = neuroada("inspect", path, "--all")
+        assert code == 0 and out.startswith(f"total: {values} values") and "model.layers.1.self_attn.q_proj" in out
+
+
+def test_inspect_needs_no_more_of_a_model_than_its_config(inputs, neuroada, tmp_path):
+    (tmp_path / "config.json").write_text((inputs[0] / "config.json").read_text())
+    alone, complete = (one_object(neuroada("inspect", path, "--k", 1, "--json")) for path in (tmp_path, inputs[0]))
+    assert {**alone, "path": None} == {**complete, "path": None}
 
 
 def test_merge(trained, inputs, neuroada, tmp_path):

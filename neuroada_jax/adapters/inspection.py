@@ -1,5 +1,6 @@
 """The report of `neuroada inspect` on a model or an adapter: neurons, k, values, percentage and bytes of each module."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -139,35 +140,69 @@ def _totals(rows: list[dict[str, Any]], parameters: int | None) -> dict[str, Any
         "values": values,
         "percent": None if parameters is None else 100 * values / parameters,
         "bytes": sum(row["bytes"] for row in rows),
+        "kinds": _kinds(rows),
     }
 
 
-def print_inspection(content: dict[str, Any]) -> None:
-    """Print the report as a table."""
+def _kinds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the sums over the modules of each kind, which differ in the number of their layer alone."""
+    kinds: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        name = re.sub(r"\.\d+(?=\.|$)", ".*", row["module"])
+        name = name.rpartition(".*.")[2] or name
+        key = (name, *(row[field] for field in ("neurons", "inputs", "k")))
+        kind = kinds.setdefault(key, {**row, "module": name, "modules": 0, "values": 0, "bytes": 0})
+        for field, more in (("modules", 1), ("values", row["values"]), ("bytes", row["bytes"])):
+            kind[field] += more
+    fields = ("module", "modules", "neurons", "inputs", "k", "values", "percent", "bytes")
+    return [{field: kind[field] for field in fields} for kind in kinds.values()]
+
+
+def print_inspection(content: dict[str, Any], *, every: bool = False) -> None:
+    """Print the report: the total, then a table with a row for each kind of module.
+
+    Args:
+      content: of `inspect`.
+      every: a row for each module instead.
+    """
 
     def text(number: int | None) -> str:
         return "-" if number is None else f"{number:,}"
 
-    rows = content["modules"]
-    neurons = [row["neurons"] for row in rows]
-    ks = {row["k"] for row in rows}
-    everything = {
-        "module": "all",
-        "neurons": None if None in neurons else sum(neurons),
-        "k": ks.pop() if len(ks) == 1 else None,
-    }
+    for line in _summary(content):
+        console.write(line)
+    fields = {"module": "module", "maps": "modules", "O": "neurons", "I": "inputs", "k": "k", "values": "values"}
+    if every:
+        del fields["maps"]
     console.table(
-        f"{content['kind']} {content['path']}",
-        ("module", "neurons", "k", "values", "% of weights", "bytes"),
+        "linear maps of O neurons with I inputs" + ("" if every else " (--all: each of them)"),
+        [*fields, "bytes"],
         [
-            (
-                row["module"],
-                text(row["neurons"]),
-                text(row["k"]),
-                text(row["values"]),
-                "-" if row["percent"] is None else f"{row['percent']:.4f}",
-                console.size(row["bytes"]),
-            )
-            for row in [*rows, everything | {name: content[name] for name in ("values", "percent", "bytes")}]
+            (row["module"], *(text(row[name]) for name in list(fields.values())[1:]), console.size(row["bytes"]))
+            for row in content["modules" if every else "kinds"]
         ],
     )
+
+
+def _summary(content: dict[str, Any]) -> list[str]:
+    """Return the lines above the table: what it is, and the total."""
+    about = {
+        "layers": content.get("layers"),
+        "parameters": content.get("parameters"),
+        "base model": content.get("base"),
+        "rule": content.get("rule"),
+        "seed": content.get("seed"),
+        "created": content.get("created"),
+    }
+    known = [
+        f"{name} {f'{value:,}' if name == 'parameters' else value}" for name, value in about.items() if value is not None
+    ]
+    kind = f"{content['model_type']} model" if content["kind"] == "model" else content["kind"]
+    ks = sorted({row["k"] for row in content["modules"]}, key=str)
+    k = f" (k = {' or '.join(map(str, ks))})" if None not in ks else ""
+    share = "" if content["percent"] is None else f", {content['percent']:.4f} % of the parameters"
+    total = f"total: {content['values']:,} values{k} in {len(content['modules'])} linear maps{share}"
+    lines = [f"{total}, {console.size(content['bytes'])}", ", ".join([f"{kind} {content['path']}", *known])]
+    if content.get("dense_parameters"):
+        lines.append(f"trained densely beside them: {', '.join(content['dense_parameters'])}")
+    return lines

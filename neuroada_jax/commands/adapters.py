@@ -21,6 +21,7 @@ def _add_inspect(commands: shared.Commands) -> None:
     parser = shared.add_command(commands, "inspect", _inspect, summary)
     parser.add_argument("path", metavar="PATH", help="model directory, .gguf file, adapter directory, or hub id of either")
     parser.add_argument("--k", type=int, default=1, metavar="N", help="connections per neuron, for a model (default: 1)")
+    parser.add_argument("--all", action="store_true", help="list every module, not a line for each kind")
 
 
 def _inspect(parsed: argparse.Namespace) -> None:
@@ -29,7 +30,7 @@ def _inspect(parsed: argparse.Namespace) -> None:
     shared.check_minimum(parsed, k=1)
     shared.check_results(parsed.path)
     content = inspection.inspect(parsed.path, parsed.k)
-    shared.print_json(content) if parsed.json else inspection.print_inspection(content)
+    shared.print_json(content) if parsed.json else inspection.print_inspection(content, every=parsed.all)
 
 
 def _add_merge(commands: shared.Commands) -> None:

@@ -316,3 +316,21 @@ def test_inspection(base_model, pristine):
     assert row["percent"] == pytest.approx(12.5)
     clamped = inspection.inspect_model(base_model.path, 20)["modules"]
     assert {row["k"] for row in clamped} == {16, 20}
+
+
+def test_kinds_of_modules_add_up_to_the_total():
+    def row(module, neurons, k=2):
+        return inspection._row(module, neurons, 8, k)
+
+    names = ("model.layers.0.q_proj", "model.layers.1.q_proj", "model.layers.12.q_proj", "lm_head", "blocks.0", "blocks.1")
+    rows = [*(row(name, 4) for name in names), row("model.layers.13.q_proj", 6), row("model.layers.14.q_proj", 6, 1)]
+    found = inspection._totals(rows, 1000)
+    assert [(kind["module"], kind["modules"], kind["neurons"], kind["k"]) for kind in found["kinds"]] == [
+        ("q_proj", 3, 4, 2),
+        ("lm_head", 1, 4, 2),
+        ("blocks.*", 2, 4, 2),
+        ("q_proj", 1, 6, 2),
+        ("q_proj", 1, 6, 1),
+    ]
+    for name in ("values", "bytes"):
+        assert sum(kind[name] for kind in found["kinds"]) == sum(each[name] for each in rows) == found[name]
