@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from neuroada_jax import __version__
-from neuroada_jax.commands import adapters, evaluate, generate, lm_eval, parsing, plan, tasks, train
+from neuroada_jax.commands import adapters, evaluate, generate, lm_eval, parsing, plan, push, tasks, train
 from neuroada_jax.errors import NeuroadaWarning, UserError
 
 # Without PyTorch, transformers warns on import that no models are available. The models here need no PyTorch.
@@ -59,7 +59,7 @@ def _one_line_warnings() -> Iterator[None]:
 _GROUPS = {
     "a run": (plan, train),
     "its result": (generate, evaluate, lm_eval),
-    "adapters and models on disk": (adapters,),
+    "adapters and models on disk": (adapters, push),
     "what there is": (tasks,),
 }
 

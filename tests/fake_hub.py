@@ -89,8 +89,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     do_HEAD = do_POST = do_PUT = do_GET
 
     def answer(self) -> None:
-        length = int(self.headers.get("Content-Length") or 0)
-        self.body = self.rfile.read(length)
+        self.body = self.received()
         path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
         asked = f"{self.command} {path}"
         self.hub.requests.append(asked)
@@ -102,6 +101,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if found:
                 return method(self, *found.groups())
         raise AssertionError(f"the fake hub has no answer to {asked}")
+
+    def received(self) -> bytes:
+        """The body of the request; objects come in chunks, of which each has its length before it."""
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        parts = []
+        while length := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(length))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
 
     def send(self, status: int, content: Any = b"", headers: dict[str, str] | None = None) -> None:
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
@@ -268,7 +278,7 @@ def connected(monkeypatch, cache, url: str | None = None):
       url: an endpoint where nothing listens, in place of the fake.
     """
     import huggingface_hub
-    from huggingface_hub import constants
+    from huggingface_hub import constants, utils
     from huggingface_hub.utils import _http
 
     with serving() as hub:
@@ -277,12 +287,13 @@ def connected(monkeypatch, cache, url: str | None = None):
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
         monkeypatch.setattr(_http.time, "sleep", lambda _: None)
         monkeypatch.setenv("HF_TOKEN", hub.token)
         huggingface_hub.close_session()
+        utils.disable_progress_bars()
         try:
             yield hub
         finally:
+            utils.enable_progress_bars()
             huggingface_hub.close_session()

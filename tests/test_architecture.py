@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "neuroada_jax"
 ORDER = [
     *("errors", "files", "console"),
     *("core", "data", "tasks", "models", "linen", "nnx", "equinox", "pretrained", "generation", "adapters", "evaluation"),
-    *("training", "session", "fine_tuning", "planning", "commands", "cli"),
+    *("training", "sharing", "session", "fine_tuning", "planning", "commands", "cli"),
 ]
 
 

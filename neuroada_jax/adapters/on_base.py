@@ -22,7 +22,7 @@ from neuroada_jax.core.trees import Tree
 from neuroada_jax.data.prompts import PromptForm
 from neuroada_jax.errors import UserError
 from neuroada_jax.models import dense_modules, names
-from neuroada_jax.pretrained import prompt_form
+from neuroada_jax.pretrained import hub, prompt_form
 from neuroada_jax.pretrained.load import IdentifiedModel, LoadedModel, OpenedModel
 from neuroada_jax.pretrained.tensor_names import EMBEDDING, HEAD
 
@@ -56,6 +56,9 @@ def assemble(
         "parameters": bypass.count(base_model.model.abstract_params()),
         "digests": base_model.digests,
     }
+    snapshot = hub.snapshot_of(base_model.path)
+    if snapshot:
+        about["revision"] = snapshot[1]
     inputs = {module: shapes[module][1] for module in values}
     prompt = None if form is None else prompt_form.to_json(form, is_decoder=is_decoder)
     return Adapter(

@@ -1,6 +1,7 @@
 """The Hugging Face hub: which names are ids of its repositories, and its errors in one line."""
 
 import contextlib
+import json
 import re
 from collections.abc import Iterator
 
@@ -9,13 +10,14 @@ import huggingface_hub.utils
 from huggingface_hub import constants, errors
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+_LONGEST = 96  # characters of an id
 _SNAPSHOT = re.compile(r"models--(?P<id>[^/\\]+)[/\\]snapshots[/\\](?P<commit>[0-9a-f]{40})")
 
 
 def is_id(name: str) -> bool:
     """Return whether a name has the form of a hub id, USER/NAME or NAME; a file's name with a known suffix has not."""
     known = (".gguf", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz", ".safetensors")
-    return _ID.fullmatch(name) is not None and not name.lower().endswith(known)
+    return len(name) <= _LONGEST and _ID.fullmatch(name) is not None and not name.lower().endswith(known)
 
 
 def snapshot_of(path: str) -> tuple[str, str] | None:
@@ -45,8 +47,13 @@ def reason(error: BaseException) -> str:
         known = _known_reason(each)
         if known:
             return known
-    first = str(error).strip().splitlines()
-    return first[0] if first else type(error).__name__
+    lines = dict.fromkeys(_first_line(each) for each in (error, chain[-1]))
+    return ": ".join(lines)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 def _known_reason(error: BaseException) -> str | None:
@@ -60,6 +67,8 @@ def _known_reason(error: BaseException) -> str | None:
         return "the hub has no such repository, or a private one: check the spelling, or log in with `hf auth login`"
     if isinstance(error, errors.HfHubHTTPError):
         return _status_reason(error)
+    if isinstance(error, json.JSONDecodeError):
+        return f"{constants.ENDPOINT} answered something that is not JSON; is it a hub?"
     if isinstance(error, errors.HFValidationError):
         return "no valid name: expected USER/NAME of letters, digits and single . - _"
     if any(kind.__name__ == "TransportError" for kind in type(error).__mro__):  # of the HTTP library below the client

@@ -229,6 +229,7 @@ def test_every_command_that_reads_an_adapter_says_that_it_takes_hub_ids():
         ("model.gguf", False),
         ("user/na me", False),
         ("", False),
+        ("user/" + "n" * 92, False),
         ("user/ñ", False),
     ],
 )
