@@ -1,4 +1,4 @@
-"""The command line: train, evaluate, tasks, lm-eval, generate, plan, inspect, merge, export and import."""
+"""The command line: train, evaluate, tasks, lm-eval, generate, plan, inspect, merge, export, import and push."""
 
 import contextlib
 import os

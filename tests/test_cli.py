@@ -327,6 +327,24 @@ def test_merge(trained, inputs, neuroada, tmp_path):
     assert message == f"--out: {out} exists already; choose another folder or remove it"
 
 
+@pytest.mark.filterwarnings("always::neuroada_jax.errors.NeuroadaWarning")
+def test_push_writes_what_a_run_would_share(trained, inputs, neuroada, tmp_path):
+    out = tmp_path / "shared"
+    content = one_object(neuroada("push", trained, "me/tiny", "--dry-run", "--out", out, "--json"))
+    assert len(content["notes"]) == 1 and "base model is a local one, called model in what is shared" in content["notes"][0]
+    names = ["README.md", "adapter.json", "adapter.safetensors", "loss.png", "results.json"]
+    assert [file["name"] for file in content["files"]] == names
+    shared = native.read(str(out))
+    assert (
+        shared.metadata["base"]["source"] == "model"
+        and shared.values.keys() == native.read(f"{trained}/adapter").values.keys()
+    )
+    assert "| held out | accuracy | 6 |" in (out / "README.md").read_text()
+    for name in names:
+        assert str(trained.parent).encode() not in (out / name).read_bytes()
+        assert str(inputs[0].parent).encode() not in (out / name).read_bytes()
+
+
 def test_the_console_entry(inputs):
     command = [str(Path(sys.executable).parent / "neuroada"), "inspect"]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
