@@ -91,7 +91,7 @@ def export_adapter(
     dtypes = verification.Merge(round_first, merged_dtype)
     result |= verification.verify(base_model, adapter, dtypes, params, functools.partial(reload, base_model))
     if result["original"] is None:
-        notes.append("compared with this library's own reading of the GGUF file, which transformers reads differently")
+        notes.append("compared with this library's own reading of the GGUF file: transformers has no directory to load")
     if not (result["merged_bit_equal"] and result["max_logit_difference"] <= result["logit_tolerance"]):
         raise UserError(
             f"{out} differs from the adapter: logits differ by up to {result['max_logit_difference']:.3g} "
