@@ -1,4 +1,4 @@
-"""The command line: train, evaluate, tasks, lm-eval, generate, plan, inspect, merge, export, import and push."""
+"""The command line: train, evaluate, tasks, lm-eval, generate, classify, plan, inspect, merge, export, import and push."""
 
 import contextlib
 import os
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from neuroada_jax import __version__
-from neuroada_jax.commands import adapters, evaluate, generate, lm_eval, parsing, plan, push, tasks, train
+from neuroada_jax.commands import adapters, classify, evaluate, generate, lm_eval, parsing, plan, push, tasks, train
 from neuroada_jax.errors import NeuroadaWarning, UserError
 
 # Without PyTorch, transformers warns on import that no models are available. The models here need no PyTorch.
@@ -58,7 +58,7 @@ def _one_line_warnings() -> Iterator[None]:
 # The groups in which the commands are listed.
 _GROUPS = {
     "a run": (plan, train),
-    "its result": (generate, evaluate, lm_eval),
+    "its result": (generate, classify, evaluate, lm_eval),
     "adapters and models on disk": (adapters, push),
     "what there is": (tasks,),
 }

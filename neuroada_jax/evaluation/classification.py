@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import transformers
 from flax import linen as nn
-from jaxtyping import Array, Float, Float32, Num, Shaped
+from jaxtyping import Array, Float, Float32, Int32, Num, Shaped
 
 from neuroada_jax import console
 from neuroada_jax.adapters import on_base
@@ -206,6 +206,11 @@ def _prediction(row: dict[str, Any], task: ClassificationTask, logits: np.ndarra
         "correct": bool(found == label),
         "logits": digits,
     }
+
+
+def unlabelled(count: int) -> Int32[np.ndarray, "n"]:
+    """Return labels for texts whose labels are not known; predictions do not depend on them."""
+    return np.zeros(count, np.int32)
 
 
 def predict(

@@ -71,6 +71,7 @@ class Classification:
         """Take the run, its task, the classifier's class for each of the task's labels, and what reads the rows."""
         self._config, self.task, self._classes, self._read = config, task, classes, read
         self.dropout_seed = config.seed
+        self._weights: Float32[np.ndarray, labels] | None = None  # of the classes, once the training rows are read
         own = task.name in OWN
         columns: dict[str, Any] = {"text": task.texts, "label": task.label, "metric": task.metric} if own else {}
         self.form = PromptForm(task=task.name, **columns)
@@ -81,7 +82,7 @@ class Classification:
 
     def batches(self, rows: Rows, tokenizer: Any) -> AnyBatches:
         """See `Objective`."""
-        section, task = self._config.data, self.task
+        section, config, task = self._config.data, self._config, self.task
         with console.bar("tokenising") as shown:
             examples = classification.encode(rows, task, tokenizer, section.max_length, console.reporter(shown))
         if task.name in OWN:
@@ -92,26 +93,22 @@ class Classification:
             f"{len(examples)} examples, {int(examples.lengths.sum())} tokens; "
             f"{examples.truncated} truncated to {section.max_length} tokens"
         )
-        config = self._config
+        self._weights = class_weights(config.classifier.class_weights, task, examples)
+        examples = self._for_classifier(examples)
         return ClassificationBatches(
-            self._for_classifier(examples),
-            config.training.batch_size,
-            config.seed,
-            section.buckets,
-            section.group_by_length,
+            examples, config.training.batch_size, config.seed, section.buckets, section.group_by_length
         )
 
     def _for_classifier(self, examples: LabelledExamples) -> LabelledExamples:
         """Return the examples with class weights, and with labels in the order of the classifier's outputs."""
-        weights = class_weights(self._config.classifier.class_weights, self.task, examples)
         if self.task.is_regression:
             return examples
         if self.task.is_multilabel:
             labels = np.zeros_like(examples.labels)
             labels[:, self._classes] = examples.labels
-        else:
-            labels = self._classes[examples.labels]
-        return dataclasses.replace(examples, labels=labels, weights=weights)
+            return dataclasses.replace(examples, labels=labels)
+        weights = None if self._weights is None else self._weights[examples.labels]
+        return dataclasses.replace(examples, labels=self._classes[examples.labels], weights=weights)
 
     def evaluation_rows(self, each: EvaluationSet) -> Rows:
         """See `Objective`."""
@@ -131,8 +128,8 @@ class Classification:
 
 def class_weights(
     setting: str | Mapping[str, float], task: ClassificationTask, examples: LabelledExamples
-) -> Float32[np.ndarray, "n"] | None:
-    """Return the weight of every example by its label; None where all are the same.
+) -> Float32[np.ndarray, "labels"] | None:
+    """Return the weight of every class, in the task's order; None where all are the same.
 
     The loss of a step is the weighted mean, as that of PyTorch's CrossEntropyLoss with weights, which does not depend on
     their scale. Here the smallest is 1, so that the weights of a step never sum to less.
@@ -157,5 +154,4 @@ def class_weights(
         if unknown:
             raise UserError(f"classifier.class_weights: no label {unknown[0]!r}, expected labels of {listed(task.labels)}")
         by_class = np.array([setting.get(name, 1.0) for name in task.labels])
-    of_examples = by_class[examples.labels]
-    return (of_examples / of_examples.min()).astype(np.float32)
+    return (by_class / by_class.min()).astype(np.float32)

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 
 from neuroada_jax.tasks import OWN
-from neuroada_jax.tasks.classification import LOWER_IS_BETTER, OWN_METRICS, Problem
+from neuroada_jax.tasks.classification import LABEL, LOWER_IS_BETTER, OWN_METRICS, TEXT, Problem
 from neuroada_jax.tasks.labels import name_of, shown
 
 
@@ -62,6 +62,7 @@ def check(task: str, text: str | list[str] | None, label: str | None, labels: st
         raise ValueError(f"data.metric: found {metric!r}, expected one of {', '.join(known)} for task {task!r}")
     if problem is Problem.REGRESSION and labels != "auto":
         raise ValueError("data.labels: task 'regression' learns a number, which has no labels; remove it")
-    texts = [text] if isinstance(text, str) else text or []
-    if label is not None and label in texts:
-        raise ValueError(f"data.label: {label!r} is a column of data.text, expected another one")
+    texts = [text] if isinstance(text, str) else text or [TEXT]
+    columns_of_0_and_1 = problem is Problem.MULTILABEL and label is None and labels != "auto"
+    if not columns_of_0_and_1 and (label or LABEL) in texts:
+        raise ValueError(f"data.label: {label or LABEL!r} is a column of data.text, expected another one")

@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from helpers import CONFIG
 
 from neuroada_jax import models
 from neuroada_jax.core import bypass
-from neuroada_jax.data.batches import Batch
+from neuroada_jax.data.batches import Batch, ClassificationBatch
 from neuroada_jax.models import losses
 
 ROWS, TIME, TARGETS = 4, 12, 8
@@ -93,3 +94,44 @@ def test_no_more_logits_exist_than_a_chunk_of_them(output, monkeypatch):
     found = [s for s in shapes(jax.make_jaxpr(jax.grad(total))(values).jaxpr) if s and s[-1] == vocabulary]
     assert found
     assert max(int(np.prod(s)) for s in found) <= 5 * vocabulary
+
+
+class Given(nn.Module):
+    """A classifier whose outputs are a parameter."""
+
+    @nn.compact
+    def __call__(self, ids, mask, token_types):
+        return self.get_variable("params", "logits")
+
+
+NUMBERS = np.random.default_rng(3)
+LABELLED = {
+    "single_label_classification": (4, NUMBERS.integers(0, 4, 6).astype(np.int32), None),
+    "weighted": (4, NUMBERS.integers(0, 4, 6).astype(np.int32), np.float32([1, 3, 0.5, 2])),
+    "regression": (1, NUMBERS.normal(size=6).astype(np.float32), None),
+    "multi_label_classification": (4, NUMBERS.integers(0, 2, (6, 4)).astype(np.float32), None),
+}
+
+
+@pytest.mark.parametrize("problem", LABELLED)
+def test_the_mean_loss_of_a_classifier_is_that_of_transformers(problem):
+    torch = pytest.importorskip("torch")
+    import transformers
+    from transformers.loss.loss_utils import ForSequenceClassificationLoss
+
+    size, labels, weights = LABELLED[problem]
+    logits = NUMBERS.normal(size=(6, size)).astype(np.float32)
+    ids, lengths = np.zeros((6, 2), np.int32), np.full(6, 2, np.int32)
+    mask = np.ones(6, np.float32) if weights is None else weights[labels]
+    batch = ClassificationBatch(ids, lengths, ids, labels, mask)
+    found = losses.classification_losses(Given(), {"params": {"logits": jnp.asarray(logits)}}, batch)
+    expected = [
+        torch.from_numpy(logits),
+        torch.from_numpy(labels).long() if labels.dtype == np.int32 else torch.from_numpy(labels),
+    ]
+    if weights is not None:
+        want = torch.nn.CrossEntropyLoss(torch.from_numpy(weights))(*expected)
+    else:
+        config = transformers.BertConfig(num_labels=size, problem_type=problem)
+        want = ForSequenceClassificationLoss(expected[1], expected[0], config)
+    assert found.shape == (6,) and float(found.sum() / mask.sum()) == pytest.approx(want.item(), rel=1e-6)
