@@ -14,12 +14,10 @@ import numpy as np
 
 from neuroada_jax.adapters import native
 from neuroada_jax.core import bypass
-from neuroada_jax.data.prompts import PromptStyle
 from neuroada_jax.data.rows import Rows, rows_from_list
 from neuroada_jax.errors import UserError
 from neuroada_jax.pretrained.load import load_with_progress
 from neuroada_jax.session import PretrainedModel, TunedModel
-from neuroada_jax.tasks import TASKS
 from neuroada_jax.training import config_file, run
 from neuroada_jax.training.config import RunConfig
 from neuroada_jax.training.loop import NotFinite
@@ -108,10 +106,7 @@ def fine_tune(
             reason = str(error).partition(";")[0]  # what follows names an adapter in the temporary folder
             raise UserError(f"{reason}; with output=..., the adapter of the last good step is kept") from error
         adapter = native.read(str(config.directory / "adapter"))
-    style = config.data.style or (TASKS[config.data.task].style if model.is_decoder else PromptStyle.VERBATIM)
-    if any("messages" in row for row in prepared.rows.rows):  # chats use the chat template in any style
-        style = PromptStyle.CHAT
-    return TunedModel(tuned, adapter, history, results, style)
+    return TunedModel(tuned, adapter, history, results)
 
 
 def _train(model: PretrainedModel, prepared: run.Prepared, on_lines: run.OnLines) -> tuple[PretrainedModel, dict[str, Any]]:

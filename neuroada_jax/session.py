@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import transformers
 
-from neuroada_jax.adapters import hub, native, on_base
+from neuroada_jax.adapters import hub, native, on_base, prompting
 from neuroada_jax.core import bypass
 from neuroada_jax.core.bypass import Bypass
 from neuroada_jax.core.trees import Tree
@@ -51,6 +51,7 @@ class PretrainedModel:
     def __init__(self, loaded: LoadedModel, tokenizer: transformers.PreTrainedTokenizerFast) -> None:
         self.tokenizer = tokenizer
         self._loaded = loaded
+        self._recorded = prompting.recorded(loaded)
         self._held = _NOTHING
         self._closed = ""
 
@@ -90,7 +91,9 @@ class PretrainedModel:
         prompts: Sequence[str],
         *,
         max_new_tokens: int = 256,
-        style: PromptStyle | str = PromptStyle.VERBATIM,
+        style: PromptStyle | str | None = None,
+        chat_template: str | Path | None = None,
+        template_arguments: Mapping[str, Any] | None = None,
         **decoding: Any,
     ) -> list[str]:
         """Continue prompts, by greedy decoding unless settings say otherwise.
@@ -98,13 +101,17 @@ class PretrainedModel:
         Args:
           prompts: a list of texts; the result has their continuations alone, in the same order.
           max_new_tokens: the most tokens of a continuation.
-          style: the prompt style around each text: verbatim, plain, alpaca or chat.
+          style: the prompt style around each text: verbatim, plain, alpaca or chat. None: that of the training, which the
+            neuroada.json of a merged model records, else verbatim.
+          chat_template: a file or the text of a chat template. None: that of the training, else the tokenizer's own.
+          template_arguments: values of the variables that it reads. None: those of the training.
           **decoding: fields of `generation.sampling.Decoding`, such as temperature, top_p, seed, beams or stop.
 
         Raises:
           UserError: an encoder, a closed model, a prompt that is empty or too long, or unknown or contradictory settings.
         """
-        return _generate(self, None, prompts, max_new_tokens, style, decoding)
+        options = _options(style, chat_template, template_arguments)
+        return _generate(self, None, prompts, max_new_tokens, options, decoding)
 
     def predict(self, texts: Sequence[str | tuple[str, str]], *, batch_size: int = 32) -> list[Prediction]:
         """Label texts, or pairs of texts, with the classifier of an encoder.
@@ -159,15 +166,14 @@ class MergedModel:
         self._model, self._adapter = model, adapter
 
     def save(self, directory: str | Path, *, replace: bool = False) -> None:
-        """Write a Hugging Face model directory: weights, config, generation config and tokenizer.
+        """Write a Hugging Face model directory: weights, config, generation config, tokenizer and the form of its prompts.
 
         Raises:
           UserError: the directory exists and `replace` is False, or it cannot be written.
         """
-        model = self._model
-        checkpoint.save(
-            _directory(directory), model._loaded, model._params(self._adapter), model.tokenizer, replace=replace
-        )
+        model, form = self._model, native.form_of(self._adapter)
+        place, params = _directory(directory), model._params(self._adapter)
+        checkpoint.save(place, model._loaded, params, model.tokenizer, form=form, replace=replace)
 
 
 class TunedModel:
@@ -187,11 +193,9 @@ class TunedModel:
         adapter: native.Adapter,
         history: Sequence[Mapping[str, Any]] = (),
         results: Mapping[str, Any] | None = None,
-        style: PromptStyle | str = PromptStyle.VERBATIM,
     ) -> None:
         self.model, self.adapter = model, adapter
         self.history, self.results = [dict(line) for line in history], dict(results or {})
-        self._style = style
 
     def __repr__(self) -> str:
         values = sum(leaf.size for leaf in self.adapter.values.values())
@@ -203,14 +207,17 @@ class TunedModel:
         *,
         max_new_tokens: int = 256,
         style: PromptStyle | str | None = None,
+        chat_template: str | Path | None = None,
+        template_arguments: Mapping[str, Any] | None = None,
         **decoding: Any,
     ) -> list[str]:
         """Continue prompts with the adapter; see `PretrainedModel.generate`.
 
-        The default style is that of the training rows. An adapter directory does not record it: for a loaded adapter the
-        default is verbatim.
+        By default they are asked in the form of the training rows, which the adapter records. Adapters of 0.1 and imported
+        ones do not: their default is the style verbatim.
         """
-        return _generate(self.model, self.adapter, prompts, max_new_tokens, style or self._style, decoding)
+        options = _options(style, chat_template, template_arguments)
+        return _generate(self.model, self.adapter, prompts, max_new_tokens, options, decoding)
 
     def predict(self, texts: Sequence[str | tuple[str, str]], *, batch_size: int = 32) -> list[Prediction]:
         """Label texts with the adapter and its classifier; see `PretrainedModel.predict`."""
@@ -261,6 +268,10 @@ def load(source: str | Path, dtype: Any = "auto", *, adapter: str | Path | None 
     about = {} if trained is None else trained.metadata["base"]
     chosen = about.get("dtype", "auto") if dtype == "auto" else dtype
     opened, tokenizer = open_with_tokenizer(str(source), chosen, native.labels_of(about))
+    found = prompting.recorded(opened, trained, adapter and str(adapter))
+    if opened.model.architecture.is_decoder:  # before the weights, which take longer
+        none = prompting.Options()
+        prompting.say(prompting.resolve(found, none, opened, tokenizer), found, none, tokenizer)
     model = PretrainedModel(load_with_progress(opened), tokenizer)
     if trained is None:
         return model
@@ -292,12 +303,18 @@ def _directory(path: object) -> Path:
     return Path(path)
 
 
+def _options(style: object, chat_template: object, template_arguments: object) -> prompting.Options:
+    """Return the options of `generate`, which `prompting.resolve` checks."""
+    given: Any = (style, chat_template, template_arguments)
+    return prompting.Options(*given)
+
+
 def _generate(
     model: PretrainedModel,
     adapter: native.Adapter | None,
     prompts: object,
     max_new_tokens: object,
-    style: PromptStyle | str,
+    options: prompting.Options,
     settings: Mapping[str, Any],
 ) -> list[str]:
     model._check_open()
@@ -313,12 +330,16 @@ def _generate(
     stop = settings.get("stop") or ()
     fields = {**settings, "stop": [stop] if isinstance(stop, str) else list(stop)}
     decoding = config_file.decode(GenerationSection, fields, "generate")
+    form = None if adapter is None else native.form_of(adapter)
+    found = model._recorded if form is None else prompting.Recorded(form, "adapter.json")
+    asked = prompting.resolve(found, options, model._loaded, model.tokenizer)
+    asked = prompting.without_chats(asked, options, model.tokenizer)
     made = continue_texts(
         model._loaded,
         model._params(adapter),
         model.tokenizer,
         texts,
-        form=style,
+        form=asked.form,
         max_new_tokens=max_new_tokens,
         decoding=decoding,
     )

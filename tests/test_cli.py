@@ -241,6 +241,7 @@ def test_evaluate(trained, inputs, neuroada, tmp_path, monkeypatch):
         "n": 6,
         "interval": before["interval"],
         "overlap": 6,
+        "unfinished": 6,
     }
     assert len((tmp_path / "runs" / "evaluate" / "instruct.jsonl").read_text().splitlines()) == 6
     out = tmp_path / "predictions.jsonl"
@@ -627,6 +628,10 @@ def test_evaluate_checks_before_it_reads_weights(inputs, tmp_path, neuroada, mon
     for options, part in (
         (["--task", "sst2"], "rows.jsonl:1: task 'sst2' needs"),
         (["--style", "fancy"], "prompt style: found 'fancy'"),
+        (["--chat-template", "x"], "--chat-template: 'x' cannot be read (No such file or directory)"),
+        (["--template-arguments", "{a: 1}"], "--template-arguments: prompts in style plain use no chat template"),
+        (["--template-arguments", "[1]"], "--template-arguments: expected a mapping as JSON or YAML, found '[1]'"),
+        (["--template-arguments", "{a: 1}", "--style", "chat"], "the chat template does not read 'a'"),
         (["--max-length", 9], "--max-length: llama is a decoder, whose prompts are not truncated; remove it"),
         (["--method", "choices", "--max-new-tokens", 9], "--max-new-tokens: method choices generates nothing"),
         (["--method", "choices"], "has no fixed answers"),

@@ -100,6 +100,21 @@ def test_adapter_with_a_classifier_scores_what_its_run_scored(folder, capsys):
     assert found["n"] == 21 and found["value"] == pytest.approx(correct / 21)
 
 
+@pytest.mark.parametrize("command", ["generate", "evaluate"])
+def test_adapter_without_its_prompts_is_asked_as_ever(command, folder, capsys):
+    arguments = {"generate": ["--prompt", "a", "--max-new-tokens", 2], "evaluate": ["--data", "rows.jsonl", "--limit", 2]}
+    style = {"generate": "verbatim", "evaluate": "plain"}[command]
+    out, err = neuroada(capsys, command, "--adapter", ADAPTERS["decoder"], *arguments[command], "--json")
+    assert err.startswith(
+        f"adapter.json of {ADAPTERS['decoder']} does not record its prompts (written by 0.1 or imported): style {style} is "
+        "used; --style chooses another\n"
+    )
+    again, err = neuroada(
+        capsys, command, "--adapter", ADAPTERS["decoder"], *arguments[command], "--json", "--style", style
+    )
+    assert again == out and err.startswith(f"prompts: {style}\n")
+
+
 # Runs.
 
 

@@ -92,7 +92,9 @@ def test_base_and_tuned_generate_from_one_copy_of_the_weights(folder, model, tun
     with_adapter = tuned.generate(PROMPTS, max_new_tokens=6, style="verbatim")
     assert with_adapter != before == model.generate(PROMPTS, max_new_tokens=6)
     tuned.merged().save(tmp_path / "merged")
-    assert na.load(tmp_path / "merged").generate(PROMPTS, max_new_tokens=6) == with_adapter
+    merged = na.load(tmp_path / "merged")
+    assert merged.generate(PROMPTS, max_new_tokens=6, style="verbatim") == with_adapter
+    assert merged.generate(PROMPTS, max_new_tokens=6) == tuned.generate(PROMPTS, max_new_tokens=6)
 
 
 def test_generation_asks_in_the_style_of_the_training(tuned):
@@ -100,10 +102,12 @@ def test_generation_asks_in_the_style_of_the_training(tuned):
     assert plain == tuned.generate([f"{prompt}\n" for prompt in PROMPTS], max_new_tokens=6, style="verbatim")
 
 
-def test_a_saved_adapter_comes_back(folder, tuned, tmp_path):
+def test_a_saved_adapter_comes_back(folder, tuned, tmp_path, capsys):
     tuned.save(tmp_path / "adapter")
+    capsys.readouterr()
     again = na.load(folder / "model", adapter=tmp_path / "adapter")
-    assert again.generate(PROMPTS, max_new_tokens=6, style="plain") == tuned.generate(PROMPTS, max_new_tokens=6)
+    assert "prompts: plain; an answer ends at <|im_end|>\n" in capsys.readouterr().err
+    assert again.generate(PROMPTS, max_new_tokens=6) == tuned.generate(PROMPTS, max_new_tokens=6)
     assert again.history == [] and "exists" in message_of(tuned.save, tmp_path / "adapter")
     other = write_model(tmp_path / "other", seed=6)
     assert "is not the base model of this adapter" in message_of(na.load, other, adapter=tmp_path / "adapter")
@@ -128,7 +132,7 @@ def test_rows_of_a_file_are_those_in_memory(model, tuned, tmp_path):
 def test_whole_sections(model, tmp_path):
     sets = [{"name": "own", "data": str(write_rows(tmp_path / "rows.jsonl", count=4)), "max_new_tokens": 2}]
     tuned = na.fine_tune(model, ROWS, **OPTIONS, evaluation={"sets": sets, "before": False}, data={"style": "verbatim"})
-    assert "own" in json.dumps(tuned.results) and tuned._style == "verbatim"
+    assert "own" in json.dumps(tuned.results) and tuned.adapter.metadata["prompt"]["style"] == "verbatim"
 
 
 def test_an_encoder_learns_labels(folder, encoder, labeller, tmp_path):
@@ -266,6 +270,21 @@ def test_chats_are_asked_in_their_template(model):
     chatty = na.fine_tune(model, chats, **{**OPTIONS, "steps": 1})
     asked = [chatty.generate(["a"], max_new_tokens=4, **style) for style in ({}, {"style": "chat"}, {"style": "plain"})]
     assert asked[0] == asked[1] != asked[2]
+    # Another template, which has no place for the message, and its variable.
+    template = "{% if add_generation_prompt and a %}{{ a }}{% endif %}{% if messages and not a %}b{% endif %}"
+    options = {"max_new_tokens": 4, "chat_template": template}
+    others = [chatty.generate(["x"], **options, template_arguments={"a": text}) for text in ("a", "b")]
+    assert others == [model.generate([text], max_new_tokens=4) for text in ("a", "b")]
+    for call in (chatty.generate, model.generate):
+        message = message_of(call, ["x"], style="chat", template_arguments={"b": 1})
+        assert message.startswith("prompts: template_arguments: the chat template does not read 'b'; it reads none")
+        message = message_of(call, ["x"], style="plain", template_arguments={"b": 1})
+        assert message == "template_arguments: prompts in style plain use no chat template; remove it, or give style chat"
+        for bad in ([1], {1: 2}):
+            message = message_of(call, ["x"], template_arguments=bad)
+            assert message == f"template_arguments: expected values by the names of variables, found {bad!r}"
+        assert message_of(call, ["x"], chat_template=3) == "chat_template: expected a file or text, found int"
+        assert message_of(call, ["x"], style="poem").startswith("prompt style: found 'poem'")
 
 
 def test_a_callback_can_neither_change_nor_use_what_the_run_holds(model):

@@ -13,7 +13,7 @@ def add(commands: shared.Commands) -> None:
     """Add the command."""
     parser = shared.add_command(commands, "evaluate", run, "score a base model, or one with an adapter, on rows of a task")
     shared.add_model(parser)
-    parser.add_argument("--task", default="instruct", metavar="TASK", help="task of the rows (default: instruct)")
+    parser.add_argument("--task", metavar="TASK", help="task of the rows (default: that of the training, else instruct)")
     parser.add_argument(
         "--data", metavar="ROWS", help="file, directory of files or `datasets`, or hub name (default: the task's own rows)"
     )
@@ -22,7 +22,7 @@ def add(commands: shared.Commands) -> None:
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="rows at a time (default: 16)")
     parser.add_argument("--out", metavar="FILE", help="JSON lines of predictions (default: runs/evaluate/TASK.jsonl)")
     decoder = parser.add_argument_group("options for a decoder")
-    decoder.add_argument("--style", metavar="STYLE", help="plain, alpaca, chat or verbatim (default: the task's)")
+    shared.add_prompt_form(decoder, "that of the training where the task is related, else the task's")
     decoder.add_argument(
         "--method", choices=["generate", "choices"], help="generate answers, or choose the likeliest (default: generate)"
     )
@@ -38,24 +38,37 @@ def add(commands: shared.Commands) -> None:
 
 def run(parsed: argparse.Namespace) -> None:
     """Score the rows, print the score and write every prediction."""
+    from neuroada_jax.adapters import prompting
     from neuroada_jax.evaluation import scoring
     from neuroada_jax.tasks import GLUE, TASKS, overlap, read_rows, unknown
     from neuroada_jax.training import report
 
-    if parsed.task not in TASKS | GLUE:
+    if parsed.task is not None and parsed.task not in TASKS | GLUE:
         raise UserError(f"--task: {unknown(parsed.task)}")
     shared.check_minimum(parsed, limit=1, max_new_tokens=1, max_length=1, batch_size=1)
+    opened, tokenizer, adapter = shared.open_model(parsed, decoder=parsed.task in TASKS)
+    found = prompting.recorded(opened, adapter, parsed.adapter)
+    if parsed.task is None:
+        parsed.task = (found.form and found.form.task) or "instruct"
+        if parsed.task not in TASKS | GLUE:
+            raise UserError(f"{found.where}: {unknown(parsed.task)}; --task chooses another")
     out = Path(parsed.out or f"runs/evaluate/{parsed.task}.jsonl")
     files.check_writable(out)
-    opened, tokenizer, adapter = shared.open_model(parsed, decoder=parsed.task not in GLUE)
     is_decoder = opened.model.architecture.is_decoder
     if is_decoder and parsed.task not in TASKS:
         raise UserError(f"--task: {parsed.task!r} needs an encoder with a classifier, and {opened.source} is a decoder")
+    if not is_decoder and parsed.task not in GLUE:
+        raise UserError(
+            f"--task: {parsed.task!r} needs a decoder, and {opened.source} is an encoder; give {', '.join(GLUE)}"
+        )
     _check_kind(parsed, opened.model)
     if parsed.split and not parsed.data:
         raise UserError("--split needs --data; without it, the task's own split is used")
     rows = read_rows((TASKS if is_decoder else GLUE)[parsed.task], parsed.data, parsed.split, parsed.limit)
-    scorer = (_continuation if is_decoder else _classification)(parsed, opened, tokenizer, rows)
+    if is_decoder:
+        scorer = _continuation(parsed, opened, tokenizer, rows, found)
+    else:
+        scorer = _classification(parsed, opened, tokenizer, rows)
     base_model, params = shared.load_params(opened, adapter)
     with console.bar("evaluating") as bar:
         score = scorer.score(base_model, params, console.reporter(bar))
@@ -72,19 +85,23 @@ def run(parsed: argparse.Namespace) -> None:
     console.say(f"every prediction is in {out}")
 
 
+_PROMPTS = ("style", "chat_template", "template_arguments")
+
+
 def _check_kind(parsed: argparse.Namespace, model: Any) -> None:
     """Raise UserError where an option is given that this kind of model cannot use."""
     kind, others = "a decoder, whose prompts are not truncated", ["max_length"]
     if not model.architecture.is_decoder:
-        kind, others = "an encoder, which has no prompts", ["method", "style", "max_new_tokens", "trained_on"]
+        kind, others = "an encoder, which has no prompts", ["method", *_PROMPTS, "max_new_tokens", "trained_on"]
     for name in others:
         if getattr(parsed, name) is not None:
             raise UserError(f"{shared.flag(name)}: {model.hf_config['model_type']} is {kind}; remove it")
 
 
-def _continuation(parsed: argparse.Namespace, opened: Any, tokenizer: Any, rows: Any) -> Any:
-    """Validate the options and return the decoder's scorer."""
-    from neuroada_jax.data.prompts import PromptStyle
+def _continuation(parsed: argparse.Namespace, opened: Any, tokenizer: Any, rows: Any, found: Any) -> Any:
+    """Validate the options and return the decoder's scorer; `found` are the prompts of its training."""
+    from neuroada_jax.adapters import prompting
+    from neuroada_jax.data.prompts import is_templated
     from neuroada_jax.data.rows import load_rows
     from neuroada_jax.evaluation import continuation
     from neuroada_jax.tasks import TASKS, overlap
@@ -93,11 +110,17 @@ def _continuation(parsed: argparse.Namespace, opened: Any, tokenizer: Any, rows:
     if parsed.trained_on:
         training_rows = continuation.convert(load_rows(parsed.trained_on), TASKS[task.suite or task.name])
         trained_on = overlap.questions(training_rows.rows)
-    style, method = PromptStyle(parsed.style or task.style), parsed.method or "generate"
+    given, method = shared.prompt_options(parsed), parsed.method or "generate"
     if method == "choices" and parsed.max_new_tokens is not None:
         raise UserError("--max-new-tokens: method choices generates nothing; remove it")
+    related = found.form is not None and task.is_related(TASKS.get(found.form.task, task))
+    chosen = given._replace(style=given.style or (None if related else task.style))
+    asked = prompting.resolve(found, chosen, opened, tokenizer, default=task.style, spell=shared.flag)
+    if not any(is_templated(row, asked.form) for row in rows.rows):
+        asked = prompting.without_chats(asked, given, tokenizer, shared.flag)
+    prompting.say(asked, found, given, tokenizer, shared.flag)
     options = continuation.Options(
-        style, method, parsed.max_new_tokens, batch_size=parsed.batch_size, trained_on=trained_on
+        asked.form, method, parsed.max_new_tokens, batch_size=parsed.batch_size, trained_on=trained_on
     )
     return continuation.ContinuationScorer.prepare(opened, tokenizer, rows, task, options)
 

@@ -14,12 +14,7 @@ def add(commands: shared.Commands) -> None:
     parser.add_argument(
         "--prompt", required=True, action="append", metavar="TEXT", help="text to continue; may be repeated"
     )
-    parser.add_argument(
-        "--style",
-        default="verbatim",
-        metavar="STYLE",
-        help="prompt style: plain, alpaca, chat or verbatim (default)",
-    )
+    shared.add_prompt_form(parser, "that of the training, else verbatim")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="longest continuation (default: 64)")
     parser.add_argument(
         "--stop",
@@ -52,19 +47,25 @@ def add(commands: shared.Commands) -> None:
 
 def run(parsed: argparse.Namespace) -> None:
     """Continue the prompts and print the texts."""
+    from neuroada_jax.adapters import prompting
     from neuroada_jax.generation.sampling import Decoding
     from neuroada_jax.generation.texts import continue_texts
 
     fields = {field.name: getattr(parsed, field.name) for field in dataclasses.fields(Decoding)}
     decoding = Decoding(**{**fields, "stop": tuple(parsed.stop)})
+    options = shared.prompt_options(parsed)
     opened, tokenizer, adapter = shared.open_model(parsed)
+    found = prompting.recorded(opened, adapter, parsed.adapter)
+    asked = prompting.resolve(found, options, opened, tokenizer, spell=shared.flag)
+    asked = prompting.without_chats(asked, options, tokenizer, shared.flag)
+    prompting.say(asked, found, options, tokenizer, shared.flag)
     base_model, params = shared.load_params(opened, adapter)
     texts = continue_texts(
         base_model,
         params,
         tokenizer,
         parsed.prompt,
-        form=parsed.style,
+        form=asked.form,
         max_new_tokens=parsed.max_new_tokens,
         decoding=decoding,
     )

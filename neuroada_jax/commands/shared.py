@@ -1,7 +1,7 @@
 """Options and checks that several commands share."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,43 @@ def add_model(parser: argparse.ArgumentParser, *, adapter_required: bool = False
     )
     parser.add_argument("--adapter", metavar="ADAPTER", required=adapter_required, help=ADAPTER_HELP)
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: the adapter's, else auto)")
+
+
+def add_prompt_form(parser: Any, style: str) -> None:
+    """Add the options of the form of prompts to a parser or group; `style` says which style is the default."""
+    parser.add_argument(
+        "--style", metavar="STYLE", help=f"prompt style: plain, alpaca, chat or verbatim (default: {style})"
+    )
+    parser.add_argument(
+        "--chat-template",
+        metavar="FILE",
+        help="chat template (default: that of the training, else the tokenizer's)",
+    )
+    parser.add_argument(
+        "--template-arguments",
+        metavar="MAPPING",
+        help="variables of the chat template, as JSON or YAML: '{enable_thinking: false}' (default: those of the training)",
+    )
+
+
+def prompt_options(parsed: argparse.Namespace) -> Any:
+    """Return the options of `add_prompt_form`.
+
+    Raises:
+      UserError: template arguments that are no mapping.
+    """
+    from neuroada_jax.adapters.prompting import Options
+    from neuroada_jax.data.prompts import PromptStyle
+    from neuroada_jax.training.config_file import parse_yaml
+
+    arguments = None
+    if parsed.template_arguments is not None:
+        arguments = parse_yaml(parsed.template_arguments, "--template-arguments")
+        if not isinstance(arguments, Mapping):
+            raise UserError(
+                f"--template-arguments: expected a mapping as JSON or YAML, found {parsed.template_arguments!r}"
+            )
+    return Options(parsed.style and PromptStyle(parsed.style), parsed.chat_template, arguments)
 
 
 def check_minimum(parsed: argparse.Namespace, **minima: int) -> None:

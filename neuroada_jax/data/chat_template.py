@@ -99,7 +99,7 @@ class ChatTemplate:
         self._tokenizer, self._arguments = tokenizer, dict(arguments)
         self.given = source
         self._date = datetime.date.fromisoformat(date) if date else datetime.date.today()
-        default = self._default
+        default = self.source
         self._facts = _parsed(default)
         self.masked = bool(_GENERATION.search(default))
         for name in self._arguments:
@@ -112,7 +112,7 @@ class ChatTemplate:
                 )
 
     @functools.cached_property
-    def _default(self) -> str:
+    def source(self) -> str:
         """The template's text with its date."""
         return self._dated(None)
 
@@ -122,7 +122,7 @@ class ChatTemplate:
         return self._dated([])
 
     def _source(self, chat: Chat) -> str:
-        return self._default if chat.tools is None else self._for_tools
+        return self.source if chat.tools is None else self._for_tools
 
     def _dated(self, tools: list[Any] | None) -> str:
         """Return a template with the date as text in it.

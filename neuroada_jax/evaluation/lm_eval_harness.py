@@ -17,6 +17,7 @@ from neuroada_jax import files
 from neuroada_jax.core.trees import Tree
 from neuroada_jax.data.batches import Batch
 from neuroada_jax.data.packing import default_buckets
+from neuroada_jax.data.prompts import PromptForm, PromptStyle, chat_template
 from neuroada_jax.errors import UserError, install_line
 from neuroada_jax.evaluation.scoring import Progress
 from neuroada_jax.generation.generate import before_stop, generate
@@ -63,6 +64,7 @@ class NeuroAdaLM(TemplateLM):
         tokenizer: transformers.PreTrainedTokenizerBase,
         batch_size: int = 16,
         on_progress: Progress | None = None,
+        form: PromptForm | None = None,
     ) -> None:
         """Wrap a model.
 
@@ -72,10 +74,12 @@ class NeuroAdaLM(TemplateLM):
           tokenizer: the model's.
           batch_size: texts at a time.
           on_progress: called with (requests done, requests in all) for each kind of request.
+          form: of the prompts that the model was trained on: its end tokens, and its template for `--apply-chat-template`.
         """
         super().__init__()
         self.base_model, self.params, self.tokenizer = base_model, params, tokenizer
         self.batch_size, self.on_progress = batch_size, on_progress
+        self.form = form or PromptForm(PromptStyle.CHAT)
         self.max_length: int = base_model.model.config.max_positions
 
     @property
@@ -98,9 +102,11 @@ class NeuroAdaLM(TemplateLM):
         """Return the text of a conversation, for `--apply-chat-template`."""
         text: Any = self.tokenizer.apply_chat_template(
             chat_history,
+            chat_template=chat_template(self.form, self.tokenizer, "--apply-chat-template").source,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
+            **self.form.template_arguments,
         )
         return text
 
@@ -180,7 +186,9 @@ class NeuroAdaLM(TemplateLM):
                 self.base_model.model,
                 self.params,
                 prompts,
-                ending(self.base_model, self.tokenizer),  # decodes with special tokens, as in lm-eval's search for stops
+                ending(
+                    self.base_model, self.tokenizer, self.form
+                ),  # decodes with special tokens, as in lm-eval's search for stops
                 max_new_tokens=new_tokens,
                 decoding=Decoding(stop=until),
                 batch_size=self.batch_size,
