@@ -268,7 +268,7 @@ def load(source: str | Path, dtype: Any = "auto", *, adapter: str | Path | None 
     about = {} if trained is None else trained.metadata["base"]
     chosen = about.get("dtype", "auto") if dtype == "auto" else dtype
     opened, tokenizer = open_with_tokenizer(str(source), chosen, native.labels_of(about))
-    found = prompting.recorded(opened, trained, adapter and str(adapter))
+    found = prompting.recorded(opened, trained, None if adapter is None else str(adapter))
     if opened.model.architecture.is_decoder:  # before the weights, which take longer
         none = prompting.Options()
         prompting.say(prompting.resolve(found, none, opened, tokenizer), found, none, tokenizer)

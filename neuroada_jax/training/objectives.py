@@ -121,7 +121,7 @@ class Continuation:
         section = config.data
         self._config = config
         self._trained_on: frozenset[str] = frozenset()  # the questions of the training rows
-        self._only_chats = False
+        self._chats, self._only_chats = 0, False  # of the training rows
         # As the rows are encoded; `form` is what an adapter records of it.
         self._form = self.form = PromptForm(
             style=PromptStyle(section.style or TASKS[section.task].style),
@@ -138,7 +138,7 @@ class Continuation:
             report = console.reporter(shown)
             examples = encode(rows, self._form, tokenizer, config.data.max_length, report, learn=config.data.learn)
         self._form = dataclasses.replace(self._form, end_tokens=examples.end_tokens)
-        self.form = self._recorded(rows, tokenizer)
+        self.form = self._recorded(tokenizer)
         _say_prompts(self.form, examples, "data.chat_template" if config.data.chat_template else "the tokenizer")
         console.say(
             f"{len(examples)} examples of {len(rows)} rows, {int(examples.lengths.sum())} tokens, "
@@ -161,10 +161,10 @@ class Continuation:
             )
         return batches
 
-    def _recorded(self, rows: Rows, tokenizer: Any) -> PromptForm:
+    def _recorded(self, tokenizer: Any) -> PromptForm:
         """Return the form for adapters: style chat where all rows are chats, and the template's text if it was used."""
         form = self._form
-        if not any(is_templated(row, form) for row in rows.rows):
+        if not self._chats and form.style is not PromptStyle.CHAT:
             return dataclasses.replace(form, chat_template=None, template_arguments={}, date=None)
         return dataclasses.replace(
             form,
@@ -176,25 +176,25 @@ class Continuation:
         """Return the rows in their task's form, without those that `data.drop_overlap` drops; see `Objective`."""
         rows = self._without_overlap(held_out, rows)
         self._trained_on = overlap.questions(rows.rows)
-        self._only_chats = all(is_chat(row) for row in rows.rows)
+        self._chats = sum(is_chat(row) for row in rows.rows)
+        self._only_chats = self._chats == len(rows)
         self._check_chat_options(held_out, rows)
         return rows
 
     def _check_chat_options(self, held_out: Mapping[str, Rows], rows: Rows) -> None:
         """Refuse options for chats that would have no effect."""
         section = self._config.data
-        used = any(is_templated(row, self._form) for row in rows.rows) or any(
-            is_templated(row, self._style(each))
-            for each in self._config.evaluation.sets
-            for row in held_out[each.name].rows
-        )
-        given = {"chat_template": section.chat_template, "template_arguments": section.template_arguments}
-        for name in (name for name, value in given.items() if value and not used):
-            raise UserError(f"data.{name}: no row is a chat and no style is chat, so no chat template is used; remove it")
-        if section.learn != "all" and not any(is_chat(row) for row in rows.rows):
+        if section.learn != "all" and not self._chats:
             raise UserError(
                 f"data.learn: {section.learn!r} is for chats, and none of the {len(rows)} rows is one; remove it"
             )
+        given = {"chat_template": section.chat_template, "template_arguments": section.template_arguments}
+        name = next((name for name, value in given.items() if value), None)
+        if name is None or self._chats or self._form.style is PromptStyle.CHAT:
+            return
+        styles = {each.name: self._style(each) for each in self._config.evaluation.sets}
+        if not any(is_templated(row, styles[each]) for each, asked in held_out.items() for row in asked.rows):
+            raise UserError(f"data.{name}: no row is a chat and no style is chat, so no chat template is used; remove it")
 
     def _without_overlap(self, held_out: Mapping[str, Rows], rows: Rows | None) -> Rows:
         section = self._config.data
