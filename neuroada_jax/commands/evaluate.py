@@ -51,7 +51,7 @@ def run(parsed: argparse.Namespace) -> None:
     if parsed.task is None:
         parsed.task = (found.form and found.form.task) or "instruct"
         if parsed.task not in TASKS | GLUE:
-            raise UserError(f"{found.where}: {unknown(parsed.task)}; --task chooses another")
+            raise UserError(f"{found.where}: this command has no rows of task {parsed.task!r}; --task chooses another")
     out = Path(parsed.out or f"runs/evaluate/{parsed.task}.jsonl")
     files.check_writable(out)
     is_decoder = opened.model.architecture.is_decoder
