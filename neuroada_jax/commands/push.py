@@ -64,9 +64,10 @@ def _notes(found: Any, base: Any) -> list[str]:
     """Return what the user may want to change before others see it."""
     notes = []
     if base.hub_id is None and base.name:
+        kind = "in a Python package" if base.name.startswith("package:") else "a local one"
         notes.append(
-            f"the adapter's base model is a local one, called {base.name} in what is shared; if it is on the hub, say so: "
-            "--base-model USER/NAME"
+            f"the base model is {kind}, called {base.name} in what is shared; if the hub has it with the same weights, "
+            "name it: --base-model USER/NAME"
         )
     if found.results is None:
         notes.append("no results.json beside the adapter, so that the model card has no scores")

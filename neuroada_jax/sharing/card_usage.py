@@ -35,7 +35,7 @@ def sections(repository: str, base: Base, adapter: native.Adapter, is_decoder: b
         lines += block(f'neuroada generate --adapter {repository}{option} --prompt "..."', "bash")
         call = 'tuned.generate(["..."])'
     else:
-        lines += block(f"neuroada evaluate --adapter {repository}{option} --task TASK --data test.jsonl", "bash")
+        lines += block(f'neuroada classify --adapter {repository}{option} --text "..."', "bash")
         call = 'tuned.predict(["..."])'
     python = [
         "import neuroada_jax as na",

