@@ -399,16 +399,16 @@ def test_every_command_and_option_is_found_by_a_name_with_two_letters_swapped(ca
         for option in options:
             found = usage_error(capsys, name, f"{swapped(option)}=1")
             # --process is as near to --processes.
-            assert found.startswith(f"no option {swapped(option)}; did you mean '{option}") and found.endswith(
-                f"{name} --help"
-            )
+            assert found.startswith(
+                f"unrecognized arguments: {swapped(option)}; did you mean '{option}"
+            ) and found.endswith(f"{name} --help")
 
 
 def test_a_field_that_is_written_as_an_option_is_explained(capsys):
     written = usage_error(capsys, "train", "run.yaml", "--max-length", 9)
     assert (
         written
-        == "no option --max-length; a field of the config is written data.max_length=VALUE; see neuroada train --help"
+        == "unrecognized arguments: --max-length; a field of the config is written data.max_length=VALUE; see neuroada train --help"
     )
     assert "written training.steps=VALUE;" in usage_error(capsys, "plan", "run.yaml", "--training-steps=9")
     assert "optimizer.learning_rate=VALUE or classifier.learning_rate=VALUE" in usage_error(

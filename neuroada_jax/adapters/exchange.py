@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from neuroada_jax import console
 from neuroada_jax.adapters import hub, native, official, on_base, peft, verification
+from neuroada_jax.adapters.base_model import open_base
 from neuroada_jax.core import trees
 from neuroada_jax.core.trees import Tree
 from neuroada_jax.errors import UserError
@@ -48,18 +49,20 @@ def export_adapter(
     adapter = hub.read(source)
     form = native.form_of(adapter)
     trained_on = adapter.metadata["base"]
-    where = model or trained_on.get("source")
-    if not where:
-        raise UserError(f"{source}: adapter.json names no base model; give --model")
     merges = verify or to_format == "huggingface"
     labels = native.labels_of(trained_on)
-    opened = open_model(where, dtype or trained_on.get("dtype") or "auto", config_only=not merges, labels=labels)
+    chosen = dtype or trained_on.get("dtype") or "auto"
+    opened = open_base(
+        adapter, source, model, lambda where: open_model(where, chosen, config_only=not merges, labels=labels)
+    )
     merged_dtype = jnp.dtype(opened.model.config.dtype)
     tokenizer = None
     if to_format == "huggingface":
         stored = opened.model.hf_config.get("dtype") or opened.model.hf_config.get("torch_dtype")
         # Nothing is rounded before the merge: weights are loaded as bfloat16 only if they are stored in it.
-        opened, tokenizer = open_with_tokenizer(where, merged_dtype.name if stored == "bfloat16" else "float32", labels)
+        opened, tokenizer = open_with_tokenizer(
+            opened.source, merged_dtype.name if stored == "bfloat16" else "float32", labels
+        )
         if form is not None:  # before the weights, which take longer
             prompt_form.end_ids(form, tokenizer, opened.source)
     base_model = load_with_progress(opened) if merges else None

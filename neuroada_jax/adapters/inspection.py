@@ -8,6 +8,7 @@ import numpy as np
 
 from neuroada_jax import console
 from neuroada_jax.adapters import hub, native, official, peft
+from neuroada_jax.adapters.base_model import located
 from neuroada_jax.core import bypass
 from neuroada_jax.pretrained.load import open_model
 
@@ -73,6 +74,7 @@ def inspect_adapter(path: str) -> dict[str, Any]:
         "kind": "adapter",
         "path": path,
         "base": base_model.get("source"),
+        "base_path": located(adapter, path),
         **about,
         "dense_parameters": sorted(adapter.dense_parameters),
         **_totals(rows, base_model.get("parameters")),

@@ -10,6 +10,7 @@ Tensors are unstacked and named by Hugging Face module path:
 import datetime
 import importlib.metadata
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -112,8 +113,16 @@ def write(directory: Path, adapter: Adapter, *, replace: bool = False) -> None:
     with files.new_directory(directory, replace=replace) as temporary:
         path = temporary / "adapter.safetensors"
         safetensors.numpy.save_file(tensors, str(path), metadata={"format": FORMAT})
-        metadata = adapter.metadata | {"digest": _digest(path)}
+        metadata = adapter.metadata | {"base": _relative_to(directory, adapter.metadata["base"]), "digest": _digest(path)}
         (temporary / "adapter.json").write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")
+
+
+def _relative_to(directory: Path, base_model: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a base model's metadata with the path of a local one as seen from the adapter: both may move together."""
+    kept = {key: value for key, value in base_model.items() if key != "relative"}
+    if not os.path.exists(kept.get("absolute", "")):
+        return kept
+    return kept | {"relative": os.path.relpath(os.path.realpath(kept["absolute"]), os.path.realpath(directory))}
 
 
 def _digest(path: Path) -> str:
@@ -165,6 +174,9 @@ def _check_metadata(path: Path, metadata: dict[str, Any]) -> None:
     source, dtype = base_model.get("source", ""), base_model.get("dtype", "float32")
     if not isinstance(source, str) or dtype not in ("float32", "bfloat16"):
         raise UserError(f"{path}: base has source {source!r} and dtype {dtype!r}, expected text, and float32 or bfloat16")
+    for name in ("absolute", "relative"):  # absent where the base is not local, and in 0.1
+        if not isinstance(base_model.get(name, ""), str):
+            raise UserError(f"{path}: base.{name}: expected a path, found {base_model[name]!r}")
     for name, number in {"base.parameters": base_model.get("parameters", 1), **inputs}.items():
         if not isinstance(number, int) or number < 1:
             raise UserError(f"{path}: {name} is {number!r}, expected a positive integer")

@@ -15,6 +15,7 @@ import numpy as np
 
 from neuroada_jax import models
 from neuroada_jax.adapters import native
+from neuroada_jax.adapters.base_model import place
 from neuroada_jax.adapters.native import Adapter, Selection
 from neuroada_jax.core import bypass, trees
 from neuroada_jax.core.bypass import Bypass
@@ -48,7 +49,7 @@ def assemble(
     shapes = base_model.model.linear_maps()
     is_decoder = base_model.model.architecture.is_decoder
     about = {
-        "source": base_model.source,
+        **place(base_model),
         "dtype": jnp.dtype(base_model.model.config.dtype).name,
         "model_type": base_model.model.hf_config["model_type"],
         "labels": classifier_labels(base_model),

@@ -70,7 +70,7 @@ class MainParser(Parser):
                 continue
             takes_overrides = any(action.dest == "overrides" for action in parser._actions)
             as_override = _override(option) if takes_overrides else ""
-            parser.error(f"no option {option}{as_override or _nearest(option, known)}")
+            parser.error(f"unrecognized arguments: {option}{as_override or _nearest(option, known)}")
 
 
 def _summary(parser: argparse.ArgumentParser) -> str:

@@ -102,19 +102,27 @@ def open_model(parsed: argparse.Namespace, *, decoder: bool = True) -> tuple[Any
     Raises:
       UserError: no model is named, it cannot be opened, or it is an encoder where `decoder` is set.
     """
-    from neuroada_jax.adapters import hub, native
+    from neuroada_jax.adapters import base_model, hub, native
     from neuroada_jax.pretrained.load import open_with_tokenizer
 
     check_results(parsed.adapter, parsed.model)
     adapter = hub.read(parsed.adapter) if parsed.adapter else None
     base = adapter.metadata.get("base", {}) if adapter else {}
-    source = parsed.model or base.get("source")
-    if not source:
+    if not parsed.model and not adapter:
         raise UserError("give --model, or an --adapter that names its base model")
-    opened, tokenizer = open_with_tokenizer(source, parsed.dtype or base.get("dtype") or "auto", native.labels_of(base))
+
+    def open_source(source: str) -> tuple[Any, Any]:
+        return open_with_tokenizer(source, parsed.dtype or base.get("dtype") or "auto", native.labels_of(base))
+
+    if adapter:
+        opened, tokenizer = base_model.open_base(adapter, parsed.adapter, parsed.model, open_source)
+    else:
+        opened, tokenizer = open_source(parsed.model)
     if decoder and not opened.model.architecture.is_decoder:
         kind = opened.model.hf_config["model_type"]
-        raise UserError(f"{source}: {kind} is an encoder, which cannot continue a text; this command needs a decoder")
+        raise UserError(
+            f"{opened.source}: {kind} is an encoder, which cannot continue a text; this command needs a decoder"
+        )
     return opened, tokenizer, adapter
 
 

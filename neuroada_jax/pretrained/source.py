@@ -18,6 +18,10 @@ HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 _HUB_COPIES = ["consolidated*", "original/*"]  # second copies of the weights in Mistral and Llama repositories
 
 
+class ModelNotFound(UserError):
+    """A model that is neither on this machine nor on the hub."""
+
+
 @runtime_checkable
 class TensorSource(Protocol):
     """A checkpoint on disk, under Hugging Face tensor names."""
@@ -44,7 +48,7 @@ def resolve(source: str, files: list[str] = HUB_FILES) -> str:
       files: patterns of the files to download from the hub.
 
     Raises:
-      UserError: the path, package or file does not exist, and the source is not a hub id that can be downloaded.
+      ModelNotFound: the path, package or file does not exist, and the source is not a hub id that can be downloaded.
     """
     if source.startswith("package:"):
         return _in_package(source)
@@ -52,12 +56,12 @@ def resolve(source: str, files: list[str] = HUB_FILES) -> str:
         return source
     looks_like_hub_id = source.count("/") <= 1 and not source.startswith((".", "/", "~")) and not source.endswith(".gguf")
     if not looks_like_hub_id:
-        raise UserError(f"model {source} does not exist")
+        raise ModelNotFound(f"model {source} does not exist")
     try:
         return huggingface_hub.snapshot_download(source, allow_patterns=files, ignore_patterns=_HUB_COPIES)
     except Exception as error:  # a dozen types: offline, gated, unknown or malformed id
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
+        raise ModelNotFound(
             f"model {source!r} is neither a local path nor a model that could be downloaded; check the spelling and the "
             f"network ({reason})"
         ) from error
@@ -67,10 +71,10 @@ def _in_package(source: str) -> str:
     package, _, file = source.removeprefix("package:").partition("/")
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"model {source}: the Python package {package!r} is not installed")
+        raise ModelNotFound(f"model {source}: the Python package {package!r} is not installed")
     path = FilePath(spec.submodule_search_locations[0]) / file
     if not path.exists():
-        raise UserError(f"model {source}: the package {package!r} has no {file!r}")
+        raise ModelNotFound(f"model {source}: the package {package!r} has no {file!r}")
     return str(path)
 
 
