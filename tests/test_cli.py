@@ -406,10 +406,8 @@ def test_every_command_and_option_is_found_by_a_name_with_two_letters_swapped(ca
 
 def test_a_field_that_is_written_as_an_option_is_explained(capsys):
     written = usage_error(capsys, "train", "run.yaml", "--max-length", 9)
-    assert (
-        written
-        == "unrecognized arguments: --max-length; a field of the config is written data.max_length=VALUE; see neuroada train --help"
-    )
+    how = "a field of the config is written data.max_length=VALUE"
+    assert written == f"unrecognized arguments: --max-length; {how}; see neuroada train --help"
     assert "written training.steps=VALUE;" in usage_error(capsys, "plan", "run.yaml", "--training-steps=9")
     assert "optimizer.learning_rate=VALUE or classifier.learning_rate=VALUE" in usage_error(
         capsys, "train", "x", "--learning_rate", 1
