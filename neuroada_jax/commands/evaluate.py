@@ -39,36 +39,37 @@ def add(commands: shared.Commands) -> None:
 def run(parsed: argparse.Namespace) -> None:
     """Score the rows, print the score and write every prediction."""
     from neuroada_jax.adapters import prompting
-    from neuroada_jax.evaluation import scoring
-    from neuroada_jax.tasks import GLUE, TASKS, overlap, read_rows, unknown
+    from neuroada_jax.evaluation import class_report, scoring
+    from neuroada_jax.tasks import ENCODER_TASKS, TASKS, overlap, read_rows, unknown
     from neuroada_jax.training import report
 
-    if parsed.task is not None and parsed.task not in TASKS | GLUE:
+    if parsed.task is not None and parsed.task not in (*TASKS, *ENCODER_TASKS):
         raise UserError(f"--task: {unknown(parsed.task)}")
     shared.check_minimum(parsed, limit=1, max_new_tokens=1, max_length=1, batch_size=1)
     opened, tokenizer, adapter = shared.open_model(parsed, decoder=parsed.task in TASKS)
     found = prompting.recorded(opened, adapter, parsed.adapter)
     if parsed.task is None:
         parsed.task = (found.form and found.form.task) or "instruct"
-        if parsed.task not in TASKS | GLUE:
+        if parsed.task not in (*TASKS, *ENCODER_TASKS):
             raise UserError(f"{found.where}: this command has no rows of task {parsed.task!r}; --task chooses another")
     out = Path(parsed.out or f"runs/evaluate/{parsed.task}.jsonl")
     files.check_writable(out)
     is_decoder = opened.model.architecture.is_decoder
     if is_decoder and parsed.task not in TASKS:
         raise UserError(f"--task: {parsed.task!r} needs an encoder with a classifier, and {opened.source} is a decoder")
-    if not is_decoder and parsed.task not in GLUE:
+    if not is_decoder and parsed.task not in ENCODER_TASKS:
         raise UserError(
-            f"--task: {parsed.task!r} needs a decoder, and {opened.source} is an encoder; give {', '.join(GLUE)}"
+            f"--task: {parsed.task!r} needs a decoder, and {opened.source} is an encoder; give {', '.join(ENCODER_TASKS)}"
         )
     _check_kind(parsed, opened.model)
     if parsed.split and not parsed.data:
         raise UserError("--split needs --data; without it, the task's own split is used")
-    rows = read_rows((TASKS if is_decoder else GLUE)[parsed.task], parsed.data, parsed.split, parsed.limit)
+    task: Any = TASKS[parsed.task] if is_decoder else _encoder_task(parsed.task, found.form, opened)
+    rows = read_rows(task, parsed.data, parsed.split, parsed.limit)
     if is_decoder:
         scorer = _continuation(parsed, opened, tokenizer, rows, found)
     else:
-        scorer = _classification(parsed, opened, tokenizer, rows)
+        scorer = _classification(parsed, opened, tokenizer, rows, task)
     base_model, params = shared.load_params(opened, adapter)
     with console.bar("evaluating") as bar:
         score = scorer.score(base_model, params, console.reporter(bar))
@@ -79,6 +80,10 @@ def run(parsed: argparse.Namespace) -> None:
             report.print_scores({}, {parsed.task: score})
     finally:
         scoring.write_predictions(out, score)
+    if score.classes is not None:
+        class_report.confusion_picture(
+            out.with_name(f"confusion-{out.stem}.png"), score.classes, f"{rows.source}, {score.n} rows"
+        )
     note = overlap.known(parsed.task) if is_decoder and score.overlap is None else None
     if note:
         console.say(note)
@@ -125,10 +130,23 @@ def _continuation(parsed: argparse.Namespace, opened: Any, tokenizer: Any, rows:
     return continuation.ContinuationScorer.prepare(opened, tokenizer, rows, task, options)
 
 
-def _classification(parsed: argparse.Namespace, opened: Any, tokenizer: Any, rows: Any) -> Any:
+def _encoder_task(name: str, form: Any, opened: Any) -> Any:
+    """Return an encoder's task; one on own rows has the columns of the training, else text and label."""
+    from neuroada_jax.adapters import on_base
+    from neuroada_jax.data.prompts import PromptForm
+    from neuroada_jax.tasks import GLUE
+    from neuroada_jax.tasks.classification import LABEL, TEXT, trained_task
+
+    if name in GLUE:
+        return GLUE[name]
+    known = form is not None and form.task == name and form.text
+    asked = form if known else PromptForm(task=name, text=(TEXT,), label=LABEL)
+    return trained_task(asked, on_base.classifier_labels(opened) or [])
+
+
+def _classification(parsed: argparse.Namespace, opened: Any, tokenizer: Any, rows: Any, task: Any) -> Any:
     """Validate the options and return the encoder's scorer."""
     from neuroada_jax.evaluation import classification
-    from neuroada_jax.tasks import GLUE
 
     positions = opened.model.config.max_positions
     missing = opened.missing() if not parsed.adapter else []
@@ -137,7 +155,7 @@ def _classification(parsed: argparse.Namespace, opened: Any, tokenizer: Any, row
     if parsed.max_length is not None and parsed.max_length > positions:
         raise UserError(f"--max-length: found {parsed.max_length}, expected 1 to the model's {positions} positions")
     options = {"max_length": parsed.max_length or positions, "batch_size": parsed.batch_size}
-    return classification.ClassificationScorer.prepare(opened, tokenizer, rows, GLUE[parsed.task], **options)
+    return classification.ClassificationScorer.prepare(opened, tokenizer, rows, task, **options)
 
 
 def _summary(score: Any) -> dict[str, Any]:
@@ -153,4 +171,5 @@ def _summary(score: Any) -> dict[str, Any]:
         **{f"{name}_interval": interval for name, interval in score.beside_intervals.items()},
         **{name: count for name, count in counts.items() if count is not None},
         **({"parts": parts} if parts else {}),
+        **({"classes": score.classes.to_json()} if score.classes else {}),
     }

@@ -151,6 +151,11 @@ def label_classes(base_model: OpenedModel, task: ClassificationTask) -> list[int
             f"task {task.name!r} has {len(task.labels)} label(s) ({', '.join(task.labels)}), "
             f"and the classifier of {base_model.source} has {count}"
         )
+    if task.is_regression != (count == 1):
+        learnt = "a number" if task.is_regression else "classes"
+        raise UserError(
+            f"task {task.name!r} is about {learnt}, and the classifier of {base_model.source} has {count} label(s)"
+        )
     if task.is_regression:
         return [0]
     if is_multilabel(base_model) != task.is_multilabel:

@@ -11,10 +11,20 @@ from neuroada_jax import console
 from neuroada_jax.errors import install_line
 from neuroada_jax.evaluation.class_report import ClassReport
 from neuroada_jax.evaluation.scoring import Score
-from neuroada_jax.tasks import TASKS
+from neuroada_jax.tasks import ENCODER_TASKS, GLUE, TASKS
 from neuroada_jax.training.config import RunConfig
 
-_WRITTEN = ("adapter", "merged", "checkpoints", "config.yaml", "results.json", "metrics.jsonl", "loss.png", "predictions-*")
+_WRITTEN = (
+    "adapter",
+    "merged",
+    "checkpoints",
+    "config.yaml",
+    "results.json",
+    "metrics.jsonl",
+    "loss.png",
+    "predictions-*",
+    "confusion-*",
+)
 
 
 def percent(value: float | None, interval: Sequence[float] | None = None) -> str:
@@ -131,6 +141,10 @@ def print_next_steps(config: RunConfig) -> None:
     steps = [["evaluate", "--adapter", adapter, *_evaluation_rows(config)]]
     if config.data.task in TASKS:  # a decoder
         steps.insert(0, ["generate", "--adapter", adapter, "--prompt", "..."])
+    elif config.data.task in ENCODER_TASKS:
+        texts = GLUE[config.data.task].texts if config.data.task in GLUE else config.data.text
+        pair = ["--text-pair", "..."] if not isinstance(texts, str | None) and len(texts) == 2 else []
+        steps.insert(0, ["classify", "--adapter", adapter, "--text", "...", *pair])
     if config.merge:
         steps.append(["export", adapter, "--to", "peft-shira", "--out", str(runs[0] / "peft")])
     else:

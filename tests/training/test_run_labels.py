@@ -135,6 +135,31 @@ def test_classify_texts(trained, labelled, capsys):
     assert code == 0 and f"{found[0]['label']} {found[0]['probability']:.3f}" in out
 
 
+def test_evaluate_knows_task_columns_and_labels(trained, folder, tmp_path, capsys):
+    want = json.loads((trained / "results.json").read_text())["after"]["dev"]
+    out = tmp_path / "dev.jsonl"
+    for model in (["--adapter", trained / "adapter"], ["--model", trained / "merged", "--task", "classification"]):
+        code, printed, _ = neuroada(capsys, "evaluate", *model, "--data", folder / "dev.csv", "--out", out, "--json")
+        found = json.loads(printed)
+        assert code == 0 and found["task"] == "classification" and found["classes"] == want["classes"]
+        assert (found["value"], found["macro_f1"]) == (want["value"], want["beside"]["macro_f1"])
+    assert len(lines(out)) == 10 and (tmp_path / "confusion-dev.png").exists()
+    code, _, err = neuroada(capsys, "evaluate", "--adapter", trained / "adapter")
+    assert code == 2 and "task 'classification' has no rows of its own; name them in `data`" in err
+    for task, message in (
+        ("regression", "task 'regression' is about a number, and the classifier of"),
+        ("multilabel", "task 'multilabel' has any number of labels an example, and the classifier of"),
+        ("mrpc", "no column 'sentence1', which task 'mrpc' names"),
+        ("instruct", "needs a decoder"),
+    ):
+        rows = write_lines(tmp_path / "rows.jsonl", [{"text": "a", "label": ["sales"] if task == "multilabel" else 1}])
+        code, _, err = neuroada(capsys, "evaluate", "--adapter", trained / "adapter", "--data", rows, "--task", task)
+        assert code == 2 and message in err.splitlines()[-1], err
+    strange = write_csv(tmp_path / "strange.csv", [{"text": "a", "label": "refunds"}])
+    code, _, err = neuroada(capsys, "evaluate", "--adapter", trained / "adapter", "--data", strange)
+    assert code == 2 and "strange.csv:2: label 'refunds', expected one of billing, delivery, login, other, sales" in err
+
+
 def test_transformers_has_the_same_labels(trained, labelled):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("torch")
