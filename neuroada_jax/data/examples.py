@@ -88,8 +88,7 @@ def encode(
     The tokens of a prompt are those of `encode_prompt`, and all tokens after them are labels: where a token of the complete
     text would span the border, prompt and completion are tokenised separately. An example ends with one EOS, which is a
     label too; a chat ends with the end-of-turn token of its last learnt turn instead, where the template has one. Tokens
-    after the last label are dropped, since nothing is learnt from them. Then the example is truncated on the right to
-    max_length tokens.
+    after the last label are dropped. Then the example is truncated on the right to max_length tokens.
 
     Args:
       rows: to tokenise.
@@ -107,8 +106,7 @@ def encode(
     if not isinstance(rows, Rows):
         rows = rows_from_list([dict(row) for row in rows])
     form, example_tokenizer = PromptForm.of(form), ExampleTokenizer(tokenizer)
-    ids, labels, numbers, ends = [], [], [], set[int]()
-    count: Counter[str] = Counter()
+    ids, labels, numbers, ends, count = [], [], [], set[int](), Counter[str]()
     template: ChatTemplate | None = None
     for first in range(0, len(rows), CHUNK):
         chunk = range(first, min(first + CHUNK, len(rows)))
