@@ -34,7 +34,7 @@ _ELSEWHERE = {
 
 def fine_tune(
     model: PretrainedModel,
-    rows: str | Path | Iterable[Mapping[str, Any]],
+    rows: str | Path | Iterable[Mapping[str, Any]] | Sequence[str | Path],
     /,
     *,
     on_log: Callable[[dict[str, Any]], None] | None = None,
@@ -52,7 +52,7 @@ def fine_tune(
     Args:
       model: from `load`, without an adapter. A decoder lends its weights to the run and has them back afterwards; if the
         training ends early, after its first step, they are lost and the model is closed.
-      rows: a file, a directory of `datasets`, a hub name, or rows in memory: dicts, a `datasets.Dataset`
+      rows: a file, a directory of `datasets`, a hub name, a list of these, or rows in memory: dicts, a `datasets.Dataset`
         or a pandas `DataFrame`.
       on_log: called with every step's line of metrics, while the run holds the model's weights. What it raises ends the
         run.
@@ -132,12 +132,14 @@ def _train(model: PretrainedModel, prepared: run.Prepared, on_lines: run.OnLines
         model._give(jax.device_put(original, placement))
 
 
-def _rows(rows: object) -> tuple[str, Rows | None]:
+def _rows(rows: object) -> tuple[str | list[str], Rows | None]:
     """Return the value of data.train, and the rows if they are in memory, else None."""
     if isinstance(rows, str | Path):
         if not str(rows):
             raise UserError("fine_tune: rows: expected a path, a hub name or dicts, found an empty text")
         return str(rows), None
+    if isinstance(rows, list | tuple) and rows and all(isinstance(each, str | Path) for each in rows):
+        return [str(each) for each in rows], None
     if type(rows).__name__ == "DataFrame":  # of pandas, which is not imported here
         rows = rows.to_dict("records")  # type: ignore[attr-defined]
     if isinstance(rows, Mapping) or not isinstance(rows, Iterable):
@@ -163,7 +165,7 @@ def _options() -> dict[str, str | None]:
     return found
 
 
-def _config(model: PretrainedModel, train: str, options: Mapping[str, Any]) -> RunConfig:
+def _config(model: PretrainedModel, train: str | list[str], options: Mapping[str, Any]) -> RunConfig:
     """Return the run's config.
 
     Raises:

@@ -178,7 +178,11 @@ def next_commands(err):
 def test_a_run_ends_with_what_it_wrote_and_commands_that_work(tmp_path, inputs, neuroada):
     folder = tmp_path / "with space"
     folder.mkdir()
-    code, out, err = neuroada("train", config(folder, inputs, training={"steps": 1}), "--json")
+    rows = [folder / "a.csv", folder / "b.csv"]
+    for path in rows:
+        path.write_text("question,completion\n" + "after a,b\n" * 4)
+    data = {"train": [str(path) for path in rows], "columns": {"prompt": "question"}}
+    code, out, err = neuroada("train", config(folder, inputs, training={"steps": 1}, data=data), "--json")
     assert code == 0 and json.loads(out)["steps"] == 1
     written = next(line for line in err.splitlines() if line.startswith("wrote "))
     path, _, names = written.removeprefix("wrote ").partition(": ")

@@ -127,6 +127,11 @@ def test_files_stay_with_an_output_alone(model, tmp_path, monkeypatch):
 def test_rows_of_a_file_are_those_in_memory(model, tuned, tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", count=12)
     assert_same(na.fine_tune(model, path, **OPTIONS).adapter.values, tuned.adapter.values)
+    files = []
+    for number, part in enumerate((ROWS[:5], ROWS[5:])):
+        files.append(tmp_path / f"rows-{number}.jsonl")
+        files[-1].write_text("".join(json.dumps(row) + "\n" for row in part))
+    assert_same(na.fine_tune(model, files, **OPTIONS).adapter.values, tuned.adapter.values)
 
 
 def test_whole_sections(model, tmp_path):

@@ -124,7 +124,7 @@ def without_chats(asked: Asked, options: Options, tokenizer: Any, spell: Callabl
                 f"{spell(name)}: prompts in style {form.style.value} use no chat template; remove it, or give "
                 f"{spell('style')} chat"
             )
-    return asked._replace(form=dataclasses.replace(form, chat_template=None, template_arguments={}))
+    return asked._replace(form=dataclasses.replace(form, chat_template=None, template_arguments={}, system=None))
 
 
 def say(asked: Asked, found: Recorded, options: Options, tokenizer: Any, spell: Callable[[str], str] = str) -> None:

@@ -15,7 +15,17 @@ def add(commands: shared.Commands) -> None:
     shared.add_model(parser)
     parser.add_argument("--task", metavar="TASK", help="task of the rows (default: that of the training, else instruct)")
     parser.add_argument(
-        "--data", metavar="ROWS", help="file, directory of files or `datasets`, or hub name (default: the task's own rows)"
+        "--data",
+        nargs="+",
+        metavar="ROWS",
+        help="files, directories of files or of `datasets`, or hub names (default: the task's own rows)",
+    )
+    parser.add_argument(
+        "--columns",
+        nargs="+",
+        default=[],
+        metavar="FIELD=COLUMN",
+        help="columns of --data under the names that the task reads",
     )
     parser.add_argument("--split", metavar="NAME", help="split of --data, where it has several (default: test)")
     parser.add_argument("--limit", type=int, metavar="N", help="score the first N rows only")
@@ -65,7 +75,7 @@ def run(parsed: argparse.Namespace) -> None:
     if parsed.split and not parsed.data:
         raise UserError("--split needs --data; without it, the task's own split is used")
     task: Any = TASKS[parsed.task] if is_decoder else _encoder_task(parsed.task, found.form, opened)
-    rows = read_rows(task, parsed.data, parsed.split, parsed.limit)
+    rows = read_rows(task, parsed.data, parsed.split, parsed.limit, _columns(parsed))
     if is_decoder:
         scorer = _continuation(parsed, opened, tokenizer, rows, found)
     else:
@@ -88,6 +98,30 @@ def run(parsed: argparse.Namespace) -> None:
     if note:
         console.say(note)
     console.say(f"every prediction is in {out}")
+
+
+def _columns(parsed: argparse.Namespace) -> dict[str, str]:
+    """Return --columns as a mapping.
+
+    Raises:
+      UserError: an item without "=", a field that the task does not read, or columns without --data.
+    """
+    from neuroada_jax.tasks import wrong_columns
+
+    columns: dict[str, str] = {}
+    for each in parsed.columns:
+        field, equals, column = each.partition("=")
+        if not (field and equals and column):
+            raise UserError(f"--columns: found {each!r}, expected FIELD=COLUMN such as prompt=question")
+        if field in columns:
+            raise UserError(f"--columns: field {field!r} is given twice, expected one column for each field")
+        columns[field] = column
+    message = wrong_columns(parsed.task, columns) if columns else None
+    if message:
+        raise UserError(f"--columns: {message}")
+    if columns and not parsed.data:
+        raise UserError("--columns needs --data; without it, the task's own rows are read")
+    return columns
 
 
 _PROMPTS = ("style", "chat_template", "template_arguments")

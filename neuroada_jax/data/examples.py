@@ -1,5 +1,6 @@
 """From rows to examples: token ids with either some of the tokens as labels, or one label for each example."""
 
+import array
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int32, Int64, Num
 
 from neuroada_jax.data.chat_template import ChatTemplate
-from neuroada_jax.data.example_tokenizer import ExampleTokenizer
+from neuroada_jax.data.example_tokenizer import Encoded, ExampleTokenizer
 from neuroada_jax.data.prompts import PromptForm, PromptStyle, chat_template, is_templated, render_examples, render_prompt
 from neuroada_jax.data.rows import Rows, rows_from_list
 from neuroada_jax.errors import UserError
@@ -105,8 +106,7 @@ def encode(
         raise UserError(f"max_length: found {max_length}, expected at least 2 (the first token is never a label)")
     if not isinstance(rows, Rows):
         rows = rows_from_list([dict(row) for row in rows])
-    form, example_tokenizer = PromptForm.of(form), ExampleTokenizer(tokenizer)
-    ids, labels, numbers, ends, count = [], [], [], set[int](), Counter[str]()
+    form, example_tokenizer, done = PromptForm.of(form), ExampleTokenizer(tokenizer), _Collected(max_length)
     template: ChatTemplate | None = None
     for first in range(0, len(rows), CHUNK):
         chunk = range(first, min(first + CHUNK, len(rows)))
@@ -120,40 +120,86 @@ def encode(
         ]
         coded = example_tokenizer.examples([each for _, each in rendered], [rows.where(i) for i, _ in rendered])
         for i, parts in groupby(zip(rendered, coded, strict=True), key=lambda pair: pair[0][0]):
-            encoded = [each for _, examples in parts for each in examples]
-            count["split"] += len(encoded) > 1
-            count["crossed"] += any(each.crossed for each in encoded)
-            count["unended"] += not all(each.ends for each in encoded)
-            for each in encoded:
-                ends |= each.ends
-                kept = each.is_label[:max_length].nonzero()[0]
-                if not len(kept):
-                    continue
-                count["truncated"] += len(each.ids) > max_length
-                ids.append(each.ids[: kept[-1] + 1])
-                labels.append(each.is_label[: kept[-1] + 1])
-                numbers.append(i)
+            done.add(i, [each for _, examples in parts for each in examples])
+        done.close_chunk()
         if on_progress is not None:
             on_progress(chunk.stop, len(rows))
-    if not ids:
+    if not done.numbers:
         raise UserError(
             f"{rows.source}: none of {len(rows)} rows has a completion token within max_length {max_length}; "
             "expected a larger max_length or shorter prompts"
         )
-    offsets = np.concatenate([[0], np.cumsum([len(one) for one in ids])]).astype(np.int64)
+    numbers = np.array(done.numbers, np.int32)
     return Examples(
-        token_ids=np.concatenate(ids),
-        is_label=np.concatenate(labels),
-        row_numbers=np.array(numbers, np.int32),
-        offsets=offsets,
-        truncated=count["truncated"],
-        dropped=len(rows) - len(set(numbers)),
-        end_tokens=tuple(example_tokenizer.text_of(each) for each in sorted(ends)),
-        split_rows=count["split"],
-        crossings=count["crossed"],
-        unended=count["unended"],
+        token_ids=_joined(done.ids),
+        is_label=_joined(done.labels),
+        row_numbers=numbers,
+        offsets=np.concatenate([[0], np.cumsum(done.lengths, dtype=np.int64)]),
+        truncated=done.count["truncated"],
+        dropped=len(rows) - len(np.unique(numbers)),
+        end_tokens=tuple(example_tokenizer.text_of(each) for each in sorted(done.ends)),
+        split_rows=done.count["split"],
+        crossings=done.count["crossed"],
+        unended=done.count["unended"],
         foreign_tokens=template.foreign_tokens if template else (),
     )
+
+
+class _Collected:
+    """Tokenised examples, truncated; those of finished chunks are one array each, which needs less memory than many.
+
+    Attributes:
+      ids: of the examples with labels.
+      labels: whether each of these is one.
+      lengths: of each example.
+      numbers: the row of each example.
+      ends: tokens that end what is learnt.
+      count: of the rows that `Examples` counts.
+    """
+
+    def __init__(self, max_length: int) -> None:
+        self._max_length = max_length
+        self.ids: list[np.ndarray] = []
+        self.labels: list[np.ndarray] = []
+        self.lengths, self.numbers = array.array("i"), array.array("i")
+        self.ends: set[int] = set()
+        self.count: Counter[str] = Counter()
+        self._chunk: list[Example] = []
+
+    def add(self, number: int, encoded: Sequence[Encoded]) -> None:
+        """Add the examples of a row."""
+        self.count["split"] += len(encoded) > 1
+        self.count["crossed"] += any(each.crossed for each in encoded)
+        self.count["unended"] += not all(each.ends for each in encoded)
+        for each in encoded:
+            self.ends |= each.ends
+            kept = each.is_label[: self._max_length].nonzero()[0]
+            if not len(kept):
+                continue
+            length = int(kept[-1]) + 1
+            self.count["truncated"] += len(each.ids) > self._max_length
+            self._chunk.append((each.ids[:length], each.is_label[:length]))
+            self.lengths.append(length)
+            self.numbers.append(number)
+
+    def close_chunk(self) -> None:
+        """Join the examples since the last call."""
+        if self._chunk:
+            ids, labels = zip(*self._chunk, strict=True)
+            self.ids.append(np.concatenate(ids))
+            self.labels.append(np.concatenate(labels))
+            self._chunk = []
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    """Join arrays and free each as soon as it is copied, so that they are not in memory twice."""
+    parts.reverse()
+    result, at = np.empty(sum(map(len, parts)), parts[0].dtype), 0
+    while parts:
+        part = parts.pop()
+        result[at : at + len(part)] = part
+        at += len(part)
+    return result
 
 
 def encode_prompt(row: Mapping, form: PromptForm | PromptStyle | str, tokenizer: Any, where: str = "row") -> list[int]:

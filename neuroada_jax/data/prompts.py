@@ -10,7 +10,8 @@ from neuroada_jax.data.chats import Chat, is_chat, kind_of, read_chat
 from neuroada_jax.errors import UserError
 
 EXPECTED_FIELDS = (
-    "'messages' or 'conversations', or 'prompt' and 'completion', or 'instruction' and 'output' (and perhaps 'input')"
+    "'messages' or 'conversations', or 'prompt' and 'completion', or 'instruction' and 'output' (and perhaps 'input'), or "
+    "'text'"
 )
 _THOUGHTS_END = "</think>"
 
@@ -60,6 +61,7 @@ class PromptForm:
       date: "YYYY-MM-DD", the day that a dated chat template writes; None: today.
       task: name of the task that the rows belong to; None if unknown.
       end_tokens: the texts of the tokens that end what was learnt, each one token; a generation ends at any of them too.
+      system: text of the system message that chats without one get; None: they get none.
       text: of an encoder's task on rows of one's own, the columns of the text, or of the pair of texts.
       label: of such a task, the column of the label; None where every label has a column of its own.
       metric: of such a task, the main metric.
@@ -71,6 +73,7 @@ class PromptForm:
     date: str | None = None
     task: str | None = None
     end_tokens: tuple[str, ...] = ()
+    system: str | None = None
     text: tuple[str, ...] = ()
     label: str | None = None
     metric: str | None = None
@@ -116,7 +119,7 @@ def render_prompt(row: Mapping, form: PromptForm | PromptStyle | str, tokenizer:
       UserError: no known fields, a field that is missing or not a string, no chat template, or one that fails.
     """
     form = PromptForm.of(form)
-    chat = _chat(row, form.style, where)
+    chat = _chat(row, form, where)
     if chat is None:
         return _prompt(row, form.style, where)
     template = chat_template(form, tokenizer, where)
@@ -140,7 +143,22 @@ def chat_template(form: PromptForm, tokenizer: Any, where: str = "row") -> ChatT
 
 def is_templated(row: Mapping, form: PromptForm | PromptStyle | str) -> bool:
     """Return whether the row's text comes from the chat template."""
-    return is_chat(row) or PromptForm.of(form).style is PromptStyle.CHAT
+    return is_chat(row) or (PromptForm.of(form).style is PromptStyle.CHAT and not is_text(row))
+
+
+def is_text(row: Mapping) -> bool:
+    """Return whether the row is a text that is learnt as it is; `datasets` stores a field that a row lacks as null."""
+    others = ("prompt", "completion", "instruction", "output")
+    return "text" in row and not is_chat(row) and all(row.get(field) is None for field in others)
+
+
+def kind_of_row(row: Mapping) -> str:
+    """Return which fields a row has, in words."""
+    if is_chat(row):
+        return "a chat"
+    if is_text(row):
+        return "a text"
+    return "an instruction" if _is_instruction(row) else "a prompt"
 
 
 def render_examples(
@@ -155,7 +173,8 @@ def render_examples(
 
     A chat is one text with all its learnt turns where that text begins, up to every such turn, exactly as the turn is asked
     in a generation. Where the template writes a turn differently once later text follows (Qwen3 drops the thoughts of
-    earlier turns, Mistral moves the system text), every learnt turn becomes a text of its own.
+    earlier turns, Mistral moves the system text), every learnt turn becomes a text of its own. A row with a field `text`
+    alone is that text, learnt from its first character on, in any style; an empty one is no text.
 
     Args:
       row: as for `render_prompt`, with a completion.
@@ -169,10 +188,13 @@ def render_examples(
       UserError: as `render_prompt`, and for a missing completion, or a chat without a turn to learn.
     """
     form = PromptForm.of(form)
-    if not is_chat(row) and form.style is not PromptStyle.CHAT:
+    if is_text(row):
+        text = _string(row, "text", where)
+        return [Rendered(text, [(0, len(text))], False)] if text else []
+    if not is_templated(row, form):
         prompt, completion = _prompt(row, form.style, where), _completion(row, where)
         return [Rendered(prompt + completion, [(len(prompt), len(prompt) + len(completion))], False)]
-    chat = _chat(row, form.style, where, _completion)
+    chat = _chat(row, form, where, _completion)
     assert chat is not None
     if not chat.learnt:
         roles = ", ".join(message["role"] for message in chat.messages)
@@ -213,16 +235,23 @@ def _masked(template: ChatTemplate, chat: Chat, where: str, learn: str) -> Rende
 
 
 def _chat(
-    row: Mapping, style: PromptStyle, where: str, completion: Callable[[Mapping, str], str] | None = None
+    row: Mapping, form: PromptForm, where: str, completion: Callable[[Mapping, str], str] | None = None
 ) -> Chat | None:
     """Return the row's chat; in style chat, a prompt or instruction as one. None for other rows."""
     chat = read_chat(row, where)
-    if chat is not None or style is not PromptStyle.CHAT:
+    if chat is None:
+        if form.style is not PromptStyle.CHAT:
+            return None
+        messages = [{"role": "user", "content": _prompt(row, form.style, where)}]
+        learnt: tuple[int, ...] = ()
+        if completion is not None:
+            messages.append({"role": "assistant", "content": completion(row, where)})
+            learnt = (1,)
+        chat = Chat(messages, None, learnt)
+    if form.system is None or chat.messages[0]["role"] in ("system", "developer"):
         return chat
-    messages = [{"role": "user", "content": _prompt(row, style, where)}]
-    if completion is None:
-        return Chat(messages, None, ())
-    return Chat([*messages, {"role": "assistant", "content": completion(row, where)}], None, (1,))
+    system = {"role": "system", "content": form.system}
+    return chat._replace(messages=[system, *chat.messages], learnt=tuple(i + 1 for i in chat.learnt))
 
 
 def _completion(row: Mapping, where: str) -> str:
@@ -250,6 +279,8 @@ def _prompt(row: Mapping, style: PromptStyle | str, where: str) -> str:
         extra = "" if row.get("input") is None else _string(row, "input", where)
     elif "prompt" in row:
         instruction, extra = _string(row, "prompt", where), ""
+    elif is_text(row):
+        raise UserError(f"{where}: a row of a text alone has no prompt, expected fields with a prompt and its answer")
     else:
         raise UserError(f"{where}: found fields {_fields(row)}; expected {EXPECTED_FIELDS}")
     style = PromptStyle(style)

@@ -62,6 +62,17 @@ class Rows:
         found = {i: self.rows[i] for i in sorted(set(chosen))}  # rows on disk are read in their order
         return Rows([found[i] for i in chosen], self.source, [self.places[i] for i in chosen])
 
+    def renamed(self, columns: Mapping[str, str]) -> "Rows":
+        """Return the rows with other names of fields; see `load_rows`.
+
+        Raises:
+          UserError: columns that are not there.
+        """
+        names = _Columns(dict(columns))
+        rows = stored(names.row(row, *self.places[i]) for i, row in enumerate(self.rows))
+        names.check()
+        return Rows(rows, self.source, self.places)
+
     def converted(self, convert: Callable[[Mapping[str, Any], str], dict[str, Any]]) -> "Rows":
         """Return the rows in another form; `convert` takes a row and its place."""
         return Rows(stored(convert(row, self.where(i)) for i, row in enumerate(self.rows)), self.source, self.places)

@@ -153,9 +153,19 @@ def convert(rows: Rows, task: Task) -> Rows:
     """Return the rows in the task's own form, each with an `answer`.
 
     Raises:
-      UserError: a row that does not fit the task; names file and line.
+      UserError: a row that does not fit the task, or rows of two kinds in one file; names file and line.
     """
-    return Rows([task.convert(row, rows.where(i)) for i, row in enumerate(rows.rows)], rows.source, rows.places)
+    converted = rows.converted(task.convert)
+    first: dict[str, tuple[str, int]] = {}  # file -> the kind of its first row, and the row's number
+    for i, row in enumerate(converted.rows if task.kind else []):
+        assert task.kind is not None
+        kind = task.kind(row)
+        expected, number = first.setdefault(rows.places[i][0], (kind, i))
+        if kind != expected:
+            raise UserError(
+                f"{rows.where(i)}: found {kind}, but {rows.where(number)} is {expected}; expected one kind in a file"
+            )
+    return converted
 
 
 def _check_rows(rows: Rows, task: Task, method: str) -> Rows:

@@ -30,6 +30,7 @@ def to_json(form: PromptForm, *, is_decoder: bool = True) -> dict[str, Any]:
         "date": form.date,
         "task": form.task,
         "end_tokens": list(form.end_tokens),
+        "system": form.system,
         **({"text": list(form.text), "label": form.label, "metric": form.metric} if form.text else {}),
     }
 
@@ -57,6 +58,7 @@ def from_json(content: object, where: str) -> PromptForm | None:
         ("template", "text or null", isinstance(template, str | None)),
         ("template_arguments", "an object", isinstance(arguments, Mapping)),
         ("date", "null or a date such as 2026-01-31", date is None or _is_date(date)),
+        ("system", "text or null", isinstance(content.get("system"), str | None)),
         ("task", "text or null", isinstance(content.get("task"), str | None)),
         ("end_tokens", "a list of texts", isinstance(end_tokens, list) and all(isinstance(t, str) for t in end_tokens)),
         ("text", "a list of one or two texts", text == [] or _are_columns(text)),
@@ -74,6 +76,7 @@ def from_json(content: object, where: str) -> PromptForm | None:
         date,
         content.get("task"),
         tuple(end_tokens),
+        content.get("system"),
         tuple(text),
         content.get("label"),
         content.get("metric"),
@@ -166,6 +169,8 @@ def describe(form: PromptForm, origin: str) -> str:
     if form.chat_template is not None:
         parts.append(f"template {digest(form.chat_template)[:8]} of {origin}")
         parts += [f"{name}={value!r}" for name, value in form.template_arguments.items()]
+        if form.system is not None:
+            parts.append("with a system prompt")
         if form.date is not None and "strftime_now" in form.chat_template:
             parts.append(f"date {form.date}")
     ends = " or ".join(form.end_tokens)

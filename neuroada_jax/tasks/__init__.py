@@ -1,6 +1,7 @@
 """Registry of tasks: how a row becomes a prompt and a completion, and how an answer is extracted from generated text."""
 
 import difflib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from neuroada_jax.data.rows import Rows, load_rows
@@ -22,6 +23,7 @@ __all__ = [
     "listing",
     "read_rows",
     "unknown",
+    "wrong_columns",
 ]
 
 # Tasks of decoders. Those of encoders are in GLUE (sst2 is in both), and OWN names those on rows of one's own.
@@ -46,7 +48,11 @@ SUITES: dict[str, tuple[str, ...]] = {
 
 
 def read_rows(
-    task: Task | ClassificationTask, data: str | None, split: str | None = None, limit: int | None = None
+    task: Task | ClassificationTask,
+    data: str | Sequence[str] | None,
+    split: str | None = None,
+    limit: int | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> Rows:
     """Read the first `limit` rows of `data`, or of the task's own source where `data` is None.
 
@@ -55,12 +61,29 @@ def read_rows(
       data: see `rows.load_rows`.
       split: split of `data`, "test" by default; ignored for the task's own source, which names its split.
       limit: None for all rows.
+      columns: see `rows.load_rows`; for `data` alone.
 
     Raises:
       UserError: see `Task.source` and `rows.load_rows`.
     """
-    source = Source(data, split or "test") if data else task.source()
+    if data:
+        return load_rows(data, split or "test", limit, columns)
+    source = task.source()
     return load_rows(source.data, source.split, limit)
+
+
+def wrong_columns(task: str, columns: Mapping[str, str]) -> str | None:
+    """Return the error message for renamed columns that no field of the task gets, or that two fields get; else None."""
+    if task in OWN:
+        return f"task {task!r} has data.text and data.label to name its columns; remove it"
+    fields: tuple[str, ...] = TASKS[task].fields if task in TASKS else (*GLUE[task].texts, LABEL)
+    for field, column in columns.items():
+        if fields and field not in fields:
+            near = "".join(f"did you mean {each!r}? " for each in difflib.get_close_matches(field, fields, n=1))
+            return f"task {task!r} reads no field {field!r}; {near}It reads {', '.join(fields)} (field: column)"
+        if list(columns.values()).count(column) > 1:
+            return f"column {column!r} is given twice, expected one field for each column"
+    return None
 
 
 def unknown(name: str) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from neuroada_jax.data.chats import read_chat
-from neuroada_jax.data.prompts import EXPECTED_FIELDS, PromptStyle
+from neuroada_jax.data.prompts import EXPECTED_FIELDS, PromptStyle, is_text, kind_of_row
 from neuroada_jax.errors import UserError
 from neuroada_jax.tasks.task import Source, Task
 
@@ -24,7 +24,7 @@ def _as_is(row: Mapping[str, Any], where: str) -> dict[str, Any]:
       UserError: no field that a prompt can be made of, or a chat that is none.
     """
     chat = read_chat(row, where)
-    if chat is None and not row.keys() & {"prompt", "instruction"}:
+    if chat is None and not is_text(row) and not row.keys() & {"prompt", "instruction"}:
         raise UserError(f"{where}: found fields {', '.join(row) or 'none'}; expected {EXPECTED_FIELDS}")
     answer = row.get("answer")
     if answer is None and chat is not None:
@@ -41,7 +41,17 @@ def _complete_text(text: str, answer: str) -> str:
     return text.strip()
 
 
-INSTRUCT = Task("instruct", PromptStyle.PLAIN, _as_is, _complete_text)
+INSTRUCT = Task(
+    "instruct",
+    PromptStyle.PLAIN,
+    _as_is,
+    _complete_text,
+    fields=(
+        *("prompt", "completion", "instruction", "input", "output", "messages", "conversations", "tools", "system", "text"),
+        "answer",
+    ),
+    kind=kind_of_row,
+)
 
 
 def _alpaca(row: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -60,6 +70,7 @@ ALPACA = Task(
     _alpaca,
     _complete_text,
     max_new_tokens=512,
+    fields=("instruction", "input", "output"),
     sources=(Source("tatsu-lab/alpaca", "train"),),
 )
 
@@ -85,5 +96,6 @@ SST2 = Task(
     after_trigger,
     choices=_SST2_LABELS,
     completion=lambda answer: TRIGGER + answer,
+    fields=("sentence", "label"),
     sources=(Source("data/glue/sst2/validation.jsonl.gz"), Source("nyu-mll/glue:sst2", "validation")),
 )

@@ -32,6 +32,8 @@ class Task(NamedTuple):
       completion: answer -> the text that the model learns to produce, for `choices`.
       max_new_tokens: default for the largest number of generated tokens.
       suite: the group of tasks that it is published with; they share prompts.
+      fields: the fields of rows that it reads; empty where they differ among its rows.
+      kind: row -> what kind of row it is, where rows of several kinds are read but not of two kinds in one file.
       sources: where its rows may be, best first; see `source`.
     """
 
@@ -46,6 +48,8 @@ class Task(NamedTuple):
     max_new_tokens: int = 32
     suite: str | None = None
     sources: tuple[Source, ...] = ()
+    fields: tuple[str, ...] = ()
+    kind: Callable[[Mapping[str, Any]], str] | None = None
 
     def is_related(self, other: "Task") -> bool:
         """Return whether it is the other task or one of its suite: they share prompts."""

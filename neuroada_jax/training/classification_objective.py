@@ -112,7 +112,7 @@ class Classification:
 
     def evaluation_rows(self, each: EvaluationSet) -> Rows:
         """See `Objective`."""
-        return read_rows(self.task, each.data, each.split, each.limit)
+        return read_rows(self.task, each.data, each.split, each.limit, self._config.columns_of(each))
 
     def scorer(self, each: EvaluationSet, rows: Rows, base_model: OpenedModel, tokenizer: Any) -> Scorer:
         """See `Objective`."""

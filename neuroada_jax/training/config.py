@@ -11,14 +11,23 @@ from neuroada_jax.data.prompts import PromptStyle
 from neuroada_jax.errors import UserError
 from neuroada_jax.generation.sampling import Decoding
 from neuroada_jax.models import Remat
-from neuroada_jax.tasks import ENCODER_TASKS, TASKS, unknown
+from neuroada_jax.tasks import ENCODER_TASKS, TASKS, unknown, wrong_columns
 from neuroada_jax.training import label_fields
+from neuroada_jax.training.config_execution import STRICT, ParallelSection, WatchdogSection
 
-_STRICT = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+def _sources(value: Any) -> Any:
+    """Check the files of rows before pydantic does, whose messages about two types are two."""
+    if isinstance(value, str) or (isinstance(value, list) and value and all(isinstance(each, str) for each in value)):
+        return value
+    raise ValueError(f"expected a file, directory or hub name, or a list of them, found {value!r}")
+
+
+Sources = Annotated[str | list[str], pydantic.BeforeValidator(_sources)]
 Seed = Annotated[int, pydantic.Field(ge=0, lt=2**32)]  # JAX's keys are made of 32 bits
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class ModelSection:
     """The frozen base model.
 
@@ -31,7 +40,7 @@ class ModelSection:
     dtype: Literal["float32", "bfloat16", "auto"] = "auto"
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class BypassSection:
     """The trained connections.
 
@@ -47,7 +56,7 @@ class BypassSection:
     targets: list[str] | None = pydantic.Field(default=None, min_length=1)
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class ClassifierSection:
     """The dense classifier of an encoder, trained beside the bypass. Its biases have no weight decay.
 
@@ -69,13 +78,14 @@ class ClassifierSection:
             raise ValueError("classifier.train: a classifier that is not trained has no learning_rate or weight_decay")
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class DataSection:
     """The training rows, read as the rows of `task`.
 
     Attributes:
-      train: a file, a directory written by `datasets`, or a hub name.
+      train: a file, a pattern such as data/*.jsonl, a directory, or a hub name; or a list of these (docs/data.md).
       split: of a directory or hub name. Default "train".
+      columns: field that the task reads -> column of the files, such as {prompt: question}. Default none.
       task: how rows become examples. A decoder takes an instruction task (default "instruct"), an encoder a GLUE task, or
         classification, regression or multilabel on rows of your own (docs/classification.md).
       style: prompt style of a decoder. None (the default): that of the task. Chats use the chat template in any style.
@@ -83,6 +93,7 @@ class DataSection:
         (the default): the tokenizer's own.
       template_arguments: values of variables that the chat template reads, such as {enable_thinking: false}, in training
         and evaluation alike. Default none.
+      system: system prompt of chats without one, in training, evaluation and generation alike. None (the default): none.
       learn: "all" assistant turns of a chat are learnt (the default), but those of `weight: 0`, or the "last" of these.
       text: column of the text, or the two columns of a pair, of own classification rows. None (the default): "text".
       label: column of the label. None (the default): "label"; for multilabel with `labels`, a column of 0 and 1 for each.
@@ -97,12 +108,14 @@ class DataSection:
       limit: number of rows that are read. None (the default): all.
     """
 
-    train: str
+    train: Sources
     split: str = "train"
+    columns: dict[str, str] = dataclasses.field(default_factory=dict)
     task: str = "instruct"
     style: str | None = None
     chat_template: str | None = None
     template_arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+    system: str | None = pydantic.Field(default=None, min_length=1)
     learn: Literal["all", "last"] = "all"
     text: label_fields.TextColumns = None
     label: str | None = pydantic.Field(default=None, min_length=1)
@@ -123,7 +136,7 @@ class DataSection:
             )
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class OptimizerSection:
     """AdamW over the bypass values; the defaults are those of the published runs.
 
@@ -148,7 +161,7 @@ class OptimizerSection:
     epsilon: float = pydantic.Field(default=1e-8, gt=0)
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class TrainingSection:
     """Length of the training, batch size, memory, and how often files are written.
 
@@ -188,32 +201,7 @@ class TrainingSection:
         return Remat(self.remat)
 
 
-@dataclass(frozen=True, config=_STRICT)
-class ParallelSection:
-    """How devices share a batch, and whether each holds all weights (docs/scaling.md).
-
-    Attributes:
-      mode: "shard_map" and "pmap": every device holds all weights, and one reduction sums the gradients. "jit": the same,
-        or with `fsdp` and `tensor` devices that shard the weights by neuron. "single": one device. "auto" (the default):
-        jit where weights are sharded, shard_map on several GPUs or TPUs, else single.
-      devices: number of devices. None (the default): all of them.
-      fsdp: devices that shard weights and batch, and gather one layer at a time. Default 1.
-      tensor: devices that shard weights and the neurons' outputs. Default 1.
-    """
-
-    mode: Literal["auto", "single", "shard_map", "pmap", "jit"] = "auto"
-    devices: int | None = pydantic.Field(default=None, gt=0)
-    fsdp: int = pydantic.Field(default=1, gt=0)
-    tensor: int = pydantic.Field(default=1, gt=0)
-
-    def __post_init__(self) -> None:
-        if self.mode not in ("auto", "jit") and self.fsdp * self.tensor > 1:
-            raise ValueError(f"parallel.mode: found {self.mode!r}, but fsdp and tensor need jit (or auto)")
-        if self.mode == "single" and self.devices not in (None, 1):
-            raise ValueError(f"parallel.devices: found {self.devices}, but mode single means one")
-
-
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class GenerationSection(Decoding):
     """How answers are generated, with the fields of `sampling.Decoding`; the default is greedy decoding."""
 
@@ -224,7 +212,7 @@ class GenerationSection(Decoding):
             raise ValueError(str(error)) from error
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class EvaluationSet:
     """Rows to score, read as the rows of `task`.
 
@@ -232,7 +220,8 @@ class EvaluationSet:
 
     Attributes:
       name: in reports and file names. Empty (the default): that of the task.
-      data: a file, directory or hub name. None (the default): where the task's own rows are (`neuroada tasks`).
+      data: as `data.train`. None (the default): where the task's own rows are (`neuroada tasks`).
+      columns: as `data.columns`. None (the default): those, where `data` is given and the task is that of the training.
       task: None (the default): that of the training data.
       style: prompt style. None (the default): that of the training data where the tasks are related, else the task's.
       split: of `data`. None (the default): "test".
@@ -244,7 +233,8 @@ class EvaluationSet:
     """
 
     name: str = ""
-    data: str | None = None
+    data: Sources | None = None
+    columns: dict[str, str] | None = None
     task: str | None = None
     style: str | None = None
     split: str | None = None
@@ -262,10 +252,12 @@ class EvaluationSet:
             raise ValueError("a set without a task needs a name and data")
         if self.split is not None and not self.data:
             raise ValueError("split: it needs data; without data, the task's own split is used")
+        if self.columns and not self.data:
+            raise ValueError("columns: they need data; without data, the task's own rows are read")
         object.__setattr__(self, "name", self.name or self.task)  # the dataclass is frozen
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class EvaluationSection:
     """Scores of the base model and of the merged model.
 
@@ -284,31 +276,11 @@ class EvaluationSection:
     batch_size: int = pydantic.Field(default=16, gt=0)
 
 
-@dataclass(frozen=True, config=_STRICT)
-class WatchdogSection:
-    """Reactions to failing steps, and thresholds of warnings (docs/reliability.md).
-
-    Attributes:
-      nonfinite: a step whose loss, gradient or updated values are NaN or infinite ends the run ("stop", the default) or is
-        skipped ("skip").
-      max_skips: the most steps of a run that may be skipped; one more ends it. Default 10.
-      spike: a loss so many robust deviations above the median of the last 100 is a spike. Default 10; None: no warning.
-      stall_warn: seconds to wait for a batch before a warning. Default 30; None: no warning.
-      stall_stop: seconds to wait for a batch before the run ends. None (the default): wait forever.
-    """
-
-    nonfinite: Literal["stop", "skip"] = "stop"
-    max_skips: int = pydantic.Field(default=10, ge=0)
-    spike: float | None = pydantic.Field(default=10.0, gt=0)
-    stall_warn: float | None = pydantic.Field(default=30.0, gt=0)
-    stall_stop: float | None = pydantic.Field(default=None, gt=0)
-
-
 # Defaults of transformers' Trainer, which the published code does not override.
 _TRAINER = {"beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8, "clip_norm": 1.0}
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class RunConfig:
     """Everything a run needs.
 
@@ -360,6 +332,7 @@ class RunConfig:
         for where, task in self.tasks():
             if task not in TASKS and task not in ENCODER_TASKS:
                 raise ValueError(f"{where}.task: {unknown(task)}")
+        self._check_columns()
         styles = [member.value for member in PromptStyle]
         for where, style in self._styles():
             if style is not None and style not in styles:
@@ -381,6 +354,18 @@ class RunConfig:
         """Return (section, task) of the training rows and of every evaluation set."""
         sets = enumerate(self.evaluation.sets)
         return [("data", self.data.task)] + [(f"evaluation.sets.{i}", each.task or self.data.task) for i, each in sets]
+
+    def columns_of(self, each: EvaluationSet) -> dict[str, str]:
+        """Return the renamed columns of a set: its own, else those of the training data where its task is the same."""
+        same = each.data is not None and each.task in (None, self.data.task)
+        return each.columns if each.columns is not None else self.data.columns if same else {}
+
+    def _check_columns(self) -> None:
+        given = [self.data.columns, *(each.columns for each in self.evaluation.sets)]
+        for (where, task), columns in zip(self.tasks(), given, strict=True):
+            message = columns and wrong_columns(task, columns)
+            if message:
+                raise ValueError(f"{where}.columns: {message}")
 
     def _styles(self) -> list[tuple[str, str | None]]:
         sets = enumerate(self.evaluation.sets)

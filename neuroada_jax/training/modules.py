@@ -11,7 +11,13 @@ from neuroada_jax.tasks import ENCODER_TASKS, OWN, TASKS
 from neuroada_jax.training.config import ClassifierSection, GenerationSection, RunConfig
 
 # Fields of the data and of an evaluation set that do not apply to an encoder, with their defaults.
-_FOR_TRAINED_PROMPTS: dict[str, Any] = {"style": None, "chat_template": None, "template_arguments": {}, "learn": "all"}
+_FOR_TRAINED_PROMPTS: dict[str, Any] = {
+    "style": None,
+    "chat_template": None,
+    "template_arguments": {},
+    "system": None,
+    "learn": "all",
+}
 _FOR_PROMPTS = {"style": None, "method": "generate", "max_new_tokens": None, "generation": GenerationSection()}
 
 

@@ -12,7 +12,7 @@ from neuroada_jax import console
 from neuroada_jax.data.batches import AnyBatches, Batches
 from neuroada_jax.data.chats import is_chat
 from neuroada_jax.data.examples import Examples, encode
-from neuroada_jax.data.prompts import PromptForm, PromptStyle, is_templated
+from neuroada_jax.data.prompts import PromptForm, PromptStyle, is_templated, is_text
 from neuroada_jax.data.rows import Rows, load_rows
 from neuroada_jax.errors import UserError
 from neuroada_jax.evaluation import continuation
@@ -104,10 +104,11 @@ def objective(
 def _training_rows(section: DataSection, rows: Rows | None) -> Rows:
     """Return the first `data.limit` of the rows in memory, or of those of `data.train`."""
     if rows is None:
-        return load_rows(section.train, section.split, section.limit)
+        return load_rows(section.train, section.split, section.limit, section.columns)
     if not rows.rows:
         raise UserError(f"{rows.source}: no rows, expected at least one")
-    return Rows(rows.rows[: section.limit], rows.source, rows.places[: section.limit])
+    rows = rows if section.limit is None else rows.part(range(min(section.limit, len(rows))))
+    return rows.renamed(section.columns) if section.columns else rows
 
 
 class Continuation:
@@ -121,12 +122,13 @@ class Continuation:
         section = config.data
         self._config = config
         self._trained_on: frozenset[str] = frozenset()  # the questions of the training rows
-        self._chats, self._only_chats = 0, False  # of the training rows
+        self._chats, self._only_chats, self._only_texts = 0, False, False  # of the training rows
         # As the rows are encoded; `form` is what an adapter records of it.
         self._form = self.form = PromptForm(
             style=PromptStyle(section.style or TASKS[section.task].style),
             chat_template=section.chat_template and prompt_form.given_template(section.chat_template, "data.chat_template"),
             template_arguments=section.template_arguments,
+            system=section.system,
             date=date or datetime.date.today().isoformat(),
             task=section.task,
         )
@@ -164,8 +166,9 @@ class Continuation:
     def _recorded(self, tokenizer: Any) -> PromptForm:
         """Return the form for adapters: style chat where all rows are chats, and the template's text if it was used."""
         form = self._form
-        if not self._chats and form.style is not PromptStyle.CHAT:
-            return dataclasses.replace(form, chat_template=None, template_arguments={}, date=None)
+        if not self._chats and (form.style is not PromptStyle.CHAT or self._only_texts):
+            style = PromptStyle.VERBATIM if self._only_texts else form.style
+            return dataclasses.replace(form, style=style, chat_template=None, template_arguments={}, date=None, system=None)
         return dataclasses.replace(
             form,
             style=PromptStyle.CHAT if self._only_chats else form.style,
@@ -175,15 +178,26 @@ class Continuation:
     def training_rows(self, held_out: Mapping[str, Rows], rows: Rows | None = None) -> Rows:
         """Return the rows in their task's form, without those that `data.drop_overlap` drops; see `Objective`."""
         rows = self._without_overlap(held_out, rows)
-        self._trained_on = overlap.questions(rows.rows)
+        if self._config.evaluation.sets:
+            self._trained_on = overlap.questions(rows.rows)
         self._chats = sum(is_chat(row) for row in rows.rows)
         self._only_chats = self._chats == len(rows)
+        self._only_texts = all(map(is_text, rows.rows))
         self._check_chat_options(held_out, rows)
         return rows
 
     def _check_chat_options(self, held_out: Mapping[str, Rows], rows: Rows) -> None:
         """Refuse options for chats that would have no effect."""
         section = self._config.data
+        if section.system is not None:
+            other = next((i for i, row in enumerate(rows.rows) if not is_templated(row, self._form)), None)
+            if other is not None:
+                raise UserError(
+                    f"data.system: {rows.where(other)} is no chat, and style {self._form.style.value!r} has no system prompt; "
+                    "expected chats, or data.style: chat"
+                )
+        if section.style is not None and self._only_texts:
+            raise UserError("data.style: the rows are texts, which are learnt as they are; remove it")
         if section.learn != "all" and not self._chats:
             raise UserError(
                 f"data.learn: {section.learn!r} is for chats, and none of the {len(rows)} rows is one; remove it"
@@ -217,7 +231,7 @@ class Continuation:
 
     def evaluation_rows(self, each: EvaluationSet) -> Rows:
         """See `Objective`."""
-        return read_rows(self._task(each), each.data, each.split, each.limit)
+        return read_rows(self._task(each), each.data, each.split, each.limit, self._config.columns_of(each))
 
     def scorer(self, each: EvaluationSet, rows: Rows, base_model: OpenedModel, tokenizer: Any) -> Scorer:
         """See `Objective`; the questions of `training_rows` are scored separately."""

@@ -158,11 +158,15 @@ def _evaluation_rows(config: RunConfig) -> list[str]:
     """Return the options of `neuroada evaluate` for the rows of the first set, else for those of the training."""
     if config.evaluation.sets:
         first = config.evaluation.sets[0]
-        found = {"--task": first.task or config.data.task, "--data": first.data, "--split": first.split}
+        task, data, split, columns = first.task, first.data, first.split, config.columns_of(first)
     else:
-        split = None if config.data.split == "train" and Path(config.data.train).is_file() else config.data.split
-        found = {"--task": config.data.task, "--data": config.data.train, "--split": split}
-    return [word for name, value in found.items() if value is not None for word in (name, value)]
+        task, data, split, columns = None, config.data.train, config.data.split, config.data.columns
+        if split == "train" and isinstance(data, str) and Path(data).is_file():
+            split = None
+    sources = [data] if isinstance(data, str) else data or []
+    renamed = [f"{field}={column}" for field, column in columns.items()]
+    found = {"--task": [task or config.data.task], "--data": sources, "--split": [split] if split else []}
+    return [word for name, values in {**found, "--columns": renamed}.items() if values for word in (name, *values)]
 
 
 def _loss(value: float | None) -> str:

@@ -63,7 +63,9 @@ def test_prompt_ids_have_one_bos_and_no_eos():
 @pytest.mark.parametrize(
     ("row", "says"),
     [
-        ({"text": "x", "id": 3}, ["found fields text, id", "'messages'", "'prompt'", "'instruction'"]),
+        ({"body": "x", "id": 3}, ["found fields body, id", "'messages'", "'prompt'", "'instruction'", "'text'"]),
+        ({"text": None}, ["field 'text' is null"]),
+        ({"text": ["x"], "id": 3}, ["field 'text' is a list"]),
         ({}, ["found fields none"]),
         ({"instruction": "x", "answer": "y"}, ["no field 'output'", "instruction, answer"]),
         ({"instruction": 3, "output": "y"}, ["field 'instruction' is a number"]),

@@ -15,7 +15,16 @@ FORMS = [FORM, PromptForm(), PromptForm(PromptStyle.PLAIN, task="gsm8k", end_tok
 @pytest.mark.parametrize("form", FORMS, ids=["chat", "default", "plain"])
 def test_there_and_back(form, tmp_path):
     content = json.loads(json.dumps(prompt_form.to_json(form)))
-    assert list(content) == ["style", "template_digest", "template", "template_arguments", "date", "task", "end_tokens"]
+    assert list(content) == [
+        "style",
+        "template_digest",
+        "template",
+        "template_arguments",
+        "date",
+        "task",
+        "end_tokens",
+        "system",
+    ]
     assert prompt_form.from_json(content, "here") == form
     prompt_form.write(tmp_path, form, is_decoder=True)
     assert prompt_form.read(str(tmp_path)) == form

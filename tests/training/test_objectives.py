@@ -60,14 +60,15 @@ def prepared(models, tmp_path):
     return prepare
 
 
-def test_what_adapters_record(prepared):
+def test_what_adapters_record(prepared, tmp_path):
     form, today = prepared(CHATS).objective.form, datetime.date.today().isoformat()
     assert form == PromptForm(PromptStyle.CHAT, CHATML, {}, today, "instruct", ("<|im_end|>",))
     assert prepared(PAIRS).objective.form == PromptForm(PromptStyle.PLAIN, task="instruct", end_tokens=("</s>",))
     assert prepared(PAIRS, style="chat").objective.form == form
     sharegpt = [{"conversations": [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "b"}]}]
     assert prepared(sharegpt).objective.form == form
-    mixed = prepared([*CHATS, *PAIRS], style="alpaca").objective.form  # chats have the template in any style
+    files = [str(write_lines(tmp_path / f"{len(rows)}.jsonl", rows)) for rows in (CHATS, PAIRS)]
+    mixed = prepared([], train=files, style="alpaca").objective.form  # chats have the template in any style
     assert mixed == dataclasses.replace(form, style=PromptStyle.ALPACA, end_tokens=mixed.end_tokens)
     assert set(mixed.end_tokens) == {"<|im_end|>", "</s>"}
 
