@@ -193,8 +193,8 @@ class Continuation:
             other = next((i for i, row in enumerate(rows.rows) if not is_templated(row, self._form)), None)
             if other is not None:
                 raise UserError(
-                    f"data.system: {rows.where(other)} is no chat, and style {self._form.style.value!r} has no system prompt; "
-                    "expected chats, or data.style: chat"
+                    f"data.system: {rows.where(other)} is no chat, and style {self._form.style.value!r} has no system "
+                    "prompt; expected chats, or data.style: chat"
                 )
         if section.style is not None and self._only_texts:
             raise UserError("data.style: the rows are texts, which are learnt as they are; remove it")
