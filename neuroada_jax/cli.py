@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from neuroada_jax import __version__
-from neuroada_jax.commands import adapters, classify, evaluate, generate, lm_eval, parsing, plan, push, tasks, train
+from neuroada_jax.commands import adapters, classify, evaluate, generate, lm_eval, parsing, plan, push, schema, tasks, train
 from neuroada_jax.errors import NeuroadaWarning, UserError
 
 # Without PyTorch, transformers warns on import that no models are available. The models here need no PyTorch.
@@ -60,7 +60,7 @@ _GROUPS = {
     "a run": (plan, train),
     "its result": (generate, classify, evaluate, lm_eval),
     "adapters and models on disk": (adapters, push),
-    "what there is": (tasks,),
+    "what there is": (tasks, schema),
 }
 
 

@@ -1,4 +1,4 @@
-"""`neuroada classify`: label texts, or the rows of a file, with an encoder's trained classifier."""
+"""`neuroada classify`: label texts, or the rows of a file, with a trained classifier."""
 
 import argparse
 import dataclasses
@@ -16,7 +16,7 @@ _SHOWN_ROWS = 20  # of a file, in the table
 
 def add(commands: shared.Commands) -> None:
     """Add the command."""
-    summary = "label texts, or the rows of a file, with an encoder's trained classifier"
+    summary = "label texts, or the rows of a file, with a trained classifier"
     parser = shared.add_command(commands, "classify", run, summary)
     shared.add_model(parser)
     parser.add_argument("--text", action="append", default=[], metavar="TEXT", help="text to label; may be repeated")
