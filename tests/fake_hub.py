@@ -100,7 +100,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             found = re.fullmatch(pattern, asked)
             if found:
                 return method(self, *found.groups())
-        raise AssertionError(f"the fake hub has no answer to {asked}")
+        self.send(404, {"error": f"the fake hub has no answer to {asked}"})
 
     def received(self) -> bytes:
         """The body of the request; objects come in chunks, of which each has its length before it."""
