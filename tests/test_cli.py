@@ -22,7 +22,7 @@ from neuroada_jax.commands import shared
 from neuroada_jax.data.batches import Batches
 from neuroada_jax.data.examples import encode
 from neuroada_jax.data.rows import load_rows
-from neuroada_jax.tasks import GLUE, TASKS
+from neuroada_jax.tasks import GLUE, OWN, TASKS
 from neuroada_jax.training import loop
 
 SOME = {"targets": ["q_proj", "down_proj"], "k": 2}
@@ -258,9 +258,9 @@ def test_evaluate(trained, inputs, neuroada, tmp_path, monkeypatch):
 
 def test_tasks(neuroada):
     code, out, _ = neuroada("tasks", "--json")
-    assert code == 0 and [each["task"] for each in json.loads(out)] == [*TASKS, *GLUE]
+    assert code == 0 and [each["task"] for each in json.loads(out)] == [*TASKS, *OWN, *GLUE]
     code, table, _ = neuroada("tasks")
-    assert code == 0 and all(name in table for name in TASKS | GLUE)
+    assert code == 0 and all(name in table for name in (*TASKS, *OWN, *GLUE))
 
 
 def test_rows_that_are_also_in_a_set_are_dropped(inputs, tmp_path, neuroada):
@@ -447,7 +447,10 @@ def bad_run(neuroada, folder, path, *arguments):
         ("training.stepz=1", "training.stepz: unknown field; did you mean 'steps'?"),
         ("training.steps=many", "training.steps: input should be a valid integer, found 'many'"),
         ("bypass.k=0", "bypass.k: input should be greater than or equal to 1, found 0"),
-        ("data.task=sst", f"data.task: unknown task 'sst'; did you mean 'sst2'? known: {', '.join(TASKS | GLUE)}"),
+        (
+            "data.task=sst",
+            f"data.task: unknown task 'sst'; did you mean 'sst2'? known: {', '.join(dict.fromkeys([*TASKS, *OWN, *GLUE]))}",
+        ),
         (
             "data={train: x, packing: true, buckets: [64]}",
             "data.packing: packed rows all have data.max_length tokens; remove data.group_by_length and data.buckets",

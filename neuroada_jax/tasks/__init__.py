@@ -88,7 +88,7 @@ def wrong_columns(task: str, columns: Mapping[str, str]) -> str | None:
 
 def unknown(name: str) -> str:
     """Return the error message for a name that no task has, with the nearest name and all names."""
-    known = [*TASKS, *OWN, *GLUE]
+    known = list(dict.fromkeys([*TASKS, *ENCODER_TASKS]))
     near = "".join(f"did you mean {each!r}? " for each in difflib.get_close_matches(name, known, n=1))
     return f"unknown task {name!r}; {near}known: {', '.join(known)}"
 

@@ -222,6 +222,7 @@ def labels_of(rows: Rows, problem: Problem, column: str) -> tuple[str, ...]:
         found.update(read(row[column], where))
     of_rows.check_types(rows, column)
     names = of_rows.in_order(found)
+    of_rows.warn_of_variants(names, rows)
     if problem is Problem.CLASSIFICATION:
         of_rows.check_found(names, rows, column)
     if len(names) < 2:

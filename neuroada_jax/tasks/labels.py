@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from neuroada_jax import console
 from neuroada_jax.data.rows import Rows
 from neuroada_jax.errors import UserError
 
@@ -153,6 +154,18 @@ def in_order(names: Iterable[str]) -> tuple[str, ...]:
     found = set(names)
     numeric = all(re.fullmatch(r"-?\d{1,18}", name) for name in found)
     return tuple(sorted(found, key=(lambda name: (int(name), name)) if numeric else None))
+
+
+def warn_of_variants(names: Sequence[str], rows: Rows) -> None:
+    """Warn of labels that differ in nothing but case or white space, which are two classes all the same."""
+    seen: dict[str, str] = {}
+    for name in names:
+        other = seen.setdefault(" ".join(name.casefold().split()), name)
+        if other != name:
+            console.warn(
+                f"{rows.source}: labels {shown(other)} and {shown(name)} are two classes, though only case or white space differs"
+            )
+            return
 
 
 def check_found(names: Sequence[str], rows: Rows, column: str) -> None:

@@ -34,6 +34,13 @@ def percent(value: float | None, interval: Sequence[float] | None = None) -> str
     return f"{100 * value:.1f}" + (f" ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})" if interval else "")
 
 
+def shown(metric: str, value: float | None, interval: Sequence[float] | None = None) -> str:
+    """Return a score in percent with its interval, but a mean of squares as it is; "-" where it is missing."""
+    if metric != "mse" or value is None or not math.isfinite(value):
+        return percent(value, interval)
+    return f"{value:.4g}" + (f" ({interval[0]:.4g} to {interval[1]:.4g})" if interval else "")
+
+
 _MOST_CLASSES = 30  # that are printed
 _COUNTS = {
     "overlap": "overlap: questions that are among the training rows",
@@ -64,9 +71,7 @@ class Figure(NamedTuple):
     @property
     def shown(self) -> str:
         """The value with its interval: in percent, but a mean of squares as it is."""
-        if self.metric != "mse":
-            return percent(self.value, self.interval)
-        return f"{self.value:.4g}" if math.isfinite(self.value) else "-"
+        return shown(self.metric, self.value, self.interval)
 
     def cells(self, fields: Sequence[str]) -> list[str]:
         """Return the counts in these fields of a table."""

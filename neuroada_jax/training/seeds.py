@@ -156,17 +156,18 @@ def print_summary(content: dict[str, Any]) -> None:
             best = row["best_epoch"]
             epoch = f"{best['epoch']} of {len(best['epochs'])}" if best and best["set"] == name else "-"
             for each in found[name]:
-                value = report.percent(each.value, each.interval)
-                lines.append((each.name, each.metric, str(row["seed"]), str(each.n), *each.cells(fields), epoch, value))
+                lines.append(
+                    (each.name, each.metric, str(row["seed"]), str(each.n), *each.cells(fields), epoch, each.shown)
+                )
                 values.setdefault((each.name, each.metric), []).append(each.value)
         for (label, metric), every in values.items():
             spread = _spread(every)
-            value = f"{report.percent(spread['mean'])} ± {_deviation(spread['deviation'])}"
+            value = f"{report.shown(metric, spread['mean'])} ± {_deviation(metric, spread['deviation'])}"
             lines.append((label, metric, "mean", "", *[""] * len(fields), "", value))
     title = f"{content['name']}: scores in % (95 % interval; mean ± standard deviation)"
     console.table(title, ("set", "metric", "seed", "n", *fields, "epoch", "score"), lines)
     console.say(f"trained values: {content['trainable']:,}; files: {content['directory']}")
 
 
-def _deviation(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"
+def _deviation(metric: str, value: float | None) -> str:
+    return "-" if value is None else report.shown(metric, value)

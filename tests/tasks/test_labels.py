@@ -188,6 +188,12 @@ def test_a_single_label(problem, values, one):
     assert message == f"rows: every row has the label {one}, expected at least two labels"
 
 
+def test_labels_that_are_nearly_the_same():
+    for pair in (("spam", "Spam"), ("spam", "spam ")):
+        with pytest.warns(NeuroadaWarning, match="are two classes, though only case or white space differs"):
+            assert labels_of(rows("ham", *pair), SINGLE, "label") == tuple(sorted(("ham", *pair)))
+
+
 def test_rows_that_cannot_be_learnt():
     one, numbers = task(names=("a", "b", "c")), task(NUMBER, ("label",))
     message = message_of(check_trainable, rows("a", "a"), np.int32([0, 0]), one)
