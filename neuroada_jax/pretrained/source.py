@@ -11,7 +11,7 @@ import numpy as np
 
 from neuroada_jax.errors import UserError
 from neuroada_jax.files import read_json
-from neuroada_jax.pretrained import gguf_file
+from neuroada_jax.pretrained import gguf_file, hub
 from neuroada_jax.pretrained.safetensors_directory import SafetensorsDirectory
 
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
@@ -58,12 +58,11 @@ def resolve(source: str, files: list[str] = HUB_FILES) -> str:
     if not looks_like_hub_id:
         raise ModelNotFound(f"model {source} does not exist")
     try:
-        return huggingface_hub.snapshot_download(source, allow_patterns=files, ignore_patterns=_HUB_COPIES)
+        with hub.quiet():
+            return huggingface_hub.snapshot_download(source, allow_patterns=files, ignore_patterns=_HUB_COPIES)
     except Exception as error:  # a dozen types: offline, gated, unknown or malformed id
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelNotFound(
-            f"model {source!r} is neither a local path nor a model that could be downloaded; check the spelling and the "
-            f"network ({reason})"
+            f"model {source!r} is neither a local path nor a model that could be downloaded: {hub.reason(error)}"
         ) from error
 
 

@@ -13,7 +13,7 @@ import neuroada_jax as na
 from neuroada_jax import cli
 from neuroada_jax.adapters import hub, native
 from neuroada_jax.pretrained.hub import is_id, snapshot_of
-from neuroada_jax.pretrained.load import load_model
+from neuroada_jax.pretrained.load import load_model, open_model
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +139,19 @@ def test_offline_and_not_in_the_cache(online, monkeypatch):
     )
 
 
+def test_base_models_are_refused_in_the_same_words(online, base, monkeypatch):
+    start = "is neither a local path nor a model that could be downloaded: "
+    assert message_of(open_model, "user/none") == (
+        f"model 'user/none' {start}the hub has no such repository, or a private one: check the spelling, or log in with "
+        "`hf auth login`"
+    )
+    online.add("user/model", {"config.json": (base / "config.json").read_bytes()}, gated=True)
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    assert f"{start}it is gated: accept its conditions" in message_of(open_model, "user/model", config_only=True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert f"{start}HF_HUB_OFFLINE is set" in message_of(open_model, "user/other")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
@@ -213,8 +226,14 @@ def test_generate_and_evaluate(online, files, printed, tmp_path):
 
 def test_every_command_that_reads_an_adapter_says_that_it_takes_hub_ids():
     groups = next(action for action in cli._parser()._actions if hasattr(action, "choices") and action.choices)
-    texts = [action.help for command in groups.choices.values() for action in command._actions if action.dest == "adapter"]
-    assert len(texts) >= 5 and all("USER/NAME@REVISION" in text for text in texts)
+    texts = {
+        (name, action.help)
+        for name, command in groups.choices.items()
+        for action in command._actions
+        if action.dest == "adapter"
+    }
+    without = {name for name, text in texts if "USER/NAME@REVISION" not in text}
+    assert len(texts) >= 6 and without == {"push"}
 
 
 @pytest.mark.parametrize(
