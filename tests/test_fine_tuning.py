@@ -1,6 +1,7 @@
 """The Python interface: the run of a config, one copy of the weights, and one-line errors."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -275,12 +276,12 @@ def test_chats_are_asked_in_their_template(model):
     chatty = na.fine_tune(model, chats, **{**OPTIONS, "steps": 1})
     asked = [chatty.generate(["a"], max_new_tokens=4, **style) for style in ({}, {"style": "chat"}, {"style": "plain"})]
     assert asked[0] == asked[1] != asked[2]
-    # Another template, which has no place for the message, and its variable.
-    template = "{% if add_generation_prompt and a %}{{ a }}{% endif %}{% if messages and not a %}b{% endif %}"
-    options = {"max_new_tokens": 4, "chat_template": template}
-    others = [chatty.generate(["x"], **options, template_arguments={"a": text}) for text in ("a", "b")]
-    assert others == [model.generate([text], max_new_tokens=4) for text in ("a", "b")]
-    for call in (chatty.generate, model.generate):
+    options = {"max_new_tokens": 4, "chat_template": "{{ messages[0].content ~ more }}"}
+    others = [chatty.generate(["x"], **options, template_arguments={"more": text}) for text in ("a", "b")]
+    assert others == [chatty.generate(["x" + text], max_new_tokens=4, style="verbatim") for text in ("a", "b")]
+    for asked in (chatty, model):
+        unchecked = type(asked).generate  # of types
+        call = functools.partial(getattr(unchecked, "__wrapped__", unchecked), asked)
         message = message_of(call, ["x"], style="chat", template_arguments={"b": 1})
         assert message.startswith("prompts: template_arguments: the chat template does not read 'b'; it reads none")
         message = message_of(call, ["x"], style="plain", template_arguments={"b": 1})
