@@ -1,4 +1,4 @@
-"""The command line: train, evaluate, tasks, lm-eval, generate, classify, plan, inspect, merge, export, import and push."""
+"""The command line: the commands of `neuroada_jax.commands` in groups, with errors and warnings in one line."""
 
 import contextlib
 import os
@@ -8,7 +8,20 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from neuroada_jax import __version__
-from neuroada_jax.commands import adapters, classify, evaluate, generate, lm_eval, parsing, plan, push, schema, tasks, train
+from neuroada_jax.commands import (
+    adapters,
+    classify,
+    evaluate,
+    generate,
+    init,
+    lm_eval,
+    parsing,
+    plan,
+    push,
+    schema,
+    tasks,
+    train,
+)
 from neuroada_jax.errors import NeuroadaWarning, UserError
 
 # Without PyTorch, transformers warns on import that no models are available. The models here need no PyTorch.
@@ -57,7 +70,7 @@ def _one_line_warnings() -> Iterator[None]:
 
 # The groups in which the commands are listed.
 _GROUPS = {
-    "a run": (plan, train),
+    "a run": (init, plan, train),
     "its result": (generate, classify, evaluate, lm_eval),
     "adapters and models on disk": (adapters, push),
     "what there is": (tasks, schema),

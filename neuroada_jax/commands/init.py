@@ -1,0 +1,45 @@
+"""`neuroada init`: a starter config for rows of one's own."""
+
+import argparse
+import os
+import shlex
+from pathlib import Path
+
+from neuroada_jax import console, files
+from neuroada_jax.commands import shared
+from neuroada_jax.errors import UserError
+
+
+def add(commands: shared.Commands) -> None:
+    """Add the command."""
+    parser = shared.add_command(commands, "init", run, "write a starter config for rows of your own, with comments")
+    parser.add_argument(
+        "--kind",
+        required=True,
+        choices=["chat", "instruct", "classify", "text"],
+        help="chats; prompts and answers; texts with labels; or texts to be learnt whole",
+    )
+    parser.add_argument("--out", required=True, metavar="FILE", help="YAML file to write")
+    parser.add_argument("--model", metavar="MODEL", help="base model (default: a small one of the hub)")
+    parser.add_argument("--train", metavar="ROWS", help="file of the training rows (default: a name to be filled)")
+
+
+def run(parsed: argparse.Namespace) -> None:
+    """Write the config and print the next command."""
+    from neuroada_jax.training import starter
+
+    out = Path(parsed.out)
+    files.check_writable(out)
+    if out.exists():
+        raise UserError(f"--out: {out} exists already; choose another file or remove it")
+    kind = starter.Kind(parsed.kind)
+    train = parsed.train or starter.default_train(kind)
+    files.write_text(out, starter.starter(kind, str(out), out.stem or "run", parsed.model, parsed.train))
+    following = shlex.join(["neuroada", "train", str(out)])
+    if parsed.json:
+        shared.print_json({"config": str(out), "train": train, "next": following})
+        return
+    console.say(f"wrote {out}")
+    if parsed.train is None and not os.path.exists(train):
+        console.say(f"put your rows into {train}: {starter.row_format(kind)}")
+    console.say(f"next: {following}")
