@@ -54,12 +54,12 @@ def render(subject: Subject) -> str:
     Raises:
       UserError: the results are not those of a run.
     """
-    before, after = _scores(subject)
+    before, after, mean = _scores(subject)
     parts = [
         ["---", _header(subject, after), "---"],
         [f"# {subject.repository.rpartition('/')[2]}"],
         _introduction(subject),
-        _score_table(before, after, (subject.results or {}).get("mean")),
+        _score_table(before, after, mean),
         _training(subject),
         _prompts(subject),
         card_usage.sections(subject.repository, subject.base, subject.adapter, subject.is_decoder),
@@ -68,11 +68,14 @@ def render(subject: Subject) -> str:
     return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
 
 
-def _scores(subject: Subject) -> tuple[dict[str, Score], dict[str, Score]]:
+def _scores(subject: Subject) -> tuple[dict[str, Score], dict[str, Score], tuple[str, str] | None]:
+    """Return the scores before and after the training, and the means of several sets as texts."""
     if subject.results is None:
-        return {}, {}
+        return {}, {}, None
     try:
-        return report.scores(subject.results, "before"), report.scores(subject.results, "after")
+        before, after = report.scores(subject.results, "before"), report.scores(subject.results, "after")
+        mean = subject.results.get("mean")
+        return before, after, (report.percent(mean["before"]), report.percent(mean["after"])) if mean else None
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{subject.near}: {RESULTS} has not the scores of a run ({error!r})") from error
 
@@ -140,9 +143,7 @@ def _count(adapter: native.Adapter) -> int:
     return sum(values.size for values in adapter.values.values())
 
 
-def _score_table(
-    before: Mapping[str, Score], after: Mapping[str, Score], mean: Mapping[str, float | None] | None
-) -> list[str]:
+def _score_table(before: Mapping[str, Score], after: Mapping[str, Score], mean: tuple[str, str] | None) -> list[str]:
     if not after:
         return []
     known = {each.name: each for name, score in before.items() for each in report.figures(name, score)}
@@ -152,7 +153,7 @@ def _score_table(
         score = report.percent(each.value, each.interval)
         rows.append((text(each.name.strip()), text(each.metric), f"{each.n:,}", base, score))
     if mean:
-        rows.append(("mean of the sets", "", "", report.percent(mean["before"]), report.percent(mean["after"])))
+        rows.append(("mean of the sets", "", "", *mean))
     header = ("set", "metric", "rows", "base model", "with the adapter")
     note = "In %; in brackets the 95 % intervals."
     return ["## Scores", "", *table(header, rows, right=(2, 3, 4)), "", note]

@@ -57,6 +57,8 @@ def upload(folder: Path, repository: str, *, public: bool, message: str) -> Uplo
       UserError: not logged in, a repository that holds something else or is public without `public`, or any error of the
         hub; then no commit was made.
     """
+    if huggingface_hub.is_offline_mode():
+        raise UserError("HF_HUB_OFFLINE is set, so that nothing can be uploaded; --dry-run writes the folder alone")
     if huggingface_hub.get_token() is None:
         raise UserError("no token of the hub on this machine: log in with `hf auth login`, or set HF_TOKEN")
     api = huggingface_hub.HfApi(library_name="neuroada-jax", library_version=neuroada_jax.__version__)

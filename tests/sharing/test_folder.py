@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from neuroada_jax.adapters import native
 from neuroada_jax.sharing import folder, origin, public_names
 from neuroada_jax.sharing.origin import Base
 
+FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 SECRET = "alice-secret"  # a user's name, in every path of the machine that adapters are shared from
 
 
@@ -66,6 +68,15 @@ def test_an_adapter_of_0_1_is_shared(tmp_path):
     file.write_text(json.dumps(content))
     shared(tmp_path / "a", tmp_path / "out")
     assert "prompt" not in native.read(str(tmp_path / "out")).metadata
+
+
+@pytest.mark.parametrize(("run", "base"), [("decoder-run", "decoder"), ("encoder-seeds/seed-1", "encoder")])
+def test_runs_of_0_1_are_shared_with_their_scores(tmp_path, run, base):
+    made = shutil.copytree(FIXTURES / "version_0_1", tmp_path / "files") / "finished" / run
+    shared(made, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"adapter of `{base}`" in card and "## Scores" in card and "| with the adapter |" in card
+    assert native.read(str(tmp_path / "out")).metadata["base"]["source"] == base
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,11 @@ def test_scores_have_their_intervals(tmp_path):
     ]
 
 
+def test_several_sets_have_their_mean(tmp_path):
+    content = results(mean={"before": None, "after": 0.5})
+    assert tables(card(tmp_path, content=content))[0][-1] == ["mean of the sets", "", "", "-", "50.0"]
+
+
 def test_the_training_is_described(tmp_path):
     extra = {"validation": {"best_step": 20, "best_loss": 0.5}, "best_epoch": {"epoch": 2, "set": "held out"}}
     rows = dict(tables(card(tmp_path, content=results(**extra)))[1][1:])
@@ -131,7 +136,10 @@ def test_scores_that_are_not_finite_are_left_out_of_the_index(tmp_path):
     assert tables(text)[0][1][-1] == "-"
 
 
-@pytest.mark.parametrize("spoilt", [{"after": {"a": {}}}, {"after": 3}, {"before": {"a": None}}, {"after": None}])
+@pytest.mark.parametrize(
+    "spoilt",
+    [{"after": {"a": {}}}, {"after": 3}, {"before": {"a": None}}, {"after": None}, {"mean": {"before": "a"}}],
+)
 def test_results_that_are_not_those_of_a_run(tmp_path, spoilt):
     assert "results.json has not the scores of a run" in message_of(card, tmp_path, content=results(**spoilt))
 

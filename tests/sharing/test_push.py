@@ -248,7 +248,7 @@ def test_with_a_wrong_token(online, run, push, monkeypatch):
 
 def test_offline(run, push, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_fake")
-    assert "HF_HUB_OFFLINE is set" in error(push(run, "me/tiny"))
+    assert error(push(run, "me/tiny")).startswith("HF_HUB_OFFLINE is set, so that nothing can be uploaded")
 
 
 @pytest.mark.parametrize(
