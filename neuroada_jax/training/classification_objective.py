@@ -110,6 +110,20 @@ class Classification:
         weights = None if self._weights is None else self._weights[examples.labels]
         return dataclasses.replace(examples, labels=self._classes[examples.labels], weights=weights)
 
+    def converted(self, rows: Rows) -> Rows:
+        """See `Objective`."""
+        return rows
+
+    def validation_batches(self, rows: Rows, tokenizer: Any) -> AnyBatches:
+        """See `Objective`; the loss has no class weights, so that it does not depend on the share of each class."""
+        with console.bar("tokenising") as shown:
+            length, report = self._config.data.max_length, console.reporter(shown)
+            examples = classification.encode(rows, self.task, tokenizer, length, report)
+        examples = dataclasses.replace(self._for_classifier(examples), weights=None)
+        return ClassificationBatches(
+            examples, self._config.training.batch_size, self._config.seed, group_by_length=True, shuffle=False
+        )
+
     def evaluation_rows(self, each: EvaluationSet) -> Rows:
         """See `Objective`."""
         return read_rows(self.task, each.data, each.split, each.limit, self._config.columns_of(each))

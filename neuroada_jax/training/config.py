@@ -106,6 +106,8 @@ class DataSection:
         Default false.
       drop_overlap: drop rows whose question is also in an evaluation set. Default false.
       limit: number of rows that are read. None (the default): all.
+      validation: rows whose loss is computed during the training, and by which the best state is kept: a share of the
+        training rows between 0 and 1, drawn by the run's seed, or a file, directory or hub name. None (the default): none.
     """
 
     train: Sources
@@ -127,9 +129,14 @@ class DataSection:
     packing: bool = False
     drop_overlap: bool = False
     limit: int | None = pydantic.Field(default=None, gt=0)
+    validation: float | str | None = None
 
     def __post_init__(self) -> None:
         label_fields.check(self.task, self.text, self.label, self.labels, self.metric)
+        if isinstance(self.validation, float) and not 0 < self.validation < 1:
+            raise ValueError(
+                f"data.validation: found {self.validation}, expected a share between 0 and 1, a file or a hub name"
+            )
         if self.packing and (self.group_by_length or self.buckets is not None):
             raise ValueError(
                 "data.packing: packed rows all have data.max_length tokens; remove data.group_by_length and data.buckets"
@@ -176,7 +183,11 @@ class TrainingSection:
       save_every: steps between two checkpoints, for --resume. None (the default): only when the run is stopped.
       keep_last: number of the newest checkpoints that are kept. Default 2.
       keep_best: number of the best that are kept besides. Default 0. The best have the highest score of
-        `evaluation.best_epoch`, or where no set chooses, the lowest mean loss since the previous checkpoint.
+        `evaluation.best_epoch`, or else the lowest validation loss, or where nothing chooses, the lowest mean loss since
+        the previous checkpoint.
+      validate_every: steps between two validations on `data.validation`. None (the default): one after every epoch.
+      early_stopping: validations without a lower loss after which the run ends. None (the default): it never ends early.
+      validation_samples: number of validation prompts that a decoder continues, to be read, at every validation. Default 0.
     """
 
     epochs: int | None = pydantic.Field(default=None, gt=0)
@@ -188,6 +199,9 @@ class TrainingSection:
     save_every: int | None = pydantic.Field(default=None, gt=0)
     keep_last: int = pydantic.Field(default=2, ge=1)
     keep_best: int = pydantic.Field(default=0, ge=0)
+    validate_every: int | None = pydantic.Field(default=None, gt=0)
+    early_stopping: int | None = pydantic.Field(default=None, gt=0)
+    validation_samples: int = pydantic.Field(default=0, ge=0)
 
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
@@ -329,6 +343,7 @@ class RunConfig:
                 raise ValueError(
                     f"optimizer.{field}: found {found}, but fidelity: official needs {default}; remove one of them"
                 )
+        self._check_validation()
         for where, task in self.tasks():
             if task not in TASKS and task not in ENCODER_TASKS:
                 raise ValueError(f"{where}.task: {unknown(task)}")
@@ -349,6 +364,13 @@ class RunConfig:
         for name in names:
             if not name or "/" in name:
                 raise ValueError(f"evaluation.sets: {name!r} becomes part of a file name; it must be text without '/'")
+
+    def _check_validation(self) -> None:
+        for field in ("validate_every", "early_stopping", "validation_samples") if self.data.validation is None else ():
+            if getattr(self.training, field):
+                raise ValueError(f"training.{field}: it needs data.validation, a share of the rows or a file")
+        if self.data.validation is not None and self.evaluation.best_epoch is not None:
+            raise ValueError("data.validation: it and evaluation.best_epoch both choose the state to keep; remove one")
 
     def tasks(self) -> list[tuple[str, str]]:
         """Return (section, task) of the training rows and of every evaluation set."""

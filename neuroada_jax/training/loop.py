@@ -14,6 +14,7 @@ from neuroada_jax.data.batches import AnyBatches
 from neuroada_jax.training.signals import Stop, Stopped
 from neuroada_jax.training.step import AnyBatch, StepMetrics, TrainState
 from neuroada_jax.training.trackers import Line
+from neuroada_jax.training.validation import Evaluations
 from neuroada_jax.training.watchdog import Failed, Watchdog, in_background
 
 
@@ -81,13 +82,13 @@ class Hooks(NamedTuple):
     Attributes:
       on_lines: called with the log lines of finished steps, in order.
       save: called with a good state every `save_every` steps and after the last one, and when the run is to stop.
-      after_epoch: called with a good state at the end of every epoch and of the run, before it is saved; and first of all
-        with a state that starts there, whose score an interruption may have prevented. Its states are saved too.
+      evaluations: scores good states where they are due, before they are saved; and first of all a state that starts
+        there, whose score an interruption may have prevented. Its states are saved too.
     """
 
     on_lines: Callable[[Sequence[Line]], None]
     save: Callable[[TrainState], None]
-    after_epoch: Callable[[TrainState], None] | None = None
+    evaluations: Evaluations = Evaluations(1, 0)
 
 
 class _Step(NamedTuple):
@@ -129,17 +130,15 @@ def run(
       UserError: a batch that did not arrive in time, or a file that cannot be written.
       Stopped: on request, once the state is saved.
     """
-    start, total, after_epoch = int(state.step), settings.total_steps, hooks.after_epoch
+    start, total, evaluations = int(state.step), settings.total_steps, hooks.evaluations
     pending: list[_Step] = []
 
     def fetch(number: int) -> AnyBatch:
         return batches.batch(*divmod(number, batches.steps_per_epoch))
 
-    def epoch_ends(steps: int) -> bool:
-        return after_epoch is not None and steps > 0 and (steps == total or steps % batches.steps_per_epoch == 0)
-
-    if after_epoch is not None and epoch_ends(start):
-        after_epoch(state)
+    evaluations(state)
+    if evaluations.finished:
+        return state
     began = last = time.perf_counter()
     earlier, compiled = history.seconds, set[tuple[int, ...]]()
     with console.bar("training", total) as bar, stop.held():
@@ -152,26 +151,28 @@ def run(
             with watchdog.compiling(done, expected=_announce(batch, compiled, len(batches.shapes))):
                 state, metrics = run_step(state, batch)
             pending.append(_Step(number, metrics, int(batch.lengths.sum())))
-            scoring, stopping, every = epoch_ends(done), stop.requested, settings.save_every
+            scoring, stopping, every = evaluations.due(done), stop.requested, settings.save_every
             saving = every is not None and (done % every == 0 or done == total or scoring)
             if done % settings.log_every and not (done == total or saving or scoring or stopping):
                 continue
 
             lines = _lines(pending, settings.rates, watchdog)  # waits for the device
             pending.clear()
-            hooks.on_lines(lines)
-            _check_finite(lines, watchdog, batches, state)
+            _check_finite(lines, watchdog, batches, state, hooks)
             now = time.perf_counter()
             history.add(lines, compiled, earlier + now - began)
-            if after_epoch is not None and scoring and not stopping:
-                stopping = _interrupted(stop, after_epoch, state)
+            if scoring and not stopping:
+                stopping = _interrupted(stop, evaluations, state, lines[-1])
                 began += time.perf_counter() - now
+            hooks.on_lines(lines)
             stopping = stopping or stop.requested
             if saving or stopping:
                 hooks.save(state)
             if stopping:
                 raise Stopped(done)
-            note = f"loss {history.losses[-1]:.4f}, {sum(line['tokens'] for line in lines) / (now - last):.0f} tokens/s"
+            if scoring and evaluations.finished:
+                return state
+            note = _note(lines, now - last)
             last = time.perf_counter()
             bar.update(done, total, note)
             if not console.is_terminal():
@@ -180,20 +181,27 @@ def run(
     return state
 
 
-def _check_finite(lines: list[Line], watchdog: Watchdog, batches: AnyBatches, state: TrainState) -> None:
-    """Show the lines to the watchdog; raise NotFinite, with the rows of the batch, where the run may not go on."""
+def _note(lines: list[Line], seconds: float) -> str:
+    """Return what the progress bar shows of the last steps."""
+    validation = f", validation {lines[-1]['validation_loss']:.4f}" if "validation_loss" in lines[-1] else ""
+    return f"loss {lines[-1]['loss']:.4f}{validation}, {sum(line['tokens'] for line in lines) / seconds:.0f} tokens/s"
+
+
+def _check_finite(lines: list[Line], watchdog: Watchdog, batches: AnyBatches, state: TrainState, hooks: Hooks) -> None:
+    """Show the lines to the watchdog; log them and raise NotFinite, with the rows of the batch, if it ends the run."""
     try:
         watchdog.look(lines)
     except Failed as failed:
+        hooks.on_lines(lines)
         rows = batches.row_numbers(*divmod(failed.step - 1, batches.steps_per_epoch))
         raise NotFinite(str(failed), rows, state) from None
 
 
-def _interrupted(stop: Stop, after_epoch: Callable[[TrainState], None], state: TrainState) -> bool:
-    """Score an epoch, and return whether a request to stop interrupted that."""
+def _interrupted(stop: Stop, evaluations: Evaluations, state: TrainState, line: Line) -> bool:
+    """Score a state, add the results to the log line of its step, and return whether a request to stop interrupted that."""
     try:
         with stop.held(False):
-            after_epoch(state)
+            line |= evaluations(state)
     except Stopped:
         return True
     return False

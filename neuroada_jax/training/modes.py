@@ -64,6 +64,8 @@ class Parallel(abc.ABC):
             self._check_for_processes(config)
 
     def _check_for_processes(self, config: RunConfig) -> None:
+        if config.data.validation is not None:
+            raise UserError("data.validation: several processes cannot keep the best state yet; set it to null")
         if config.training.save_every is not None:
             raise UserError("training.save_every: several processes cannot save checkpoints yet; set it to null")
 
@@ -91,6 +93,12 @@ class Parallel(abc.ABC):
     def local(self, tree: Tree) -> Tree:
         """Return this process's own copy of a replicated tree, for single-device work such as evaluation."""
         return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
+
+    def spread(self, batch: AnyBatch) -> AnyBatch:
+        """Return a host batch, padded and split by example over the devices, for functions that the compiler partitions."""
+        examples = NamedSharding(self.mesh, PartitionSpec(EXAMPLE_AXES))
+        padded = pad(batch, -(-len(batch.lengths) // self.shards) * self.shards)
+        return jax.tree.map(lambda leaf: _across_processes(leaf, examples), padded)
 
     def unsharded(self, tree: Any) -> Any:
         """Return small trees of the state, such as the values, in a form that every process can read completely."""
@@ -174,6 +182,9 @@ class SingleDevice(Parallel):
     def local(self, tree: Tree) -> Tree:
         return tree
 
+    def spread(self, batch: AnyBatch) -> AnyBatch:
+        return batch
+
     def abstract(self, state: TrainState, batch: AnyBatch) -> tuple[TrainState, AnyBatch]:
         return state, batch
 
@@ -243,8 +254,9 @@ class AutomaticPartitioning(Parallel):
 
     def _check_for_processes(self, config: RunConfig) -> None:
         super()._check_for_processes(config)
-        if config.evaluation.sets or config.merge:
-            field = "evaluation.sets" if config.evaluation.sets else "merge"
+        given = {"evaluation.sets": config.evaluation.sets, "merge": config.merge}
+        field = next((name for name, value in given.items() if value), None)
+        if field:
             raise UserError(
                 f"{field}: not supported where several processes share the weights; do it with the adapter afterwards"
             )

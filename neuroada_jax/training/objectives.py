@@ -78,6 +78,20 @@ class Objective(Protocol):
           UserError: rows that do not fit the task, or none with a label within `data.max_length`.
         """
 
+    def converted(self, rows: Rows) -> Rows:
+        """Return rows of a file in the form that `training_rows` returns.
+
+        Raises:
+          UserError: a row that does not fit the task.
+        """
+
+    def validation_batches(self, rows: Rows, tokenizer: Any) -> AnyBatches:
+        """Tokenise the validation rows as `batches` did the training rows; the batches are not shuffled.
+
+        Raises:
+          UserError: as `batches`.
+        """
+
 
 def objective(
     config: RunConfig, base_model: OpenedModel, date: str | None = None, rows: Rows | None = None
@@ -163,6 +177,16 @@ class Continuation:
             )
         return batches
 
+    def converted(self, rows: Rows) -> Rows:
+        """See `Objective`."""
+        return continuation.convert(rows, TASKS[self._config.data.task])
+
+    def validation_batches(self, rows: Rows, tokenizer: Any) -> AnyBatches:
+        """See `Objective`."""
+        section, size = self._config.data, self._config.training.batch_size
+        examples = encode(rows, self._form, tokenizer, section.max_length, learn=section.learn)
+        return Batches(examples, size, self._config.seed, group_by_length=True, shuffle=False)
+
     def _recorded(self, tokenizer: Any) -> PromptForm:
         """Return the form for adapters: style chat where all rows are chats, and the template's text if it was used."""
         form = self._form
@@ -212,7 +236,7 @@ class Continuation:
 
     def _without_overlap(self, held_out: Mapping[str, Rows], rows: Rows | None) -> Rows:
         section = self._config.data
-        rows = continuation.convert(_training_rows(section, rows), TASKS[section.task])
+        rows = self.converted(_training_rows(section, rows))
         if not section.drop_overlap:
             return rows
         asked: set[str] = set()

@@ -6,11 +6,26 @@ from typing import Any
 from neuroada_jax import console
 from neuroada_jax.core.trees import ModulePath, Tree
 from neuroada_jax.data.batches import AnyBatches
-from neuroada_jax.data.rows import Rows
+from neuroada_jax.data.examples import encode_prompt
+from neuroada_jax.data.prompts import render_prompt
+from neuroada_jax.data.rows import Rows, load_rows
+from neuroada_jax.errors import UserError
 from neuroada_jax.evaluation import scoring
 from neuroada_jax.evaluation.scoring import Score, Scorer
+from neuroada_jax.generation.generate import check_lengths
 from neuroada_jax.pretrained.load import OpenedModel, open_with_tokenizer
-from neuroada_jax.training import best_epoch, checkpoint, modules, objectives, parallel, resuming, run_directory, trackers
+from neuroada_jax.tasks import TASKS
+from neuroada_jax.training import (
+    best_epoch,
+    checkpoint,
+    modules,
+    objectives,
+    parallel,
+    resuming,
+    run_directory,
+    trackers,
+    validation,
+)
 from neuroada_jax.training.config import RunConfig
 from neuroada_jax.training.objectives import Objective
 from neuroada_jax.training.step import TrainState
@@ -31,6 +46,7 @@ class Prepared:
       split: the row numbers of the two parts of that set.
       batches: the training data.
       rows: the rows that the numbers in a batch refer to, for messages.
+      validation: the validation rows; None where there are none.
       devices: that the run uses.
       checkpoints: of the run's directory.
       resumed_from: the checkpoint to resume from; None to start at step 0.
@@ -47,6 +63,7 @@ class Prepared:
     split: best_epoch.Split | None
     batches: AnyBatches
     rows: Rows
+    validation: validation.ValidationRows | None
     devices: parallel.Parallel
     checkpoints: checkpoint.Checkpoints
     resumed_from: checkpoint.CheckpointInfo | None
@@ -93,6 +110,7 @@ def prepare(
     force_resume: bool = False,
     model: tuple[OpenedModel, Any] | None = None,
     rows: Rows | None = None,
+    validation_rows: Rows | None = None,
 ) -> Prepared:
     """Check everything that can be checked without weights. Touches no file.
 
@@ -104,6 +122,7 @@ def prepare(
         the result.
       model: a model and its tokenizer that are already in memory; None: open those of `config.model`.
       rows: training rows that are already in memory; None: read those of `config.data`.
+      validation_rows: validation rows that are already in memory; None: those that `config.data.validation` names.
 
     Raises:
       UserError: anything wrong with config, model, data or output directory.
@@ -127,6 +146,7 @@ def prepare(
     sets, chooser = {each.name: each for each in config.evaluation.sets}, config.evaluation.best_epoch
     held_out = {name: objective.evaluation_rows(each) for name, each in sets.items()}
     rows = objective.training_rows(held_out, rows)
+    rows, held_back = _validation_rows(config, objective, rows, validation_rows)
     batches = objective.batches(rows, tokenizer)  # before the scorers, which end at the tokens that trained turns end with
     choosing, split = None, None
     if chooser is not None:
@@ -134,6 +154,7 @@ def prepare(
         part, held_out[chooser] = (held_out[chooser].part(numbers.tolist()) for numbers in split)
         choosing = objective.scorer(sets[chooser], part, opened, tokenizer)
     scorers = {name: objective.scorer(each, held_out[name], opened, tokenizer) for name, each in sets.items()}
+    validating = None if held_back is None else _tokenised(config, objective, held_back, opened, tokenizer)
     if resumed_from:
         resuming.check_data(resumed_from.about, directory, batches, force_resume)
     return Prepared(
@@ -147,8 +168,39 @@ def prepare(
         split=split,
         batches=batches,
         rows=rows,
+        validation=validating,
         devices=devices,
         checkpoints=checkpoints,
         resumed_from=resumed_from,
         force_resume=force_resume,
     )
+
+
+def _validation_rows(config: RunConfig, objective: Objective, rows: Rows, given: Rows | None) -> tuple[Rows, Rows | None]:
+    """Return the training rows and the validation rows, None where the config asks for none."""
+    source = config.data.validation
+    if given is not None:
+        return rows, objective.converted(given)
+    if source is None:
+        return rows, None
+    if isinstance(source, float):
+        return validation.split(rows, source, config.seed)
+    return rows, objective.converted(load_rows(source, "validation"))
+
+
+def _tokenised(
+    config: RunConfig, objective: Objective, rows: Rows, opened: OpenedModel, tokenizer: Any
+) -> validation.ValidationRows:
+    """Return the validation rows in batches, and the prompts of those whose continuations are shown."""
+    batches = objective.validation_batches(rows, tokenizer)
+    console.say(f"{len(batches.examples)} examples of {len(rows)} rows are for validation")
+    count, prompts = config.training.validation_samples, []
+    if count and not opened.model.architecture.is_decoder:
+        kind = opened.model.hf_config["model_type"]
+        raise UserError(f"training.validation_samples: {kind} is an encoder, which continues no prompts; set it to 0")
+    for i, row in enumerate(rows.rows[:count]):
+        where, form = rows.where(i), objective.form
+        prompts.append((render_prompt(row, form, tokenizer, where), encode_prompt(row, form, tokenizer, where)))
+    longest = TASKS[config.data.task].max_new_tokens if count else 0
+    check_lengths(opened.model, [ids for _, ids in prompts], longest, lambda i: f"{rows.where(i)}: the prompt")
+    return validation.ValidationRows(batches, prompts)

@@ -1,4 +1,4 @@
-"""Tables of a finished run, and its loss curve."""
+"""Tables of a finished run."""
 
 import math
 import shlex
@@ -8,7 +8,6 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from neuroada_jax import console
-from neuroada_jax.errors import install_line
 from neuroada_jax.evaluation.class_report import ClassReport
 from neuroada_jax.evaluation.scoring import Score
 from neuroada_jax.tasks import ENCODER_TASKS, GLUE, TASKS
@@ -224,25 +223,3 @@ def _print_classes(name: str, report: ClassReport) -> None:
         "labels" if chosen is report.classes else f"the {len(chosen)} labels with the lowest F1 of {len(report.classes)}"
     )
     console.table(f"{name}: {title}, in %", ("label", "n", "precision", "recall", "F1"), rows)
-
-
-def loss_curve(path: Path, losses: list[float], title: str) -> None:
-    """Write the loss of every step and its running mean as a PNG; without matplotlib, report that it is not written."""
-    try:
-        import matplotlib.figure
-    except ImportError:
-        console.say(f"no {path.name}: install matplotlib ({install_line('plots')}) to have the curve drawn")
-        return
-    steps = range(1, len(losses) + 1)
-    width = max(1, len(losses) // 20)
-    running = [sum(losses[max(0, i - width) : i]) / min(i, width) for i in steps]
-    figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot(steps, losses, alpha=0.35, linewidth=1, label="each step")
-    axes.plot(steps, running, linewidth=2, label=f"mean of the last {width}")
-    axes.set(xlabel="step", ylabel="loss per label (nats)", title=title)
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, format="png", dpi=120)
-    temporary.replace(path)

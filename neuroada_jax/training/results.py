@@ -11,7 +11,7 @@ from neuroada_jax.adapters import native
 from neuroada_jax.data.examples import Examples
 from neuroada_jax.evaluation.scoring import Score
 from neuroada_jax.pretrained import prompt_form
-from neuroada_jax.training.best_epoch import BestEpoch
+from neuroada_jax.training.kept_states import KeptStates
 from neuroada_jax.training.loop import History
 from neuroada_jax.training.preparation import Prepared
 
@@ -33,7 +33,7 @@ class Sizes(NamedTuple):
 
 
 def results(
-    prepared: Prepared, sizes: Sizes, history: History, best: BestEpoch | None, before: Scores, after: Scores
+    prepared: Prepared, sizes: Sizes, history: History, best: KeptStates | None, before: Scores, after: Scores
 ) -> dict[str, Any]:
     """Return the content of results.json.
 
@@ -41,7 +41,7 @@ def results(
       prepared: the run.
       sizes: numbers of parameters.
       history: of all steps.
-      best: the scores of the epochs; None where the last epoch is kept.
+      best: the scores of the epochs or validations; None where the last state is kept.
       before: scores of the base model, empty where `evaluation.before` is off.
       after: scores of the merged model.
 
@@ -52,8 +52,8 @@ def results(
         "name": config.name,
         "directory": str(config.directory),
         "seed": config.seed,
-        "steps": prepared.total_steps,
-        "epochs": prepared.total_steps / batches.steps_per_epoch,
+        "steps": len(history.losses),
+        "epochs": len(history.losses) / batches.steps_per_epoch,
         "targets": config.bypass.targets,
         "trainable": sizes.trainable,
         "trainable_in_classifier": sizes.in_classifier,  # published shares exclude the classifier
@@ -81,7 +81,15 @@ def results(
             "set": config.evaluation.best_epoch,
             **best.best,
             "split": prepared.split.describe(),
-            "epochs": best.epochs,
+            "epochs": best.lines,
+        }
+    elif best:
+        content["validation"] = {
+            "best_step": best.best["step"],
+            "best_loss": best.best["value"],
+            "examples": len(prepared.validation.batches.examples) if prepared.validation else None,
+            "stopped_early": len(history.losses) < prepared.total_steps,
+            "steps": best.lines,
         }
     return files.finite(content)
 

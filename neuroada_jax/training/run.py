@@ -18,24 +18,29 @@ from neuroada_jax.core.bypass import Bypass
 from neuroada_jax.errors import UserError
 from neuroada_jax.evaluation import class_report
 from neuroada_jax.evaluation.scoring import Score
+from neuroada_jax.generation.generate import generate
+from neuroada_jax.generation.texts import ending
 from neuroada_jax.models import dense_modules
 from neuroada_jax.pretrained import save
 from neuroada_jax.pretrained.load import IdentifiedModel, LoadedModel, load_with_progress, with_params
+from neuroada_jax.tasks import TASKS
 from neuroada_jax.training import (
     best_epoch,
     connections,
     loop,
+    loss_curve,
     modules,
     optimizer,
-    report,
     results,
     resuming,
     run_directory,
     step,
     trackers,
+    validation,
     watchdog,
 )
 from neuroada_jax.training.config import RunConfig
+from neuroada_jax.training.kept_states import KeptStates
 from neuroada_jax.training.modes import RunStep
 from neuroada_jax.training.preparation import Prepared, prepare
 from neuroada_jax.training.signals import Stop
@@ -61,11 +66,12 @@ class Fitted:
     Attributes:
       prepared: the run.
       base_model: the model with its digests, without parameters: `state` owns them.
-      state: the final state, that of the best epoch where one was chosen. Its `params` are resident (base + values).
+      state: the final state, that of the best epoch or validation where one was chosen. Its `params` are resident (base +
+        values).
       history: losses, learning rates, tokens and times.
       sizes: numbers of parameters.
       before: scores of the base model by evaluation set; empty where `evaluation.before` is off.
-      best: the epochs' scores; None where the last epoch is kept.
+      best: the scores of the epochs or validations; None where the last state is kept.
       saver: saves a checkpoint of the last step where `finish` is interrupted.
       last: the state of the last step without weights, for `saver`.
       resources: context managers that are open until `finish` or `close`.
@@ -77,7 +83,7 @@ class Fitted:
     history: loop.History
     sizes: results.Sizes
     before: dict[str, Score]
-    best: best_epoch.BestEpoch | None
+    best: KeptStates | None
     saver: resuming.Saver
     last: TrainState
     resources: contextlib.ExitStack
@@ -205,15 +211,8 @@ def _train(
     about = resuming.describe(config, objective, batches, state, started.before)
     with contextlib.closing(trackers.Log(config, int(state.step))) as log:
         history = resuming.history(prepared.resumed_from, log.lines)
-        best = None
-        if config.evaluation.best_epoch is not None:
-            best = best_epoch.BestEpoch(
-                config.directory,
-                functools.partial(prepared.score_epoch, started.base_model),
-                functools.partial(_save_adapter, prepared, started.base_model),
-                int(state.step),
-            )
-        saver = resuming.Saver(prepared.checkpoints, about, batches, history, best.value if best else None)
+        best, evaluations = _evaluations(prepared, started.base_model, int(state.step))
+        saver = resuming.Saver(prepared.checkpoints, about, batches, history, best.score if best else None)
 
         def write(lines: Sequence[Line]) -> None:
             log.write(lines)
@@ -233,7 +232,11 @@ def _train(
             history,
             watchdog.Watchdog(config.watchdog, history.warnings, log.lines),
             stop,
-            loop.Hooks(write, saver, best),
+            loop.Hooks(write, saver, evaluations),
+        )
+    if int(state.step) < prepared.total_steps:
+        console.say(
+            f"stopped early, after step {int(state.step)}: no lower loss in {config.training.early_stopping} validations"
         )
     last = state._replace(params={}, base_entries={})  # so that the weights are not held twice
     if best:
@@ -251,6 +254,48 @@ def _train(
         last=last,
         resources=resources.pop_all(),
     )
+
+
+def _evaluations(
+    prepared: Prepared, base_model: IdentifiedModel, done: int
+) -> tuple[KeptStates | None, validation.Evaluations]:
+    """Return what keeps the best state, None where the last one is kept, and all scores of states during the run."""
+    config, rows = prepared.config, prepared.validation
+    save_adapter = functools.partial(_save_adapter, prepared, base_model)
+    epochs = validated = None
+    if config.evaluation.best_epoch is not None:
+        score = functools.partial(prepared.score_epoch, base_model)
+        epochs = best_epoch.BestEpoch(config.directory, score, save_adapter, done)
+    if rows is not None:
+        module, losses, spread = base_model.model.module(), prepared.objective.losses, prepared.devices.spread
+        validated = validation.Validation(
+            config.directory,
+            lambda state: validation.mean_loss(module, losses, state.merged, rows.batches, spread),
+            save_adapter,
+            done,
+            perplexity=base_model.model.architecture.is_decoder,
+            patience=config.training.early_stopping,
+            samples=functools.partial(_samples, prepared, base_model) if rows.prompts else None,
+        )
+    evaluations = validation.Evaluations(
+        prepared.batches.steps_per_epoch, prepared.total_steps, epochs, validated, config.training.validate_every
+    )
+    return epochs or validated, evaluations
+
+
+def _samples(prepared: Prepared, base_model: IdentifiedModel, state: TrainState) -> list[dict[str, str]]:
+    """Return continuations of the first validation prompts by a state."""
+    assert prepared.validation is not None
+    prompts, tokenizer = prepared.validation.prompts, prepared.tokenizer
+    outputs = generate(
+        base_model.model,
+        prepared.devices.local(state.merged),
+        [ids for _, ids in prompts],
+        ending(base_model, tokenizer, prepared.objective.form),
+        max_new_tokens=TASKS[prepared.config.data.task].max_new_tokens,
+    )
+    texts = [str(tokenizer.decode(each.ids, skip_special_tokens=True)) for each in outputs]
+    return [{"prompt": prompt, "generation": text} for (prompt, _), text in zip(prompts, texts, strict=True)]
 
 
 def _save_adapter(prepared: Prepared, base_model: IdentifiedModel, directory: Path, state: TrainState) -> None:
@@ -281,16 +326,24 @@ def finish(fitted: Fitted) -> dict[str, Any]:
 
     content = results.results(prepared, fitted.sizes, fitted.history, fitted.best, fitted.before, after)
     files.write_text(directory / "results.json", files.to_json(content, indent=2) + "\n")
-    report.loss_curve(directory / "loss.png", fitted.history.losses, config.name)
+    _draw_losses(fitted)
     for name, score in after.items():
         if score.classes is not None:
             class_report.confusion_picture(
                 directory / f"confusion-{name}.png", score.classes, f"{config.name}: {name}, {score.n} rows"
             )
     if not config.training.save_every:  # else the run may be resumed once more, and need the adapters of its epochs
-        for each in ("epochs", "checkpoints"):
+        for each in ("epochs", "validation", "checkpoints"):
             shutil.rmtree(directory / each, ignore_errors=True)
     return content
+
+
+def _draw_losses(fitted: Fitted) -> None:
+    config, lines, best = fitted.config, [], None
+    if isinstance(fitted.best, validation.Validation):
+        lines, best = fitted.best.lines, fitted.best.best["step"]
+    title = f"{config.name}: {Path(config.model.path).name}, k = {config.bypass.k}, rate {config.optimizer.learning_rate:g}"
+    loss_curve.loss_curve(config.directory / "loss.png", fitted.history.losses, title, lines, best)
 
 
 def train(

@@ -10,8 +10,16 @@ from neuroada_jax.training import checkpoint, trackers
 from neuroada_jax.training.config import RunConfig
 from neuroada_jax.training.config_file import load, to_yaml
 
-FOLDERS = ("adapter", "merged", "checkpoints", "epochs", "tensorboard", "wandb")
-FILES = (trackers.WANDB_ID, "results.json", "metrics.jsonl", "epochs.jsonl", "loss.png", "predictions-*.jsonl")
+FOLDERS = ("adapter", "merged", "checkpoints", "epochs", "validation", "tensorboard", "wandb")
+FILES = (
+    trackers.WANDB_ID,
+    "results.json",
+    "metrics.jsonl",
+    "epochs.jsonl",
+    "validation.jsonl",
+    "loss.png",
+    "predictions-*.jsonl",
+)
 
 
 def check(config: RunConfig, overwrite: bool, resume: bool, force_resume: bool) -> None:

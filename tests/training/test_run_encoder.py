@@ -261,8 +261,8 @@ def test_the_best_epoch_up_to_a_checkpoint_is_found_again(tmp_path):
     files.write_text(tmp_path / "epochs.jsonl", "".join(json.dumps(epoch) + "\n" for epoch in epochs))
     assert best_epoch.BestEpoch(tmp_path, print, print, 9).best["epoch"] == 3
     resumed = best_epoch.BestEpoch(tmp_path, print, print, 8)
-    assert resumed.best["epoch"] == 1 and len(resumed.epochs) == 2
-    assert best_epoch.BestEpoch(tmp_path, print, print, 0).epochs == []
+    assert resumed.best["epoch"] == 1 and len(resumed.lines) == 2
+    assert best_epoch.BestEpoch(tmp_path, print, print, 0).lines == []
 
 
 def test_an_epoch_without_a_finite_score_is_never_the_best(tmp_path):
@@ -275,7 +275,7 @@ def test_an_epoch_without_a_finite_score_is_never_the_best(tmp_path):
     best = best_epoch.BestEpoch(tmp_path, score, lambda path, state: saved.append(path.name), 0)
     for step in (1, 2, 3, 3, 4, 5):  # an epoch is scored once
         best(TrainState(np.array(step), {}, None, {}, {}, {}, np.array(-1)))
-    assert saved == ["1", "2", "4"] and best.best["value"] == 0.9 and best.value(1) is None
+    assert saved == ["1", "2", "4"] and best.best["value"] == 0.9 and best.score(1) is None
     text = (tmp_path / "epochs.jsonl").read_text()
     assert "NaN" not in text and text.startswith(
         '{"epoch": 1, "step": 1, "metric": "pearson", "value": null, "spearman": null}'

@@ -1,0 +1,79 @@
+"""States of a run that were scored: a line for each, and the adapter of every one that is better than all before."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import jax
+
+from neuroada_jax import files
+from neuroada_jax.adapters import native, on_base
+from neuroada_jax.core import bypass
+from neuroada_jax.core.bypass import Bypass
+from neuroada_jax.pretrained.load import IdentifiedModel
+from neuroada_jax.training.step import TrainState
+
+
+class KeptStates:
+    """Scores of states in <name>.jsonl, and until the run ends the adapters of the best so far in <name>/<steps>/.
+
+    A resumed run therefore knows the best state up to its checkpoint, even if the interrupted run went further.
+
+    Attributes:
+      lines: those of the file: each with a "step" and a "value" (None if not finite).
+      lower_is_better: whether the state with the lowest value is the best.
+    """
+
+    lower_is_better: ClassVar[bool] = False
+
+    def __init__(self, directory: Path, name: str, save: Callable[[Path, TrainState], None], done: int) -> None:
+        """Continue after `done` steps: later lines of an interrupted run are dropped.
+
+        Args:
+          directory: of the run.
+          name: of the file and of the folder of adapters.
+          save: writes a state's adapter to a directory.
+          done: steps done before the run was resumed; 0 for a new run.
+        """
+        self._save, self._log, self._adapters = save, directory / f"{name}.jsonl", directory / name
+        lines = self._log.read_text(encoding="utf-8").splitlines() if self._log.exists() else []
+        self.lines: list[dict[str, Any]] = [line for line in map(json.loads, lines) if line["step"] <= done]
+
+    def line(self, step: int) -> dict[str, Any] | None:
+        """Return the line of the state after that step; None where there is none."""
+        return next((line for line in self.lines if line["step"] == step), None)
+
+    def rank(self, line: dict[str, Any]) -> float:
+        """Return a number that is the higher the better; values that are not finite rank last."""
+        value = -math.inf if line["value"] is None else line["value"]
+        return -value if self.lower_is_better and math.isfinite(value) else value
+
+    def score(self, step: int) -> float | None:
+        """Return the rank of the state after that step; None where it has no line or no finite value."""
+        line = self.line(step)
+        return None if line is None or line["value"] is None else self.rank(line)
+
+    @property
+    def best(self) -> dict[str, Any]:
+        """The line of the first of the best states."""
+        return max(self.lines, key=self.rank)
+
+    def add(self, line: dict[str, Any], state: TrainState) -> None:
+        """Append the line of a state, and save its adapter if it is better than all before."""
+        line = files.finite(line)
+        if not self.lines or self.rank(line) > self.rank(self.best):
+            self._save(self._adapters / str(line["step"]), state)
+        self.lines.append(line)
+        files.write_text(self._log, "".join(json.dumps(each) + "\n" for each in self.lines))
+
+    def restore(self, state: TrainState, base_model: IdentifiedModel) -> TrainState:
+        """Return the last state with the values and the classifier of the best one."""
+        adapter = native.read(str(self._adapters / str(self.best["step"])))
+        tree: dict[str, Any] = {"bypass": on_base.stack_layers(adapter, base_model).values}
+        if state.classifier:
+            tree["classifier"] = on_base.classifier(adapter, base_model)
+        trainable = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), tree, state.trainable)
+        params = bypass.make_resident(state.params, Bypass(trainable["bypass"], state.columns), state.base_entries)
+        return state._replace(trainable=trainable, params=params)

@@ -1,0 +1,205 @@
+"""Loss on validation rows during the training: it keeps the best state, and may end the run early."""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array
+
+from neuroada_jax import console
+from neuroada_jax.core.trees import Tree
+from neuroada_jax.data.batches import AnyBatches
+from neuroada_jax.data.rows import Rows
+from neuroada_jax.errors import UserError
+from neuroada_jax.training.kept_states import KeptStates
+from neuroada_jax.training.step import AnyBatch, TrainState
+
+Samples = Callable[[TrainState], list[dict[str, str]]]
+
+
+class ValidationRows(NamedTuple):
+    """The validation rows of a run, checked and tokenised.
+
+    Attributes:
+      batches: of all rows.
+      prompts: of the rows whose continuations are shown, as text and as token ids.
+    """
+
+    batches: AnyBatches
+    prompts: list[tuple[str, list[int]]]
+
+
+def split(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows]:
+    """Return (training rows, validation rows): a random share of the rows, both parts in the order of the file.
+
+    Raises:
+      UserError: the share leaves one of them empty.
+    """
+    count = round(share * len(rows))
+    if not 0 < count < len(rows):
+        raise UserError(
+            f"data.validation: a share of {share} of {len(rows)} rows is {count}, expected 1 to {len(rows) - 1}"
+        )
+    order = np.random.default_rng([seed, len(rows)]).permutation(len(rows))
+    return rows.part(np.sort(order[count:]).tolist()), rows.part(np.sort(order[:count]).tolist())
+
+
+def mean_loss(
+    module: nn.Module,
+    losses: Callable[..., Array],
+    params: Tree,
+    batches: AnyBatches,
+    spread: Callable[[AnyBatch], AnyBatch],
+) -> float:
+    """Return the mean loss over all labels, in nats, without dropout: one forward pass over the rows.
+
+    Args:
+      module: the model.
+      losses: (module, variables, batch) -> the loss of every label, as `step.make_sums` takes them.
+      params: complete parameters.
+      batches: the rows.
+      spread: places a host batch on the run's devices.
+    """
+    total, labels, steps = 0.0, 0.0, batches.steps_per_epoch
+    with console.bar("validating") as bar:
+        report = console.reporter(bar)
+        for index in range(steps):
+            each = _sums(module, losses, params, spread(batches.batch(0, index)))
+            total, labels = total + float(each[0]), labels + float(each[1])
+            report(index + 1, steps)
+    return total / labels
+
+
+@functools.partial(jax.jit, static_argnames=("module", "losses"))
+def _sums(module: nn.Module, losses: Callable[..., Array], params: Tree, batch: AnyBatch) -> tuple[Array, Array]:
+    return jnp.sum(losses(module, {"params": params}, batch)), jnp.sum(batch.label_mask)
+
+
+class Validation(KeptStates):
+    """Scores states by their loss on the validation rows and keeps the adapter of the best.
+
+    Its lines, in validation.jsonl: "step", "value" (the loss, None if not finite), and "samples" if there are any.
+    """
+
+    lower_is_better = True
+
+    def __init__(
+        self,
+        directory: Path,
+        loss: Callable[[TrainState], float],
+        save: Callable[[Path, TrainState], None],
+        done: int,
+        *,
+        perplexity: bool = False,
+        patience: int | None = None,
+        samples: Samples | None = None,
+    ) -> None:
+        """Continue after `done` steps.
+
+        Args:
+          directory: of the run.
+          loss: scores a state.
+          save: writes a state's adapter to a directory.
+          done: steps done before the run was resumed; 0 for a new run.
+          perplexity: whether exp(loss) is reported too.
+          patience: validations without a lower loss after which the run ends; None: it never ends early.
+          samples: generates a few continuations of validation prompts; None for none.
+        """
+        super().__init__(directory, "validation", save, done)
+        self._loss, self._perplexity, self._patience, self._samples = loss, perplexity, patience, samples
+
+    @property
+    def stalled(self) -> bool:
+        """Whether the last `patience` validations have not been better than the best before them."""
+        if self._patience is None or not self.lines:
+            return False
+        return len(self.lines) - 1 - self.lines.index(self.best) >= self._patience
+
+    def __call__(self, state: TrainState) -> dict[str, float]:
+        """Score the state, unless its step has been scored already; return fields for its log line."""
+        step = int(state.step)
+        if self.line(step) is not None:
+            return {}
+        loss = self._loss(state)
+        line: dict[str, Any] = {"step": step, "value": loss}
+        if self._samples is not None:
+            line["samples"] = self._samples(state)
+        self.add(line, state)
+        shown: dict[str, float] = {"validation_loss": loss}
+        if self._perplexity:
+            shown["validation_perplexity"] = math.exp(min(loss, 700.0))
+        also = f", perplexity {shown['validation_perplexity']:.4g}" if self._perplexity else ""
+        console.say(f"step {step}: validation loss {loss:.4f}{also}; {self._standing()}")
+        for each in line.get("samples", ()):
+            console.say(f"  {_line(each['prompt'])[-60:]} -> {_line(each['generation'])[:60]}")
+        return shown
+
+    def _standing(self) -> str:
+        best = self.best
+        if best is self.lines[-1]:
+            return "the best so far"
+        return f"the best is {-self.rank(best):.4f} at step {best['step']}"
+
+
+def _line(text: str) -> str:
+    """Return a text on one line."""
+    return repr(text)[1:-1]
+
+
+class Evaluations:
+    """The scores of states during a run: epochs on an evaluation set, and validations.
+
+    Attributes:
+      finished: whether the run may end early.
+    """
+
+    def __init__(
+        self,
+        steps_per_epoch: int,
+        total_steps: int,
+        after_epoch: Callable[[TrainState], None] | None = None,
+        validation: Validation | None = None,
+        validate_every: int | None = None,
+    ) -> None:
+        """Take what is due when.
+
+        Args:
+          steps_per_epoch: an epoch's score is due at its end.
+          total_steps: everything is due at the end of the run.
+          after_epoch: scores an epoch.
+          validation: scores a state on the validation rows.
+          validate_every: steps between two validations; None: at the end of every epoch.
+        """
+        self._total = total_steps
+        self._due: list[tuple[int, Callable[[TrainState], Mapping[str, float] | None]]] = []
+        if validation is not None:
+            self._due.append((validate_every or steps_per_epoch, validation))
+        if after_epoch is not None:
+            self._due.append((steps_per_epoch, after_epoch))
+        self._validation = validation
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run may end before its last step."""
+        return self._validation is not None and self._validation.stalled
+
+    def due(self, steps: int) -> bool:
+        """Return whether anything is to be scored after so many steps."""
+        return any(self._is_due(every, steps) for every, _ in self._due)
+
+    def _is_due(self, every: int, steps: int) -> bool:
+        return steps > 0 and (steps == self._total or steps % every == 0)
+
+    def __call__(self, state: TrainState) -> dict[str, float]:
+        """Score a state by everything that is due; return fields for the log line of its step."""
+        step, fields = int(state.step), dict[str, float]()
+        for every, score in self._due:
+            if self._is_due(every, step):
+                fields |= score(state) or {}
+        return fields

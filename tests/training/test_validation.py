@@ -1,0 +1,195 @@
+"""Validation during a run: its loss, the state it keeps, early stopping, and the same after an interruption."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from data_helpers import message_of
+from helpers import run_config, write_bert, write_model, write_rows
+
+from neuroada_jax.adapters import native, on_base
+from neuroada_jax.data.batches import Batch
+from neuroada_jax.data.examples import encode
+from neuroada_jax.data.rows import load_rows, rows_from_list
+from neuroada_jax.errors import UserError
+from neuroada_jax.models.losses import label_losses
+from neuroada_jax.pretrained.load import load_model
+from neuroada_jax.pretrained.tokenizer import load_tokenizer
+from neuroada_jax.training import config_file, run, validation
+from neuroada_jax.training.signals import Stop, Stopped
+from neuroada_jax.training.step import TrainState
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    return write_model(folder / "model"), write_rows(folder / "rows.jsonl")
+
+
+def settings(folder, inputs, data=None, **training):
+    training = {"steps": 6, "validate_every": 2, **training}
+    sections = {
+        "bypass": {"targets": ["q_proj"], "k": 2},
+        "data": {"validation": 0.25, **(data or {})},
+        "training": training,
+    }
+    return config_file.from_dict(run_config(folder, *inputs, **sections), "test")
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_loss_is_that_of_the_rows_one_by_one_and_the_best_state_is_kept(tmp_path, inputs):
+    # A rate that overshoots, so that the last state is not the best.
+    config = settings(tmp_path, inputs, validation_samples=2)
+    config = config_file.from_dict(_content(config, learning_rate=0.3), "test")
+    prepared = run.prepare(config)
+    assert len(prepared.rows) == 18 and len(prepared.validation.batches.examples) == 6
+    results = run.finish(run.fit(prepared))
+    seen = lines(config.directory / "validation.jsonl")
+    assert [line["step"] for line in seen] == [2, 4, 6]
+    assert results["validation"]["steps"] == seen and not results["validation"]["stopped_early"]
+    best = min(seen, key=lambda line: line["value"])
+    assert (results["validation"]["best_step"], results["validation"]["best_loss"]) == (best["step"], best["value"])
+    assert [len(line["samples"]) for line in seen] == [2, 2, 2]
+    assert set(seen[0]["samples"][0]) == {"prompt", "generation"}
+    logged = {line["step"]: line for line in lines(config.directory / "metrics.jsonl")}
+    assert [step for step, line in logged.items() if "validation_loss" in line] == [2, 4, 6]
+    assert logged[4]["validation_loss"] == seen[1]["value"]
+    assert logged[4]["validation_perplexity"] == pytest.approx(np.exp(seen[1]["value"]))
+    assert not (config.directory / "validation").exists()  # the adapters of a run that has ended
+
+    # The adapter is that of the best state: its loss, row by row, is the line's.
+    model, tokenizer = load_model(str(inputs[0])), load_tokenizer(str(inputs[0]))
+    params = on_base.merge(native.read(str(config.directory / "adapter")), model)
+    rows = load_rows(str(inputs[1]))
+    trained = {row["prompt"] for row in prepared.rows.rows}
+    held_back = [row for row in rows.rows if row["prompt"] not in trained]
+    examples, total = encode(rows_from_list(held_back), "plain", tokenizer, 64), []
+    module = model.model.module()
+    for i in range(len(examples)):
+        ids, is_label = examples.example(i)
+        where = is_label.nonzero()[0]
+        batch = jax.tree.map(jnp.asarray, _single(ids, where))
+        total += np.asarray(label_losses(module, {"params": params}, batch))[0].tolist()
+    assert np.mean(total) == pytest.approx(best["value"], rel=1e-5)
+    assert (config.directory / "loss.png").exists()
+
+
+def _content(config, **optimizer):
+    content = dataclasses.asdict(config)
+    content["optimizer"] |= optimizer
+    return content
+
+
+def _single(ids, where):
+    ones = np.ones((1, len(where)), np.float32)
+    return Batch(
+        ids[None],
+        np.array([len(ids)], np.int32),
+        (where - 1)[None].astype(np.int32),
+        ids[where][None].astype(np.int32),
+        ones,
+    )
+
+
+def test_a_validation_file_of_an_encoder(tmp_path):
+    model = write_bert(tmp_path / "bert")
+    rows = [{"sentence1": "a" * (i % 5 + 1), "sentence2": "ab"[i % 2], "label": i % 2} for i in range(12)]
+    for name, part in (("train", rows), ("dev", rows[:5])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    data = {"task": "mrpc", "max_length": 32, "validation": str(tmp_path / "dev.jsonl")}
+    config = settings(tmp_path, (model, tmp_path / "train.jsonl"), data, steps=4)
+    content = _content(config)
+    content["bypass"] = {"targets": ["query"]}
+    results = run.train(config_file.from_dict(content, "test"))
+    seen = lines(config.directory / "validation.jsonl")
+    assert len(seen) == 2 and results["validation"]["examples"] == 5
+    assert "validation_perplexity" not in lines(config.directory / "metrics.jsonl")[-1]
+    content["training"]["validation_samples"] = 1
+    message = message_of(run.prepare, config_file.from_dict({**content, "output": str(tmp_path / "other")}, "test"))
+    assert message == "training.validation_samples: bert is an encoder, which continues no prompts; set it to 0"
+
+
+def test_early_stopping_ends_the_run_at_the_best_state(tmp_path, inputs, monkeypatch):
+    values = iter([3.0, 2.0, 2.5, 2.25, 1.0])
+    monkeypatch.setattr(validation, "mean_loss", lambda *_: next(values))
+    results = run.train(settings(tmp_path, inputs, steps=20, early_stopping=2))
+    assert results["steps"] == 8 and results["validation"]["best_step"] == 4 and results["validation"]["stopped_early"]
+    assert len(lines(tmp_path / "out" / "metrics.jsonl")) == 8
+
+
+def test_an_interrupted_run_goes_on_with_the_same_validations(tmp_path, inputs):
+    whole = run.train(settings(tmp_path / "whole", inputs, save_every=2, early_stopping=5, log_every=1))
+    stop, taken = Stop(), []
+
+    def after_three(found):
+        taken.extend(found)
+        if len(taken) >= 3:
+            stop.request()
+
+    config = settings(tmp_path / "parted", inputs, save_every=2, early_stopping=5, log_every=1)
+    with pytest.raises(Stopped):
+        run.fit(run.prepare(config), stop=stop, on_lines=after_three)
+    results = run.train(config, resume=True)
+    assert results["validation"] == whole["validation"]
+    for file in ("validation.jsonl", "metrics.jsonl"):
+        assert (config.directory / file).read_text() == (tmp_path / "whole" / "out" / file).read_text()
+    both = [native.read(str(tmp_path / name / "out" / "adapter")).values for name in ("whole", "parted")]
+    assert all(np.array_equal(both[0][name], both[1][name]) for name in both[0])
+
+
+def test_a_stalled_run_is_not_continued(tmp_path):
+    def state(step):
+        return TrainState(np.array(step), {}, None, {}, {}, {}, np.array(-1))
+
+    values, saved = iter([1.0, float("nan"), 2.0]), []
+    found = validation.Validation(tmp_path, lambda _: next(values), lambda path, _: saved.append(path.name), 0, patience=2)
+    for step, stalled in ((2, False), (4, False), (6, True)):
+        found(state(step))
+        assert found.stalled is stalled
+    assert saved == ["2"] and found.best["step"] == 2
+    assert found(state(6)) == {}  # scored already
+    again = validation.Validation(tmp_path, print, print, 6, patience=2)
+    assert again.stalled and validation.Validation(tmp_path, print, print, 4, patience=2).stalled is False
+    assert "NaN" not in (tmp_path / "validation.jsonl").read_text()
+
+
+@pytest.mark.parametrize(("mode", "extra"), [("shard_map", {}), ("pmap", {}), ("jit", {"fsdp": 2, "tensor": 2})])
+def test_devices_share_the_validation(tmp_path, inputs, mode, extra):
+    losses = []
+    for name, section in (("one", {"mode": "single"}), ("eight", {"mode": mode, "devices": 8, **extra})):
+        content = _content(settings(tmp_path / name, inputs, steps=2, batch_size=8))
+        results = run.train(config_file.from_dict({**content, "parallel": section}, "test"))
+        losses.append(results["validation"]["best_loss"])
+    assert len(jax.devices()) == 8
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("data", "training", "says"),
+    [
+        ({"validation": 1.5}, {}, "data.validation: found 1.5, expected a share between 0 and 1"),
+        ({"validation": None}, {}, "training.validate_every: it needs data.validation"),
+        ({"validation": None}, {"validate_every": None, "early_stopping": 2}, "training.early_stopping: it needs"),
+        ({"validation": 0.01}, {}, "data.validation: a share of 0.01 of 24 rows is 0, expected 1 to 23"),
+        ({"validation": "nothing.jsonl"}, {}, "nothing.jsonl: no such file or directory"),
+    ],
+)
+def test_validation_that_cannot_be(tmp_path, inputs, data, training, says):
+    def prepare():
+        return run.prepare(settings(tmp_path, inputs, data, **training))
+
+    with pytest.raises(UserError) as caught:
+        prepare()
+    assert says in str(caught.value)
+
+
+def test_only_one_thing_chooses_the_state(tmp_path, inputs):
+    content = run_config(tmp_path, *inputs, data={"validation": 0.5})
+    content["evaluation"] = {"sets": [{"name": "some", "data": str(inputs[1])}], "best_epoch": "some"}
+    assert "both choose the state to keep" in message_of(config_file.from_dict, content, "test")
