@@ -180,12 +180,12 @@ def _validation_rows(config: RunConfig, objective: Objective, rows: Rows, given:
     """Return the training rows and the validation rows, None where the config asks for none."""
     source = config.data.validation
     if given is not None:
-        return rows, objective.converted(given)
+        return rows, objective.converted(given.renamed(config.data.columns) if config.data.columns else given)
     if source is None:
         return rows, None
     if isinstance(source, float):
         return validation.split(rows, source, config.seed)
-    return rows, objective.converted(load_rows(source, "validation"))
+    return rows, objective.converted(load_rows(source, "validation", None, config.data.columns))
 
 
 def _tokenised(
