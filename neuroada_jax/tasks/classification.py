@@ -119,16 +119,25 @@ class ClassificationTask:
         return self.texts_of(row, where), self._label(row, where)
 
     def read(self, rows: Rows) -> tuple[list[Texts], Num[np.ndarray, "n *C"]]:
-        """Return the texts and the labels of all rows.
+        """Return the texts and the labels of all rows; integers from 0 may stand for the names of labels, in their order.
 
         Raises:
           UserError: see `convert`; also labels of two types.
         """
-        converted = [self.convert(row, rows.where(i)) for i, row in enumerate(rows.rows)]
+        task = dataclasses.replace(self, by_number=True) if self._has_numbers(rows) else self
+        converted = [task.convert(row, rows.where(i)) for i, row in enumerate(rows.rows)]
         if not self.by_number and not self.is_regression and self.label is not None:
             of_rows.check_types(rows, self.label)
         dtype = np.int32 if self.problem is Problem.CLASSIFICATION else np.float32
         return [texts for texts, _ in converted], np.array([label for _, label in converted], dtype)
+
+    def _has_numbers(self, rows: Rows) -> bool:
+        """Return whether rows have the numbers of labels whose names are given."""
+        if self.problem is not Problem.CLASSIFICATION or self.by_number or self.label is None:
+            return False
+        if any(of_rows.number_of_label(name) is not None for name in self.labels):
+            return False
+        return all(of_rows.number_of_label(row.get(self.label)) is not None for row in rows.rows)
 
     def _label(self, row: Mapping[str, Any], where: str) -> int | float | tuple[int, ...]:
         if self.label is None:
@@ -140,8 +149,10 @@ class ClassificationTask:
         if self.is_regression:
             return self._number(value, where)
         if self.by_number:
+            if self.name in OWN:
+                value = of_rows.number_of_label(value)
             if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < len(self.labels):
-                known = ", ".join(f"{number} ({name})" for number, name in enumerate(self.labels))
+                known = of_rows.listed([f"{number} ({name})" for number, name in enumerate(self.labels)])
                 raise UserError(f"{where}: label {value!r}, expected one of task {self.name!r}: {known}")
             return value
         if self.problem is Problem.CLASSIFICATION:

@@ -68,12 +68,20 @@ def name_of(value: Any, where: str) -> str:
         return str(value)
     if isinstance(value, str) and value.strip():
         return value
-    if isinstance(value, float):
+    if isinstance(value, float) and math.isfinite(value):
         raise UserError(
             f"{where}: label {shown(value)} has a decimal point, expected a name, an integer or a boolean; to predict "
             "numbers set data.task: regression"
         )
     raise UserError(f"{where}: label {shown(value)}, expected a name, an integer or a boolean")
+
+
+def number_of_label(value: Any) -> int | None:
+    """Return an integer from 0 on, also as the text that tables have, else None."""
+    value = plain(value)
+    if isinstance(value, str):
+        return int(value) if re.fullmatch(r"\d{1,9}", value) else None
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _LARGEST else None
 
 
 def names_in(value: Any, where: str) -> list[str]:
@@ -163,7 +171,7 @@ def warn_of_variants(names: Sequence[str], rows: Rows) -> None:
         other = seen.setdefault(" ".join(name.casefold().split()), name)
         if other != name:
             console.warn(
-                f"{rows.source}: labels {shown(other)} and {shown(name)} are two classes, though only case or white space differs"
+                f"{rows.source}: {shown(other)} and {shown(name)} are two labels, though only case or white space differs"
             )
             return
 

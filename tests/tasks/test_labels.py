@@ -48,6 +48,14 @@ def test_a_list_fixes_names_and_order_whatever_the_type_of_the_rows():
     assert ids.tolist() == [1, 0]
 
 
+def test_integers_stand_for_the_names_of_a_list():
+    for values in ((1, 0, 1), ("1", "0", "1"), (np.int32(1), np.int32(0), np.int32(1))):
+        assert task().read(rows(*values))[1].tolist() == [1, 0, 1]
+    assert "label 2, expected one of task 'classification': 0 (ham), 1 (spam)" in message_of(task().read, rows(0, 2))
+    assert "label '0', expected one of ham, spam" in message_of(task().read, rows("0", "ham"))  # not a part of them
+    assert "label '0', expected one of" in message_of(task(names=("1", "2")).read, rows(1, 0))  # names that are integers
+
+
 def test_lists_of_names_and_columns_of_0_and_1():
     several = rows(["b", "a"], [], ["c"])
     names = labels_of(several, MULTI, "label")
@@ -75,7 +83,7 @@ def test_what_is_no_label(value):
     for read in (lambda data: labels_of(data, SINGLE, "label"), task().read):
         message = message_of(read, rows("ham", "spam", value))
         assert message.startswith("rows: row 2: label ") and "expected a name, an integer or a boolean" in message
-        assert ("data.task: regression" in message) == isinstance(value, float)
+        assert ("data.task: regression" in message) == (isinstance(value, float) and value == value)
     message = message_of(labels_of, rows(["a"], ["b", value]), MULTI, "label")
     assert message.startswith("rows: row 1: label ")
 
@@ -190,7 +198,7 @@ def test_a_single_label(problem, values, one):
 
 def test_labels_that_are_nearly_the_same():
     for pair in (("spam", "Spam"), ("spam", "spam ")):
-        with pytest.warns(NeuroadaWarning, match="are two classes, though only case or white space differs"):
+        with pytest.warns(NeuroadaWarning, match="are two labels, though only case or white space differs"):
             assert labels_of(rows("ham", *pair), SINGLE, "label") == tuple(sorted(("ham", *pair)))
 
 
