@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 
 import ml_dtypes
@@ -14,6 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from neuroada_jax import cli
 from neuroada_jax.adapters import exchange, inspection, native, on_base, peft
+from neuroada_jax.data.prompts import PromptForm, PromptStyle
+from neuroada_jax.pretrained import prompt_form
 from neuroada_jax.pretrained.load import load_model
 
 FORMATS = ["peft-supertuning", "peft-shira"]
@@ -130,6 +133,31 @@ def test_a_base_that_moved_and_no_verification(bases, adapters, tmp_path, capsys
         assert config["base_model_name_or_path"] == str(moved)
     finally:
         moved.rename(bases["float32"])
+
+
+def test_the_form_of_the_prompts_goes_with_the_merged_model(adapters, tmp_path, capsys):
+    adapter = shutil.copytree(adapters["float32"], tmp_path / "adapter")
+    file = adapter / "adapter.json"
+    content = json.loads(file.read_text())
+    assert content["prompt"] is None
+    form = PromptForm(PromptStyle.PLAIN, task="gsm8k", end_tokens=("</s>",))
+    for name, trained in (("none", None), ("known", form)):
+        file.write_text(json.dumps(content | {"prompt": trained and prompt_form.to_json(trained)}))
+        code, _, errors = run(capsys, "merge", "--adapter", adapter, "--out", tmp_path / name)
+        assert code == 0, errors
+        assert prompt_form.read(str(tmp_path / name)) == trained
+    ends = json.loads((tmp_path / "known" / "generation_config.json").read_text())["eos_token_id"]
+    assert CHAT.convert_ids_to_tokens(ends) == ["<|im_end|>", "</s>"]
+    foreign = prompt_form.to_json(PromptForm(end_tokens=("<|eot_id|>",)))
+    file.write_text(json.dumps(content | {"prompt": foreign}))
+    for command in (("merge", "--adapter", adapter), ("export", adapter, "--to", "huggingface")):
+        message = failed(capsys, *command, "--out", tmp_path / "foreign")
+        assert "end token '<|eot_id|>' of the trained prompts is not one token" in message
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}')
+    for command in (("generate", "--prompt", "a"), ("evaluate", "--data", rows)):
+        assert "end token '<|eot_id|>'" in failed(capsys, command[0], "--adapter", adapter, *command[1:])
+    assert not (tmp_path / "foreign").exists()
 
 
 def test_an_export_that_is_not_what_we_hold_fails(adapters, tmp_path, capsys, monkeypatch):

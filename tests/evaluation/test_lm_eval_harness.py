@@ -9,9 +9,11 @@ import yaml
 from data_helpers import BYTES, CHAT
 from helpers import write_bert, write_model
 
-import neuroada_jax
+import neuroada_jax.evaluation
 from neuroada_jax import cli
+from neuroada_jax.data.prompts import PromptForm, PromptStyle
 from neuroada_jax.errors import UserError
+from neuroada_jax.generation.generate import Generation
 from neuroada_jax.pretrained.load import load_with_progress, open_with_tokenizer
 
 WORDS = [*"abcdehinostu", "the", "day", "night", "answer", "question", "option1", "please choose", "correct"]
@@ -274,9 +276,32 @@ def test_encoders_are_refused(harness, neuroada, tasks, tmp_path):
     assert "bert is an encoder, which cannot continue a text" in told
 
 
+def test_the_form_of_the_training_is_used(harness, pair, monkeypatch):
+    """Its template with arguments and date, and its end tokens."""
+    template = (
+        "{{ strftime_now('%Y') }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{{ more }}{% endif %}"
+    )
+    form = PromptForm(PromptStyle.CHAT, template, {"more": "!"}, "2001-02-03", None, ("<|im_end|>", "</s>"))
+    model, asked = pair[0], [{"role": "user", "content": "hi"}]
+    trained = harness.NeuroAdaLM(model.base_model, model.params, model.tokenizer, form=form)
+    assert trained.apply_chat_template(asked) == "2001<user>hi<assistant>!"
+    begun = [*asked, {"role": "assistant", "content": "so"}]
+    assert trained.apply_chat_template(begun, add_generation_prompt=False) == "2001<user>hi<assistant>so"
+    endings = []
+    monkeypatch.setattr(
+        harness,
+        "generate",
+        lambda model, params, prompts, ending, **_: [Generation([], "end") for _ in prompts if not endings.append(ending)],
+    )
+    trained.generate_until(requests(("hi", {"until": ["e"], "max_gen_toks": 4})))
+    tokens = set(model.tokenizer.convert_ids_to_tokens(endings[0].eos_ids))
+    assert tokens >= {"<|im_end|>", "</s>"}
+
+
 def test_the_missing_extra_is_named(neuroada, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.delitem(sys.modules, "neuroada_jax.evaluation.lm_eval_harness", raising=False)
-    monkeypatch.delattr(neuroada_jax, "harness", raising=False)
+    monkeypatch.delattr(neuroada_jax.evaluation, "lm_eval_harness", raising=False)
     told = failure(neuroada("--tasks", "hellaswag", "--model", "m"))
     assert told == 'lm-eval needs lm_eval, which is missing: pip install -e ".[eval]"'
