@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from neuroada_jax.core.trees import ModulePath, Tree, kernels, matching
 from neuroada_jax.errors import UserError
-from neuroada_jax.models import names
+from neuroada_jax.models import config_fields, names
 from neuroada_jax.models.encoder import (
     ENCODER_TARGETS,
     BertForSequenceClassification,
@@ -38,7 +38,7 @@ class Architecture(NamedTuple):
     """Architecture of one `model_type` of config.json.
 
     Attributes:
-      read_config: (Hugging Face config, dtype) -> static config.
+      read_config: (fields of a Hugging Face config, dtype) -> static config.
       module: (static config, remat policy) -> Flax module.
       layers_path: the path of the layer scan in the parameter tree.
       targets: the default bypass targets.
@@ -106,11 +106,15 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 class Model(NamedTuple):
-    """A model without weights: the architecture, its static config and the Hugging Face config that it was read from."""
+    """A model without weights: the architecture, its static config and the Hugging Face config that it was read from.
+
+    `ignored` has the fields of that config that look as if they changed the result and do not: see `config_fields.ignored`.
+    """
 
     architecture: Architecture
     config: Any
     hf_config: dict[str, Any]
+    ignored: tuple[str, ...] = ()
 
     @property
     def layers_path(self) -> ModulePath:
@@ -155,9 +159,9 @@ def from_hf_config(
       UserError: the architecture or a setting of its config is not supported, or labels were given for a decoder.
     """
     kind = config.get("model_type")
-    if kind not in ARCHITECTURES:
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
         supported = ", ".join(sorted(ARCHITECTURES))
-        raise UserError(f"config.json: model_type {kind!r} is not supported; supported: {supported}")
+        raise UserError(f"config.json: model_type {config_fields.shown(kind)} is not supported; supported: {supported}")
     if config.get("quantization_config"):
         raise UserError(
             "config.json: quantization_config is set; only unquantised checkpoints (or GGUF files) are supported"
@@ -167,7 +171,10 @@ def from_hf_config(
         if architecture.is_decoder:
             raise UserError(f"config.json: model_type {kind!r} is a decoder, which has no classifier for labels")
         config = Labels.of(labels).written_into(config)
-    return Model(architecture, architecture.read_config(config, dtype), dict(config))
+    fields = config_fields.Fields(config)
+    static = architecture.read_config(fields, dtype)
+    config_fields.check(fields)
+    return Model(architecture, static, dict(config), tuple(config_fields.ignored(fields)))
 
 
 def match_targets(params: Mapping[str, Any], targets: list[str], layers_path: ModulePath) -> list[ModulePath]:

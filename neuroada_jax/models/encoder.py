@@ -16,8 +16,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from neuroada_jax.errors import UserError
 from neuroada_jax.models import attention, labels, layers
+from neuroada_jax.models.config_fields import LARGEST_DEPTH, Fields, shown
 from neuroada_jax.models.layers import BypassDense, Dropout, Embedding, LayerNorm
 from neuroada_jax.models.remat import BYPASS_COLLECTIONS, Remat, kept_activation, remat_module, token_wise
+
+LARGEST_LABELS = 2**20
 
 # Every linear map of a layer, as in the published scripts.
 ENCODER_TARGETS = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
@@ -54,79 +57,69 @@ class EncoderConfig:
         return self.num_positions - self.first_position
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any], dtype: Any = jnp.float32) -> "EncoderConfig":
-        """Read a Hugging Face config.json of model_type bert, roberta or xlm-roberta.
+    def from_hf(cls, fields: Fields, dtype: Any = jnp.float32) -> "EncoderConfig":
+        """Read the config.json of a model_type bert, roberta or xlm-roberta.
 
         Raises:
           UserError: a field is missing or has a value that is not supported.
         """
-        bert = config["model_type"] == "bert"
-
-        def need(field: str) -> int:
-            if not isinstance(config.get(field), int) or config[field] < 1:
-                raise UserError(f"config.json: {field} must be a positive integer, found {config.get(field)!r}")
-            return config[field]
-
-        def rate(field: str, default: float) -> float:
-            found = config.get(field)
-            found = default if found is None else found
-            if not isinstance(found, int | float) or not 0 <= found < 1:
-                raise UserError(f"config.json: {field} must be a number from 0 to below 1, found {found!r}")
-            return float(found)
-
-        activation = config.get("hidden_act", "gelu")
-        if activation not in layers.ACTIVATIONS:
-            known = ", ".join(layers.ACTIVATIONS)
-            raise UserError(f"config.json: hidden_act {activation!r} is not supported; supported: {known}")
-        for field, only in (("position_embedding_type", "absolute"), ("is_decoder", False), ("add_cross_attention", False)):
-            if config.get(field, only) != only:
-                raise UserError(f"config.json: {field} {config[field]!r} is not supported; supported: {only!r}")
-        if need("hidden_size") % need("num_attention_heads"):
-            raise UserError(
-                f"config.json: hidden_size {config['hidden_size']} is no multiple of "
-                f"num_attention_heads {config['num_attention_heads']}"
-            )
-        pad = config.get("pad_token_id")
-        pad = pad if pad is not None else 0 if bert else 1
-        hidden_dropout = rate("hidden_dropout_prob", 0.1)
+        bert = fields.kind == "bert"
+        hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+        if hidden % heads:
+            raise UserError(f"config.json: hidden_size {hidden} is no multiple of num_attention_heads {heads}")
+        vocabulary, positions = fields.integer("vocab_size"), fields.integer("max_position_embeddings")
+        # BERT does not look at the padding token, and transformers' RoBERTa has no positions without one.
+        pad = (fields.integer_or_none if bert else fields.integer)("pad_token_id", 0 if bert else 1, least=0)
+        if pad is not None and pad >= vocabulary:
+            raise fields.wrong("pad_token_id", f"below vocab_size {vocabulary}")
+        first_position = 0 if bert or pad is None else pad + 1
+        if first_position >= positions:
+            raise fields.wrong("max_position_embeddings", f"more than pad_token_id + 1, which is {first_position}")
+        fields.number("initializer_range", 0.02)  # of a new classifier
+        hidden_dropout = fields.number("hidden_dropout_prob", 0.1, below=1.0)
+        own_dropout = fields.get("classifier_dropout") is not None
         return cls(
-            vocab_size=need("vocab_size"),
-            hidden_size=need("hidden_size"),
-            intermediate_size=need("intermediate_size"),
-            num_layers=need("num_hidden_layers"),
-            num_heads=need("num_attention_heads"),
-            num_labels=num_labels(config),
-            num_positions=need("max_position_embeddings"),
-            first_position=0 if bert else pad + 1,
-            token_types=need("type_vocab_size") if "type_vocab_size" in config else 2,
-            pad_id=pad,
-            norm_epsilon=float(config.get("layer_norm_eps", 1e-12)),
-            activation=activation,
+            vocab_size=vocabulary,
+            hidden_size=hidden,
+            intermediate_size=fields.integer("intermediate_size"),
+            num_layers=fields.integer("num_hidden_layers", most=LARGEST_DEPTH),
+            num_heads=heads,
+            num_labels=num_labels(fields),
+            num_positions=positions,
+            first_position=first_position,
+            token_types=fields.integer("type_vocab_size", 2),
+            pad_id=0 if pad is None else pad,
+            norm_epsilon=fields.number("layer_norm_eps", 1e-12),
+            activation=fields.choice("hidden_act", "gelu", list(layers.ACTIVATIONS)),
             hidden_dropout=hidden_dropout,
-            attention_dropout=rate("attention_probs_dropout_prob", 0.1),
-            classifier_dropout=rate("classifier_dropout", hidden_dropout),
+            attention_dropout=fields.number("attention_probs_dropout_prob", 0.1, below=1.0),
+            classifier_dropout=fields.number("classifier_dropout", below=1.0) if own_dropout else hidden_dropout,
             dtype=dtype,
         )
 
 
-def num_labels(config: Mapping[str, Any]) -> int:
-    """Return the number of classifier outputs: 1 for regression, else one for each class of `id2label` (default 2).
+def num_labels(fields: Fields) -> int:
+    """Return the number of classifier outputs, 1 for regression: as transformers, `num_labels`, or one for each `id2label`.
 
     Raises:
       UserError: no label, or a problem_type that is not supported or does not fit the number of labels.
     """
-    found = config.get("id2label")
-    count = len(found) if isinstance(found, Mapping) else config.get("num_labels", 2)
-    if not isinstance(count, int) or count < 1:
-        raise UserError(f"config.json: id2label must name at least one label, found {found!r}")
-    problem = config.get("problem_type")
+    named = fields.get("id2label")
+    if named is not None and not (isinstance(named, Mapping) and named and all(map(_is_integer, named))):
+        raise UserError(f"config.json: id2label must name at least one label, each by its number, found {shown(named)}")
+    count = fields.integer("num_labels", 2 if named is None else len(named), most=LARGEST_LABELS)
+    problem = fields.get("problem_type")
     fitting = (None, labels.REGRESSION) if count == 1 else (None, labels.SINGLE, labels.MULTILABEL)
     if problem not in fitting:
         raise UserError(
-            f"config.json: problem_type {problem!r} with {count} label(s) is not supported; expected "
+            f"config.json: problem_type {shown(problem)} with {count} label(s) is not supported; expected "
             f"{' or '.join(map(repr, fitting[1:]))}"
         )
     return count
+
+
+def _is_integer(key: Any) -> bool:
+    return str(key).isascii() and str(key).isdigit()
 
 
 class Embeddings(nn.Module):

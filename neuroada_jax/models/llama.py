@@ -5,7 +5,7 @@ layers. Module names are those of the Hugging Face checkpoint without the layer 
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -14,8 +14,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from neuroada_jax.errors import UserError
-from neuroada_jax.models import attention, layers
-from neuroada_jax.models.layers import BypassDense, Embedding, RMSNorm
+from neuroada_jax.models import attention
+from neuroada_jax.models.config_fields import LARGEST_DEPTH, LARGEST_POSITION, Fields
+from neuroada_jax.models.layers import ACTIVATIONS, BypassDense, Embedding, RMSNorm
 from neuroada_jax.models.remat import BYPASS_COLLECTIONS, Remat, kept_activation, remat_module, token_wise
 from neuroada_jax.models.rope import Rope, rotate, rotations
 
@@ -47,66 +48,85 @@ class LlamaConfig:
     dtype: Any = jnp.float32
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any], dtype: Any = jnp.float32) -> "LlamaConfig":
-        """Read a Hugging Face config.json of model_type llama, mistral, qwen2 or qwen3.
+    def from_hf(cls, fields: Fields, dtype: Any = jnp.float32) -> "LlamaConfig":
+        """Read the config.json of a model_type llama, mistral, qwen2 or qwen3.
 
         Raises:
           UserError: a field is missing or has a value that is not supported.
         """
-        kind = config["model_type"]
-
-        def need(field: str) -> int:
-            if not isinstance(config.get(field), int) or config[field] < 1:
-                raise UserError(f"config.json: {field} must be a positive integer, found {config.get(field)!r}")
-            return config[field]
-
-        activation = config.get("hidden_act", "silu")
-        if activation not in layers.ACTIVATIONS:
-            known = ", ".join(layers.ACTIVATIONS)
-            raise UserError(f"config.json: hidden_act {activation!r} is not supported; supported: {known}")
-        heads = need("num_attention_heads")
-        kv_heads = need("num_key_value_heads") if config.get("num_key_value_heads") is not None else heads
+        kind, defaults = fields.kind, _DEFAULTS[fields.kind]
+        hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+        integer = fields.integer if kind == "mistral" else fields.integer_or_none  # null is no value of Mistral's
+        kv_heads = integer("num_key_value_heads", defaults.kv_heads) or heads
         if heads % kv_heads:
             raise UserError(f"config.json: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
-        head_dim = config.get("head_dim") or (128 if kind == "qwen3" else need("hidden_size") // heads)
-        if head_dim % 2:
-            raise UserError(f"config.json: head_dim must be even, found {head_dim}")
-        attention_bias = bool(config.get("attention_bias", False))
+        if kind == "llama" and hidden % heads:
+            raise UserError(f"config.json: hidden_size {hidden} is no multiple of num_attention_heads {heads}")
+        integer = fields.integer_or_none if kind in ("llama", "mistral") else fields.integer
+        head_dim = integer("head_dim", defaults.head_dim or hidden // heads) or hidden // heads
+        if head_dim % 2 or not head_dim:
+            raise UserError(f"config.json: head_dim must be even and positive, found {head_dim}")
+        layers, max_positions = (
+            fields.integer("num_hidden_layers", most=LARGEST_DEPTH),
+            fields.integer("max_position_embeddings", defaults.max_positions, most=LARGEST_POSITION),
+        )
+        # transformers' Mistral and Qwen2 ignore `attention_bias`, and all but LLaMA `mlp_bias`.
+        biased = kind in ("llama", "qwen3") and fields.flag("attention_bias", False)
         return cls(
-            vocab_size=need("vocab_size"),
-            hidden_size=need("hidden_size"),
-            intermediate_size=need("intermediate_size"),
-            num_layers=need("num_hidden_layers"),
+            vocab_size=fields.integer("vocab_size"),
+            hidden_size=hidden,
+            intermediate_size=fields.integer("intermediate_size"),
+            num_layers=layers,
             num_heads=heads,
             num_kv_heads=kv_heads,
             head_dim=head_dim,
-            rope=Rope.from_hf(config),
-            norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
-            activation=activation,
-            tied=bool(config.get("tie_word_embeddings", False)),
-            qkv_bias=attention_bias or kind == "qwen2",
-            output_bias=attention_bias and kind != "qwen2",
-            mlp_bias=bool(config.get("mlp_bias", False)),
+            rope=Rope.from_hf(fields, head_dim, max_positions),
+            norm_epsilon=fields.number("rms_norm_eps", 1e-6),
+            activation=fields.choice("hidden_act", "silu", list(ACTIVATIONS)),
+            tied=fields.flag("tie_word_embeddings", False),
+            qkv_bias=biased or kind == "qwen2",
+            output_bias=biased,
+            mlp_bias=kind == "llama" and fields.flag("mlp_bias", False),
             qk_norm=kind == "qwen3",
-            windows=_windows(config, need("num_hidden_layers")),
-            max_positions=int(config.get("max_position_embeddings", 2048)),
+            windows=_windows(fields, layers),
+            max_positions=max_positions,
             dtype=dtype,
         )
 
 
-def _windows(config: Mapping[str, Any], num_layers: int) -> tuple[int | None, ...]:
+class _Defaults(NamedTuple):
+    """transformers' values of fields that a config.json leaves out, where they depend on the model_type."""
+
+    max_positions: int
+    kv_heads: int | None = None  # as many as heads
+    head_dim: int | None = None  # D / H
+    window: int | None = 4096
+
+
+_DEFAULTS = {
+    "llama": _Defaults(2048, window=None),
+    "mistral": _Defaults(131072, 8),
+    "qwen2": _Defaults(32768, 32),
+    "qwen3": _Defaults(32768, 32, 128),
+}
+
+
+def _windows(fields: Fields, num_layers: int) -> tuple[int | None, ...]:
     """Return the sliding window of each layer, None where attention is full."""
-    if config["model_type"] == "mistral":
-        return (config.get("sliding_window", 4096),) * num_layers  # transformers' default; null means none
-    window = config.get("sliding_window")
-    if config["model_type"] == "llama" or not config.get("use_sliding_window") or window is None:
-        return (None,) * num_layers
-    # Qwen: newer configs list the type of every layer, older ones the first layer with a window.
-    types = config.get("layer_types") or [
-        "sliding_attention" if layer >= config.get("max_window_layers", 28) else "full_attention"
-        for layer in range(num_layers)
-    ]
-    return tuple(window if kind == "sliding_attention" else None for kind in types)
+    kind, windowed = fields.kind, fields.windowed_layers(num_layers)
+    window = fields.integer_or_none("sliding_window", _DEFAULTS[kind].window, most=LARGEST_POSITION)
+    if kind == "llama" and window is not None:
+        raise UserError(f"config.json: sliding_window {window} is not supported for model_type 'llama'; supported: null")
+    if kind in ("qwen2", "qwen3"):
+        first = fields.integer("max_window_layers", 28, least=0)
+        window = window if fields.flag("use_sliding_window", False) else None
+        if windowed is None:  # as configs had it before `layer_types`: the first layer with a window
+            windowed = [window is not None and layer >= first for layer in range(num_layers)]
+    if windowed is None:
+        windowed = [window is not None] * num_layers  # Mistral; with `layer_types` it is transformers' Ministral
+    if window is None and any(windowed):
+        raise UserError("config.json: layer_types names 'sliding_attention', but no sliding_window is in use")
+    return tuple(window if is_windowed else None for is_windowed in windowed)
 
 
 class Cache(NamedTuple):
@@ -185,9 +205,7 @@ class FeedForward(nn.Module):
         c = self.config
         gate = BypassDense(c.intermediate_size, c.mlp_bias, c.dtype, name="gate_proj")(x)
         up = BypassDense(c.intermediate_size, c.mlp_bias, c.dtype, name="up_proj")(x)
-        return BypassDense(c.hidden_size, c.mlp_bias, c.dtype, name="down_proj")(
-            layers.ACTIVATIONS[c.activation](gate) * up
-        )
+        return BypassDense(c.hidden_size, c.mlp_bias, c.dtype, name="down_proj")(ACTIVATIONS[c.activation](gate) * up)
 
 
 class Layer(nn.Module):

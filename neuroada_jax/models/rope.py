@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from neuroada_jax.errors import UserError
+from neuroada_jax.models.config_fields import LARGEST_POSITION, Fields, shown
 
 
 class RopeType(enum.StrEnum):
@@ -46,39 +47,94 @@ class Rope:
     truncate: bool = True
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> "Rope":
-        """Read `rope_parameters` (transformers >= 5) or `rope_theta` and `rope_scaling` (older configs).
+    def from_hf(cls, fields: Fields, head_dim: int, max_positions: int) -> "Rope":
+        """Read `rope_scaling` or, where it is missing or empty, `rope_parameters`, as transformers does.
+
+        Args:
+          fields: of the config.json.
+          head_dim: N.
+          max_positions: the config's `max_position_embeddings`.
 
         Raises:
-          UserError: a rope type that is not in RopeType or lacks a field it needs, or rope parameters that differ by layer.
+          UserError: a rope type that is not in RopeType, lacks a field it needs or has one that is not supported, or rope
+            parameters that differ by layer.
         """
-        scaling = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-        if any(isinstance(value, Mapping) for value in scaling.values()):
-            raise UserError(f"config.json: rope_parameters differ between layers ({', '.join(scaling)}), not supported")
-        name = scaling.get("rope_type", scaling.get("type", "default"))
+        rope = _parameters(fields)
         known = [member.value for member in RopeType]
+        name = rope.get("rope_type", rope.get("type", RopeType.DEFAULT.value))
         if name not in known:
-            raise UserError(f"config.json: rope type {name!r} is not supported; supported: {', '.join(known)}")
-        max_positions = int(config.get("max_position_embeddings", 2048))
-        needed = {"linear": ["factor"], "dynamic": ["factor"], "yarn": ["factor"]}
-        needed["llama3"] = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
-        for field in needed.get(name, []):
-            if field not in scaling:
+            raise UserError(f"config.json: rope type {shown(name)} is not supported; supported: {', '.join(known)}")
+        kind = RopeType(name)
+        where = rope if "rope_theta" in rope.content else fields
+        theta = where.number("rope_theta", 10000.0, positive=True)
+        if kind is RopeType.DEFAULT:
+            return cls(theta=theta, original_max_positions=max_positions, max_positions=max_positions)
+        for field in _NEEDED[kind]:
+            if field not in rope.content:
                 raise UserError(f"config.json: rope type {name!r} needs the field {field!r}, which is missing")
-        # As in transformers, a field of the config takes precedence over one of the rope parameters.
-        original = config.get("original_max_position_embeddings") or scaling.get("original_max_position_embeddings")
-        optional = ["low_freq_factor", "high_freq_factor", "attention_factor", "mscale", "mscale_all_dim", "truncate"]
-        given = {field: scaling[field] for field in optional if scaling.get(field) is not None}
-        for field in ("beta_fast", "beta_slow"):
-            given[field] = scaling.get(field) or getattr(cls, field)
-        return cls(
-            rope_type=RopeType(name),
-            theta=float(scaling.get("rope_theta", config.get("rope_theta", 10000.0))),
-            factor=float(scaling.get("factor") or 1.0),
-            original_max_positions=int(original or max_positions),
-            max_positions=max_positions,
-            **given,
-        )
+        _check_width(kind, theta, rope, fields, head_dim)
+        original = max_positions
+        if kind in (RopeType.LLAMA3, RopeType.YARN):
+            # A field of the config itself comes before one of the rope parameters.
+            where = fields if "original_max_position_embeddings" in fields.content else rope
+            original = where.integer("original_max_position_embeddings", max_positions, most=LARGEST_POSITION)
+        given: dict[str, Any] = {}
+        if kind is RopeType.LLAMA3:
+            given = {field: rope.number(field, positive=True) for field in ("low_freq_factor", "high_freq_factor")}
+        if kind is RopeType.YARN:
+            given = _yarn_fields(rope)
+        if kind is RopeType.YARN and rope.get("factor") is None:
+            factor = max_positions / original
+        else:
+            factor = rope.number("factor", positive=True)
+        return cls(kind, theta, factor, original, max_positions, **given)
+
+
+_NEEDED = {
+    RopeType.LINEAR: ["factor"],
+    RopeType.DYNAMIC: ["factor"],
+    RopeType.YARN: ["factor"],
+    RopeType.LLAMA3: ["factor", "low_freq_factor", "high_freq_factor"],
+}
+
+
+def _parameters(fields: Fields) -> Fields:
+    """Return the fields of the rope parameters that count, none where the config has none."""
+    for name in ("rope_scaling", "rope_parameters"):
+        found = fields.get(name)
+        if found is None or found == {}:
+            continue
+        if not isinstance(found, Mapping):
+            raise fields.wrong(name, "an object")
+        if nested := [key for key, value in found.items() if isinstance(value, Mapping)]:
+            raise UserError(f"config.json: {name} differ between layers ({', '.join(nested)}), not supported")
+        return Fields(found, f"config.json: {name}.")
+    return Fields({})
+
+
+def _check_width(kind: RopeType, theta: float, rope: Fields, fields: Fields, head_dim: int) -> None:
+    """Refuse what leaves a part of a head without rotation, which the default rope never does, or has no frequencies."""
+    where = rope if "partial_rotary_factor" in rope.content else fields
+    partial = where is rope or fields.get("partial_rotary_factor") is not None
+    if partial and where.number("partial_rotary_factor") != 1.0:
+        raise where.wrong("partial_rotary_factor", f"1.0 with rope type {kind.value!r}")
+    if kind is RopeType.DYNAMIC and head_dim == 2:
+        raise UserError("config.json: rope type 'dynamic' needs a head_dim above 2")
+    if kind is RopeType.YARN and theta == 1.0:
+        raise UserError("config.json: rope type 'yarn' needs a rope_theta other than 1")
+
+
+def _yarn_fields(rope: Fields) -> dict[str, Any]:
+    """Return the optional fields of YaRN; as in transformers, 0 is no value but for `attention_factor`."""
+    given: dict[str, Any] = {}
+    for name in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
+        if rope.get(name) is not None and rope.number(name):
+            given[name] = rope.number(name)
+    if rope.get("attention_factor") is not None:
+        given["attention_factor"] = rope.number("attention_factor")
+    if "truncate" in rope.content:  # null is false
+        given["truncate"] = rope.get("truncate") is not None and rope.flag("truncate", True)
+    return given
 
 
 def _plain_frequencies(theta: float, head_dim: int) -> np.ndarray:

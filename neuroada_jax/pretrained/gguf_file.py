@@ -147,6 +147,8 @@ def read_config(path: str | Path) -> dict[str, Any]:
     window = meta.get(f"{arch}.attention.sliding_window")
     if arch == "llama" and window:
         model_type, class_name = "mistral", "MistralForCausalLM"
+        if biases := [name for name in tensors if name.endswith(".bias")]:
+            raise UserError(f"{path}: tensor {biases[0]} and a sliding window in one model, which no Mistral has")
     for name in ("token_embd.weight", "blk.0.attn_q.weight"):
         if name not in tensors:
             raise UserError(f"{path}: tensor {name} is missing, expected a complete {arch} model")

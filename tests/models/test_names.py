@@ -17,6 +17,7 @@ SIZES = {
     "intermediate_size": 12,
     "num_hidden_layers": 3,
     "num_attention_heads": 2,
+    "num_key_value_heads": 2,
 }
 
 

@@ -9,6 +9,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import logging
 
 from neuroada_jax.errors import UserError
+from neuroada_jax.models.config_fields import Fields
 from neuroada_jax.models.rope import Rope, RopeType, rotate, rotations
 
 logging.set_verbosity_error()
@@ -35,6 +36,10 @@ def config(**fields):
     return {"max_position_embeddings": MAX_POSITIONS, "rope_theta": 500000.0, **fields}
 
 
+def read(fields):
+    return Rope.from_hf(Fields(fields), N, fields.get("max_position_embeddings", 2048))
+
+
 @pytest.mark.parametrize("name", SCALINGS)
 @pytest.mark.parametrize("length", [100, 3 * MAX_POSITIONS])
 def test_angles_equal_transformers(name, length):
@@ -44,7 +49,7 @@ def test_angles_equal_transformers(name, length):
     frequencies, scale = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](reference, device="cpu", seq_len=seq_len)
     positions = torch.tensor([0, 1, 7, length // 2, length - 1])
     angles = positions[:, None].float() * frequencies
-    cos, sin = rotations(Rope.from_hf(config(rope_scaling=scaling)), N, jnp.asarray(positions.numpy(), jnp.int32)[None])
+    cos, sin = rotations(read(config(rope_scaling=scaling)), N, jnp.asarray(positions.numpy(), jnp.int32)[None])
     # One unit in the last place of a frequency is that many radians at the last position.
     tolerance = max(2e-6, 2e-7 * length)
     for got, want in ((cos, torch.cos(angles) * scale), (sin, torch.sin(angles) * scale)):
@@ -54,10 +59,10 @@ def test_angles_equal_transformers(name, length):
 
 def test_dynamic_is_the_default_up_to_the_pretraining_length():
     positions = jnp.arange(MAX_POSITIONS, dtype=jnp.int32)[None, -50:]
-    dynamic = rotations(Rope.from_hf(config(rope_scaling=SCALINGS["dynamic"])), N, positions)
-    default = rotations(Rope.from_hf(config()), N, positions)
+    dynamic = rotations(read(config(rope_scaling=SCALINGS["dynamic"])), N, positions)
+    default = rotations(read(config()), N, positions)
     np.testing.assert_allclose(dynamic[0], default[0], rtol=0, atol=5e-3)
-    longer = rotations(Rope.from_hf(config(rope_scaling=SCALINGS["dynamic"])), N, positions + 1)
+    longer = rotations(read(config(rope_scaling=SCALINGS["dynamic"])), N, positions + 1)
     assert not np.array_equal(longer[0][:, :-1], dynamic[0][:, 1:])
 
 
@@ -98,17 +103,17 @@ def test_new_and_old_style_configs_give_the_same_rope():
     new = config(rope_parameters={"rope_type": "llama3", "rope_theta": 500000.0, **LLAMA3})
     del new["rope_theta"]
     old = config(rope_scaling={"type": "llama3", **LLAMA3})
-    assert Rope.from_hf(new) == Rope.from_hf(old) == Rope.from_hf(config(rope_scaling=SCALINGS["llama3"]))
+    assert read(new) == read(old) == read(config(rope_scaling=SCALINGS["llama3"]))
 
 
 def test_what_a_config_leaves_out():
-    plain = Rope.from_hf({})
+    plain = read({})
     assert (plain.rope_type, plain.theta) == (RopeType.DEFAULT, 10000.0)
-    assert Rope.from_hf(config(rope_scaling=None)).theta == 500000.0
-    yarn = Rope.from_hf(config(rope_scaling={"type": "yarn", "factor": 2.0, "beta_fast": None}))
+    assert read(config(rope_scaling=None)).theta == 500000.0
+    yarn = read(config(rope_scaling={"type": "yarn", "factor": 2.0, "beta_fast": None}))
     assert (yarn.original_max_positions, yarn.beta_fast, yarn.beta_slow) == (MAX_POSITIONS, 32, 1)
     outside = config(original_max_position_embeddings=77, rope_scaling={"rope_type": "yarn", **YARN})
-    assert Rope.from_hf(outside).original_max_positions == 77  # transformers prefers the config's own field
+    assert read(outside).original_max_positions == 77  # transformers prefers the config's own field
 
 
 @pytest.mark.parametrize(
@@ -126,4 +131,4 @@ def test_what_a_config_leaves_out():
 )
 def test_what_is_not_supported_is_named(fields, message):
     with pytest.raises(UserError, match=message):
-        Rope.from_hf(config(**fields))
+        read(config(**fields))

@@ -1,0 +1,242 @@
+"""Fields of a Hugging Face config.json: read with their types, known to leave logits alone, or refused.
+
+The reader of a family (`from_hf`) takes what it needs from `Fields`; `check` then refuses every other field that
+transformers would read. tests/models/test_config_fields.py holds the tables below against transformers.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from neuroada_jax.errors import UserError
+
+LARGEST = 2**24  # of a size; far above any model, and small enough that nothing overflows
+LARGEST_DEPTH = 10_000  # of a number of layers: some descriptions have an entry for each
+LARGEST_POSITION = 2**31 - 1
+
+DECODERS = ("llama", "mistral", "qwen2", "qwen3")
+ENCODERS = ("bert", "roberta", "xlm-roberta")
+
+# Fields that no reader takes because they cannot change logits, each with the reason. A reader may take one all the same:
+# `pad_token_id` counts positions in RoBERTa, the labels are an encoder's, and so on.
+HARMLESS = {
+    "architectures": "the model_type decides, as with transformers' auto classes",
+    "_name_or_path": "where the config came from",
+    "name_or_path": "where the config came from",
+    "_commit_hash": "where the config came from",
+    "transformers_version": "who wrote the config",
+    "dtype": "checked; the dtype of the weights, of which --dtype has the last word",
+    "torch_dtype": "as dtype, which comes first",
+    "use_cache": "speed of generation",
+    "attn_implementation": "which kernel computes the attention",
+    "_attn_implementation": "which kernel computes the attention",
+    "_experts_implementation": "which kernel computes experts, of which there are none",
+    "output_attentions": "what a call returns beside the logits",
+    "output_hidden_states": "what a call returns beside the logits",
+    "tie_last_hidden_states": "what a call returns beside the logits",
+    "return_dict": "how a call returns the logits",
+    "chunk_size_feed_forward": "memory: the feed-forward block in pieces",
+    "gradient_checkpointing": "memory in training",
+    "attention_dropout": "training; for a decoder, training says that it is not applied",
+    "initializer_range": "new weights",
+    "initializer_factor": "new weights",
+    "init_std": "new weights",
+    "pretraining_tp": "how the model was trained; transformers no longer reads it",
+    "base_model_tp_plan": "where weights lie on several devices",
+    "base_model_pp_plan": "where weights lie on several devices",
+    "base_model_ep_plan": "where weights lie on several devices",
+    "base_model_fsdp_plan": "where weights lie on several devices",
+    "distributed_config": "how a model is saved from several devices",
+    "keys_to_ignore_at_inference": "what transformers' Trainer collects",
+    "bos_token_id": "tokens: of texts and generation",
+    "eos_token_id": "tokens: of texts and generation",
+    "pad_token_id": "tokens: padding is masked",
+    "sep_token_id": "tokens: of texts and generation",
+    "id2label": "a decoder has no classifier",
+    "label2id": "names of an encoder's labels; id2label counts them",
+    "num_labels": "a decoder has no classifier",
+    "problem_type": "a decoder has no classifier",
+    "tie_word_embeddings": "an encoder's classifier has no output embedding",
+    "layer_types": "an encoder attends everywhere",
+    "sliding_window": "an encoder attends everywhere",
+    "rope_parameters": "an encoder has no rotary embedding",
+    "head_dim": "an encoder's heads divide its width",
+    "number_of_conv_states": "there are no convolutions",
+    "embedding_size": "lets transformers skip a check that is made here",
+}
+
+
+class Only(NamedTuple):
+    """The values of a field that is refused otherwise, none if it has to be missing, and what another value would mean."""
+
+    values: tuple[Any, ...]
+    meaning: str
+    kinds: tuple[str, ...] = DECODERS + ENCODERS
+
+
+ONLY = (
+    ("is_encoder_decoder", Only((False,), "an encoder-decoder model")),
+    ("per_layer_config", Only((None, {}), "layers that differ from one another")),
+    ("fusion_config", Only((None, {}), "replaced modules")),
+    ("transformers_weights", Only((None,), "weights in another file")),
+    ("configuration_files", Only((None, []), "a config in another file")),
+    ("text_config", Only((None,), "a model of several parts")),
+    ("is_causal", Only((), "attention without a window, or in both directions", DECODERS)),
+    ("attention_chunk_size", Only((None,), "attention in chunks", DECODERS)),
+    ("kv_sharing_modes", Only((None, []), "layers that share keys and values", DECODERS)),
+    ("is_causal", Only((False, None), "causal attention", ENCODERS)),
+    ("is_decoder", Only((False,), "causal attention", ENCODERS)),
+    ("add_cross_attention", Only((False,), "attention to another model", ENCODERS)),
+    ("position_embedding_type", Only(("absolute", None), "relative positions", ENCODERS)),
+)
+
+# Fields that change the result in other families, or did in older releases: transformers ignores them for the model types
+# here that do not read them, and so does this package, but it says so.
+FOREIGN = frozenset(
+    (
+        *("attention_bias", "mlp_bias", "qkv_bias", "use_bias", "bias", "use_qk_norm", "qk_layernorm", "clip_qkv"),
+        *("attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar", "logit_scale", "logits_scaling"),
+        *("embedding_multiplier", "residual_multiplier", "attention_multiplier", "lm_head_multiplier"),
+        *("scale_emb", "scale_depth", "dim_model_base", "alibi", "parallel_attn", "pruned_heads", "vision_config"),
+        *("num_experts", "num_local_experts", "n_routed_experts", "no_rope_layers", "no_rope_layer_interval"),
+        *("rope_interleaved", "partial_rotary_factor", "mrope_section", "auto_map"),
+    )
+)
+
+_DTYPES = ("float32", "bfloat16", "float16", "float64", None)
+_LEGACY_LAYER_TYPES = {"attention": "full_attention"}  # transformers' name of old -> its name
+_REQUIRED: Any = object()
+
+
+class Fields:
+    """Values of a config.json by their types.
+
+    Attributes:
+      content: the fields.
+      place: what messages put before a field's name.
+      read: the names that were asked for.
+    """
+
+    def __init__(self, content: Mapping[str, Any], place: str = "config.json: ") -> None:
+        self.content, self.place = content, place
+        self.read: set[str] = set()
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return the value as it is, or the default where the field is missing."""
+        self.read.add(name)
+        return self.content.get(name, default)
+
+    @property
+    def kind(self) -> str:
+        """The model_type."""
+        return self.get("model_type")
+
+    def wrong(self, name: str, expected: str) -> UserError:
+        """Return the error for a field whose value is not what is expected."""
+        return UserError(f"{self.place}{name} must be {expected}, found {shown(self.content.get(name))}")
+
+    def integer(self, name: str, default: Any = _REQUIRED, least: int = 1, most: int = LARGEST) -> int:
+        """Return an integer from `least` to `most`; a field without a default must be there."""
+        value = self.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise self.wrong(name, "a positive integer" if least == 1 else f"an integer from {least}")
+        if value > most:
+            raise self.wrong(name, f"at most {most}")
+        return value
+
+    def integer_or_none(self, name: str, default: int | None = None, least: int = 1, most: int = LARGEST) -> int | None:
+        """Return an integer as `integer` does, or None where the field is null or missing without a default."""
+        return None if self.get(name, default) is None else self.integer(name, default, least, most)
+
+    def number(
+        self, name: str, default: Any = _REQUIRED, *, least: float = 0.0, below: float = math.inf, positive: bool = False
+    ) -> float:
+        """Return a finite number of at least `least`, below `below`, and not 0 where it must be positive."""
+        value = self.get(name, default)
+        a_number = isinstance(value, int | float) and not isinstance(value, bool) and least <= value < below
+        if not a_number or (positive and not value):
+            expected = "a positive number" if positive else f"a number from {least:g}"
+            raise self.wrong(name, expected + (f" to below {below:g}" if below < math.inf else ""))
+        return float(value)
+
+    def flag(self, name: str, default: bool) -> bool:
+        """Return true or false."""
+        value = self.get(name, default)
+        if not isinstance(value, bool):
+            raise self.wrong(name, "true or false")
+        return value
+
+    def choice(self, name: str, default: str, known: Sequence[str]) -> str:
+        """Return one of the known words."""
+        value = self.get(name, default)
+        if not isinstance(value, str) or value not in known:
+            raise UserError(f"{self.place}{name} {shown(value)} is not supported; supported: {', '.join(known)}")
+        return value
+
+    def windowed_layers(self, layers: int) -> list[bool] | None:
+        """Return for each layer whether `layer_types` gives it a sliding window; None where it is null or missing."""
+        types = self.get("layer_types")
+        if types is None:
+            return None
+        names = [_LEGACY_LAYER_TYPES.get(str(kind), kind) for kind in types] if isinstance(types, list) else []
+        if len(names) != layers or any(name not in ("full_attention", "sliding_attention") for name in names):
+            raise self.wrong("layer_types", f"null or {layers} times 'full_attention' or 'sliding_attention'")
+        return [name == "sliding_attention" for name in names]
+
+
+def shown(value: Any) -> str:
+    """Return a value as messages show it: short, on one line."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def check(fields: Fields) -> None:
+    """Refuse the fields that would change the result and that no reader has taken.
+
+    Raises:
+      UserError: names the field.
+    """
+    kind, content = fields.kind, fields.content
+    for name, only in ONLY:
+        if kind in only.kinds and name in content and not _is_one_of(content[name], only.values):
+            supported = shown(only.values[0]) if only.values else "a config without this field"
+            raise UserError(
+                f"{fields.place}{name} {shown(content[name])} is not supported ({only.meaning}); supported: {supported}"
+            )
+    for name in ("dtype", "torch_dtype"):
+        if content.get(name) not in _DTYPES:
+            raise fields.wrong(name, f"null or one of {', '.join(each for each in _DTYPES if each)}")
+    known = {name for name, _ in ONLY} | fields.read | HARMLESS.keys() | FOREIGN
+    unknown = content.keys() - known
+    if unknown:
+        _check_unknown(fields, unknown)
+
+
+def _is_one_of(value: Any, values: tuple[Any, ...]) -> bool:
+    return any(type(value) is type(each) and value == each for each in values)  # 0 is not False
+
+
+def _check_unknown(fields: Fields, names: set[str]) -> None:
+    """Refuse what the installed transformers knows and this package does not, unless it is the default.
+
+    Such a field comes with a later transformers. Any other name is one that transformers ignores as well.
+    """
+    from transformers import CONFIG_MAPPING
+
+    config_class = CONFIG_MAPPING[fields.kind]
+    defaults = {field.name: field.default for field in dataclasses.fields(config_class)}
+    for name in sorted(names):
+        if hasattr(config_class, name) and fields.content[name] != defaults.get(name, _REQUIRED):
+            raise UserError(
+                f"{fields.place}{name} {shown(fields.content[name])} is not supported: transformers' "
+                f"{config_class.__name__} has this field, and it is not known here"
+            )
+
+
+def ignored(fields: Fields) -> list[str]:
+    """Return the fields that look as if they changed the result, though transformers ignores them for this model_type."""
+    neutral: tuple[Any, ...] = (None, False, 0, 0.0, 1, 1.0, "", [], {})
+    rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
+    content = {**rope, **fields.content} if isinstance(rope, Mapping) else fields.content
+    return sorted(name for name in FOREIGN - fields.read if name in content and not _is_one_of(content[name], neutral))
