@@ -237,6 +237,9 @@ def _check_unknown(fields: Fields, names: set[str]) -> None:
 def ignored(fields: Fields) -> list[str]:
     """Return the fields that look as if they changed the result, though transformers ignores them for this model_type."""
     neutral: tuple[Any, ...] = (None, False, 0, 0.0, 1, 1.0, "", [], {})
+    expected = {"attention_bias"} if fields.kind == "qwen2" else set()  # which has biases always, and GGUF files say so
     rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
     content = {**rope, **fields.content} if isinstance(rope, Mapping) else fields.content
-    return sorted(name for name in FOREIGN - fields.read if name in content and not _is_one_of(content[name], neutral))
+    return sorted(
+        name for name in FOREIGN - fields.read - expected if name in content and not _is_one_of(content[name], neutral)
+    )

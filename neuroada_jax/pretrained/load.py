@@ -224,6 +224,9 @@ def open_model(
             model = models.from_hf_config(hf_config, model.config.dtype)
     except UserError as error:
         raise UserError(str(error) if path in str(error) else f"{path}: {error}") from error
+    if model.ignored:
+        names = ", ".join(model.ignored)
+        console.warn(f"{path}: config.json: ignored, as transformers does for {hf_config['model_type']}: {names}")
     return OpenedModel(model, path, source)
 
 

@@ -122,6 +122,13 @@ def check_length(config: RunConfig, model: models.Model) -> None:
         raise UserError(f"data.max_length: {config.data.max_length} is more than the model's {positions} positions")
 
 
+def say_dropout(model: models.Model) -> None:
+    """Report a dropout that the model's config asks for and training does not apply."""
+    rate = model.hf_config.get("attention_dropout")
+    if model.architecture.is_decoder and rate:
+        console.say(f"config.json: attention_dropout {rate} is not applied: a decoder is trained without dropout")
+
+
 def target_paths(config: RunConfig, model: models.Model) -> list[trees.ModulePath]:
     """Return the paths of the targets, and warn of those with fewer than k inputs.
 

@@ -142,6 +142,7 @@ def prepare(
     date = resumed_from.about.get("date") if resumed_from else None  # checkpoints of 0.1 have none
     objective, opened = objectives.objective(config, opened, date, rows)
     modules.check_length(config, opened.model)
+    modules.say_dropout(opened.model)
     target_paths = modules.target_paths(config, opened.model)
     sets, chooser = {each.name: each for each in config.evaluation.sets}, config.evaluation.best_epoch
     held_out = {name: objective.evaluation_rows(each) for name, each in sets.items()}

@@ -25,9 +25,11 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 from transformers.utils import logging
 
 from neuroada_jax import models
-from neuroada_jax.errors import UserError
+from neuroada_jax.errors import NeuroadaWarning, UserError
 from neuroada_jax.models.config_fields import FOREIGN, HARMLESS, ONLY
 from neuroada_jax.models.rope import RopeType
+from neuroada_jax.pretrained.load import open_model
+from neuroada_jax.training import modules
 
 logging.disable_progress_bar()
 logging.set_verbosity(logging.CRITICAL)
@@ -180,6 +182,20 @@ def test_what_transformers_ignores_is_ignored_and_named():
     assert models.from_hf_config(content).ignored == ("attention_bias", "num_experts")
     content = content_of("llama", attention_bias=True, rope_parameters={"partial_rotary_factor": 0.5, "rope_theta": 9.0})
     assert models.from_hf_config(content).ignored == ("partial_rotary_factor",)
+
+
+def test_ignored_fields_are_said_when_a_model_is_opened(tmp_path):
+    assert outcome("mistral", tmp_path, {"attention_bias": True}, []) == "same"
+    with pytest.warns(NeuroadaWarning, match="config.json: ignored, as transformers does for mistral: attention_bias"):
+        open_model(str(tmp_path))
+
+
+def test_training_says_which_dropout_it_leaves_out(capfd):
+    for kind in ("llama", "bert"):
+        modules.say_dropout(models.from_hf_config(content_of(kind, attention_dropout=0.1)))
+    modules.say_dropout(models.from_hf_config(content_of("llama", attention_dropout=0.0)))
+    said = "config.json: attention_dropout 0.1 is not applied: a decoder is trained without dropout"
+    assert capfd.readouterr().err.split("\n") == [said, ""]
 
 
 def test_a_field_of_a_later_transformers_is_refused_unless_it_has_its_default(monkeypatch):
