@@ -95,13 +95,18 @@ def export_adapter(
     result |= verification.verify(base_model, adapter, dtypes, params, functools.partial(reload, base_model))
     if result["original"] is None:
         notes.append("compared with this library's own reading of the GGUF file: transformers has no directory to load")
+    _check_equal(out, result)
+    return result
+
+
+def _check_equal(out: str, result: dict[str, Any]) -> None:
+    """Raise UserError if an export was found to differ from the adapter."""
     if not (result["merged_bit_equal"] and result["max_logit_difference"] <= result["logit_tolerance"]):
         raise UserError(
             f"{out} differs from the adapter: logits differ by up to {result['max_logit_difference']:.3g} "
             f"(expected at most {result['logit_tolerance']:.3g}), merged weights are "
             f"{'equal' if result['merged_bit_equal'] else 'different'}"
         )
-    return result
 
 
 def import_adapter(

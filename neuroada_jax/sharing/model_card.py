@@ -17,6 +17,7 @@ from neuroada_jax.sharing.origin import CURVE, RESULTS, Base
 from neuroada_jax.training import report
 from neuroada_jax.training.config import RunConfig
 
+_NOTE = "In %; in brackets the 95 % intervals."
 _PAPER = "https://arxiv.org/abs/2510.18940"
 
 
@@ -149,13 +150,12 @@ def _score_table(before: Mapping[str, Score], after: Mapping[str, Score], mean: 
     known = {each.name: each for name, score in before.items() for each in report.figures(name, score)}
     rows = []
     for each in (each for name, score in after.items() for each in report.figures(name, score)):
-        base = report.percent(known[each.name].value, known[each.name].interval) if each.name in known else "-"
-        score = report.percent(each.value, each.interval)
-        rows.append((text(each.name.strip()), text(each.metric), f"{each.n:,}", base, score))
+        base = known[each.name].shown if each.name in known else "-"
+        rows.append((text(each.name.strip()), text(each.metric), f"{each.n:,}", base, each.shown))
     if mean:
         rows.append(("mean of the sets", "", "", *mean))
     header = ("set", "metric", "rows", "base model", "with the adapter")
-    note = "In %; in brackets the 95 % intervals."
+    note = "In %, but mse as it is; in brackets the 95 % intervals." if "mse" in {row[1] for row in rows} else _NOTE
     return ["## Scores", "", *table(header, rows, right=(2, 3, 4)), "", note]
 
 

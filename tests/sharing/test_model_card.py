@@ -84,6 +84,13 @@ def test_scores_have_their_intervals(tmp_path):
     ]
 
 
+def test_a_mean_of_squares_is_no_percentage(tmp_path):
+    scores = {"held out": score(0.5) | {"metric": "mse", "beside": {}, "beside_intervals": {}, "parts": {}}}
+    text = card(tmp_path, content=results(before={}, after=scores))
+    assert tables(text)[0][1] == ["held out", "mse", "100", "-", "0.5 (0.45 to 0.55)"]
+    assert "In %, but mse as it is" in text and "but mse" not in card(tmp_path)
+
+
 def test_several_sets_have_their_mean(tmp_path):
     content = results(mean={"before": None, "after": 0.5})
     assert tables(card(tmp_path, content=content))[0][-1] == ["mean of the sets", "", "", "-", "50.0"]
