@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import yaml
 from data_helpers import message_of
 from origins import PNG, adapter, results, write_adapter, write_run
@@ -201,6 +202,17 @@ def test_no_path_of_the_config_the_results_or_the_adapter_is_shared(tmp_path):
         assert leaks(tmp_path / f"out{number}") == set(), path
         kept = native.read(str(tmp_path / f"out{number}")).metadata["base"]
         assert not {"absolute", "relative"} & kept.keys()
+
+
+def test_the_header_of_the_tensors_is_written_anew(tmp_path):
+    file = write_adapter(tmp_path / "a") / "adapter.safetensors"
+    safetensors.numpy.save_file(safetensors.numpy.load_file(file), file, metadata={"where": f"/home/{SECRET}"})
+    content = json.loads((tmp_path / "a" / "adapter.json").read_text())
+    del content["digest"]
+    (tmp_path / "a" / "adapter.json").write_text(json.dumps(content))
+    assert SECRET.encode() in file.read_bytes()
+    shared(tmp_path / "a", tmp_path / "out")
+    assert leaks(tmp_path / "out") == set()
 
 
 @pytest.mark.parametrize(
