@@ -13,10 +13,11 @@ from neuroada_jax.adapters import hub, native, official, on_base, peft, verifica
 from neuroada_jax.adapters.base_model import open_base
 from neuroada_jax.core import trees
 from neuroada_jax.core.trees import Tree
+from neuroada_jax.data.prompts import PromptForm
 from neuroada_jax.errors import UserError
-from neuroada_jax.models import names
+from neuroada_jax.models import Labels, names
 from neuroada_jax.pretrained import prompt_form, save
-from neuroada_jax.pretrained.load import LoadedModel, load_with_progress, open_model, open_with_tokenizer
+from neuroada_jax.pretrained.load import LoadedModel, OpenedModel, load_with_progress, open_model, open_with_tokenizer
 
 _PEFT = {"peft-supertuning": peft.Kind.SUPERTUNING, "peft-shira": peft.Kind.SHIRA}
 
@@ -58,13 +59,7 @@ def export_adapter(
     merged_dtype = jnp.dtype(opened.model.config.dtype)
     tokenizer = None
     if to_format == "huggingface":
-        stored = opened.model.hf_config.get("dtype") or opened.model.hf_config.get("torch_dtype")
-        # Nothing is rounded before the merge: weights are loaded as bfloat16 only if they are stored in it.
-        opened, tokenizer = open_with_tokenizer(
-            opened.source, merged_dtype.name if stored == "bfloat16" else "float32", labels
-        )
-        if form is not None:  # before the weights, which take longer
-            prompt_form.end_ids(form, tokenizer, opened.source)
+        opened, tokenizer = _open_to_merge(opened, labels, form)
     base_model = load_with_progress(opened) if merges else None
 
     # The official code and SuperTuning round the values to the dtype of the weights before the sum; SHiRA and we add in
@@ -107,6 +102,19 @@ def _check_equal(out: str, result: dict[str, Any]) -> None:
             f"(expected at most {result['logit_tolerance']:.3g}), merged weights are "
             f"{'equal' if result['merged_bit_equal'] else 'different'}"
         )
+
+
+def _open_to_merge(opened: OpenedModel, labels: Labels | None, form: PromptForm | None) -> tuple[OpenedModel, Any]:
+    """Return the model as it is merged, and its tokenizer, which has the end tokens of the form.
+
+    Nothing is rounded before the merge: weights are loaded as bfloat16 only if they are stored in it.
+    """
+    stored = opened.model.hf_config.get("dtype") or opened.model.hf_config.get("torch_dtype")
+    wanted = jnp.dtype(opened.model.config.dtype).name
+    found, tokenizer = open_with_tokenizer(opened.source, wanted if stored == "bfloat16" else "float32", labels)
+    if form is not None:  # before the weights, which take longer
+        prompt_form.end_ids(form, tokenizer, found.source)
+    return found, tokenizer
 
 
 def import_adapter(
