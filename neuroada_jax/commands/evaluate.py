@@ -75,7 +75,7 @@ def run(parsed: argparse.Namespace) -> None:
     if parsed.split and not parsed.data:
         raise UserError("--split needs --data; without it, the task's own split is used")
     task: Any = TASKS[parsed.task] if is_decoder else _encoder_task(parsed.task, found.form, opened)
-    rows = read_rows(task, parsed.data, parsed.split, parsed.limit, _columns(parsed))
+    rows = read_rows(task, parsed.data, parsed.split, parsed.limit, _columns(parsed, task))
     if is_decoder:
         scorer = _continuation(parsed, opened, tokenizer, rows, found)
     else:
@@ -100,13 +100,13 @@ def run(parsed: argparse.Namespace) -> None:
     console.say(f"every prediction is in {out}")
 
 
-def _columns(parsed: argparse.Namespace) -> dict[str, str]:
-    """Return --columns as a mapping.
+def _columns(parsed: argparse.Namespace, task: Any) -> dict[str, str]:
+    """Return --columns as a mapping; a task on own rows reads the columns of the training.
 
     Raises:
       UserError: an item without "=", a field that the task does not read, or columns without --data.
     """
-    from neuroada_jax.tasks import wrong_columns
+    from neuroada_jax.tasks import OWN, wrong_columns
 
     columns: dict[str, str] = {}
     for each in parsed.columns:
@@ -116,7 +116,7 @@ def _columns(parsed: argparse.Namespace) -> dict[str, str]:
         if field in columns:
             raise UserError(f"--columns: field {field!r} is given twice, expected one column for each field")
         columns[field] = column
-    message = wrong_columns(parsed.task, columns) if columns else None
+    message = wrong_columns(parsed.task, columns, task.columns if parsed.task in OWN else None) if columns else None
     if message:
         raise UserError(f"--columns: {message}")
     if columns and not parsed.data:

@@ -72,11 +72,17 @@ def read_rows(
     return load_rows(source.data, source.split, limit)
 
 
-def wrong_columns(task: str, columns: Mapping[str, str]) -> str | None:
-    """Return the error message for renamed columns that no field of the task gets, or that two fields get; else None."""
-    if task in OWN:
+def wrong_columns(task: str, columns: Mapping[str, str], own: Sequence[str] | None = None) -> str | None:
+    """Return the error message for renamed columns that no field of the task gets, or that two fields get; else None.
+
+    Args:
+      task: its name.
+      columns: field -> column.
+      own: the fields of a task on own rows; None where its config names the columns itself.
+    """
+    if task in OWN and own is None:
         return f"task {task!r} has data.text and data.label to name its columns; remove it"
-    fields: tuple[str, ...] = TASKS[task].fields if task in TASKS else (*GLUE[task].texts, LABEL)
+    fields = tuple(own or ()) or (TASKS[task].fields if task in TASKS else (*GLUE[task].texts, LABEL))
     for field, column in columns.items():
         if fields and field not in fields:
             near = "".join(f"did you mean {each!r}? " for each in difflib.get_close_matches(field, fields, n=1))

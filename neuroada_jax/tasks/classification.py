@@ -86,6 +86,11 @@ class ClassificationTask:
         """Whether an example may have several labels."""
         return self.problem is Problem.MULTILABEL
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that it reads."""
+        return (*self.texts, *(self.labels if self.label is None else (self.label,)))
+
     def source(self) -> Source:
         """Return the local source, with the name of its split, where it has the rows; else the hub's.
 

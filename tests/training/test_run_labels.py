@@ -146,6 +146,12 @@ def test_evaluate_knows_task_columns_and_labels(trained, folder, tmp_path, capsy
     assert len(lines(out)) == 10 and (tmp_path / "confusion-dev.png").exists()
     code, _, err = neuroada(capsys, "evaluate", "--adapter", trained / "adapter")
     assert code == 2 and "task 'classification' has no rows of its own; name them in `data`" in err
+    other = write_csv(tmp_path / "other.csv", [{"body": row["text"], "topic": row["label"]} for row in tickets(10, 1)])
+    arguments = ["evaluate", "--adapter", trained / "adapter", "--data", other, "--columns", "text=body"]
+    code, printed, _ = neuroada(capsys, *arguments, "label=topic", "--out", out, "--json")
+    assert code == 0 and json.loads(printed)["classes"] == want["classes"]
+    code, _, err = neuroada(capsys, *arguments, "lable=topic")
+    assert code == 2 and "reads no field 'lable'; did you mean 'label'? It reads text, label" in err
     for task, message in (
         ("regression", "task 'regression' is about a number, and the classifier of"),
         ("multilabel", "task 'multilabel' has any number of labels an example, and the classifier of"),
