@@ -54,6 +54,7 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> N
     write(title)
     for padding in (1, 0):
         grid = rich.table.Table(box=rich.box.SIMPLE_HEAD, padding=(0, padding), show_edge=padding > 0)
+        grid.show_header = any(header)
         for position, name in enumerate(header):
             grid.add_column(name, justify="right" if position else "left")
         for row in rows:

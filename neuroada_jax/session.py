@@ -22,7 +22,7 @@ from neuroada_jax.generation.texts import continue_texts
 from neuroada_jax.models import dense_modules
 from neuroada_jax.pretrained import save as checkpoint
 from neuroada_jax.pretrained.load import LoadedModel, load_with_progress, open_with_tokenizer
-from neuroada_jax.training import config_file
+from neuroada_jax.training import config_file, unfinished
 from neuroada_jax.training.config import GenerationSection
 
 
@@ -264,6 +264,7 @@ def load(source: str | Path, dtype: Any = "auto", *, adapter: str | Path | None 
     dtype = dtype if isinstance(dtype, str) else getattr(dtype, "__name__", str(dtype))  # jnp.float32 and "float32" alike
     if dtype not in ("float32", "bfloat16", "auto"):
         raise UserError(f"load: dtype: expected 'float32', 'bfloat16' or 'auto', found {dtype!r}")
+    unfinished.check(str(source), None if adapter is None else str(adapter))
     trained = None if adapter is None else hub.read(str(adapter))
     about = {} if trained is None else trained.metadata["base"]
     chosen = about.get("dtype", "auto") if dtype == "auto" else dtype

@@ -53,9 +53,8 @@ def export_adapter(
     merges = verify or to_format == "huggingface"
     labels = native.labels_of(trained_on)
     chosen = dtype or trained_on.get("dtype") or "auto"
-    opened = open_base(
-        adapter, source, model, lambda where: open_model(where, chosen, config_only=not merges, labels=labels)
-    )
+    open_source = functools.partial(open_model, dtype=chosen, config_only=not merges, labels=labels)
+    opened = open_base(adapter, source, model, open_source)
     merged_dtype = jnp.dtype(opened.model.config.dtype)
     tokenizer = None
     if to_format == "huggingface":

@@ -26,9 +26,10 @@ def _add_inspect(commands: shared.Commands) -> None:
 
 def _inspect(parsed: argparse.Namespace) -> None:
     from neuroada_jax.adapters import inspection
+    from neuroada_jax.training import unfinished
 
     shared.check_minimum(parsed, k=1)
-    shared.check_results(parsed.path)
+    unfinished.check(parsed.path)
     content = inspection.inspect(parsed.path, parsed.k)
     shared.print_json(content) if parsed.json else inspection.print_inspection(content, every=parsed.all)
 
@@ -43,8 +44,9 @@ def _add_merge(commands: shared.Commands) -> None:
 
 def _merge(parsed: argparse.Namespace) -> None:
     from neuroada_jax.adapters import exchange
+    from neuroada_jax.training import unfinished
 
-    shared.check_results(parsed.adapter, parsed.model)
+    unfinished.check(parsed.adapter, parsed.model)
     options = {"model": parsed.model, "dtype": parsed.dtype, "verify": parsed.verify}
     made = exchange.export_adapter(parsed.adapter, "huggingface", parsed.out, **options)
     content = {"model" if key == "out" else key: value for key, value in made.items() if key != "notes"}
@@ -69,8 +71,9 @@ def _add_export(commands: shared.Commands) -> None:
 
 def _export(parsed: argparse.Namespace) -> None:
     from neuroada_jax.adapters import exchange
+    from neuroada_jax.training import unfinished
 
-    shared.check_results(parsed.adapter, parsed.model)
+    unfinished.check(parsed.adapter, parsed.model)
     options = {"model": parsed.model, "dtype": parsed.dtype, "verify": parsed.verify}
     _print_result(exchange.export_adapter(parsed.adapter, parsed.to, parsed.out, **options), parsed)
 

@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from neuroada_jax import files
@@ -104,8 +103,9 @@ def open_model(parsed: argparse.Namespace, *, decoder: bool = True) -> tuple[Any
     """
     from neuroada_jax.adapters import base_model, hub, native
     from neuroada_jax.pretrained.load import open_with_tokenizer
+    from neuroada_jax.training import unfinished
 
-    check_results(parsed.adapter, parsed.model)
+    unfinished.check(parsed.adapter, parsed.model)
     adapter = hub.read(parsed.adapter) if parsed.adapter else None
     base = adapter.metadata.get("base", {}) if adapter else {}
     if not parsed.model and not adapter:
@@ -124,17 +124,6 @@ def open_model(parsed: argparse.Namespace, *, decoder: bool = True) -> tuple[Any
             f"{opened.source}: {kind} is an encoder, which cannot continue a text; this command needs a decoder"
         )
     return opened, tokenizer, adapter
-
-
-def check_results(*paths: str | None) -> None:
-    """Raise UserError where a path is the directory of a run, or the place of a result that its run has not written."""
-    for path in (Path(each) for each in paths if each):
-        complete = any((path / name).is_file() for name in ("adapter.json", "adapter_config.json", "config.json"))
-        patterns = ("config.yaml", "seed-*/config.yaml")
-        if not complete and any([*folder.glob(each)] for folder in (path, path.parent) for each in patterns):
-            from neuroada_jax.training import run_directory
-
-            run_directory.check_result(path)
 
 
 def load_params(opened: Any, adapter: Any) -> tuple[Any, Any]:

@@ -159,12 +159,14 @@ def print_next_steps(config: RunConfig) -> None:
 
 
 def _evaluation_rows(config: RunConfig) -> list[str]:
-    """Return the options of `neuroada evaluate` for the rows of the first set, else for those of the training."""
+    """Return the options of `neuroada evaluate` for the rows of the first set, else of validation or training."""
     if config.evaluation.sets:
         first = config.evaluation.sets[0]
         task, data, split, columns = first.task, first.data, first.split, config.columns_of(first)
     else:
-        task, data, split, columns = None, config.data.train, config.data.split, config.data.columns
+        given = config.data.validation
+        data = given if isinstance(given, str) else config.data.train
+        task, split, columns = None, config.data.split, config.data.columns
         if split == "train" and isinstance(data, str) and Path(data).is_file():
             split = None
     sources = [data] if isinstance(data, str) else data or []

@@ -1,6 +1,5 @@
 """The directory of a run: whether it may be used, where a run in it resumes, and what a new run removes from it."""
 
-import shlex
 import shutil
 from pathlib import Path
 
@@ -8,7 +7,7 @@ from neuroada_jax import console, files
 from neuroada_jax.errors import UserError
 from neuroada_jax.training import checkpoint, trackers
 from neuroada_jax.training.config import RunConfig
-from neuroada_jax.training.config_file import load, to_yaml
+from neuroada_jax.training.config_file import to_yaml
 
 FOLDERS = ("adapter", "merged", "checkpoints", "epochs", "validation", "tensorboard", "wandb")
 FILES = (
@@ -86,38 +85,3 @@ def written(config: RunConfig) -> dict[Path, int]:
     """Return when each config.yaml of the run, or of its seeds, was written; it is the first file of a run."""
     found = [*config.directory.glob("config.yaml"), *config.directory.glob("seed-*/config.yaml")]
     return {path: path.stat().st_mtime_ns for path in found}
-
-
-def check_result(path: Path) -> None:
-    """Refuse a path where a run's result is looked for and is not.
-
-    Args:
-      path: without an adapter or a model in it: the directory of a run, or one inside it.
-
-    Raises:
-      UserError: it is the directory of a run, which names where the result is, or that of a run that is not finished,
-        which names the command that resumes it.
-    """
-    for directory in (path, path.parent):
-        if several := sorted(each.parent for each in directory.glob("seed-*/config.yaml")):
-            every = ", ".join(str(each / "adapter") for each in several)
-            raise UserError(f"{path}: {directory} holds runs of several seeds; give the adapter of one of them: {every}")
-        config = directory / "config.yaml"
-        named = _directory_named_by(config)
-        in_place = named is not None and named.resolve() == directory.resolve()
-        if not in_place and not (directory / "metrics.jsonl").exists() and not (directory / "checkpoints").exists():
-            continue  # a config that the user has written, not one that a run has
-        if path == directory and (path / "adapter" / "adapter.json").is_file():
-            raise UserError(f"{path} is the directory of a run; its adapter is {path / 'adapter'}")
-        if not (directory / "results.json").exists():
-            moved = [] if in_place else [f"output={directory}"]
-            resume = shlex.join(["neuroada", "train", str(config), *moved, "--resume"])
-            raise UserError(f"{path}: the run in {directory} is not finished; resume it with: {resume}")
-
-
-def _directory_named_by(config: Path) -> Path | None:
-    """Return the directory of the run of a config file; None where the file is missing or damaged."""
-    try:
-        return load(str(config)).directory
-    except UserError:
-        return None

@@ -152,6 +152,11 @@ def _fields(start: _Start, name: str, model: str, train: str) -> list[_Field]:
         ),
         _Field("bypass.k", 8, "Trained connections of every neuron (default 1); more learn more and need a lower rate."),
         _Field("data.train", train, f"Rows: {start.row}"),
+        _Field(
+            "data.validation",
+            None,
+            "0.1, a share of the rows, or a file: its loss chooses the state to keep (default null).",
+        ),
         *start.data,
         _Field("optimizer.learning_rate", start.learning_rate, "Peak rate. Lower it if the loss jumps, or for more k."),
         _Field("optimizer.warmup_ratio", 0.06, "Share of the steps in which the rate rises from 0 (default 0)."),

@@ -13,6 +13,7 @@ import pytest
 from data_helpers import message_of
 from helpers import run_config, write_config, write_model, write_rows
 
+import neuroada_jax as na
 from neuroada_jax import cli
 from neuroada_jax.adapters import native
 from neuroada_jax.errors import NeuroadaWarning
@@ -198,6 +199,13 @@ def error_of(capfd, command, directory, out):
     assert cli.main([command.split()[0], *arguments]) == 2
     assert not out.exists()
     return capfd.readouterr().err.splitlines()[-1].removeprefix("neuroada: error: ").removeprefix(str(directory))
+
+
+def test_na_load_says_it_too(unfinished):
+    one = unfinished / "one"
+    resume = f"neuroada train {one / 'config.yaml'} --resume"
+    message = f"{one / 'adapter'}: the run in {one} is not finished; resume it with: {resume}"
+    assert message_of(lambda: na.load("model", adapter=one / "adapter")) == message
 
 
 @pytest.mark.parametrize("command", COMMANDS)
