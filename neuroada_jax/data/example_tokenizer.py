@@ -48,7 +48,9 @@ class ExampleTokenizer:
         self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         # At the end of an assistant turn, any of these is its end-of-turn token; ordinary text is not. The tokenizer splits
         # a text at them first, so that the tokens after one do not depend on the text before it.
-        self._control = np.array(sorted({*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}), np.int32)
+        control = sorted({*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids})
+        self._is_control = np.zeros(max([len(tokenizer), *(token + 1 for token in control)]), bool)  # by id
+        self._is_control[control] = True
         self._tails: dict[tuple[str, str], np.ndarray] = {}
 
     def encode(self, texts: list[str], add_special_tokens: bool) -> list[Coded]:
@@ -128,7 +130,7 @@ class ExampleTokenizer:
         """Return the number of tokens before character `start`; None if the text's tokens are not those of its prompt."""
         ids, starts, ends = coded
         if prompt is None:
-            before = np.flatnonzero(np.isin(ids, self._control) & (ends <= start) & (starts >= 0))
+            before = np.flatnonzero(self._is_control[ids] & (ends <= start) & (starts >= 0))
             if len(before):
                 at = int(before[-1])
                 tail = self._tail(text[starts[at] : ends[at]], text[ends[at] : start])
@@ -164,7 +166,7 @@ class ExampleTokenizer:
             is_label |= part
             if stop < len(one.text):
                 last = part.nonzero()[0]
-                if not len(last) or int(ids[last[-1]]) not in self._control:
+                if not len(last) or not self._is_control[ids[last[-1]]]:
                     return None
                 ends.add(int(ids[last[-1]]))
         found = self._finish(one, ids, is_label, where)
@@ -180,7 +182,7 @@ class ExampleTokenizer:
                 (order >= first[0]) & (order <= last[0]) if len(first) and len(last) else (ends > start) & (starts < stop)
             )
             is_label |= part
-            control = np.flatnonzero(part & np.isin(ids, self._control))
+            control = np.flatnonzero(part & self._is_control[ids])
             if len(control) and not one.text[ends[control[-1]] : stop].strip():
                 ending.add(int(ids[control[-1]]))
         return Encoded(ids, is_label & (np.arange(len(ids)) > 0), frozenset(ending))
@@ -190,7 +192,7 @@ class ExampleTokenizer:
         if self.bos != self.eos:
             is_label = is_label & (ids != self.bos)
         last = is_label.nonzero()[0]
-        if one.templated and len(last) and int(ids[last[-1]]) in self._control:
+        if one.templated and len(last) and self._is_control[ids[last[-1]]]:
             ids, is_label = ids[: last[-1] + 1], is_label[: last[-1] + 1]
         else:
             if self.eos is None:
