@@ -22,7 +22,7 @@ CUDA_COMPILER := jax-cuda12-pjrt jax-cuda12-plugin nvidia-cudnn-cu12
 OPTIMISED := --xla_backend_optimization_level=3
 
 .PHONY: help install quickstart test test-slow soak lint format clean \
-	bench-ops bench-step bench-memory bench-devices bench-glue bench-instruct check-gpu
+	bench-ops bench-step bench-rows bench-memory bench-devices bench-glue bench-instruct check-gpu
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
@@ -60,6 +60,9 @@ bench-ops: $(VENV)/.installed-core  ## time one linear map: the bypass, autodiff
 
 bench-step: $(VENV)/.installed-test  ## time one training step: this library, PyTorch, PEFT, and the frozen model
 	$(RUN) -m benchmarks.step
+
+bench-rows: $(VENV)/.installed-test  ## time reading and tokenising chats: this library's encode and `datasets.map`
+	$(RUN) -m benchmarks.rows
 
 bench-memory: $(VENV)/.installed-core  ## memory of a step of LLaMA-7B and 8B by method, compiled for the CPU
 	$(RUN) -m benchmarks.plans memory

@@ -83,6 +83,13 @@ def test_the_classification_page(tmp_path, capsys):
     assert list(found["again"].predict(["a"])[0].probabilities) == ["billing", "delivery", "technical"]
 
 
+def test_the_data_page(tmp_path):
+    write_model(tmp_path / "model", seed=5, max_position_embeddings=512)
+    found = run_page("docs/data.md", tmp_path, {'HuggingFaceTB/SmolLM2-135M-Instruct")': 'model")', "k=8": "k=2"})
+    assert len(found["tuned"].history) == 3
+    assert native.form_of(found["tuned"].adapter).system == "Answer with a name alone."
+
+
 def test_the_notebook(tmp_path, monkeypatch):
     """Every code cell, on a tiny model in the place of SmolLM2."""
     monkeypatch.chdir(tmp_path)

@@ -1,5 +1,6 @@
 """Chat templates: rendering, and the exact texts that are asked and answered for every turn of a chat."""
 
+import contextlib
 import datetime
 import functools
 import inspect
@@ -97,6 +98,7 @@ class ChatTemplate:
           UserError: no template, one that cannot be parsed, or arguments that it does not read.
         """
         self._tokenizer, self._arguments = tokenizer, dict(arguments)
+        self._rendered: dict[tuple[int, bool], str] = {}  # of the chat that `turns` is at
         self.given = source
         self._date = datetime.date.fromisoformat(date) if date else datetime.date.today()
         default = self.source
@@ -164,26 +166,28 @@ class ChatTemplate:
         self, chat: Chat, messages: list[dict[str, Any]], where: str, opened: bool, masked: bool
     ) -> tuple[str, list[tuple[int, int]]]:
         """Return the text, and the character ranges of its {% generation %} blocks if they are asked for."""
-        from transformers.utils.chat_template_utils import render_jinja_template  # slow to import
-
-        arguments = {**self._tokenizer.special_tokens_map, **self._arguments}
-        # As transformers does: many templates fail on null, or write "None", where they can do without the field.
-        plain = [{key: value for key, value in each.items() if value is not None} for each in messages]
+        plain = _without_nulls(messages)
         for attempt in (plain, [{"content": "", **each} for each in plain]):
             try:
-                rendered: Any = render_jinja_template(
-                    [attempt],
-                    tools=chat.tools,
-                    chat_template=self._source(chat),
-                    return_assistant_tokens_mask=masked,
-                    add_generation_prompt=opened,
-                    **arguments,
-                )
+                rendered = self._call(chat, [attempt], opened=opened, masked=masked)
             except Exception as error:  # a template can divide by zero, add text to numbers, recurse, break outside a loop
                 reason, cause = (str(error) or type(error).__name__).splitlines()[0], error
                 continue
             return rendered[0][0], rendered[1][0] if masked else []
         raise UserError(f"{where}: the chat template refuses this chat ({reason})") from cause
+
+    def _call(self, chat: Chat, attempts: list[list[dict[str, Any]]], *, opened: bool, masked: bool = False) -> Any:
+        """Return (texts, ranges) of several beginnings of a chat, as transformers renders them."""
+        from transformers.utils.chat_template_utils import render_jinja_template  # slow to import
+
+        return render_jinja_template(
+            attempts,
+            tools=chat.tools,
+            chat_template=self._source(chat),
+            return_assistant_tokens_mask=masked,
+            add_generation_prompt=opened,
+            **{**self._tokenizer.special_tokens_map, **self._arguments},
+        )
 
     def check(self, chat: Chat, where: str) -> None:
         """Refuse what the template would leave out in silence.
@@ -234,6 +238,28 @@ class ChatTemplate:
     def _pieces(self, text: str) -> int:
         return len(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
+    def turns(self, chat: Chat, learnt: tuple[int, ...], where: str) -> list[Turn]:
+        """Return `turn` of several messages; their texts are rendered together, which takes less time.
+
+        Raises:
+          UserError: as `turn`.
+        """
+        self._rendered = {}
+        plain = _without_nulls(chat.messages)
+        with contextlib.suppress(Exception):  # of the template; `turn` renders what is not here, and names the reason
+            for opened, ends in ((True, learnt), (False, tuple(i + 1 for i in learnt))):
+                texts = self._call(chat, [plain[:end] for end in ends], opened=opened)[0]
+                self._rendered |= {(end, opened): text for end, text in zip(ends, texts, strict=True)}
+        try:
+            return [self.turn(chat, i, where) for i in learnt]
+        finally:
+            self._rendered = {}
+
+    def _beginning(self, chat: Chat, end: int, where: str, *, opened: bool) -> str:
+        """Return the text of the messages before `end`."""
+        found = self._rendered.get((end, opened))
+        return self.render(chat, chat.messages[:end], where, opened=opened) if found is None else found
+
     def turn(self, chat: Chat, i: int, where: str) -> Turn:
         """Return what is asked before the assistant's message `i`, and what is answered.
 
@@ -243,8 +269,8 @@ class ChatTemplate:
         Raises:
           UserError: the template refuses, writes nothing for the message, or stores it in another form than it asks for it.
         """
-        before = self.render(chat, chat.messages[:i], where, opened=True)
-        stored = self.render(chat, chat.messages[: i + 1], where, opened=False)
+        before = self._beginning(chat, i, where, opened=True)
+        stored = self._beginning(chat, i + 1, where, opened=False)
         content = (chat.messages[i].get("content") or "").rpartition("</think>")[2].strip()
         if stored.startswith(before):
             answer = stored[len(before) :]
@@ -307,6 +333,11 @@ class ChatTemplate:
     def masks(self, chat: Chat, where: str) -> tuple[str, list[tuple[int, int]]]:
         """Return the text of the complete chat and the character ranges of its {% generation %} blocks."""
         return self._apply(chat, chat.messages, where, False, True)
+
+
+def _without_nulls(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return messages as transformers gives them to templates: many fail on null, or write "None", but not without it."""
+    return [{key: value for key, value in each.items() if value is not None} for each in messages]
 
 
 def _parsed(source: str) -> _Facts:

@@ -60,23 +60,16 @@ class ExampleTokenizer:
           For each text: ids, and the start and end of each token in characters, all int32 (t,); both are -1 for tokens
           that the tokenizer added.
         """
-        coded = self.tokenizer(
-            texts,
-            add_special_tokens=add_special_tokens,
-            return_offsets_mapping=True,
-            return_special_tokens_mask=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            padding=False,
-            truncation=False,
-            verbose=False,
-        )
+        # Without the lists that `__call__` makes of every encoding, which took a third of the time.
+        raw = self.tokenizer.backend_tokenizer
+        raw.no_truncation()
+        raw.no_padding()
+        raw.encode_special_tokens = self.tokenizer.split_special_tokens
         result = []
-        fields = (coded[name] for name in ("input_ids", "offset_mapping", "special_tokens_mask"))
-        for ids, pairs, added in zip(*fields, strict=True):
-            spans = np.fromiter(chain.from_iterable(pairs), np.int32, 2 * len(ids)).reshape(-1, 2)
-            ids = np.array(ids, np.int32)
-            spans[np.array(added, bool)] = -1
+        for coded in raw.encode_batch(texts, add_special_tokens=add_special_tokens):
+            ids = np.array(coded.ids, np.int32)
+            spans = np.fromiter(chain.from_iterable(coded.offsets), np.int32, 2 * len(ids)).reshape(-1, 2)
+            spans[np.array(coded.special_tokens_mask, bool)] = -1
             start, stop = 0, len(ids)
             while stop and spans[stop - 1, 1] < 0 and not (stop == 1 and ids[0] == self.bos):
                 stop -= 1  # EOS of the post-processor: a prompt has none, and `_finish` adds an example's

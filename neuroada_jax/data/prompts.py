@@ -205,7 +205,7 @@ def render_examples(
     if template.masked:
         return [_masked(template, chat, where, learn)]
     learnt = chat.learnt if learn == "all" else chat.learnt[-1:]
-    turns = [template.turn(chat, i, where) for i in learnt]
+    turns = template.turns(chat, learnt, where)
     texts = [turn.prompt + turn.answer for turn in turns]
     asked = chat._replace(messages=chat.messages[: learnt[-1]])
     template.check_text(asked, turns[-1].prompt, where, opened=True)
