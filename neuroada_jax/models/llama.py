@@ -64,8 +64,10 @@ class LlamaConfig:
             raise UserError(f"config.json: hidden_size {hidden} is no multiple of num_attention_heads {heads}")
         integer = fields.integer_or_none if kind in ("llama", "mistral") else fields.integer
         head_dim = integer("head_dim", defaults.head_dim or hidden // heads) or hidden // heads
-        if head_dim % 2 or not head_dim:
-            raise UserError(f"config.json: head_dim must be even and positive, found {head_dim}")
+        if not head_dim:
+            raise UserError(f"config.json: hidden_size {hidden} is less than num_attention_heads {heads}")
+        if head_dim % 2:
+            raise UserError(f"config.json: head_dim must be even, found {head_dim}")
         layers, max_positions = (
             fields.integer("num_hidden_layers", most=LARGEST_DEPTH),
             fields.integer("max_position_embeddings", defaults.max_positions, most=LARGEST_POSITION),
