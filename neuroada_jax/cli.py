@@ -17,6 +17,7 @@ from neuroada_jax.commands import (
     lm_eval,
     parsing,
     plan,
+    preview,
     push,
     schema,
     tasks,
@@ -70,7 +71,7 @@ def _one_line_warnings() -> Iterator[None]:
 
 # The groups in which the commands are listed.
 _GROUPS = {
-    "a run": (init, plan, train),
+    "a run": (init, preview, plan, train),
     "its result": (generate, classify, evaluate, lm_eval),
     "adapters and models on disk": (adapters, push),
     "what there is": (tasks, schema),

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 import rich.box
+import rich.cells
 import rich.console
 import rich.measure
 import rich.progress
@@ -25,9 +26,25 @@ if not _out.is_terminal and not os.environ.get("COLUMNS", "").isdigit():
 _BAR_WIDTH = 106  # columns that a bar of 30 takes with everything beside it
 
 
+_collectors: list[list[str]] = []  # of `collected`; the last one gets what is said
+
+
 def say(message: str) -> None:
     """Print a line on standard error."""
+    if _collectors:
+        _collectors[-1].append(message)
+        return
     _err.print(message, markup=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def collected() -> Iterator[list[str]]:
+    """Collect what is said in a list, which a result then shows, instead of printing it; bars and warnings stay."""
+    _collectors.append([])
+    try:
+        yield _collectors[-1]
+    finally:
+        _collectors.pop()
 
 
 def silence() -> None:
@@ -44,6 +61,26 @@ def write(text: str) -> None:
     """Print a line of a result on standard output; a long one goes on, indented, in the next, broken between words."""
     wrapped = textwrap.wrap(text, _out.width, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
     _out.print("\n".join(wrapped), markup=False, soft_wrap=True)
+
+
+def has_colour() -> bool:
+    """Return whether standard output shows colours: a terminal, and NO_COLOR is not set."""
+    return _out.color_system is not None and not _out.no_color
+
+
+def width() -> int:
+    """Return the columns of standard output."""
+    return _out.width
+
+
+def cells(text: str) -> int:
+    """Return the columns that a text takes in a terminal."""
+    return rich.cells.cell_len(text)
+
+
+def styled(parts: Sequence[tuple[str, str]]) -> None:
+    """Print (text, style of rich) pairs as one line on standard output, not wrapped."""
+    _out.print(rich.text.Text.assemble(*parts), soft_wrap=True)
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

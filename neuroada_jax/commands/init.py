@@ -42,4 +42,5 @@ def run(parsed: argparse.Namespace) -> None:
     console.say(f"wrote {out}")
     if parsed.train is None and not os.path.exists(train):
         console.say(f"put your rows into {train}: {starter.row_format(kind)}")
+    console.say(f"to see how they are read: {shlex.join(['neuroada', 'preview', str(out)])}")
     console.say(f"next: {following}")

@@ -261,15 +261,17 @@ def load_model(
 
 
 def open_with_tokenizer(
-    source: str, dtype: str, labels: Labels | Sequence[str] | None = None
+    source: str, dtype: str, labels: Labels | Sequence[str] | None = None, *, config_only: bool = False
 ) -> tuple[OpenedModel, transformers.PreTrainedTokenizerFast]:
-    """Open a model and read its tokenizer.
+    """Open a model and read its tokenizer; arguments as in `open_model`.
+
+    With `config_only`, the source is a local path or the repository's tokenizer has been downloaded.
 
     Raises:
       UserError: see `open_model` and `tokenizer.load_tokenizer`; also a tokenizer that has more tokens than the
         model has embeddings.
     """
-    opened = open_model(source, dtype, labels=labels)
+    opened = open_model(source, dtype, labels=labels, config_only=config_only)
     tokenizer = load_tokenizer(opened.path)
     if len(tokenizer) > opened.model.config.vocab_size:
         raise UserError(

@@ -121,7 +121,7 @@ def _byte_level(path: str, tokens: list[str], types: np.ndarray, merges: list[st
     """Build byte-level BPE, as in GPT-2, Llama 3 and Qwen."""
     if merges is None:
         raise UserError(f"{path}: metadata tokenizer.ggml.merges is missing, expected the merges of a gpt2 tokenizer")
-    spelling = _byte_spelling()
+    spelling = byte_spelling()
     alphabet = set(spelling)
     added = np.isin(types, (_CONTROL, _USER_DEFINED)) if len(types) else np.zeros(len(tokens), bool)
     vocab = {}
@@ -152,7 +152,7 @@ def _bpe(path: str, vocab: dict[str, int], merges: list[tuple[str, str]], **opti
         raise UserError(f"{path}: tokenizer.ggml.merges do not fit tokenizer.ggml.tokens ({error})") from error
 
 
-def _byte_spelling() -> list[str]:
+def byte_spelling() -> list[str]:
     """Return GPT-2's printable character for each of the 256 bytes."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = iter(range(256, 512))

@@ -32,8 +32,8 @@ from neuroada_jax.training.step import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
-class Prepared:
-    """A run that has passed every check that needs no weights; nothing is written yet.
+class PreparedRows:
+    """The rows of a run, read, checked and tokenised, with everything else of it that depends on model and config alone.
 
     Attributes:
       config: the run, with the defaults that depend on the model filled in.
@@ -47,10 +47,6 @@ class Prepared:
       batches: the training data.
       rows: the rows that the numbers in a batch refer to, for messages.
       validation: the validation rows; None where there are none.
-      devices: that the run uses.
-      checkpoints: of the run's directory.
-      resumed_from: the checkpoint to resume from; None to start at step 0.
-      force_resume: resume although the base weights differ from those that the run began with.
     """
 
     config: RunConfig
@@ -64,16 +60,29 @@ class Prepared:
     batches: AnyBatches
     rows: Rows
     validation: validation.ValidationRows | None
-    devices: parallel.Parallel
-    checkpoints: checkpoint.Checkpoints
-    resumed_from: checkpoint.CheckpointInfo | None
-    force_resume: bool
 
     @property
     def total_steps(self) -> int:
         """Updates of the complete run."""
         training = self.config.training
         return training.steps or (training.epochs or 0) * self.batches.steps_per_epoch
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared(PreparedRows):
+    """A run that has passed every check that needs no weights; nothing is written yet.
+
+    Attributes:
+      devices: that the run uses.
+      checkpoints: of the run's directory.
+      resumed_from: the checkpoint to resume from; None to start at step 0.
+      force_resume: resume although the base weights differ from those that the run began with.
+    """
+
+    devices: parallel.Parallel
+    checkpoints: checkpoint.Checkpoints
+    resumed_from: checkpoint.CheckpointInfo | None
+    force_resume: bool
 
     def score_sets(self, base_model: OpenedModel, params: Tree, when: str) -> dict[str, Score]:
         """Score every evaluation set and write its predictions to predictions-<set>-<when>.jsonl in the run's directory.
@@ -140,6 +149,36 @@ def prepare(
     if resumed_from:
         resuming.check_config(resumed_from.about, config, force_resume)
     date = resumed_from.about.get("date") if resumed_from else None  # checkpoints of 0.1 have none
+    found = prepare_rows(config, (opened, tokenizer), date=date, rows=rows, validation_rows=validation_rows)
+    if resumed_from:
+        resuming.check_data(resumed_from.about, directory, found.batches, force_resume)
+    return Prepared(
+        **vars(found), devices=devices, checkpoints=checkpoints, resumed_from=resumed_from, force_resume=force_resume
+    )
+
+
+def prepare_rows(
+    config: RunConfig,
+    model: tuple[OpenedModel, Any],
+    *,
+    date: str | None = None,
+    rows: Rows | None = None,
+    validation_rows: Rows | None = None,
+) -> PreparedRows:
+    """Read, check and tokenise the rows of a run; needs neither weights nor devices nor an output directory.
+
+    Args:
+      config: the run.
+      model: the opened model and its tokenizer.
+      date: "YYYY-MM-DD", the day that dated chat templates write; None: today.
+      rows: see `prepare`.
+      validation_rows: see `prepare`.
+
+    Raises:
+      UserError: anything wrong with rows, or with what the config asks of the model.
+    """
+    opened, tokenizer = model
+    config = modules.resolved(config, opened.model)
     objective, opened = objectives.objective(config, opened, date, rows)
     modules.check_length(config, opened.model)
     modules.say_dropout(opened.model)
@@ -156,9 +195,7 @@ def prepare(
         choosing = objective.scorer(sets[chooser], part, opened, tokenizer)
     scorers = {name: objective.scorer(each, held_out[name], opened, tokenizer) for name, each in sets.items()}
     validating = None if held_back is None else _tokenised(config, objective, held_back, opened, tokenizer)
-    if resumed_from:
-        resuming.check_data(resumed_from.about, directory, batches, force_resume)
-    return Prepared(
+    return PreparedRows(
         config=config,
         opened=opened,
         tokenizer=tokenizer,
@@ -170,10 +207,6 @@ def prepare(
         batches=batches,
         rows=rows,
         validation=validating,
-        devices=devices,
-        checkpoints=checkpoints,
-        resumed_from=resumed_from,
-        force_resume=force_resume,
     )
 
 

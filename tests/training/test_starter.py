@@ -64,8 +64,9 @@ def test_it_trains_as_it_is(kind, tmp_path, monkeypatch, capsys):
     model = write_bert(tmp_path / "tiny") if kind is Kind.CLASSIFY else write_model(tmp_path / "tiny")
     code, _, err = init(capsys, "--kind", kind, "--out", "my run.yaml", "--model", model)
     assert code == 0
-    wrote, fill, following = err.splitlines()
+    wrote, fill, look, following = err.splitlines()
     assert (wrote, following) == ("wrote my run.yaml", "next: neuroada train 'my run.yaml'")
+    assert look == "to see how they are read: neuroada preview 'my run.yaml'"
     write_tiny_rows(tmp_path / re.match(r"put your rows into ([\w.]+): .", fill)[1], kind)
     # The tiny BERT has 40 positions: the one field that the model, not the rows, asks to change.
     shorter = ["data.max_length=32"] if kind is Kind.CLASSIFY else ["data.max_length=64"]
