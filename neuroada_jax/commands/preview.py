@@ -1,6 +1,8 @@
 """`neuroada preview`: how a config's training rows become examples, before anything is trained."""
 
 import argparse
+import io
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
@@ -32,6 +34,8 @@ def run(parsed: argparse.Namespace) -> None:
 
     if not 1 <= parsed.rows <= 5:
         raise UserError(f"--rows: expected 1 to 5, found {parsed.rows}")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # where it is not UTF-8: symbols and texts as escapes
     found = preview.preview(config_file.load(parsed.config, parsed.overrides), parsed.rows)
     if parsed.json:
         shared.print_json(found.to_json())
@@ -69,7 +73,8 @@ def _print_example(example: Any, title: str) -> None:
     learnt = example.is_label or [False] * len(example.ids)
     pieces = [(visible(token), each) for token, each in zip(example.tokens, learnt, strict=True)]
     coloured = console.has_colour()
-    for line in _lines(pieces, max(console.width() - _INDENT, 8)):
+    # Of WordPiece tokens, which have no spaces of their own, words would stand together.
+    for line in _lines(pieces, max(console.width() - _INDENT, 8), apart=example.is_label is None):
         parts = [(style, "".join(text for text, _, _ in run)) for style, run in groupby(line, key=lambda each: each[2])]
         console.styled([(" " * _INDENT, ""), *((text, style if coloured else "") for style, text in parts)])
         if not coloured:
@@ -94,12 +99,15 @@ def visible(text: str) -> str:
     return "".join(map(shown, text)) or "''"
 
 
-def _lines(pieces: list[tuple[str, bool]], width: int) -> Iterator[list[tuple[str, str, str]]]:
-    """Yield lines of (text, marks, style) that end at the width and after line breaks."""
+def _lines(pieces: list[tuple[str, bool]], width: int, *, apart: bool) -> Iterator[list[tuple[str, str, str]]]:
+    """Yield lines of (text, marks, style) that end at the width and after line breaks; `apart`: tokens do not touch."""
     line: list[tuple[str, str, str]] = []
     used = 0
     for number, (text, learnt) in enumerate(pieces):
         style = _STYLES[learnt][number % 2]
+        if apart and 0 < used < width:
+            line.append((" ", " ", style))
+            used += 1
         for at, sign in enumerate(text):
             cells = console.cells(sign)
             if used + cells > width:

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -144,6 +145,14 @@ def test_into_a_pipe_there_are_marks_and_messages_stay_off_standard_error(config
     assert "1 examples of 1 rows" in out and "prompts: " in out and "prompts: " not in err
 
 
+def test_where_standard_output_is_not_UTF_8(config, monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="latin-1"))
+    assert cli.main(["preview", str(config([chat("a b", "日")]))]) == 0
+    sys.stdout.flush()
+    assert rb"user\u21b5" in written.getvalue() and b"a\xb7b" in written.getvalue()
+
+
 @pytest.mark.parametrize("width", [40, 60, 120])
 def test_it_keeps_to_the_width(config, shown, width):
     page = shown(config([*PAIRS, {"prompt": "中文" * 30, "completion": "é"}]), width=width)
@@ -199,7 +208,8 @@ def test_an_encoder_has_labels(config, neuroada, shown, data, labels, expected, 
     assert [each["label"] for each in found["examples"]] == expected and found["label_counts"] == counts
     assert found["examples"][0]["tokens"] == ["[CLS]", "t", " ", "0", "[SEP]"] and "is_label" not in found["examples"][0]
     page = shown(path)
-    assert "^" not in page and ("examples of each label: a 1, b 2" in page) == bool(counts)
+    assert "    [CLS] t · 0 [SEP]\n    .     . . . .\n" in page and "^" not in page
+    assert ("examples of each label: a 1, b 2" in page) == bool(counts)
     assert ("label none" in page) == (data["task"] == "multilabel")
 
 
