@@ -72,6 +72,7 @@ def fine_tune(
     if on_log is not None and not callable(on_log):
         raise UserError(f"fine_tune: on_log: expected a function of a line's dict, found {type(on_log).__name__}")
     train, in_memory = _rows(rows)
+    options, held_back = _validation(options)
     config = _config(model, train, options)
     needs_files = {"resume": resume, "merge": config.merge, "save_every": config.training.save_every is not None}
     asked = next((name for name, given in needs_files.items() if given), None)
@@ -97,6 +98,7 @@ def fine_tune(
             resume=resume,
             model=(model._loaded, model.tokenizer),
             rows=in_memory,
+            validation_rows=held_back,
         )
         try:
             tuned, results = _train(model, prepared, on_lines)
@@ -132,26 +134,37 @@ def _train(model: PretrainedModel, prepared: run.Prepared, on_lines: run.OnLines
         model._give(jax.device_put(original, placement))
 
 
-def _rows(rows: object) -> tuple[str | list[str], Rows | None]:
+def _validation(options: Mapping[str, Any]) -> tuple[dict[str, Any], Rows | None]:
+    """Return the options, and the validation rows if they are in memory, else None."""
+    given = options.get("validation")
+    if isinstance(given, str | Path) or not isinstance(given, Iterable):
+        return dict(options), None
+    _, rows = _rows(given, "validation")
+    if rows is None:
+        raise UserError("fine_tune: validation: expected a share, one path or hub name, or dicts, found a list of paths")
+    return {**options, "validation": "rows in memory"}, rows
+
+
+def _rows(rows: object, option: str = "rows") -> tuple[str | list[str], Rows | None]:
     """Return the value of data.train, and the rows if they are in memory, else None."""
     if isinstance(rows, str | Path):
         if not str(rows):
-            raise UserError("fine_tune: rows: expected a path, a hub name or dicts, found an empty text")
+            raise UserError(f"fine_tune: {option}: expected a path, a hub name or dicts, found an empty text")
         return str(rows), None
     if isinstance(rows, list | tuple) and rows and all(isinstance(each, str | Path) for each in rows):
         return [str(each) for each in rows], None
     if type(rows).__name__ == "DataFrame":  # of pandas, which is not imported here
         rows = rows.to_dict("records")  # type: ignore[attr-defined]
     if isinstance(rows, Mapping) or not isinstance(rows, Iterable):
-        raise UserError(f"fine_tune: rows: expected a path, a hub name or dicts, found {type(rows).__name__}")
+        raise UserError(f"fine_tune: {option}: expected a path, a hub name or dicts, found {type(rows).__name__}")
     found = list(rows)
     for number, row in enumerate(found):
         if not isinstance(row, Mapping):
-            raise UserError(f"fine_tune: rows: row {number}: expected a dict, found {type(row).__name__}")
+            raise UserError(f"fine_tune: {option}: row {number}: expected a dict, found {type(row).__name__}")
         if not all(isinstance(field, str) for field in row):
-            raise UserError(f"fine_tune: rows: row {number}: expected fields named by texts, found {list(row)}")
+            raise UserError(f"fine_tune: {option}: row {number}: expected fields named by texts, found {list(row)}")
     if not found:
-        raise UserError("fine_tune: rows: no rows, expected at least one")
+        raise UserError(f"fine_tune: {option}: no rows, expected at least one")
     return "rows in memory", rows_from_list([dict(row) for row in found])
 
 

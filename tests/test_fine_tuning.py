@@ -319,3 +319,17 @@ def test_bad_texts_and_places(folder, model, tuned, labeller, tmp_path):
     assert message_of(load, None) == "load: source: expected a path or a name, found None"
     assert message_of(load, folder / "model", "float16").startswith("load: dtype: expected 'float32', 'bfloat16' or 'auto'")
     assert load(folder / "model", jax.numpy.float32).config["dtype"] == "float32"
+
+
+def test_validation_rows_may_be_a_share_a_file_or_in_memory(model, tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", 12)
+    held_back = [json.loads(line) for line in path.read_text().splitlines()]
+    losses = []
+    for given in (0.25, str(path), path, held_back):
+        tuned = na.fine_tune(model, ROWS, validation=given, validate_every=3, **OPTIONS)
+        losses.append(tuned.results["validation"]["best_loss"])
+        assert tuned.history[-1]["validation_loss"] == losses[-1]
+    assert losses[1] == losses[2] == losses[3] != losses[0]
+    assert "fine_tune: validation: row 0: expected a dict, found int" in message_of(
+        fine_tune, model, ROWS, validation=[1], **OPTIONS
+    )
