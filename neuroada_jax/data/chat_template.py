@@ -23,6 +23,7 @@ _NOW = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?("[^"]*"|'[^']*')\s*\)"
 # Texts that are meant as one token: <|im_end|>, the same in DeepSeek's wide letters, <end_of_turn>, <eos>, </s>. Others in
 # brackets are plain text for some models: [INST] of Llama 2, <think>, <tools>.
 _TOKEN_LIKE = re.compile(r"<\|[^<>|\s]+\|>|<｜[^<>｜\s]+｜>|<(?:start|end)_of_[a-z]+>|<[be]os>|</?s>")
+_ENDED = re.compile(rf"\s*(?:\Z|{_TOKEN_LIKE.pattern})")
 _OPENED_THOUGHTS = re.compile(r"<([a-z_]+)>\s*\Z")
 _GLOBALS = {"raise_exception", "strftime_now", "namespace", "dict", "range", "lipsum", "cycler", "joiner"}
 
@@ -298,7 +299,7 @@ class ChatTemplate:
         Mistral's templates, for instance, leave the system text out of a chat that ends with an answer.
         """
         opening = before[_common(before, self.render(chat, chat.messages[:i], where, opened=False)) :]
-        at = stored.rfind(content) if content else len(stored)
+        at = _place(stored, content) if content else len(stored)
         for length in range(min(len(before), at), max(len(opening), 3), -1):
             found = stored.rfind(before[-length:], 0, at)
             if found >= 0:
@@ -313,7 +314,7 @@ class ChatTemplate:
         Raises:
           UserError: the turn ends with a text that is meant as one token and that the tokenizer splits.
         """
-        after = max(answer.rfind(content), 0) + len(content)
+        after = max(_place(answer, content), 0) + len(content)
         ends = [found.end() for found in _TOKEN_LIKE.finditer(answer, after)]
         if chat.messages[i].get("tool_calls"):  # tokens may introduce calls, so the end is where longer chats go on
             stored = self.render(chat, chat.messages[: i + 1], where, opened=False)
@@ -354,6 +355,16 @@ def _common(one: str, other: str) -> int:
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
+def _place(text: str, content: str) -> int:
+    """Return where a content stands last before a token or the end, 0 for none; -1 if it is not there.
+
+    A short one may also be part of a token, as "end" is of <|endoftext|>.
+    """
+    found = [each for each in re.finditer(re.escape(content), text) if content]
+    ended = [each.start() for each in found if _ENDED.match(text, each.end())]
+    return ended[-1] if ended else text.rfind(content) if content else 0
+
+
 def _squeezed(text: str) -> str:
     return "".join(text.split())
 
@@ -373,7 +384,7 @@ def _with_thoughts(message: Mapping[str, Any], before: str, stored: str) -> str 
         thoughts, separator, last = content.rpartition(closing)
         if separator:
             thoughts, content = thoughts.strip().removeprefix(f"<{found[1]}>"), last
-    at = answer.rfind(content.strip())
+    at = _place(answer, content.strip())
     if at < 0:
         return None
     # The text of the stored turn without what it kept of the thoughts.

@@ -17,6 +17,8 @@ CHATS = {
     "newlines": chat("red\nor\n\nblue?\n", "\n\nblue.\n\nfox."),
     "three turns": chat("red?", "blue", "fox?", "the lazy dog.\n", "count to three", "one two\n\nthree"),
     "system": chat("red?", "blue", "fox?", "dog", system="You help.\n\nBe brief."),
+    # Texts that are also part of tokens or of what templates write around an answer.
+    "short": chat("end", "end", "s", "s", "assistant", "final", "of", "sentence"),
     "thoughts": chat("red?", "<think>\nIs it blue?\n</think>\n\nblue", "fox?", "<think>\nhm\n</think>\n\ndog"),
 }
 REFUSED = {"other_prompt": "cannot be found"}
