@@ -7,10 +7,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from neuroada_jax import console
+from neuroada_jax import console, files
 from neuroada_jax.evaluation.class_report import ClassReport
 from neuroada_jax.evaluation.scoring import Score
-from neuroada_jax.tasks import ENCODER_TASKS, GLUE, TASKS
+from neuroada_jax.tasks import GLUE
 from neuroada_jax.training.config import RunConfig
 
 _WRITTEN = (
@@ -22,6 +22,7 @@ _WRITTEN = (
     "metrics.jsonl",
     "loss.png",
     "predictions-*",
+    "validation.jsonl",
     "confusion-*",
 )
 
@@ -143,9 +144,10 @@ def print_next_steps(config: RunConfig) -> None:
         console.say(f"wrote {directory}: results.json")
     adapter = str(runs[0] / "adapter")
     steps = [["evaluate", "--adapter", adapter, *_evaluation_rows(config)]]
-    if config.data.task in TASKS:  # a decoder
+    labels = files.read_json(Path(adapter) / "adapter.json")["base"].get("labels")
+    if labels is None:  # a decoder, which sst2 alone does not tell
         steps.insert(0, ["generate", "--adapter", adapter, "--prompt", "..."])
-    elif config.data.task in ENCODER_TASKS:
+    else:
         texts = GLUE[config.data.task].texts if config.data.task in GLUE else config.data.text
         pair = ["--text-pair", "..."] if not isinstance(texts, str | None) and len(texts) == 2 else []
         steps.insert(0, ["classify", "--adapter", adapter, "--text", "...", *pair])
