@@ -1,5 +1,6 @@
 """Chat templates: rendering, and the exact texts that are asked and answered for every turn of a chat."""
 
+import ast
 import contextlib
 import datetime
 import functools
@@ -8,24 +9,15 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jinja2
-import jinja2.meta
-import jinja2.nodes
-import jinja2.sandbox
-
 from neuroada_jax.data.chats import Chat
+from neuroada_jax.data.template_facts import GENERATION, TOKEN_LIKE, parsed
 from neuroada_jax.errors import UserError
 
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_END_GENERATION = re.compile(r"\{%-?\s*endgeneration\s*-?%\}")
 # The date that a template writes, with its format as a constant.
-_NOW = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?("[^"]*"|'[^']*')\s*\)""")
-# Texts that are meant as one token: <|im_end|>, the same in DeepSeek's wide letters, <end_of_turn>, <eos>, </s>. Others in
-# brackets are plain text for some models: [INST] of Llama 2, <think>, <tools>.
-_TOKEN_LIKE = re.compile(r"<\|[^<>|\s]+\|>|<｜[^<>｜\s]+｜>|<(?:start|end)_of_[a-z]+>|<[be]os>|</?s>")
-_ENDED = re.compile(rf"\s*(?:\Z|{_TOKEN_LIKE.pattern})")
+_NOW = re.compile(r"""strftime_now\s*\(\s*(?:format\s*=\s*)?("[^"]*"|'[^']*')\s*\)""")
+_ENDED = re.compile(rf"\s*(?:\Z|{TOKEN_LIKE.pattern})")
+_STAND_IN = "neuroada stand-in 7f3a"
 _OPENED_THOUGHTS = re.compile(r"<([a-z_]+)>\s*\Z")
-_GLOBALS = {"raise_exception", "strftime_now", "namespace", "dict", "range", "lipsum", "cycler", "joiner"}
 
 
 class Turn(NamedTuple):
@@ -33,41 +25,6 @@ class Turn(NamedTuple):
 
     prompt: str
     answer: str
-
-
-class _Facts(NamedTuple):
-    """What a template's source says about itself.
-
-    Attributes:
-      variables: the names that it reads from outside.
-      words: every name, attribute and text constant in it.
-      tokens: the texts in its constants that look like one token.
-    """
-
-    variables: frozenset[str]
-    words: frozenset[str]
-    tokens: frozenset[str]
-
-
-@functools.lru_cache(maxsize=64)
-def _facts(source: str) -> _Facts:
-    """Parse a template.
-
-    Raises:
-      jinja2.TemplateSyntaxError: it is none.
-    """
-    plain = _END_GENERATION.sub("{% endif %}", _GENERATION.sub("{% if true %}", source))
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    tree = environment.parse(plain)
-    texts = [str(node.value) for node in tree.find_all(jinja2.nodes.Const) if isinstance(node.value, str)]
-    texts += [node.data for node in tree.find_all(jinja2.nodes.TemplateData)]
-    names = {node.name for node in tree.find_all(jinja2.nodes.Name)}
-    names |= {node.attr for node in tree.find_all(jinja2.nodes.Getattr)}
-    tokens = {token for text in texts for token in _TOKEN_LIKE.findall(text)}
-    variables = frozenset(jinja2.meta.find_undeclared_variables(tree)) - _GLOBALS
-    return _Facts(variables, frozenset({*names, *texts}), frozenset(tokens))
 
 
 @functools.cache
@@ -103,8 +60,8 @@ class ChatTemplate:
         self.given = source
         self._date = datetime.date.fromisoformat(date) if date else datetime.date.today()
         default = self.source
-        self._facts = _parsed(default)
-        self.masked = bool(_GENERATION.search(default))
+        self._facts = parsed(default)
+        self.masked = bool(GENERATION.search(default))
         for name in self._arguments:
             if name in _reserved():
                 raise UserError(f"template_arguments: {name!r} is set by the library itself; remove it")
@@ -140,9 +97,10 @@ class ChatTemplate:
                 "the row or style asks for chat, but the tokenizer has no chat template; expected one, data.chat_template, "
                 "or another prompt style on rows without 'messages'"
             ) from error
-        dated = _NOW.sub(lambda found: repr(self._date.strftime(found[1][1:-1])), source)
-        if re.search(r"strftime_now\s*\(", dated):
-            raise UserError("the chat template computes the format of its date (strftime_now), expected a constant")
+        dated = _NOW.sub(lambda found: repr(self._date.strftime(ast.literal_eval(found[1]))), source)
+        left = re.sub(r"\{#.*?#\}|strftime_now\s+is\s+(not\s+)?defined", "", dated, flags=re.DOTALL)
+        if "strftime_now" in left:
+            raise UserError("the chat template calls strftime_now without a constant format: its date cannot be kept")
         return dated
 
     @property
@@ -196,7 +154,7 @@ class ChatTemplate:
         Raises:
           UserError: tools, tool calls or thoughts that the template does not read; names the field.
         """
-        words = _parsed(self._source(chat)).words
+        words = parsed(self._source(chat)).words
         if chat.tools is not None and "tools" not in words:
             raise UserError(f"{where}: the chat template does not read the row's field 'tools'; expected one that does")
         for i, message in enumerate(chat.messages):
@@ -219,9 +177,11 @@ class ChatTemplate:
         Raises:
           UserError: names the message.
         """
+        contents = [(each.get("content") or "").strip() for each in chat.messages]
         for i, message in enumerate(chat.messages):
-            content = message.get("content")
-            if not content or message["role"] == "assistant" or content.strip() in text:
+            content = contents[i]
+            expected = sum(each.count(content) for each in contents) if content else 0
+            if message["role"] == "assistant" or text.count(content) >= expected:
                 continue
             other = [*chat.messages]
             other[i] = {**message, "content": "another text"}
@@ -272,7 +232,8 @@ class ChatTemplate:
         """
         before = self._beginning(chat, i, where, opened=True)
         stored = self._beginning(chat, i + 1, where, opened=False)
-        content = (chat.messages[i].get("content") or "").rpartition("</think>")[2].strip()
+        content = chat.messages[i].get("content") or ""
+        content = (content.rpartition("</think>")[2].strip() or content).strip()
         if stored.startswith(before):
             answer = stored[len(before) :]
         else:
@@ -314,8 +275,8 @@ class ChatTemplate:
         Raises:
           UserError: the turn ends with a text that is meant as one token and that the tokenizer splits.
         """
-        after = max(_place(answer, content), 0) + len(content)
-        ends = [found.end() for found in _TOKEN_LIKE.finditer(answer, after)]
+        after = self._after(chat, i, answer, content, where)
+        ends = [found.end() for found in TOKEN_LIKE.finditer(answer, after)]
         if chat.messages[i].get("tool_calls"):  # tokens may introduce calls, so the end is where longer chats go on
             stored = self.render(chat, chat.messages[: i + 1], where, opened=False)
             longer = self.render(chat, chat.messages[: i + 1], where, opened=True)
@@ -331,6 +292,22 @@ class ChatTemplate:
                 )
         return ended
 
+    def _after(self, chat: Chat, i: int, answer: str, content: str, where: str) -> int:
+        """Return where the content of turn `i` ends in its answer.
+
+        A short content may also be part of what the template writes around it, and a template may change it: then another
+        text in its place shows what follows it.
+        """
+        places = _places(answer, content)
+        if not content or len(places) == 1:
+            return places[0] + len(content) if content else 0
+        other = [*chat.messages[:i], {**chat.messages[i], "content": _STAND_IN}]
+        text = self.render(chat, other, where, opened=False)
+        at = text.rfind(_STAND_IN)
+        if at < 0:
+            return max(answer.rfind(content), 0) + len(content)
+        return max(len(answer) - (len(text) - at - len(_STAND_IN)), 0)
+
     def masks(self, chat: Chat, where: str) -> tuple[str, list[tuple[int, int]]]:
         """Return the text of the complete chat and the character ranges of its {% generation %} blocks."""
         return self._apply(chat, chat.messages, where, False, True)
@@ -341,28 +318,21 @@ def _without_nulls(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in each.items() if value is not None} for each in messages]
 
 
-def _parsed(source: str) -> _Facts:
-    try:
-        return _facts(source)
-    except (jinja2.TemplateError, RecursionError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"the chat template is not valid ({reason})") from error
-
-
 def _common(one: str, other: str) -> int:
     """Return the length of the common beginning."""
     pairs = zip(one, other, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
-def _place(text: str, content: str) -> int:
-    """Return where a content stands last before a token or the end, 0 for none; -1 if it is not there.
+def _places(text: str, content: str) -> list[int]:
+    """Return where a content stands before a token or the end of a text, with white space or without."""
+    found = re.finditer(re.escape(content), text) if content else ()
+    return [each.start() for each in found if _ENDED.match(text, each.end())]
 
-    A short one may also be part of a token, as "end" is of <|endoftext|>.
-    """
-    found = [each for each in re.finditer(re.escape(content), text) if content]
-    ended = [each.start() for each in found if _ENDED.match(text, each.end())]
-    return ended[-1] if ended else text.rfind(content) if content else 0
+
+def _place(text: str, content: str) -> int:
+    """Return where a content stands last, if possible before a token or the end; -1 if nowhere, 0 for none."""
+    return (_places(text, content) or [text.rfind(content) if content else 0])[-1]
 
 
 def _squeezed(text: str) -> str:

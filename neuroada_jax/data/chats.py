@@ -58,7 +58,7 @@ def _field(row: Mapping[str, Any]) -> str | None:
             return field
     if isinstance(row.get("prompt"), list):
         return "prompt"
-    return next((field for field in _FORMS if field in row and not row.keys() & {"prompt", "instruction"}), None)
+    return next((field for field in _FORMS if field in row and not row.keys() & {"prompt", "instruction", "text"}), None)
 
 
 def read_chat(row: Mapping[str, Any], where: str) -> Chat | None:
@@ -85,12 +85,28 @@ def read_chat(row: Mapping[str, Any], where: str) -> Chat | None:
         messages.append(message)
         if message["role"] == "assistant" and weight and (not completion or i >= len(found)):
             learnt.append(i)
-    system = _system(row, messages, where)
-    messages, learnt = [*system, *messages], [i + len(system) for i in learnt]
-    if messages[0]["role"] == "assistant":
+    chat = with_system(row, Chat(messages, read_tools(row, where), tuple(learnt)), where)
+    if chat.messages[0]["role"] == "assistant":
         # Its prompt would be a chat without messages, for which chat templates are not defined.
         raise UserError(f"{where}: {field}[0].role is 'assistant', expected a system or user message first")
-    return Chat(messages, _tools(row, where), tuple(learnt))
+    return chat
+
+
+def with_system(row: Mapping[str, Any], chat: Chat, where: str) -> Chat:
+    """Return the chat with the text of the row's own field `system` as its first message.
+
+    Raises:
+      UserError: the field is no text, or the chat has a system message too.
+    """
+    text = row.get("system")
+    if text is None or text == "":
+        return chat
+    if not isinstance(text, str):
+        raise UserError(f"{where}: field 'system' is {kind_of(text)}, expected a string")
+    if chat.messages[0]["role"] == "system":
+        raise UserError(f"{where}: found a field 'system' and a system message, expected one of them")
+    messages = [{"role": "system", "content": text}, *chat.messages]
+    return chat._replace(messages=messages, learnt=tuple(i + 1 for i in chat.learnt))
 
 
 def _list(row: Mapping[str, Any], field: str, where: str) -> list[Any]:
@@ -101,26 +117,17 @@ def _list(row: Mapping[str, Any], field: str, where: str) -> list[Any]:
     return found
 
 
-def _system(row: Mapping[str, Any], messages: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
-    """Return the system message of a row's own field `system`."""
-    text = row.get("system")
-    if text is None or text == "":
-        return []
-    if not isinstance(text, str):
-        raise UserError(f"{where}: field 'system' is {kind_of(text)}, expected a string")
-    if messages[0]["role"] == "system":
-        raise UserError(f"{where}: found a field 'system' and a system message, expected one of them")
-    return [{"role": "system", "content": text}]
-
-
 def _message(found: Any, names: tuple[str, str], where: str) -> tuple[dict[str, Any], int]:
     """Return a message in the templates' form, and its weight."""
     if not isinstance(found, Mapping):
         raise UserError(f"{where} is {kind_of(found)}, expected an object with {names[0]!r} and {names[1]!r}")
     # ShareGPT's field names also hold the usual ones in some sets.
-    role_name, content_name = names if names[0] in found or "role" not in found else _FORMS["messages"]
-    rest = {key: value for key, value in found.items() if key not in (role_name, content_name, "weight")}
+    role_name, content_name = names if found.get(names[0]) is not None or "role" not in found else _FORMS["messages"]
+    fields = {"weight", *(name for form in _FORMS.values() for name in form)}  # `datasets` adds the other form's as null
+    rest = {key: value for key, value in found.items() if key not in fields}
     role, content, calls = found.get(role_name), found.get(content_name), found.get("tool_calls")
+    if found.get("function_call") is not None:
+        raise UserError(f"{where}.function_call: found OpenAI's former field, expected a call in 'tool_calls'")
     if not isinstance(role, str):
         raise UserError(f"{where}.{role_name} is {kind_of(role) if role_name in found else 'missing'}, expected a string")
     if role in _CALLS and role_name == "from":
@@ -184,14 +191,19 @@ def _calls(found: Any, role: str, where: str) -> list[dict[str, Any]]:
             raise UserError(f"{where}[{i}]: expected an object with 'function', which has 'name' and 'arguments'")
         arguments = function.get("arguments", {})
         if isinstance(arguments, str):
-            arguments = _json(arguments, f"{where}[{i}].function.arguments", "an object or its JSON")
+            arguments = _json(arguments or "{}", f"{where}[{i}].function.arguments", "an object or its JSON")
         result.append({"type": "function", **call, "function": {**function, "arguments": arguments}})
         if function is call:
             result[-1] = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
     return result
 
 
-def _tools(row: Mapping[str, Any], where: str) -> list[Any] | None:
+def read_tools(row: Mapping[str, Any], where: str) -> list[Any] | None:
+    """Return the row's tools, a list of JSON schemas or its JSON; None where it has none.
+
+    Raises:
+      UserError: they are neither.
+    """
     found = row.get("tools")
     if isinstance(found, str):  # parquet files and ShareGPT hold the list as JSON
         found = _json(found, f"{where}: field 'tools'", "a list of tools or its JSON") if found.strip() else None

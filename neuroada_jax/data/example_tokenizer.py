@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Int32
 
 from neuroada_jax.data.prompts import Rendered
+from neuroada_jax.data.template_facts import TOKEN_LIKE
 from neuroada_jax.errors import UserError
 
 Coded = tuple[Int32[np.ndarray, "_"], Int32[np.ndarray, "_"], Int32[np.ndarray, "_"]]  # ids, starts, ends
@@ -51,6 +52,12 @@ class ExampleTokenizer:
         control = sorted({*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids})
         self._is_control = np.zeros(max([len(tokenizer), *(token + 1 for token in control)]), bool)  # by id
         self._is_control[control] = True
+        # Of those, the tokens that may end a turn: <think> and others that are ordinary text for decoding do not.
+        texts = {token: str(added) for token, added in tokenizer.added_tokens_decoder.items()}
+        special = set(tokenizer.all_special_ids) | {i for i, each in tokenizer.added_tokens_decoder.items() if each.special}
+        may_end = [token for token in control if token in special or TOKEN_LIKE.fullmatch(texts.get(token, ""))]
+        self._may_end = np.zeros(len(self._is_control), bool)
+        self._may_end[may_end] = True
         self._tails: dict[tuple[str, str], np.ndarray] = {}
 
     def encode(self, texts: list[str], add_special_tokens: bool) -> list[Coded]:
@@ -159,7 +166,7 @@ class ExampleTokenizer:
             is_label |= part
             if stop < len(one.text):
                 last = part.nonzero()[0]
-                if not len(last) or not self._is_control[ids[last[-1]]]:
+                if not len(last) or not self._may_end[ids[last[-1]]]:
                     return None
                 ends.add(int(ids[last[-1]]))
         found = self._finish(one, ids, is_label, where)
@@ -175,17 +182,18 @@ class ExampleTokenizer:
                 (order >= first[0]) & (order <= last[0]) if len(first) and len(last) else (ends > start) & (starts < stop)
             )
             is_label |= part
-            control = np.flatnonzero(part & self._is_control[ids])
+            control = np.flatnonzero(part & self._may_end[ids])
             if len(control) and not one.text[ends[control[-1]] : stop].strip():
                 ending.add(int(ids[control[-1]]))
-        return Encoded(ids, is_label & (np.arange(len(ids)) > 0), frozenset(ending))
+        crossed = any(self._border(one.text, start, coded, None) is None for start, _ in one.spans)
+        return Encoded(ids, is_label & (order > 0), frozenset(ending), crossed)
 
     def _finish(self, one: Rendered, ids: np.ndarray, is_label: np.ndarray, where: str) -> Encoded:
         """End an example with its end-of-turn token or EOS, a label too."""
         if self.bos != self.eos:
             is_label = is_label & (ids != self.bos)
         last = is_label.nonzero()[0]
-        if one.templated and len(last) and self._is_control[ids[last[-1]]]:
+        if one.templated and len(last) and self._may_end[ids[last[-1]]]:
             ids, is_label = ids[: last[-1] + 1], is_label[: last[-1] + 1]
         else:
             if self.eos is None:

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float32, Int32, Int64, Num
 from neuroada_jax.data.chat_template import ChatTemplate
 from neuroada_jax.data.example_tokenizer import Encoded, ExampleTokenizer
 from neuroada_jax.data.prompts import PromptForm, PromptStyle, chat_template, is_templated, render_examples, render_prompt
+from neuroada_jax.data.readers import has_half_characters
 from neuroada_jax.data.rows import Rows, rows_from_list
 from neuroada_jax.errors import UserError
 
@@ -40,6 +41,7 @@ class Examples:
         turn differently once later text follows.
       crossings: number of rows in which a token would have spanned the border between prompt and completion.
       unended: number of chats whose {% generation %} blocks leave out the end of a turn, so that it is not learnt.
+      unasked: number of chats whose {% generation %} blocks begin elsewhere than the prompt of a generation ends.
       foreign_tokens: texts that the chat template means as one token and that the tokenizer splits, as it does with the
         roles of Zephyr's template.
     """
@@ -54,6 +56,7 @@ class Examples:
     split_rows: int = 0
     crossings: int = 0
     unended: int = 0
+    unasked: int = 0
     foreign_tokens: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -120,7 +123,9 @@ def encode(
         ]
         coded = example_tokenizer.examples([each for _, each in rendered], [rows.where(i) for i, _ in rendered])
         for i, parts in groupby(zip(rendered, coded, strict=True), key=lambda pair: pair[0][0]):
-            done.add(i, [each for _, examples in parts for each in examples])
+            found = list(parts)
+            done.add(i, [each for _, examples in found for each in examples])
+            done.count["unasked"] += not all(each.asked for (_, each), _ in found)
         done.close_chunk()
         if on_progress is not None:
             on_progress(chunk.stop, len(rows))
@@ -141,6 +146,7 @@ def encode(
         split_rows=done.count["split"],
         crossings=done.count["crossed"],
         unended=done.count["unended"],
+        unasked=done.count["unasked"],
         foreign_tokens=template.foreign_tokens if template else (),
     )
 
@@ -209,6 +215,10 @@ def encode_prompt(row: Mapping, form: PromptForm | PromptStyle | str, tokenizer:
       UserError: as `render_prompt`, and for a prompt without tokens.
     """
     text = render_prompt(row, form, tokenizer, where)
+    if has_half_characters(text):
+        raise UserError(
+            f"{where}: the prompt holds half of a surrogate pair (such as \\ud83d), expected complete characters"
+        )
     ids, *_ = ExampleTokenizer(tokenizer).encode([text], add_special_tokens=not is_templated(row, form))[0]
     if not len(ids):
         raise UserError(f"{where}: the prompt has no tokens, expected at least one to generate from")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from neuroada_jax.data.chat_template import ChatTemplate
-from neuroada_jax.data.chats import Chat, is_chat, kind_of, read_chat
+from neuroada_jax.data.chats import Chat, is_chat, kind_of, read_chat, read_tools, with_system
 from neuroada_jax.errors import UserError
 
 EXPECTED_FIELDS = (
@@ -14,6 +14,12 @@ EXPECTED_FIELDS = (
     "'text'"
 )
 _THOUGHTS_END = "</think>"
+# Fields of rows that other libraries read, and that would change a prompt.
+_FIELDS_OF_OTHERS = {
+    "chat_template_kwargs": "give data.template_arguments, which hold for all rows",
+    "documents": "put them into a message",
+    "functions": "give 'tools'",
+}
 
 ALPACA_NO_INPUT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request."
@@ -96,12 +102,14 @@ class Rendered(NamedTuple):
       spans: [start, end) character ranges of the completions, whose tokens become labels; ascending.
       templated: whether the text came from a chat template, which has written its special tokens already.
       masked: whether the spans are the {% generation %} blocks of a chat template, to be labelled exactly.
+      asked: whether every span begins in or right after the prompt of a generation; only a masked text may differ.
     """
 
     text: str
     spans: list[tuple[int, int]]
     templated: bool
     masked: bool = False
+    asked: bool = True
 
 
 def render_prompt(row: Mapping, form: PromptForm | PromptStyle | str, tokenizer: Any, where: str = "row") -> str:
@@ -225,19 +233,26 @@ def _masked(template: ChatTemplate, chat: Chat, where: str, learn: str) -> Rende
             f"{where}: the chat template marks {len(spans)} {{% generation %}} blocks for {len(turns)} assistant turns; "
             "expected one a turn to choose among them"
         )
+    asked = True
     if len(spans) == len(turns):
         chosen = chat.learnt if learn == "all" else chat.learnt[-1:]
         spans = [span for i, span in zip(turns, spans, strict=True) if i in chosen]
+        for i, (start, _) in zip(chosen, spans, strict=True):
+            prompt = template.render(chat, chat.messages[:i], where, opened=True)
+            asked &= text.startswith(prompt) and start <= len(prompt)
     spans = [(start, stop) for start, stop in spans if stop > start]
     if not spans:
         raise UserError(f"{where}: the chat template's {{% generation %}} blocks are empty, expected text to learn")
-    return Rendered(text, spans, True, masked=True)
+    return Rendered(text, spans, True, masked=True, asked=asked)
 
 
 def _chat(
     row: Mapping, form: PromptForm, where: str, completion: Callable[[Mapping, str], str] | None = None
 ) -> Chat | None:
     """Return the row's chat; in style chat, a prompt or instruction as one. None for other rows."""
+    for name, instead in _FIELDS_OF_OTHERS.items():
+        if row.get(name):
+            raise UserError(f"{where}: field {name!r} is not read here; {instead}")
     chat = read_chat(row, where)
     if chat is None:
         if form.style is not PromptStyle.CHAT:
@@ -247,7 +262,7 @@ def _chat(
         if completion is not None:
             messages.append({"role": "assistant", "content": completion(row, where)})
             learnt = (1,)
-        chat = Chat(messages, None, learnt)
+        chat = with_system(row, Chat(messages, read_tools(row, where), learnt), where)
     if form.system is None or chat.messages[0]["role"] in ("system", "developer"):
         return chat
     system = {"role": "system", "content": form.system}
@@ -268,14 +283,19 @@ def answer_text(ids: Sequence[int], tokenizer: Any) -> str:
 
 
 def _is_instruction(row: Mapping) -> bool:
-    return "instruction" in row and not ("prompt" in row and "completion" in row)
+    # `datasets` stores a field that a row lacks as null.
+    return row.get("instruction") is not None and not (row.get("prompt") is not None and row.get("completion") is not None)
 
 
 def _prompt(row: Mapping, style: PromptStyle | str, where: str) -> str:
     """Return the prompt text; for the chat style, the user's message."""
+    style = PromptStyle(style)
+    if row.get("system") and style is not PromptStyle.CHAT:
+        raise UserError(
+            f"{where}: field 'system' is for chats, and style {style.value!r} would leave it out; use style 'chat'"
+        )
     if _is_instruction(row):
         instruction = _string(row, "instruction", where)
-        # `datasets` stores a field that a row lacks as null.
         extra = "" if row.get("input") is None else _string(row, "input", where)
     elif "prompt" in row:
         instruction, extra = _string(row, "prompt", where), ""
@@ -283,7 +303,6 @@ def _prompt(row: Mapping, style: PromptStyle | str, where: str) -> str:
         raise UserError(f"{where}: a row of a text alone has no prompt, expected fields with a prompt and its answer")
     else:
         raise UserError(f"{where}: found fields {_fields(row)}; expected {EXPECTED_FIELDS}")
-    style = PromptStyle(style)
     if style is PromptStyle.ALPACA:
         # replace, not format: braces in the row's own text are no placeholders
         template = ALPACA_WITH_INPUT if extra else ALPACA_NO_INPUT

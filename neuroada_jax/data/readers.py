@@ -104,18 +104,19 @@ def check_characters(row: Mapping[str, Any], where: str) -> None:
       UserError: half of a surrogate pair, such as "\\ud83d" in JSON; names the row and the field.
     """
     for field, value in row.items():
-        if _has_half_characters(field) or _has_half_characters(value):
+        if has_half_characters(field) or has_half_characters(value):
             raise UserError(
                 f"{where}: field {field!r} holds half of a surrogate pair (such as \\ud83d), expected complete characters"
             )
 
 
-def _has_half_characters(value: object) -> bool:
+def has_half_characters(value: object) -> bool:
+    """Return whether a text, or one inside a value of JSON, holds half of a surrogate pair."""
     if isinstance(value, str):
         return not value.isascii() and _SURROGATE.search(value) is not None
     if isinstance(value, Mapping):
-        return any(_has_half_characters(each) for pair in value.items() for each in pair)
-    return isinstance(value, list | tuple) and any(map(_has_half_characters, value))
+        return any(has_half_characters(each) for pair in value.items() for each in pair)
+    return isinstance(value, list | tuple) and any(map(has_half_characters, value))
 
 
 def _json(path: Path, split: str) -> Iterator[Record]:

@@ -289,6 +289,11 @@ def _say_prompts(form: PromptForm, examples: Examples, origin: str) -> None:
             f"in {examples.crossings} rows a token would span the border between prompt and completion: both are tokenised "
             "by themselves, as in a generation"
         )
+    if examples.unasked:
+        console.say(
+            f"in {examples.unasked} chats the template's generation blocks do not begin where its generation prompt ends: "
+            "they are trained in another form than they are asked"
+        )
     if examples.unended:
         console.say(
             f"in {examples.unended} chats the template's generation blocks leave out the end of a turn, which is not learnt"

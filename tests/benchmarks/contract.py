@@ -19,7 +19,8 @@ def read(folder: Path, name: str, *, timed: bool = True) -> tuple[dict, list[dic
 
 
 def printed_rows(text: str) -> int:
-    """Lines of a printed table below its head, one for each row where none is folded."""
+    """Lines of a printed table below its head, one for each row; a wide one has paragraphs below its title."""
     lines = [line.strip() for line in text.splitlines()]
-    rule = next(number for number, line in enumerate(lines) if line and set(line) == {"─"})
+    rules = (number for number, line in enumerate(lines) if line and set(line) == {"─"})
+    rule = next(rules, lines.index(""))
     return sum(bool(line) for line in lines[rule + 1 :])

@@ -199,6 +199,8 @@ def test_a_date_is_that_of_the_form():
         ("{% for m in messages %}{{ m.role }}{% endfor %}", {}, "nothing of message"),
         ("", {}, "writes nothing of message 1"),
         (None, {"enable_thinking": True}, "does not read 'enable_thinking'; it reads none"),
+        ("{% set n = strftime_now %}{{ n('%d') }}", {}, "its date cannot be kept"),
+        ("{{ strftime_now('%d' ~ '%m') }}", {}, "its date cannot be kept"),
         (None, {"tokenize": True}, "'tokenize' is set by the library itself"),
         (None, {"messages": []}, "'messages' is set by the library itself"),
     ],
@@ -217,3 +219,73 @@ def test_a_tokenizer_without_the_templates_tokens():
     assert encoded.foreign_tokens == ("<|assistant|>", "<|system|>", "<|user|>")[: len(encoded.foreign_tokens)]
     assert encoded.foreign_tokens
     assert examples_of(CHATS["one turn"], TEMPLATES["chatml"])[0].foreign_tokens == ()
+
+
+EACH = "{% for m in messages %}<|im_start|>{{ m.role }}\n\n{{ m.content | trim }}<|im_end|>{% endfor %}"
+ALWAYS = EACH + "{{ '<|im_start|>assistant\n\n' }}"
+NOTE = "{% if messages[-1].role == 'assistant' %}<|im_start|>note\nend of turn<|im_end|>{% endif %}"
+NOTED = TEMPLATES["chatml"].text + NOTE
+EOS = "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
+JOINED = TEMPLATES["chatml"].text.replace("m.content", "m.content.split()|join(' ')") + EOS
+NO_END = (
+    "{% for m in messages %}<|im_start|>{{ m.content }}"
+    "{% if not (loop.last and m.role == 'assistant') %}<|im_end|>{% endif %}{% endfor %}"
+    + "{% if add_generation_prompt %}<|im_start|>{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("source", "answer", "learnt"),
+    [
+        *((ALWAYS, answer, f"{answer}<|im_end|>") for answer in ("t", "assistant", "blue")),
+        *((NOTED, answer, f"{answer}<|im_end|>") for answer in ("turn", "end", "blue")),
+        (JOINED, "a" + " " * 9 + "b", "a b<|im_end|>"),
+        (NO_END, "<think>b</think>", "<think>b</think><|endoftext|>"),
+        (NO_END, "b", "b<|endoftext|>"),
+    ],
+)
+def test_an_answer_ends_where_its_text_does(source, answer, learnt):
+    template = dataclasses.replace(TEMPLATES["chatml"], plain_tokens=("<think>", "</think>"))
+    form = dataclasses.replace(FORM, chat_template=source)
+    encoded, [(ids, is_label)] = examples_of(chat("hi", answer), template, form=form)
+    assert tokenizer(template).decode(ids[is_label]) == learnt
+    assert encoded.end_tokens == ("<|endoftext|>" if learnt.endswith("<|endoftext|>") else "<|im_end|>",)
+
+
+def test_blocks_that_are_asked_otherwise_or_cross_a_token_are_counted():
+    turn = "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
+    body = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}<|im_end|>{% else %}A: "
+        + turn
+        + "{% endif %}{% endfor %}"
+    )
+    for opening, counts in (("A: ", (1, 0)), ("A:", (0, 1)), ("<|im_start|>", (0, 1))):
+        source = body + "{% if add_generation_prompt %}" + opening + "{% endif %}"
+        encoded, _ = examples_of(
+            chat("a", "blue"), TEMPLATES["chatml"], form=dataclasses.replace(FORM, chat_template=source)
+        )
+        assert (encoded.crossings >= counts[0], encoded.unasked) == (True, counts[1]), opening
+
+
+def test_a_system_text_that_also_stands_elsewhere_is_missed():
+    message = message_of(examples_of, chat("say hi", "yo", system="hi"), TEMPLATES["ignores_system"])
+    assert "writes nothing of message 0 (role 'system')" in message
+
+
+def test_fields_around_a_prompt_are_part_of_its_chat():
+    coder = tokenizer(TEMPLATES["qwen3"])
+    row = {"prompt": "add 1 2", "completion": "3", "tools": TOOLS, "system": "You help."}
+    text = render_prompt(row, FORM, coder)
+    messages = chat("add 1 2", system="You help.")
+    assert text == coder.apply_chat_template(messages, TOOLS, tokenize=False, add_generation_prompt=True)
+    assert "field 'system' is for chats" in message_of(encode, [row], "plain", coder, 100)
+    for field in ("chat_template_kwargs", "documents", "functions"):
+        assert f"field {field!r} is not read here" in message_of(encode, [{**row, field: {"a": 1}}], FORM, coder, 100)
+    assert "half of a surrogate pair" in message_of(encode_prompt, {"prompt": "a \ud83d"}, "plain", coder)
+
+
+def test_the_format_of_a_date_is_read_as_text():
+    form = dataclasses.replace(
+        FORM, date="2024-02-29", chat_template="{{ strftime_now ('%d\\n%b') }}{{ messages[0].content }}"
+    )
+    assert render_prompt({"messages": CHATS["one turn"]}, form, tokenizer(TEMPLATES["chatml"])).startswith("29\nFeb")

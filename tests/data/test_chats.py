@@ -27,6 +27,13 @@ def test_formats_of_the_same_chat():
     assert read_chat({"prompt": MESSAGES[:2], "completion": MESSAGES[2:]}, "here") == chat
     parts = [{**each, "content": [{"type": "text", "text": each["content"]}]} for each in MESSAGES]
     assert read_chat({"messages": parts}, "here") == chat
+    both = [
+        {"from": a, "value": b, "role": None, "content": None} for a, b in (("system", "s"), ("human", "u"), ("gpt", "a"))
+    ]
+    assert read_chat({"conversations": both}, "here") == chat
+    other = [{**each, "from": None, "value": None} for each in MESSAGES]
+    assert read_chat({"conversations": other}, "here") == chat
+    assert read_chat({"messages": None, "text": "hello"}, "here") is None
     assert read_chat({"prompt": "p", "completion": "c", "messages": None}, "here") is None
     assert not is_chat({"instruction": "i", "output": "o", "conversations": None})
 
@@ -100,6 +107,7 @@ USER = {"role": "user", "content": "u"}
         ({"messages": [USER, {"role": "assistant", "tool_calls": "add"}]}, "messages[1].tool_calls is a string"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages[0].content[0] is of type 'image'"),
         ({"messages": [{"role": "user", "content": ["u"]}]}, "messages[0].content[0] is a string"),
+        ({"messages": [USER, {**MESSAGES[2], "function_call": CALL}]}, "messages[1].function_call: found OpenAI's former"),
         ({"messages": MESSAGES, "system": "s"}, "found a field 'system' and a system message"),
         ({"messages": MESSAGES, "tools": "add"}, "field 'tools' is not valid JSON"),
         ({"messages": MESSAGES, "tools": {"name": "add"}}, "field 'tools' is an object, expected a list"),
