@@ -115,7 +115,9 @@ def _train(model: PretrainedModel, prepared: run.Prepared, on_lines: run.OnLines
     """Run the training; return the model that the adapter belongs to, and the run's results."""
     if not model.is_decoder:  # the task's classifier takes the place of its own, so the run reads the weights again
         results = run.finish(run.fit(prepared, on_lines=on_lines))
-        return PretrainedModel(load_with_progress(prepared.opened, prepared.config.seed), model.tokenizer), results
+        return PretrainedModel(
+            load_with_progress(prepared.opened, prepared.config.seed, replaced=True), model.tokenizer
+        ), results
     loaded = model._take("its weights are in a run that goes on")
     placement = jax.tree.map(lambda leaf: leaf.sharding, loaded.params)  # the run may place them on several devices
     try:

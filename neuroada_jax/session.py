@@ -273,7 +273,7 @@ def load(source: str | Path, dtype: Any = "auto", *, adapter: str | Path | None 
     if opened.model.architecture.is_decoder:  # before the weights, which take longer
         none = prompting.Options()
         prompting.say(prompting.resolve(found, none, opened, tokenizer), found, none, tokenizer)
-    model = PretrainedModel(load_with_progress(opened), tokenizer)
+    model = PretrainedModel(load_with_progress(opened, replaced=trained is not None), tokenizer)
     if trained is None:
         return model
     tuned = TunedModel(model, trained)

@@ -59,7 +59,7 @@ def export_adapter(
     tokenizer = None
     if to_format == "huggingface":
         opened, tokenizer = _open_to_merge(opened, labels, form)
-    base_model = load_with_progress(opened) if merges else None
+    base_model = load_with_progress(opened, replaced=True) if merges else None
 
     # The official code and SuperTuning round the values to the dtype of the weights before the sum; SHiRA and we add in
     # float32.
@@ -140,7 +140,7 @@ def import_adapter(
         imported = peft.read(Path(directory), opened.model, _PEFT[from_format])
     else:
         imported = official.read(Path(directory), opened.model)
-    loaded = load_with_progress(opened)
+    loaded = load_with_progress(opened, replaced=True)
     model = loaded.model
     targets = [
         names.within_layer(path, model.layers_path)

@@ -131,7 +131,7 @@ def load_params(opened: Any, adapter: Any) -> tuple[Any, Any]:
     from neuroada_jax.adapters import on_base
     from neuroada_jax.pretrained.load import load_with_progress
 
-    base_model = load_with_progress(opened)
+    base_model = load_with_progress(opened, replaced=adapter is not None)
     return base_model, base_model.params if adapter is None else on_base.merge(adapter, base_model)
 
 

@@ -281,10 +281,12 @@ def open_with_tokenizer(
     return opened, tokenizer
 
 
-def load_with_progress(opened: OpenedModel, seed: int = 0, shardings: Tree | None = None) -> LoadedModel:
+def load_with_progress(
+    opened: OpenedModel, seed: int = 0, shardings: Tree | None = None, *, replaced: bool = False
+) -> LoadedModel:
     """Read the weights under a progress bar; report unused tensors, and those that were initialised from `seed`.
 
-    Arguments as in `load_params`.
+    Arguments as in `load_params`; `replaced`: an adapter brings these tensors, so that nothing is to be said of them.
     """
     tensors = open_tensors(opened.path)
     with console.bar("loading weights") as shown:
@@ -298,7 +300,7 @@ def load_with_progress(opened: OpenedModel, seed: int = 0, shardings: Tree | Non
             f"{opened.source}: {tensor_names.HEAD} differs from {tensor_names.EMBEDDING}, so they are not tied, as in "
             "transformers, though config.json has tie_word_embeddings true"
         )
-    if loaded.initialised:
+    if loaded.initialised and not replaced:
         console.say(
             f"{opened.path} has no {', '.join(loaded.initialised)}: initialised from seed {seed}, to be trained or "
             "replaced by an adapter"

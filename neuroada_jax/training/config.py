@@ -205,7 +205,8 @@ class TrainingSection:
 
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
-            raise ValueError(f"give either epochs or steps, found {'neither' if self.steps is None else 'both'}")
+            found = "neither" if self.steps is None else "both; set the other one to null"
+            raise ValueError(f"give either epochs or steps, found {found}")
         if self.batch_size % self.accumulation:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulation {self.accumulation}")
 

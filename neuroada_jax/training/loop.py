@@ -170,14 +170,14 @@ def run(
                 hooks.save(state)
             if stopping:
                 raise Stopped(done)
-            if scoring and evaluations.finished:
-                return state
             note = _note(lines, now - last)
             last = time.perf_counter()
             bar.update(done, total, note)
             if not console.is_terminal():
                 left = (now - began) / (done - start) * (total - done)
                 console.say(f"step {done} of {total}: {note}, {left:.0f} s left")
+            if scoring and evaluations.finished:
+                break
     return state
 
 

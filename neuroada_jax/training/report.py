@@ -120,6 +120,13 @@ def print_summary(content: dict[str, Any]) -> None:
             f"{best['split']['choosing_rows']} rows of {best['set']}; the score above is of the other "
             f"{best['split']['test_rows']}"
         )
+    if "validation" in content:
+        kept = content["validation"]
+        early = ", which ended early" if kept["stopped_early"] else ""
+        console.say(
+            f"kept the state after step {kept['best_step']} of {content['steps']}{early}: validation loss "
+            f"{_loss(kept['best_loss'])}"
+        )
     rows = [
         ("trained values", f"{content['trainable']:,}"),
         ("share of the model", f"{content['trainable_percent']:.4f} %"),

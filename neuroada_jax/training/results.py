@@ -89,7 +89,8 @@ def results(
             "best_loss": best.best["value"],
             "examples": len(prepared.validation.batches.examples) if prepared.validation else None,
             "stopped_early": len(history.losses) < prepared.total_steps,
-            "steps": best.lines,
+            # Without the samples, which are texts of the rows: results are shared with an adapter.
+            "steps": [{"step": line["step"], "value": line["value"]} for line in best.lines],
         }
     return files.finite(content)
 

@@ -176,7 +176,7 @@ def test_the_command_line_on_an_encoder(bare, tmp_path, capsys):
     assert code == 0 and len(json.loads(out)["modules"]) == 4
 
     code, _, err = neuroada("merge", "--adapter", directory, "--out", tmp_path / "merged")
-    assert code == 0 and "initialised from seed 0" in err
+    assert code == 0 and "initialised from seed" not in err  # the adapter has the classifier
     merged = load_model(str(tmp_path / "merged"))
     jax.tree.map(np.testing.assert_array_equal, merged.params, on_base.merge(native.read(str(directory)), base_model))
 

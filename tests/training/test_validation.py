@@ -52,7 +52,9 @@ def test_the_loss_is_that_of_the_rows_one_by_one_and_the_best_state_is_kept(tmp_
     results = run.finish(run.fit(prepared))
     seen = lines(config.directory / "validation.jsonl")
     assert [line["step"] for line in seen] == [2, 4, 6]
-    assert results["validation"]["steps"] == seen and not results["validation"]["stopped_early"]
+    assert results["validation"]["steps"] == [{"step": line["step"], "value": line["value"]} for line in seen]
+    assert not results["validation"]["stopped_early"]
+    assert "prompt" not in json.dumps(results["validation"])  # the samples stay in the run's folder
     best = min(seen, key=lambda line: line["value"])
     assert (results["validation"]["best_step"], results["validation"]["best_loss"]) == (best["step"], best["value"])
     assert [len(line["samples"]) for line in seen] == [2, 2, 2]
