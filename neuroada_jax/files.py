@@ -1,16 +1,19 @@
-"""Atomic writes of files and directories, and JSON whose errors name the file."""
+"""Atomic writes of files and directories, JSON whose errors name the file, and text that can be written as UTF-8."""
 
 import contextlib
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from neuroada_jax.errors import UserError
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @contextlib.contextmanager
@@ -92,6 +95,15 @@ def finite(content: Any) -> Any:
     if isinstance(content, list | tuple):
         return [finite(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def has_half_characters(value: object) -> bool:
+    """Return whether a text, or one inside a value of JSON, holds half of a surrogate pair."""
+    if isinstance(value, str):
+        return not value.isascii() and _SURROGATE.search(value) is not None
+    if isinstance(value, Mapping):
+        return any(has_half_characters(each) for pair in value.items() for each in pair)
+    return isinstance(value, list | tuple) and any(map(has_half_characters, value))
 
 
 def read_json(path: Path) -> dict[str, Any]:

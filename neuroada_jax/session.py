@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import transformers
 
+from neuroada_jax import files
 from neuroada_jax.adapters import hub, native, on_base, prompting
 from neuroada_jax.core import bypass
 from neuroada_jax.core.bypass import Bypass
@@ -293,7 +294,7 @@ def _texts(values: object, expected: str) -> list[str]:
     if not all(isinstance(each, str) for each in found):
         raise UserError(expected)
     for number, text in enumerate(found):
-        if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        if files.has_half_characters(text):
             raise UserError(f"{expected}; text {number} holds half of a surrogate pair")
     return found
 

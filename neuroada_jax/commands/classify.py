@@ -127,7 +127,7 @@ def _texts(parsed: argparse.Namespace, trained: Sequence[str]) -> list[tuple[str
         found = list(zip(*(side for side in given if side), strict=True))
         _check_number("--text-pair", len(found[0]), trained)
         for number, each in enumerate(found):
-            if any("\ud800" <= letter <= "\udfff" for text in each for letter in text):
+            if files.has_half_characters(each):
                 raise UserError(f"--text: text {number} is not UTF-8")
         return found
     columns = tuple(parsed.text_column) or tuple(trained) or ("text",)

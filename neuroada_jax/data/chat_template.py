@@ -57,7 +57,7 @@ class ChatTemplate:
         """
         self._tokenizer, self._arguments = tokenizer, dict(arguments)
         self._rendered: dict[tuple[int, bool], str] = {}  # of the chat that `turns` is at
-        self.given = source
+        self._given = source
         self._date = datetime.date.fromisoformat(date) if date else datetime.date.today()
         default = self.source
         self._facts = parsed(default)
@@ -91,7 +91,7 @@ class ChatTemplate:
           UserError: there is no template, or it writes the date in a format that is no constant.
         """
         try:
-            source = self._tokenizer.get_chat_template(self.given, tools)
+            source = self._tokenizer.get_chat_template(self._given, tools)
         except ValueError as error:  # no template, or several of which none is the default
             raise UserError(
                 "the row or style asks for chat, but the tokenizer has no chat template; expected one, data.chat_template, "
@@ -102,16 +102,6 @@ class ChatTemplate:
         if "strftime_now" in left:
             raise UserError("the chat template calls strftime_now without a constant format: its date cannot be kept")
         return dated
-
-    @property
-    def is_dated(self) -> bool:
-        """Whether the template writes the date of the day."""
-        return bool(_NOW.search(self.text))
-
-    @property
-    def text(self) -> str:
-        """The template's text as it was given."""
-        return str(self._tokenizer.get_chat_template(self.given, None))
 
     def render(self, chat: Chat, messages: list[dict[str, Any]], where: str, *, opened: bool) -> str:
         """Return the text of some messages of a chat, with or without the opening of an assistant turn.

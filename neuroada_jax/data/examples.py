@@ -10,10 +10,10 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Bool, Float32, Int32, Int64, Num
 
+from neuroada_jax import files
 from neuroada_jax.data.chat_template import ChatTemplate
 from neuroada_jax.data.example_tokenizer import Encoded, ExampleTokenizer
 from neuroada_jax.data.prompts import PromptForm, PromptStyle, chat_template, is_templated, render_examples, render_prompt
-from neuroada_jax.data.readers import has_half_characters
 from neuroada_jax.data.rows import Rows, rows_from_list
 from neuroada_jax.errors import UserError
 
@@ -215,7 +215,7 @@ def encode_prompt(row: Mapping, form: PromptForm | PromptStyle | str, tokenizer:
       UserError: as `render_prompt`, and for a prompt without tokens.
     """
     text = render_prompt(row, form, tokenizer, where)
-    if has_half_characters(text):
+    if files.has_half_characters(text):
         raise UserError(
             f"{where}: the prompt holds half of a surrogate pair (such as \\ud83d), expected complete characters"
         )

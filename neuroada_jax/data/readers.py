@@ -11,6 +11,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from neuroada_jax import files
 from neuroada_jax.data.chats import kind_of
 from neuroada_jax.data.json_stream import JsonStream, reason, text_of, without_bom
 from neuroada_jax.errors import UserError
@@ -22,7 +23,6 @@ SUFFIXES = (*LINE_SUFFIXES, ".parquet", ".arrow", ".feather")  # their numbers a
 BATCH = 4096  # rows of a table that are Python objects at a time
 # An object with one of these fields is a row; another may be a file's object around the list of its rows.
 _FIELDS_OF_ROWS = {"messages", "conversations", "prompt", "instruction", "text"}
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 _A_LIST = "a list of objects, or one object per line"
 
@@ -104,19 +104,10 @@ def check_characters(row: Mapping[str, Any], where: str) -> None:
       UserError: half of a surrogate pair, such as "\\ud83d" in JSON; names the row and the field.
     """
     for field, value in row.items():
-        if has_half_characters(field) or has_half_characters(value):
+        if files.has_half_characters(field) or files.has_half_characters(value):
             raise UserError(
                 f"{where}: field {field!r} holds half of a surrogate pair (such as \\ud83d), expected complete characters"
             )
-
-
-def has_half_characters(value: object) -> bool:
-    """Return whether a text, or one inside a value of JSON, holds half of a surrogate pair."""
-    if isinstance(value, str):
-        return not value.isascii() and _SURROGATE.search(value) is not None
-    if isinstance(value, Mapping):
-        return any(has_half_characters(each) for pair in value.items() for each in pair)
-    return isinstance(value, list | tuple) and any(map(has_half_characters, value))
 
 
 def _json(path: Path, split: str) -> Iterator[Record]:
