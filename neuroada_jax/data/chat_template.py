@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from neuroada_jax import files
 from neuroada_jax.data.chats import Chat
 from neuroada_jax.data.template_facts import GENERATION, TOKEN_LIKE, parsed
 from neuroada_jax.errors import UserError
@@ -129,7 +130,7 @@ class ChatTemplate:
         """Return (texts, ranges) of several beginnings of a chat, as transformers renders them."""
         from transformers.utils.chat_template_utils import render_jinja_template  # slow to import
 
-        return render_jinja_template(
+        rendered = render_jinja_template(
             attempts,
             tools=chat.tools,
             chat_template=self._source(chat),
@@ -137,6 +138,9 @@ class ChatTemplate:
             add_generation_prompt=opened,
             **{**self._tokenizer.special_tokens_map, **self._arguments},
         )
+        if files.has_half_characters(rendered[0]):
+            raise ValueError("it writes half of a surrogate pair, such as \\ud83d")
+        return rendered
 
     def check(self, chat: Chat, where: str) -> None:
         """Refuse what the template would leave out in silence.

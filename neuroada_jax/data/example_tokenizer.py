@@ -28,12 +28,14 @@ class Encoded(NamedTuple):
       is_label: bool (t,).
       ends: ids of the tokens that end what is learnt.
       crossed: whether a token would have spanned the border, so that prompt and completion were tokenised separately.
+      asked: whether the tokens before what is learnt are those of a generation; {% generation %} blocks may differ.
     """
 
     ids: Int32[np.ndarray, "_"]
     is_label: Bool[np.ndarray, "_"]
     ends: frozenset[int]
     crossed: bool = False
+    asked: bool = True
 
 
 class ExampleTokenizer:
@@ -185,8 +187,8 @@ class ExampleTokenizer:
             control = np.flatnonzero(part & self._may_end[ids])
             if len(control) and not one.text[ends[control[-1]] : stop].strip():
                 ending.add(int(ids[control[-1]]))
-        crossed = any(self._border(one.text, start, coded, None) is None for start, _ in one.spans)
-        return Encoded(ids, is_label & (order > 0), frozenset(ending), crossed)
+        asked = one.asked and all(self._border(one.text, start, coded, None) is not None for start, _ in one.spans)
+        return Encoded(ids, is_label & (order > 0), frozenset(ending), asked=asked)
 
     def _finish(self, one: Rendered, ids: np.ndarray, is_label: np.ndarray, where: str) -> Encoded:
         """End an example with its end-of-turn token or EOS, a label too."""

@@ -41,7 +41,7 @@ class Examples:
         turn differently once later text follows.
       crossings: number of rows in which a token would have spanned the border between prompt and completion.
       unended: number of chats whose {% generation %} blocks leave out the end of a turn, so that it is not learnt.
-      unasked: number of chats whose {% generation %} blocks begin elsewhere than the prompt of a generation ends.
+      unasked: number of chats whose {% generation %} blocks follow other tokens than those of a generation's prompt.
       foreign_tokens: texts that the chat template means as one token and that the tokenizer splits, as it does with the
         roles of Zephyr's template.
     """
@@ -123,9 +123,7 @@ def encode(
         ]
         coded = example_tokenizer.examples([each for _, each in rendered], [rows.where(i) for i, _ in rendered])
         for i, parts in groupby(zip(rendered, coded, strict=True), key=lambda pair: pair[0][0]):
-            found = list(parts)
-            done.add(i, [each for _, examples in found for each in examples])
-            done.count["unasked"] += not all(each.asked for (_, each), _ in found)
+            done.add(i, [each for _, examples in parts for each in examples])
         done.close_chunk()
         if on_progress is not None:
             on_progress(chunk.stop, len(rows))
@@ -177,6 +175,7 @@ class _Collected:
         self.count["split"] += len(encoded) > 1
         self.count["crossed"] += any(each.crossed for each in encoded)
         self.count["unended"] += not all(each.ends for each in encoded)
+        self.count["unasked"] += not all(each.asked for each in encoded)
         for each in encoded:
             self.ends |= each.ends
             kept = each.is_label[: self._max_length].nonzero()[0]

@@ -67,6 +67,9 @@ def from_json(content: object, where: str) -> PromptForm | None:
     ):
         if not holds:
             raise UserError(f"{where}.{name}: found {content.get(name)!r}, expected {expected}")
+    for name, value in content.items():
+        if files.has_half_characters(value):
+            raise UserError(f"{where}.{name}: holds half of a surrogate pair, expected complete characters")
     if content.get("template_digest") != (None if template is None else digest(template)):
         raise UserError(f"{where}.template: differs from its template_digest; the file was damaged or changed")
     return PromptForm(

@@ -279,6 +279,9 @@ class Continuation:
 def _say_prompts(form: PromptForm, examples: Examples, origin: str) -> None:
     """Print the form of the trained prompts, and what tokenising had to do to keep it."""
     console.say(prompt_form.describe(form, origin))
+    if examples.foreign_tokens:
+        names = ", ".join(examples.foreign_tokens)
+        console.say(f"the chat template means these as one token, and the tokenizer splits them: {names}")
     if examples.split_rows:
         console.say(
             f"{examples.split_rows} chats became one example a learnt turn: their template or tokenizer writes a turn "
@@ -291,8 +294,8 @@ def _say_prompts(form: PromptForm, examples: Examples, origin: str) -> None:
         )
     if examples.unasked:
         console.say(
-            f"in {examples.unasked} chats the template's generation blocks do not begin where its generation prompt ends: "
-            "they are trained in another form than they are asked"
+            f"in {examples.unasked} chats the template's generation blocks follow other tokens than a generation's prompt "
+            "has: they are trained in another form than they are asked"
         )
     if examples.unended:
         console.say(

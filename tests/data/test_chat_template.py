@@ -65,6 +65,18 @@ def test_a_trained_turn_is_asked_and_answered_as_in_a_generation(name, kind):
         assert found == set(turns), label
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", list(TEMPLATES))
+def test_a_generation_is_asked_in_transformers_own_tokens(name, kind):
+    template, coder = TEMPLATES[name], tokenizer(TEMPLATES[name], kind=kind)
+    for label, messages in CHATS.items():
+        if label == "system" and template.system != "read":
+            continue
+        for asked in (messages[:-1], [*messages, {"role": "user", "content": "and red?"}]):
+            theirs = coder.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)["input_ids"]
+            assert encode_prompt({"messages": asked}, FORM, coder) == theirs, label
+
+
 @pytest.mark.parametrize("name", [name for name, each in TEMPLATES.items() if not each.masks and name not in REFUSED])
 def test_a_stable_template_makes_one_example_of_a_chat(name):
     template = TEMPLATES[name]
@@ -195,6 +207,7 @@ def test_a_date_is_that_of_the_form():
         ("{% break %}", {}, "refuses this chat ('break' outside loop"),
         ("{{ messages[7].content }}", {}, "refuses this chat"),
         ("{% for m in messages %}", {}, "not valid"),
+        ("{{ '\\ud83d' }}{{ messages[0].content }}", {}, "refuses this chat (it writes half of a surrogate pair"),
         ("{{ raise_exception('odd roles\nhere') }}", {}, "refuses this chat (odd roles)"),
         ("{% for m in messages %}{{ m.role }}{% endfor %}", {}, "nothing of message"),
         ("", {}, "writes nothing of message 1"),
@@ -259,12 +272,13 @@ def test_blocks_that_are_asked_otherwise_or_cross_a_token_are_counted():
         + turn
         + "{% endif %}{% endfor %}"
     )
-    for opening, counts in (("A: ", (1, 0)), ("A:", (0, 1)), ("<|im_start|>", (0, 1))):
+    for opening in ("A: ", "A:", "<|im_start|>"):
         source = body + "{% if add_generation_prompt %}" + opening + "{% endif %}"
         encoded, _ = examples_of(
             chat("a", "blue"), TEMPLATES["chatml"], form=dataclasses.replace(FORM, chat_template=source)
         )
-        assert (encoded.crossings >= counts[0], encoded.unasked) == (True, counts[1]), opening
+        assert (encoded.crossings, encoded.unasked) == (0, 1), opening
+    assert examples_of(chat("a", "blue"), TEMPLATES["masked"])[0].unasked == 0
 
 
 def test_a_system_text_that_also_stands_elsewhere_is_missed():

@@ -55,6 +55,8 @@ def test_nothing_recorded_is_no_form(tmp_path):
         ({"end_tokens": "</s>"}, "here.end_tokens: found '</s>', expected a list of texts"),
         ({"end_tokens": [3]}, "here.end_tokens: found [3], expected a list of texts"),
         ({"template": CHATML + " "}, "here.template: differs from its template_digest; the file was damaged or changed"),
+        ({"end_tokens": ["\ud83d"]}, "here.end_tokens: holds half of a surrogate pair, expected complete characters"),
+        ({"system": "\ud83d"}, "here.system: holds half of a surrogate pair, expected complete characters"),
         ({"template": None}, "here.template: differs from its template_digest; the file was damaged or changed"),
         ({"template_digest": 7}, "here.template: differs from its template_digest; the file was damaged or changed"),
     ],
