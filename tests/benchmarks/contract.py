@@ -19,8 +19,10 @@ def read(folder: Path, name: str, *, timed: bool = True) -> tuple[dict, list[dic
 
 
 def printed_rows(text: str) -> int:
-    """Lines of a printed table below its head, one for each row; a wide one has paragraphs below its title."""
-    lines = [line.strip() for line in text.splitlines()]
-    rules = (number for number, line in enumerate(lines) if line and set(line) == {"─"})
-    rule = next(rules, lines.index(""))
-    return sum(bool(line) for line in lines[rule + 1 :])
+    """Rows of a printed table: lines below its rule; where it is too wide for the terminal, paragraphs below its title."""
+    lines = text.splitlines()
+    rules = [number for number, line in enumerate(lines) if line.strip() and set(line.strip()) == {"─"}]
+    if rules:
+        return sum(bool(line.strip()) for line in lines[rules[0] + 1 :])
+    paragraphs = lines[lines.index("") + 1 :]
+    return sum(bool(line) and not line.startswith(" ") for line in paragraphs)  # a paragraph's next lines are indented
