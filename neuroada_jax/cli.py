@@ -1,6 +1,7 @@
 """The command line: the commands of `neuroada_jax.commands` in groups, with errors and warnings in one line."""
 
 import contextlib
+import io
 import os
 import sys
 import warnings
@@ -29,8 +30,18 @@ from neuroada_jax.errors import NeuroadaWarning, UserError
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
+CLOSED_PIPE = 128 + 13  # as the shell reports a process that SIGPIPE ended
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: its own, else 0; 2 for a UserError, 130 when interrupted."""
+    """Run one command and return its exit code: its own or 0; 2 for a UserError, 130 for Ctrl-C, 141 for a closed pipe."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # where it is not UTF-8: symbols and texts as escapes
+    return one_line_errors(lambda: _run(arguments))
+
+
+def _run(arguments: Sequence[str] | None) -> int | None:
     parser = _parser()
     parsed, rest = parser.parse_known_args(arguments)
     # `train run.yaml --overwrite bypass.k=2`: argparse may leave overrides behind an option in `rest`; which ones depends
@@ -39,11 +50,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         parsed.overrides = [*parsed.overrides, *rest]
-    return one_line_errors(lambda: parsed.run(parsed))
+    code: int | None = parsed.run(parsed)
+    return code
 
 
 def one_line_errors(work: Callable[[], int | None]) -> int:
     """Run `work` and return the process's exit code, its own or 0; print errors for the user as one line each."""
+    try:
+        try:
+            return _with_one_line_errors(work)
+        finally:
+            sys.stdout.flush()  # here rather than at exit, so that a closed pipe is met below
+    except BrokenPipeError:  # `neuroada ... | head` has what it wants
+        _discard_output()
+        return CLOSED_PIPE
+
+
+def _with_one_line_errors(work: Callable[[], int | None]) -> int:
     try:
         with _one_line_warnings():
             return work() or 0
@@ -53,9 +76,16 @@ def one_line_errors(work: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("neuroada: interrupted\n")
         return 130
-    except BrokenPipeError:  # `neuroada ... | head` has closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's own flush complains at exit
-    return 0
+
+
+def _discard_output() -> None:
+    """Lead standard output and error, where their reader is gone, to nowhere: Python's own flush complains at exit."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            with contextlib.suppress(OSError, ValueError):  # a stream without a descriptor
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 @contextlib.contextmanager

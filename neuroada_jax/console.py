@@ -19,10 +19,21 @@ from neuroada_jax.errors import NeuroadaWarning
 
 # In a notebook rich animates bars with ipywidgets; without that package progress is printed in lines, as to a file.
 _NOTEBOOK = None if importlib.util.find_spec("ipywidgets") else False
-_err = rich.console.Console(stderr=True, highlight=False, force_jupyter=_NOTEBOOK)
-_out = rich.console.Console(highlight=False)
+
+
+class _Console(rich.console.Console):
+    """A console that leaves a closed pipe to the caller, where rich ends the process."""
+
+    def on_broken_pipe(self) -> None:
+        """Drop what is not written, and raise the error again."""
+        del self._buffer[:]
+        raise BrokenPipeError
+
+
+_err = _Console(stderr=True, highlight=False, force_jupyter=_NOTEBOOK)
+_out = _Console(highlight=False)
 if not _out.is_terminal and not os.environ.get("COLUMNS", "").isdigit():
-    _out = rich.console.Console(highlight=False, width=120)  # a file or a pipe: rich would assume 80 columns
+    _out = _Console(highlight=False, width=120)  # a file or a pipe: rich would assume 80 columns
 _BAR_WIDTH = 106  # columns that a bar of 30 takes with everything beside it
 
 

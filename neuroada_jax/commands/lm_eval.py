@@ -57,4 +57,7 @@ def run(parsed: argparse.Namespace) -> None:
         )
     if parsed.out:
         lm_eval_harness.write_results(Path(parsed.out), results)
-    print(lm_eval_harness.summary_json(results) if parsed.json else lm_eval_harness.summary_table(results))
+    if parsed.json:
+        shared.print_json_text(lm_eval_harness.summary_json(results))
+    else:
+        print(lm_eval_harness.summary_table(results))

@@ -1,8 +1,6 @@
 """`neuroada preview`: how a config's training rows become examples, before anything is trained."""
 
 import argparse
-import io
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
@@ -34,8 +32,6 @@ def run(parsed: argparse.Namespace) -> None:
 
     if not 1 <= parsed.rows <= 5:
         raise UserError(f"--rows: expected 1 to 5, found {parsed.rows}")
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # where it is not UTF-8: symbols and texts as escapes
     found = preview.preview(config_file.load(parsed.config, parsed.overrides), parsed.rows)
     if parsed.json:
         shared.print_json(found.to_json())
@@ -146,7 +142,8 @@ def _steps(found: Any) -> Iterator[str]:
         names = ", ".join(counts["foreign_tokens"])
         yield f"the chat template means these as one token, and the tokenizer splits them: {names}"
     if found.validation is not None:
-        yield f"a validation: {_count(found.validation['steps'], 'step')}"
+        examples, batches = found.validation["examples"], found.validation["steps"]
+        yield f"each validation: {_count(examples, 'example')} in {_count(batches, 'batch')}, without an update"
     lengths = ", ".join(str(length) for length, _ in found.shapes)
     yield f"rows are padded to {lengths} tokens: at most {_count(len(found.shapes), 'compiled step')}"
     of = _count(found.packing["rows"], "packed row") if found.packing else _count(counts["examples"], "example")
@@ -157,4 +154,5 @@ def _steps(found: Any) -> Iterator[str]:
 
 
 def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    plural = f"{noun}es" if noun.endswith("ch") else f"{noun}s"
+    return f"{number} {noun if number == 1 else plural}"

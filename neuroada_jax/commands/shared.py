@@ -1,6 +1,8 @@
 """Options and checks that several commands share."""
 
 import argparse
+import json
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -135,6 +137,15 @@ def load_params(opened: Any, adapter: Any) -> tuple[Any, Any]:
     return base_model, base_model.params if adapter is None else on_base.merge(adapter, base_model)
 
 
-def print_json(content: dict[str, Any]) -> None:
+def print_json(content: Any) -> None:
     """Print one line of JSON on standard output."""
-    print(files.to_json(content))
+    print_json_text(files.to_json(content))
+
+
+def print_json_text(text: str) -> None:
+    """Print JSON on standard output; characters that its encoding lacks, in JSON's own escapes."""
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(json.loads(text))
+    print(text)

@@ -1,7 +1,6 @@
 """`neuroada tasks`: list the tasks."""
 
 import argparse
-import json
 
 from neuroada_jax import console
 from neuroada_jax.commands import shared
@@ -18,7 +17,7 @@ def run(parsed: argparse.Namespace) -> None:
 
     found = tasks.listing()
     if parsed.json:
-        print(json.dumps(found, ensure_ascii=False))
+        shared.print_json(found)
         return
     header = ("task", "suite", "model", "metric", "prompt", "data")
     rows = [

@@ -182,7 +182,7 @@ def test_packing_and_validation(config, neuroada, shown):
     page = shown(path)
     assert (
         "5 examples of 5 rows are for validation" in page
-        and "a validation: 2 steps" in page
+        and "each validation: 5 examples in 2 batches, without an update" in page
         and f"({packing['rows']} packed rows in batches of 4)" in page
     )
 
