@@ -37,7 +37,7 @@ quickstart: $(VENV)/.installed-quickstart  ## train a small language model on th
 test: $(VENV)/.installed-test  ## run the tests, including those on the real SmolLM2 weights
 	$(RUN) -m pytest $(PYTEST_ARGS)
 
-test-slow: $(VENV)/.installed-test  ## run the end-to-end tests, which take minutes each
+test-slow: $(VENV)/.installed-test  ## run the tests that take minutes: end to end, benchmarks, repeated cases
 	XLA_FLAGS=$(OPTIMISED) $(RUN) -m pytest -m slow
 
 soak: $(VENV)/.installed-test  ## kill a tiny training run 50 times, resume it, and compare it with an undisturbed run

@@ -34,6 +34,7 @@ def call(inputs, out, *more):
     return json.loads((out / "glue.json").read_text())
 
 
+@pytest.mark.slow  # a benchmark in full
 def test_methods_share_rows_splits_and_classifiers(inputs, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(glue, "MAX_LENGTH", 40)
     content = call(inputs, tmp_path, "--seeds", "1", "2")

@@ -31,6 +31,7 @@ def inputs(tmp_path, monkeypatch):
     return write_model(tmp_path / "model"), write_config(tmp_path / "sst2.yaml", content)
 
 
+@pytest.mark.slow  # a benchmark in full
 def test_methods_share_rows_and_scoring(inputs, tmp_path, capsys):
     model, file = inputs
     arguments = ["--tasks", "sst2", "--methods", *METHODS, "--rates", "neuroada-2=1e-3,1e-2", "lora-1=1e-3"]

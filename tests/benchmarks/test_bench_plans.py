@@ -31,6 +31,7 @@ def run(folder, *arguments):
         return plans.main([*arguments, "--machine", "cpu", "--out", str(folder)])
 
 
+@pytest.mark.slow  # a benchmark in full
 def test_every_method_has_its_bytes(tmp_path, capsys):
     options = ["--models", "llama-7b", "--batch", "2", "--length", "16", "--k", "1", "--ranks", "2", "--remat", "full"]
     assert run(tmp_path, "memory", *options) == 0

@@ -54,6 +54,7 @@ def test_without_data_and_pytorch_the_rest_runs(model, tmp_path, capsys, monkeyp
     assert all(row["ratio_to_released"] is None for row in rows)
 
 
+@pytest.mark.slow  # a benchmark in full
 def test_real_rows_are_measured_under_both_settings(model, rows_file, tmp_path):
     settings, rows = run(tmp_path, model, "--data", rows_file, "--methods", "neuroada-jax")
     assert settings["labels"] == ["every", "answers"]
@@ -86,6 +87,7 @@ def test_the_peak_of_one_method(model, capsys):
     assert peak["seconds"] == [] and peak["trained"] == 0 and peak["total_bytes"] is None
 
 
+@pytest.mark.slow  # a benchmark in full
 def test_pytorch_methods_start_from_our_loss_and_train_equal_budgets(model):
     pytest.importorskip("torch", reason="PyTorch is not installed")
     pytest.importorskip("peft", reason="PEFT is not installed")
