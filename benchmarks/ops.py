@@ -23,7 +23,7 @@ from benchmarks import common
 from benchmarks.baselines import product
 from benchmarks.common import Column, Row
 from neuroada_jax.core import ops, selection
-from neuroada_jax.core.entries import add_entries, read_entries, write_entries
+from neuroada_jax.core.entries import add_entries
 from neuroada_jax.core.value_gradient import GradientAlgorithm
 
 # By model: tokens, and the (O, I) of its linear maps.
@@ -116,9 +116,7 @@ def _trained(x: Any, kernel: Any, dy: Any, k: int) -> dict[str, Case]:
     """Return the methods with a budget of k connections per neuron."""
     columns = selection.select(selection.magnitude(kernel), k)
     values = 1e-3 * jax.random.normal(jax.random.key(1), columns.shape)
-    base = read_entries(kernel, columns)
-    resident = write_entries(kernel, columns, base.astype(values.dtype) + values)
-    arguments = (x, resident, dy, columns, values, base)
+    arguments = (x, add_entries(kernel, columns, values), dy, columns, values)
     found = {"bypass": Case(_bypass, arguments, values.size)}
     for algorithm in GradientAlgorithm:
         function = functools.partial(_bypass, algorithm=algorithm)
@@ -146,11 +144,9 @@ def _dense(x: Any, kernel: Any, dy: Any) -> Any:
     return _with_gradients(product, dy, x, kernel)
 
 
-def _bypass(
-    x: Any, kernel: Any, dy: Any, columns: Any, values: Any, base: Any, algorithm: GradientAlgorithm | None = None
-) -> Any:
+def _bypass(x: Any, kernel: Any, dy: Any, columns: Any, values: Any, algorithm: GradientAlgorithm | None = None) -> Any:
     """Compute the resident form, as in training; without an algorithm the library chooses one."""
-    function = lambda x, values: ops.bypass_dense(x, kernel, columns, values, base, algorithm=algorithm)  # noqa: E731
+    function = lambda x, values: ops.bypass_dense(x, kernel, columns, values, resident=True, algorithm=algorithm)  # noqa: E731
     return _with_gradients(function, dy, x, values)
 
 

@@ -8,6 +8,7 @@ import enum
 from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 
@@ -21,6 +22,23 @@ class Layout(enum.StrEnum):
 def wide_dtype(dtype: Any) -> Any:
     """Return the dtype in which numbers of `dtype` are accumulated: float64 for float64, else float32."""
     return jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+
+def round_to(numbers: Float[Array, "*S"], dtype: Any) -> Float[Array, "*S"]:
+    """Return the numbers rounded to `dtype`, in `dtype`, also where the compiler could go on with the unrounded ones.
+
+    A cast alone does not have to round under jit: where a wider dtype follows, a compiler may drop both conversions, and
+    XLA does so on a GPU (`xla_allow_excess_precision`). `lax.reduce_precision` is always carried out.
+    """
+    wide, narrow = jnp.finfo(numbers.dtype), jnp.finfo(dtype)
+    if narrow.nmant >= wide.nmant:
+        return numbers.astype(dtype)
+    rounded = lax.reduce_precision(numbers, narrow.nexp, narrow.nmant)
+    if narrow.nexp < wide.nexp:  # reduce_precision has no subnormal numbers: they are multiples of the smallest
+        smallest = jnp.asarray(narrow.smallest_subnormal, numbers.dtype)
+        steps = lax.round(numbers / smallest, lax.RoundingMethod.TO_NEAREST_EVEN)
+        rounded = jnp.where(jnp.abs(numbers) < jnp.asarray(narrow.tiny, numbers.dtype), steps * smallest, rounded)
+    return rounded.astype(dtype)
 
 
 def check_layout(kernel: Array, columns: Array, layout: Layout) -> None:
@@ -66,10 +84,10 @@ def write_entries(
     entries: Float[Array, "*L O k"],
     layout: Layout = Layout.OI,
 ) -> Float[Array, "*L _ _"]:
-    """Return the kernel with the entries at the columns replaced, cast to its dtype; in place under jit with donation."""
+    """Return the kernel with the entries at the columns replaced, rounded to its dtype; in place under jit if donated."""
     check_layout(kernel, columns, layout)
     return kernel.at[entry_indices(columns, layout)].set(
-        entries.astype(kernel.dtype), unique_indices=True, mode="promise_in_bounds"
+        round_to(entries, kernel.dtype), unique_indices=True, mode="promise_in_bounds"
     )
 
 
@@ -88,10 +106,3 @@ def add_entries(
         return kernel.at[entry_indices(columns, layout)].add(values, unique_indices=True, mode="promise_in_bounds")
     base_entries = read_entries(kernel, columns, layout).astype(values.dtype)
     return write_entries(kernel, columns, base_entries + values, layout)
-
-
-def rounding_remainder(base_entries: Float[Array, "*L O k"], values: Float[Array, "*L O k"]) -> Float[Array, "*L O k"]:
-    """Return the part of base + values that rounding to the base dtype loses, in the dtype of `values`."""
-    exact = base_entries.astype(values.dtype) + values
-    # Compiled for a GPU, XLA drops this pair of conversions (xla_allow_excess_precision), and the remainder is 0.
-    return exact - exact.astype(base_entries.dtype).astype(values.dtype)

@@ -15,60 +15,18 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from neuroada_jax.core import platform
 from neuroada_jax.core.batching import share_examples
-from neuroada_jax.core.entries import Layout, add_entries, check_layout, read_entries, rounding_remainder
+from neuroada_jax.core.entries import Layout, add_entries, check_layout
 from neuroada_jax.core.value_gradient import GradientAlgorithm, choose_algorithm, value_gradient
 
-_COLUMNS_AT_ONCE = 16  # connections per neuron whose remainder a GPU adds in one pass over y
 
-
-def _matmul(x: Array, kernel: Array, layout: Layout, wide: Any = None) -> Array:
-    """Return x @ kernel^T, (*B, O), in the dtype of x, or in `wide`.
-
-    XLA accumulates bfloat16 products in float32 with either result dtype.
-    """
+def _product(x: Array, kernel: Array, layout: Layout) -> Array:
+    """Return x @ kernel^T, (*B, O), in the dtype of x; XLA accumulates bfloat16 products in float32."""
     inputs = 1 if Layout(layout) is Layout.OI else 0
-    return lax.dot_general(x, kernel, (((x.ndim - 1,), (inputs,)), ((), ())), preferred_element_type=wide)
-
-
-def _forward(
-    x: Array,
-    kernel: Array,
-    columns: Array,
-    values: Array,
-    base_entries: Array,
-    algorithm: GradientAlgorithm,
-    layout: Layout,
-) -> Array:
-    """Return y for a resident kernel, which holds round(base + values) at the columns.
-
-    Where the kernel's dtype is narrower than that of the values, the rounding remainder is added to y in the wider dtype:
-    y = round(x @ kernel^T + sum_j remainder[:, j] x[:, columns[:, j]]).
-    """
-    if values.dtype == kernel.dtype:
-        return _matmul(x, kernel, layout)
-    remainder = rounding_remainder(base_entries, values)
-    wide = values.dtype
-    y = _matmul(x, kernel, layout, wide)
-    if algorithm is GradientAlgorithm.PALLAS and columns.shape[1] > 1:  # XLA is as fast at k = 1
-        from neuroada_jax.core.pallas_kernels import with_remainder
-
-        flat_y, flat_x = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
-        return with_remainder(flat_y, flat_x, columns, remainder).reshape(y.shape)
-
-    def add_column(y: Array, column: tuple[Array, Array]) -> tuple[Array, None]:
-        indices, remainders = column
-        gathered = jnp.take(x, indices, axis=-1, mode="clip").astype(wide)
-        return y + gathered * jnp.broadcast_to(remainders, gathered.shape), None
-
-    # Unrolled, XLA adds several connections in one pass over y: faster on a GPU, slower on a CPU.
-    unroll = 1 if platform.name() == "cpu" else _COLUMNS_AT_ONCE
-    return lax.scan(add_column, y, (columns.T, remainder.T), unroll=unroll)[0].astype(x.dtype)
+    return lax.dot_general(x, kernel, (((x.ndim - 1,), (inputs,)), ((), ())))
 
 
 def _backward(
@@ -83,28 +41,22 @@ def _backward(
 
 # In both forms the residual is x in its original shape, so that projections which share an input (q, k, v) share one saved
 # array.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _resident(
-    x: Array,
-    kernel: Array,
-    columns: Array,
-    values: Array,
-    base_entries: Array,
-    algorithm: GradientAlgorithm,
-    layout: Layout,
+    x: Array, kernel: Array, columns: Array, values: Array, algorithm: GradientAlgorithm, layout: Layout
 ) -> Array:
-    return _forward(x, kernel, columns, values, base_entries, algorithm, layout)
+    return _product(x, kernel, layout)
 
 
-def _resident_fwd(x, kernel, columns, values, base_entries, algorithm, layout):
+def _resident_fwd(x, kernel, columns, values, algorithm, layout):
     # The backward pass needs the dtype of the values only: an empty array carries it.
-    return _forward(x, kernel, columns, values, base_entries, algorithm, layout), (x, kernel, columns, values[:0])
+    return _product(x, kernel, layout), (x, kernel, columns, values[:0])
 
 
 def _resident_bwd(algorithm, layout, residuals, dy):
     x, kernel, columns, values = residuals
     dx, dvalues = _backward(dy, x, kernel, columns, values.dtype, algorithm, layout)
-    return dx, None, None, dvalues, None
+    return dx, None, None, dvalues
 
 
 _resident.defvjp(_resident_fwd, _resident_bwd)
@@ -114,8 +66,7 @@ _resident.defvjp(_resident_fwd, _resident_bwd)
 def _on_the_fly(
     x: Array, kernel: Array, columns: Array, values: Array, algorithm: GradientAlgorithm, layout: Layout
 ) -> Array:
-    merged, base_entries = add_entries(kernel, columns, values, layout), read_entries(kernel, columns, layout)
-    return _forward(x, merged, columns, values, base_entries, algorithm, layout)
+    return _product(x, add_entries(kernel, columns, values, layout), layout)
 
 
 def _on_the_fly_fwd(x, kernel, columns, values, algorithm, layout):
@@ -139,29 +90,28 @@ def bypass_dense(
     kernel: Float[Array, "_ _"],
     columns: Int[Array, "O k"],
     values: Float[Array, "O k"],
-    base_entries: Float[Array, "O k"] | None = None,
     *,
+    resident: bool = False,
     algorithm: GradientAlgorithm | None = None,
     layout: Layout = Layout.OI,
 ) -> Float[Array, "*B O"]:
     """Apply y = x @ (W + D)^T, differentiable in x and `values` alone; the frozen kernel's cotangent is zero.
 
-    Without `base_entries` the kernel holds W, and W + D is formed in the forward and again in the backward pass. This form
-    is stateless: `vmap` over values and columns serves several adapters, `vmap` over x alone remains one call.
+    W + D is summed in the dtype of the values and rounded once to the kernel's, as `merge` does: the weight that is trained
+    is the weight that is merged, bit for bit.
 
-    With `base_entries`, the entries of W at the columns, the kernel is *resident*: it already holds round(W + D), as
-    ``write_entries(kernel, columns, base_entries + values)`` leaves it. The forward pass and dx are then plain matrix
-    products, and `values` is an argument so that it receives its gradient.
+    By default the kernel holds W, and W + D is formed in the forward and again in the backward pass. This form is
+    stateless: `vmap` over values and columns serves several adapters, `vmap` over x alone remains one call.
 
-    Where the dtype of `values` is wider than the kernel's (float32 values on a bfloat16 kernel), y includes the part of
-    base + values that the kernel's dtype cannot hold. dx omits it: it is at most half a unit in the last place of W + D.
+    A *resident* kernel holds W + D already, as ``add_entries(kernel, columns, values)`` returns it. The forward pass and dx
+    are then plain matrix products, and `values` is an argument so that it receives its gradient.
 
     Args:
       x: float (*B, I), in the kernel's dtype.
       kernel: float (O, I), or (I, O) for `Layout.IO`.
       columns: int32 (O, k), distinct within a neuron, in [0, I).
       values: float (O, k).
-      base_entries: float (O, k) in the kernel's dtype, or None.
+      resident: whether the kernel holds W + D.
       algorithm: how dvalues is computed; None: as `choose_algorithm` decides.
       layout: axis order of the kernel.
 
@@ -173,6 +123,6 @@ def bypass_dense(
     """
     check_layout(kernel, columns, layout)
     algorithm = algorithm or choose_algorithm(columns.shape[1], x.shape[-1])
-    if base_entries is None:
-        return _on_the_fly_shared(x, kernel, columns, values, algorithm=algorithm, layout=layout)
-    return _resident(x, kernel, columns, values, base_entries, algorithm, layout)
+    if resident:
+        return _resident(x, kernel, columns, values, algorithm, layout)
+    return _on_the_fly_shared(x, kernel, columns, values, algorithm=algorithm, layout=layout)

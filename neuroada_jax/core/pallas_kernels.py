@@ -1,6 +1,6 @@
-"""GPU kernels in Pallas for Triton: the gradient of the values, and the remainder that a bfloat16 kernel cannot hold.
+"""A GPU kernel in Pallas for Triton: the gradient of the values.
 
-Letters: T tokens, O neurons, I input connections, k connections per neuron. The gradient is
+Letters: T tokens, O neurons, I input connections, k connections per neuron.
 
     dvalues[o, j] = sum_t dy[t, o] x[t, columns[o, j]]
 
@@ -19,8 +19,6 @@ rows of x would move up to 21 GB through the cache. The cost is x^T, a temporary
 11008 x 4096 map takes 0.19 ms at k = 1 and 0.91 ms at k = 20 (8,192 tokens, bfloat16); the dense product takes 1.07 ms.
 
 Tensor cores do not help: for 16 neurons they would form 16 x 16 products, of which only the diagonal is needed.
-
-The remainder gathers the same rows of x^T in the same way, and updates y once where XLA would update it k times.
 """
 
 import functools
@@ -38,7 +36,6 @@ from jaxtyping import Array, Float, Int
 NEURONS, TOKENS = 32, 64  # tile of one program
 CONNECTIONS = 4  # the most connections that share a tile of dy, each with a tile of sums in registers
 WARPS = 4
-REMAINDER_TOKENS = 128  # tile of the remainder: 3 % faster than 64
 PROGRAMS = 1024  # about two waves on the 132 multiprocessors of an H100; with fewer neurons, tokens are split further
 
 
@@ -106,48 +103,6 @@ def gathered_rows_gradient(
         *(dy, x.T, columns),
     )
     return jnp.sum(sums, axis=0)
-
-
-def _remainder_kernel(y_ref, x_rows_ref, columns_ref, remainder_ref, out_ref):
-    """Run one program: NEURONS neurons, REMAINDER_TOKENS tokens, all connections."""
-    (tokens, outputs), (_, k) = y_ref.shape, columns_ref.shape
-    neurons = pl.program_id(0) * NEURONS + jnp.arange(NEURONS, dtype=jnp.int32)
-    index = pl.program_id(1) * REMAINDER_TOKENS + jnp.arange(REMAINDER_TOKENS, dtype=jnp.int32)
-    is_neuron, is_token = neurons < outputs, index < tokens
-
-    def add_connection(j: Array, total: Array) -> Array:
-        j = lax.convert_element_type(j, jnp.int32)
-        row = triton.load(columns_ref.at[neurons, j], mask=is_neuron, other=0)
-        remainder = triton.load(remainder_ref.at[neurons, j], mask=is_neuron, other=0)
-        x = triton.load(x_rows_ref.at[row[:, None], index[None, :]], mask=is_token[None, :], other=0)
-        return total + remainder[:, None] * x.astype(total.dtype)
-
-    total = lax.fori_loop(0, k, add_connection, jnp.zeros((NEURONS, REMAINDER_TOKENS), y_ref.dtype))
-    tile, mask = (index[:, None], neurons[None, :]), is_token[:, None] & is_neuron[None, :]
-    y = triton.load(y_ref.at[tile], mask=mask, other=0)
-    triton.store(out_ref.at[tile], (y + total.T).astype(out_ref.dtype), mask=mask)
-
-
-def with_remainder(
-    y: Float[Array, "T O"], x: Float[Array, "T I"], columns: Int[Array, "O k"], remainder: Float[Array, "O k"]
-) -> Float[Array, "T O"]:
-    """Return y[t, o] + sum_j remainder[o, j] x[t, columns[o, j]], summed in the dtype of y and rounded once to that of x.
-
-    It runs where `gathered_rows_gradient` does.
-
-    Args:
-      y: product with the rounded kernel, float (T, O).
-      x: input of the layer, float (T, I).
-      columns: int32 (O, k), every entry in [0, I).
-      remainder: (O, k) in the dtype of y.
-    """
-    return _call(
-        _remainder_kernel,
-        jax.ShapeDtypeStruct(y.shape, x.dtype, manual_axis_type=jax.typeof(y).manual_axis_type),
-        (pl.cdiv(y.shape[1], NEURONS), pl.cdiv(y.shape[0], REMAINDER_TOKENS)),
-        "remainder",
-        *(y, x.T, columns, remainder),
-    )
 
 
 def _call(kernel: Any, out_shape: jax.ShapeDtypeStruct, grid: tuple[int, int], name: str, *operands: Array) -> Array:

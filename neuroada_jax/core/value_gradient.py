@@ -35,7 +35,7 @@ class GradientAlgorithm(enum.StrEnum):
     COLUMN_GATHER = "column_gather"  # for each j: gather one column of x per neuron, multiply, sum over tokens
     ROW_BLOCKS = "row_blocks"  # for each block of neurons: gather rows of x^T, one batched matrix-vector product
     DENSE_CHUNKS = "dense_chunks"  # for each chunk of neurons: its dense dW, of which k entries per neuron are kept
-    PALLAS = "pallas"  # one GPU kernel that gathers rows of x^T, and another for the remainder; interpreted on a CPU
+    PALLAS = "pallas"  # a GPU kernel that gathers rows of x^T; interpreted on a CPU
 
 
 def choose_algorithm(k: int, inputs: int, backend: str | None = None, *, split: bool | None = None) -> GradientAlgorithm:

@@ -3,8 +3,8 @@
 The collections that the caller passes to `apply` decide the form of a linear map, and nothing else does:
 
     params                                   a plain frozen linear map (base, merged or resident weights alike)
-    params, bypass, columns                  W + D formed on the fly (ops.bypass_dense without base_entries)
-    params, bypass, columns, base_entries    params hold W + D already (resident), values are there for their gradient
+    params, bypass, columns                  W + D formed on the fly from the values in `bypass`
+    params, resident, columns                params hold W + D already; `resident` has the values, for their gradient
 """
 
 import math
@@ -40,14 +40,15 @@ class BypassDense(nn.Module):
         x = x if placement is None else placement.inputs(x)
         shape = (self.features, x.shape[-1])
         kernel = self.param("kernel", nn.initializers.normal(0.02), shape, self.dtype)
-        if self.has_variable("bypass", "values"):
+        form = next((name for name in ("bypass", "resident") if self.has_variable(name, "values")), None)
+        if form is not None:
             columns: Array = self.get_variable("columns", "columns")
             y = ops.bypass_dense(
                 x,
                 kernel,
                 columns,
-                self.get_variable("bypass", "values"),
-                self.get_variable("base_entries", "base_entries", None),
+                self.get_variable(form, "values"),
+                resident=form == "resident",
                 algorithm=ops.choose_algorithm(columns.shape[1], x.shape[-1], split=None if placement is None else True),
             )
         else:

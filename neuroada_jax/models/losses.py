@@ -31,7 +31,7 @@ def label_losses(module: nn.Module, variables: Tree, batch: Batch, *, output_tra
     def losses(states: Array, ids: Array) -> Array:
         return optax.softmax_cross_entropy_with_integer_labels(_logits(module, variables, states), ids)
 
-    if output_trains or "lm_head" in variables.get("bypass", {}):
+    if output_trains or any("lm_head" in variables.get(form, {}) for form in ("bypass", "resident")):
         nll = _in_chunks(jax.checkpoint(losses), states, ids, chunk)
     else:
         nll = _with_gradient_at_once(losses, states, ids, chunk)

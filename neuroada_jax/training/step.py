@@ -147,12 +147,7 @@ def make_sums(
 
     def loss_sum(trainable: Tree, state: TrainState, shard: Array | None, batch: AnyBatch, part: Array) -> Array:
         params = dense_modules.join(state.params, trainable.get("classifier", {}))
-        variables = {
-            "params": params,
-            "columns": state.columns,
-            "base_entries": state.base_entries,
-            "bypass": trainable["bypass"],
-        }
+        variables = {"params": params, "columns": state.columns, "resident": trainable["bypass"]}
         if dropout_seed is None:
             return jnp.sum(losses(module, variables, batch))
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(dropout_seed), state.step), part)

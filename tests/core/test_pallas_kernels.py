@@ -69,20 +69,6 @@ def test_any_shape_equals_the_oracle(programs, case, seed):
     assert_near(got, oracle(*arguments))
 
 
-@settings(max_examples=12)
-@example(case=(300, 70, 33, 9, jnp.bfloat16), seed=0)
-@given(case=cases, seed=st.integers(0, 2**31))
-def test_any_remainder_equals_the_oracle(case, seed):
-    y, x, columns = problem(seed, *case)
-    y = y.astype(jnp.float32)
-    remainder = jnp.asarray(np.random.default_rng(seed).normal(size=columns.shape) / 100, jnp.float32)
-    got = jit(lambda *arguments: pallas_kernels.with_remainder(*arguments))(y, x, columns, remainder)
-    assert got.dtype == x.dtype
-    sums = np.einsum("tok,ok->to", np.asarray(x, np.float64)[:, np.asarray(columns)], np.asarray(remainder, np.float64))
-    want = np.asarray(y, np.float64) + sums
-    np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=jnp.finfo(x.dtype).eps, atol=1e-5)
-
-
 @pytest.mark.parametrize("remat", [False, True])
 def test_gradient_of_scanned_layers_equals_the_column_gather(remat):
     rng = np.random.default_rng(0)
@@ -189,15 +175,6 @@ def test_compiles_for_an_h100_within_the_stated_memory(h100, k, shape, dtype):
     assert compiled.as_text().count('custom_call_target="__gpu$xla.gpu.triton"') == 1
     x_rows, sums = tokens * inputs * dtype.dtype.itemsize, -(-tokens // pallas_kernels.TOKENS) * outputs * k * 4
     assert compiled.memory_analysis().temp_size_in_bytes <= x_rows + sums + 1024
-
-
-def test_the_remainder_compiles_for_an_h100(h100):
-    y, x, columns = (jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=h100) for a in problem(0, 512, 96, 128, 3))
-    half = jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=h100)
-    remainder = jax.ShapeDtypeStruct(columns.shape, jnp.float32, sharding=h100)
-    compiled = jax.jit(pallas_kernels.with_remainder).lower(y, half, columns, remainder).compile()
-    assert compiled.as_text().count('custom_call_target="__gpu$xla.gpu.triton"') == 1
-    assert compiled.memory_analysis().temp_size_in_bytes <= 512 * 128 * 2 + 1024
 
 
 def test_maps_that_read_the_same_x_share_its_transpose_on_an_h100(h100):

@@ -223,14 +223,13 @@ def loss_of(module, ids, variables):
     return -jnp.mean(picked)
 
 
-def value_and_grad(model, params, built, ids, remat=Remat.NONE, base_entries=None):
-    """Loss and the gradient of the values: on the fly, or resident where `base` is given."""
+def value_and_grad(model, params, built, ids, remat=Remat.NONE, form="bypass"):
+    """Loss and the gradient of the values: on the fly, or in the form "resident"."""
     module = model.module(remat)
-    extra = {} if base_entries is None else {"base_entries": base_entries}
 
     @jit
     def run(params, values):
-        variables = lambda values: {"params": params, "bypass": values, "columns": built.columns, **extra}  # noqa: E731
+        variables = lambda values: {"params": params, form: values, "columns": built.columns}  # noqa: E731
         return jax.value_and_grad(lambda values: loss_of(module, ids, variables(values)))(values)
 
     return run(params, built.values)
@@ -258,9 +257,8 @@ def test_gradient_through_the_scan_equals_the_gradient_of_merging():
 
         want = dense(params, built.values)
         assert_close(value_and_grad(model, params, built, ids), want, 1e-6, 1e-7)  # the loss itself is float32
-        base_entries = bypass.read(params, built.columns)
-        resident = make_resident(params, built, base_entries)
-        assert_close(value_and_grad(model, resident, built, ids, base_entries=base_entries), want, 1e-6, 1e-7)
+        resident = make_resident(params, built, bypass.read(params, built.columns))
+        assert_close(value_and_grad(model, resident, built, ids, form="resident"), want, 1e-6, 1e-7)
 
 
 def test_resident_equals_on_the_fly_with_a_bfloat16_base():
@@ -269,9 +267,9 @@ def test_resident_equals_on_the_fly_with_a_bfloat16_base():
         model, params = random_model(dtype=jnp.bfloat16)
         built = random_bypass(model, params, 2, ["q_proj", "down_proj"])
         ids = jnp.asarray(random_ids((2, 9)))
-        base_entries = bypass.read(params, built.columns)
         want = value_and_grad(model, params, built, ids)
-        got = value_and_grad(model, make_resident(params, built, base_entries), built, ids, base_entries=base_entries)
+        resident = make_resident(params, built, bypass.read(params, built.columns))
+        got = value_and_grad(model, resident, built, ids, form="resident")
     assert {leaf.dtype for leaf in jax.tree.leaves(got[1])} == {jnp.dtype(jnp.float32)}
     assert_close(got, want, 1e-5, 1e-5)
 
@@ -279,12 +277,11 @@ def test_resident_equals_on_the_fly_with_a_bfloat16_base():
 def test_remat_changes_neither_loss_nor_gradient():
     model, params = random_model()
     built = random_bypass(model, params, 2)
-    base_entries = bypass.read(params, built.columns)
-    resident = make_resident(params, built, base_entries)
+    resident = make_resident(params, built, bypass.read(params, built.columns))
     ids = jnp.asarray(random_ids((2, 9)))
-    want = value_and_grad(model, resident, built, ids, Remat.NONE, base_entries)
-    assert_close(value_and_grad(model, resident, built, ids, Remat.NAMES, base_entries), want, 1e-5, 1e-6)
-    assert_close(value_and_grad(model, resident, built, ids, Remat.FULL, base_entries), want, 1e-5, 1e-6)
+    want = value_and_grad(model, resident, built, ids, Remat.NONE, "resident")
+    assert_close(value_and_grad(model, resident, built, ids, Remat.NAMES, "resident"), want, 1e-5, 1e-6)
+    assert_close(value_and_grad(model, resident, built, ids, Remat.FULL, "resident"), want, 1e-5, 1e-6)
     assert_close(value_and_grad(model, params, built, ids, Remat.FULL), want, 1e-4, 1e-5)  # on the fly
 
 

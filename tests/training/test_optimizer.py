@@ -119,9 +119,7 @@ def test_bfloat16_values_follow_the_published_formula_on_one_linear_map():
         resident = bypass.make_resident(params, trained, base_entries)["map"]["kernel"]
 
         def loss(values):
-            out = ops.bypass_dense(
-                x, resident, columns, values["bypass"]["map"]["values"], base_entries["map"]["base_entries"]
-            )
+            out = ops.bypass_dense(x, resident, columns, values["bypass"]["map"]["values"], resident=True)
             return jnp.mean(jnp.square((out - y).astype(jnp.float32)))
 
         value, gradient = jax.value_and_grad(loss)(values)
