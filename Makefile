@@ -7,6 +7,7 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 
 VENV := .venv
 GPU := .venv-gpu
+CUDA := neuroada_jax/core/cuda
 PIP := -m pip --disable-pip-version-check install --constraint constraints.txt
 RUN := $(VENV)/bin/python
 SOURCES := neuroada_jax train benchmarks tests
@@ -21,7 +22,7 @@ CUDA_COMPILER := jax-cuda12-pjrt jax-cuda12-plugin nvidia-cudnn-cu12
 # The tests compile without XLA's optimisation, which tiny models do not repay; the real models of the slow tests do.
 OPTIMISED := --xla_backend_optimization_level=3
 
-.PHONY: help install quickstart test test-slow soak lint format clean \
+.PHONY: help install quickstart test test-slow soak lint format clean ptx \
 	bench-ops bench-step bench-rows bench-memory bench-devices bench-glue bench-instruct check-gpu
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -54,6 +55,16 @@ format: $(VENV)/.installed-test  ## apply ruff's fixes and its format
 
 check-gpu: $(GPU)/.installed  ## compile LLaMA-7B's step for an H100, no GPU needed, and check its memory (installs 2.8 GB)
 	$(GPU)/bin/python -m benchmarks.plans check
+
+ptx: $(CUDA)/value_gradient.ptx  ## rebuild the CUDA kernel's PTX from its source; needs nvcc
+
+# Version 8.0 is what the assemblers of CUDA 12 and 13 take; nothing newer is used. One PTX of compute capability 8.0 serves
+# all later ones: the driver's assembler is the one that allocates registers.
+$(CUDA)/value_gradient.ptx: $(CUDA)/value_gradient.cu
+	nvcc -ptx -O3 -std=c++17 -arch=compute_80 -o $@.new $<
+	{ echo "// sha256 of value_gradient.cu: $$(sha256sum < $< | cut -d' ' -f1)"; \
+	  sed -e 's/^\.version .*/.version 8.0/' -e 's/[[:space:]]*\/\/.*//' -e '/^[[:space:]]*$$/d' $@.new; } > $@
+	rm $@.new
 
 bench-ops: $(VENV)/.installed-core  ## time one linear map: the bypass, autodiff, LoRA and the frozen model
 	$(RUN) -m benchmarks.ops

@@ -3,10 +3,11 @@
 import contextlib
 import contextvars
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 
-_override: contextvars.ContextVar[tuple[str, bool] | None] = contextvars.ContextVar("override", default=None)
+_override: contextvars.ContextVar[tuple[str, bool, Any] | None] = contextvars.ContextVar("override", default=None)
 
 
 def name() -> str:
@@ -21,10 +22,22 @@ def has_flash_attention() -> bool:
     return override[1] if override else jax.default_backend() == "gpu"
 
 
+def device() -> Any:
+    """Return a device like those that will run the program, or None where a program is traced for an unknown one."""
+    override = _override.get()
+    return override[2] if override else jax.local_devices()[0]
+
+
 @contextlib.contextmanager
-def tracing_for(platform: str, *, flash_attention: bool) -> Iterator[None]:
-    """Trace the enclosed code for `platform` instead of the backend of this process."""
-    token = _override.set((platform, flash_attention))
+def tracing_for(platform: str, *, flash_attention: bool, device: Any = None) -> Iterator[None]:
+    """Trace the enclosed code for `platform` instead of the backend of this process.
+
+    Args:
+      platform: what `name` returns.
+      flash_attention: what `has_flash_attention` returns.
+      device: what `device` returns, such as a device of a described topology.
+    """
+    token = _override.set((platform, flash_attention, device))
     try:
         yield
     finally:

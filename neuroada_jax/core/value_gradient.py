@@ -12,6 +12,7 @@ the dense product in chunks.
 import enum
 import functools
 import importlib.util
+import warnings
 from collections.abc import Callable
 
 import jax
@@ -21,6 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from neuroada_jax.core import platform
 from neuroada_jax.core.entries import wide_dtype
+from neuroada_jax.errors import NeuroadaWarning
 
 # Both limits are measured (docs/performance.md): the gathered rows of a block should stay in a core's L2 cache, and a small
 # dW should be a single chunk.
@@ -35,7 +37,13 @@ class GradientAlgorithm(enum.StrEnum):
     COLUMN_GATHER = "column_gather"  # for each j: gather one column of x per neuron, multiply, sum over tokens
     ROW_BLOCKS = "row_blocks"  # for each block of neurons: gather rows of x^T, one batched matrix-vector product
     DENSE_CHUNKS = "dense_chunks"  # for each chunk of neurons: its dense dW, of which k entries per neuron are kept
+    CUDA = "cuda"  # a CUDA kernel of this project that gathers tiles of x in shared memory
     PALLAS = "pallas"  # a GPU kernel that gathers rows of x^T; interpreted on a CPU
+
+
+# Of those that can be used, the first is chosen. CUDA was never run on a GPU, so it stands behind the kernel that was
+# measured.
+GPU_KERNELS = (GradientAlgorithm.PALLAS, GradientAlgorithm.CUDA)
 
 
 def choose_algorithm(k: int, inputs: int, backend: str | None = None, *, split: bool | None = None) -> GradientAlgorithm:
@@ -44,7 +52,7 @@ def choose_algorithm(k: int, inputs: int, backend: str | None = None, *, split: 
     On a CPU the column gather wins for k <= 2, row blocks up to about k = I / 48, and the dense product above. On a GPU the
     column gather wins at k = 1, where it fuses with the operation that produces dy, and the GPU kernels above. XLA cannot
     partition the GPU kernels: where it partitions the arrays, the column gather is used up to about k = I / 2048 and the
-    dense product above.
+    dense product above. So it is where neither GPU kernel can be used, with a NeuroadaWarning that says why.
 
     Args:
       k: connections per neuron.
@@ -54,21 +62,49 @@ def choose_algorithm(k: int, inputs: int, backend: str | None = None, *, split: 
         there are several devices and neither `shard_map` nor `pmap` is being traced.
     """
     backend = backend or platform.name()
-    if backend == "cpu":
-        if k <= 2:
-            return GradientAlgorithm.COLUMN_GATHER
-        return GradientAlgorithm.ROW_BLOCKS if k <= inputs // 48 else GradientAlgorithm.DENSE_CHUNKS
     if split is None:
         split = jax.device_count() > 1 and not jax.sharding.get_abstract_mesh().manual_axes
-    if backend == "gpu" and k > 1 and not split and _has_gpu_kernels():
-        return GradientAlgorithm.PALLAS
-    return GradientAlgorithm.COLUMN_GATHER if k <= max(1, inputs // 2048) else GradientAlgorithm.DENSE_CHUNKS
+    if backend != "gpu" or k == 1 or split:
+        return _without_kernels(k, inputs, backend)
+    reasons = []
+    for algorithm in GPU_KERNELS:
+        reason = _why_not(algorithm, inputs)
+        if reason is None:
+            return algorithm
+        reasons.append(f"{algorithm}: {reason}")
+    chosen = _without_kernels(k, inputs, backend)
+    _warn(f"no GPU kernel for the gradient of the values ({'; '.join(reasons)}): it falls back to {chosen}")
+    return chosen
+
+
+def _without_kernels(k: int, inputs: int, backend: str) -> GradientAlgorithm:
+    """Return the fastest of the algorithms that are made of XLA's operations."""
+    if backend != "cpu":
+        return GradientAlgorithm.COLUMN_GATHER if k <= max(1, inputs // 2048) else GradientAlgorithm.DENSE_CHUNKS
+    if k <= 2:
+        return GradientAlgorithm.COLUMN_GATHER
+    return GradientAlgorithm.ROW_BLOCKS if k <= inputs // 48 else GradientAlgorithm.DENSE_CHUNKS
+
+
+def _why_not(kernel: GradientAlgorithm, inputs: int) -> str | None:
+    """Return why a GPU kernel cannot be used for the device that is traced for, or None where it can."""
+    if kernel is GradientAlgorithm.CUDA:
+        from neuroada_jax.core import cuda_kernels
+
+        return cuda_kernels.why_not(inputs)
+    return None if _has_pallas() else "this JAX has no Pallas for Triton"
 
 
 @functools.cache
-def _has_gpu_kernels() -> bool:
+def _has_pallas() -> bool:
     """Return whether this JAX has Pallas for Triton, which is deprecated from JAX 0.11 on."""
     return importlib.util.find_spec("jax.experimental.pallas.triton") is not None
+
+
+@functools.cache
+def _warn(message: str) -> None:
+    """Issue a NeuroadaWarning, once: every map of every layer asks."""
+    warnings.warn(message, NeuroadaWarning, stacklevel=3)
 
 
 def value_gradient(
@@ -145,6 +181,22 @@ def _dense_chunks(dy: Array, x: Array, columns: Array) -> Array:
     return jnp.concatenate(chosen)
 
 
+def _cuda(dy: Array, x: Array, columns: Array) -> Array:
+    (_, k), inputs = columns.shape, x.shape[1]
+    from neuroada_jax.core import cuda_kernels
+
+    reason, card = cuda_kernels.why_not(inputs, x.dtype), cuda_kernels.card_of(platform.device())
+    if reason is not None or card is None:
+        usable = platform.name() == "gpu" and _has_pallas() and k > 1
+        other = GradientAlgorithm.PALLAS if usable else _without_kernels(k, inputs, platform.name())
+        _warn(f"the CUDA kernel for the gradient of the values cannot be used ({reason}): it falls back to {other}")
+        return value_gradient(dy, x, columns, other)
+    # A new function for each trace: JAX keeps traces by function, and the card is part of this one.
+    on_card = functools.partial(cuda_kernels.cuda_gradient, card=card)
+    elsewhere = functools.partial(value_gradient, algorithm=_without_kernels(k, inputs, "cpu"))
+    return lax.platform_dependent(dy, x, columns, cuda=on_card, default=elsewhere)
+
+
 def _pallas(dy: Array, x: Array, columns: Array) -> Array:
     # Imported here, so that the other algorithms work in a JAX without Pallas for Triton.
     from neuroada_jax.core.pallas_kernels import gathered_rows_gradient
@@ -156,6 +208,7 @@ _ALGORITHMS: dict[GradientAlgorithm, Callable[[Array, Array, Array], Array]] = {
     GradientAlgorithm.COLUMN_GATHER: _column_gather,
     GradientAlgorithm.ROW_BLOCKS: _row_blocks,
     GradientAlgorithm.DENSE_CHUNKS: _dense_chunks,
+    GradientAlgorithm.CUDA: _cuda,
     GradientAlgorithm.PALLAS: _pallas,
 }
 

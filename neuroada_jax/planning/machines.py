@@ -181,8 +181,9 @@ class Compiler(NamedTuple):
         Shapes without a sharding are placed on the first device. Call it once for each jitted function: JAX may return a
         cached trace for the second call, even with another compiler.
         """
-        place = jax.sharding.SingleDeviceSharding(self.devices[0])
-        with platform.tracing_for(self.platform, flash_attention=self.flash_attention):
+        first = self.devices[0]
+        place = jax.sharding.SingleDeviceSharding(first)
+        with platform.tracing_for(self.platform, flash_attention=self.flash_attention, device=first):
             return function.trace(
                 *jax.tree.map(lambda leaf: leaf if leaf.sharding else leaf.update(sharding=place), arguments)
             )

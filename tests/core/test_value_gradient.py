@@ -8,6 +8,7 @@ from test_ops import I, O, actual, gradient_equations, oracle, problem, rows_of_
 
 from neuroada_jax.core import value_gradient
 from neuroada_jax.core.value_gradient import GradientAlgorithm, choose_algorithm
+from neuroada_jax.errors import NeuroadaWarning
 
 
 @pytest.mark.parametrize(
@@ -48,11 +49,13 @@ def test_arrays_may_be_split_over_devices_but_not_inside_of_shard_map(monkeypatc
     }
 
 
-@pytest.mark.parametrize("why", ["XLA splits the arrays", "JAX has no kernels"])
 @pytest.mark.parametrize(("k", "expected"), [(2, GradientAlgorithm.COLUMN_GATHER), (3, GradientAlgorithm.DENSE_CHUNKS)])
-def test_a_gpu_without_the_kernels(monkeypatch, why, k, expected):
-    monkeypatch.setattr(value_gradient, "_has_gpu_kernels", lambda: why == "XLA splits the arrays")
-    assert choose_algorithm(k, 4096, "gpu", split=why == "XLA splits the arrays") is expected
+def test_a_gpu_without_the_kernels(monkeypatch, k, expected):
+    assert choose_algorithm(k, 4096, "gpu", split=True) is expected  # XLA cannot split them
+    monkeypatch.setattr(value_gradient, "_has_pallas", lambda: False)
+    value_gradient._warn.cache_clear()
+    with pytest.warns(NeuroadaWarning, match=f"no GPU kernel .* falls back to {expected}"):
+        assert choose_algorithm(k, 4096, "gpu", split=False) is expected
 
 
 def test_the_dense_algorithm_works_in_chunks(monkeypatch):
