@@ -139,12 +139,10 @@ def _train(model: PretrainedModel, prepared: run.Prepared, on_lines: run.OnLines
 def _validation(options: Mapping[str, Any]) -> tuple[dict[str, Any], Rows | None]:
     """Return the options, and the validation rows if they are in memory, else None."""
     given = options.get("validation")
-    if isinstance(given, str | Path) or not isinstance(given, Iterable):
+    if given is None or isinstance(given, int | float):
         return dict(options), None
-    _, rows = _rows(given, "validation")
-    if rows is None:
-        raise UserError("fine_tune: validation: expected a share, one path or hub name, or dicts, found a list of paths")
-    return {**options, "validation": "rows in memory"}, rows
+    sources, rows = _rows(given, "validation")
+    return {**options, "validation": sources}, rows
 
 
 def _rows(rows: object, option: str = "rows") -> tuple[str | list[str], Rows | None]:

@@ -325,7 +325,7 @@ def test_validation_rows_may_be_a_share_a_file_or_in_memory(model, tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", 12)
     held_back = [json.loads(line) for line in path.read_text().splitlines()]
     losses = []
-    for given in (0.25, str(path), path, held_back):
+    for given in (0.25, [str(path)], path, held_back):
         tuned = na.fine_tune(model, ROWS, validation=given, validate_every=3, **OPTIONS)
         losses.append(tuned.results["validation"]["best_loss"])
         assert tuned.history[-1]["validation_loss"] == losses[-1]

@@ -1,7 +1,10 @@
 """JSON of any size, of which one value at a time is in memory."""
 
 import codecs
+import gzip
 import json
+import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,8 @@ _BOMS = {
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }
+_OTHER_BYTES = re.compile(rb"[\x80-\xff]")
+_CHARACTER = re.compile(rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}")
 
 
 def without_bom(data: bytes, path: Path) -> bytes:
@@ -25,10 +30,16 @@ def without_bom(data: bytes, path: Path) -> bytes:
     """
     for bom, name in _BOMS.items():
         if data.startswith(bom):
-            raise UserError(
-                f"{path}: {name} text, expected UTF-8; convert it: iconv -f {name} -t UTF-8 {path.name} > utf8-{path.name}"
-            )
+            raise UserError(f"{path}: {name} text, expected UTF-8; convert it: {_conversion(name, path)}")
     return data.removeprefix(codecs.BOM_UTF8)
+
+
+def _conversion(encoding: str, path: Path) -> str:
+    """Return the command that writes a file in UTF-8 beside it."""
+    names = [shlex.quote(str(name)) for name in (path, path.with_name(f"utf8-{path.name}"))]
+    if path.suffix.lower() == ".gz":
+        return f"gzip -dc {names[0]} | iconv -f {encoding} -t UTF-8 | gzip > {names[1]}"
+    return f"iconv -f {encoding} -t UTF-8 {names[0]} > {names[1]}"
 
 
 def text_of(data: bytes, path: Path, line: int) -> str:
@@ -52,7 +63,13 @@ def not_utf8(error: UnicodeDecodeError, path: Path, line: int) -> UserError:
     """Return the error for bytes that begin in a line."""
     line += error.object.count(b"\n", 0, error.start)
     byte = error.object[error.start]
-    return UserError(f"{path}:{line}: not UTF-8 (byte 0x{byte:02x}: {error.reason}), expected UTF-8 text")
+    found, hint = f"not UTF-8 (byte 0x{byte:02x}: {error.reason}), expected UTF-8 text", ""
+    # Text with characters that are complete in UTF-8 is UTF-8 with some damage, which no conversion mends.
+    if _OTHER_BYTES.search(error.object) and not _CHARACTER.search(error.object):
+        windows = any(0x80 <= each < 0xA0 for each in error.object)  # control characters in Latin-1
+        name, encoding = ("Windows-1252", "WINDOWS-1252") if windows else ("Latin-1", "LATIN1")
+        hint = f"; if it is {name}, convert it: {_conversion(encoding, path)}"
+    return UserError(f"{path}:{line}: {found}{hint}")
 
 
 def without_nul(data: bytes, path: Path, line: int) -> bytes:
@@ -64,8 +81,22 @@ def without_nul(data: bytes, path: Path, line: int) -> bytes:
     at = data.find(b"\0")
     if at >= 0:
         line += data.count(b"\n", 0, at)
-        raise UserError(f"{path}:{line}: found a NUL byte, expected UTF-8 text (UTF-16 is full of them)")
+        encoding = _wide_encoding(path)
+        hint = f"; if it is {encoding}, convert it: {_conversion(encoding, path)}" if encoding else ""
+        raise UserError(f"{path}:{line}: found a NUL byte, expected UTF-8 text{hint}")
     return data
+
+
+def _wide_encoding(path: Path) -> str | None:
+    """Return the encoding of two or four bytes a character that a file without a byte order mark seems to have."""
+    with gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb") as file:
+        beginning = file.read(4096)
+    first, second = beginning[::2].count(0), beginning[1::2].count(0)
+    if 5 * (first + second) > 3 * len(beginning):
+        return "UTF-32LE" if beginning[0] else "UTF-32BE"
+    if 4 * max(first, second) < len(beginning):  # less than half of the characters would be of Latin script
+        return None
+    return "UTF-16LE" if second > first else "UTF-16BE"
 
 
 def reason(error: Exception) -> str:

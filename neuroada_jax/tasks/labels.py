@@ -1,6 +1,7 @@
 """Labels as they stand in rows: names, integers, booleans, lists of names, columns of 0 and 1, or numbers."""
 
 import difflib
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -71,7 +72,7 @@ def name_of(value: Any, where: str) -> str:
     if isinstance(value, float) and math.isfinite(value):
         raise UserError(
             f"{where}: label {shown(value)} has a decimal point, expected a name, an integer or a boolean; to predict "
-            "numbers set data.task: regression"
+            f'numbers set data.task: regression, else write the label as text: "{value}"'
         )
     raise UserError(f"{where}: label {shown(value)}, expected a name, an integer or a boolean")
 
@@ -187,10 +188,12 @@ def check_found(names: Sequence[str], rows: Rows, column: str) -> None:
     Raises:
       UserError: see above.
     """
-    if all(map(_is_number, names)) and not all(re.fullmatch(r"[-+]?\d+", name) for name in names):
+    point = next((name for name in names if not re.fullmatch(r"[-+]?\d+", name)), None)
+    if point is not None and all(map(_is_number, names)):
+        first = next(i for i, row in enumerate(rows.rows) if row[column] == point)
         raise UserError(
-            f"{rows.source}: the labels in {column!r} are numbers ({listed(names, 4)}), expected names or integers; to "
-            "predict numbers set data.task: regression, or list these labels in data.labels"
+            f"{rows.where(first)}: label {shown(point)} in {column!r} is a number and no integer; to predict numbers set "
+            f"data.task: regression, or for classes list their names: data.labels: {_as_list(names)}"
         )
     alone = len(names) == len(rows) > _FEW_ROWS
     if len(names) > MOST_FOUND or alone:
@@ -199,6 +202,11 @@ def check_found(names: Sequence[str], rows: Rows, column: str) -> None:
             f"{rows.source}: {what} in {column!r} ({listed(names, 4)}), expected at most {MOST_FOUND} that recur; if they "
             "are right, list them in data.labels"
         )
+
+
+def _as_list(names: Sequence[str], most: int = 8) -> str:
+    """Return names as YAML has them in a config; the first few where there are many."""
+    return f"[{', '.join([*(json.dumps(name) for name in names[:most]), *(['...'] if len(names) > most else [])])}]"
 
 
 def _is_number(name: str) -> bool:

@@ -110,6 +110,12 @@ class Classification:
         weights = None if self._weights is None else self._weights[examples.labels]
         return dataclasses.replace(examples, labels=self._classes[examples.labels], weights=weights)
 
+    def classes(self, rows: Rows) -> list[int] | None:
+        """See `Objective`."""
+        if self.task.problem is not Problem.CLASSIFICATION:
+            return None
+        return [int(label) for label in self.task.read(rows)[1]]
+
     def converted(self, rows: Rows) -> Rows:
         """See `Objective`."""
         return rows

@@ -12,18 +12,9 @@ from neuroada_jax.errors import UserError
 from neuroada_jax.generation.sampling import Decoding
 from neuroada_jax.models import Remat
 from neuroada_jax.tasks import ENCODER_TASKS, TASKS, unknown, wrong_columns
-from neuroada_jax.training import label_fields
+from neuroada_jax.training import label_fields, source_fields
 from neuroada_jax.training.config_execution import STRICT, ParallelSection, WatchdogSection
 
-
-def _sources(value: Any) -> Any:
-    """Check the files of rows before pydantic does, whose messages about two types are two."""
-    if isinstance(value, str) or (isinstance(value, list) and value and all(isinstance(each, str) for each in value)):
-        return value
-    raise ValueError(f"expected a file, directory or hub name, or a list of them, found {value!r}")
-
-
-Sources = Annotated[str | list[str], pydantic.BeforeValidator(_sources)]
 Seed = Annotated[int, pydantic.Field(ge=0, lt=2**32)]  # JAX's keys are made of 32 bits
 
 
@@ -107,10 +98,11 @@ class DataSection:
       drop_overlap: drop rows whose question is also in an evaluation set. Default false.
       limit: number of rows that are read. None (the default): all.
       validation: rows whose loss is computed during the training, and by which the best state is kept: a share of the
-        training rows between 0 and 1, drawn by the run's seed, or a file, directory or hub name. None (the default): none.
+        training rows between 0 and 1, drawn by the run's seed and of own classes from each the same, or what `train` may
+        be. None (the default): none.
     """
 
-    train: Sources
+    train: source_fields.Sources
     split: str = "train"
     columns: dict[str, str] = dataclasses.field(default_factory=dict)
     task: str = "instruct"
@@ -129,14 +121,10 @@ class DataSection:
     packing: bool = False
     drop_overlap: bool = False
     limit: int | None = pydantic.Field(default=None, gt=0)
-    validation: float | str | None = None
+    validation: source_fields.Validation = None
 
     def __post_init__(self) -> None:
         label_fields.check(self.task, self.text, self.label, self.labels, self.metric)
-        if isinstance(self.validation, float) and not 0 < self.validation < 1:
-            raise ValueError(
-                f"data.validation: found {self.validation}, expected a share between 0 and 1, a file or a hub name"
-            )
         if self.packing and (self.group_by_length or self.buckets is not None):
             raise ValueError(
                 "data.packing: packed rows all have data.max_length tokens; remove data.group_by_length and data.buckets"
@@ -248,7 +236,7 @@ class EvaluationSet:
     """
 
     name: str = ""
-    data: Sources | None = None
+    data: source_fields.Sources | None = None
     columns: dict[str, str] | None = None
     task: str | None = None
     style: str | None = None

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import pydantic
 import yaml
 
+from neuroada_jax import console
 from neuroada_jax.errors import UserError
 from neuroada_jax.tasks import SUITES
 from neuroada_jax.training.config import EvaluationSet, RunConfig
@@ -84,7 +85,7 @@ def _message(error: pydantic.ValidationError) -> str:
         return f"{path}: this field is required"
     reason = first["msg"].removeprefix("Value error, ")
     if kind == "value_error":
-        return f"{path}: {reason}" if path and "." not in reason.partition(":")[0] else reason
+        return reason if not path or re.match(r"\w+(\.\w+)+: ", reason) else f"{path}: {reason}"
     reason = _REASONS.get(kind, reason)
     return f"{path}: {reason[0].lower()}{reason[1:]}, found {first['input']!r}"
 
@@ -225,6 +226,7 @@ def load(path: str, overrides: Sequence[str] = (), typed: Mapping[str, str] | No
     for override in overrides:
         stages.append(copy.deepcopy(stages[-1]))
         apply_override(stages[-1], override)
+        _make_room(stages[-1], override, overrides)
     wrong = _error(stages[-1])
     if wrong is None:
         return from_dict(stages[-1], path)
@@ -234,6 +236,19 @@ def load(path: str, overrides: Sequence[str] = (), typed: Mapping[str, str] | No
         raise UserError(f"{path}: {wrong}")
     override = overrides[blamed - 1]
     raise UserError(f"{(typed or {}).get(override, f'override {override!r}')}: {wrong}")
+
+
+_EITHER = {"epochs": "steps", "steps": "epochs"}  # of the section training
+
+
+def _make_room(content: dict[str, Any], override: str, overrides: Sequence[str]) -> None:
+    """Remove epochs from a file's content, and say so, where an override gives steps in their place; or the reverse."""
+    section, _, name = override.partition("=")[0].partition(".")
+    other, training = _EITHER.get(name, ""), content.get("training")
+    if section != "training" or not other or any(each.startswith(f"training.{other}=") for each in overrides):
+        return
+    if isinstance(training, dict) and None not in (training.get(name), training.get(other)):
+        console.say(f"{override} takes the place of training.{other}={training.pop(other)}")
 
 
 def _error(content: dict[str, Any]) -> str | None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,7 +20,9 @@ from neuroada_jax.training.step import TrainState
 class KeptStates:
     """Scores of states in <name>.jsonl, and until the run ends the adapters of the best so far in <name>/<steps>/.
 
-    A resumed run therefore knows the best state up to its checkpoint, even if the interrupted run went further.
+    A resumed run therefore knows the best state up to its checkpoint, even if the interrupted run went further. A line of
+    step 0, the state before the training, is for comparison alone: it is not kept, and never the best. Adapters that no
+    checkpoint needs are removed; those of a finished run are all gone but the run's own, which is the best one's.
 
     Attributes:
       lines: those of the file: each with a "step" and a "value" (None if not finite).
@@ -37,7 +40,8 @@ class KeptStates:
           save: writes a state's adapter to a directory.
           done: steps done before the run was resumed; 0 for a new run.
         """
-        self._save, self._log, self._adapters = save, directory / f"{name}.jsonl", directory / name
+        self._directory, self._save = directory, save
+        self._log, self._adapters = directory / f"{name}.jsonl", directory / name
         lines = self._log.read_text(encoding="utf-8").splitlines() if self._log.exists() else []
         self.lines: list[dict[str, Any]] = [line for line in map(json.loads, lines) if line["step"] <= done]
 
@@ -57,23 +61,58 @@ class KeptStates:
 
     @property
     def best(self) -> dict[str, Any]:
-        """The line of the first of the best states."""
-        return max(self.lines, key=self.rank)
+        """The line of the first of the best states after a step."""
+        return self._best()
+
+    def _best(self, until: int | float = math.inf) -> dict[str, Any]:
+        return max((line for line in self.lines if 0 < line["step"] <= until), key=self.rank)
+
+    @property
+    def start(self) -> dict[str, Any] | None:
+        """The line of the state before the training; None where it was not scored."""
+        return self.line(0)
 
     def add(self, line: dict[str, Any], state: TrainState) -> None:
         """Append the line of a state, and save its adapter if it is better than all before."""
         line = files.finite(line)
-        if not self.lines or self.rank(line) > self.rank(self.best):
-            self._save(self._adapters / str(line["step"]), state)
         self.lines.append(line)
+        if line["step"] and self.best is line:
+            self._save(self._adapters / str(line["step"]), state)
+            self._remove_others()
         files.write_text(self._log, "".join(json.dumps(each) + "\n" for each in self.lines))
 
+    def _remove_others(self) -> None:
+        """Remove adapters but the best one and those that would be the best of a run resumed from a checkpoint."""
+        # The directory of a checkpoint that is being written begins with its step, too.
+        found = [path.name.partition(".")[0] for path in self._directory.glob("checkpoints/*")]
+        steps = [int(name) for name in found if name.isdigit()]
+        first = min((line["step"] for line in self.lines if line["step"]), default=0)
+        needed = {str(self._best(until)["step"]) for until in [*(step for step in steps if step >= first), math.inf]}
+        for path in self._adapters.glob("[0-9]*"):
+            if path.name not in needed:
+                shutil.rmtree(path, ignore_errors=True)
+
     def restore(self, state: TrainState, base_model: IdentifiedModel) -> TrainState:
-        """Return the last state with the values and the classifier of the best one."""
-        adapter = native.read(str(self._adapters / str(self.best["step"])))
+        """Return the last state with the values and the classifier of the best one.
+
+        Raises:
+          UserError: the adapter of the best state is gone.
+        """
+        adapter = native.read(str(self._adapter_of_best()))
         tree: dict[str, Any] = {"bypass": on_base.stack_layers(adapter, base_model).values}
         if state.classifier:
             tree["classifier"] = on_base.classifier(adapter, base_model)
         trainable = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), tree, state.trainable)
         params = bypass.make_resident(state.params, Bypass(trainable["bypass"], state.columns), state.base_entries)
         return state._replace(trainable=trainable, params=params)
+
+    def _adapter_of_best(self) -> Path:
+        """Return the directory of the best state's adapter: of a run that has finished before, its own adapter."""
+        step = self.best["step"]
+        kept, results = self._adapters / str(step), self._directory / "results.json"
+        if not kept.exists() and results.exists():
+            content = files.read_json(results)
+            finished = (content.get("validation") or {}).get("best_step"), (content.get("best_epoch") or {}).get("step")
+            if step in finished:
+                return self._directory / "adapter"
+        return kept

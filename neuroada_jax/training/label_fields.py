@@ -20,6 +20,8 @@ def _columns(value: Any) -> Any:
 def _labels(value: Any) -> Any:
     if value == "auto":
         return value
+    if isinstance(value, list) and (numbers := [each for each in value if isinstance(each, float)]):
+        raise ValueError(f'found {numbers[0]}, a number with a decimal point; as the name of a label write "{numbers[0]}"')
     if not isinstance(value, list) or len(value) < 2 or not all(isinstance(each, str | int) for each in value):
         raise ValueError(f"expected auto, or a list of at least two names or integers, found {shown(value)}")
     names = [name_of(each, "data.labels") for each in value]

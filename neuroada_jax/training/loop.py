@@ -82,13 +82,15 @@ class Hooks(NamedTuple):
     Attributes:
       on_lines: called with the log lines of finished steps, in order.
       save: called with a good state every `save_every` steps and after the last one, and when the run is to stop.
-      evaluations: scores good states where they are due, before they are saved; and first of all a state that starts
-        there, whose score an interruption may have prevented. Its states are saved too.
+      evaluations: scores good states where they are due, before they are saved; and first of all the state to start
+        with: that before the training, or one whose score an interruption may have prevented. Its states are saved too.
+      on_late: called with the step of the state to start with, and the fields that its log line lacks.
     """
 
     on_lines: Callable[[Sequence[Line]], None]
     save: Callable[[TrainState], None]
     evaluations: Evaluations = Evaluations(1, 0)
+    on_late: Callable[[int, dict[str, float]], None] = lambda step, fields: None
 
 
 class _Step(NamedTuple):
@@ -136,7 +138,8 @@ def run(
     def fetch(number: int) -> AnyBatch:
         return batches.batch(*divmod(number, batches.steps_per_epoch))
 
-    evaluations(state)
+    if fields := evaluations.at_start(state):
+        hooks.on_late(start, fields)
     if evaluations.finished:
         return state
     began = last = time.perf_counter()
@@ -166,16 +169,16 @@ def run(
                 began += time.perf_counter() - now
             hooks.on_lines(lines)
             stopping = stopping or stop.requested
-            if saving or stopping:
-                hooks.save(state)
-            if stopping:
-                raise Stopped(done)
             note = _note(lines, now - last)
-            last = time.perf_counter()
             bar.update(done, total, note)
             if not console.is_terminal():
                 left = (now - began) / (done - start) * (total - done)
                 console.say(f"step {done} of {total}: {note}, {left:.0f} s left")
+            if saving or stopping:
+                hooks.save(state)
+            if stopping:
+                raise Stopped(done)
+            last = time.perf_counter()
             if scoring and evaluations.finished:
                 break
     return state

@@ -85,6 +85,13 @@ class Objective(Protocol):
           UserError: a row that does not fit the task.
         """
 
+    def classes(self, rows: Rows) -> list[int] | None:
+        """Return the class of each row, so that a share of the rows has all of them; None where rows have no single class.
+
+        Raises:
+          UserError: a row without a label of the task.
+        """
+
     def validation_batches(self, rows: Rows, tokenizer: Any) -> AnyBatches:
         """Tokenise the validation rows as `batches` did the training rows; the batches are not shuffled.
 
@@ -150,6 +157,8 @@ class Continuation:
     def batches(self, rows: Rows, tokenizer: Any) -> AnyBatches:
         """See `Objective`."""
         config = self._config
+        if config.evaluation.sets:
+            self._trained_on = overlap.questions(rows.rows)
         with console.bar("tokenising") as shown:
             report = console.reporter(shown)
             examples = encode(rows, self._form, tokenizer, config.data.max_length, report, learn=config.data.learn)
@@ -181,6 +190,9 @@ class Continuation:
         """See `Objective`."""
         return continuation.convert(rows, TASKS[self._config.data.task])
 
+    def classes(self, rows: Rows) -> None:
+        """See `Objective`."""
+
     def validation_batches(self, rows: Rows, tokenizer: Any) -> AnyBatches:
         """See `Objective`."""
         section, size = self._config.data, self._config.training.batch_size
@@ -202,8 +214,6 @@ class Continuation:
     def training_rows(self, held_out: Mapping[str, Rows], rows: Rows | None = None) -> Rows:
         """Return the rows in their task's form, without those that `data.drop_overlap` drops; see `Objective`."""
         rows = self._without_overlap(held_out, rows)
-        if self._config.evaluation.sets:
-            self._trained_on = overlap.questions(rows.rows)
         self._chats = sum(is_chat(row) for row in rows.rows)
         self._only_chats = self._chats == len(rows)
         self._only_texts = all(map(is_text, rows.rows))

@@ -218,7 +218,7 @@ def _validation_rows(config: RunConfig, objective: Objective, rows: Rows, given:
     if source is None:
         return rows, None
     if isinstance(source, float):
-        return validation.split(rows, source, config.seed)
+        return validation.split(rows, source, config.seed, objective.classes(rows))
     return rows, objective.converted(load_rows(source, "validation", None, config.data.columns))
 
 

@@ -123,9 +123,10 @@ def print_summary(content: dict[str, Any]) -> None:
     if "validation" in content:
         kept = content["validation"]
         early = ", which ended early" if kept["stopped_early"] else ""
+        compared = "" if kept.get("start_loss") is None else f", {_loss(kept['start_loss'])} before the training"
         console.say(
             f"kept the state after step {kept['best_step']} of {content['steps']}{early}: validation loss "
-            f"{_loss(kept['best_loss'])}"
+            f"{_loss(kept['best_loss'])}{compared}"
         )
     rows = [
         ("trained values", f"{content['trainable']:,}"),
@@ -174,11 +175,11 @@ def _evaluation_rows(config: RunConfig) -> list[str]:
         task, data, split, columns = first.task, first.data, first.split, config.columns_of(first)
     else:
         given = config.data.validation
-        data = given if isinstance(given, str) else config.data.train
-        task, split, columns = None, config.data.split, config.data.columns
-        if split == "train" and isinstance(data, str) and Path(data).is_file():
-            split = None
+        data, split = (config.data.train, config.data.split) if isinstance(given, float | None) else (given, "validation")
+        task, columns = None, config.data.columns
     sources = [data] if isinstance(data, str) else data or []
+    if not config.evaluation.sets and split in ("train", "validation") and all(Path(each).is_file() for each in sources):
+        split = None
     renamed = [f"{field}={column}" for field, column in columns.items()]
     found = {"--task": [task or config.data.task], "--data": sources, "--split": [split] if split else []}
     return [word for name, values in {**found, "--columns": renamed}.items() if values for word in (name, *values)]

@@ -87,6 +87,7 @@ def results(
         content["validation"] = {
             "best_step": best.best["step"],
             "best_loss": best.best["value"],
+            "start_loss": best.start and best.start["value"],
             "examples": len(prepared.validation.batches.examples) if prepared.validation else None,
             "stopped_early": len(history.losses) < prepared.total_steps,
             # Without the samples, which are texts of the rows: results are shared with an adapter.

@@ -151,6 +151,7 @@ def history(checkpoint: CheckpointInfo | None, lines: Sequence[Line]) -> History
     if checkpoint is None:
         return History()
     losses, rates = [math.nan] * checkpoint.step, [math.nan] * checkpoint.step
+    lines = [line for line in lines if line["step"]]
     for line in lines:
         losses[line["step"] - 1] = math.nan if line["loss"] is None else line["loss"]
         rates[line["step"] - 1] = line["learning_rate"]

@@ -232,7 +232,7 @@ def _train(
             history,
             watchdog.Watchdog(config.watchdog, history.warnings, log.lines),
             stop,
-            loop.Hooks(write, saver, evaluations),
+            loop.Hooks(write, saver, evaluations, log.add),
         )
     if int(state.step) < prepared.total_steps:
         console.say(
@@ -324,6 +324,8 @@ def finish(fitted: Fitted) -> dict[str, Any]:
             form = prepared.objective.form
             save.save(directory / "merged", fitted.base_model, merged, fitted.tokenizer, form=form, replace=True)
 
+    if isinstance(fitted.best, validation.Validation):
+        validation.warn_without_gain(fitted.best)
     content = results.results(prepared, fitted.sizes, fitted.history, fitted.best, fitted.before, after)
     files.write_text(directory / "results.json", files.to_json(content, indent=2) + "\n")
     _draw_losses(fitted)
@@ -332,9 +334,9 @@ def finish(fitted: Fitted) -> dict[str, Any]:
             class_report.confusion_picture(
                 directory / f"confusion-{name}.png", score.classes, f"{config.name}: {name}, {score.n} rows"
             )
-    if not config.training.save_every:  # else the run may be resumed once more, and need the adapters of its epochs
-        for each in ("epochs", "validation", "checkpoints"):
-            shutil.rmtree(directory / each, ignore_errors=True)
+    # The best state's adapter is the run's own now. Checkpoints are kept where the config asks for them.
+    for each in ("epochs", "validation", *(() if config.training.save_every else ("checkpoints",))):
+        shutil.rmtree(directory / each, ignore_errors=True)
     return content
 
 

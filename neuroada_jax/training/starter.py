@@ -48,7 +48,7 @@ class _Start(NamedTuple):
 
 
 _MAX_LENGTH = "Tokens of the longest example (default 512); longer ones are truncated. Lower it to save memory and time."
-_CHAT_ROW = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
+_CHAT_ROW = '{"messages": [{"role": "user", "content": "..."}, ...]}, or ShareGPT\'s "conversations" of "from" and "value"'
 _STARTS = {
     Kind.CHAT: _Start(
         "chats",
@@ -145,7 +145,7 @@ def row_format(kind: Kind) -> str:
 
 def _fields(start: _Start, name: str, model: str, train: str) -> list[_Field]:
     return [
-        _Field("name", name, "Of the run: its files go to runs/<name>."),
+        _Field("name", name, "Name of the run, whose files go to runs/<name>."),
         _Field("model.path", model, "Base model: directory, hub id, .gguf file or package:NAME/FILE."),
         _Field(
             "model.dtype", "float32", "float32, bfloat16 (half the memory: for large models on a GPU) or auto (default)."
@@ -160,14 +160,14 @@ def _fields(start: _Start, name: str, model: str, train: str) -> list[_Field]:
         *start.data,
         _Field("optimizer.learning_rate", start.learning_rate, "Peak rate. Lower it if the loss jumps, or for more k."),
         _Field("optimizer.warmup_ratio", 0.06, "Share of the steps in which the rate rises from 0 (default 0)."),
-        _Field("training.epochs", start.epochs, "Passes over the rows; more for few rows. Or steps: N in its place."),
+        _Field("training.epochs", start.epochs, "Passes over the rows; more for few rows. In its place: steps: N."),
         _Field("training.batch_size", 8, "Examples in an update (default 16). With little memory, add accumulation: 8."),
         _Field("training.remat", "full", "full (default) needs the least memory; names and none are faster."),
         _Field(
             "training.save_every", 100, "Steps between checkpoints for --resume (default: only when the run is stopped)."
         ),
         _Field("merge", False, "true: also write the merged model to runs/<name>/merged (default false)."),
-        _Field("seed", 42, "Of the order of the rows and of a new classifier (default 42)."),
+        _Field("seed", 42, "Seed of the order of the rows and of a new classifier (default 42)."),
     ]
 
 

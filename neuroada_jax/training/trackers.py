@@ -74,6 +74,16 @@ class Log:
         for name, tracker in list(self._others.items()):
             self._guarded(name, functools.partial(tracker.write, lines))
 
+    def add(self, step: int, fields: Line) -> None:
+        """Add fields to the last line, or the line of step 0, which has no others: scores that come after it was written.
+
+        Raises:
+          UserError: metrics.jsonl cannot be written.
+        """
+        self._file.add(step, fields)
+        for name, tracker in list(self._others.items()):
+            self._guarded(name, functools.partial(tracker.write, [{"step": step, **fields}]))
+
     def close(self) -> None:
         """Close the file and all trackers."""
         self._file.close()
@@ -180,6 +190,8 @@ def _measured(line: Line) -> dict[str, float]:
 class JsonLines:
     """Writer of metrics.jsonl, which has one complete line for every step, in order.
 
+    With validation rows, a line of step 0 with the scores of the state before the training comes first.
+
     Attributes:
       lines: of the earlier part of a resumed run.
     """
@@ -191,10 +203,27 @@ class JsonLines:
           UserError: the file cannot be written.
         """
         self._path, self.lines = path, _complete_lines(path, done)
-        if len(self.lines) < done:
-            console.warn(f"{path}: {done - len(self.lines)} of the {done} lines are missing")
-        files.write_text(path, "".join(json.dumps(line) + "\n" for line in self.lines))
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
+        found = sum(line["step"] > 0 for line in self.lines)
+        if found < done:
+            console.warn(f"{path}: {done - found} of the {done} lines are missing")
+        self._file = self._rewritten()
+
+    def _rewritten(self) -> int:
+        files.write_text(self._path, "".join(json.dumps(files.finite(line)) + "\n" for line in self.lines))
+        return os.open(self._path, os.O_WRONLY | os.O_APPEND)
+
+    def add(self, step: int, fields: Line) -> None:
+        """Add fields to the line of the last step before the run goes on; step 0 gets a line of its own.
+
+        Raises:
+          UserError: the file cannot be written.
+        """
+        if step and not (self.lines and self.lines[-1]["step"] == step):
+            return  # the line is missing, as the warning has said
+        before, line = (self.lines[:-1], self.lines[-1]) if step else ([], {"step": 0})
+        self.lines[:] = [*before, {**line, **fields}]
+        os.close(self._file)
+        self._file = self._rewritten()
 
     def write(self, lines: Sequence[Line]) -> None:
         """Append the lines of some steps in a single write.
@@ -221,7 +250,7 @@ class JsonLines:
 def _complete_lines(path: Path, done: int) -> list[Line]:
     """Return the lines of steps up to `done`, ending before the first that is incomplete or repeats a step."""
     lines: list[Line] = []
-    last = 0
+    last = -1
     for text in path.read_bytes().splitlines() if path.exists() else []:
         try:
             line = json.loads(text)

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
 from neuroada_jax import console
 from neuroada_jax.core.trees import Tree
@@ -35,8 +35,14 @@ class ValidationRows(NamedTuple):
     prompts: list[tuple[str, list[int]]]
 
 
-def split(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows]:
+def split(rows: Rows, share: float, seed: int, classes: Sequence[int] | None = None) -> tuple[Rows, Rows]:
     """Return (training rows, validation rows): a random share of the rows, both parts in the order of the file.
+
+    Args:
+      rows: all of them.
+      share: of the rows, for validation.
+      seed: of the choice.
+      classes: of the rows: each gives the same share of its rows, up to rounding, and keeps one in training.
 
     Raises:
       UserError: the share leaves one of them empty.
@@ -46,8 +52,33 @@ def split(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows]:
         raise UserError(
             f"data.validation: a share of {share} of {len(rows)} rows is {count}, expected 1 to {len(rows) - 1}"
         )
-    order = np.random.default_rng([seed, len(rows)]).permutation(len(rows))
-    return rows.part(np.sort(order[count:]).tolist()), rows.part(np.sort(order[:count]).tolist())
+    rng = np.random.default_rng([seed, len(rows)])
+    order = rng.permutation(len(rows))
+    numbers = np.zeros(len(rows), int) if classes is None else np.asarray(classes)
+    held_back = np.concatenate(
+        [
+            order[numbers[order] == number][:part]
+            for number, part in enumerate(_parts(np.bincount(numbers), share, count, rng))
+        ]
+    )
+    if not len(held_back):
+        raise UserError(
+            f"data.validation: each of the {len(np.unique(numbers))} labels of {rows.source} has one row, which is needed "
+            "for training; expected a label with more, or validation rows in a file of their own"
+        )
+    left = np.setdiff1d(np.arange(len(rows)), held_back)
+    return rows.part(left.tolist()), rows.part(np.sort(held_back).tolist())
+
+
+def _parts(sizes: Int[np.ndarray, "classes"], share: float, count: int, rng: np.random.Generator) -> list[int]:
+    """Return how many rows of each class are held back: its share, rounded so that they are `count`, but never all."""
+    most = np.maximum(sizes - 1, 0)
+    parts = np.minimum((share * sizes).astype(int), most)
+    by_remainder = sorted(rng.permutation(len(sizes)).tolist(), key=lambda i: parts[i] - share * sizes[i])
+    open_classes = [i for i in by_remainder if parts[i] < min(most[i], share * sizes[i] - 1e-9)]
+    for i in open_classes[: max(count - int(parts.sum()), 0)]:
+        parts[i] += 1
+    return [int(part) for part in parts]
 
 
 def mean_loss(
@@ -117,9 +148,10 @@ class Validation(KeptStates):
     @property
     def stalled(self) -> bool:
         """Whether the last `patience` validations have not been better than the best before them."""
-        if self._patience is None or not self.lines:
+        scored = [line for line in self.lines if line["step"]]
+        if self._patience is None or not scored:
             return False
-        return len(self.lines) - 1 - self.lines.index(self.best) >= self._patience
+        return len(scored) - 1 - scored.index(self.best) >= self._patience
 
     def __call__(self, state: TrainState) -> dict[str, float]:
         """Score the state, unless its step has been scored already; return fields for its log line."""
@@ -141,10 +173,24 @@ class Validation(KeptStates):
         return shown
 
     def _standing(self) -> str:
+        if self.lines[-1] is self.start:
+            return "before the training"
         best = self.best
         if best is self.lines[-1]:
             return "the best so far"
         return f"the best is {-self.rank(best):.4f} at step {best['step']}"
+
+
+def warn_without_gain(kept: KeptStates) -> None:
+    """Warn where the best state is no better than the one before the training."""
+    best, start = kept.best["value"], kept.start
+    if start is None or start["value"] is None or (best is not None and best < start["value"]):
+        return
+    found = "not a number" if best is None else f"{best:.4f} (step {kept.best['step']})"
+    console.warn(
+        f"the lowest validation loss of the training, {found}, is no lower than before it, {start['value']:.4f}: the base "
+        "model is as good on these rows; try a lower optimizer.learning_rate, or more rows"
+    )
 
 
 def _line(text: str) -> str:
@@ -195,6 +241,15 @@ class Evaluations:
 
     def _is_due(self, every: int, steps: int) -> bool:
         return steps > 0 and (steps == self._total or steps % every == 0)
+
+    def at_start(self, state: TrainState) -> dict[str, float]:
+        """Score the state that a run starts with: before the first step, on the validation rows; else what is due.
+
+        Returns: fields for the log line of its step; none where an earlier part of the run has scored it.
+        """
+        if int(state.step):
+            return self(state)
+        return {} if self._validation is None else self._validation(state)
 
     def __call__(self, state: TrainState) -> dict[str, float]:
         """Score a state by everything that is due; return fields for the log line of its step."""

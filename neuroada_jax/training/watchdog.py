@@ -48,7 +48,7 @@ class Watchdog:
         self._section, self.counts = section, {} if counts is None else counts
         for kind in ("skipped", "spikes", "stalls", "compiled_again"):
             self.counts.setdefault(kind, 0)
-        losses = [line["loss"] for line in earlier if line["loss"] is not None]
+        losses = [line["loss"] for line in earlier if line.get("loss") is not None]
         self._losses = collections.deque(losses, WINDOW)
 
     def wait(self, batch: "Future[Made]", step: int) -> Made:

@@ -5,6 +5,8 @@ import gzip
 import io
 import json
 import random
+import shutil
+import subprocess
 from pathlib import Path
 
 import datasets
@@ -133,14 +135,29 @@ def test_a_byte_order_mark_is_no_text_and_other_encodings_are_refused_by_name(tm
         path.write_bytes(plain.decode().encode(encoding))
         message = message_of(load_rows, str(path))
         assert message.startswith(f"{path}: {name} text, expected UTF-8; convert it: iconv -f {name} -t UTF-8 ")
-    path.write_bytes(plain.decode().encode("utf-16-le"))
-    assert "NUL byte" in message_of(load_rows, str(path))
     for bad, says in ((b"\xe9,", "not UTF-8 (byte 0xe9"), (b"\0", "found a NUL byte")):
         at = plain.index(b"3 ")
         path.write_bytes(plain[:at] + bad + plain[at:])
         line = plain.count(b"\n", 0, at) + 1
         message = message_of(load_rows, str(path))
         assert message.startswith(f"{path}:{line}: ") and says in message
+        assert "convert" not in message or "\\u" in plain.decode()  # other characters of it are UTF-8, which is damaged
+
+
+@pytest.mark.skipif(shutil.which("iconv") is None, reason="the command that messages name is not installed")
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x y.csv", "x.tsv.gz"])
+@pytest.mark.parametrize(
+    "encoding", ["latin-1", "cp1252", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"]
+)
+def test_the_command_that_a_message_names_converts_the_file(tmp_path, name, encoding):
+    rows = [{"prompt": "caf\u00e9", "completion": "\u2019" if encoding == "cp1252" else "\u00fc"}] * 2
+    kind = name.removesuffix(".gz").rpartition(".")[2]
+    text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows) if "js" in kind else content(kind, rows).decode()
+    path = tmp_path / name
+    path.write_bytes((gzip.compress if name.endswith(".gz") else bytes)(text.encode(encoding)))
+    message = message_of(load_rows, str(path))
+    subprocess.run(message.partition("convert it: ")[2], shell=True, check=True)
+    assert load_rows(str(tmp_path / f"utf8-{name}")).rows == rows
 
 
 DIGITS = "9" * 5000

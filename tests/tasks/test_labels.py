@@ -10,6 +10,8 @@ from neuroada_jax.data.rows import load_rows, rows_from_list
 from neuroada_jax.errors import NeuroadaWarning
 from neuroada_jax.tasks import labels
 from neuroada_jax.tasks.classification import Problem, check_trainable, labels_of, own_task
+from neuroada_jax.training.config import DataSection
+from neuroada_jax.training.config_file import decode, parse_yaml
 
 SINGLE, MULTI, NUMBER = Problem.CLASSIFICATION, Problem.MULTILABEL, Problem.REGRESSION
 
@@ -178,14 +180,34 @@ def test_lists_of_names(value, message):
 
 
 def test_columns_that_are_no_classes():
-    message = message_of(labels_of, rows("0.5", "1.5", "2.0"), SINGLE, "label")
-    assert message.startswith(
-        "rows: the labels in 'label' are numbers (0.5, 1.5, 2.0), expected names or integers; to predict"
-    )
     message = message_of(labels_of, rows(*(f"a text of its own {i}" for i in range(30))), SINGLE, "label")
     assert message.startswith("rows: each row has a label of its own in 'label' (a text of its own 0, ")
     message = message_of(labels_of, rows(*(i // 2 for i in range(4000))), SINGLE, "label")
     assert message.startswith("rows: found 2000 labels in 'label' (0, 1, 2, 3, ... (2000 in all)), expected at most 1000")
+
+
+@pytest.mark.parametrize(
+    "values", [("1.0", "2.0"), ("0.5", "1.5", "-2.0"), ("3", "1e3"), tuple(f"{i}.5" for i in range(30))]
+)
+def test_numbers_as_classes_are_named_as_a_config_has_them(tmp_path, values):
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label\n" + "".join(f"t,{value}\n" for value in values))
+    data = load_rows(str(path))
+    message = message_of(labels_of, data, SINGLE, "label")
+    point = min(value for value in values if not value.isdigit())
+    place = f"{path}:{2 + values.index(point)}: label {point!r} in 'label' is a number and no integer; "
+    assert message.startswith(f"{place}to predict numbers set data.task: regression, ")
+    listed = message.partition("data.labels: ")[2]
+    if len(values) > 8:
+        assert listed.endswith(", ...]")
+        return
+    section = decode(DataSection, {"train": "", "task": "classification", **parse_yaml(f"labels: {listed}", "")}, "")
+    assert task(names=tuple(section.labels)).read(data)[1].tolist() == [section.labels.index(each) for each in values]
+
+
+def test_a_list_of_numbers_says_how_names_are_written():
+    message = message_of(decode, DataSection, {"train": "", "task": "classification", "labels": [1.0, 2.0]}, "")
+    assert message.endswith('found 1.0, a number with a decimal point; as the name of a label write "1.0"')
 
 
 @pytest.mark.parametrize(

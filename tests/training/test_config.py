@@ -237,13 +237,26 @@ def test_overrides(tmp_path):
         ("bypass.k=[1", "override 'bypass.k=[1': line 1 not YAML"),
         ("bypass.kk=1", "override 'bypass.kk=1': bypass.kk: unknown field"),
         ("optimizer=3", "override 'optimizer=3': optimizer: expected a section of fields"),
-        ("training.epochs=1", "override 'training.epochs=1': training: give either epochs or steps, found both"),
+        ("training.steps=null", "override 'training.steps=null': training: give either epochs or steps, found neither"),
         ("name=null", "override 'name=null': name: input should be a valid string"),
     ],
 )
 def test_bad_overrides(override, message, tmp_path):
     path = write(tmp_path, yaml.safe_dump(with_field("evaluation.sets", [{"name": "t", "data": "d"}])))
     assert message in message_of(config_file.load, path, [override])
+
+
+def test_of_epochs_and_steps_an_override_takes_the_place_of_the_other(tmp_path, capsys):
+    for given, other in (("steps", "epochs"), ("epochs", "steps")):
+        path = write(tmp_path, yaml.safe_dump({**MINIMAL, "training": {other: 5}}))
+        training = config_file.load(path, ["seed=1", f"training.{given}=20"]).training
+        assert (getattr(training, given), getattr(training, other)) == (20, None)
+        assert capsys.readouterr().err == f"training.{given}=20 takes the place of training.{other}=5\n"
+        assert getattr(config_file.load(path, [f"training.{other}=7"]).training, other) == 7
+        config_file.load(path, [f"training.{given}=20", f"training.{other}=null"])
+        assert "found both" in message_of(config_file.load, path, [f"training.{given}=2", f"training.{other}=2"])
+        config_file.load(path)
+        assert capsys.readouterr().err == ""
 
 
 def test_of_several_overrides_the_one_at_fault_is_named_and_else_the_file(tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +15,12 @@ from neuroada_jax.adapters import native, on_base
 from neuroada_jax.data.batches import Batch
 from neuroada_jax.data.examples import encode
 from neuroada_jax.data.rows import load_rows, rows_from_list
-from neuroada_jax.errors import UserError
+from neuroada_jax.errors import NeuroadaWarning, UserError
 from neuroada_jax.models.losses import label_losses
 from neuroada_jax.pretrained.load import load_model
 from neuroada_jax.pretrained.tokenizer import load_tokenizer
-from neuroada_jax.training import config_file, run, validation
+from neuroada_jax.tasks.overlap import questions
+from neuroada_jax.training import config_file, report, run, validation
 from neuroada_jax.training.signals import Stop, Stopped
 from neuroada_jax.training.step import TrainState
 
@@ -51,34 +53,38 @@ def test_the_loss_is_that_of_the_rows_one_by_one_and_the_best_state_is_kept(tmp_
     assert len(prepared.rows) == 18 and len(prepared.validation.batches.examples) == 6
     results = run.finish(run.fit(prepared))
     seen = lines(config.directory / "validation.jsonl")
-    assert [line["step"] for line in seen] == [2, 4, 6]
+    assert [line["step"] for line in seen] == [0, 2, 4, 6]
     assert results["validation"]["steps"] == [{"step": line["step"], "value": line["value"]} for line in seen]
     assert not results["validation"]["stopped_early"]
     assert "prompt" not in json.dumps(results["validation"])  # the samples stay in the run's folder
-    best = min(seen, key=lambda line: line["value"])
+    assert results["validation"]["start_loss"] == seen[0]["value"]
+    best = min(seen[1:], key=lambda line: line["value"])
     assert (results["validation"]["best_step"], results["validation"]["best_loss"]) == (best["step"], best["value"])
-    assert [len(line["samples"]) for line in seen] == [2, 2, 2]
+    assert [len(line["samples"]) for line in seen] == [2, 2, 2, 2]
     assert set(seen[0]["samples"][0]) == {"prompt", "generation"}
     logged = {line["step"]: line for line in lines(config.directory / "metrics.jsonl")}
-    assert [step for step, line in logged.items() if "validation_loss" in line] == [2, 4, 6]
-    assert logged[4]["validation_loss"] == seen[1]["value"]
-    assert logged[4]["validation_perplexity"] == pytest.approx(np.exp(seen[1]["value"]))
+    assert [step for step, line in logged.items() if "validation_loss" in line] == [0, 2, 4, 6]
+    assert logged[4]["validation_loss"] == seen[2]["value"]
+    assert logged[4]["validation_perplexity"] == pytest.approx(np.exp(seen[2]["value"]))
+    assert set(logged[0]) == {"step", "validation_loss", "validation_perplexity"} and len(logged) == 7
     assert not (config.directory / "validation").exists()  # the adapters of a run that has ended
 
-    # The adapter is that of the best state: its loss, row by row, is the line's.
+    # The adapter is that of the best state: its loss, row by row, is the line's; and the first line's is the base model's.
     model, tokenizer = load_model(str(inputs[0])), load_tokenizer(str(inputs[0]))
-    params = on_base.merge(native.read(str(config.directory / "adapter")), model)
+    tuned = on_base.merge(native.read(str(config.directory / "adapter")), model)
     rows = load_rows(str(inputs[1]))
     trained = {row["prompt"] for row in prepared.rows.rows}
     held_back = [row for row in rows.rows if row["prompt"] not in trained]
-    examples, total = encode(rows_from_list(held_back), "plain", tokenizer, 64), []
+    examples = encode(rows_from_list(held_back), "plain", tokenizer, 64)
     module = model.model.module()
-    for i in range(len(examples)):
-        ids, is_label = examples.example(i)
-        where = is_label.nonzero()[0]
-        batch = jax.tree.map(jnp.asarray, _single(ids, where))
-        total += np.asarray(label_losses(module, {"params": params}, batch))[0].tolist()
-    assert np.mean(total) == pytest.approx(best["value"], rel=1e-5)
+    for params, line in ((tuned, best), (model.params, seen[0])):
+        total = []
+        for i in range(len(examples)):
+            ids, is_label = examples.example(i)
+            where = is_label.nonzero()[0]
+            batch = jax.tree.map(jnp.asarray, _single(ids, where))
+            total += np.asarray(label_losses(module, {"params": params}, batch))[0].tolist()
+        assert np.mean(total) == pytest.approx(line["value"], rel=1e-5)
     assert (config.directory / "loss.png").exists()
 
 
@@ -108,9 +114,10 @@ def test_a_validation_file_of_an_encoder(tmp_path):
     config = settings(tmp_path, (model, tmp_path / "train.jsonl"), data, steps=4)
     content = _content(config)
     content["bypass"] = {"targets": ["query"]}
-    results = run.train(config_file.from_dict(content, "test"))
+    with pytest.warns(NeuroadaWarning, match="is no lower than before it"):
+        results = run.train(config_file.from_dict(content, "test"))
     seen = lines(config.directory / "validation.jsonl")
-    assert len(seen) == 2 and results["validation"]["examples"] == 5
+    assert len(seen) == 3 and results["validation"]["examples"] == 5
     assert "validation_perplexity" not in lines(config.directory / "metrics.jsonl")[-1]
     content["training"]["validation_samples"] = 1
     message = message_of(run.prepare, config_file.from_dict({**content, "output": str(tmp_path / "other")}, "test"))
@@ -118,14 +125,16 @@ def test_a_validation_file_of_an_encoder(tmp_path):
 
 
 def test_early_stopping_ends_the_run_at_the_best_state(tmp_path, inputs, monkeypatch):
-    values = iter([3.0, 2.0, 2.5, 2.25, 1.0])
+    values = iter([1.5, 3.0, 2.0, 2.5, 2.25, 1.0])
     monkeypatch.setattr(validation, "mean_loss", lambda *_: next(values))
-    results = run.train(settings(tmp_path, inputs, steps=20, early_stopping=2))
+    with pytest.warns(NeuroadaWarning, match=r"training, 2.0000 \(step 4\), is no lower than before it, 1.5000"):
+        results = run.train(settings(tmp_path, inputs, steps=20, early_stopping=2))
     assert results["steps"] == 8 and results["validation"]["best_step"] == 4 and results["validation"]["stopped_early"]
-    assert len(lines(tmp_path / "out" / "metrics.jsonl")) == 8
+    assert results["validation"]["start_loss"] == 1.5
+    assert [line["step"] for line in lines(tmp_path / "out" / "metrics.jsonl")] == list(range(9))
 
 
-def test_an_interrupted_run_goes_on_with_the_same_validations(tmp_path, inputs):
+def test_an_interrupted_run_goes_on_with_the_same_validations(tmp_path, inputs, monkeypatch):
     whole = run.train(settings(tmp_path / "whole", inputs, save_every=2, early_stopping=5, log_every=1))
     stop, taken = Stop(), []
 
@@ -137,21 +146,51 @@ def test_an_interrupted_run_goes_on_with_the_same_validations(tmp_path, inputs):
     config = settings(tmp_path / "parted", inputs, save_every=2, early_stopping=5, log_every=1)
     with pytest.raises(Stopped):
         run.fit(run.prepare(config), stop=stop, on_lines=after_three)
+    # Once more, in the midst of the validation of step 4, which the resumed run makes up for.
+    score, stop = validation.mean_loss, Stop()
+    with monkeypatch.context() as patch:
+        patch.setattr(validation, "mean_loss", lambda *_: stop.request())
+        with pytest.raises(Stopped):
+            run.fit(run.prepare(config, resume=True), stop=stop)
+    assert validation.mean_loss is score and "validation_loss" not in lines(config.directory / "metrics.jsonl")[4]
     results = run.train(config, resume=True)
     assert results["validation"] == whole["validation"]
     for file in ("validation.jsonl", "metrics.jsonl"):
         assert (config.directory / file).read_text() == (tmp_path / "whole" / "out" / file).read_text()
     both = [native.read(str(tmp_path / name / "out" / "adapter")).values for name in ("whole", "parted")]
     assert all(np.array_equal(both[0][name], both[1][name]) for name in both[0])
+    # The finished run, whose best adapter is now its own alone, goes on once more, also from before its best state.
+    assert sorted(path.name for path in config.directory.glob("[cv]*")) == [
+        "checkpoints",
+        "config.yaml",
+        "validation.jsonl",
+    ]
+    for left in ("6", "4"):
+        assert run.train(config, resume=True)["validation"] == whole["validation"]
+        again = native.read(str(config.directory / "adapter")).values
+        assert all(np.array_equal(both[0][name], again[name]) for name in both[0])
+        shutil.rmtree(config.directory / "checkpoints" / left, ignore_errors=True)
+
+
+def test_adapters_of_states_that_no_checkpoint_needs_are_removed(tmp_path):
+    values = iter([9.0, 8.0, 7.0, 6.0, 5.0, 4.5, 4.0])
+    found = validation.Validation(tmp_path, lambda _: next(values), lambda path, _: path.mkdir(parents=True), 0)
+    left = []
+    for step in range(7):
+        found(TrainState(np.array(step), {}, None, {}, {}, {}, np.array(-1)))
+        if step in (2, 4):  # the second is still being written
+            (tmp_path / "checkpoints" / ("2" if step == 2 else "4.orbax-checkpoint-tmp")).mkdir(parents=True)
+        left.append(sorted(path.name for path in tmp_path.glob("validation/*")))
+    assert left == [[], ["1"], ["2"], ["2", "3"], ["2", "4"], ["2", "4", "5"], ["2", "4", "6"]]
 
 
 def test_a_stalled_run_is_not_continued(tmp_path):
     def state(step):
         return TrainState(np.array(step), {}, None, {}, {}, {}, np.array(-1))
 
-    values, saved = iter([1.0, float("nan"), 2.0]), []
+    values, saved = iter([0.5, 1.0, float("nan"), 2.0]), []
     found = validation.Validation(tmp_path, lambda _: next(values), lambda path, _: saved.append(path.name), 0, patience=2)
-    for step, stalled in ((2, False), (4, False), (6, True)):
+    for step, stalled in ((0, False), (2, False), (4, False), (6, True)):
         found(state(step))
         assert found.stalled is stalled
     assert saved == ["2"] and found.best["step"] == 2
@@ -167,15 +206,79 @@ def test_devices_share_the_validation(tmp_path, inputs, mode, extra):
     for name, section in (("one", {"mode": "single"}), ("eight", {"mode": mode, "devices": 8, **extra})):
         content = _content(settings(tmp_path / name, inputs, steps=2, batch_size=8))
         results = run.train(config_file.from_dict({**content, "parallel": section}, "test"))
-        losses.append(results["validation"]["best_loss"])
+        losses.append([line["value"] for line in lines(tmp_path / name / "out" / "validation.jsonl")])
+        assert losses[-1] == [results["validation"][f"{which}_loss"] for which in ("start", "best")]
     assert len(jax.devices()) == 8
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def split_of(labels, share, seed=0):
+    """(training, validation) labels of rows with these labels."""
+    rows = rows_from_list([{"label": label} for label in labels])
+    names = sorted(set(labels))
+    parts = validation.split(rows, share, seed, [names.index(label) for label in labels])
+    numbers = [[number for _, number in part.places] for part in parts]
+    assert sorted(numbers[0] + numbers[1]) == list(range(len(labels))) and all(part == sorted(part) for part in numbers)
+    return tuple([row["label"] for row in part.rows] for part in parts)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.29, 0.5, 0.9])
+@pytest.mark.parametrize("sizes", [(10, 10, 10), (97, 3), (40, 2, 1, 1), (5, 5, 5, 5, 5), (1, 1, 8), (20,)])
+def test_a_share_of_classes_has_the_same_share_of_each(sizes, share):
+    labels = [name for name, size in zip("abcde", sizes, strict=False) for _ in range(size)]
+    several = [split_of(labels, share, seed) for seed in (0, 0, 1)]
+    assert several[0] == several[1]
+    train, held_back = several[0]
+    for name, size in zip("abcde", sizes, strict=False):
+        assert train.count(name) >= 1 and held_back.count(name) <= np.ceil(share * size)
+        assert held_back.count(name) >= min(np.floor(share * size), size - 1)
+    assert 0 < len(held_back) <= round(share * len(labels))
+    if min(sizes) > 9:
+        assert len(held_back) == round(share * len(labels))
+
+
+def test_a_share_needs_a_class_of_two_rows():
+    assert "each of the 20 labels of rows has one row" in message_of(split_of, [chr(97 + i) for i in range(20)], 0.5)
+
+
+def test_rows_for_validation_are_not_trained_on(tmp_path, inputs):
+    """Also where an evaluation set says which of its questions were."""
+    content = dataclasses.asdict(settings(tmp_path, inputs))
+    content["evaluation"]["sets"] = [{"name": "same", "data": str(inputs[1])}]
+    prepared = run.prepare(config_file.from_dict(content, "test"))
+    trained = {row["prompt"] for row in prepared.rows.rows}
+    assert len(trained) == 18
+    assert prepared.scorers["same"].options.trained_on == questions(prepared.rows.rows)
+
+
+@pytest.mark.parametrize("task", ["classification", "regression", "multilabel"])
+def test_the_share_of_a_task_on_own_rows(tmp_path, task):
+    labels = {"classification": "a" * 16 + "bbbb", "regression": range(20), "multilabel": [["a"], ["b"]] * 10}[task]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": f"t{i}", "label": label}) + "\n" for i, label in enumerate(labels)))
+    data = {"task": task, "max_length": 32, "validation": 0.25}
+    inputs = write_bert(tmp_path / "bert"), path
+    content = {**dataclasses.asdict(settings(tmp_path, inputs, data)), "bypass": {"targets": ["query"]}}
+    prepared = run.prepare(config_file.from_dict(content, "test"))
+    held_back = prepared.validation.batches.examples.labels
+    assert len(held_back) == 5 and (task != "classification" or np.bincount(held_back).tolist() == [4, 1])
+
+
+def test_several_files_of_validation_rows(tmp_path, inputs):
+    files = [str(write_rows(tmp_path / name, 3)) for name in ("a.jsonl", "b.jsonl")]
+    config = settings(tmp_path, inputs, {"validation": files})
+    assert len(run.prepare(config).validation.batches.examples) == 6
+    assert report._evaluation_rows(config) == ["--task", "instruct", "--data", *files]
 
 
 @pytest.mark.parametrize(
     ("data", "training", "says"),
     [
-        ({"validation": 1.5}, {}, "data.validation: found 1.5, expected a share between 0 and 1"),
+        *(
+            ({"validation": bad}, {}, f"data.validation: expected a share between 0 and 1, a file, {more}, found {bad!r}")
+            for more in ["directory or hub name, or a list of them"]
+            for bad in (1.5, 1, 0, True, [], ["a", 1], {"a": 1})
+        ),
         ({"validation": None}, {}, "training.validate_every: it needs data.validation"),
         ({"validation": None}, {"validate_every": None, "early_stopping": 2}, "training.early_stopping: it needs"),
         ({"validation": 0.01}, {}, "data.validation: a share of 0.01 of 24 rows is 0, expected 1 to 23"),
