@@ -64,9 +64,12 @@ def settings(folder, model, data, **sections):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, model, data):
-    """(the folder of a whole run, its results)."""
+    """(the folder of a whole run, its results); the adapters of its epochs, which a finished run lacks, are beside it."""
     folder = tmp_path_factory.mktemp("trained")
-    results = run.train(settings(folder, model, data, training={"save_every": 4}, merge=True))
+    fitted = run.fit(run.prepare(settings(folder, model, data, training={"save_every": 4}, merge=True)))
+    shutil.copytree(folder / "out" / "epochs", folder / "epochs")
+    results = run.finish(fitted)
+    assert not (folder / "out" / "epochs").exists()
     return folder / "out", results
 
 
@@ -130,7 +133,10 @@ def test_a_head_keeps_its_own_order_of_labels(trained, data, tmp_path):
 
 def test_the_adapter_is_that_of_the_best_epoch_and_evaluates_to_the_same(trained, data, capsys, tmp_path):
     out, results = trained
-    kept, best = native.read(str(out / "adapter")), native.read(str(out / "epochs" / str(results["best_epoch"]["step"])))
+    kept, best = (
+        native.read(str(out / "adapter")),
+        native.read(str(out.parent / "epochs" / str(results["best_epoch"]["step"]))),
+    )
     for found, want in ((kept.values, best.values), (kept.dense_parameters, best.dense_parameters)):
         assert found.keys() == want.keys()
         assert all(found[name].tobytes() == want[name].tobytes() for name in want)
