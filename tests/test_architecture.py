@@ -11,7 +11,20 @@ PACKAGE = Path(__file__).resolve().parents[1] / "neuroada_jax"
 # docs/design.md draws this order: a room imports rooms that stand before it, and no others.
 ORDER = [
     *("errors", "files", "console"),
-    *("core", "data", "tasks", "models", "linen", "nnx", "equinox", "pretrained", "generation", "adapters", "evaluation"),
+    *(
+        "core",
+        "devices",
+        "data",
+        "tasks",
+        "models",
+        "linen",
+        "nnx",
+        "equinox",
+        "pretrained",
+        "generation",
+        "adapters",
+        "evaluation",
+    ),
     *("training", "sharing", "session", "fine_tuning", "planning", "commands", "cli"),
 ]
 

@@ -28,6 +28,7 @@ def _inspect(parsed: argparse.Namespace) -> None:
     from neuroada_jax.adapters import inspection
     from neuroada_jax.training import unfinished
 
+    shared.on_cpu()
     shared.check_minimum(parsed, k=1)
     unfinished.check(parsed.path)
     content = inspection.inspect(parsed.path, parsed.k)
@@ -73,6 +74,7 @@ def _export(parsed: argparse.Namespace) -> None:
     from neuroada_jax.adapters import exchange
     from neuroada_jax.training import unfinished
 
+    shared.on_cpu()
     unfinished.check(parsed.adapter, parsed.model)
     options = {"model": parsed.model, "dtype": parsed.dtype, "verify": parsed.verify}
     _print_result(exchange.export_adapter(parsed.adapter, parsed.to, parsed.out, **options), parsed)
@@ -96,6 +98,7 @@ def _add_import(commands: shared.Commands) -> None:
 def _import(parsed: argparse.Namespace) -> None:
     from neuroada_jax.adapters import exchange
 
+    shared.on_cpu()
     arguments = (parsed.directory, parsed.source_format, parsed.base, parsed.out)
     _print_result(exchange.import_adapter(*arguments, dtype=parsed.dtype), parsed)
 

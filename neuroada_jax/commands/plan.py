@@ -26,11 +26,7 @@ def add(commands: shared.Commands) -> None:
 def run(parsed: argparse.Namespace) -> None:
     """Compile the run's step from shapes alone and print the plan."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # silences XLA on a missing GPU and on memory
-    import jax
-
-    # Before anything else asks JAX for a device: a described GPU is compiled for without taking a real one, and several
-    # CPUs are virtual ones.
-    jax.config.update("jax_platforms", "cpu")
+    shared.on_cpu()  # a described GPU is compiled for without taking a real one, and several CPUs are virtual ones
     from neuroada_jax.planning import plan
     from neuroada_jax.training import config_file
 

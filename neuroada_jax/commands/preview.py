@@ -25,11 +25,9 @@ def add(commands: shared.Commands) -> None:
 
 def run(parsed: argparse.Namespace) -> None:
     """Tokenise the training rows and print the first examples, the lengths, the counts and the steps."""
-    import jax
-
-    jax.config.update("jax_platforms", "cpu")  # nothing is computed: a GPU stays free
     from neuroada_jax.training import config_file, preview
 
+    shared.on_cpu()
     if not 1 <= parsed.rows <= 5:
         raise UserError(f"--rows: expected 1 to 5, found {parsed.rows}")
     found = preview.preview(config_file.load(parsed.config, parsed.overrides), parsed.rows)

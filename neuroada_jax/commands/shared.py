@@ -14,6 +14,16 @@ DTYPES = ["float32", "bfloat16", "auto"]
 ADAPTER_HELP = "adapter directory, or hub id: USER/NAME or USER/NAME@REVISION"
 
 
+def on_cpu() -> None:
+    """Make JAX start on the CPU, whatever JAX_PLATFORMS says, for a command that needs nothing faster: a GPU stays free.
+
+    To be called before anything else asks JAX for a device; it has no effect once JAX has started.
+    """
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+
+
 def add_command(commands: Commands, name: str, run: Callable[[argparse.Namespace], int | None], help: str) -> Any:
     """Add a command with its option --json and return its parser."""
     parser = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")

@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 
+FLASH_CAPABILITY = (8, 0)  # the least CUDA compute capability for cuDNN's fused attention
+
 _override: contextvars.ContextVar[tuple[str, bool, Any] | None] = contextvars.ContextVar("override", default=None)
 
 
@@ -16,10 +18,20 @@ def name() -> str:
     return override[0] if override else jax.default_backend()
 
 
-def has_flash_attention() -> bool:
-    """Return whether the program may call cuDNN's fused attention."""
+def has_flash_attention(head_size: int) -> bool:
+    """Return whether the program may call cuDNN's fused attention for heads of this size."""
     override = _override.get()
-    return override[1] if override else jax.default_backend() == "gpu"
+    found = None if override else capability()
+    supported = override[1] if override else found is not None and found >= FLASH_CAPABILITY
+    # The limits of `jax.nn.dot_product_attention`, which knows no capability where it is traced for a described GPU.
+    return supported and head_size % 8 == 0 and head_size <= (256 if found and found >= (9, 0) else 128)
+
+
+def capability() -> tuple[int, int] | None:
+    """Return the CUDA compute capability of this process's GPU; None where it has no NVIDIA GPU."""
+    text = str(getattr(jax.local_devices()[0], "compute_capability", ""))  # of an AMD GPU it is a name, such as gfx90a
+    major, _, minor = text.partition(".")
+    return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
 
 
 def device() -> Any:

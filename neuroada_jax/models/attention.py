@@ -24,9 +24,9 @@ def attention(
 ) -> Float[Array, "B T H N"]:
     """Compute scaled dot-product attention, grouped-query where K < H; the softmax is float32.
 
-    Causal attention without a mask runs as cuDNN flash attention on a GPU in half precision. Attention with a mask
-    (decoding, packing, encoders) takes XLA's implementation on every platform, which forms the float32 logits
-    (B, H, T, S): packed rows should be no longer than their examples need.
+    Causal attention without a mask runs as cuDNN flash attention on a GPU in half precision, where the GPU and the size of
+    the heads allow it. Attention with a mask (decoding, packing, encoders) takes XLA's implementation on every platform,
+    which forms the float32 logits (B, H, T, S): packed rows should be no longer than their examples need.
 
     Args:
       query: queries of T tokens.
@@ -37,7 +37,7 @@ def attention(
       window: for causal attention, the largest number of slots that a query attends to, its own included.
     """
     half = query.dtype in (jnp.bfloat16, jnp.float16)
-    if causal and mask is None and half and platform.has_flash_attention():
+    if causal and mask is None and half and platform.has_flash_attention(query.shape[-1]):
         sliding = None if window is None else (window - 1, 0)
         return _attend(query, key, value, is_causal=True, local_window_size=sliding, implementation="cudnn")
     if not causal:

@@ -17,7 +17,7 @@ import transformers
 import xxhash
 from jax import lax
 
-from neuroada_jax import console, models
+from neuroada_jax import console, devices, models
 from neuroada_jax.core import trees
 from neuroada_jax.core.trees import ModulePath, Tree
 from neuroada_jax.errors import UserError
@@ -208,8 +208,11 @@ def open_model(
       labels: of an encoder's classifier, or their names; None: those of the model's config.
 
     Raises:
-      UserError: the path does not exist, or its architecture or config is not supported.
+      UserError: the path does not exist, its architecture or config is not supported, or JAX cannot start
+        (`devices.check`), which `config_only` does not ask.
     """
+    if not config_only:
+        devices.check()
     path = resolve(source, ["config.json"] if config_only else HUB_FILES)
     hf_config = read_config(path)
     if os.path.exists(os.path.join(path, "adapter_config.json")):

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
+from neuroada_jax import devices
 from neuroada_jax.errors import UserError
 from neuroada_jax.training.config import ParallelSection
 from neuroada_jax.training.modes import MODES, Parallel
@@ -18,13 +19,15 @@ def resolve(section: ParallelSection, available: Sequence[Any] | None = None) ->
     """Return the devices and mode that a config asks for, out of `available` or of all devices that JAX sees.
 
     Raises:
-      UserError: as in `layout`.
+      UserError: as in `layout`, and where JAX cannot start (`devices.check`).
     """
+    if available is None:
+        devices.check()
     processes = jax.process_count() if available is None else 1
     available = jax.devices() if available is None else available
     mode, shape = layout(section, available[0].platform, len(available), processes)
-    devices = np.array(available[: math.prod(shape)]).reshape(shape)
-    return MODES[mode](Mesh(devices, (DATA, FSDP, TENSOR), axis_types=(AxisType.Auto,) * 3))
+    chosen = np.array(available[: math.prod(shape)]).reshape(shape)
+    return MODES[mode](Mesh(chosen, (DATA, FSDP, TENSOR), axis_types=(AxisType.Auto,) * 3))
 
 
 def layout(section: ParallelSection, platform: str, available: int, processes: int = 1) -> tuple[str, tuple[int, int, int]]:

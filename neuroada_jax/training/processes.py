@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from neuroada_jax import console
+from neuroada_jax import console, devices
 from neuroada_jax.errors import UserError
 from neuroada_jax.training.config import RunConfig
 
@@ -47,11 +47,13 @@ def joined(coordinator: str | None, processes: int | None, process: int | None) 
       process: number of this process, from 0; None for "auto".
 
     Raises:
-      UserError: the arguments are incomplete or contradict each other, or the other processes did not join in time.
+      UserError: the arguments are incomplete or contradict each other, or the other processes did not join in time;
+        JAX cannot start (`devices.check`).
     """
     if coordinator is None:
         if (processes, process) != (None, None):
             raise UserError("--processes, --process: need --coordinator HOST:PORT")
+        devices.check()
         yield True
         return
     if coordinator != "auto":
@@ -68,6 +70,7 @@ def joined(coordinator: str | None, processes: int | None, process: int | None) 
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--coordinator {coordinator}: cannot join the processes ({reason})") from error
+    devices.check()
     console.say(f"process {jax.process_index()} of {jax.process_count()}, {jax.local_device_count()} device(s)")
     if jax.process_index() != 0:
         console.silence()
