@@ -67,7 +67,7 @@ class ChatTemplate:
             if name in _reserved():
                 raise UserError(f"template_arguments: {name!r} is set by the library itself; remove it")
             if name not in self._facts.variables:
-                read = sorted(self._facts.variables - _reserved() - set(tokenizer.special_tokens_map))
+                read = sorted(self._facts.options - _reserved() - set(tokenizer.special_tokens_map))
                 raise UserError(
                     f"template_arguments: the chat template does not read {name!r}; it reads {', '.join(read) or 'none'}"
                 )

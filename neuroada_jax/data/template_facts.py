@@ -23,12 +23,14 @@ class Facts(NamedTuple):
     """What a template's source says about itself.
 
     Attributes:
-      variables: the names that it reads from outside.
+      variables: the names that it reads from outside, or may read: jinja2 does not see that a branch has set them.
+      options: those among them that it does not set itself, or sets where they are not given.
       words: every name, attribute and text constant in it.
       tokens: the texts in its constants that look like one token.
     """
 
     variables: frozenset[str]
+    options: frozenset[str]
     words: frozenset[str]
     tokens: frozenset[str]
 
@@ -51,7 +53,15 @@ def _facts(source: str) -> Facts:
     names |= {node.attr for node in tree.find_all(jinja2.nodes.Getattr)}
     tokens = {token for text in texts for token in TOKEN_LIKE.findall(text)}
     variables = frozenset(jinja2.meta.find_undeclared_variables(tree)) - _GLOBALS
-    return Facts(variables, frozenset({*names, *texts}), frozenset(tokens))
+    return Facts(variables, variables - _own_names(tree), frozenset({*names, *texts}), frozenset(tokens))
+
+
+def _own_names(tree: jinja2.nodes.Template) -> set[str]:
+    """Return the names that a template sets, but not those that it sets only where they are not given."""
+    own = {node.name for node in tree.find_all(jinja2.nodes.Name) if node.ctx == "store"}
+    tests = [node.node for node in tree.find_all(jinja2.nodes.Test) if node.name in ("defined", "undefined", "none")]
+    defaults = [node.node for node in tree.find_all(jinja2.nodes.Filter) if node.name in ("default", "d")]
+    return own - {node.name for node in (*tests, *defaults) if isinstance(node, jinja2.nodes.Name)}
 
 
 def parsed(source: str) -> Facts:

@@ -50,6 +50,8 @@ def from_json(content: object, where: str) -> PromptForm | None:
     if not isinstance(content, Mapping):
         raise UserError(f"{where}: found {content!r}, expected an object or null")
     styles = [style.value for style in PromptStyle]
+    if "style" not in content:
+        raise UserError(f"{where}: has no style, expected null or one of {', '.join(styles)}; null where no form is known")
     date, template = content.get("date"), content.get("template")
     arguments, end_tokens = content.get("template_arguments", {}), content.get("end_tokens", [])
     text = content.get("text", [])

@@ -223,6 +223,22 @@ def test_templates_and_arguments_that_do_not_fit(source, arguments, says):
     assert says in message_of(examples_of, CHATS["one turn"], TEMPLATES["chatml"], form=form)
 
 
+OPTIONS = {
+    "llama3.1": "builtin_tools, custom_tools, date_string, tools_in_user_message",
+    "qwen3": "enable_thinking",
+    "smollm3": "enable_thinking, xml_tools",
+    "harmony": "reasoning_effort",
+}
+
+
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if name in OPTIONS or name in ("mistral", "phi3", "gemma")])
+def test_an_unknown_argument_names_those_that_a_caller_can_give(name):
+    """Not the variables that a template sets for itself, such as the separators in a loop."""
+    form = dataclasses.replace(FORM, template_arguments={"nothing_like_it": 1})
+    message = message_of(examples_of, CHATS["one turn"], TEMPLATES[name], form=form)
+    assert message.endswith(f"does not read 'nothing_like_it'; it reads {OPTIONS.get(name, 'none')}")
+
+
 def test_a_tokenizer_without_the_templates_tokens():
     form = dataclasses.replace(FORM, chat_template=TEMPLATES["chatml"].text)
     message = message_of(examples_of, CHATS["one turn"], TEMPLATES["vicuna"], form=form)

@@ -37,6 +37,11 @@ def test_an_encoder_has_a_task_and_no_style():
 
 
 def test_nothing_recorded_is_no_form(tmp_path):
+    message = message_of(prompt_form.from_json, {}, "here")
+    assert (
+        message.startswith("here: has no style, expected null or one of plain, ")
+        and "null where no form is known" in message
+    )
     assert prompt_form.from_json(None, "here") is None and prompt_form.read(str(tmp_path)) is None
     assert prompt_form.read(str(tmp_path / "model.gguf")) is None
 

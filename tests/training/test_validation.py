@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import jax
@@ -134,7 +135,7 @@ def test_early_stopping_ends_the_run_at_the_best_state(tmp_path, inputs, monkeyp
     assert [line["step"] for line in lines(tmp_path / "out" / "metrics.jsonl")] == list(range(9))
 
 
-def test_an_interrupted_run_goes_on_with_the_same_validations(tmp_path, inputs, monkeypatch):
+def test_an_interrupted_run_goes_on_with_the_same_validations(tmp_path, inputs, monkeypatch, capsys):
     whole = run.train(settings(tmp_path / "whole", inputs, save_every=2, early_stopping=5, log_every=1))
     stop, taken = Stop(), []
 
@@ -146,6 +147,7 @@ def test_an_interrupted_run_goes_on_with_the_same_validations(tmp_path, inputs, 
     config = settings(tmp_path / "parted", inputs, save_every=2, early_stopping=5, log_every=1)
     with pytest.raises(Stopped):
         run.fit(run.prepare(config), stop=stop, on_lines=after_three)
+    assert re.search(r"training\W+3/6", capsys.readouterr().err)  # not the step before
     # Once more, in the midst of the validation of step 4, which the resumed run makes up for.
     score, stop = validation.mean_loss, Stop()
     with monkeypatch.context() as patch:
