@@ -82,10 +82,11 @@ def lora(rank: int) -> Baseline:
         up: Tree = {}
         for path in paths:
             kernel = trees.get(params, path)["kernel"]
-            layers, outputs, inputs = kernel.shape
-            first = jax.random.normal(jax.random.key(0), (layers, rank, inputs), kernel.dtype) * inputs**-0.5
+            (outputs, inputs), layers = kernel[0].shape, len(kernel)  # stacked, or a tuple of layers that lie apart
+            dtype = kernel[0].dtype
+            first = jax.random.normal(jax.random.key(0), (layers, rank, inputs), dtype) * inputs**-0.5
             down = trees.put(down, path, {"columns": first})
-            up = trees.put(up, path, {"values": jnp.zeros((layers, outputs, rank), kernel.dtype)})
+            up = trees.put(up, path, {"values": jnp.zeros((layers, outputs, rank), dtype)})
         return {"bypass": up, "columns": down}, {"params": params}
 
     def formula(x: Any, kernel: Any, down: Any, up: Any) -> Any:

@@ -27,7 +27,7 @@ from neuroada_jax import models
 from neuroada_jax.core import bypass, trees
 from neuroada_jax.core.trees import Tree
 from neuroada_jax.data.batches import Batch
-from neuroada_jax.models import Remat
+from neuroada_jax.models import Remat, unrolled
 from neuroada_jax.pretrained.load import LoadedModel, load_model
 from neuroada_jax.training import optimizer, step
 from neuroada_jax.training.config import OptimizerSection
@@ -41,7 +41,8 @@ def load(source: str, dtype: str) -> LoadedModel:
     shapes, structure = jax.tree.flatten(model.abstract_params())
     keys = jax.random.split(jax.random.key(0), len(shapes))
     leaves = [_random(key, each.shape, each.dtype) for key, each in zip(keys, shapes, strict=True)]
-    return LoadedModel(model, source, source, {}, jax.tree.unflatten(structure, leaves))
+    params = unrolled.apart(jax.tree.unflatten(structure, leaves), model.layers_path)
+    return LoadedModel(model, source, source, {}, params)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

@@ -16,6 +16,7 @@ from neuroada_jax.adapters import native
 from neuroada_jax.core import bypass
 from neuroada_jax.data.rows import Rows, rows_from_list
 from neuroada_jax.errors import UserError
+from neuroada_jax.models import unrolled
 from neuroada_jax.pretrained.load import load_with_progress
 from neuroada_jax.session import PretrainedModel, TunedModel
 from neuroada_jax.training import config_file, run
@@ -133,7 +134,7 @@ def _train(model: PretrainedModel, prepared: run.Prepared, on_lines: run.OnLines
     finally:
         state = fitted.state
         original = jax.jit(bypass.unmerge, donate_argnums=0)(state.params, state.columns, state.base_entries)
-        model._give(jax.device_put(original, placement))
+        model._give(jax.device_put(unrolled.stacked(original), placement))
 
 
 def _validation(options: Mapping[str, Any]) -> tuple[dict[str, Any], Rows | None]:

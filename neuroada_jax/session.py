@@ -20,7 +20,7 @@ from neuroada_jax.errors import UserError
 from neuroada_jax.evaluation import classification
 from neuroada_jax.evaluation.classification import Prediction
 from neuroada_jax.generation.texts import continue_texts
-from neuroada_jax.models import dense_modules
+from neuroada_jax.models import dense_modules, unrolled
 from neuroada_jax.pretrained import save as checkpoint
 from neuroada_jax.pretrained.load import LoadedModel, load_with_progress, open_with_tokenizer
 from neuroada_jax.training import config_file, unfinished
@@ -140,7 +140,8 @@ class PretrainedModel:
         """Return the model with its original weights and hold them no longer; until `_give` it is closed."""
         if not self._closed:
             self._params(None)
-        loaded, self._loaded = self._loaded, dataclasses.replace(self._loaded, params={})
+        loaded = dataclasses.replace(self._loaded, params=unrolled.stacked(self._loaded.params))
+        self._loaded = dataclasses.replace(self._loaded, params={})
         self._held, self._closed = _NOTHING, self._closed or reason
         return loaded
 
@@ -151,6 +152,8 @@ class PretrainedModel:
     def _params(self, adapter: native.Adapter | None) -> Tree:
         """Return the parameters with this adapter in them; only the entries at its columns are rewritten, in place."""
         self._check_open()
+        apart = unrolled.apart(self._loaded.params, self._loaded.model.layers_path)
+        self._loaded = dataclasses.replace(self._loaded, params=apart)
         if self._held.adapter is not adapter:
             new = Bypass({}, {}) if adapter is None else on_base.stack_layers(adapter, self._loaded)
             params, entries = _swap(self._loaded.params, self._held.columns, self._held.base_entries, new)

@@ -9,6 +9,9 @@ At the path of its linear map, each tree of a bypass holds
     base_entries  {"base_entries": (*L, O, k)}  the original entries of the kernel at the columns, in its dtype, kept while
                                                 the kernel holds base + values (is "resident")
 
+The kernels of a stack may also lie apart, as a tuple of L arrays in the place of (L, O, I); the trees above are stacked then,
+too.
+
 Inputs and neurons may span several axes of a kernel, as in the (D, H, N) of Flax's attention. Columns then index the
 flattened inputs, and O is the number of flattened neurons.
 """
@@ -62,7 +65,11 @@ def build(
     values: Tree = {}
     columns: Tree = {}
     for path in paths:
-        chosen = selection.select(kernel_at(params, path), k, score, layout=layout)
+        kernel = kernel_at(params, path)
+        if isinstance(kernel, tuple):
+            chosen = jnp.stack([selection.select(each, k, score, layout=layout) for each in kernel])
+        else:
+            chosen = selection.select(kernel, k, score, layout=layout)
         columns = put(columns, path, {"columns": chosen})
         values = put(values, path, {"values": jnp.zeros(chosen.shape, dtype)})
     return Bypass(values, columns)
@@ -84,33 +91,46 @@ def read(params: Mapping[str, Any], columns: Mapping[str, Any], *, layout: Layou
     """Return the base entries: those of the kernels at the columns, in the kernels' dtype."""
     base_entries: Tree = {}
     for path, chosen in leaves(columns, "columns"):
-        kernel = _as_matrices(kernel_at(params, path), chosen, layout)
-        base_entries = put(base_entries, path, {"base_entries": read_entries(kernel, chosen, layout)})
+        kernel = kernel_at(params, path)
+        if isinstance(kernel, tuple):
+            found = jnp.stack([read_entries(each, chosen[at], layout) for at, each in enumerate(kernel)])
+        else:
+            found = read_entries(_as_matrices(kernel, chosen, layout), chosen, layout)
+        base_entries = put(base_entries, path, {"base_entries": found})
     return base_entries
 
 
 def _map_kernels(
     params: Mapping[str, Any],
     columns: Mapping[str, Any],
-    update: Callable[[ModulePath, jax.Array, jax.Array], jax.Array],
+    entries: Callable[[ModulePath], jax.Array],
+    update: Callable[[jax.Array, jax.Array, jax.Array, Layout], jax.Array],
     layout: Layout,
 ) -> Tree:
-    """Return the parameters with every kernel that has columns replaced by update(path, kernel matrix, columns)."""
+    """Return the parameters with every kernel that has columns updated.
+
+    Args:
+      params: parameter tree.
+      columns: columns of the kernels to update.
+      entries: path -> what is written or added at its columns, in the shape of these.
+      update: as `write_entries` and `add_entries`.
+      layout: axis order of the kernels.
+    """
     merged = dict(params)
     for path, chosen in leaves(columns, "columns"):
-        kernel, node = kernel_at(params, path), get(merged, path)
-        updated = update(path, _as_matrices(kernel, chosen, layout), chosen).reshape(kernel.shape)
+        kernel, node, new = kernel_at(params, path), get(merged, path), entries(path)
+        updated: Any
+        if isinstance(kernel, tuple):
+            updated = tuple(update(each, chosen[at], new[at], layout) for at, each in enumerate(kernel))
+        else:
+            updated = update(_as_matrices(kernel, chosen, layout), chosen, new, layout).reshape(kernel.shape)
         merged = put(merged, path, {**node, "kernel": updated} if isinstance(node, Mapping) else updated)
     return merged
 
 
 def merge(params: Mapping[str, Any], bypass: Bypass, *, layout: Layout = Layout.OI) -> Tree:
     """Return the parameters with every target kernel W replaced by W + D, summed in the values' dtype and rounded once."""
-
-    def update(path: ModulePath, kernel: jax.Array, chosen: jax.Array) -> jax.Array:
-        return add_entries(kernel, chosen, get(bypass.values, path)["values"], layout)
-
-    return _map_kernels(params, bypass.columns, update, layout)
+    return _map_kernels(params, bypass.columns, lambda path: get(bypass.values, path)["values"], add_entries, layout)
 
 
 def make_resident(
@@ -122,23 +142,18 @@ def make_resident(
     update, and it can replace one adapter with another of equal columns.
     """
 
-    def update(path: ModulePath, kernel: jax.Array, chosen: jax.Array) -> jax.Array:
-        values = get(bypass.values, path)["values"]
-        entries = get(base_entries, path)["base_entries"].astype(values.dtype) + values
-        return write_entries(kernel, chosen, entries, layout)
+    def entries(path: ModulePath) -> jax.Array:
+        values: jax.Array = get(bypass.values, path)["values"]
+        return get(base_entries, path)["base_entries"].astype(values.dtype) + values
 
-    return _map_kernels(params, bypass.columns, update, layout)
+    return _map_kernels(params, bypass.columns, entries, write_entries, layout)
 
 
 def unmerge(
     params: Mapping[str, Any], columns: Mapping[str, Any], base_entries: Mapping[str, Any], *, layout: Layout = Layout.OI
 ) -> Tree:
     """Return the original parameters, bit for bit, from merged or resident ones and the base entries of `read`."""
-
-    def update(path: ModulePath, kernel: jax.Array, chosen: jax.Array) -> jax.Array:
-        return write_entries(kernel, chosen, get(base_entries, path)["base_entries"], layout)
-
-    return _map_kernels(params, columns, update, layout)
+    return _map_kernels(params, columns, lambda path: get(base_entries, path)["base_entries"], write_entries, layout)
 
 
 def swap(

@@ -68,6 +68,8 @@ def kernels(params: Mapping[str, Any], prefix: ModulePath = ()) -> Iterator[tupl
 def kernel_at(params: Mapping[str, Any], path: ModulePath) -> Any:
     """Return the kernel of the linear map at `path`: the node's `kernel`, or the node itself if it is an array.
 
+    The kernel of a stack whose layers lie apart is a tuple of arrays.
+
     Raises:
       KeyError: there is none, or it has fewer than two axes.
     """
@@ -75,7 +77,7 @@ def kernel_at(params: Mapping[str, Any], path: ModulePath) -> Any:
     for key in path:
         node = node.get(key) if isinstance(node, Mapping) else None
     kernel = node.get("kernel") if isinstance(node, Mapping) else node
-    if kernel is None or kernel.ndim < 2:
+    if kernel is None or (kernel[0] if isinstance(kernel, tuple) and kernel else kernel).ndim < 2:
         raise KeyError(f"{'.'.join(path)} holds no kernel")
     return kernel
 

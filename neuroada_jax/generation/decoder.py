@@ -5,28 +5,28 @@ Prompts are padded on the left, so that every sequence writes its next token to 
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from neuroada_jax.core import platform
 from neuroada_jax.core.trees import Tree
+from neuroada_jax.models import unrolled
 from neuroada_jax.models.llama import Cache, empty_cache
 
 # One cache of all layers (L, B, K, S, N), or one (B, K, S, N) for each layer.
 Caches = tuple[Cache, ...]
 
 
-def one_by_one() -> bool:
-    """Return whether a decoding step loops over unstacked layers instead of scanning the stacked parameters.
+def one_by_one(depth: int) -> bool:
+    """Return whether a decoding step goes through the layers one by one instead of scanning the stacked parameters.
 
     A scan copies every layer's weights out of the stacked parameters before it multiplies by them, in every step. On a CPU
     the matrix products of SmolLM2-135M took 115 ms that way and 61 ms with unstacked layers; the price is a second copy of
-    the layers' weights while decoding, and a program that grows with the depth. Programs compiled for an H100 contain these
-    copies too, but there the second copy takes too much memory (13 GB for LLaMA-7B in bfloat16), so a GPU scans.
+    the layers' weights while decoding, and a program that grows with the depth. On a GPU nothing is copied where the layers
+    lie apart (`models.unrolled`), and the slices of stacked ones are part of XLA's own products.
     """
-    return platform.name() == "cpu"
+    return platform.name() == "cpu" or unrolled.preferred(depth)
 
 
 class Decoder(NamedTuple):
@@ -35,16 +35,13 @@ class Decoder(NamedTuple):
     module: nn.Module
     params: Tree
     start: Array
-    layers: tuple[Tree, ...] | None  # unstacked parameters of each layer; None to scan the stacked ones
+    layers: tuple[Tree, ...] | None  # on a CPU, a copy of the parameters by layer
 
     @classmethod
     def make(cls, module: nn.Module, params: Tree, start: Int[Array, "R"]) -> "Decoder":
-        """Return a decoder; call it outside of the decoding loop, since it copies the layers out of the stacked leaves."""
-        if not one_by_one():
-            return cls(module, params, start, None)
-        stacked = params["model"]["layers"]
-        number: int = module.config.num_layers
-        layers = tuple(jax.tree.map(lambda leaf, at=at: leaf[at], stacked) for at in range(number))
+        """Return a decoder; call it outside of the decoding loop: on a CPU it copies the layers out of stacked leaves."""
+        depth: int = module.config.num_layers
+        layers = _layers(params, depth) if platform.name() == "cpu" and one_by_one(depth) else None
         return cls(module, params, start, layers)
 
     def step(self, token: Int[Array, "R"], end: Int[Array, ""], caches: Caches) -> tuple[Float[Array, "R V"], Caches]:
@@ -53,10 +50,13 @@ class Decoder(NamedTuple):
         positions = (end - 1 - self.start)[:, None]
         caches = tuple(cache._replace(slot=end - 1) for cache in caches)
         module: Any = self.module
-        if self.layers is None:
+        depth: int = module.config.num_layers
+        if not one_by_one(depth):
             hidden, cache = module.apply({"params": self.params}, token[:, None], positions, mask, caches[0])
             return last_logits(module, self.params, hidden), (cache,)
-        arguments = (token[:, None], positions, mask, caches, self.layers)
+        # On a GPU stacked layers are sliced here: outside of the decoding loop the slices would be a copy of all weights.
+        layers = self.layers or _layers(self.params, depth)
+        arguments = (token[:, None], positions, mask, caches, layers)
         hidden, filled = module.apply({"params": self.params}, *arguments, method="one_by_one")
         return last_logits(module, self.params, hidden), tuple(filled)
 
@@ -81,15 +81,28 @@ def prefill(
     mask = present(start, width, jnp.int32(width))[:, None, :] & (query[None, None, :] <= query[None, :, None])
     positions = jnp.maximum(query[None, :] - start[:, None], 0)
     applied: Any = module
-    cache = empty_cache(applied.config, sequences, width)
-    hidden, cache = applied.apply({"params": params}, ids, positions, mask, cache)
-    more = [(0, 0), (0, 0), (0, 0), (0, slots - width), (0, 0)]
-    cache = cache._replace(keys=jnp.pad(cache.keys, more), values=jnp.pad(cache.values, more))
-    caches: Caches = (cache,)
-    if one_by_one():
-        layers = range(applied.config.num_layers)
-        caches = tuple(cache._replace(keys=cache.keys[at], values=cache.values[at]) for at in layers)
+    depth: int = applied.config.num_layers
+    stacked = empty_cache(applied.config, sequences, width)
+    caches = tuple(stacked._replace(keys=stacked.keys[at], values=stacked.values[at]) for at in range(depth))
+    if one_by_one(depth) and (platform.name() == "gpu" or unrolled.is_apart(params)):
+        arguments = (ids, positions, mask, caches, _layers(params, depth))
+        hidden, filled = applied.apply({"params": params}, *arguments, method="one_by_one")
+        caches = tuple(filled)
+    else:
+        hidden, cache = applied.apply({"params": params}, ids, positions, mask, stacked)
+        caches = (cache,)
+        if one_by_one(depth):
+            caches = tuple(cache._replace(keys=cache.keys[at], values=cache.values[at]) for at in range(depth))
+
+    def widened(kept: Array) -> Array:
+        return jnp.pad(kept, [(0, 0)] * (kept.ndim - 2) + [(0, slots - width), (0, 0)])
+
+    caches = tuple(cache._replace(keys=widened(cache.keys), values=widened(cache.values)) for cache in caches)
     return last_logits(module, params, hidden), caches
+
+
+def _layers(params: Tree, depth: int) -> tuple[Tree, ...]:
+    return tuple(unrolled.layers_of(params["model"]["layers"], depth))
 
 
 def last_logits(module: nn.Module, params: Tree, hidden: Float[Array, "R T D"]) -> Float[Array, "R V"]:

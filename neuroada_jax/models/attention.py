@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from neuroada_jax.core import platform
 from neuroada_jax.core.entries import wide_dtype
 from neuroada_jax.models.layers import dropout
+from neuroada_jax.models.remat import prevent_cse
 
 
 def attention(
@@ -70,7 +71,7 @@ def _attend_with_remat(query: Array, key: Array, value: Array, mask: Array | Non
     On a CPU this is also faster than keeping them.
     """
     attend: Callable[..., Array] = functools.partial(_attend, mask=mask, implementation="xla")
-    return jax.checkpoint(attend, prevent_cse=False)(query, key, value)
+    return jax.checkpoint(attend, prevent_cse=prevent_cse())(query, key, value)
 
 
 def cached_attention(
@@ -108,7 +109,7 @@ def attention_with_dropout(
         probabilities = dropout(jax.nn.softmax(logits, axis=-1).astype(query.dtype), rate, rng)
         return jnp.einsum("bhts,bshn->bthn", probabilities, value)
 
-    return jax.checkpoint(attend, prevent_cse=False)(query, key, value, rng)
+    return jax.checkpoint(attend, prevent_cse=prevent_cse())(query, key, value, rng)
 
 
 def packed_mask(positions: Int[Array, "B T"]) -> Bool[Array, "B T T"]:

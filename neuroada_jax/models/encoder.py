@@ -10,15 +10,23 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from neuroada_jax.errors import UserError
-from neuroada_jax.models import attention, labels, layers
+from neuroada_jax.models import attention, labels, layers, unrolled
 from neuroada_jax.models.config_fields import LARGEST_DEPTH, Fields, shown
 from neuroada_jax.models.layers import BypassDense, Dropout, Embedding, LayerNorm
-from neuroada_jax.models.remat import BYPASS_COLLECTIONS, Remat, kept_activation, remat_module, token_wise
+from neuroada_jax.models.remat import (
+    BYPASS_COLLECTIONS,
+    Remat,
+    kept_activation,
+    outside_scan,
+    remat_module,
+    token_wise,
+)
 
 LARGEST_LABELS = 2**20
 
@@ -218,21 +226,29 @@ class Layer(nn.Module):
 
 
 class Layers(nn.Module):
-    """All layers, as one scan."""
+    """All layers, as one scan or, where their arrays lie apart, one by one."""
 
     config: EncoderConfig
     remat: Remat = Remat.NONE
 
     @nn.compact
     def __call__(self, x: Array, mask: Array) -> Array:
+        c, each = self.config, unrolled.variables_of_layers(self, "layer", self.config.num_layers)
+        if each is not None:
+            keys = jax.random.split(self.make_rng("dropout"), c.num_layers) if self.has_rng("dropout") else None
+            with outside_scan():
+                layer = remat_module(Layer, self.remat)(c, self.remat, parent=None)
+                for at, variables in enumerate(each):
+                    x, _ = layer.apply(variables, x, mask, rngs={} if keys is None else {"dropout": keys[at]})
+            return x
         scanned_layers = nn.scan(
             remat_module(Layer, self.remat),
             variable_axes={"params": 0, **dict.fromkeys(BYPASS_COLLECTIONS, 0)},
             split_rngs={"params": True, "dropout": True},
             in_axes=nn.broadcast,
-            length=self.config.num_layers,
+            length=c.num_layers,
         )
-        return scanned_layers(self.config, self.remat, name="layer")(x, mask)[0]
+        return scanned_layers(c, self.remat, name="layer")(x, mask)[0]
 
 
 class Pooler(nn.Module):

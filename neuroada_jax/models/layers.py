@@ -71,6 +71,15 @@ def _product(x: Any, kernel: Any) -> Array:
     return lax.dot_general(x, kernel, (((x.ndim - 1,), (1,)), ((), ())))
 
 
+def in_turn(x: Array, y: Array) -> tuple[Array, Array]:
+    """Return x and y = x W^T such that XLA does not merge a further product of x with that of y.
+
+    On a GPU XLA merges small products which share an operand: for q, k and v of a decoding step it would first write their
+    three kernels into one, in every step.
+    """
+    return lax.optimization_barrier((x, y)) if platform.name() == "gpu" else (x, y)
+
+
 class RMSNorm(nn.Module):
     """Root mean square normalisation over the last axis, in float32; parameter scale (D,)."""
 
@@ -88,7 +97,7 @@ class RMSNorm(nn.Module):
             return normed * jnp.broadcast_to(scale, normed.shape)
 
         # Without this checkpoint the backward pass keeps x in float32, and the normalised x a second time.
-        return jax.checkpoint(normalise, prevent_cse=False)(x, scale)
+        return jax.checkpoint(normalise, prevent_cse=remat.prevent_cse())(x, scale)
 
 
 class LayerNorm(nn.Module):
@@ -110,7 +119,7 @@ class LayerNorm(nn.Module):
             return (centred * lax.rsqrt(variance + self.epsilon) * scale + bias).astype(x.dtype)
 
         # As in RMSNorm: without this checkpoint the backward pass keeps x in float32.
-        return jax.checkpoint(normalise, prevent_cse=False)(x, scale, bias)
+        return jax.checkpoint(normalise, prevent_cse=remat.prevent_cse())(x, scale, bias)
 
 
 class Dropout(nn.Module):

@@ -14,10 +14,17 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from neuroada_jax.errors import UserError
-from neuroada_jax.models import attention
+from neuroada_jax.models import attention, unrolled
 from neuroada_jax.models.config_fields import LARGEST_DEPTH, LARGEST_POSITION, Fields
-from neuroada_jax.models.layers import ACTIVATIONS, BypassDense, Embedding, RMSNorm
-from neuroada_jax.models.remat import BYPASS_COLLECTIONS, Remat, kept_activation, remat_module, token_wise
+from neuroada_jax.models.layers import ACTIVATIONS, BypassDense, Embedding, RMSNorm, in_turn
+from neuroada_jax.models.remat import (
+    BYPASS_COLLECTIONS,
+    Remat,
+    kept_activation,
+    outside_scan,
+    remat_module,
+    token_wise,
+)
 from neuroada_jax.models.rope import Rope, rotate, rotations
 
 # Every linear map of a layer, as in the published scripts.
@@ -156,15 +163,13 @@ class SelfAttention(nn.Module):
     ) -> tuple[Array, Cache | None]:
         c = self.config
 
-        def project(name: str, heads: int) -> Array:
+        projected = []
+        for name, heads in (("q_proj", c.num_heads), ("k_proj", c.num_kv_heads), ("v_proj", c.num_kv_heads)):
             y = BypassDense(heads * c.head_dim, c.qkv_bias, c.dtype, name=name)(x)
-            return y.reshape(*x.shape[:2], heads, c.head_dim)
-
-        query, key, value = (
-            project("q_proj", c.num_heads),
-            project("k_proj", c.num_kv_heads),
-            project("v_proj", c.num_kv_heads),
-        )
+            if cache is not None:
+                x, y = in_turn(x, y)
+            projected.append(y.reshape(*x.shape[:2], heads, c.head_dim))
+        query, key, value = projected
         if c.qk_norm:
             query = RMSNorm(c.norm_epsilon, c.dtype, name="q_norm")(query)
             key = RMSNorm(c.norm_epsilon, c.dtype, name="k_norm")(key)
@@ -203,9 +208,11 @@ class FeedForward(nn.Module):
     config: LlamaConfig
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, decoding: bool = False) -> Array:
         c = self.config
         gate = BypassDense(c.intermediate_size, c.mlp_bias, c.dtype, name="gate_proj")(x)
+        if decoding:
+            x, gate = in_turn(x, gate)
         up = BypassDense(c.intermediate_size, c.mlp_bias, c.dtype, name="up_proj")(x)
         return BypassDense(c.hidden_size, c.mlp_bias, c.dtype, name="down_proj")(ACTIVATIONS[c.activation](gate) * up)
 
@@ -238,7 +245,7 @@ class Layer(nn.Module):
 
         def feed_forward(_: nn.Module, x: Array) -> Array:
             normed = RMSNorm(c.norm_epsilon, c.dtype, name="post_attention_layernorm")(x)
-            return FeedForward(c, name="mlp")(normed)
+            return FeedForward(c, name="mlp")(normed, decoding=cache is not None)
 
         return (x + token_wise(feed_forward, self.remat, x.shape)(self, x), cache), None
 
@@ -270,24 +277,40 @@ class LlamaModel(nn.Module):
         ):  # windows differ between layers, and one scan body needs masks for that
             mask = jnp.broadcast_to(positions[:, :, None] >= positions[:, None, :], (*positions.shape, ids.shape[1]))
         masks = None if mask is None else self._masks(mask)
+        x, layers = self.embed_tokens(ids), unrolled.variables_of_layers(self, "layers", c.num_layers)
+        if layers is not None and cache is None:
+            return self.norm(self._each_layer(x, layers, [None] * c.num_layers, cos, sin, masks)[0]), None
         scanned = (jnp.arange(c.num_layers, dtype=jnp.int32), jnp.asarray([w is not None for w in c.windows]))
-        (x, cache), _ = self.layers((self.embed_tokens(ids), cache), scanned, cos, sin, masks)
+        (x, cache), _ = self.layers((x, cache), scanned, cos, sin, masks)
         return self.norm(x), cache
 
     def one_by_one(
         self, ids: Array, positions: Array, mask: Array, caches: Sequence[Cache], params: Sequence[Any]
     ) -> tuple[Array, list[Cache]]:
         """Apply the model as `__call__` does, without the scan: each layer has its own arrays and its own cache."""
-        c = self.config
-        cos, sin = rotations(c.rope, c.head_dim, positions)
-        masks = self._masks(mask)
-        x, filled = self.embed_tokens(ids), []
-        for cache, own, window in zip(caches, params, c.windows, strict=True):
-            scanned = (None, jnp.asarray(window is not None))
-            layer = Layer(c, self.remat, parent=None)
-            (x, cache), _ = layer.apply({"params": own}, (x, cache), scanned, cos, sin, masks)
-            filled.append(cache)
+        cos, sin = rotations(self.config.rope, self.config.head_dim, positions)
+        layers = [{"params": own} for own in params]
+        x, filled = self._each_layer(self.embed_tokens(ids), layers, caches, cos, sin, self._masks(mask))
         return self.norm(x), filled
+
+    def _each_layer(
+        self,
+        x: Array,
+        layers: Sequence[Any],
+        caches: Sequence[Cache | None],
+        cos: Array,
+        sin: Array,
+        masks: tuple[Array, Array] | None,
+    ) -> tuple[Array, list[Any]]:
+        """Apply one layer after the other, each with its own variables and cache; return the filled caches, too."""
+        c, filled = self.config, []
+        with outside_scan():
+            layer = remat_module(Layer, self.remat)(c, self.remat, parent=None)
+            for variables, cache, window in zip(layers, caches, c.windows, strict=True):
+                scanned = (None, jnp.asarray(window is not None))
+                (x, cache), _ = layer.apply(variables, (x, cache), scanned, cos, sin, masks)
+                filled.append(cache)
+        return x, filled
 
     def _masks(self, mask: Array) -> tuple[Array, Array]:
         """Return the mask (B, T, S) as that of full layers and that of windowed layers, each (B, 1, T, S).

@@ -44,14 +44,15 @@ def checkpoint_names(params: Mapping[str, Any], layers_path: ModulePath) -> dict
     """Return the slot of every tensor that a checkpoint of this (possibly abstract) tree holds, by Hugging Face name.
 
     Args:
-      params: nested dict of arrays or shapes; leaves below `layers_path` have a leading layer axis.
+      params: nested dict of arrays or shapes; leaves below `layers_path` have a leading layer axis, or are
+        tuples with an array for each layer.
       layers_path: path of the layer scan, such as ("model", "layers").
     """
     names = {}
     for path, leaf in flatten(params):
         *module, name = path
         suffix = "weight" if name in _LEAVES_OF_WEIGHT else name
-        layers = range(leaf.shape[0]) if is_stacked(path, layers_path) else [None]
+        layers = range(len(leaf)) if is_stacked(path, layers_path) else [None]
         for layer in layers:
             names[f"{module_name(tuple(module), layer, layers_path)}.{suffix}"] = Slot(path, layer)
     return names
@@ -59,7 +60,7 @@ def checkpoint_names(params: Mapping[str, Any], layers_path: ModulePath) -> dict
 
 def module_names(path: ModulePath, leaf: Any, layers_path: ModulePath) -> list[str]:
     """Return the Hugging Face module names, in layer order, that a (stacked) leaf of the module at `path` belongs to."""
-    layers = range(leaf.shape[0]) if is_stacked(path, layers_path) else [None]
+    layers = range(len(leaf)) if is_stacked(path, layers_path) else [None]
     return [module_name(path, layer, layers_path) for layer in layers]
 
 

@@ -43,6 +43,7 @@ class Placement(NamedTuple):
 
 
 _placement: contextvars.ContextVar[Placement | None] = contextvars.ContextVar("placement", default=None)
+_outside_scan: contextvars.ContextVar[bool] = contextvars.ContextVar("outside_scan", default=False)
 
 
 @contextlib.contextmanager
@@ -55,8 +56,26 @@ def placed(placement: Placement) -> Iterator[None]:
         _placement.reset(token)
 
 
+@contextlib.contextmanager
+def outside_scan() -> Iterator[None]:
+    """Apply layers inside without a scan around them."""
+    token = _outside_scan.set(True)
+    try:
+        yield
+    finally:
+        _outside_scan.reset(token)
+
+
+def prevent_cse() -> bool:
+    """Return whether XLA has to be kept from merging a layer's recomputation with its forward pass.
+
+    In a scan it cannot merge them: they are in two loops.
+    """
+    return _outside_scan.get()
+
+
 def remat_module(module: type[nn.Module], remat: Remat) -> type[nn.Module]:
-    """Return the module class under a remat policy, for use as the body of a layer scan.
+    """Return the module class of a layer under a remat policy, for a layer scan or inside `outside_scan`.
 
     Where weights are gathered (`placed`), `Remat.NONE` keeps the same activations as `Remat.NAMES`: otherwise the linear
     maps would keep all gathered weights for the backward pass.
@@ -67,8 +86,7 @@ def remat_module(module: type[nn.Module], remat: Remat) -> type[nn.Module]:
     elif remat is Remat.NONE:
         return module
     policy = None if remat is Remat.FULL else _KEEP_NAMED
-    # Inside a scan XLA cannot merge the recomputation with the forward pass, so nothing has to prevent it.
-    return nn.remat(module, policy=policy, prevent_cse=False)
+    return nn.remat(module, policy=policy, prevent_cse=prevent_cse())
 
 
 def token_wise(block: Callable[..., Any], remat: Remat, shape: tuple[int, ...]) -> Callable[..., Any]:
@@ -84,7 +102,7 @@ def token_wise(block: Callable[..., Any], remat: Remat, shape: tuple[int, ...]) 
       shape: (B, T, D).
     """
     if remat is Remat.NONE:
-        return nn.remat(block, policy=_KEEP_NAMED, prevent_cse=False)
+        return nn.remat(block, policy=_KEEP_NAMED, prevent_cse=prevent_cse())
     batch, tokens = shape[0], shape[0] * shape[1]
     fitting = [parts for parts in range(1, batch + 1) if batch % parts == 0 and tokens // parts <= _PART_TOKENS]
     parts = min(fitting, default=batch)

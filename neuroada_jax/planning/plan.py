@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from neuroada_jax.core import bypass
+from neuroada_jax.core import bypass, platform
 from neuroada_jax.errors import UserError, install_line
+from neuroada_jax.models import unrolled
 from neuroada_jax.planning import machines, roofline
 from neuroada_jax.planning.changes import with_changes
 from neuroada_jax.planning.collectives import collectives
@@ -133,6 +134,7 @@ class _Program(NamedTuple):
       state: shapes and shardings of the train state.
       batch: shapes of the examples of one device.
       local: trace of one device's step on these examples with unsharded weights, for the roofline.
+      frozen: whether each flat argument of `local` is a weight.
       unfused: the same with attention as matrix products of XLA, which can be counted; cuDNN's attention is one call.
       compiled: the step on all devices.
       seconds: time of tracing and compiling.
@@ -141,6 +143,7 @@ class _Program(NamedTuple):
     state: TrainState
     batch: AnyBatch
     local: Any
+    frozen: list[bool]
     unfused: Any
     compiled: Any
     seconds: float
@@ -163,9 +166,12 @@ def _compile(config: RunConfig, run: AbstractRun, mode: Parallel, compiler: Comp
     def trace_local(compiler: Compiler) -> Any:
         return compiler.trace(step.make_step(*settings), run.state, own_batch)
 
+    # The work is counted with stacked layers, in which a loop says what it keeps.
     began = time.perf_counter()
     local = traced = trace_local(compiler)
-    if not isinstance(mode, SingleDevice):
+    with platform.tracing_for(compiler.platform, flash_attention=compiler.flash_attention):
+        state = state._replace(params=mode.layers_apart(state.params, model.layers_path))
+    if not isinstance(mode, SingleDevice) or unrolled.is_apart(state.params):
         state, batch = mode.abstract(state, batch)
         traced = compiler.trace(mode.program(*settings), state, batch)
     try:
@@ -175,17 +181,16 @@ def _compile(config: RunConfig, run: AbstractRun, mode: Parallel, compiler: Comp
         raise UserError(f"{config.model.path}: its step cannot be compiled for {compiler.name} ({reason})") from error
     seconds = time.perf_counter() - began
     unfused = trace_local(compiler._replace(flash_attention=False)) if compiler.flash_attention else local
-    return _Program(state, own_batch, local, unfused, compiled, seconds)
+    frozen = jax.tree.map(lambda _: False, run.state)._replace(params=jax.tree.map(lambda _: True, run.state.params))
+    leaves = jax.tree.leaves((frozen, jax.tree.map(lambda _: False, own_batch)))
+    return _Program(state, own_batch, local, leaves, unfused, compiled, seconds)
 
 
 def _work(program: _Program, tensor: int) -> tuple[int, int]:
     """Return the FLOPs and the memory traffic of one device in a step; `tensor` devices share each matrix product."""
     state = program.state
-    frozen = jax.tree.map(lambda _: False, (state, program.batch))
-    frozen = (frozen[0]._replace(params=jax.tree.map(lambda _: True, state.params)), frozen[1])
-    leaves = jax.tree.leaves(frozen)
-    work = roofline.work(program.local.jaxpr, leaves)
-    flops = roofline.work(program.unfused.jaxpr, leaves).flops // tensor
+    work = roofline.work(program.local.jaxpr, program.frozen)
+    flops = roofline.work(program.unfused.jaxpr, program.frozen).flops // tensor
     read_and_written = work.stacked_bytes + _device_bytes((state.trainable, state.opt_state))
     read = work.weight_bytes // tensor + _device_bytes((state.columns, state.base_entries))
     return flops, read + 2 * read_and_written

@@ -49,9 +49,9 @@ def save(
       UserError: the directory exists or cannot be written, or an end token is not one token of the tokenizer.
     """
     end_ids = prompt_form.end_ids(form, tokenizer, base_model.source) if form and tokenizer is not None else []
-    leaves: dict[ModulePath, jax.Array] = dict(trees.flatten(params))
+    leaves: dict[ModulePath, Any] = dict(trees.flatten(params))
     slots = names.checkpoint_names(params, base_model.model.layers_path)
-    dtype = np.dtype(next(iter(leaves.values())).dtype)
+    dtype = np.dtype(jax.tree.leaves(params)[0].dtype)
 
     def tensor(name: str) -> np.ndarray:
         slot = slots[name]
@@ -59,7 +59,7 @@ def save(
 
     def size(slot: names.Slot) -> int:
         leaf = leaves[slot.path]
-        return leaf.nbytes if slot.layer is None else leaf.nbytes // leaf.shape[0]
+        return leaf.nbytes if slot.layer is None else sum(each.nbytes for each in jax.tree.leaves(leaf)) // len(leaf)
 
     plan = huggingface_hub.split_state_dict_into_shards_factory(
         slots,  # in place of the tensors, so that only one shard at a time is on the host

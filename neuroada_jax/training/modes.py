@@ -19,8 +19,9 @@ from jaxtyping import Array
 
 from neuroada_jax import console
 from neuroada_jax.core import bypass
-from neuroada_jax.core.trees import Tree
+from neuroada_jax.core.trees import ModulePath, Tree
 from neuroada_jax.errors import UserError
+from neuroada_jax.models import unrolled
 from neuroada_jax.models.losses import label_losses
 from neuroada_jax.models.remat import Placement, placed
 from neuroada_jax.training import step
@@ -83,6 +84,10 @@ class Parallel(abc.ABC):
     def weight_shardings(self, params: Tree) -> Tree | None:
         """Return the shardings to load a model's weights with; None for the default device, from which `place` copies."""
         return None
+
+    def layers_apart(self, params: Tree, layers_path: ModulePath) -> Tree:
+        """Return the weights of a run in the form that its step reads fastest (`models.unrolled`); deletes stacked ones."""
+        return unrolled.apart(params, layers_path)
 
     def place(self, state: TrainState) -> TrainState:
         """Return the state on these devices, which takes the argument over: buffers that are in place already are kept."""
@@ -266,6 +271,10 @@ class AutomaticPartitioning(Parallel):
 
     def weight_shardings(self, params: Tree) -> Tree | None:
         return shardings(params, self.mesh)
+
+    def layers_apart(self, params: Tree, layers_path: ModulePath) -> Tree:
+        # Each layer's weights are gathered into a new array, and the scan keeps one layer's at a time.
+        return params
 
     def local(self, tree: Tree) -> Tree:
         return tree

@@ -172,9 +172,9 @@ def _start(prepared: Prepared, loaded: LoadedModel | None) -> tuple[_Started, Tr
         before = prepared.score_sets(loaded, loaded.params, "before")
 
     transformation = optimizer.build(config.optimizer, prepared.total_steps, config.classifier)
-    state = devices.place(
-        step.initial_state(loaded.params, built, transformation, classifier, config.watchdog.nonfinite == "skip")
-    )
+    params = devices.layers_apart(loaded.params, loaded.model.layers_path)
+    skip = config.watchdog.nonfinite == "skip"
+    state = devices.place(step.initial_state(params, built, transformation, classifier, skip))
     base_model = loaded.without_params()  # the state owns the weights now: its buffers are donated step by step
     module = base_model.model.module(config.training.remat_policy)
     prepared.batches.own_rows = devices.slice_of_process(config.training)
