@@ -9,8 +9,7 @@ At the path of its linear map, each tree of a bypass holds
     base_entries  {"base_entries": (*L, O, k)}  the original entries of the kernel at the columns, in its dtype, kept while
                                                 the kernel holds base + values (is "resident")
 
-The kernels of a stack may also lie apart, as a tuple of L arrays in the place of (L, O, I); the trees above are stacked then,
-too.
+The kernels of a stack may also lie apart: a tuple of L arrays in the place of (L, O, I). The trees above stay stacked.
 
 Inputs and neurons may span several axes of a kernel, as in the (D, H, N) of Flax's attention. Columns then index the
 flattened inputs, and O is the number of flattened neurons.
