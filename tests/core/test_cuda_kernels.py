@@ -230,6 +230,13 @@ def in_scanned_layers(remat):
     return jax.jit(jax.value_and_grad(loss), donate_argnums=0), (values, x, kernels, columns)
 
 
+def test_it_compiles_inside_of_pmap(compiler):
+    summed = jax.pmap(lambda *a: jax.lax.psum(gradient(*a), "data"), axis_name="data", devices=compiler.devices)
+    arguments = [jax.ShapeDtypeStruct((8, *a.shape), a.dtype) for a in shapes(160, 40, 24, 3)]
+    with platform.tracing_for("gpu", flash_attention=False, device=compiler.devices[0]):
+        assert calls(summed.lower(*arguments).compile().as_text()) == 1
+
+
 @pytest.mark.parametrize("form", ["vmap", "shard_map", "shard_map, checked", "scan", "scan, remat"])
 def test_it_compiles_inside_of(form, compiler):
     if form == "vmap":
