@@ -1,5 +1,6 @@
 # `make` lists the targets. Everything is installed in .venv (check-gpu and bench-devices: .venv-gpu); pyproject.toml has the
-# dependencies, constraints.txt their exact versions. Stamp files in these folders let a second run start at once.
+# dependencies, constraints.txt their exact versions for Python 3.11 and constraints-py312.txt for later ones. Stamp files in
+# these folders let a second run start at once.
 
 PYTHON ?= python3
 # Two workers; the tests of a file stay together and share what they compile. `make test PYTEST_ARGS="-k bypass"`.
@@ -8,7 +9,10 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 VENV := .venv
 GPU := .venv-gpu
 CUDA := neuroada_jax/core/cuda
-PIP := -m pip --disable-pip-version-check install --constraint constraints.txt
+NEWEST := .venv-newest
+CONSTRAINTS := import sys; print("constraints.txt" if sys.version_info < (3, 12) else "constraints-py312.txt")
+# $(call pip,PYTHON) installs with the constraints of that Python.
+pip = $(1) -m pip --disable-pip-version-check install --constraint "$$($(1) -c '$(CONSTRAINTS)')"
 RUN := $(VENV)/bin/python
 SOURCES := neuroada_jax train benchmarks tests
 
@@ -22,8 +26,13 @@ CUDA_COMPILER := jax-cuda12-pjrt jax-cuda12-plugin nvidia-cudnn-cu12
 # The tests compile without XLA's optimisation, which tiny models do not repay; the real models of the slow tests do.
 OPTIMISED := --xla_backend_optimization_level=3
 
+# Of `make test-newest`: what depends on JAX, Flax, Orbax, transformers or Python itself.
+PYTHONS = $(if $(filter-out file default,$(origin PYTHON)),$(PYTHON),python3.14 python3.13 python3.12 $(PYTHON))
+NEWEST_TESTS ?= tests/core tests/models tests/pretrained tests/adapters tests/data tests/generation tests/training \
+	tests/test_cli.py tests/test_devices.py tests/test_linen.py tests/test_nnx.py tests/test_equinox.py
+
 .PHONY: help install quickstart test test-slow soak lint format clean ptx \
-	bench-ops bench-step bench-rows bench-memory bench-devices bench-glue bench-instruct check-gpu
+	test-newest bench-ops bench-step bench-rows bench-memory bench-devices bench-glue bench-instruct check-gpu
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
@@ -40,6 +49,13 @@ test: $(VENV)/.installed-test  ## run the tests, including those on the real Smo
 
 test-slow: $(VENV)/.installed-test  ## run the tests that take minutes: end to end, benchmarks, repeated cases
 	XLA_FLAGS=$(OPTIMISED) $(RUN) -m pytest -m slow
+
+test-newest:  ## run the tests that need no PyTorch with Python 3.12 or later and its JAX, in .venv-newest (PYTHON=... names one)
+	@python=; for name in $(PYTHONS); do \
+	  $$name -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && { python=$$name; break; }; done; \
+	[ -n "$$python" ] || { echo "test-newest needs Python 3.12 or later; found none of: $(PYTHONS). Try: make PYTHON=/path/to/python3.13 test-newest"; exit 1; }; \
+	$(MAKE) --no-print-directory NEWEST_PYTHON=$$python $(NEWEST)/.installed
+	$(NEWEST)/bin/python -m pytest $(PYTEST_ARGS) $(NEWEST_TESTS)
 
 soak: $(VENV)/.installed-test  ## kill a tiny training run 50 times, resume it, and compare it with an undisturbed run
 	$(RUN) tests/soak.py
@@ -88,7 +104,7 @@ bench-instruct: $(VENV)/.installed-test  ## quality of SmolLM2-135M on SST-2 and
 	$(RUN) -m benchmarks.instruct
 
 clean:  ## remove the environments and caches; runs/ stays
-	rm -rf $(VENV) $(GPU) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) $(GPU) $(NEWEST) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
 	find $(wildcard $(SOURCES)) -type d -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.created:
@@ -99,22 +115,28 @@ $(VENV)/.created:
 	  echo "$(PYTHON) -m venv failed, see above (on Debian and Ubuntu: apt install python3-venv)"; exit 1; }
 	@touch $@
 
-$(VENV)/.installed-core: $(VENV)/.created pyproject.toml constraints.txt
-	$(RUN) $(PIP) --editable .
+$(VENV)/.installed-core: $(VENV)/.created pyproject.toml constraints.txt constraints-py312.txt
+	$(call pip,$(RUN)) --editable .
 	@touch $@
 
-$(VENV)/.installed-quickstart: $(VENV)/.created pyproject.toml constraints.txt
-	$(RUN) $(PIP) --editable ".[quickstart]"
-	$(RUN) $(PIP) --no-deps $(NO_DEPS)
+$(VENV)/.installed-quickstart: $(VENV)/.created pyproject.toml constraints.txt constraints-py312.txt
+	$(call pip,$(RUN)) --editable ".[quickstart]"
+	$(call pip,$(RUN)) --no-deps $(NO_DEPS)
 	@touch $@
 
-$(VENV)/.installed-test: $(VENV)/.created pyproject.toml constraints.txt
-	$(RUN) $(PIP) --editable ".[test,quickstart]"
-	$(RUN) $(PIP) --no-deps $(NO_DEPS) $(ENCODERS)
+$(VENV)/.installed-test: $(VENV)/.created pyproject.toml constraints.txt constraints-py312.txt
+	$(call pip,$(RUN)) --editable ".[test,quickstart]"
+	$(call pip,$(RUN)) --no-deps $(NO_DEPS) $(ENCODERS)
 	@touch $@
 
-$(GPU)/.installed: pyproject.toml constraints.txt
+$(GPU)/.installed: pyproject.toml constraints.txt constraints-py312.txt
 	$(PYTHON) -m venv $(GPU)
-	$(GPU)/bin/python $(PIP) --editable .
-	$(GPU)/bin/python $(PIP) --no-deps $(CUDA_COMPILER)
+	$(call pip,$(GPU)/bin/python) --editable .
+	$(call pip,$(GPU)/bin/python) --no-deps $(CUDA_COMPILER)
+	@touch $@
+
+$(NEWEST)/.installed: pyproject.toml constraints-py312.txt
+	$(NEWEST_PYTHON) -m venv --clear $(NEWEST)
+	$(call pip,$(NEWEST)/bin/python) --editable ".[test-without-torch,quickstart]"
+	$(call pip,$(NEWEST)/bin/python) --no-deps $(NO_DEPS) $(ENCODERS)
 	@touch $@

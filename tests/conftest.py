@@ -3,6 +3,7 @@
 import atexit
 import importlib.util
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -43,6 +44,26 @@ jaxtyping.install_import_hook("neuroada_jax", "beartype.beartype")
 # The first example compiles, so no deadline; the same examples every time, so a red test is red for everyone.
 settings.register_profile("neuroada", deadline=None, derandomize=True)
 settings.load_profile("neuroada")
+
+
+# Without PyTorch (`make test-newest`), what compares with it is skipped: whole files that import it, and single tests.
+HAS_TORCH = importlib.util.find_spec("torch") is not None
+IMPORTS_TORCH = re.compile(r"^(import|from) (torch|peft|config_cases)\b", re.MULTILINE)
+collect_ignore = [
+    str(path)
+    for path in Path(__file__).parent.rglob("test_*.py")
+    if not HAS_TORCH and IMPORTS_TORCH.search(path.read_text(encoding="utf-8"))
+]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    try:
+        return (yield)
+    except ImportError as error:  # transformers raises it at the first use of a model
+        if HAS_TORCH or "torch" not in str(error).lower():
+            raise
+        pytest.skip("PyTorch is not installed")
 
 
 @pytest.fixture(scope="module", autouse=True)

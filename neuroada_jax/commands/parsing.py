@@ -17,6 +17,14 @@ class Parser(argparse.ArgumentParser):
         """Print the error and end the process."""
         self.exit(2, f"neuroada: error: {message}; see {self.prog} --help\n")
 
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        # As argparse does it, whose words depend on the version of Python.
+        if action.choices is not None and value not in action.choices:
+            known = [str(choice) for choice in action.choices]
+            raise argparse.ArgumentError(
+                action, f"expected one of {', '.join(known)}, found {value!r}{_nearest(str(value), known)}"
+            )
+
 
 class MainParser(Parser):
     """The parser of `neuroada` itself. Without a command it lists all of them."""

@@ -22,6 +22,7 @@ Tensor cores do not help: for 16 neurons they would form 16 x 16 products, of wh
 """
 
 import functools
+import warnings
 from typing import Any
 
 import jax
@@ -30,6 +31,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
+
+# JAX 0.11 and later warn whenever such a kernel is lowered; that is for this project, not for its users.
+warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
 
 # Compiled for sm_90a in bfloat16 with four connections, a thread takes 126 of its 255 registers and spills none: four
 # programs fit on a multiprocessor, with 80 KB of loads in flight.
