@@ -183,6 +183,7 @@ def _seconds_of_a_step(name: str, k: int, settings: argparse.Namespace) -> float
     seconds = _median(lambda: running.step(tokens), settings.repeats)
     del running, method  # the weights
     gc.collect()
+    jax.clear_caches()  # a trace is of one algorithm
     return seconds
 
 
