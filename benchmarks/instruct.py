@@ -5,7 +5,8 @@
 The settings are those of configs/smollm2-135m-sst2-k1.yaml and configs/smollm2-135m-commonsense-k20.yaml, except for k,
 the learning rate and the number of steps. Every method sees the same batches: rows, order, tokens and shapes are this
 library's, as is the scoring of the merged weights. AdamW without decay, linear schedule with warm-up, clipping at 1,
-float32 (on a GPU both libraries multiply in TF32); LoRA adapts the same linear maps with alpha = 2 r and no dropout.
+float32 unless `--dtype` says otherwise (on a GPU both libraries multiply in TF32); LoRA adapts the same linear maps with
+alpha = 2 r and no dropout.
 Ranks 1, 4 and 10 train about as many values as k = 1, 8 and 20 (rank 1, the smallest, trains twice as many as k = 1).
 
 256 of the training rows are held out and choose among learning rates (sweep.py). Needs the rows that the configs name (or
@@ -30,6 +31,7 @@ from neuroada_jax import console
 from neuroada_jax.cli import one_line_errors
 from neuroada_jax.data.batches import Batch
 from neuroada_jax.data.rows import load_rows
+from neuroada_jax.errors import UserError
 from neuroada_jax.models.llama import LLAMA_TARGETS
 from neuroada_jax.pretrained.load import load_model
 from neuroada_jax.training import config_file, run
@@ -55,9 +57,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made.add_argument("--config", nargs="*", default=[], metavar="TASK=FILE", help="configs in place of the built-in ones")
     made.add_argument("--steps", type=int, default=60)
     made.add_argument("--limit", type=int, help="rows of every scored set")
+    made.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the base; LoRA: float32 alone"
+    )
     settings = sweep.parse(made, RATES, arguments)
+    if settings.dtype != "float32" and not all(map(sweep.is_ours, settings.methods)):
+        raise UserError(f"--dtype {settings.dtype}: LoRA trains in float32; choose neuroada methods with --methods")
     files = CONFIGS | dict(text.split("=", 1) for text in settings.config)
-    fields = {"steps": settings.steps, "limit": settings.limit}
+    fields = {"steps": settings.steps, "limit": settings.limit, "dtype": settings.dtype}
     sweep.run(
         "instruct",
         f"accuracy in %, {settings.steps} steps",
@@ -105,7 +112,7 @@ def _settled(job: Job, file: str, settings: argparse.Namespace, folder: Path) ->
     for each in sets:
         each |= {"method": scored.method, "max_new_tokens": scored.max_new_tokens, "split": "train"}
     changes = {
-        "model": {"path": settings.model, "dtype": "float32"},
+        "model": {"path": settings.model, "dtype": job["dtype"]},
         "bypass.k": sweep.number(job["method"]),
         "data.train": str(folder / "train.jsonl"),
         "optimizer.learning_rate": job["rate"],
@@ -121,7 +128,8 @@ def _settled(job: Job, file: str, settings: argparse.Namespace, folder: Path) ->
 
 def _ours(chosen: RunConfig) -> Row:
     results = run.train(chosen)
-    return {"trained": results["trainable"]} | {field: results[field] for field in ("last_loss", "train_seconds", "after")}
+    kept = ("last_loss", "train_seconds", "rounded_to_nothing", "after")
+    return {"trained": results["trainable"]} | {field: results[field] for field in kept}
 
 
 def _theirs(chosen: RunConfig, job: Job, folder: Path) -> Row:

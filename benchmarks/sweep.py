@@ -151,7 +151,7 @@ def run(name: str, title: str, settings: Any, fields: Mapping[str, Any], train: 
         found = next((row for row in rows if all(row.get(key) == value for key, value in job.items())), None)
         if found is None:
             console.say(f"{job['task']}, {job['method']}, rate {job['rate']:g}, seed {job['seed']}")
-            found = {**job, "k": number(job["method"]), "dtype": "float32", "peak_bytes": None, **train(job)}
+            found = {"dtype": "float32", **job, "k": number(job["method"]), "peak_bytes": None, **train(job)}
             rows.append(found)
             common.save(name, rows, settings)  # in case the rest is interrupted
         return float(found["choosing_value"])

@@ -148,13 +148,29 @@ def _intercept(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.mod
     if reason := _obstacle(module):
         raise UserError(f"{'.'.join(module.path)}: {reason}")
     columns, values = (module.get_variable("params", name) for name in (_COLUMNS, _VALUES))
-    # Flax handles the rest: dtypes, axes, bias. A bound module is frozen and lives for one call of apply, so its field is
-    # set from outside; a clone would show up in captured intermediates.
-    object.__setattr__(module, "dot_general", functools.partial(bypass_dot_general, columns=columns, values=values))
+    # Flax handles the rest: axes, bias, other dtypes. A bound module is frozen and lives for one call of apply, so its
+    # fields are set from outside; a clone would show up in captured intermediates.
+    fields = {
+        "dot_general": functools.partial(bypass_dot_general, columns=columns, values=values),
+        "promote_dtype": functools.partial(_promote_all_but_the_kernel, module.promote_dtype),
+    }
+    former = {name: getattr(module, name) for name in fields}
+    _set(module, fields)
     try:
         return call(*args, **kwargs)
     finally:
-        object.__setattr__(module, "dot_general", None)
+        _set(module, former)
+
+
+def _set(module: Any, fields: Mapping[str, Any]) -> None:
+    for name, value in fields.items():
+        object.__setattr__(module, name, value)
+
+
+def _promote_all_but_the_kernel(promote: Callable[..., Any], x: Any, kernel: Any, bias: Any, *, dtype: Any) -> Any:
+    """Cast the arrays of a layer as it does, except the kernel: W + D is rounded to its own dtype first, as in `merge`."""
+    x, _, bias = promote(x, kernel, bias, dtype=dtype)
+    return x, kernel, bias
 
 
 def as_matrices(kernel: jax.Array, input_axes: int, neuron_axes: int) -> jax.Array:

@@ -11,6 +11,7 @@ the axis of layers that `nnx.vmap` stacked in front. Values and columns are (*L,
 flattened. Both have Variable types of their own, so `nnx.Param` means the same parameters as before.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -52,6 +53,17 @@ class BypassDotGeneral(nnx.Module):
             raise UserError(f"{self.name}: a layer with a bypass cannot take out_sharding, found {out_sharding}")
         columns, values = self.columns.get_value(), self.values.get_value()
         return linen.bypass_dot_general(x, kernel, dimension_numbers, precision, columns=columns, values=values)
+
+
+@dataclasses.dataclass(frozen=True)
+class _PromoteAllButTheKernel:
+    """Casts the arrays of a layer as it does, except the kernel: W + D is rounded to its own dtype first, as in `merge`."""
+
+    promote: Callable[..., Any]
+
+    def __call__(self, arrays: Any, **options: Any) -> Any:
+        x, _, bias = self.promote(arrays, **options)
+        return x, arrays[1], bias
 
 
 def build(
@@ -102,6 +114,7 @@ def attach(model: nnx.Module, bypass: Bypass) -> Any:
             raise UserError(f"{name}: a kernel {layer.kernel.shape} does not fit columns {columns.shape} (*L, O, k)")
         values = trees.get(bypass.values, path)["values"]
         layer.dot_general = nnx.data(BypassDotGeneral(name, columns, values))
+        layer.promote_dtype = _PromoteAllButTheKernel(layer.promote_dtype)
     return model
 
 
@@ -116,6 +129,7 @@ def detach(model: nnx.Module) -> tuple[Any, Bypass]:
             columns = trees.put(columns, path, {"columns": held.columns.get_value()})
             values = trees.put(values, path, {"values": held.values.get_value()})
             layer.dot_general = nnx.static(lax.dot_general if isinstance(layer, nnx.Linear) else None)
+            layer.promote_dtype = layer.promote_dtype.promote
     return model, Bypass(values, columns)
 
 

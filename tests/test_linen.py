@@ -147,13 +147,17 @@ def test_float64_outputs_and_gradients_equal_autodiff_through_the_merged_weights
             assert want.any()
 
 
-def test_half_precision_layers_of_float32_parameters():
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("kept", [jnp.float32, jnp.bfloat16])
+def test_layers_in_another_dtype_than_their_parameters_compute_what_the_merged_ones_do(kept, dtype):
+    """W + D is rounded to the parameters' dtype, and only then cast to the layer's."""
     model, x, params, built = prepared()
-    half = model.clone(dtype=jnp.bfloat16)
+    model, params = model.clone(dtype=dtype), jax.tree.map(lambda leaf: leaf.astype(kept), params)
     with jax.numpy_dtype_promotion("standard"):  # as Flax's own norms need it
-        got, want = outputs(half, params, built, x), outputs(model, params, built, x)
-    assert got.dtype == jnp.bfloat16
-    assert np.linalg.norm(np.asarray(got - want.astype(got.dtype), np.float32)) < 0.05 * np.linalg.norm(want)
+        got = outputs(model, params, built, x)
+        want = jit(model.apply)({"params": na.merge(params, built, layout=Layout.IO)}, x)
+    assert got.dtype == dtype
+    np.testing.assert_array_equal(got, want)
 
 
 def test_no_dense_gradient_is_formed():

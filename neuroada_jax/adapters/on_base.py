@@ -19,6 +19,7 @@ from neuroada_jax.adapters.base_model import place
 from neuroada_jax.adapters.native import Adapter, Selection
 from neuroada_jax.core import bypass, trees
 from neuroada_jax.core.bypass import Bypass
+from neuroada_jax.core.entries import round_to
 from neuroada_jax.core.trees import Tree
 from neuroada_jax.data.prompts import PromptForm
 from neuroada_jax.errors import UserError
@@ -219,7 +220,7 @@ def merge(adapter: Adapter, base_model: LoadedModel, round_first: Any = jnp.floa
       UserError: see `stack_layers` and `classifier`.
     """
     trained = stack_layers(adapter, base_model)
-    values = jax.tree.map(lambda leaf: leaf.astype(round_first).astype(jnp.float32), trained.values)
+    values = jax.tree.map(lambda leaf: round_to(leaf, round_first).astype(jnp.float32), trained.values)
     return dense_modules.join(
         bypass.merge(base_model.params, Bypass(values, trained.columns)), classifier(adapter, base_model)
     )

@@ -84,9 +84,8 @@ class BypassKernel:
             raise UserError(
                 f"{self.name}: found stacked kernels {self.shape}, expected one linear map; scan or vmap over them"
             )
-        dtype = jnp.promote_types(x.dtype, self.dtype)
-        kernel = self.kernel.astype(dtype)
-        return bypass_dense(x.astype(dtype), kernel, self.columns, self.values, layout=self.layout)
+        x = x.astype(jnp.promote_types(x.dtype, self.dtype))
+        return bypass_dense(x, self.kernel, self.columns, self.values, layout=self.layout)
 
     def __rmatmul__(self, x: Any) -> jax.Array:
         """Return `x @ w`."""

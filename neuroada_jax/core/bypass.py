@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from neuroada_jax.core import selection
-from neuroada_jax.core.entries import Layout, add_entries, read_entries, wide_dtype, write_entries
+from neuroada_jax.core.entries import Layout, add_entries, read_entries, round_to, wide_dtype, write_entries
 from neuroada_jax.core.trees import ModulePath, Tree, get, kernel_at, leaves, put
 from neuroada_jax.errors import UserError
 
@@ -153,6 +153,18 @@ def unmerge(
 ) -> Tree:
     """Return the original parameters, bit for bit, from merged or resident ones and the base entries of `read`."""
     return _map_kernels(params, columns, lambda path: get(base_entries, path)["base_entries"], write_entries, layout)
+
+
+def rounded_to_nothing(values: Mapping[str, Any], base_entries: Mapping[str, Any]) -> float:
+    """Return the share of the values, from 0 to 1, that leave their weight as it was: base + value rounds to base."""
+    pairs = [(leaf, get(base_entries, path)["base_entries"]) for path, leaf in leaves(values, "values")]
+    return sum(map(int, _unchanged(pairs))) / count(values)
+
+
+@jax.jit
+def _unchanged(pairs: Sequence[tuple[jax.Array, jax.Array]]) -> list[jax.Array]:
+    """Return how many values of each (values, base entries) leave their weight as it was."""
+    return [jnp.sum(round_to(base.astype(values.dtype) + values, base.dtype) == base) for values, base in pairs]
 
 
 def swap(

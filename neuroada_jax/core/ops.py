@@ -26,7 +26,7 @@ from neuroada_jax.core.value_gradient import GradientAlgorithm, choose_algorithm
 def _product(x: Array, kernel: Array, layout: Layout) -> Array:
     """Return x @ kernel^T, (*B, O), in the dtype of x; XLA accumulates bfloat16 products in float32."""
     inputs = 1 if Layout(layout) is Layout.OI else 0
-    return lax.dot_general(x, kernel, (((x.ndim - 1,), (inputs,)), ((), ())))
+    return lax.dot_general(x, kernel.astype(x.dtype), (((x.ndim - 1,), (inputs,)), ((), ())))
 
 
 def _backward(
@@ -34,7 +34,7 @@ def _backward(
 ) -> tuple[Array, Array]:
     """Return dx, (*B, I), and dvalues, (O, k), for a kernel that holds W + D."""
     neurons = 0 if Layout(layout) is Layout.OI else 1
-    dx = lax.dot_general(dy, kernel, (((dy.ndim - 1,), (neurons,)), ((), ())))
+    dx = lax.dot_general(dy, kernel.astype(dy.dtype), (((dy.ndim - 1,), (neurons,)), ((), ())))
     flat_dy, flat_x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
     return dx, value_gradient(flat_dy, flat_x, columns, algorithm).astype(values_dtype)
 
@@ -107,8 +107,8 @@ def bypass_dense(
     are then plain matrix products, and `values` is an argument so that it receives its gradient.
 
     Args:
-      x: float (*B, I), in the kernel's dtype.
-      kernel: float (O, I), or (I, O) for `Layout.IO`.
+      x: float (*B, I).
+      kernel: float (O, I), or (I, O) for `Layout.IO`. Where x has another dtype, W + D is cast to it for the product.
       columns: int32 (O, k), distinct within a neuron, in [0, I).
       values: float (O, k).
       resident: whether the kernel holds W + D.

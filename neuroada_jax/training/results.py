@@ -33,7 +33,13 @@ class Sizes(NamedTuple):
 
 
 def results(
-    prepared: Prepared, sizes: Sizes, history: History, best: KeptStates | None, before: Scores, after: Scores
+    prepared: Prepared,
+    sizes: Sizes,
+    history: History,
+    best: KeptStates | None,
+    before: Scores,
+    after: Scores,
+    rounded_to_nothing: float | None,
 ) -> dict[str, Any]:
     """Return the content of results.json.
 
@@ -44,6 +50,7 @@ def results(
       best: the scores of the epochs or validations; None where the last state is kept.
       before: scores of the base model, empty where `evaluation.before` is off.
       after: scores of the merged model.
+      rounded_to_nothing: share of the values that leave their weight as it was; None for a base of 32 bits or more.
 
     Returns: JSON. A number that is not finite is null. `before` and `after` hold, by evaluation set, `Score.to_json`.
     """
@@ -59,6 +66,7 @@ def results(
         "trainable_in_classifier": sizes.in_classifier,  # published shares exclude the classifier
         "total_parameters": sizes.total,
         "trainable_percent": 100 * sizes.trainable / sizes.total,
+        "rounded_to_nothing": rounded_to_nothing,
         "train_seconds": history.seconds,
         "tokens_per_second": history.tokens / history.seconds,
         "first_loss": history.losses[0],

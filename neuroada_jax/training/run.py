@@ -33,6 +33,7 @@ from neuroada_jax.training import (
     optimizer,
     results,
     resuming,
+    rounding,
     run_directory,
     step,
     trackers,
@@ -326,7 +327,8 @@ def finish(fitted: Fitted) -> dict[str, Any]:
 
     if isinstance(fitted.best, validation.Validation):
         validation.warn_without_gain(fitted.best)
-    content = results.results(prepared, fitted.sizes, fitted.history, fitted.best, fitted.before, after)
+    rounded = rounding.share(fitted.state, prepared.devices)
+    content = results.results(prepared, fitted.sizes, fitted.history, fitted.best, fitted.before, after, rounded)
     files.write_text(directory / "results.json", files.to_json(content, indent=2) + "\n")
     _draw_losses(fitted)
     for name, score in after.items():
@@ -337,6 +339,8 @@ def finish(fitted: Fitted) -> dict[str, Any]:
     # The best state's adapter is the run's own now. Checkpoints are kept where the config asks for them.
     for each in ("epochs", "validation", *(() if config.training.save_every else ("checkpoints",))):
         shutil.rmtree(directory / each, ignore_errors=True)
+    if rounded is not None:
+        rounding.report(rounded, fitted.base_model.model.config.dtype)
     return content
 
 

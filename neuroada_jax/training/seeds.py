@@ -104,7 +104,7 @@ def summarise(config: RunConfig, runs: dict[int, dict[str, Any]]) -> dict[str, A
         deviation (of a sample; None for one seed) and the values. Mean and deviation are None where a value is not finite.
     """
     first = next(iter(runs.values()))
-    kept = ("directory", "best_epoch", "before", "after", "train_seconds")
+    kept = ("directory", "best_epoch", "before", "after", "rounded_to_nothing", "train_seconds")
     after = {}
     for name in (each.name for each in config.evaluation.sets):
         scores = [each["after"][name] for each in runs.values()]

@@ -1,6 +1,7 @@
 """A kernel with a bypass in the place of the array: every product, every transformation, and what raises."""
 
 import copy
+import dataclasses
 import functools
 
 import jax
@@ -101,6 +102,15 @@ def test_dtypes_are_promoted_as_for_arrays():
     with jax.numpy_dtype_promotion("standard"):
         assert (half @ attached).dtype == jnp.float32
         np.testing.assert_allclose(half @ attached, half @ array, rtol=1e-4, atol=1e-4)
+
+
+def test_a_bfloat16_kernel_is_rounded_as_merged_before_it_meets_a_wider_x():
+    attached, _ = kernel(Layout.IO)
+    attached = dataclasses.replace(attached, kernel=attached.kernel.astype(jnp.bfloat16))
+    merged = add_entries(attached.kernel, attached.columns, attached.values, Layout.IO)
+    with jax.numpy_dtype_promotion("standard"):
+        for function in (lambda w: X @ w), jit(lambda w: X @ w):
+            np.testing.assert_array_equal(function(attached), function(merged))
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,19 @@
 
 import dataclasses
 import json
+from contextlib import nullcontext
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from data_helpers import message_of
 from helpers import run_config, write_bert, write_model, write_rows
+from safetensors.numpy import load_file
 
 from neuroada_jax.adapters import native
 from neuroada_jax.data.rows import load_rows, rows_from_list
+from neuroada_jax.errors import NeuroadaWarning
 from neuroada_jax.pretrained.load import load_model
 from neuroada_jax.pretrained.tokenizer import load_tokenizer
 from neuroada_jax.training import config_file, run
@@ -53,6 +57,41 @@ def test_stages_on_a_model_and_rows_in_memory_equal_a_run_from_disk(tmp_path, in
     here, there = (native.read(str(each["directory"]) + "/adapter").values for each in (found, want))
     assert here.keys() == there.keys() and all(np.array_equal(here[each], there[each]) for each in here)
     assert any(values.any() for values in here.values())
+
+
+@pytest.mark.parametrize(("k", "rate"), [(1, 1e-5), (5, 1e-2)])
+def test_a_bfloat16_base_trains_the_model_that_is_merged(tmp_path, k, rate):
+    """Resident weights, merged files and a numpy sum have the same bits, and so have the logits; the rest is reported."""
+    model, rows = write_model(tmp_path / "model", dtype="bfloat16"), write_rows(tmp_path / "rows.jsonl")
+    sections = {"bypass": {"targets": None, "k": k}, "optimizer": {"learning_rate": rate, "schedule": "constant"}}
+    few, message = rate < 1e-3, "round to nothing in bfloat16: .* model.dtype=float32"
+    with jax.numpy_dtype_promotion("standard"):  # JAX transposes its own attention in mixed precision
+        fitted = run.fit(run.prepare(settings(tmp_path, (model, rows), merge=True, **sections)))
+        state = jax.tree.map(jnp.copy, fitted.state)
+        with pytest.warns(NeuroadaWarning, match=message) if few else nullcontext():
+            results = run.finish(fitted)
+
+    merged = load_model(str(tmp_path / "out" / "merged"))
+    jax.tree.map(np.testing.assert_array_equal, merged.params, state.params)
+    ids, module = jnp.asarray([[5, 6, 7, 8] * 5]), merged.model.module()
+    resident = {"params": state.params, "columns": state.columns, "resident": state.bypass.values}
+    found, want = (jax.jit(module.apply)(variables, ids)[0] for variables in (resident, {"params": merged.params}))
+    np.testing.assert_array_equal(found, want)
+
+    adapter = native.read(str(tmp_path / "out" / "adapter"))
+    before, after = (load_file(each / "model.safetensors") for each in (model, tmp_path / "out" / "merged"))
+    unchanged = []
+    for name, values in adapter.values.items():
+        weight, columns = before[f"{name}.weight"], adapter.columns[name]
+        entries = np.take_along_axis(weight, columns, axis=1)
+        new = (entries.astype(np.float32) + values).astype(weight.dtype)
+        unchanged.append((new == entries).reshape(-1))
+        np.put_along_axis(weight, columns, new, axis=1)
+        np.testing.assert_array_equal(after[f"{name}.weight"], weight)
+    assert results["rounded_to_nothing"] == pytest.approx(np.concatenate(unchanged).mean())
+    assert results == json.loads((tmp_path / "out" / "results.json").read_text())
+    low, high = (0.9, 1) if few else (0, 0.2)
+    assert low <= results["rounded_to_nothing"] <= high
 
 
 def test_a_classifier_in_memory_that_no_checkpoint_has_is_initialised_from_the_runs_seed(tmp_path):
