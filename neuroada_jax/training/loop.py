@@ -169,11 +169,7 @@ def run(
                 began += time.perf_counter() - now
             hooks.on_lines(lines)
             stopping = stopping or stop.requested
-            note = _note(lines, now - last)
-            bar.update(done, total, note)
-            if not console.is_terminal():
-                left = (now - began) / (done - start) * (total - done)
-                console.say(f"step {done} of {total}: {note}, {left:.0f} s left")
+            _show(bar, done, total, _note(lines, now - last), (now - began) / (done - start))
             if saving or stopping:
                 hooks.save(state)
             if stopping:
@@ -182,6 +178,13 @@ def run(
             if scoring and evaluations.finished:
                 break
     return state
+
+
+def _show(bar: console.Bar, done: int, total: int, note: str, seconds_a_step: float) -> None:
+    """Move the bar; where there is no terminal for it, print a line."""
+    bar.update(done, total, note)
+    if not console.is_terminal():
+        console.say(f"step {done} of {total}: {note}, {seconds_a_step * (total - done):.0f} s left")
 
 
 def _note(lines: list[Line], seconds: float) -> str:
