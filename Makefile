@@ -57,7 +57,7 @@ test-newest:  ## run the tests that need no PyTorch with Python 3.12 or later an
 	$(MAKE) --no-print-directory NEWEST_PYTHON=$$python $(NEWEST)/.installed
 	$(NEWEST)/bin/python -m pytest $(PYTEST_ARGS) $(NEWEST_TESTS)
 
-soak: $(VENV)/.installed-test  ## kill a tiny training run 50 times, resume it, and compare it with an undisturbed run
+soak: $(VENV)/.installed-test  ## kill tiny training runs of 1, 2 and 4 processes 100 times, resume them, and compare
 	$(RUN) tests/soak.py
 
 lint: $(VENV)/.installed-test  ## check style, format and types without changing a file

@@ -65,6 +65,8 @@ def silence() -> None:
 
 def warn(message: str) -> None:
     """Issue a NeuroadaWarning; the command line shows it as one line."""
+    if _err.quiet:
+        return
     warnings.warn(message, NeuroadaWarning, stacklevel=2)
 
 

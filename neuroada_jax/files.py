@@ -1,18 +1,25 @@
-"""Atomic writes of files and directories, JSON whose errors name the file, and text that can be written as UTF-8."""
+"""Atomic writes of files and directories, JSON whose errors name the file, and text that can be written as UTF-8.
+
+What is written gets its name only once it is complete. Until then its temporary name has a marker and cannot be guessed,
+and an open descriptor locks it: the next writer of the same name removes what a killed process has left behind, which
+nobody locks any more, and nothing else.
+"""
 
 import contextlib
+import fcntl
 import json
 import math
 import os
 import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from neuroada_jax.errors import UserError
 
+TEMPORARY, OLD = ".neuroada-tmp", ".neuroada-old"  # what is being written, and what it replaces
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -22,34 +29,32 @@ def new_directory(destination: Path, *, replace: bool = False) -> Iterator[Path]
 
     Args:
       destination: the directory to create.
-      replace: replace it where it exists.
+      replace: replace it where it exists, as it is now.
 
     Raises:
-      UserError: the destination exists and `replace` is not set, or it cannot be written.
+      UserError: the destination exists and `replace` is not set, it cannot be written, or something appeared there
+        meanwhile.
     """
-    if destination.exists() and not replace:
+    if os.path.lexists(destination) and not replace:
         raise UserError(f"{destination} exists already; choose another folder or remove it")
+    temporary, descriptor = None, None
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
-    except OSError as error:
-        raise UserError(f"{destination}: cannot be written ({error.strerror})") from error
-    old = temporary.with_name(f"{temporary.name}.old")
-    try:
+        sweep(destination)
+        before = _names(destination)
+        temporary, descriptor = _new(destination, is_directory=True)
         yield temporary
-        temporary.chmod(0o755)  # mkdtemp makes directories private, and safetensors its files
-        for file in temporary.rglob("*"):
-            file.chmod(0o755 if file.is_dir() else 0o644)
-        if destination.exists():
-            destination.rename(old)  # for a moment no directory has the name, but never an incomplete one
-        temporary.rename(destination)
+        _set_modes(temporary)
+        if _names(destination) != before:
+            raise UserError(f"{destination}: something else was put there meanwhile; it is left as it is")
+        _swap(temporary, destination)
     except OSError as error:
         raise UserError(f"{destination}: cannot be written ({error.strerror or error})") from error
     finally:
-        if old.exists() and not destination.exists():
-            old.rename(destination)
-        for leftover in (temporary, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -58,15 +63,104 @@ def write_text(path: Path, text: str) -> None:
     Raises:
       UserError: it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary, descriptor = None, None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
+        sweep(path)
+        temporary, descriptor = _new(path, is_directory=False)
+        with open(descriptor, "w", encoding="utf-8", closefd=False) as file:
+            file.write(text)
         temporary.replace(path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
         raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def sweep(destination: Path) -> None:
+    """Remove what killed processes have left of writing a destination; what they were replacing gets its name back."""
+    for kind in (OLD, TEMPORARY):
+        for path in destination.parent.glob(f".{_escaped(destination.name)}.*{kind}"):
+            try:
+                descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+            except OSError:
+                continue
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if kind == OLD and not os.path.lexists(destination):
+                    path.rename(destination)
+                else:
+                    _remove(path)
+            except OSError:  # someone is writing it, or this file system has no locks
+                continue
+            finally:
+                os.close(descriptor)
+
+
+def _new(destination: Path, *, is_directory: bool) -> tuple[Path, int]:
+    """Create the temporary file or directory of a destination, with the permissions of any new one, and lock it."""
+    while True:
+        path = destination.with_name(f".{destination.name}.{secrets.token_hex(8)}{TEMPORARY}")
+        if is_directory:
+            path.mkdir()
+        descriptor = os.open(path, os.O_RDONLY if is_directory else os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        with contextlib.suppress(OSError):  # a file system without locks: nobody sweeps there either
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.lexists(path):  # not swept before it was locked
+            return path, descriptor
+        os.close(descriptor)
+
+
+def _swap(temporary: Path, destination: Path) -> None:
+    """Give a complete directory its name, and remove what had it."""
+    if not os.path.lexists(destination):
+        temporary.rename(destination)
+        return
+    old = temporary.with_name(temporary.name.removesuffix(TEMPORARY) + OLD)
+    descriptor = os.open(destination, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        destination.rename(old)  # for a moment no directory has the name, but never an incomplete one
+        try:
+            temporary.rename(destination)
+        except OSError:
+            old.rename(destination)
+            raise
+        _remove(old)
+    finally:
+        os.close(descriptor)
+
+
+def _names(path: Path) -> set[str] | None:
+    """Return what is at a path, by relative names and the identities of the files; None where nothing is."""
+    if not os.path.lexists(path):
+        return None
+    found = [path, *(Path(folder) / name for folder, names, more in os.walk(path) for name in (*names, *more))]
+    return {f"{each.relative_to(path)} {each.lstat().st_ino}" for each in found}
+
+
+def _set_modes(directory: Path) -> None:
+    """Give everything below a directory the permissions of new files, whatever the libraries that wrote them chose."""
+    mode = directory.stat().st_mode & 0o777
+    for path in directory.rglob("*"):
+        if not path.is_symlink():
+            path.chmod(mode if path.is_dir() else mode & 0o666)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _escaped(name: str) -> str:
+    return re.sub(r"([*?\[])", r"[\1]", name)
 
 
 def check_writable(path: Path) -> None:

@@ -1,11 +1,13 @@
 """Kill a training run with SIGKILL at random moments, resume it each time, and compare it with an undisturbed run.
 
-    make soak              (or: python tests/soak.py --kills 50 --seed 0)
+    make soak              (or: python tests/soak.py --kills 1:50 2:25 4:25 --seed 0)
 
-The model is a tiny random one that is made here: nothing is downloaded. The run scores a set before training, after each
-epoch and at the end, and saves a checkpoint every few steps. A kill waits for a randomly chosen stage of the run (start-up,
-training steps, a half-written checkpoint, an evaluation) and then a random moment longer; where a run ends before all kills
-are spent, the next run begins. The last line is `soak: N kills, M resumes, K mismatches`; the exit code is 1 unless K is 0.
+The model is a tiny random one that is made here: nothing is downloaded. A run has one, two or four processes. It scores a
+set before training, after each epoch and at the end, and saves a checkpoint every few steps. A kill waits for a randomly
+chosen stage of the run (start-up, training steps, a half-written checkpoint, an evaluation, the end) and then a random
+moment longer, and hits one of its processes at random; the others must end by themselves within a minute. Where a run
+ends before all kills are spent, the next run begins. The last line is `soak: N kills, M resumes, K mismatches`; the exit
+code is 1 unless K is 0.
 
 These must be equal, byte for byte: the trained values, metrics.jsonl (and so the data of every step), the scores, all
 predictions, and results.json except for times. After every kill, metrics.jsonl must consist of complete lines in order.
@@ -15,8 +17,7 @@ import argparse
 import json
 import os
 import random
-import signal
-import subprocess
+import socket
 import sys
 import tempfile
 import time
@@ -24,6 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import forked
 import helpers
 
 from neuroada_jax import console
@@ -39,18 +41,21 @@ COMPARED = (
 )
 TIMES = ("directory", "train_seconds", "tokens_per_second")
 DEADLINE = 600.0  # seconds within which a stage must come and a run must end
+END = 60.0  # seconds within which the other processes of a run end after a kill
 
 
 class Run:
-    """A training process and the files of its run."""
+    """The processes of a run, and its files."""
 
-    def __init__(self, config: Path, *options: str) -> None:
-        self.out = _output(config)
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
-        command = [sys.executable, "-m", "neuroada_jax.cli", "train", str(config), "--json", *options]
-        self._errors = config.with_suffix(".stderr")
-        with self._errors.open("wb") as errors:
-            self.process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=errors)
+    def __init__(self, config: Path, count: int, *options: str) -> None:
+        self.out, self._logs = _output(config), [config.with_suffix(f".{index}.log") for index in range(count)]
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        several = ["--coordinator", address, "--processes", str(count), "--join-timeout", "50"] if count > 1 else []
+        self.processes = []
+        for index, log in enumerate(self._logs):
+            number = ["--process", str(index)] if several else []
+            self.processes.append(forked.start(["train", str(config), "--json", *options, *several, *number], log))
         self.began = time.monotonic()
 
     def lines(self) -> int:
@@ -62,73 +67,95 @@ class Run:
         """Return whether a checkpoint is half written."""
         return any((self.out / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
 
+    def is_running(self) -> bool:
+        """Return whether no process has ended."""
+        return all(each.exitcode is None for each in self.processes)
+
     def wait_for(self, stage: Callable[[], bool]) -> None:
-        """Wait until the stage has come or the process has ended."""
-        while self.process.poll() is None and not stage():
+        """Wait until the stage has come or a process has ended."""
+        while self.is_running() and not stage():
             if time.monotonic() - self.began > DEADLINE:
                 raise SystemExit(f"soak: {self.out}: no progress in {DEADLINE:.0f} s")
             time.sleep(0.001)
 
     def kill_at(self, stage: str, rng: random.Random) -> bool:
-        """Kill the process at a stage; return False where it had ended before."""
+        """Kill a process at a stage; return False where the run had ended before."""
         _STAGES[stage](self, rng)
-        if self.process.poll() is not None:
+        victim = rng.choice(self.processes)
+        if not self.is_running():
             return False
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
+        victim.kill()
         return True
 
+    def outlived(self) -> str | None:
+        """Wait for the other processes after a kill; return which of them did not end by themselves, if any."""
+        deadline = time.monotonic() + END
+        for each in self.processes:
+            each.join(max(0.0, deadline - time.monotonic()))
+        alive = [index for index, each in enumerate(self.processes) if each.exitcode is None]
+        for index in alive:
+            self.processes[index].kill()
+            self.processes[index].join()
+        return f"processes {alive} went on for {END:.0f} s" if alive else None
+
     def error(self) -> str | None:
-        """Wait for the end; return the last line of standard error where the process failed."""
-        if self.process.wait(DEADLINE) == 0:
-            return None
-        return self._errors.read_text(errors="replace").strip().splitlines()[-1]
+        """Wait for the end; return the last line of the log of a process that failed."""
+        for each, log in zip(self.processes, self._logs, strict=True):
+            each.join(DEADLINE)
+            if each.exitcode != 0:
+                return [*log.read_text(errors="replace").strip().splitlines(), f"exit code {each.exitcode}"][-2:][0]
+        return None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the soak; a line for every kill goes to standard error, the result to standard output."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--kills", nargs="+", default=["1:50", "2:25", "4:25"], metavar="PROCESSES:KILLS")
     parser.add_argument("--seed", type=int, default=0, help="of the stages and moments (default: 0)")
     parser.add_argument("--stages", nargs="+", choices=sorted(_STAGES), default=sorted(_STAGES))
     settings = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory(prefix="neuroada-soak-") as folder:
-        return soak(Path(folder), settings.kills, settings.stages, random.Random(settings.seed))
+    rng, total = random.Random(settings.seed), Counter[str]()
+    for part in settings.kills:
+        count, kills = map(int, part.split(":"))
+        with tempfile.TemporaryDirectory(prefix="neuroada-soak-") as folder:
+            total += soak(Path(folder), count, kills, settings.stages, rng)
+    print(f"soak: {total['kills']} kills, {total['resumes']} resumes, {total['mismatches']} mismatches")
+    return int(total["mismatches"] > 0)
 
 
-def soak(folder: Path, kills: int, stages: Sequence[str], rng: random.Random) -> int:
-    """Train in `folder` with kills at the given stages; return the exit code."""
+def soak(folder: Path, count: int, kills: int, stages: Sequence[str], rng: random.Random) -> Counter[str]:
+    """Train in `folder` in so many processes, with kills at the given stages; return kills, resumes and mismatches."""
     helpers.write_model(folder / "model")
     helpers.write_rows(folder / "rows.jsonl", BATCH_SIZE * STEPS_OF_EPOCH)
     undisturbed = write_config(folder, "undisturbed")
-    if error := Run(undisturbed).error():
+    if error := Run(undisturbed, count).error():
         raise SystemExit(f"soak: the undisturbed run fails: {error}")
     killed: Counter[str] = Counter()
     resumes, mismatches, rounds = 0, 0, 0
     while killed.total() < kills:
         rounds += 1
         config = write_config(folder, f"run-{rounds}")
-        run = Run(config)
+        run = Run(config, count)
         while killed.total() < kills and run.kill_at(stage := rng.choice(stages), rng):
             killed[stage] += 1
-            reason = broken_lines(run.out)
-            mismatches += reason is not None
-            after = f"after {run.lines()} of {STEPS} steps"
-            console.say(f"kill {killed.total()} of {kills}: {stage}, {after}{f'; {reason}' if reason else ''}")
+            reasons = [reason for reason in (run.outlived(), broken_lines(run.out)) if reason]
+            mismatches += len(reasons)
+            after = "; ".join([f"after {run.lines()} of {STEPS} steps", *reasons])
+            console.say(f"{count} process(es), kill {killed.total()} of {kills}: {stage}, {after}")
             resumed = (run.out / "config.yaml").exists()
             resumes += resumed
-            run = Run(config, *["--resume"] * resumed)
+            run = Run(config, count, *["--resume"] * resumed)
         if error := run.error():
-            console.say(f"the process ended with: {error}")
+            console.say(f"the run ended with: {error}")
             mismatches += 1
             continue
         differing = compare(_output(undisturbed), run.out)
         mismatches += len(differing)
         verdict = f"and differs in {differing}" if differing else "equal to the undisturbed one"
         console.say(f"run {rounds} ends, {verdict}")
-    console.say("kills by stage: " + ", ".join(f"{stage} {killed[stage]}" for stage in sorted(killed)))
-    print(f"soak: {killed.total()} kills, {resumes} resumes, {mismatches} mismatches")
-    return int(mismatches > 0)
+    by_stage = ", ".join(f"{stage} {killed[stage]}" for stage in sorted(killed))
+    console.say(f"{count} process(es): {killed.total()} kills ({by_stage}), {resumes} resumes, {mismatches} mismatches")
+    return Counter(kills=killed.total(), resumes=resumes, mismatches=mismatches)
 
 
 def _at_start(run: Run, rng: random.Random) -> None:
@@ -157,7 +184,18 @@ def _at_an_evaluation(run: Run, rng: random.Random) -> None:
     time.sleep(rng.uniform(0, 0.5))
 
 
-_STAGES = {"start": _at_start, "steps": _at_steps, "save": _at_a_save, "evaluation": _at_an_evaluation}
+def _at_the_end(run: Run, rng: random.Random) -> None:
+    run.wait_for((run.out / "adapter").exists if rng.random() < 0.5 else lambda: run.lines() == STEPS)
+    time.sleep(rng.uniform(0, 0.5))
+
+
+_STAGES = {
+    "start": _at_start,
+    "steps": _at_steps,
+    "save": _at_a_save,
+    "evaluation": _at_an_evaluation,
+    "end": _at_the_end,
+}
 
 
 def broken_lines(out: Path) -> str | None:
@@ -212,4 +250,12 @@ def write_config(folder: Path, name: str) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with tempfile.TemporaryDirectory(prefix="neuroada-soak-") as compiled:
+        os.environ |= {  # before the server of `forked` starts
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "--xla_backend_optimization_level=0",
+            "JAX_COMPILATION_CACHE_DIR": compiled,
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
+        sys.exit(main())

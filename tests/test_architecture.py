@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "neuroada_jax"
 # docs/design.md draws this order: a room imports rooms that stand before it, and no others.
 ORDER = [
-    *("errors", "files", "console"),
+    *("errors", "locks", "files", "console"),
     *(
         "core",
         "devices",

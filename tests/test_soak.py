@@ -8,11 +8,11 @@ import soak
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_ends_as_if_it_was_not(tmp_path, capfd):
-    assert soak.soak(tmp_path, 1, ["save"], random.Random(1)) == 0
-    out, err = capfd.readouterr()
-    assert out == "soak: 1 kills, 1 resumes, 0 mismatches\n"
-    assert "kill 1 of 1" in err and "run 1 ends, equal to the undisturbed one" in err
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_run_that_is_killed_ends_as_if_it_was_not(count, tmp_path, capfd):
+    assert soak.soak(tmp_path, count, 1, ["save"], random.Random(1)) == {"kills": 1, "resumes": 1, "mismatches": 0}
+    err = capfd.readouterr().err
+    assert f"{count} process(es), kill 1 of 1: save" in err and "run 1 ends, equal to the undisturbed one" in err
 
 
 @pytest.mark.parametrize("name", [*soak.COMPARED, "results.json"])

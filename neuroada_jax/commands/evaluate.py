@@ -82,7 +82,7 @@ def run(parsed: argparse.Namespace) -> None:
         scorer = _classification(parsed, opened, tokenizer, rows, task)
     base_model, params = shared.load_params(opened, adapter)
     with console.bar("evaluating") as bar:
-        score = scorer.score(base_model, params, console.reporter(bar))
+        score = scoring.score(scorer, base_model, params, console.reporter(bar))
     try:  # a score is not lost where its predictions cannot be written, nor they where standard output is closed
         if parsed.json:
             shared.print_json({"task": parsed.task} | _summary(score))

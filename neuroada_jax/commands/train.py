@@ -1,13 +1,16 @@
 """`neuroada train`: fine-tune a model as a config says."""
 
 import argparse
-import contextlib
 import re
 import shlex
 import sys
+from typing import TYPE_CHECKING
 
 from neuroada_jax.commands import shared
 from neuroada_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from neuroada_jax.training.peers import Peers
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
@@ -23,6 +26,9 @@ def add(commands: shared.Commands) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace a run that is already in the output directory")
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint (training.save_every)")
     parser.add_argument(
+        "--resume-or-start", action="store_true", help="--resume if the output directory holds a run, else start it"
+    )
+    parser.add_argument(
         "--force-resume", action="store_true", help="with --resume: continue although config, data or model have changed"
     )
     parser.add_argument("--seeds", metavar="N,N,...", help="do one run for each seed, as `seeds: [...]` in the config does")
@@ -35,34 +41,54 @@ def add(commands: shared.Commands) -> None:
     parser.add_argument(
         "--process", type=int, metavar="N", help="number of this process, from 0, with --coordinator HOST:PORT"
     )
+    parser.add_argument(
+        "--join-timeout", type=float, metavar="SECONDS", help="time for all processes to come (default: 120)"
+    )
 
 
 def run(parsed: argparse.Namespace) -> int:
     """Train, print the results or how to resume, and return the exit code."""
-    from neuroada_jax.training import config_file, processes, report, run, run_directory, seeds, signals
+    from neuroada_jax.training import processes
 
+    if parsed.resume_or_start and (parsed.resume or parsed.overwrite):
+        raise UserError("--resume-or-start: give it without --resume or --overwrite")
     if parsed.seeds is not None and not re.fullmatch(r"\d+(,\d+)*", parsed.seeds):
         raise UserError(f"--seeds: expected numbers with commas between, such as 42,43,44, found {parsed.seeds!r}")
-    if parsed.coordinator and parsed.resume:
-        raise UserError("--resume: runs of several processes save no checkpoints yet, so there is none to resume from")
+    arguments = (parsed.coordinator, parsed.processes, parsed.process, parsed.join_timeout)
+    with processes.joined(*arguments) as together:
+        code = _run(parsed, together)
+        if code == STOPPED and together.count > 1:
+            together.stopped(STOPPED)
+    return code
+
+
+def _run(parsed: argparse.Namespace, together: "Peers") -> int:
+    """Train in one of the processes of a run; return its exit code."""
+    from neuroada_jax.training import config_file, processes, report, run, run_directory, seeds, signals
+
     typed = {f"seeds=[{parsed.seeds}]": f"--seeds {parsed.seeds}"} if parsed.seeds else {}
     settings = config_file.load(parsed.config, [*parsed.overrides, *typed], typed)
     several = settings.seeds is not None
+    if several and together.count > 1:
+        raise UserError("seeds: several processes train one seed; start a run for each")
     train = seeds.train if several else run.train
     stopped, before = None, run_directory.written(settings)
+    if parsed.resume_or_start:
+        begun = together.from_first("begun", lambda: bool(run_directory.written(settings)))
+        parsed.resume, parsed.force_resume = begun, parsed.force_resume and begun
     flags = {"overwrite": parsed.overwrite, "resume": parsed.resume, "force_resume": parsed.force_resume}
     with (
-        processes.joined(parsed.coordinator, parsed.processes, parsed.process) as first,
-        processes.own_output(settings) as settings,
-        # Several processes have nothing to save and cannot stop at different steps: there a signal ends them as usual.
-        contextlib.nullcontext(signals.Stop()) if parsed.coordinator else signals.listening() as stop,
+        processes.own_output(settings) as own,
+        signals.listening(signals.SharedStop(together) if together.count > 1 else signals.Stop()) as stop,
     ):
         try:
-            results = train(settings, **flags, stop=stop)
+            results = train(own, **flags, stop=stop)
         except signals.Stopped as request:
             stopped = request
         else:
-            if parsed.json and first:
+            if not together.is_first:
+                return 0
+            if parsed.json:
                 shared.print_json(results)
             else:
                 (seeds.print_summary if several else report.print_summary)(results)
@@ -70,10 +96,11 @@ def run(parsed: argparse.Namespace) -> int:
     if stopped is None:
         return 0
     # After the signal listener's own line, which another thread writes.
-    begun = parsed.resume or run_directory.written(settings) != before
-    saved = "nothing new to save" if stopped.step is None else f"step {stopped.step} is saved"
-    how = f"stopped, {saved}; go on with" if begun else "stopped before the run had begun; start it with"
-    sys.stderr.write(f"neuroada: {how}: {_again(parsed, begun, stopped.step is not None)}\n")
+    if together.is_first:
+        begun = parsed.resume or run_directory.written(settings) != before
+        saved = "nothing new to save" if stopped.step is None else f"step {stopped.step} is saved"
+        how = f"stopped, {saved}; go on with" if begun else "stopped before the run had begun; start it with"
+        sys.stderr.write(f"neuroada: {how}: {_again(parsed, begun, stopped.step is not None)}\n")
     return STOPPED
 
 
@@ -85,6 +112,10 @@ def _again(parsed: argparse.Namespace, begun: bool, saved: bool) -> str:
         "--overwrite": parsed.overwrite and not begun,
         "--resume": begun,
         "--force-resume": parsed.force_resume and not saved,  # a new checkpoint has the changed config
+        "--coordinator": parsed.coordinator,
+        "--processes": parsed.processes and str(parsed.processes),
+        "--process": None if parsed.process is None else str(parsed.process),
+        "--join-timeout": parsed.join_timeout and f"{parsed.join_timeout:g}",
     }
     given = [word for name, value in options.items() if value for word in ((name,) if value is True else (name, value))]
     return shlex.join(["neuroada", "train", parsed.config, *parsed.overrides, *given])

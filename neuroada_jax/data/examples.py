@@ -3,7 +3,7 @@
 import array
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, Literal
 
@@ -251,6 +251,19 @@ class LabelledExamples:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def part(self, numbers: Sequence[int]) -> "LabelledExamples":
+        """Return the examples with these numbers, in the order given."""
+        chosen = np.asarray(numbers)
+        tokens = np.concatenate([np.arange(self.offsets[i], self.offsets[i + 1]) for i in chosen])
+        return replace(
+            self,
+            token_ids=self.token_ids[tokens],
+            token_types=self.token_types[tokens],
+            labels=self.labels[chosen],
+            offsets=np.concatenate([[0], np.cumsum(np.diff(self.offsets)[chosen])]),
+            weights=None if self.weights is None else self.weights[chosen],
+        )
 
     @property
     def row_numbers(self) -> Int32[np.ndarray, "n"]:

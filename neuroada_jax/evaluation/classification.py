@@ -2,6 +2,7 @@
 
 import functools
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,13 +76,22 @@ class ClassificationScorer:
             console.say(f"{rows.source}: {examples.truncated} of {len(rows)} examples truncated to {max_length} tokens")
         return cls(rows, task, examples, classes, batch_size)
 
-    def score(self, base_model: OpenedModel, params: Tree, on_progress: Progress | None = None) -> Score:
-        """Score the rows; see `Scorer.score`."""
-        task, labels = self.task, self.examples.labels
-        logits = predict(base_model, params, self.examples, self.batch_size, on_progress)[:, self.classes]
-        values, found = figures(logits, labels, task), _decisions(logits, task)
+    def predict(
+        self, base_model: OpenedModel, params: Tree, numbers: Sequence[int], on_progress: Progress | None = None
+    ) -> list[Any]:
+        """Return the logits of the task's labels for some rows; see `Scorer.predict`."""
+        if not numbers:
+            return []
+        part = self.examples if len(numbers) == len(self.examples) else self.examples.part(numbers)
+        logits = predict(base_model, params, part, self.batch_size, on_progress)
+        return list(logits[:, self.classes].tolist())
+
+    def judge(self, found: list[Any]) -> Score:
+        """Return the score of all logits; see `Scorer.judge`."""
+        task, labels, logits = self.task, self.examples.labels, np.asarray(found, np.float32)
+        values, decided = figures(logits, labels, task), _decisions(logits, task)
         expected = labels > 0 if task.is_multilabel else labels
-        intervals = {name: metrics.interval(name, found, expected) for name in values}
+        intervals = {name: metrics.interval(name, decided, expected) for name in values}
         return Score(
             values[task.metric],
             len(labels),
@@ -90,7 +100,7 @@ class ClassificationScorer:
             task.metric,
             beside={name: values[name] for name in task.beside},
             beside_intervals={name: intervals[name] for name in task.beside},
-            classes=_class_report(found, expected, task),
+            classes=_class_report(decided, expected, task),
         )
 
 

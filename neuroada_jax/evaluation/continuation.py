@@ -97,30 +97,41 @@ class ContinuationScorer:
         ends = ending(base_model, tokenizer, form)
         return cls(converted, task, options, form, tokenizer, ends, length, prompts, answers, candidates)
 
-    def score(self, base_model: OpenedModel, params: Tree, on_progress: Progress | None = None) -> Score:
-        """Score the rows; see `Scorer.score`."""
+    def predict(
+        self, base_model: OpenedModel, params: Tree, numbers: Sequence[int], on_progress: Progress | None = None
+    ) -> list[Any]:
+        """Return the predictions of some rows; see `Scorer.predict`."""
+        if not numbers:
+            return []
         if self.options.method == "choices":
-            predictions = self._choose(base_model, params, on_progress)
-        else:
-            predictions = self._generate(base_model, params, on_progress)
-        for i, (row, prediction) in enumerate(zip(self.rows.rows, predictions, strict=True)):
+            return self._choose(base_model, params, numbers, on_progress)
+        return self._generate(base_model, params, numbers, on_progress)
+
+    def judge(self, found: list[Any]) -> Score:
+        """Return the score of all predictions; see `Scorer.judge`."""
+        for i, (row, prediction) in enumerate(zip(self.rows.rows, found, strict=True)):
             self._compare(row, prediction)
             prediction["prompt"] = render_prompt(row, self.form, self.tokenizer, self.rows.where(i))
-        return summarise(predictions)
+        return summarise(found)
 
-    def _choose(self, base_model: OpenedModel, params: Tree, on_progress: Progress | None) -> list[dict[str, Any]]:
+    def _choose(
+        self, base_model: OpenedModel, params: Tree, numbers: Sequence[int], on_progress: Progress | None
+    ) -> list[dict[str, Any]]:
         """Return the most likely of every row's answers as its prediction."""
-        losses = choices.losses(base_model.model, params, self.candidates, self.options.batch_size, on_progress)
+        candidates = [self.candidates[i] for i in numbers]
+        losses = choices.losses(base_model.model, params, candidates, self.options.batch_size, on_progress)
         best = losses.argmin(axis=1)
-        return [{"prediction": own[choice]} for own, choice in zip(self.answers, best, strict=True)]
+        return [{"prediction": self.answers[i][choice]} for i, choice in zip(numbers, best, strict=True)]
 
-    def _generate(self, base_model: OpenedModel, params: Tree, on_progress: Progress | None) -> list[dict[str, Any]]:
+    def _generate(
+        self, base_model: OpenedModel, params: Tree, numbers: Sequence[int], on_progress: Progress | None
+    ) -> list[dict[str, Any]]:
         """Return the continuation of every row's prompt, and the text that its answer is looked for in."""
         stop, tokenizer = self.options.decoding.stop, self.tokenizer
         outputs = generate(
             base_model.model,
             params,
-            self.prompts,
+            [self.prompts[i] for i in numbers],
             self.ending,
             max_new_tokens=self.max_new_tokens,
             decoding=self.options.decoding,
@@ -128,10 +139,11 @@ class ContinuationScorer:
             on_progress=on_progress,
         )
         predictions = []
-        for row, each in zip(self.rows.rows, outputs, strict=True):
+        for i, each in zip(numbers, outputs, strict=True):
+            templated = is_templated(self.rows.rows[i], self.form)
             text = before_stop(str(tokenizer.decode(each.ids, skip_special_tokens=True)), stop)
             # Of a chat without the thoughts before it.
-            answer = before_stop(answer_text(each.ids, tokenizer), stop) if is_templated(row, self.form) else text
+            answer = before_stop(answer_text(each.ids, tokenizer), stop) if templated else text
             predictions.append({"generation": text, "stopped": each.stopped, "answered": answer})
         return predictions
 

@@ -1,13 +1,14 @@
 """Scores, and the interface of scorers that decoders and encoders share."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from neuroada_jax import files
 from neuroada_jax.core.trees import Tree
+from neuroada_jax.data.rows import Rows
 from neuroada_jax.evaluation.class_report import ClassReport
 from neuroada_jax.pretrained.load import OpenedModel
 
@@ -101,15 +102,32 @@ def _value_from_json(value: float | None) -> float:
 class Scorer(Protocol):
     """Validated and tokenised rows: scoring them cannot fail on bad input. Building one needs no weights."""
 
-    def score(self, base_model: OpenedModel, params: Tree, on_progress: Progress | None = None) -> Score:
-        """Score the rows.
+    @property
+    def rows(self) -> Rows:
+        """The rows that are scored."""
+        ...
+
+    def predict(
+        self, base_model: OpenedModel, params: Tree, numbers: Sequence[int], on_progress: Progress | None = None
+    ) -> list[Any]:
+        """Return the predictions of the rows with these numbers, in a form that JSON keeps; `judge` takes those of all.
 
         Args:
           base_model: architecture and config, those the scorer was built for.
           params: complete plain parameters: the base model's, or with an adapter merged in.
+          numbers: of the rows; ascending.
           on_progress: called with (batches done, batches in all).
         """
         ...
+
+    def judge(self, found: list[Any]) -> Score:
+        """Return the score of the predictions of all rows, which it may change."""
+        ...
+
+
+def score(scorer: Scorer, base_model: OpenedModel, params: Tree, on_progress: Progress | None = None) -> Score:
+    """Score all rows; arguments as in `Scorer.predict`."""
+    return scorer.judge(scorer.predict(base_model, params, range(len(scorer.rows)), on_progress))
 
 
 def write_predictions(path: Path, score: Score) -> None:

@@ -17,7 +17,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ from orbax.checkpoint import checkpoint_managers
 from neuroada_jax import console, files
 from neuroada_jax.core import bypass
 from neuroada_jax.errors import UserError
+from neuroada_jax.training import peers
 from neuroada_jax.training.step import TrainState
 
 FORMAT = 3
@@ -67,13 +68,20 @@ class Checkpoints:
     @functools.cached_property
     def _manager(self) -> ocp.CheckpointManager:
         """Orbax's manager, created on first use: a run that saves nothing has no directory of checkpoints."""
+        alone = peers.current().count == 1
+        if not alone:  # the others have nothing to do with it
+            self._directory.mkdir(parents=True, exist_ok=True)
+        only_first = ocp.options.MultiprocessingOptions(
+            primary_host=0, active_processes={0}, barrier_sync_key_prefix="first"
+        )
         policies = [checkpoint_managers.LatestN(self._keep_last)]
         if self._keep_best:
             policies.append(checkpoint_managers.BestN(get_metric_fn=_merit, n=self._keep_best))
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
             best_fn=_merit if self._keep_best else None,
-            create=True,
+            create=alone,
+            multiprocessing_options=ocp.options.MultiprocessingOptions() if alone else only_first,
             cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
         )
@@ -106,17 +114,18 @@ class Checkpoints:
         Raises:
           UserError: this checkpoint, or the one before it that was still being written, could not be saved.
         """
+        self._save(int(state.step), saved(state), about or {}, merit)
+
+    def _save(self, step: int, content: dict[str, Any], about: dict[str, Any], merit: float | None) -> None:
+        """Save the content of a state, as JAX arrays or, of several processes, as NumPy arrays."""
         self.wait()
-        step = int(state.step)
         try:
             if step in self._manager.all_steps():
                 return
-            self._saving = CheckpointInfo(
-                step, {"format": FORMAT, "step": step, "arrays": _arrays(saved(state)), **(about or {})}
-            )
+            self._saving = CheckpointInfo(step, {"format": FORMAT, "step": step, "arrays": _arrays(content), **about})
             with tempfile.TemporaryDirectory(prefix=".probe", dir=self._directory) as probe:
                 (Path(probe) / "probe").write_bytes(bytes(4096))  # where this fails, Orbax's threads wait for ten minutes
-            args = ocp.args.Composite(state=ocp.args.StandardSave(saved(state)))
+            args = ocp.args.Composite(state=ocp.args.StandardSave(content))
             self._manager.save(step, args=args, metrics={"merit": merit} if self._keep_best else None)
         except Exception as error:  # Orbax raises OSError, ValueError, RuntimeError and others for a disk that is full
             raise self._not_saved(error) from error
@@ -137,7 +146,7 @@ class Checkpoints:
 
     def _seal(self) -> None:
         """Write metadata and digests; Orbax calls this in its thread, once all is written and before the rename."""
-        if jax.process_index() != 0 or self._saving is None:
+        if self._saving is None:
             return
         (folder,) = self._directory.resolve().glob(f"{self._saving.step}.orbax-checkpoint-tmp*")
         files.write_text(folder / ABOUT, json.dumps(self._saving.about))
@@ -187,6 +196,25 @@ class Checkpoints:
         Raises:
           UserError: there is no intact checkpoint, or it does not fit the state.
         """
+        found = self._read(saved(state), ocp.utils.to_shape_dtype_struct)
+        trained = bypass.Bypass(found["trainable"]["bypass"], found["columns"])
+        base_entries = bypass.read(state.params, trained.columns)  # the original weights, since no step was taken yet
+        complete = state._replace(
+            **found, base_entries=base_entries, params=bypass.make_resident(state.params, trained, base_entries)
+        )
+        # Orbax commits arrays to their device, as device_put does. All must be committed, or the second step recompiles.
+        return jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding), complete)
+
+    def _read(self, expected: dict[str, Any], template: Callable[[Any], Any]) -> dict[str, Any]:
+        """Return the content of the newest intact checkpoint.
+
+        Args:
+          expected: a tree of the same shapes and dtypes.
+          template: makes of each of its arrays what tells Orbax how to restore it.
+
+        Raises:
+          UserError: see `restore`.
+        """
         if self.newest is None:
             raise UserError(f"{self._directory}: no checkpoint to resume from")
         for folder in self.damaged:  # its step will be saved again
@@ -197,7 +225,7 @@ class Checkpoints:
             except OSError as error:
                 raise UserError(f"{folder}: the damaged checkpoint cannot be renamed ({error.strerror})") from error
         former = self.newest.about["format"] == FORMER_FORMAT
-        content = _with_former_names(saved(state)) if former else saved(state)
+        content = _with_former_names(expected) if former else expected
         step, here, there = self.newest.step, _arrays(content), self.newest.about["arrays"]
         if other := sorted(name for name in {**here, **there} if here.get(name) != there.get(name)):
             one = other[0]
@@ -205,21 +233,16 @@ class Checkpoints:
                 f"{self._directory / str(step)}: this checkpoint is of another model or config: {one}: expected "
                 f"{here.get(one, 'none')}, found {there.get(one, 'none')}"
             )
-        wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, content)
+        wanted = jax.tree.map(template, content)
         try:
-            found = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted)))["state"]
+            found: dict[str, Any] = self._manager.restore(
+                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
+            )["state"]
         except Exception as error:
             reason = _reason(error)
             raise UserError(f"{self._directory / str(step)}: this checkpoint cannot be resumed from ({reason})") from error
         # Both trees have the same leaves in the same order: the keys that differ sort to the same place.
-        found = jax.tree.unflatten(jax.tree.structure(saved(state)), jax.tree.leaves(found)) if former else found
-        trained = bypass.Bypass(found["trainable"]["bypass"], found["columns"])
-        base_entries = bypass.read(state.params, trained.columns)  # the original weights, since no step was taken yet
-        complete = state._replace(
-            **found, base_entries=base_entries, params=bypass.make_resident(state.params, trained, base_entries)
-        )
-        # Orbax commits arrays to their device, as device_put does. All must be committed, or the second step recompiles.
-        return jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding), complete)
+        return jax.tree.unflatten(jax.tree.structure(expected), jax.tree.leaves(found)) if former else found
 
 
 def saved(state: TrainState) -> dict[str, Any]:

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
+import numpy as np
 
 from neuroada_jax import files
 from neuroada_jax.adapters import native, on_base
 from neuroada_jax.core import bypass
 from neuroada_jax.core.bypass import Bypass
 from neuroada_jax.pretrained.load import IdentifiedModel
+from neuroada_jax.training import peers, processes
+from neuroada_jax.training.modes import Parallel
 from neuroada_jax.training.step import TrainState
 
 
@@ -42,8 +45,11 @@ class KeptStates:
         """
         self._directory, self._save = directory, save
         self._log, self._adapters = directory / f"{name}.jsonl", directory / name
+        self.lines: list[dict[str, Any]] = peers.current().from_first(name, lambda: self._read(done))
+
+    def _read(self, done: int) -> list[dict[str, Any]]:
         lines = self._log.read_text(encoding="utf-8").splitlines() if self._log.exists() else []
-        self.lines: list[dict[str, Any]] = [line for line in map(json.loads, lines) if line["step"] <= done]
+        return [line for line in map(json.loads, lines) if line["step"] <= done]
 
     def line(self, step: int) -> dict[str, Any] | None:
         """Return the line of the state after that step; None where there is none."""
@@ -92,18 +98,26 @@ class KeptStates:
             if path.name not in needed:
                 shutil.rmtree(path, ignore_errors=True)
 
-    def restore(self, state: TrainState, base_model: IdentifiedModel) -> TrainState:
-        """Return the last state with the values and the classifier of the best one.
+    def restore(self, state: TrainState, base_model: IdentifiedModel, devices: Parallel) -> TrainState:
+        """Return the last state with the values and the classifier of the best one, on the run's devices.
 
         Raises:
           UserError: the adapter of the best state is gone.
         """
-        adapter = native.read(str(self._adapter_of_best()))
-        tree: dict[str, Any] = {"bypass": on_base.stack_layers(adapter, base_model).values}
-        if state.classifier:
-            tree["classifier"] = on_base.classifier(adapter, base_model)
-        trainable = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), tree, state.trainable)
-        params = bypass.make_resident(state.params, Bypass(trainable["bypass"], state.columns), state.base_entries)
+        if peers.current().is_first:
+            adapter = native.read(str(self._adapter_of_best()))
+            tree: dict[str, Any] = {"bypass": on_base.stack_layers(adapter, base_model).values}
+            if state.classifier:
+                tree["classifier"] = on_base.classifier(adapter, base_model)
+            trainable = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), tree, state.trainable)
+        else:
+            trainable = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), state.trainable)
+        write = bypass.make_resident
+        if peers.current().count > 1:
+            trainable = processes.broadcast(jax.tree.map(np.asarray, trainable))
+            trainable = devices.place_like(trainable, devices.shardings(state).trainable)
+            write = jax.jit(devices.by_neuron(bypass.make_resident))
+        params = write(state.params, Bypass(trainable["bypass"], state.columns), state.base_entries)
         return state._replace(trainable=trainable, params=params)
 
     def _adapter_of_best(self) -> Path:

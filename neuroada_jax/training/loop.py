@@ -154,7 +154,7 @@ def run(
             with watchdog.compiling(done, expected=_announce(batch, compiled, len(batches.shapes))):
                 state, metrics = run_step(state, batch)
             pending.append(_Step(number, metrics, int(batch.lengths.sum())))
-            scoring, stopping, every = evaluations.due(done), stop.requested, settings.save_every
+            scoring, stopping, every = evaluations.due(done), stop.reached(done, 0), settings.save_every
             saving = every is not None and (done % every == 0 or done == total or scoring)
             if done % settings.log_every and not (done == total or saving or scoring or stopping):
                 continue
@@ -168,7 +168,7 @@ def run(
                 stopping = _interrupted(stop, evaluations, state, lines[-1])
                 began += time.perf_counter() - now
             hooks.on_lines(lines)
-            stopping = stopping or stop.requested
+            stopping = stopping or stop.reached(done, 2)
             _show(bar, done, total, _note(lines, now - last), (now - began) / (done - start))
             if saving or stopping:
                 hooks.save(state)
@@ -206,11 +206,11 @@ def _check_finite(lines: list[Line], watchdog: Watchdog, batches: AnyBatches, st
 def _interrupted(stop: Stop, evaluations: Evaluations, state: TrainState, line: Line) -> bool:
     """Score a state, add the results to the log line of its step, and return whether a request to stop interrupted that."""
     try:
-        with stop.held(False):
+        with stop.scoring(line["step"], 1):
             line |= evaluations(state)
     except Stopped:
         return True
-    return False
+    return stop.reached(line["step"], 1)
 
 
 def _announce(batch: AnyBatch, compiled: set[tuple[int, ...]], possible: int) -> bool:

@@ -26,7 +26,18 @@ from neuroada_jax.models.losses import label_losses
 from neuroada_jax.models.remat import Placement, placed
 from neuroada_jax.training import step
 from neuroada_jax.training.config import RunConfig, TrainingSection
-from neuroada_jax.training.sharding import DATA, EXAMPLE_AXES, FSDP, TENSOR, rule, sharding_at, shardings
+from neuroada_jax.training.sharding import (
+    DATA,
+    EXAMPLE_AXES,
+    FSDP,
+    TENSOR,
+    across_processes,
+    mesh_of_process,
+    pad,
+    rule,
+    sharding_at,
+    shardings,
+)
 from neuroada_jax.training.step import AnyBatch, StepMetrics, TrainState
 
 RunStep = Callable[[TrainState, AnyBatch], tuple[TrainState, StepMetrics]]
@@ -61,14 +72,6 @@ class Parallel(abc.ABC):
           UserError: they do not.
         """
         self.padded_size(config.training)
-        if jax.process_count() > 1:
-            self._check_for_processes(config)
-
-    def _check_for_processes(self, config: RunConfig) -> None:
-        if config.data.validation is not None:
-            raise UserError("data.validation: several processes cannot keep the best state yet; set it to null")
-        if config.training.save_every is not None:
-            raise UserError("training.save_every: several processes cannot save checkpoints yet; set it to null")
 
     def slice_of_process(self, training: TrainingSection) -> slice:
         """Return the slice of a padded batch that the devices of this process read."""
@@ -91,23 +94,52 @@ class Parallel(abc.ABC):
 
     def place(self, state: TrainState) -> TrainState:
         """Return the state on these devices, which takes the argument over: buffers that are in place already are kept."""
+        return self.place_like(state, self.shardings(state))
+
+    def place_like(self, tree: Any, shardings: Any) -> Any:
+        """Return a tree with these shardings, as `place` does."""
         if jax.process_count() == 1:
-            return jax.device_put(state, self.shardings(state))
-        return jax.tree.map(_across_processes, state, self.shardings(state))
+            return jax.device_put(tree, shardings)
+        return jax.tree.map(across_processes, tree, shardings)
 
     def local(self, tree: Tree) -> Tree:
         """Return this process's own copy of a replicated tree, for single-device work such as evaluation."""
         return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
 
+    @property
+    def shares_weights(self) -> bool:
+        """Whether no process has all weights, so that all have to score the same batch together."""
+        return False
+
+    def own(self, tree: Tree) -> Tree:
+        """Return a replicated tree as the devices of this process hold it, without a copy, for `spread` batches."""
+        if jax.process_count() == 1:
+            return tree
+        everywhere = NamedSharding(mesh_of_process(self.mesh), PartitionSpec())
+
+        def here(leaf: Array) -> Array:
+            shards = [shard.data for shard in leaf.addressable_shards]
+            return jax.make_array_from_single_device_arrays(leaf.shape, everywhere, shards)
+
+        return jax.tree.map(here, tree)
+
     def spread(self, batch: AnyBatch) -> AnyBatch:
-        """Return a host batch, padded and split by example over the devices, for functions that the compiler partitions."""
-        examples = NamedSharding(self.mesh, PartitionSpec(EXAMPLE_AXES))
-        padded = pad(batch, -(-len(batch.lengths) // self.shards) * self.shards)
-        return jax.tree.map(lambda leaf: _across_processes(leaf, examples), padded)
+        """Return a host batch, padded and split by example over the devices that score it, all or those of this process."""
+        mesh = self.mesh if self.shares_weights else mesh_of_process(self.mesh)
+        shards = mesh.shape[DATA] * mesh.shape[FSDP]
+        padded = pad(batch, -(-len(batch.lengths) // shards) * shards)
+        examples = NamedSharding(mesh, PartitionSpec(EXAMPLE_AXES))
+        return jax.tree.map(lambda leaf: across_processes(leaf, examples), padded)
 
     def unsharded(self, tree: Any) -> Any:
         """Return small trees of the state, such as the values, in a form that every process can read completely."""
         return tree
+
+    def on_host(self, tree: Any) -> Any:
+        """Return small trees of the state as NumPy arrays of their own; where processes share them, all have to call it."""
+
+        here = lambda leaf: leaf if leaf.is_fully_addressable else leaf.addressable_data(0)  # noqa: E731
+        return jax.tree.map(lambda leaf: np.array(here(leaf)), self.unsharded(tree))
 
     def by_neuron(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return a function of weight trees, which treats every neuron separately, for weights that may be sharded."""
@@ -172,7 +204,7 @@ class Parallel(abc.ABC):
     def _distribute(self, batch: AnyBatch) -> AnyBatch:
         """Return a padded host batch split by example over the devices."""
         examples = NamedSharding(self.mesh, PartitionSpec(EXAMPLE_AXES))
-        return jax.tree.map(lambda leaf: _across_processes(leaf, examples), batch)
+        return jax.tree.map(lambda leaf: across_processes(leaf, examples), batch)
 
 
 class SingleDevice(Parallel):
@@ -237,7 +269,7 @@ class Pmap(Parallel):
 
     def shardings(self, state: TrainState) -> TrainState:
         # On a mesh of pmap's single axis, where the step leaves its results: another sharding would compile a second step.
-        mesh = Mesh(self.mesh.devices.flatten(), (DATA,))
+        mesh = Mesh(mesh_of_process(self.mesh).devices.flatten(), (DATA,))
         return jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), state)
 
     def ahead_of_time(self) -> Parallel:
@@ -245,11 +277,13 @@ class Pmap(Parallel):
 
     def _program(self, sums: Callable[..., step.Sums], update: Callable[..., Any]) -> Any:
         body = _data_parallel(sums, update, self.mesh.size, DATA)
-        devices = self.mesh.devices.flatten().tolist()
+        devices = self.mesh.devices.flatten().tolist() if jax.process_count() == 1 else None  # None: those of all processes
         return jax.pmap(body, DATA, in_axes=(None, 0), out_axes=None, devices=devices, donate_argnums=0)
 
     def _distribute(self, batch: AnyBatch) -> AnyBatch:
-        return step.split(batch, self.shards)
+        each = step.split(batch, self.shards)
+        here = [i for i, device in enumerate(self.mesh.devices.flat) if device.process_index == jax.process_index()]
+        return jax.tree.map(lambda leaf: leaf[here], each) if len(here) < self.shards else each
 
 
 class AutomaticPartitioning(Parallel):
@@ -257,9 +291,20 @@ class AutomaticPartitioning(Parallel):
 
     mode = "jit"
 
-    def _check_for_processes(self, config: RunConfig) -> None:
-        super()._check_for_processes(config)
-        given = {"evaluation.sets": config.evaluation.sets, "merge": config.merge}
+    @property
+    def shares_weights(self) -> bool:
+        return jax.process_count() > 1
+
+    def check(self, config: RunConfig) -> None:
+        super().check(config)
+        if not self.shares_weights:
+            return
+        samples = config.training.validation_samples if config.data.validation is not None else 0
+        given = {
+            "evaluation.sets": config.evaluation.sets,
+            "merge": config.merge,
+            "training.validation_samples": samples,
+        }
         field = next((name for name, value in given.items() if value), None)
         if field:
             raise UserError(
@@ -279,8 +324,11 @@ class AutomaticPartitioning(Parallel):
     def local(self, tree: Tree) -> Tree:
         return tree
 
+    def own(self, tree: Tree) -> Tree:
+        return tree
+
     def unsharded(self, tree: Any) -> Any:
-        if jax.process_count() == 1:
+        if all(leaf.is_fully_addressable or leaf.is_fully_replicated for leaf in jax.tree.leaves(tree)):
             return tree
         return jax.jit(lambda tree: tree, out_shardings=NamedSharding(self.mesh, PartitionSpec()))(tree)
 
@@ -332,24 +380,6 @@ class AutomaticPartitioning(Parallel):
             return lax.with_sharding_constraint(new, shardings(new, mesh)), metrics
 
         return jax.jit(run_step, donate_argnums=0)
-
-
-def pad(batch: AnyBatch, size: int) -> AnyBatch:
-    """Return the batch with `size` examples; the new ones have length and label mask 0 and add 0 to every sum."""
-
-    def padded(leaf: np.ndarray) -> np.ndarray:
-        missing = size - leaf.shape[0]
-        return np.pad(leaf, ((0, missing),) + ((0, 0),) * (leaf.ndim - 1)) if missing else leaf
-
-    return jax.tree.map(padded, batch)
-
-
-def _across_processes(leaf: Any, sharding: NamedSharding) -> Array:
-    """Return a global array: each process copies its devices' shards from a host array that is right at least there."""
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        return leaf if leaf.sharding.is_equivalent_to(sharding, leaf.ndim) else jax.device_put(leaf, sharding)
-    here = np.asarray(leaf)
-    return jax.make_array_from_callback(here.shape, sharding, lambda index: here[index])
 
 
 def _data_parallel(sums: Callable[..., step.Sums], update: Callable[..., Any], shards: int, axis: Any) -> RunStep:

@@ -47,8 +47,8 @@ def layout(section: ParallelSection, platform: str, available: int, processes: i
         do not support.
     """
     shared = section.fsdp * section.tensor
-    if processes > 1 and section.mode in ("single", "pmap"):
-        raise UserError(f"parallel.mode: {section.mode} supports one process, found {processes}; use shard_map or jit")
+    if processes > 1 and section.mode == "single":
+        raise UserError(f"parallel.mode: single supports one process, found {processes}; use shard_map, pmap or jit")
     if processes > 1 and section.devices not in (None, available):
         raise UserError(
             f"parallel.devices: expected null or {available} (all of {processes} processes), found {section.devices}"

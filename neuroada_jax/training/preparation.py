@@ -1,6 +1,7 @@
 """The first stage of a run: everything that can be checked without weights, and before a file is written."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from neuroada_jax import console
@@ -20,7 +21,9 @@ from neuroada_jax.training import (
     checkpoint,
     modules,
     objectives,
+    one_job,
     parallel,
+    peers,
     resuming,
     run_directory,
     trackers,
@@ -28,6 +31,7 @@ from neuroada_jax.training import (
 )
 from neuroada_jax.training.config import RunConfig
 from neuroada_jax.training.objectives import Objective
+from neuroada_jax.training.shared_checkpoint import SharedCheckpoints
 from neuroada_jax.training.step import TrainState
 
 
@@ -77,12 +81,14 @@ class Prepared(PreparedRows):
       checkpoints: of the run's directory.
       resumed_from: the checkpoint to resume from; None to start at step 0.
       force_resume: resume although the base weights differ from those that the run began with.
+      seen: what was in the run's directory when it was checked.
     """
 
     devices: parallel.Parallel
     checkpoints: checkpoint.Checkpoints
     resumed_from: checkpoint.CheckpointInfo | None
     force_resume: bool
+    seen: run_directory.Seen
 
     def score_sets(self, base_model: OpenedModel, params: Tree, when: str) -> dict[str, Score]:
         """Score every evaluation set and write its predictions to predictions-<set>-<when>.jsonl in the run's directory.
@@ -96,19 +102,35 @@ class Prepared(PreparedRows):
         for name, scorer in self.scorers.items():
             scores[name] = score = _score(name, scorer, base_model, params)
             console.say(f"{name}: {score.metric} {score.value:.4f} of {score.n}")
-            scoring.write_predictions(self.config.directory / f"predictions-{name}-{when}.jsonl", score)
+            if peers.current().is_first:
+                scoring.write_predictions(self.config.directory / f"predictions-{name}-{when}.jsonl", score)
         return scores
 
-    def score_epoch(self, base_model: OpenedModel, state: TrainState) -> Score:
-        """Score a state on the rows that choose the epoch."""
+    def score_epoch(self, base_model: OpenedModel, poll: Callable[[], None], state: TrainState) -> Score:
+        """Score a state on the rows that choose the epoch; what `poll` raises ends the scoring."""
         chooser = self.config.evaluation.best_epoch
         assert chooser is not None and self.choosing is not None
-        return _score(chooser, self.choosing, base_model, self.devices.local(state.merged))
+        return _score(chooser, self.choosing, base_model, self.devices.local(state.merged), poll)
 
 
-def _score(name: str, scorer: Scorer, base_model: OpenedModel, params: Tree) -> Score:
+def _score(
+    name: str, scorer: Scorer, base_model: OpenedModel, params: Tree, poll: Callable[[], None] = lambda: None
+) -> Score:
+    """Score the rows of a set; each of several processes makes the predictions of its share."""
+    together = peers.current()
     with console.bar(f"evaluating {name}") as bar:
-        return scorer.score(base_model, params, console.reporter(bar))
+        report = console.reporter(bar)
+
+        def progress(done: int, steps: int) -> None:
+            report(done, steps)
+            poll()
+
+        own = range(together.index, len(scorer.rows), together.count)
+        found = scorer.predict(base_model, params, own, progress)
+    if together.count > 1:
+        shares = together.share(f"predictions of {name}", found, poll)
+        found = [shares[i % together.count][i // together.count] for i in range(len(scorer.rows))]
+    return scorer.judge(found)
 
 
 def prepare(
@@ -136,24 +158,34 @@ def prepare(
     Raises:
       UserError: anything wrong with config, model, data or output directory.
     """
+    one_job.check_config(config, overwrite=overwrite, resume=resume, force_resume=force_resume)
     run_directory.check(config, overwrite, resume, force_resume)
+    seen = run_directory.look(config)
     trackers.check(config.tracking)
     devices = parallel.resolve(config.parallel)
     devices.check(config)
     directory, training = config.directory, config.training
-    checkpoints = checkpoint.Checkpoints(directory / "checkpoints", training.keep_last, training.keep_best)
+    folder, keep = directory / "checkpoints", (training.keep_last, training.keep_best)
+    alone = peers.current().count == 1
+    checkpoints = checkpoint.Checkpoints(folder, *keep) if alone else SharedCheckpoints(folder, *keep, devices)
     resumed_from = run_directory.newest_checkpoint(checkpoints, directory) if resume else None
     opened, tokenizer = model or open_with_tokenizer(config.model.path, config.model.dtype)
     opened = OpenedModel(opened.model, opened.path, opened.source)  # a caller's own weights are given to `fit`
     config = modules.resolved(config, opened.model)
-    if resumed_from:
+    if resumed_from and peers.current().is_first:  # the others have the same config, but for paths
         resuming.check_config(resumed_from.about, config, force_resume)
     date = resumed_from.about.get("date") if resumed_from else None  # checkpoints of 0.1 have none
     found = prepare_rows(config, (opened, tokenizer), date=date, rows=rows, validation_rows=validation_rows)
+    one_job.check_data(found)
     if resumed_from:
         resuming.check_data(resumed_from.about, directory, found.batches, force_resume)
     return Prepared(
-        **vars(found), devices=devices, checkpoints=checkpoints, resumed_from=resumed_from, force_resume=force_resume
+        **vars(found),
+        devices=devices,
+        checkpoints=checkpoints,
+        resumed_from=resumed_from,
+        force_resume=force_resume,
+        seen=seen,
     )
 
 

@@ -13,6 +13,7 @@ import xxhash
 
 from neuroada_jax import console
 from neuroada_jax.adapters import native
+from neuroada_jax.core.trees import Tree
 from neuroada_jax.data.batches import AnyBatches
 from neuroada_jax.errors import UserError
 from neuroada_jax.evaluation.scoring import Score
@@ -55,27 +56,24 @@ def digest_of_data(batches: AnyBatches) -> str:
     return digest.hexdigest()
 
 
-def digest_of_base(state: TrainState) -> str | None:
-    """Return the digest of the original weights at the chosen entries; None where several processes share them."""
-    leaves = jax.tree.leaves(state.base_entries)
-    if not all(leaf.is_fully_addressable for leaf in leaves):
-        return None
+def digest_of_base(base_entries: Tree) -> str:
+    """Return the digest of the original weights at the chosen entries, as NumPy arrays."""
     digest = xxhash.xxh3_128()
-    for leaf in leaves:
+    for leaf in jax.tree.leaves(base_entries):
         digest.update(np.ascontiguousarray(leaf).view(np.uint8).data)
     return digest.hexdigest()
 
 
 def describe(
-    config: RunConfig, objective: Objective, batches: AnyBatches, state: TrainState, before: dict[str, Score]
+    config: RunConfig, objective: Objective, batches: AnyBatches, base_entries: Tree, before: dict[str, Score]
 ) -> dict[str, Any]:
-    """Return the metadata that is the same in all checkpoints of a run, as JSON."""
+    """Return the metadata that is the same in all checkpoints of a run, as JSON; `base_entries` are NumPy arrays."""
     return {
         "config": dataclasses.asdict(config),
         "date": objective.form.date,
         "versions": native.installed_versions(),
         "examples": digest_of_data(batches),
-        "base": digest_of_base(state),
+        "base": digest_of_base(base_entries),
         "dropout_seed": objective.dropout_seed,
         "before": {name: score.to_json() for name, score in before.items()},
     }
@@ -112,14 +110,13 @@ def check_data(about: dict[str, Any], directory: Path, batches: AnyBatches, forc
         _refuse(f"{directory}: cannot resume on other training rows than those that the run began with", force)
 
 
-def check_base(about: dict[str, Any], directory: Path, state: TrainState, force: bool) -> None:
+def check_base(about: dict[str, Any], directory: Path, base_entries: Tree, force: bool) -> None:
     """Check that the base weights at the chosen entries are those the run began with; warn of other library versions.
 
     Raises:
       UserError: the weights differ, without `force`.
     """
-    base_model = digest_of_base(state)
-    if None not in (base_model, about["base"]) and base_model != about["base"]:
+    if about["base"] not in (None, digest_of_base(base_entries)):  # None: of several processes, in 0.1
         _refuse(f"{directory}: cannot resume on another base model than the one that the run began with", force)
     then, now = about["versions"], native.installed_versions()
     if other := [f"{name} {then[name]} then, {now.get(name)} now" for name in then if now.get(name) != then[name]]:

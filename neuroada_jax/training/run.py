@@ -20,17 +20,21 @@ from neuroada_jax.evaluation import class_report
 from neuroada_jax.evaluation.scoring import Score
 from neuroada_jax.generation.generate import generate
 from neuroada_jax.generation.texts import ending
+from neuroada_jax.locks import Lock
 from neuroada_jax.models import dense_modules
 from neuroada_jax.pretrained import save
 from neuroada_jax.pretrained.load import IdentifiedModel, LoadedModel, load_with_progress, with_params
 from neuroada_jax.tasks import TASKS
 from neuroada_jax.training import (
     best_epoch,
+    checkpoint,
     connections,
     loop,
     loss_curve,
     modules,
+    one_job,
     optimizer,
+    peers,
     results,
     resuming,
     rounding,
@@ -58,6 +62,7 @@ class _Started(NamedTuple):
     run_step: RunStep
     sizes: results.Sizes
     before: dict[str, Score]
+    lock: Lock
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +81,7 @@ class Fitted:
       saver: saves a checkpoint of the last step where `finish` is interrupted.
       last: the state of the last step without weights, for `saver`.
       resources: context managers that are open until `finish` or `close`.
+      lock: of the run's directory.
     """
 
     prepared: Prepared
@@ -88,6 +94,7 @@ class Fitted:
     saver: resuming.Saver
     last: TrainState
     resources: contextlib.ExitStack
+    lock: Lock
 
     @property
     def config(self) -> RunConfig:
@@ -104,8 +111,9 @@ class Fitted:
         _save_adapter(self.prepared, self.base_model, directory, self.state)
 
     def close(self) -> None:
-        """Wait for a checkpoint under way and release the checkpoint manager."""
-        self.resources.close()
+        """Wait for a checkpoint under way, and release the checkpoint manager and the directory."""
+        with self.lock:
+            self.resources.close()
 
 
 def fit(
@@ -130,35 +138,45 @@ def fit(
         adapter of the last good step is kept).
       Stopped: on request.
     """
+    with contextlib.ExitStack() as locked:  # released here unless the run gets to `Fitted`
+        fitted = _fit(prepared, *_start(prepared, loaded, locked), stop, on_lines)
+        locked.pop_all()
+        return fitted
+
+
+def _fit(prepared: Prepared, started: _Started, state: TrainState, stop: Stop | None, on_lines: OnLines | None) -> Fitted:
+    """Restore the checkpoint to resume from, if there is one, and train; keep the last good state where that fails."""
     config, resumed_from = prepared.config, prepared.resumed_from
-    started, state = _start(prepared, loaded)
     try:
         with contextlib.ExitStack() as resources:
             resources.enter_context(prepared.checkpoints)
             if resumed_from:
                 state = prepared.devices.place(prepared.checkpoints.restore(state))
-                resuming.check_base(resumed_from.about, config.directory, state, prepared.force_resume)
+                entries = prepared.devices.on_host(state.base_entries)
+                resuming.check_base(resumed_from.about, config.directory, entries, prepared.force_resume)
                 console.say(f"resuming after step {resumed_from.step}")
             return _train(prepared, started, state, stop or Stop(), on_lines, resources)
     except loop.NotFinite as failure:
         adapter = config.directory / "adapter"
         _save_adapter(prepared, started.base_model, adapter, failure.state)
+        peers.current().share("saved", None)  # the others' errors would end the first process
         places = ", ".join(prepared.rows.where(int(row)) for row in failure.rows[:8])
         more = ", ..." if len(failure.rows) > 8 else ""
         raise UserError(f"{failure} (rows {places}{more}); the adapter of the last good step is in {adapter}") from failure
 
 
-def _start(prepared: Prepared, loaded: LoadedModel | None) -> tuple[_Started, TrainState]:
-    """Read the weights, choose the connections, score the base model, and initialise the state."""
+def _start(prepared: Prepared, loaded: LoadedModel | None, locked: contextlib.ExitStack) -> tuple[_Started, TrainState]:
+    """Read the weights, choose the connections, score the base model, and initialise the state; lock the directory."""
     config, devices, objective = prepared.config, prepared.devices, prepared.objective
     if loaded is None:
         shardings = devices.weight_shardings(prepared.opened.model.abstract_params())
         loaded = load_with_progress(prepared.opened, config.seed, shardings)
     else:
         loaded = with_params(prepared.opened, loaded, config.seed)
+    one_job.check_weights(loaded.digests)
     classifier = modules.dense_paths(config, loaded, prepared.target_paths)
     built = _connections(prepared, loaded)
-    run_directory.start(config, resumed=prepared.resumed_from is not None)
+    lock = locked.enter_context(run_directory.start(config, prepared.seen, resumed=bool(prepared.resumed_from)))
 
     in_classifier = bypass.count(dense_modules.split(loaded.params, classifier)[1])
     sizes = results.Sizes(bypass.count(built.values) + in_classifier, in_classifier, bypass.count(loaded.params))
@@ -180,7 +198,7 @@ def _start(prepared: Prepared, loaded: LoadedModel | None) -> tuple[_Started, Tr
     module = base_model.model.module(config.training.remat_policy)
     prepared.batches.own_rows = devices.slice_of_process(config.training)
     run_step = devices.make_step(module, transformation, config.training, objective.losses, objective.dropout_seed)
-    return _Started(base_model, run_step, sizes, before), state
+    return _Started(base_model, run_step, sizes, before, lock), state
 
 
 def _connections(prepared: Prepared, loaded: LoadedModel) -> Bypass:
@@ -208,11 +226,12 @@ def _train(
     resources: contextlib.ExitStack,
 ) -> Fitted:
     """Take the remaining steps from a placed state; `resources` passes to the result."""
-    config, objective, batches = prepared.config, prepared.objective, prepared.batches
-    about = resuming.describe(config, objective, batches, state, started.before)
-    with contextlib.closing(trackers.Log(config, int(state.step))) as log:
+    config, objective, batches, devices = prepared.config, prepared.objective, prepared.batches, prepared.devices
+    about = resuming.describe(config, objective, batches, devices.on_host(state.base_entries), started.before)
+    written = int(state.step) if peers.current().is_first else 0  # lines of metrics.jsonl that there should be
+    with contextlib.closing(trackers.Log(config, written)) as log:
         history = resuming.history(prepared.resumed_from, log.lines)
-        best, evaluations = _evaluations(prepared, started.base_model, int(state.step))
+        best, evaluations = _evaluations(prepared, started.base_model, int(state.step), stop)
         saver = resuming.Saver(prepared.checkpoints, about, batches, history, best.score if best else None)
 
         def write(lines: Sequence[Line]) -> None:
@@ -240,9 +259,11 @@ def _train(
             f"stopped early, after step {int(state.step)}: no lower loss in {config.training.early_stopping} validations"
         )
     last = state._replace(params={}, base_entries={})  # so that the weights are not held twice
-    if best:
-        with saver.on_stop(last):
-            state = best.restore(state, started.base_model)
+    last = last._replace(**devices.unsharded(checkpoint.saved(last)))  # for the first process to save alone
+    with saver.on_stop(last):
+        stop.check()
+        if best:
+            state = best.restore(state, started.base_model, devices)
     return Fitted(
         prepared=prepared,
         base_model=started.base_model,
@@ -254,24 +275,25 @@ def _train(
         saver=saver,
         last=last,
         resources=resources.pop_all(),
+        lock=started.lock,
     )
 
 
 def _evaluations(
-    prepared: Prepared, base_model: IdentifiedModel, done: int
+    prepared: Prepared, base_model: IdentifiedModel, done: int, stop: Stop
 ) -> tuple[KeptStates | None, validation.Evaluations]:
     """Return what keeps the best state, None where the last one is kept, and all scores of states during the run."""
     config, rows = prepared.config, prepared.validation
     save_adapter = functools.partial(_save_adapter, prepared, base_model)
     epochs = validated = None
     if config.evaluation.best_epoch is not None:
-        score = functools.partial(prepared.score_epoch, base_model)
+        score = functools.partial(prepared.score_epoch, base_model, stop.poll)
         epochs = best_epoch.BestEpoch(config.directory, score, save_adapter, done)
     if rows is not None:
-        module, losses, spread = base_model.model.module(), prepared.objective.losses, prepared.devices.spread
+        module, losses, devices = base_model.model.module(), prepared.objective.losses, prepared.devices
         validated = validation.Validation(
             config.directory,
-            lambda state: validation.mean_loss(module, losses, state.merged, rows.batches, spread),
+            lambda state: validation.mean_loss(module, losses, state, rows.batches, devices, stop.poll),
             save_adapter,
             done,
             perplexity=base_model.model.architecture.is_decoder,
@@ -285,8 +307,10 @@ def _evaluations(
 
 
 def _samples(prepared: Prepared, base_model: IdentifiedModel, state: TrainState) -> list[dict[str, str]]:
-    """Return continuations of the first validation prompts by a state."""
+    """Return continuations of the first validation prompts by a state, which the first process makes."""
     assert prepared.validation is not None
+    if not peers.current().is_first:
+        return []
     prompts, tokenizer = prepared.validation.prompts, prepared.tokenizer
     outputs = generate(
         base_model.model,
@@ -304,30 +328,38 @@ def _save_adapter(prepared: Prepared, base_model: IdentifiedModel, directory: Pa
     values, classifier = prepared.devices.unsharded((state.bypass, state.classifier))
     selection = native.Selection(config.bypass.k, config.bypass.targets or [], config.bypass.score, config.seed)
     form = prepared.objective.form
-    on_base.save(directory, values, base_model, selection, classifier=classifier, form=form, replace=True)
+    if peers.current().is_first:
+        on_base.save(directory, values, base_model, selection, classifier=classifier, form=form, replace=True)
 
 
 def finish(fitted: Fitted) -> dict[str, Any]:
     """Save the adapter, score it, write the merged model if the config asks for it, results.json and loss.png.
 
-    Returns: the content of results.json.
+    Returns: the content of results.json; empty in all but the first of several processes.
 
     Raises:
       UserError: a file that cannot be written.
       Stopped: on request; the last step is saved as a checkpoint.
     """
+    with fitted.lock:
+        return _finish(fitted)
+
+
+def _finish(fitted: Fitted) -> dict[str, Any]:
     prepared, config, directory = fitted.prepared, fitted.config, fitted.config.directory
     with fitted.resources, fitted.saver.on_stop(fitted.last):
         fitted.save_adapter(directory / "adapter")
         merged = prepared.devices.local(fitted.state.merged)
         after = prepared.score_sets(fitted.base_model, merged, "after")
-        if config.merge:
+        if config.merge and peers.current().is_first:
             form = prepared.objective.form
             save.save(directory / "merged", fitted.base_model, merged, fitted.tokenizer, form=form, replace=True)
 
+    rounded = rounding.share(fitted.state, prepared.devices)
+    if not peers.current().is_first:
+        return {}
     if isinstance(fitted.best, validation.Validation):
         validation.warn_without_gain(fitted.best)
-    rounded = rounding.share(fitted.state, prepared.devices)
     content = results.results(prepared, fitted.sizes, fitted.history, fitted.best, fitted.before, after, rounded)
     files.write_text(directory / "results.json", files.to_json(content, indent=2) + "\n")
     _draw_losses(fitted)

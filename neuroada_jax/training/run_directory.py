@@ -5,10 +5,13 @@ from pathlib import Path
 
 from neuroada_jax import console, files
 from neuroada_jax.errors import UserError
-from neuroada_jax.training import checkpoint, trackers
+from neuroada_jax.locks import Lock, check_unlocked
+from neuroada_jax.training import checkpoint, peers, trackers
 from neuroada_jax.training.config import RunConfig
 from neuroada_jax.training.config_file import to_yaml
 
+LOCK = ".neuroada-lock"  # of the run that is at work in the directory
+Seen = tuple[dict[Path, int], list[str]]  # see `look`
 FOLDERS = ("adapter", "merged", "checkpoints", "epochs", "validation", "tensorboard", "wandb")
 FILES = (
     trackers.WANDB_ID,
@@ -30,6 +33,9 @@ def check(config: RunConfig, overwrite: bool, resume: bool, force_resume: bool) 
     """
     if force_resume and not resume:
         raise UserError("--force-resume: only together with --resume")
+    if not peers.current().is_first:
+        return  # the directory is the first process's
+    check_unlocked(config.directory / LOCK, str(config.directory))
     written = config.directory / "config.yaml"
     if overwrite and resume:
         raise UserError("give --overwrite or --resume, not both")
@@ -51,34 +57,60 @@ def newest_checkpoint(checkpoints: checkpoint.Checkpoints, directory: Path) -> c
     Raises:
       UserError: every checkpoint is damaged, or the run finished without keeping any.
     """
-    found = checkpoints.newest
-    if found is None:
-        if checkpoints.damaged or any((directory / each).exists() for each in ("results.json", "adapter")):
-            raise UserError(f"{directory}: no checkpoint to resume from; --overwrite starts again")
-        console.say("no checkpoint yet: starting from the beginning")
-    return found
+
+    def find() -> checkpoint.CheckpointInfo | None:
+        found = checkpoints.newest
+        if found is None:
+            if checkpoints.damaged or any((directory / each).exists() for each in ("results.json", "adapter")):
+                raise UserError(f"{directory}: no checkpoint to resume from; --overwrite starts again")
+            console.say("no checkpoint yet: starting from the beginning")
+        return found
+
+    found = peers.current().from_first("newest checkpoint", find)
+    return None if found is None else checkpoint.CheckpointInfo(*found)
 
 
-def start(config: RunConfig, *, resumed: bool) -> None:
-    """Create the directory, remove stale files, and write config.yaml.
+def start(config: RunConfig, seen: Seen, *, resumed: bool) -> Lock:
+    """Create the directory and lock it, remove stale files, and write config.yaml.
 
     Args:
       config: the run.
+      seen: what was in the directory when it was checked.
       resumed: remove the temporary files of interrupted writes alone. Otherwise everything that has the name of one of
         a run's results is removed.
 
+    Returns: the lock, to be released when the run has ended.
+
     Raises:
-      UserError: the directory cannot be written.
+      UserError: the directory cannot be written, or another run is, or has been, at work there since it was checked.
     """
     directory = config.directory
-    stale = [f".{name}*" for name in (*FOLDERS, *FILES, "config.yaml")] + ([] if resumed else [*FOLDERS, *FILES])
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        for path in [path for pattern in stale for path in directory.glob(pattern)]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
     except OSError as error:
         raise UserError(f"{directory}: cannot be written ({error.strerror})") from error
-    files.write_text(directory / "config.yaml", to_yaml(config))
+    lock = Lock.acquire(directory / LOCK, str(directory))
+    try:
+        if look(config) != seen:
+            raise UserError(f"{directory}: another run has been at work here meanwhile; start this one again")
+        for name in (*FOLDERS, *FILES, "config.yaml"):
+            files.sweep(directory / name)
+        for path in [path for name in (*FOLDERS, *FILES) for path in directory.glob(name)] * (not resumed):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        files.write_text(directory / "config.yaml", to_yaml(config))
+    except OSError as error:
+        lock.release()
+        raise UserError(f"{directory}: cannot be written ({error.strerror})") from error
+    except BaseException:
+        lock.release()
+        raise
+    return lock
+
+
+def look(config: RunConfig) -> Seen:
+    """Return what of the run's directory changes with every run in it: the time of its config, and its checkpoints."""
+    checkpoints = config.directory / "checkpoints"
+    return written(config), sorted(each.name for each in checkpoints.iterdir()) if checkpoints.is_dir() else []
 
 
 def written(config: RunConfig) -> dict[Path, int]:

@@ -5,7 +5,8 @@ import math
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
 EXAMPLE_AXES = (DATA, FSDP)  # the mesh axes that split a batch by example
@@ -51,3 +52,29 @@ def rule(path: Any) -> PartitionSpec:
     """Return the spec that `RULES` gives to the trailing axes of the array at a path."""
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     return next(spec for pattern, spec in RULES if fnmatch.fnmatchcase(f"/{name}", pattern))
+
+
+def mesh_of_process(mesh: Mesh) -> Mesh:
+    """Return the mesh of those devices that belong to this process, all of them along the axis of data."""
+    if jax.process_count() == 1:
+        return mesh
+    here = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+    return Mesh(np.array(here).reshape(-1, 1, 1), mesh.axis_names, axis_types=(AxisType.Auto,) * 3)
+
+
+def across_processes(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    """Return a global array: each process copies its devices' shards from a host array that is right at least there."""
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return leaf if leaf.sharding.is_equivalent_to(sharding, leaf.ndim) else jax.device_put(leaf, sharding)
+    here = np.asarray(leaf)
+    return jax.make_array_from_callback(here.shape, sharding, lambda index: here[index])
+
+
+def pad(batch: Any, size: int) -> Any:
+    """Return the batch with `size` examples; the new ones have length and label mask 0 and add 0 to every sum."""
+
+    def padded(leaf: np.ndarray) -> np.ndarray:
+        missing = size - leaf.shape[0]
+        return np.pad(leaf, ((0, missing),) + ((0, 0),) * (leaf.ndim - 1)) if missing else leaf
+
+    return jax.tree.map(padded, batch)

@@ -7,6 +7,9 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+from neuroada_jax.training.peers import AFTER, Peers, Position
+
+FORWARDED = signal.SIGUSR2  # from a thread of the first process to its main thread: another process was asked to stop
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -21,8 +24,8 @@ class Stopped(KeyboardInterrupt):
 class Stop:
     """Request to stop a run.
 
-    Outside of `held`, a request raises `Stopped` wherever the main thread is. Inside, the work polls `requested` where it
-    can stop.
+    Outside of `held`, a request raises `Stopped` wherever the main thread is. Inside, the work asks `reached` where it can
+    stop.
     """
 
     def __init__(self) -> None:
@@ -39,6 +42,17 @@ class Stop:
         if self.requested and not self._held:
             raise Stopped
 
+    def reached(self, *position: int) -> bool:
+        """Return whether to stop here: at a position of the training, in ascending order."""
+        return self.requested
+
+    def scoring(self, *position: int) -> contextlib.AbstractContextManager[None]:
+        """Allow a request to interrupt the enclosed scoring of a state, inside of `held`."""
+        return self.held(False)
+
+    def poll(self) -> None:
+        """Raise Stopped where the scoring that calls this is to stop; one process is interrupted anyway."""
+
     @contextlib.contextmanager
     def held(self, held: bool = True) -> Iterator[None]:
         """Hold `Stopped` back for the enclosed code; with False, allow it again inside such a block."""
@@ -50,15 +64,76 @@ class Stop:
             self._held = before
 
 
+class SharedStop(Stop):
+    """Request to stop a run of several processes, whichever of them gets the signal.
+
+    The first process decides. Inside of `held` all stop at the same position; elsewhere nothing of the others is needed to
+    save, so `Stopped` is raised in the first process alone, which then ends the others.
+    """
+
+    def __init__(self, peers: Peers) -> None:
+        super().__init__()
+        self._peers = peers
+        self._scoring: Position | None = None
+        main = threading.main_thread().ident
+        peers.on_notice = lambda: signal.pthread_kill(main, FORWARDED) if main else None
+
+    def request(self) -> None:
+        """Ask all processes to stop."""
+        self.requested = True
+        if not self._peers.is_first:
+            self._peers.ask_to_stop()
+        elif self._held:
+            self._peers.hold()
+        else:
+            raise Stopped
+
+    def check(self) -> None:
+        """Raise Stopped in the first process if a stop was requested and is not held back."""
+        if self._peers.is_first and self.requested and not self._held:
+            raise Stopped
+
+    def reached(self, *position: int) -> bool:
+        """Return whether all processes stop here."""
+        return self._peers.passes(position)
+
+    @contextlib.contextmanager
+    def scoring(self, *position: int) -> Iterator[None]:
+        """Let `poll` interrupt the enclosed scoring, which ends at this position."""
+        self._scoring = position
+        try:
+            yield
+        finally:
+            self._scoring = None
+
+    def poll(self) -> None:
+        """Raise Stopped if all processes stop during this scoring."""
+        if self._scoring is not None and self._peers.stops_at(self._scoring):
+            raise Stopped
+
+    @contextlib.contextmanager
+    def held(self, held: bool = True) -> Iterator[None]:
+        """Hold `Stopped` back for the training loop, whose positions `reached` passes."""
+        self._held = held
+        try:
+            if self.requested:
+                self._held = False
+                self.check()
+            yield
+        finally:
+            self._held = False
+            self._peers.passes(AFTER)
+
+
 @contextlib.contextmanager
-def listening() -> Iterator[Stop]:
+def listening(stop: Stop | None = None) -> Iterator[Stop]:
     """Turn the first SIGTERM or SIGINT into a request to stop, and end the process at once on the second.
 
     Python runs signal handlers between bytecode instructions, and a compilation or a step is one instruction. The byte that
     Python writes to the wakeup pipe arrives at once, so a thread reads that to confirm the first signal and act on the
     second.
     """
-    stop = Stop()
+    stop = stop or Stop()
     if threading.current_thread() is not threading.main_thread():  # Python allows handlers in the main thread only
         yield stop
         return
@@ -84,7 +159,8 @@ def listening() -> Iterator[Stop]:
     thread = threading.Thread(target=watch, name="signals", daemon=True)
     thread.start()
     woken = signal.set_wakeup_fd(send, warn_on_full_buffer=False)
-    handlers = {number: signal.signal(number, handle) for number in SIGNALS}
+    heard = (*SIGNALS, FORWARDED) if isinstance(stop, SharedStop) else SIGNALS
+    handlers = {number: signal.signal(number, handle) for number in heard}
     try:
         yield stop
     finally:

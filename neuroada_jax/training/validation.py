@@ -17,7 +17,9 @@ from neuroada_jax.core.trees import Tree
 from neuroada_jax.data.batches import AnyBatches
 from neuroada_jax.data.rows import Rows
 from neuroada_jax.errors import UserError
+from neuroada_jax.training import peers
 from neuroada_jax.training.kept_states import KeptStates
+from neuroada_jax.training.modes import Parallel
 from neuroada_jax.training.step import AnyBatch, TrainState
 
 Samples = Callable[[TrainState], list[dict[str, str]]]
@@ -84,26 +86,38 @@ def _parts(sizes: Int[np.ndarray, "classes"], share: float, count: int, rng: np.
 def mean_loss(
     module: nn.Module,
     losses: Callable[..., Array],
-    params: Tree,
+    state: TrainState,
     batches: AnyBatches,
-    spread: Callable[[AnyBatch], AnyBatch],
+    devices: Parallel,
+    poll: Callable[[], None],
 ) -> float:
     """Return the mean loss over all labels, in nats, without dropout: one forward pass over the rows.
+
+    Each of several processes scores its share of the batches if it has all weights, else its part of every batch.
 
     Args:
       module: the model.
       losses: (module, variables, batch) -> the loss of every label, as `step.make_sums` takes them.
-      params: complete parameters.
+      state: the state to score.
       batches: the rows.
-      spread: places a host batch on the run's devices.
+      devices: of the run.
+      poll: called after every batch; what it raises ends the scoring.
     """
-    total, labels, steps = 0.0, 0.0, batches.steps_per_epoch
+    params, together, steps = devices.own(state.merged), peers.current(), batches.steps_per_epoch
+    poll = poll if not devices.shares_weights else lambda: None  # the others would wait for this process in a batch
+    own = range(steps) if devices.shares_weights else range(together.index, steps, together.count)
+    sums: list[list[float]] = []
     with console.bar("validating") as bar:
         report = console.reporter(bar)
-        for index in range(steps):
-            each = _sums(module, losses, params, spread(batches.batch(0, index)))
-            total, labels = total + float(each[0]), labels + float(each[1])
-            report(index + 1, steps)
+        for done, index in enumerate(own, 1):
+            each = _sums(module, losses, params, devices.spread(batches.batch(0, index)))
+            sums.append([index, float(each[0]), float(each[1])])
+            report(done, len(own))
+            poll()
+    shares = [sums] if devices.shares_weights else together.share("validation", sums, poll)
+    total, labels = 0.0, 0.0
+    for _, loss, count in sorted(each for share in shares for each in share):  # in the order of one process
+        total, labels = total + loss, labels + count
     return total / labels
 
 

@@ -7,7 +7,7 @@ from helpers import random_tensors
 
 from neuroada_jax.data.examples import encode_labelled
 from neuroada_jax.data.rows import rows_from_list
-from neuroada_jax.evaluation import classification, metrics
+from neuroada_jax.evaluation import classification, metrics, scoring
 from neuroada_jax.evaluation.classification import ClassificationScorer
 from neuroada_jax.models import from_hf_config
 from neuroada_jax.pretrained.load import LoadedModel, load_params
@@ -59,7 +59,7 @@ def rows(labels):
 
 def scored(base_model, data, task, on_progress=None, **options):
     scorer = ClassificationScorer.prepare(base_model, PAIRS, data, GLUE[task], **{"max_length": 30, **options})
-    return scorer.score(base_model, base_model.params, on_progress)
+    return scoring.score(scorer, base_model, base_model.params, on_progress)
 
 
 def test_accuracy_and_f1_of_predictions_in_row_order():

@@ -28,7 +28,8 @@ def score(base_model, rows, task="instruct", batch_size=16, trained_on=None, **o
     rows = rows_from_list(rows) if isinstance(rows, list) else rows
     options = {"form": PromptStyle.PLAIN, "max_new_tokens": 8, **options}
     options = Options(**options, batch_size=batch_size, trained_on=trained_on)
-    return ContinuationScorer.prepare(base_model, CHAT, rows, TASKS[task], options).score(base_model, base_model.params)
+    scorer = ContinuationScorer.prepare(base_model, CHAT, rows, TASKS[task], options)
+    return scoring.score(scorer, base_model, base_model.params)
 
 
 def test_exact_match_and_predictions(base_model, tmp_path):

@@ -1,123 +1,155 @@
-"""Runs in several processes on this machine: what one process trains, one of them writes, and none outlives another."""
+"""Several processes as threads with sockets: how they meet, share, stop at one step, and what they may not have."""
 
-import json
-import os
-import signal
+import random
 import socket
-import subprocess
-import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from data_helpers import message_of
-from helpers import run_config, write_config, write_model, write_rows
-from test_parallel_runs import SECTIONS, assert_equal, outcome
 
-from neuroada_jax import cli
 from neuroada_jax.data.batches import Batches
 from neuroada_jax.data.examples import Examples
-from neuroada_jax.training import parallel, processes
+from neuroada_jax.errors import UserError
+from neuroada_jax.training import parallel, peers, processes, rendezvous
 from neuroada_jax.training.config import ParallelSection, TrainingSection
+from neuroada_jax.training.signals import SharedStop, Stopped
 
 
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    """(model directory, file of rows that make an uneven last batch)."""
-    folder = tmp_path_factory.mktemp("inputs")
-    return write_model(folder / "model"), write_rows(folder / "rows.jsonl", 21)
+def free_address():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return f"127.0.0.1:{free.getsockname()[1]}"
 
 
-@pytest.fixture
-def start(tmp_path):
-    """Starts a run in several processes; what is still alive at the end is killed."""
-    started = []
+def meeting(address, each, wait=20.0):
+    """What every (count, index) finds at the address: its peers, or the message of its error."""
 
-    def run(path, count, devices, *overrides):
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            address = f"127.0.0.1:{free.getsockname()[1]}"
-        flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-        environment = {**os.environ, "XLA_FLAGS": flags, "TMPDIR": str(tmp_path)}
-        command = [sys.executable, "-m", "neuroada_jax.cli", "train", str(path), *overrides, "--coordinator", address]
-        for number in range(count):
-            each = [*command, "--processes", str(count), "--process", str(number)]
-            with (tmp_path / f"{number}.log").open("w") as log:
-                started.append(subprocess.Popen(each, env=environment, stdout=log, stderr=subprocess.STDOUT))
-        return started[-count:]
+    def meet(arguments):
+        try:
+            return rendezvous.meet(address, *arguments, wait)[0]
+        except UserError as error:
+            return str(error)
 
-    yield run
-    for each in started:
-        each.kill()
-        each.wait()
+    with ThreadPoolExecutor(len(each)) as pool:
+        return list(pool.map(meet, each))
 
 
-def logs(folder, count):
-    return [(folder / f"{number}.log").read_text() for number in range(count)]
+def test_processes_share_values_in_their_order():
+    together = meeting(free_address(), [(4, index) for index in range(4)])
+    assert [each.index for each in together] == [0, 1, 2, 3]
+
+    def work(each):
+        found = [each.share("a", [each.index, 0.1 * each.index]), each.share("a", None)]
+        found.append(each.from_first("b", lambda: f"of {each.index}"))
+        each.leave()
+        return found
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(work, together))
+    assert found == [[[[i, 0.1 * i] for i in range(4)], [None] * 4, "of 0"]] * 4
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory, inputs):
-    """The outcome of the run in this process, on one device."""
-    folder = tmp_path_factory.mktemp("alone")
-    assert cli.main(["train", str(write_config(folder / "run.yaml", run_config(folder, *inputs, **SECTIONS)))]) == 0
-    return outcome(folder / "out")
+def test_one_process_is_alone():
+    alone = peers.Peers()
+    assert alone.is_first and alone.share("a", 3) == [3] and alone.from_first("b", lambda: 4) == 4
+    alone.leave()
 
 
-@pytest.mark.parametrize(
-    ("count", "devices", "overrides"),
-    [
-        pytest.param(2, 4, [], id="2"),
-        pytest.param(4, 2, [], id="4", marks=pytest.mark.slow),
-        pytest.param(2, 4, ["parallel.fsdp=8"], id="2, fsdp", marks=pytest.mark.slow),
-    ],
-)
-def test_several_processes_train_what_one_does(count, devices, overrides, tmp_path, inputs, alone, start):
-    path = write_config(tmp_path / "run.yaml", run_config(tmp_path, *inputs, **SECTIONS))
-    codes = [each.wait(timeout=100) for each in start(path, count, devices, *overrides)]
-    said = logs(tmp_path, count)
-    assert codes == [0] * count, said
-    assert_equal(outcome(tmp_path / "out"), alone)
-    assert json.loads((tmp_path / "out" / "results.json").read_text())["steps"] == 7
-    # One shows the run, the others only that they are there; and they leave nothing behind.
-    assert "trained values" in said[0]
-    for number in range(1, count):
-        lines = [line for line in said[number].splitlines() if not line.startswith(("[Gloo]", "[transformers]"))]
-        assert lines == [f"process {number} of {count}, {devices} device(s)"]
-    assert not list(tmp_path.glob("neuroada-process-*"))
+def test_processes_that_do_not_come_or_are_others_are_named():
+    began, address = time.monotonic(), free_address()
+    late = f"--coordinator {address}: process(es) 2 of 3 have not come within 1 s"
+    assert meeting(address, [(3, 0), (3, 1)], wait=1.0) == [late, late]
+    (found,) = meeting(address, [(2, 1)], wait=1.0)
+    assert found == f"--coordinator {address}: process 0 has not come within 1 s (Connection refused)"
+    assert time.monotonic() - began < 10
+
+    twice = meeting(address, [(3, 0), (3, 1), (3, 1)])
+    assert len(set(twice)) == 1 and twice[0].startswith(f"--coordinator {address}: two processes have --process 1, on ")
+    others = meeting(address, [(3, 0), (2, 1)])
+    assert len(set(others)) == 1 and others[0].endswith("has --processes 2, process 0 has 3")
+
+    with socket.create_server(("", int(address.rpartition(":")[2]))) as server:
+        assert "the address is in use on " in meeting(address, [(2, 0)])[0]
+        threading.Thread(target=lambda: server.accept()[0].close(), daemon=True).start()
+        found = meeting(address, [(2, 1)])[0]
+        assert found == f"--coordinator {address}: process 0 ended, or another program answers there"
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_process_that_dies_ends_the_others_with_a_clear_message(victim, tmp_path, inputs, start):
-    sections = {**SECTIONS, "training": {"steps": 100_000, "batch_size": 8, "log_every": 1}}
-    path = write_config(tmp_path / "run.yaml", run_config(tmp_path, *inputs, **sections))
-    running = start(path, 2, 1)
-    metrics = tmp_path / "out" / "metrics.jsonl"
-    deadline = time.monotonic() + 100
-    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
-        assert all(each.poll() is None for each in running), logs(tmp_path, 2)
-        time.sleep(0.2)
-    running[victim].send_signal(signal.SIGKILL)
-    killed = time.monotonic()
-    # 1, or JAX's own abort, which comes at once where the first process is gone.
-    assert running[1 - victim].wait(timeout=60) in ((1,) if victim else (1, -signal.SIGABRT))
-    assert time.monotonic() - killed < 30
-    assert (
-        f"neuroada: error: process {victim} of 2 ended before the run did, see its own output for the reason; "
-        f"process {1 - victim} stops too\n"
-    ) in logs(tmp_path, 2)[1 - victim]
+def test_strangers_at_the_address_are_ignored():
+    address = free_address()
+    host, _, port = address.rpartition(":")
+    for said in (b"GET / HTTP/1.1\r\n\r\n", b"\0\0\0\2{}", b""):
+        with ThreadPoolExecutor(1) as pool:
+            first = pool.submit(meeting, address, [(2, 0)])
+            deadline = time.monotonic() + 10
+            while time.monotonic() < deadline:
+                try:
+                    with socket.create_connection((host, int(port))) as stranger:
+                        stranger.sendall(said)
+                    break
+                except OSError:
+                    time.sleep(0.01)
+            other = meeting(address, [(2, 1)])
+            together = [*first.result(), *other]
+        assert [each.index for each in together] == [0, 1]
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(peers.Peers.leave, together))
 
 
-def test_an_error_of_the_first_process_alone_ends_all(tmp_path, inputs, start):
-    """Its folder holds a run already; the others write elsewhere, and do not know."""
-    path = write_config(tmp_path / "run.yaml", run_config(tmp_path, *inputs, **SECTIONS))
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "config.yaml").write_text("name: other\n")
-    first, other = start(path, 2, 1)
-    assert first.wait(timeout=100) == 2 and other.wait(timeout=60) == 1
-    said = logs(tmp_path, 2)
-    assert "neuroada: error: " in said[0] and "holds a run already" in said[0]
-    assert "process 0 of 2 ended before the run did" in said[1]
-    assert not list(tmp_path.glob("neuroada-process-*"))
+@pytest.mark.parametrize("seed", range(12))
+def test_a_request_stops_all_at_the_same_position(seed):
+    """Whichever process gets the signal, and wherever each is: at a step, in a step that waits for others, in a score."""
+    count, steps = 3, 40
+    draw = random.Random(seed)
+    together = meeting(free_address(), [(count, index) for index in range(count)])
+    stops = [SharedStop(each) for each in together]
+    together[0].on_notice = lambda: stops[0].request()  # as the forwarded signal does
+    barrier = [threading.Barrier(count) for _ in range(steps)]
+    pauses = [[draw.choice([0, 0, 0.002, 0.01]) for _ in range(steps)] for _ in range(count)]
+    asked, at = draw.randrange(count), draw.randrange(steps)
+
+    def train(each, stop):
+        with stop.held():
+            for step in range(steps):
+                if each.index == asked and step == at and not stop.requested:
+                    stop.request()
+                time.sleep(pauses[each.index][step])
+                if stop.reached(step, 0):
+                    return step
+                if step % 5 == 4:
+                    barrier[step].wait(20)  # a log line: the device waits for the other processes
+                if step % 7 == 6:
+                    try:
+                        with stop.scoring(step, 1):
+                            stop.poll()
+                            each.share("score", step, stop.poll)
+                    except Stopped:
+                        return step
+                    if stop.reached(step, 1):
+                        return step
+            return steps
+
+    with ThreadPoolExecutor(count) as pool:
+        ended = list(pool.map(train, together, stops))
+        list(pool.map(peers.Peers.leave, together))
+    assert len(set(ended)) == 1 and at <= ended[0] <= min(at + 8, steps)
+
+
+def test_outside_of_the_loop_the_first_process_alone_is_interrupted():
+    together = meeting(free_address(), [(2, 0), (2, 1)])
+    stops, came = [SharedStop(each) for each in together], threading.Event()
+    together[0].on_notice = came.set
+    stops[1].request()
+    stops[1].check()
+    assert came.wait(20)
+    with pytest.raises(Stopped):
+        stops[0].request()
+    with pytest.raises(Stopped):
+        stops[0].check()
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(peers.Peers.leave, together))
 
 
 def test_a_process_makes_its_own_rows_alone():
@@ -143,31 +175,25 @@ def test_a_process_makes_its_own_rows_alone():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((None, 2, 0), "--processes, --process: need --coordinator HOST:PORT"),
+        ((None, 2, 0), "--processes, --process, --join-timeout: need --coordinator HOST:PORT"),
         (("host", 2, 0), "--coordinator: expected HOST:PORT or auto, found 'host'"),
+        (("host:99999", 2, 0), "--coordinator: expected HOST:PORT or auto, found 'host:99999'"),
         (("host:1", None, 0), "--coordinator HOST:PORT: needs --processes and --process"),
         (("host:1", 2, 2), "--process: expected 0 to 1, found 2"),
+        (
+            ("auto", None, None),
+            "--coordinator auto: no SLURM, Open MPI or TPU detected; give HOST:PORT, --processes and --process",
+        ),
     ],
 )
 def test_arguments_that_do_not_go_together(arguments, message):
     assert message_of(lambda: processes.joined(*arguments).__enter__()) == message
 
 
-@pytest.mark.parametrize("number", [1, 300])
-def test_a_farewell_carries_any_process_number(number):
-    one, other = socket.socketpair()
-    with one, other:
-        one.sendall(processes._FAREWELL.pack(processes._FAILED, number)[:3])
-        one.sendall(processes._FAREWELL.pack(processes._FAILED, number)[3:])
-        assert processes._receive(other) == (processes._FAILED, number)
-        one.close()
-        assert processes._receive(other) is None
-
-
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"mode": "pmap"}, "parallel.mode: pmap supports one process, found 2; use shard_map or jit"),
+        ({"mode": "single"}, "parallel.mode: single supports one process, found 2; use shard_map, pmap or jit"),
         ({"devices": 4}, "parallel.devices: expected null or 8 (all of 2 processes), found 4"),
     ],
 )

@@ -76,11 +76,11 @@ def test_a_run_that_is_stopped_at_every_stage_ends_as_if_it_was_not(tmp_path, in
     handlers = [signal.getsignal(number) for number in signals.SIGNALS]
     stages = (
         # After the evaluation before; while metrics are written; as the first epoch is scored; as the run is scored.
-        (continuation.ContinuationScorer, "score", 1, None),
+        (continuation.ContinuationScorer, "predict", 1, None),
         (trackers.JsonLines, "write", 1, 4),
-        (continuation.ContinuationScorer, "score", 1, 6),
+        (continuation.ContinuationScorer, "predict", 1, 6),
         (trackers.JsonLines, "write", 1, 8),
-        (continuation.ContinuationScorer, "score", 2, 12),
+        (continuation.ContinuationScorer, "predict", 2, 12),
     )
     flags = []
     for owner, name, number, saved in stages:

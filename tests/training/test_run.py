@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from contextlib import nullcontext
 
 import jax
@@ -17,7 +18,7 @@ from neuroada_jax.data.rows import load_rows, rows_from_list
 from neuroada_jax.errors import NeuroadaWarning
 from neuroada_jax.pretrained.load import load_model
 from neuroada_jax.pretrained.tokenizer import load_tokenizer
-from neuroada_jax.training import config_file, run
+from neuroada_jax.training import config_file, run, run_directory
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +93,22 @@ def test_a_bfloat16_base_trains_the_model_that_is_merged(tmp_path, k, rate):
     assert results == json.loads((tmp_path / "out" / "results.json").read_text())
     low, high = (0.9, 1) if few else (0, 0.2)
     assert low <= results["rounded_to_nothing"] <= high
+
+
+def test_one_run_a_folder(tmp_path, inputs):
+    config = settings(tmp_path, inputs)
+    prepared, late = run.prepare(config), run.prepare(config)
+    fitted = run.fit(prepared)
+    used = f"{config.directory} is in use by process {os.getpid()} on "
+    assert message_of(run.prepare, config, resume=True).startswith(used)  # at once
+    assert message_of(run.prepare, config, overwrite=True).startswith(used)
+    assert message_of(run.fit, late).startswith(used)  # once it would write
+    run.finish(fitted)
+    names = {path.name: path.stat().st_mtime_ns for path in config.directory.iterdir()}
+    assert run_directory.LOCK not in names and "adapter" in names
+    wanted = f"{config.directory}: another run has been at work here meanwhile; start this one again"
+    assert message_of(run.fit, late) == wanted
+    assert {path.name: path.stat().st_mtime_ns for path in config.directory.iterdir()} == names
 
 
 def test_a_classifier_in_memory_that_no_checkpoint_has_is_initialised_from_the_runs_seed(tmp_path):
