@@ -69,8 +69,8 @@ format: $(VENV)/.installed-test  ## apply ruff's fixes and its format
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
-check-gpu: $(GPU)/.installed  ## compile LLaMA-7B's step for an H100, no GPU needed, and check its memory (installs 2.8 GB)
-	$(GPU)/bin/python -m benchmarks.plans check
+check-gpu: $(GPU)/.installed  ## compile LLaMA-7B's programs for an H100 and an RTX 4090, no GPU needed, and check them (installs 2.8 GB)
+	$(GPU)/bin/python -m benchmarks.check_gpu
 
 ptx: $(CUDA)/value_gradient.ptx  ## rebuild the CUDA kernel's PTX from its source; needs nvcc
 

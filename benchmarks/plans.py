@@ -2,7 +2,6 @@
 
     make bench-memory     python -m benchmarks.plans memory     LLaMA-7B and Llama-3-8B by method, compiled for this CPU
     make bench-devices    python -m benchmarks.plans devices    LLaMA-7B to 70B on 1, 8 and 64 H100s
-    make check-gpu        python -m benchmarks.plans check      LLaMA-7B on an H100, against stored bounds
 
 `memory --machine h100` compiles the methods for an H100. The rows of this library are those of `neuroada plan`; weights are
 bfloat16, every position is labelled, the optimiser is AdamW.
@@ -20,9 +19,6 @@ XLA computes bfloat16 products in float32 on most CPUs: a CPU's temporaries hold
 
 devices: each device has `--rows` rows of `--length` tokens under full remat (where `tensor` devices share the outputs of
 every layer, all of them work on that many times as many rows).
-
-check: the bounds are a little above the bytes at the time when they were set; whoever makes a step smaller lowers them. The
-exit code is 1 where a step needs more.
 """
 
 import argparse
@@ -75,15 +71,6 @@ DEVICES_COLUMNS = (
     Column("gathered", "gathered_bytes", console.size),
     Column("collectives", "count"),
 )
-CHECK_COLUMNS = (
-    Column("k", "k"),
-    Column("rows", "rows"),
-    Column("remat", "remat"),
-    Column("total", "total_bytes", console.size),
-    Column("temporaries", "bytes", lambda kinds: console.size(kinds["temporaries"])),
-    Column("bound", "bound", console.size),
-    Column("compiled in", "compile_seconds", "{:.0f} s".format),
-)
 
 
 class Setting(NamedTuple):
@@ -99,21 +86,11 @@ class Setting(NamedTuple):
     tensor: int = 1
 
 
-# Bytes of LLaMA-7B's step on an H100.
-BOUNDS = {
-    Setting("llama-7b", 1, 16): 16.9e9,
-    Setting("llama-7b", 20, 16): 18.6e9,
-    Setting("llama-7b", 1, 16, remat="names"): 39.8e9,
-    Setting("llama-7b", 1, 2): 14.5e9,
-    Setting("llama-7b", 1, 2, remat="none"): 17.6e9,
-}
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compile, print the table and save its JSON file; return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    each = {name: commands.add_parser(name) for name in ("memory", "devices", "check")}
+    each = {name: commands.add_parser(name) for name in ("memory", "devices")}
     for command in each.values():
         common.add_output(command)
         command.add_argument(
@@ -133,12 +110,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = parser.parse_args(arguments)
 
     jax.config.update("jax_platforms", "cpu")  # a GPU's compiler needs no GPU, and arrays would take its memory
-    return {"memory": memory, "devices": devices, "check": check}[settings.command](settings)
+    return {"memory": memory, "devices": devices}[settings.command](settings)
 
 
 def memory(settings: argparse.Namespace) -> int:
     """Save memory.json (or memory-MACHINE.json): the steps of every model, batch and remat policy by method."""
-    compiler = _compiler(settings.compiled_for)
+    compiler = installed_compiler(settings.compiled_for)
     baseline_of: list[tuple[str, int | None, int | None, Baseline | None]] = [(FULL, None, None, baselines.full())]
     baseline_of += [(OURS, k, None, None) for k in settings.k]
     first = settings.k[0]  # what does not depend on k appears once
@@ -171,7 +148,7 @@ def devices(settings: argparse.Namespace) -> int:
     most = max(settings.devices)
     if most > 1 and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", most)
-    _compiler(settings.compiled_for)
+    installed_compiler(settings.compiled_for)
     cases = [
         Setting(name, k, settings.rows * count, settings.length, "full", count, fsdp, tensor)
         for name in settings.models
@@ -191,24 +168,7 @@ def devices(settings: argparse.Namespace) -> int:
     return 0
 
 
-def check(settings: argparse.Namespace) -> int:
-    """Save check_gpu.json; return 1 where a step needs more bytes than its bound."""
-    _compiler(settings.compiled_for)
-    found = []
-    for setting, bound in BOUNDS.items():
-        made = _plan(setting, settings.compiled_for)
-        row = {key: made[key] for key in ("total_bytes", "bytes", "compile_seconds")}
-        found.append(row | {"k": setting.k, "rows": setting.rows, "remat": setting.remat, "bound": bound})
-    title = f"LLaMA-7B, {DTYPE}, rows of {LENGTH} tokens, compiled for {settings.compiled_for}"
-    common.report("check_gpu", title, CHECK_COLUMNS, found, settings)
-    above = [row for row in found if row["total_bytes"] > row["bound"]]
-    for row in above:
-        excess = console.size(row["total_bytes"] - row["bound"])
-        console.say(f"k = {row['k']}, {row['rows']} rows, remat {row['remat']}: {excess} above the bound")
-    return 1 if above else 0
-
-
-def _compiler(machine: str) -> Compiler:
+def installed_compiler(machine: str) -> Compiler:
     """Return the machine's compiler; exit where what compiles for a GPU is not installed."""
     compiler = compiler_for(find(machine, DTYPE))
     if machine != "cpu" and not (compiler.platform == "gpu" and compiler.flash_attention):
