@@ -172,7 +172,7 @@ def _written(value: Any) -> str:
 
 def _facts(machine: str, compiler: Compiler) -> Iterator[Fact]:
     """Yield the facts about all programs for a machine; those of several devices and full depth for an H100 only."""
-    first, is_first = TRAIN[machine][0], machine == MACHINES[0]
+    is_first = machine == MACHINES[0]
     for setting in dict.fromkeys([*TRAIN[machine], *(BYTES if is_first else ())]):
         program = compiled_step(setting, machine)
         if setting in TRAIN[machine]:
@@ -187,7 +187,6 @@ def _facts(machine: str, compiler: Compiler) -> Iterator[Fact]:
         yield from decode_facts(rows, compiler)
     # Compiled ahead of time, XLA takes products of its own; a card may choose cuBLAS, which reads no slice in place.
     cublas = {"xla_gpu_enable_triton_gemm": False}
-    yield _none(f"copies: {first}, cuBLAS", hlo.copies(compiled_step(first, machine, cublas).text, WEIGHT))
     yield from decode_facts(DECODE[0], compiler._replace(options=cublas), ", cuBLAS")
 
 
@@ -239,9 +238,9 @@ def _none(check: str, found: Any) -> Fact:
     return Fact(check, ", ".join(f"{count} {name}" for name, count in sorted(found.items())) or "none", "none", True)
 
 
-def compiled_step(setting: Setting, machine: str, options: dict[str, Any] | None = None) -> Program:
-    """Compile a run's step as `neuroada plan` does, with further options of XLA."""
-    compiler = compiler_for(find(machine, DTYPE), setting.devices)._replace(options=options)
+def compiled_step(setting: Setting, machine: str) -> Program:
+    """Compile a run's step as `neuroada plan` does."""
+    compiler = compiler_for(find(machine, DTYPE), setting.devices)
     with tempfile.TemporaryDirectory() as folder:
         content = MODELS["llama-7b"] | {"num_hidden_layers": setting.layers}
         (Path(folder) / "config.json").write_text(json.dumps(content))
