@@ -208,7 +208,8 @@ def decode_facts(rows: int, compiler: Compiler, products: str = "") -> Iterator[
     """Yield what the compiled decoding of `rows` sequences says."""
     prompt, slots = 128, 256
     model = models.from_hf_config(MODELS["llama-7b"] | {"num_hidden_layers": LAYERS}, DTYPE)
-    config, module, integer = model.config, model.module(), functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    config, module = model.config, model.module()
+    integer: Any = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     options: dict[str, Any] = {"decoding": GREEDY, "eos_ids": ()}
     prompts = generate.Prompts(integer((rows, prompt)), integer((rows,)), integer((rows,)))
     with platform.tracing_for(compiler.platform, flash_attention=compiler.flash_attention):
