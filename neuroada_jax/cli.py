@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from neuroada_jax import __version__
+from neuroada_jax import __version__, console
 from neuroada_jax.commands import (
     adapters,
     classify,
@@ -71,7 +71,7 @@ def _with_one_line_errors(work: Callable[[], int | None]) -> int:
         with _one_line_warnings():
             return work() or 0
     except UserError as error:
-        sys.stderr.write(f"neuroada: error: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"neuroada: error: {console.one_line(str(error))}\n")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("neuroada: interrupted\n")
@@ -92,7 +92,7 @@ def _discard_output() -> None:
 def _one_line_warnings() -> Iterator[None]:
     def show(message: Any, category: Any, *_: Any, **__: Any) -> None:
         if issubclass(category, NeuroadaWarning):  # those of other libraries are not for the user
-            sys.stderr.write(f"neuroada: warning: {message}\n")
+            sys.stderr.write(f"neuroada: warning: {console.one_line(str(message))}\n")
 
     with warnings.catch_warnings():
         warnings.showwarning = show

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import os
+import re
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -37,15 +38,31 @@ if not _out.is_terminal and not os.environ.get("COLUMNS", "").isdigit():
 _BAR_WIDTH = 106  # columns that a bar of 30 takes with everything beside it
 
 
+# What moves the cursor, colours, turns the direction of writing, breaks lines unseen, or is no character; \n and \t may stay.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+LONGEST = 2000  # characters of a message
+
+
+def visible(text: str) -> str:
+    r"""Return a text with its control characters spelt out, such as \x1b: texts of files may hold them."""
+    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def one_line(text: str) -> str:
+    """Return a message as one line of at most `LONGEST` characters, control characters spelt out."""
+    shown = visible(" ".join(text[: 4 * LONGEST].split()))
+    return shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 4]} ..."
+
+
 _collectors: list[list[str]] = []  # of `collected`; the last one gets what is said
 
 
 def say(message: str) -> None:
     """Print a line on standard error."""
     if _collectors:
-        _collectors[-1].append(message)
+        _collectors[-1].append(visible(message))
         return
-    _err.print(message, markup=False, soft_wrap=True)
+    _err.print(visible(message), markup=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
@@ -73,7 +90,12 @@ def warn(message: str) -> None:
 def write(text: str) -> None:
     """Print a line of a result on standard output; a long one goes on, indented, in the next, broken between words."""
     wrapped = textwrap.wrap(text, _out.width, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
-    _out.print("\n".join(wrapped), markup=False, soft_wrap=True)
+    _out.print(visible("\n".join(wrapped)), markup=False, soft_wrap=True)
+
+
+def result(text: str) -> None:
+    """Print a text of any length on standard output: as it is in a file or pipe, with `visible` in a terminal."""
+    print(visible(text) if _out.is_terminal else text)
 
 
 def has_colour() -> bool:
@@ -93,7 +115,7 @@ def cells(text: str) -> int:
 
 def styled(parts: Sequence[tuple[str, str]]) -> None:
     """Print (text, style of rich) pairs as one line on standard output, not wrapped."""
-    _out.print(rich.text.Text.assemble(*parts), soft_wrap=True)
+    _out.print(rich.text.Text.assemble(*((visible(text), style) for text, style in parts)), soft_wrap=True)
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -108,7 +130,7 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> N
         for position, name in enumerate(header):
             grid.add_column(name, justify="right" if position else "left")
         for row in rows:
-            grid.add_row(*row)
+            grid.add_row(*map(visible, row))
         if rich.measure.Measurement.get(_out, _out.options.update(max_width=10**6), grid).maximum <= _out.width:
             _out.print(grid)
             return

@@ -21,6 +21,8 @@ from neuroada_jax.errors import UserError
 
 TEMPORARY, OLD = ".neuroada-tmp", ".neuroada-old"  # what is being written, and what it replaces
 _SURROGATE = re.compile("[\ud800-\udfff]")
+LARGEST_JSON = 256 * 2**20  # bytes; the largest tokenizer.json and index of the hub have about 40 MB
+DEEPEST_JSON = 64  # lists and objects inside one another; real ones have ten, and code that walks them recurses
 
 
 @contextlib.contextmanager
@@ -200,18 +202,45 @@ def has_half_characters(value: object) -> bool:
     return isinstance(value, list | tuple) and any(map(has_half_characters, value))
 
 
+def is_deeper(value: object, depth: int = DEEPEST_JSON) -> bool:
+    """Return whether more than `depth` lists and objects of a value stand inside one another."""
+    level = [value]
+    for _ in range(depth + 1):
+        level = [
+            child
+            for node in level
+            if isinstance(node, dict | list)
+            for child in (node.values() if isinstance(node, dict) else node)
+            if isinstance(child, dict | list)
+        ]
+        if not level:
+            return False
+    return True
+
+
+def _reason(error: Exception) -> str:
+    """Return why a text is no JSON, in a few words."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return "an integer of more than 4,300 digits" if "digits" in str(error) else str(error)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file.
 
     Raises:
-      UserError: the file is missing, is not JSON, or is not an object.
+      UserError: the file is missing, is not JSON, is not an object, or exceeds `LARGEST_JSON` or `DEEPEST_JSON`.
     """
     try:
+        if path.stat().st_size > LARGEST_JSON:
+            raise UserError(f"{path}: has {path.stat().st_size:,} bytes, expected at most {LARGEST_JSON:,}")
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:  # RecursionError: brackets nested a thousand deep
-        raise UserError(f"{path}: not JSON ({error})") from error
+        raise UserError(f"{path}: not JSON ({_reason(error)})") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    if is_deeper(content):
+        raise UserError(f"{path}: more than {DEEPEST_JSON} lists and objects stand inside one another")
     return content

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 
+from neuroada_jax import console
 from neuroada_jax.commands import shared
 
 
@@ -73,4 +74,4 @@ def run(parsed: argparse.Namespace) -> None:
         pairs = zip(parsed.prompt, texts, strict=True)
         shared.print_json({"generations": [{"prompt": prompt, **each._asdict()} for prompt, each in pairs]})
     else:
-        print("\n\n".join(each.text for each in texts))
+        console.result("\n\n".join(each.text for each in texts))

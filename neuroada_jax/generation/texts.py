@@ -12,6 +12,7 @@ from neuroada_jax.data.examples import encode_prompt
 from neuroada_jax.data.prompts import PromptForm, PromptStyle
 from neuroada_jax.generation.generate import Ending, before_stop, check_lengths, generate
 from neuroada_jax.generation.sampling import GREEDY, Decoding
+from neuroada_jax.models import config_fields
 from neuroada_jax.pretrained import prompt_form
 from neuroada_jax.pretrained.load import OpenedModel
 
@@ -43,10 +44,10 @@ def end_tokens(
     """
     found: list[int] = []
     generation = Path(base_model.path) / "generation_config.json"
-    sources = [files.read_json(generation)] if generation.is_file() else []
-    declared = [source.get("eos_token_id") for source in [*sources, base_model.model.hf_config]]
-    for value in [*declared, tokenizer.eos_token_id]:
-        found += value if isinstance(value, list) else [] if value is None else [value]
+    if generation.is_file():
+        found += config_fields.token_ids(files.read_json(generation), f"{generation}: ")["eos_token_id"]
+    found += config_fields.token_ids(base_model.model.hf_config, "config.json: ")["eos_token_id"]
+    found += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if form is not None:
         found += prompt_form.end_ids(form, tokenizer, base_model.source)
     return sorted(set(found))

@@ -14,6 +14,7 @@ from neuroada_jax.errors import UserError
 LARGEST = 2**24  # of a size; far above any model, and small enough that nothing overflows
 LARGEST_DEPTH = 10_000  # of a number of layers: some descriptions have an entry for each
 LARGEST_POSITION = 2**31 - 1
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id")
 
 DECODERS = ("llama", "mistral", "qwen2", "qwen3")
 ENCODERS = ("bert", "roberta", "xlm-roberta")
@@ -191,6 +192,22 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
+def token_ids(content: Mapping[str, Any], place: str) -> dict[str, list[int]]:
+    """Return the ids of each of `TOKEN_IDS` that a config.json or generation_config.json has; -1 stands for none there.
+
+    Raises:
+      UserError: a value other than null, an id, or a list of ids; names the field.
+    """
+    found = {}
+    for name in TOKEN_IDS:
+        value = content.get(name)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(each) is int and -1 <= each <= LARGEST_POSITION for each in ids):
+            raise UserError(f"{place}{name} must be null, the id of a token, or a list of ids, found {shown(value)}")
+        found[name] = [each for each in ids if each >= 0]
+    return found
+
+
 def check(fields: Fields) -> None:
     """Refuse the fields that would change the result and that no reader has taken.
 
@@ -207,6 +224,7 @@ def check(fields: Fields) -> None:
     for name in ("dtype", "torch_dtype"):
         if content.get(name) not in _DTYPES:
             raise fields.wrong(name, f"null or one of {', '.join(each for each in _DTYPES if each)}")
+    token_ids(content, fields.place)
     known = {name for name, _ in ONLY} | fields.read | HARMLESS.keys() | FOREIGN
     unknown = content.keys() - known
     if unknown:

@@ -12,6 +12,7 @@ import numpy as np
 from gguf.quants import dequantize
 
 from neuroada_jax.errors import UserError
+from neuroada_jax.models.config_fields import shown
 from neuroada_jax.pretrained.gguf_header import Header, TensorInfo, read_header
 
 _PLAIN = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -48,10 +49,11 @@ def _open_model(path: str | Path) -> tuple[Header, str]:
     """Return header and architecture of a complete, supported model; UserError otherwise."""
     header = read_header(path)
     arch = header.metadata.get("general.architecture")
-    if arch not in _ARCHITECTURES or header.metadata.get(f"{arch}.expert_count", 0):
-        kind = f"{arch!r} with experts" if arch in _ARCHITECTURES else f"{arch!r}"
+    if not isinstance(arch, str) or arch not in _ARCHITECTURES or _number(header.metadata, path, f"{arch}.expert_count", 0):
+        known = isinstance(arch, str) and arch in _ARCHITECTURES
+        kind = f"{arch!r} with experts" if known else f"{shown(arch)}"
         raise UserError(f"{path}: GGUF architecture {kind} is not supported, expected one of {', '.join(_ARCHITECTURES)}")
-    parts = header.metadata.get("split.count", 1)
+    parts = _number(header.metadata, path, "split.count", 1)
     if parts > 1:
         raise UserError(f"{path}: one of {parts} GGUF parts, expected one file (join them: llama-gguf-split --merge)")
     return header, arch
@@ -69,7 +71,8 @@ class GGUFTensors:
         header, self._arch = _open_model(path)
         self._header = header
         heads = _required(header.metadata, path, f"{self._arch}.attention.head_count")
-        self._heads = {"q_proj": heads, "k_proj": header.metadata.get(f"{self._arch}.attention.head_count_kv", heads)}
+        kv_heads = _number(header.metadata, path, f"{self._arch}.attention.head_count_kv", heads)
+        self._heads = {"q_proj": heads, "k_proj": kv_heads}
         self._tensors = {}
         for name, info in header.tensors.items():
             layer = _LAYER_NAME.fullmatch(name)
@@ -103,7 +106,11 @@ class GGUFTensors:
         """
         array = _decode(self.path, name, self.raw(name), self._info(name))
         heads = self._heads.get(name.split(".")[-2])
-        return _unpermute(array, heads) if self._arch == "llama" and heads else array
+        if self._arch != "llama" or not heads:
+            return array
+        if heads < 0 or array.shape[0] % (2 * heads):
+            raise UserError(f"{self.path}: tensor {name} has {array.shape[0]} neurons, expected {heads} heads of an even width")
+        return _unpermute(array, heads)
 
     def _info(self, name: str) -> TensorInfo:
         if name not in self._tensors:
@@ -144,7 +151,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     header, arch = _open_model(path)
     meta, tensors = header.metadata, header.tensors
     model_type, class_name = _ARCHITECTURES[arch]
-    window = meta.get(f"{arch}.attention.sliding_window")
+    window = _number(meta, path, f"{arch}.attention.sliding_window", 0)
     if arch == "llama" and window:
         model_type, class_name = "mistral", "MistralForCausalLM"
         if biases := [name for name in tensors if name.endswith(".bias")]:
@@ -156,21 +163,23 @@ def read_config(path: str | Path) -> dict[str, Any]:
         _required(meta, path, f"{arch}.embedding_length"),
         _required(meta, path, f"{arch}.attention.head_count"),
     )
-    rotary = meta.get(f"{arch}.rope.dimension_count")
-    head_dim = meta.get(f"{arch}.attention.key_length") or rotary or hidden // heads
+    rotary = _number(meta, path, f"{arch}.rope.dimension_count", None)
+    head_dim = _number(meta, path, f"{arch}.attention.key_length", 0) or rotary or hidden // max(heads, 1)
     neurons = tensors["blk.0.attn_q.weight"].shape[0]
     if neurons != heads * head_dim or rotary not in (None, head_dim):
         raise UserError(
             f"{path}: attn_q has {neurons} neurons and {rotary} rotary dimensions, expected {heads} heads of {head_dim}"
         )
-    theta = _short(meta.get(f"{arch}.rope.freq_base", 10000.0))
+    theta = _short(_number(meta, path, f"{arch}.rope.freq_base", 10000.0, float))
+    if not 0 < theta < float("inf"):
+        raise UserError(f"{path}: metadata {arch}.rope.freq_base is {theta}, expected a positive number")
     config = {
         "model_type": model_type,
         "architectures": [class_name],
         "hidden_size": hidden,
         "num_hidden_layers": _required(meta, path, f"{arch}.block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": meta.get(f"{arch}.attention.head_count_kv", heads),
+        "num_key_value_heads": _number(meta, path, f"{arch}.attention.head_count_kv", heads),
         "head_dim": head_dim,
         "intermediate_size": _required(meta, path, f"{arch}.feed_forward_length"),
         "vocab_size": tensors["token_embd.weight"].shape[0],  # the padded size, of which the token list may fall short
@@ -193,9 +202,14 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 
 def _required(meta: dict, path: str | Path, key: str, kind: type = int) -> Any:
-    if not isinstance(meta.get(key), kind):
-        raise UserError(f"{path}: metadata {key} is {meta.get(key)!r}, expected one {kind.__name__}")
+    if type(meta.get(key)) is not kind:
+        raise UserError(f"{path}: metadata {key} is {shown(meta.get(key))}, expected one {kind.__name__}")
     return meta[key]
+
+
+def _number(meta: dict, path: str | Path, key: str, default: Any, kind: type = int) -> Any:
+    """Return a value of metadata of this type, or the default where the key is missing."""
+    return _required(meta, path, key, kind) if key in meta else default
 
 
 def _short(value: float) -> float:
@@ -207,9 +221,15 @@ def _rope_scaling(path: str | Path, header: Header, arch: str, theta: float, hea
     """Return Hugging Face's `rope_scaling`: linear or yarn from the metadata, llama3 from the table of divisors."""
     prefix = f"{arch}.rope.scaling."
     keys = {key.removeprefix(prefix): value for key, value in header.metadata.items() if key.startswith(prefix)}
+    for key, value in keys.items():
+        if not isinstance(value, int | float | str):
+            raise UserError(f"{path}: metadata {prefix}{key} is {shown(value)}, expected a number or text")
     kind = keys.pop("type", "none")
-    factor = _short(keys.pop("factor", header.metadata.get(f"{arch}.rope.scale_linear", 1.0)))
-    original = keys.pop("original_context_length", None)
+    linear = _number(header.metadata, path, f"{arch}.rope.scale_linear", 1.0, float)
+    factor = _short(_number(header.metadata, path, f"{prefix}factor", linear, float))
+    keys.pop("factor", None)
+    original = _number(header.metadata, path, f"{prefix}original_context_length", None)
+    keys.pop("original_context_length", None)
     keys.pop("finetuned", None)
     if "rope_freqs.weight" in header.tensors:
         info = header.tensors["rope_freqs.weight"]
@@ -217,7 +237,8 @@ def _rope_scaling(path: str | Path, header: Header, arch: str, theta: float, hea
         return _llama3_scaling(path, table, theta, head_dim, original or 8192)
     if kind in ("none", "linear"):  # a bare factor means linear, as in files older than the type key
         return None if factor == 1.0 else {"rope_type": "linear", "factor": factor}
-    betas = {name: _short(keys.pop(f"yarn_{name}")) for name in ("beta_fast", "beta_slow") if f"yarn_{name}" in keys}
+    betas = {name: _short(_required(keys, path, f"yarn_{name}", float)) for name in ("beta_fast", "beta_slow") if f"yarn_{name}" in keys}
+    keys = {key: value for key, value in keys.items() if key.removeprefix("yarn_") not in betas}
     # llama.cpp multiplies YaRN's attention factor by these, Hugging Face replaces it: only neutral values are equivalent.
     odd = {key: value for key, value in keys.items() if value not in (1.0, -1.0)}
     if kind != "yarn" or odd or original is None:
@@ -231,13 +252,15 @@ def _llama3_scaling(
     path: str | Path, table: np.ndarray, theta: float, head_dim: int, original: int
 ) -> dict[str, Any] | None:
     """Infer `rope_scaling` from Llama 3's table (N/2,) of divisors; only factor varies, low is 1 and high is 4."""
+    if table.shape != (head_dim // 2,) or not np.isfinite(table).all():
+        raise UserError(f"{path}: rope_freqs.weight is {list(table.shape)}, expected {head_dim // 2} finite divisors")
     factor, low, high = float(table.max()), 1.0, 4.0
     if factor == 1.0:
         return None
     turns = original * theta ** (-np.arange(0, head_dim, 2) / head_dim) / (2 * np.pi)  # in the original context
     smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
     expected = 1.0 / ((1.0 - smooth) / factor + smooth)
-    if table.shape != expected.shape or not np.allclose(table, expected, rtol=1e-4):
+    if not np.allclose(table, expected, rtol=1e-4):
         raise UserError(f"{path}: rope_freqs.weight is not Llama 3's rule for factor {factor} and context {original}")
     return {
         "rope_type": "llama3",

@@ -30,6 +30,9 @@ _NUMBERS = {
     12: "<f8",
 }
 _STRING, _ARRAY = 8, 9
+_DIMENSIONS = 4  # of a tensor, in GGML
+_LARGEST = 2**31 - 1  # size of one of them
+_ALIGNMENTS = [2**power for power in range(3, 17)]
 
 
 class TensorInfo(NamedTuple):
@@ -68,9 +71,12 @@ def read_header(path: str | Path) -> Header:
         raise UserError(f"{path}: not a GGUF file, starts with {bytes(data[:4])!r}, expected b'GGUF'")
     try:
         metadata, table, end = _Parser(data.data, path).parse()
-    except (struct.error, ValueError) as error:  # a length or a string ran past the end, or is not UTF-8
+    # A length or a string ran past the end, is no number of this machine, or is not UTF-8.
+    except (struct.error, ValueError, OverflowError) as error:
         raise UserError(f"{path}: truncated or damaged GGUF header in {data.size} bytes ({error})") from error
     alignment = metadata.get("general.alignment", 32)
+    if type(alignment) is not int or alignment not in _ALIGNMENTS:
+        raise UserError(f"{path}: general.alignment is {alignment!r}, expected a power of two up to {_ALIGNMENTS[-1]}")
     origin = -(-end // alignment) * alignment
     tensors = {}
     for name, shape, type_id, offset in table:
@@ -78,7 +84,11 @@ def read_header(path: str | Path) -> Header:
             qtype = GGMLQuantizationType(type_id)
         except ValueError:
             raise UserError(f"{path}: tensor {name} has unknown GGML type {type_id}") from None
+        if len(shape) > _DIMENSIONS or not all(0 < size <= _LARGEST for size in shape):
+            raise UserError(f"{path}: tensor {name} has shape {str(list(shape))[:80]}, expected 1 to 4 positive sizes")
         block, block_bytes = GGML_QUANT_SIZES[qtype]
+        if shape and shape[-1] % block:
+            raise UserError(f"{path}: tensor {name} has rows of {shape[-1]} in blocks of {block} ({qtype.name})")
         info = TensorInfo(shape, qtype, origin + offset, math.prod(shape) // block * block_bytes)
         if info.start + info.nbytes > data.size:
             raise UserError(

@@ -22,7 +22,7 @@ from neuroada_jax.core import trees
 from neuroada_jax.core.trees import ModulePath, Tree
 from neuroada_jax.errors import UserError
 from neuroada_jax.models import Labels, names
-from neuroada_jax.pretrained import tensor_names
+from neuroada_jax.pretrained import tensor_checks, tensor_names
 from neuroada_jax.pretrained.safetensors_directory import SafetensorsDirectory
 from neuroada_jax.pretrained.source import (
     HUB_FILES,
@@ -158,31 +158,32 @@ def load_params(
         the tree, and one tensor besides.
 
     Raises:
-      UserError: a tensor that the model needs is missing or has another shape.
+      UserError: a tensor that the model needs is missing, has another shape or holds NaN or infinities, or the machine
+        has too little memory for all of them.
     """
     flat: dict[tuple[str, ...], Any] = dict(trees.flatten(model.abstract_params()))
     leaf_shardings = dict(trees.flatten(shardings or jax.tree.map(lambda _: None, model.abstract_params())))
     slots = names.checkpoint_names(model.abstract_params(), model.layers_path)
     found, architecture = tensor_names.assign(model, tensors.names()).stored, model.architecture
+    shapes = {name: flat[slot.path].shape[slot.layer is not None :] for name, slot in slots.items()}
+    optional = {name: _is_below(slot.path, architecture.optional) for name, slot in slots.items()}
+    for name in shapes:
+        if name not in found and not optional[name]:
+            untied = " (tie_word_embeddings is false)" if name == tensor_names.HEAD else ""
+            raise UserError(f"tensor {name!r} is missing from the checkpoint{untied}; expected shape {list(shapes[name])}")
+    hints = {name: _OTHER_LABELS if optional[name] else "" for name in shapes}
+    tensor_checks.check_shapes(tensors, ((found[name], shapes[name], hints[name]) for name in shapes if name in found))
+    tensor_checks.check_memory(flat, leaf_shardings)
     digests = {}
     filled: dict[tuple[str, ...], jax.Array] = {}
     for done, (name, slot) in enumerate(slots.items()):
         leaf = flat[slot.path]
-        expected = leaf.shape if slot.layer is None else leaf.shape[1:]
-        stored = found.get(name)
-        if stored is not None:
-            if tensors.shape(stored) != expected:
-                hint = _OTHER_LABELS if _is_below(slot.path, architecture.optional) else ""
-                raise UserError(
-                    f"tensor {stored!r} has shape {list(tensors.shape(stored))}, expected {list(expected)}{hint}"
-                )
-            digests[name] = xxhash.xxh3_128_hexdigest(tensors.raw(stored))
-            tensor = tensors.read(stored)
-        elif _is_below(slot.path, architecture.optional):
-            tensor = _initial_tensor(name, expected, model.hf_config.get("initializer_range", 0.02), seed)
+        if name in found:
+            digests[name] = xxhash.xxh3_128_hexdigest(tensors.raw(found[name]))
+            tensor = tensors.read(found[name])
+            tensor_checks.check_finite(found[name], tensor)
         else:
-            untied = " (tie_word_embeddings is false)" if name == tensor_names.HEAD else ""
-            raise UserError(f"tensor {name!r} is missing from the checkpoint{untied}; expected shape {list(expected)}")
+            tensor = _initial_tensor(name, shapes[name], model.hf_config.get("initializer_range", 0.02), seed)
         if slot.layer is None:
             filled[slot.path] = jax.device_put(jnp.asarray(tensor).astype(leaf.dtype), leaf_shardings[slot.path])
         else:

@@ -18,7 +18,7 @@ from neuroada_jax import files
 from neuroada_jax.core import trees
 from neuroada_jax.core.trees import ModulePath, Tree
 from neuroada_jax.data.prompts import PromptForm
-from neuroada_jax.models import names
+from neuroada_jax.models import config_fields, names
 from neuroada_jax.pretrained import prompt_form
 from neuroada_jax.pretrained.load import OpenedModel
 
@@ -115,8 +115,8 @@ def _copy_generation_config(base_model: OpenedModel, directory: Path, end_ids: S
     else:
         ids = ("bos_token_id", "eos_token_id", "pad_token_id")
         content = {key: config[key] for key in ids if config.get(key) is not None}
-    own = content.get("eos_token_id", config.get("eos_token_id"))
-    own = own if isinstance(own, list) else [] if own is None else [own]
+    named = content if "eos_token_id" in content else config
+    own = config_fields.token_ids(named, f"{source}: ")["eos_token_id"]
     joined = list(dict.fromkeys([*own, *end_ids]))
     if joined != own:
         content["eos_token_id"] = joined

@@ -4,11 +4,19 @@ transformers can build a tokenizer from a GGUF file too, but only with torch ins
 `tokenizers` library alone; tests compare the two.
 """
 
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from neuroada_jax.errors import UserError
+from neuroada_jax.files import read_json
 from neuroada_jax.pretrained.gguf_header import read_header
 
 _CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
@@ -57,15 +65,71 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
       UserError: the path is missing, is not a GGUF file, or has no tokenizer that is supported.
     """
     if str(path).lower().endswith(".gguf"):
-        return _from_gguf(str(path))
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: no tokenizer in this directory or hub repository ({reason})") from error
+        with _one_line_errors(str(path)):
+            tokenizer = _from_gguf(str(path))
+            _try_out(tokenizer)
+        return tokenizer
+    if os.path.isdir(path):
+        _check_files(Path(path))
+    with _one_line_errors(path):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        if isinstance(tokenizer, PreTrainedTokenizerFast):
+            _try_out(tokenizer)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"{path}: {type(tokenizer).__name__} found, expected a tokenizer with a tokenizer.json")
     return tokenizer
+
+
+_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_PROBE = "A first text, 12.5 \u00e9\u4f60\n  </s>"
+
+
+def _check_files(directory: Path) -> None:
+    """Check the files of a tokenizer as far as their reader does not: sizes, depths, and the types of some fields."""
+    for name in _FILES:
+        if (directory / name).is_file():
+            content = read_json(directory / name)
+            longest = content.get("model_max_length", 1) if name == "tokenizer_config.json" else 1
+            if type(longest) not in (int, float, type(None)) or (longest is not None and not longest >= 1):
+                raise UserError(f"{directory / name}: model_max_length is {longest!r}, expected a number from 1")
+            template = content.get("chat_template")
+            if name == "tokenizer_config.json" and not isinstance(template, str | list | None):
+                raise UserError(f"{directory / name}: chat_template is {type(template).__name__}, expected a text or a list")
+
+
+def _try_out(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Use what is used later, so that a file that only breaks in use is found when it is loaded."""
+    ids = tokenizer(_PROBE)["input_ids"]
+    tokenizer.decode(ids)
+    tokenizer.convert_ids_to_tokens(ids)
+    if not all(isinstance(text, str) for text in tokenizer.special_tokens_map.values()):
+        raise ValueError("a special token is no text")
+    with contextlib.suppress(ValueError):  # no chat template, or several
+        if not isinstance(tokenizer.get_chat_template(), str):
+            raise TypeError("the chat template is no text")
+
+
+@contextlib.contextmanager
+def _one_line_errors(path: str) -> Iterator[None]:
+    """Turn whatever transformers, or a panic of the Rust library below it, raises into one line."""
+    sys.stderr.flush()
+    # Rust prints a panic by itself, on the descriptor.
+    with tempfile.TemporaryFile() as caught:
+        kept = os.dup(2)
+        os.dup2(caught.fileno(), 2)
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit, UserError):
+            raise
+        except BaseException as error:  # pyo3's PanicException is no Exception
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            reason = " ".join(str(error)[:1000].split())[:200] or type(error).__name__
+            raise UserError(f"{path}: no tokenizer in this directory or hub repository ({reason})") from error
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 def _from_gguf(path: str) -> PreTrainedTokenizerFast:
@@ -78,6 +142,11 @@ def _from_gguf(path: str) -> PreTrainedTokenizerFast:
         if get(key) is None:
             raise UserError(f"{path}: metadata tokenizer.ggml.{key} is missing, expected a GGUF file with a tokenizer")
     kind, tokens, types = get("model"), get("tokens"), np.asarray(get("token_type", ()))
+    for key, found in (("tokens", tokens), ("merges", get("merges", []))):
+        if not isinstance(found, list) or not all(isinstance(each, str) for each in found):
+            raise UserError(f"{path}: tokenizer.ggml.{key} is no list of texts")
+    if types.ndim != 1 or len(types) not in (0, len(tokens)) or types.dtype.kind not in "iuf":
+        raise UserError(f"{path}: tokenizer.ggml.token_type has {types.size} entries, expected one for each token")
     if kind == "gpt2":
         pre = get("pre", "default")
         if pre not in _SPLITS:
@@ -99,7 +168,7 @@ def _from_gguf(path: str) -> PreTrainedTokenizerFast:
     for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         token_id = get(f"{key}_token_id")
         if token_id is not None:
-            if not token_id < len(tokens):
+            if type(token_id) is not int or not 0 <= token_id < len(tokens):
                 raise UserError(
                     f"{path}: tokenizer.ggml.{key}_token_id is {token_id}, expected one of {len(tokens)} tokens"
                 )
@@ -161,8 +230,8 @@ def byte_spelling() -> list[str]:
 
 def _sentencepiece(path: str, tokens: list[str], scores, merges: list[str] | None, prefix_space: bool) -> Tokenizer:
     """Build SentencePiece BPE with byte fallback, as in LLaMA 1, LLaMA 2 and Mistral."""
-    if merges is None and (scores is None or len(scores) != len(tokens)):
-        found = "no" if scores is None else len(scores)
+    if merges is None and not (isinstance(scores, np.ndarray) and scores.shape == (len(tokens),)):
+        found = "no" if scores is None else np.size(scores)
         raise UserError(f"{path}: {found} tokenizer.ggml.scores and no merges, expected a score for {len(tokens)} tokens")
     vocab = {token: index for index, token in enumerate(tokens)}
     pairs = _pairs(merges) if merges is not None else _merges_from_scores(vocab, scores)

@@ -1,0 +1,355 @@
+"""The formats that the fuzzer mutates: each writes a sound folder, names the files to mutate, and reads the folder.
+
+`read` returns what was read as a comparable value. `digested` formats have a digest over what is mutated: there an accepted
+mutation has to give the same value. In the others a changed number is another sound file.
+"""
+
+import gzip
+import json
+from pathlib import Path
+
+import fuzz_mutations as mutations
+import numpy as np
+import yaml
+from data_helpers import CHAT
+from helpers import run_config, write_model, write_rows, write_safetensors
+
+from neuroada_jax import files, models
+from neuroada_jax.adapters import inspection, native, on_base, peft
+from neuroada_jax.data.chat_template import ChatTemplate
+from neuroada_jax.data.chats import Chat
+from neuroada_jax.data.readers import read_file
+from neuroada_jax.generation import texts
+from neuroada_jax.pretrained import gguf_file, load, prompt_form, source
+from neuroada_jax.pretrained.safetensors_directory import SafetensorsDirectory
+from neuroada_jax.pretrained.tokenizer import load_tokenizer
+from neuroada_jax.training import checkpoint, config_file, kept_states, results, trackers
+
+JSON = [mutations.edit_json] * 8 + [mutations.repeat_key] + mutations.BYTES
+SAFETENSORS = [mutations.edit_safetensors] * 7 + mutations.BYTES
+TARGETS = ("self_attn.k_proj", "mlp.down_proj")
+
+
+class Format:
+    """A format; `mutators` by the suffix of a file's name."""
+
+    digested = False
+    mutators = {"": mutations.BYTES}
+
+    def write(self, folder: Path) -> list[Path]:
+        raise NotImplementedError
+
+    def read(self, folder: Path):
+        raise NotImplementedError
+
+    def mutators_of(self, path: Path):
+        return next(found for suffix, found in self.mutators.items() if path.name.endswith(suffix))
+
+
+class Config(Format):
+    """config.json and generation_config.json, up to the shapes of all tensors and the check of those that are stored."""
+
+    mutators = {".json": JSON}
+
+    def write(self, folder):
+        write_model(folder / "m", None)
+        (folder / "m" / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2], "bos_token_id": 0}))
+        return [folder / "m" / "config.json"] * 5 + [folder / "m" / "generation_config.json"]
+
+    def read(self, folder):
+        config = source.read_config(str(folder / "m"))
+        model = models.from_hf_config(config, source.config_dtype("auto", config))
+        opened = load.OpenedModel(model, str(folder / "m"), "m")
+        return repr(model.config), texts.end_tokens(opened, CHAT)
+
+
+class Loaded(Config):
+    """The same with the weights; tracing takes too long for every case."""
+
+    def read(self, folder):
+        opened = load.open_model(str(folder / "m"))
+        return sorted(opened.load().digests.items())
+
+
+class Tokenizer(Format):
+    """tokenizer.json, tokenizer_config.json and special_tokens_map.json, up to a text that is encoded and decoded."""
+
+    mutators = {".json": JSON}
+
+    def write(self, folder):
+        CHAT.save_pretrained(str(folder))
+        special = {"bos_token": "<s>", "eos_token": "<|im_end|>"}
+        (folder / "special_tokens_map.json").write_text(json.dumps(special))
+        small = json.loads((folder / "tokenizer.json").read_text())
+        (folder / "tokenizer.json").write_text(json.dumps(small))
+        names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+        return [folder / names[0]] * 3 + [folder / names[1]] * 3 + [folder / names[2]]
+
+    def read(self, folder):
+        tokenizer = load_tokenizer(str(folder))
+        ids = tokenizer("a text, 12", add_special_tokens=True)["input_ids"]
+        return ids, tokenizer.decode(ids), prompt_form.own_template(tokenizer)
+
+
+class Templates(Format):
+    """A chat template, rendered on a short chat."""
+
+    mutators = {"": [mutations.edit_template]}
+
+    def write(self, folder):
+        (folder / "template.jinja").write_text(str(CHAT.chat_template))
+        return [folder / "template.jinja"]
+
+    def read(self, folder):
+        text = (folder / "template.jinja").read_bytes().decode("utf-8", "surrogatepass")
+        messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+        template = ChatTemplate(CHAT, text, {}, "2026-01-31")
+        return template.turns(Chat(messages, None, (1,)), (1,), "row 0")
+
+
+class Safetensors(Format):
+    """Two shards and their index."""
+
+    mutators = {".json": JSON, ".safetensors": SAFETENSORS}
+
+    def write(self, folder):
+        rng = np.random.default_rng(0)
+        tensors = {f"layer.{i}.weight": rng.standard_normal((4, 3), np.float32) for i in range(6)}
+        write_safetensors(folder / "m", tensors, shards=2)
+        return sorted((folder / "m").iterdir())
+
+    def read(self, folder):
+        directory = SafetensorsDirectory(str(folder / "m"))
+        return {name: (directory.shape(name), directory.read(name).tobytes(), bytes(directory.raw(name))) for name in directory.names()}
+
+
+class Gguf(Format):
+    """A GGUF file: header, config, tokenizer, tensors."""
+
+    mutators = {".gguf": [mutations.edit_gguf] * 6 + [mutations.gguf_value] * 4 + mutations.BYTES}
+
+    def write(self, folder):
+        from gguf import GGUFWriter
+
+        writer = GGUFWriter(folder / "m.gguf", "llama")
+        numbers = {"context_length": 512, "embedding_length": 8, "block_count": 1, "feed_forward_length": 12, "head_count": 2}
+        numbers |= {"head_count_kv": 1, "layer_norm_rms_eps": 1e-5, "rope_freq_base": 1e4, "bos_token_id": 1, "eos_token_id": 2}
+        tokens = ["<unk>", "<s>", "</s>", "▁", "a", "b", "ab", "▁a"]
+        lists = {"tokenizer_model": "llama", "token_list": tokens, "token_scores": [0.0] * 6 + [-1.0, -2.0], "token_types": [2, 3, 3] + [1] * 5}
+        for method, value in {**numbers, **lists}.items():
+            getattr(writer, f"add_{method}")(value)
+        rng = np.random.default_rng(0)
+        shapes = {"token_embd": (8, 8), "output_norm": (8,), "blk.0.attn_norm": (8,), "blk.0.attn_q": (8, 8), "blk.0.attn_k": (4, 8)}
+        shapes |= {"blk.0.attn_v": (4, 8), "blk.0.attn_output": (8, 8), "blk.0.ffn_norm": (8,), "blk.0.ffn_gate": (12, 8)}
+        for name, shape in (shapes | {"blk.0.ffn_up": (12, 8), "blk.0.ffn_down": (8, 12)}).items():
+            writer.add_tensor(f"{name}.weight", rng.standard_normal(shape, np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return [folder / "m.gguf"]
+
+    def read(self, folder):
+        path = str(folder / "m.gguf")
+        config = gguf_file.read_config(path)
+        model = models.from_hf_config(config)
+        tensors = gguf_file.GGUFTensors(path)
+        read = {name: (tensors.shape(name), tensors.read(name).tobytes()) for name in tensors.names()}
+        return repr(model.config), read, load_tokenizer(path)("ab a")["input_ids"]
+
+
+class Adapters(Format):
+    """The native format, whose digest covers its tensors and its fields."""
+
+    digested = True
+    mutators = {".json": JSON, ".safetensors": SAFETENSORS, ".pt": mutations.BYTES, ".npy": mutations.BYTES}
+
+    def write(self, folder):
+        fields = {"hidden_size": 16, "intermediate_size": 24, "tie_word_embeddings": False, "num_attention_heads": 2}
+        self.base_model = load.load_model(str(write_model(folder / "m", None, vocab_size=32, **fields)))
+        rng = np.random.default_rng(0)
+        shapes = self.base_model.model.linear_maps()
+        columns, values = {}, {}
+        for name, (outputs, inputs) in shapes.items():
+            if name.endswith(TARGETS):
+                chosen = rng.permuted(np.tile(np.arange(inputs), (outputs, 1)), axis=1)[:, :2]
+                columns[name], values[name] = np.sort(chosen, axis=1), rng.standard_normal((outputs, 2))
+        dense = {"lm_head.weight": rng.standard_normal((32, 16))}
+        self.adapter = on_base.assemble(self.base_model, values, columns, native.Selection(2, list(TARGETS)), dense)
+        self.save(folder / "a")
+        return sorted(path for path in (folder / "a").rglob("*") if path.is_file())
+
+    def save(self, directory):
+        native.write(directory, self.adapter)
+
+    def read(self, folder):
+        found = native.read(str(folder / "a"))
+        on_base.stack_layers(found, self.base_model)
+        on_base.dense_slots(self.base_model.model, found.dense_parameters, found.values)
+        inspection.inspect(str(folder / "a"), 1)
+        return self.comparable(found), {name: value for name, value in found.metadata.items() if name != "digest"}
+
+    @staticmethod
+    def comparable(found):
+        return [
+            {name: (leaf.dtype.name, leaf.shape, leaf.tobytes()) for name, leaf in tree.items()}
+            for tree in (found.values, found.columns, found.dense_parameters)
+        ]
+
+
+class AdaptersWithoutDigest(Adapters):
+    """As the first releases wrote it."""
+
+    digested = False
+
+    def save(self, directory):
+        native.write(directory, self.adapter)
+        metadata = json.loads((directory / "adapter.json").read_text())
+        (directory / "adapter.json").write_text(json.dumps({key: metadata[key] for key in metadata if "digest" not in key}))
+
+
+class SuperTuning(Adapters):
+    """PEFT's SuperTuning."""
+
+    digested, kind = False, peft.Kind.SUPERTUNING
+
+    def save(self, directory):
+        peft.export(self.adapter, directory, self.kind, self.base_model)
+
+    def read(self, folder):
+        return self.comparable(peft.read(folder / "a", self.base_model.model, self.kind))
+
+
+class Shira(SuperTuning):
+    """PEFT's SHiRA."""
+
+    kind = peft.Kind.SHIRA
+
+
+class Official(Adapters):
+    """The published code's format."""
+
+    digested = False
+
+    def save(self, directory):
+        from neuroada_jax.adapters import official
+
+        official.export(self.adapter, directory)
+
+    def read(self, folder):
+        from neuroada_jax.adapters import official
+
+        return self.comparable(official.read(folder / "a", self.base_model.model))
+
+
+class RowFiles(Format):
+    """Rows in every kind of file."""
+
+    lines = [mutations.edit_json_lines] * 5 + mutations.BYTES
+    mutators = {
+        ".jsonl": lines,
+        ".json": JSON,
+        ".gz": [mutations.zip_bomb, *mutations.BYTES],
+        ".csv": mutations.BYTES,
+        ".tsv": mutations.BYTES,
+        ".parquet": [mutations.columns_file],
+        ".arrow": [mutations.columns_file],
+        ".feather": [mutations.columns_file],
+    }
+
+    def write(self, folder):
+        import pyarrow
+        import pyarrow.feather
+        import pyarrow.parquet
+
+        rows = [{"prompt": f"after {i},", "completion": "b", "n": i, "messages": [{"role": "user", "content": "é"}]} for i in range(5)]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        table = pyarrow.Table.from_pylist(rows)
+        (folder / "r.jsonl").write_text(lines)
+        (folder / "r.json").write_text(json.dumps({"data": rows}))
+        (folder / "r.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+        (folder / "r.csv").write_text('prompt,completion\n"a,\n1",b\nc,d\n')
+        (folder / "r.tsv").write_text("prompt\tcompletion\na\tb\nc\td\n")
+        pyarrow.parquet.write_table(table, folder / "r.parquet")
+        pyarrow.feather.write_feather(table, folder / "r.feather", compression="uncompressed")
+        with pyarrow.OSFile(str(folder / "r.arrow"), "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        return sorted(folder.iterdir())
+
+    def read(self, folder):
+        return {path.name: [row for _, _, row in read_file(path, "train", None)] for path in self.changed or sorted(folder.iterdir())}
+
+    changed: list[Path] = []  # the files that `read` reads; all where there are none
+
+
+class Yaml(Format):
+    """The config of a run."""
+
+    mutators = {".yaml": [mutations.edit_yaml] * 6 + mutations.BYTES}
+
+    def write(self, folder):
+        content = run_config(folder, folder / "m", folder / "rows.jsonl", evaluation={"sets": [{"name": "s", "data": "x.jsonl"}]})
+        (folder / "run.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+        return [folder / "run.yaml"]
+
+    def read(self, folder):
+        return config_file.to_yaml(config_file.load(str(folder / "run.yaml")))
+
+
+class RunFiles(Format):
+    """What a run reads of its own files when it is resumed, and of its results when they are shared."""
+
+    lines = [mutations.edit_json_lines] * 5 + mutations.BYTES
+    mutators = {".jsonl": lines, ".json": JSON}
+
+    def write(self, folder):
+        steps = [{"step": i + 1, "loss": 2.5, "learning_rate": 0.1, "gradient_norm": 1.0, "labels": 3, "tokens": 9} for i in range(6)]
+        epochs = [{"epoch": i + 1, "step": 3 * i + 3, "metric": "accuracy", "value": 0.5 + i / 10} for i in range(2)]
+        for name, lines in (("metrics", steps), ("epochs", epochs)):
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        score = {"value": 0.5, "n": 4, "interval": [0.1, 0.9], "metric": "accuracy", "beside": {}, "beside_intervals": {}, "empty": 0}
+        score |= {"overlap": 0, "parts": {}, "classes": None}
+        (folder / "results.json").write_text(json.dumps({"name": "r", "before": {"s": score}, "after": {"s": score}}))
+        config = run_config(folder, folder / "m", write_rows(folder / "rows.txt"))
+        about = {"format": checkpoint.FORMAT, "step": 6, "arrays": {}, "config": config, "versions": {}, "before": {"s": score}}
+        about |= {"examples": "x", "base": None, "dropout_seed": None, "date": None}
+        about |= {"progress": {"shapes": [[8, 2]], "seconds": 1.0, "warnings": {}}, "data": {"seed": 0, "epoch": 1, "index": 0}}
+        saved = folder / "checkpoints" / "6"
+        (saved / "state").mkdir(parents=True)
+        (saved / "state" / "array").write_bytes(b"array" * 40)
+        (saved / checkpoint.ABOUT).write_text(json.dumps(about))
+        digests = {name: checkpoint._digest(saved / name) for name in (checkpoint.ABOUT, "state/array")}
+        (saved / checkpoint.DIGESTS).write_text(json.dumps(digests))
+        self.before = {path: path.read_bytes() for path in folder.glob("*.jsonl")}
+        return [folder / "metrics.jsonl", folder / "epochs.jsonl", folder / "results.json", *sorted(saved.glob("*.json"))]
+
+    def read(self, folder):
+        log = trackers.JsonLines(folder / "metrics.jsonl", 6)
+        log.close()
+        kept = kept_states.KeptStates(folder, "epochs", lambda *_: None, 6)
+        best = kept.best if kept.lines else None
+        newest = checkpoint.Checkpoints(folder / "checkpoints").newest
+        from neuroada_jax.training import resuming
+
+        history = resuming.history(newest, log.lines)
+        scores = resuming.scores_before(newest.about) if newest else None
+        found = results.read(folder / "results.json")
+        return log.lines, kept.lines, best, files.to_json(history.losses), repr(scores), files.to_json(found)
+
+
+FORMATS = {
+    "config": Config,
+    "loaded": Loaded,
+    "tokenizer": Tokenizer,
+    "templates": Templates,
+    "safetensors": Safetensors,
+    "gguf": Gguf,
+    "native": Adapters,
+    "native-0.1": AdaptersWithoutDigest,
+    "supertuning": SuperTuning,
+    "shira": Shira,
+    "official": Official,
+    "rows": RowFiles,
+    "yaml": Yaml,
+    "run": RunFiles,
+}
