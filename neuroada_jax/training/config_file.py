@@ -21,8 +21,29 @@ from neuroada_jax.training.config import EvaluationSet, RunConfig
 Section = TypeVar("Section")
 
 
+LARGEST_YAML = 2**20  # characters; a config has a few thousand, with a chat template in it some ten thousand
+DEEPEST_YAML = 32  # lists and sections inside one another; a config has four
+MOST_NODES = 100_000  # values of the content once aliases are replaced by what they stand for
+
+
 class _Loader(yaml.SafeLoader):
-    """Reads YAML 1.1 as PyYAML does, except that 9e-3 is a number, as users expect."""
+    """Reads YAML 1.1 as PyYAML does, except that 9e-3 is a number, as users expect, and that no key may stand twice."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """Return a section.
+
+        Raises:
+          yaml.MarkedYAMLError: a key stands twice, or is no text or number.
+        """
+        first: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem="a list or a section as a key", problem_mark=key.start_mark)
+            if key.value in first and key.tag != "tag:yaml.org,2002:merge":
+                problem = f"{key.value!r} stands twice in this section, first in line {first[key.value]}"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            first[key.value] = key.start_mark.line + 1
+        return super().construct_mapping(node, deep)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -39,14 +60,60 @@ def parse_yaml(text: str, where: str) -> Any:
     """Parse YAML text into plain Python data.
 
     Raises:
-      UserError: not YAML; names the line.
+      UserError: not YAML, a key that stands twice, or more than the bounds above; names the line.
     """
+    if len(text) > LARGEST_YAML:
+        raise UserError(f"{where}: has {len(text):,} characters, expected at most {LARGEST_YAML:,}")
+    loader = None
     try:
-        return yaml.load(text, _Loader)
+        loader = _Loader(text)
+        _check_depth(text, where)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check_nodes(node, where)
+        return loader.construct_document(node)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
         raise UserError(f"{where}:{line} not YAML ({getattr(error, 'problem', error)})") from error
+    # A date that is none, a number of too many digits, a tag whose value does not fit it.
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error) or type(error).__name__
+        raise UserError(f"{where}: not YAML that can be read ({reason})") from error
+    finally:
+        if loader is not None:
+            loader.dispose()
+
+
+def _check_depth(text: str, where: str) -> None:
+    """Refuse text whose lists and sections stand too deep inside one another, before code that recurses reads it."""
+    depth = 0
+    for event in yaml.parse(text, _Loader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST_YAML:
+            line = event.start_mark.line + 1
+            raise UserError(f"{where}: line {line}: more than {DEEPEST_YAML} lists and sections stand inside one another")
+
+
+def _check_nodes(root: Any, where: str) -> None:
+    """Refuse content that is far larger than its text, by aliases, or that holds itself."""
+    left = MOST_NODES
+
+    def walk(node: Any, above: tuple[Any, ...]) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise UserError(f"{where}: more than {MOST_NODES:,} values once its aliases are replaced")
+        if any(node is each for each in above):
+            line = node.start_mark.line + 1
+            raise UserError(f"{where}: line {line}: an alias stands inside of what it stands for")
+        if isinstance(node, yaml.CollectionNode):
+            for each in node.value:
+                for child in each if isinstance(each, tuple) else (each,):
+                    walk(child, (*above, node))
+
+    walk(root, ())
 
 
 def nearest(name: str, known: list[str]) -> str:
@@ -155,7 +222,7 @@ def decode(kind: type[Section], content: dict[str, Any], where: str) -> Section:
         return pydantic.TypeAdapter(kind).validate_json(json.dumps(content, default=_plain))
     except pydantic.ValidationError as error:
         raise UserError(f"{where}: {_message(error)}") from error
-    except TypeError as error:
+    except (TypeError, ValueError, RecursionError) as error:  # also an integer of more than 4,300 digits
         raise UserError(f"{where}: {error}") from error
 
 
