@@ -31,7 +31,7 @@ PYTHONS = $(if $(filter-out file default,$(origin PYTHON)),$(PYTHON),python3.14 
 NEWEST_TESTS ?= tests/core tests/models tests/pretrained tests/adapters tests/data tests/generation tests/training \
 	tests/test_cli.py tests/test_devices.py tests/test_linen.py tests/test_nnx.py tests/test_equinox.py
 
-.PHONY: help install quickstart test test-slow soak lint format clean ptx \
+.PHONY: help install quickstart test test-slow soak fuzz lint format clean ptx \
 	test-newest bench-ops bench-step bench-rows bench-memory bench-devices bench-glue bench-instruct check-gpu
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -56,6 +56,9 @@ test-newest:  ## run the tests that need no PyTorch with Python 3.12 or later an
 	[ -n "$$python" ] || { echo "test-newest needs Python 3.12 or later; found none of: $(PYTHONS). Try: make PYTHON=/path/to/python3.13 test-newest"; exit 1; }; \
 	$(MAKE) --no-print-directory NEWEST_PYTHON=$$python $(NEWEST)/.installed
 	$(NEWEST)/bin/python -m pytest $(PYTEST_ARGS) $(NEWEST_TESTS)
+
+fuzz: $(VENV)/.installed-test  ## mutate every kind of file that is read, 20,000 times each: no traceback, no hang (an hour)
+	$(RUN) tests/fuzz.py
 
 soak: $(VENV)/.installed-test  ## kill tiny training runs of 1, 2 and 4 processes 100 times, resume them, and compare
 	$(RUN) tests/soak.py

@@ -38,7 +38,7 @@ if not _out.is_terminal and not os.environ.get("COLUMNS", "").isdigit():
 _BAR_WIDTH = 106  # columns that a bar of 30 takes with everything beside it
 
 
-# What moves the cursor, colours, turns the direction of writing, breaks lines unseen, or is no character; \n and \t may stay.
+# What moves the cursor, colours, turns the direction of writing, breaks lines or is no character; \n and \t may stay.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 LONGEST = 2000  # characters of a message
 

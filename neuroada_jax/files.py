@@ -218,6 +218,24 @@ def is_deeper(value: object, depth: int = DEEPEST_JSON) -> bool:
     return True
 
 
+def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yield (number, value) of each line of a file, None for one that is not JSON or not UTF-8.
+
+    Raises:
+      UserError: the file cannot be read.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    for number, line in enumerate(content.splitlines(), start=1):
+        try:
+            value = json.loads(line.decode())
+        except (ValueError, RecursionError):
+            value = None
+        yield number, value
+
+
 def _reason(error: Exception) -> str:
     """Return why a text is no JSON, in a few words."""
     if isinstance(error, RecursionError):

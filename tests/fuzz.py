@@ -3,8 +3,8 @@
     make fuzz              (or: python tests/fuzz.py --cases 20000 --seed 0)
 
 The readers are called in this process; one that raises anything but UserError is a traceback, one that takes longer than
-`SECONDS` a hang, one that takes more than `BYTES` of memory beyond what was there before is over memory. What is accepted is
-compared with the sound file: a format with a digest over what was changed has to give the same value. The last line is
+`SECONDS` a hang, one that takes more than `BYTES` of memory beyond what was there before is over memory. What is accepted
+is compared with the sound file: where a digest covers what was changed, it has to give the same value. The last line is
 `fuzz: N cases, C clean, A accepted, 0 tracebacks, 0 hangs, 0 over memory`; the exit code is 1 unless the last three are 0.
 """
 
@@ -86,7 +86,8 @@ def fuzz(name: str, folder: Path, cases: int, seed: int, on_fault=None, verbose:
                 while trace.tb_next:
                     trace = trace.tb_next
                 where = f" at {Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}"
-            on_fault(f"{name} case {number}: {mutate.__name__} of {path.name}: {kind}: {str(error)[:200]!r} ({type(error).__name__}{where}) -> {kept}")
+            what = f"{kind}: {str(error)[:200]!r} ({type(error).__name__}{where})"
+            on_fault(f"{name} case {number}: {mutate.__name__} of {path.name}: {what} -> {kept}")
 
     for number in range(cases):
         path = pick(rng, paths)
@@ -118,8 +119,8 @@ def fuzz(name: str, folder: Path, cases: int, seed: int, on_fault=None, verbose:
             same = mutated == contents[path] or repr(found) == repr(sound)
             counts["accepted"] += 1
             counts["equal"] += same
-            if form.digested and not same:
-                fault("tracebacks", AssertionError("accepted with another value, in spite of the digest"))
+            if not same and form.digested(folder):
+                fault("tracebacks", AssertionError("accepted with another value, in spite of its digest"))
         if _peak() - before > BYTES:
             fault("over memory", MemoryError(f"{_peak() - before:,} bytes"))
         for each, content in contents.items():
@@ -145,7 +146,9 @@ def main() -> int:
             began = time.process_time()
             cases = min(given.cases, 2000) if name == "loaded" else given.cases
             with contextlib.redirect_stderr(quiet):
-                counts = fuzz(name, Path(folder) / name, cases, given.seed, lambda text: print(text, flush=True), verbose=True)
+                counts = fuzz(
+                    name, Path(folder) / name, cases, given.seed, lambda text: print(text, flush=True), verbose=True
+                )
             total += counts
             seconds = time.process_time() - began
             print(f"{name}: {cases} cases, {dict(counts)}, {1000 * seconds / max(cases, 1):.1f} ms a case", flush=True)

@@ -7,15 +7,16 @@ mutation has to give the same value. In the others a changed number is another s
 import gzip
 import json
 from pathlib import Path
+from typing import ClassVar
 
 import fuzz_mutations as mutations
 import numpy as np
 import yaml
 from data_helpers import CHAT
+from fuzz_adapters import JSON, SAFETENSORS, Adapters, AdaptersWithoutDigest, Format, Official, Shira, SuperTuning
 from helpers import run_config, write_model, write_rows, write_safetensors
 
 from neuroada_jax import files, models
-from neuroada_jax.adapters import inspection, native, on_base, peft
 from neuroada_jax.data.chat_template import ChatTemplate
 from neuroada_jax.data.chats import Chat
 from neuroada_jax.data.readers import read_file
@@ -25,31 +26,11 @@ from neuroada_jax.pretrained.safetensors_directory import SafetensorsDirectory
 from neuroada_jax.pretrained.tokenizer import load_tokenizer
 from neuroada_jax.training import checkpoint, config_file, kept_states, results, trackers
 
-JSON = [mutations.edit_json] * 8 + [mutations.repeat_key] + mutations.BYTES
-SAFETENSORS = [mutations.edit_safetensors] * 7 + mutations.BYTES
-TARGETS = ("self_attn.k_proj", "mlp.down_proj")
-
-
-class Format:
-    """A format; `mutators` by the suffix of a file's name."""
-
-    digested = False
-    mutators = {"": mutations.BYTES}
-
-    def write(self, folder: Path) -> list[Path]:
-        raise NotImplementedError
-
-    def read(self, folder: Path):
-        raise NotImplementedError
-
-    def mutators_of(self, path: Path):
-        return next(found for suffix, found in self.mutators.items() if path.name.endswith(suffix))
-
 
 class Config(Format):
     """config.json and generation_config.json, up to the shapes of all tensors and the check of those that are stored."""
 
-    mutators = {".json": JSON}
+    mutators: ClassVar[dict[str, list]] = {".json": JSON}
 
     def write(self, folder):
         write_model(folder / "m", None)
@@ -74,7 +55,7 @@ class Loaded(Config):
 class Tokenizer(Format):
     """tokenizer.json, tokenizer_config.json and special_tokens_map.json, up to a text that is encoded and decoded."""
 
-    mutators = {".json": JSON}
+    mutators: ClassVar[dict[str, list]] = {".json": JSON}
 
     def write(self, folder):
         CHAT.save_pretrained(str(folder))
@@ -94,7 +75,7 @@ class Tokenizer(Format):
 class Templates(Format):
     """A chat template, rendered on a short chat."""
 
-    mutators = {"": [mutations.edit_template]}
+    mutators: ClassVar[dict[str, list]] = {"": [mutations.edit_template]}
 
     def write(self, folder):
         (folder / "template.jinja").write_text(str(CHAT.chat_template))
@@ -110,7 +91,7 @@ class Templates(Format):
 class Safetensors(Format):
     """Two shards and their index."""
 
-    mutators = {".json": JSON, ".safetensors": SAFETENSORS}
+    mutators: ClassVar[dict[str, list]] = {".json": JSON, ".safetensors": SAFETENSORS}
 
     def write(self, folder):
         rng = np.random.default_rng(0)
@@ -120,26 +101,54 @@ class Safetensors(Format):
 
     def read(self, folder):
         directory = SafetensorsDirectory(str(folder / "m"))
-        return {name: (directory.shape(name), directory.read(name).tobytes(), bytes(directory.raw(name))) for name in directory.names()}
+        return {
+            name: (directory.shape(name), directory.read(name).tobytes(), bytes(directory.raw(name)))
+            for name in directory.names()
+        }
 
 
 class Gguf(Format):
     """A GGUF file: header, config, tokenizer, tensors."""
 
-    mutators = {".gguf": [mutations.edit_gguf] * 6 + [mutations.gguf_value] * 4 + mutations.BYTES}
+    mutators: ClassVar[dict[str, list]] = {
+        ".gguf": [mutations.edit_gguf] * 6 + [mutations.gguf_value] * 4 + mutations.BYTES
+    }
 
     def write(self, folder):
         from gguf import GGUFWriter
 
         writer = GGUFWriter(folder / "m.gguf", "llama")
-        numbers = {"context_length": 512, "embedding_length": 8, "block_count": 1, "feed_forward_length": 12, "head_count": 2}
-        numbers |= {"head_count_kv": 1, "layer_norm_rms_eps": 1e-5, "rope_freq_base": 1e4, "bos_token_id": 1, "eos_token_id": 2}
+        numbers = {
+            "context_length": 512,
+            "embedding_length": 8,
+            "block_count": 1,
+            "feed_forward_length": 12,
+            "head_count": 2,
+        }
+        numbers |= {
+            "head_count_kv": 1,
+            "layer_norm_rms_eps": 1e-5,
+            "rope_freq_base": 1e4,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        }
         tokens = ["<unk>", "<s>", "</s>", "▁", "a", "b", "ab", "▁a"]
-        lists = {"tokenizer_model": "llama", "token_list": tokens, "token_scores": [0.0] * 6 + [-1.0, -2.0], "token_types": [2, 3, 3] + [1] * 5}
+        lists = {
+            "tokenizer_model": "llama",
+            "token_list": tokens,
+            "token_scores": [0.0] * 6 + [-1.0, -2.0],
+            "token_types": [2, 3, 3] + [1] * 5,
+        }
         for method, value in {**numbers, **lists}.items():
             getattr(writer, f"add_{method}")(value)
         rng = np.random.default_rng(0)
-        shapes = {"token_embd": (8, 8), "output_norm": (8,), "blk.0.attn_norm": (8,), "blk.0.attn_q": (8, 8), "blk.0.attn_k": (4, 8)}
+        shapes = {
+            "token_embd": (8, 8),
+            "output_norm": (8,),
+            "blk.0.attn_norm": (8,),
+            "blk.0.attn_q": (8, 8),
+            "blk.0.attn_k": (4, 8),
+        }
         shapes |= {"blk.0.attn_v": (4, 8), "blk.0.attn_output": (8, 8), "blk.0.ffn_norm": (8,), "blk.0.ffn_gate": (12, 8)}
         for name, shape in (shapes | {"blk.0.ffn_up": (12, 8), "blk.0.ffn_down": (8, 12)}).items():
             writer.add_tensor(f"{name}.weight", rng.standard_normal(shape, np.float32))
@@ -158,95 +167,11 @@ class Gguf(Format):
         return repr(model.config), read, load_tokenizer(path)("ab a")["input_ids"]
 
 
-class Adapters(Format):
-    """The native format, whose digest covers its tensors and its fields."""
-
-    digested = True
-    mutators = {".json": JSON, ".safetensors": SAFETENSORS, ".pt": mutations.BYTES, ".npy": mutations.BYTES}
-
-    def write(self, folder):
-        fields = {"hidden_size": 16, "intermediate_size": 24, "tie_word_embeddings": False, "num_attention_heads": 2}
-        self.base_model = load.load_model(str(write_model(folder / "m", None, vocab_size=32, **fields)))
-        rng = np.random.default_rng(0)
-        shapes = self.base_model.model.linear_maps()
-        columns, values = {}, {}
-        for name, (outputs, inputs) in shapes.items():
-            if name.endswith(TARGETS):
-                chosen = rng.permuted(np.tile(np.arange(inputs), (outputs, 1)), axis=1)[:, :2]
-                columns[name], values[name] = np.sort(chosen, axis=1), rng.standard_normal((outputs, 2))
-        dense = {"lm_head.weight": rng.standard_normal((32, 16))}
-        self.adapter = on_base.assemble(self.base_model, values, columns, native.Selection(2, list(TARGETS)), dense)
-        self.save(folder / "a")
-        return sorted(path for path in (folder / "a").rglob("*") if path.is_file())
-
-    def save(self, directory):
-        native.write(directory, self.adapter)
-
-    def read(self, folder):
-        found = native.read(str(folder / "a"))
-        on_base.stack_layers(found, self.base_model)
-        on_base.dense_slots(self.base_model.model, found.dense_parameters, found.values)
-        inspection.inspect(str(folder / "a"), 1)
-        return self.comparable(found), {name: value for name, value in found.metadata.items() if name != "digest"}
-
-    @staticmethod
-    def comparable(found):
-        return [
-            {name: (leaf.dtype.name, leaf.shape, leaf.tobytes()) for name, leaf in tree.items()}
-            for tree in (found.values, found.columns, found.dense_parameters)
-        ]
-
-
-class AdaptersWithoutDigest(Adapters):
-    """As the first releases wrote it."""
-
-    digested = False
-
-    def save(self, directory):
-        native.write(directory, self.adapter)
-        metadata = json.loads((directory / "adapter.json").read_text())
-        (directory / "adapter.json").write_text(json.dumps({key: metadata[key] for key in metadata if "digest" not in key}))
-
-
-class SuperTuning(Adapters):
-    """PEFT's SuperTuning."""
-
-    digested, kind = False, peft.Kind.SUPERTUNING
-
-    def save(self, directory):
-        peft.export(self.adapter, directory, self.kind, self.base_model)
-
-    def read(self, folder):
-        return self.comparable(peft.read(folder / "a", self.base_model.model, self.kind))
-
-
-class Shira(SuperTuning):
-    """PEFT's SHiRA."""
-
-    kind = peft.Kind.SHIRA
-
-
-class Official(Adapters):
-    """The published code's format."""
-
-    digested = False
-
-    def save(self, directory):
-        from neuroada_jax.adapters import official
-
-        official.export(self.adapter, directory)
-
-    def read(self, folder):
-        from neuroada_jax.adapters import official
-
-        return self.comparable(official.read(folder / "a", self.base_model.model))
-
-
 class RowFiles(Format):
     """Rows in every kind of file."""
 
-    lines = [mutations.edit_json_lines] * 5 + mutations.BYTES
-    mutators = {
+    lines: ClassVar[list] = [mutations.edit_json_lines] * 5 + mutations.BYTES
+    mutators: ClassVar[dict[str, list]] = {
         ".jsonl": lines,
         ".json": JSON,
         ".gz": [mutations.zip_bomb, *mutations.BYTES],
@@ -262,7 +187,10 @@ class RowFiles(Format):
         import pyarrow.feather
         import pyarrow.parquet
 
-        rows = [{"prompt": f"after {i},", "completion": "b", "n": i, "messages": [{"role": "user", "content": "é"}]} for i in range(5)]
+        rows = [
+            {"prompt": f"after {i},", "completion": "b", "n": i, "messages": [{"role": "user", "content": "é"}]}
+            for i in range(5)
+        ]
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         table = pyarrow.Table.from_pylist(rows)
         (folder / "r.jsonl").write_text(lines)
@@ -277,18 +205,23 @@ class RowFiles(Format):
         return sorted(folder.iterdir())
 
     def read(self, folder):
-        return {path.name: [row for _, _, row in read_file(path, "train", None)] for path in self.changed or sorted(folder.iterdir())}
+        return {
+            path.name: [row for _, _, row in read_file(path, "train", None)]
+            for path in self.changed or sorted(folder.iterdir())
+        }
 
-    changed: list[Path] = []  # the files that `read` reads; all where there are none
+    changed: ClassVar[list[Path]] = []  # the files that `read` reads; all where there are none
 
 
 class Yaml(Format):
     """The config of a run."""
 
-    mutators = {".yaml": [mutations.edit_yaml] * 6 + mutations.BYTES}
+    mutators: ClassVar[dict[str, list]] = {".yaml": [mutations.edit_yaml] * 6 + mutations.BYTES}
 
     def write(self, folder):
-        content = run_config(folder, folder / "m", folder / "rows.jsonl", evaluation={"sets": [{"name": "s", "data": "x.jsonl"}]})
+        content = run_config(
+            folder, folder / "m", folder / "rows.jsonl", evaluation={"sets": [{"name": "s", "data": "x.jsonl"}]}
+        )
         (folder / "run.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
         return [folder / "run.yaml"]
 
@@ -299,21 +232,42 @@ class Yaml(Format):
 class RunFiles(Format):
     """What a run reads of its own files when it is resumed, and of its results when they are shared."""
 
-    lines = [mutations.edit_json_lines] * 5 + mutations.BYTES
-    mutators = {".jsonl": lines, ".json": JSON}
+    lines: ClassVar[list] = [mutations.edit_json_lines] * 5 + mutations.BYTES
+    mutators: ClassVar[dict[str, list]] = {".jsonl": lines, ".json": JSON}
 
     def write(self, folder):
-        steps = [{"step": i + 1, "loss": 2.5, "learning_rate": 0.1, "gradient_norm": 1.0, "labels": 3, "tokens": 9} for i in range(6)]
+        steps = [
+            {"step": i + 1, "loss": 2.5, "learning_rate": 0.1, "gradient_norm": 1.0, "labels": 3, "tokens": 9}
+            for i in range(6)
+        ]
         epochs = [{"epoch": i + 1, "step": 3 * i + 3, "metric": "accuracy", "value": 0.5 + i / 10} for i in range(2)]
         for name, lines in (("metrics", steps), ("epochs", epochs)):
             (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        score = {"value": 0.5, "n": 4, "interval": [0.1, 0.9], "metric": "accuracy", "beside": {}, "beside_intervals": {}, "empty": 0}
+        score = {
+            "value": 0.5,
+            "n": 4,
+            "interval": [0.1, 0.9],
+            "metric": "accuracy",
+            "beside": {},
+            "beside_intervals": {},
+            "empty": 0,
+        }
         score |= {"overlap": 0, "parts": {}, "classes": None}
         (folder / "results.json").write_text(json.dumps({"name": "r", "before": {"s": score}, "after": {"s": score}}))
         config = run_config(folder, folder / "m", write_rows(folder / "rows.txt"))
-        about = {"format": checkpoint.FORMAT, "step": 6, "arrays": {}, "config": config, "versions": {}, "before": {"s": score}}
+        about = {
+            "format": checkpoint.FORMAT,
+            "step": 6,
+            "arrays": {},
+            "config": config,
+            "versions": {},
+            "before": {"s": score},
+        }
         about |= {"examples": "x", "base": None, "dropout_seed": None, "date": None}
-        about |= {"progress": {"shapes": [[8, 2]], "seconds": 1.0, "warnings": {}}, "data": {"seed": 0, "epoch": 1, "index": 0}}
+        about |= {
+            "progress": {"shapes": [[8, 2]], "seconds": 1.0, "warnings": {}},
+            "data": {"seed": 0, "epoch": 1, "index": 0},
+        }
         saved = folder / "checkpoints" / "6"
         (saved / "state").mkdir(parents=True)
         (saved / "state" / "array").write_bytes(b"array" * 40)
@@ -327,7 +281,7 @@ class RunFiles(Format):
         log = trackers.JsonLines(folder / "metrics.jsonl", 6)
         log.close()
         kept = kept_states.KeptStates(folder, "epochs", lambda *_: None, 6)
-        best = kept.best if kept.lines else None
+        best = kept.best if any(line["step"] for line in kept.lines) else None
         newest = checkpoint.Checkpoints(folder / "checkpoints").newest
         from neuroada_jax.training import resuming
 

@@ -11,9 +11,43 @@ import numpy as np
 JUNK = [
     *(None, True, False, 0, -1, 1, 2, 3, 7, 1.5, -0.5, 10**6, 10**9, 10**12, 2**63, 2**70, -(2**31), 1e-320, 1e39, 1e308),
     *(float("nan"), float("inf"), float("-inf")),
-    *("", " ", "16", "x", "\ud800", "\0", "\x1b[31mred\x1b[0m", "a\nb", "../x", "/etc/passwd", "None", "float64", "é" * 100),
-    *("a" * 100_000, "{{ 'a' * 10**10 }}", "[" * 5000, "(((((((a+)+)+)+)+)+)+)$", "2024-13-45", "!!python/object:os.system"),
-    *([], [[]], [[1]], [None], [1, 2, 3], ["a", 1], [[[[[[[[]]]]]]]], list(range(3000)), {}, {"a": []}, {"": None}, {"0": {}}),
+    *(
+        "",
+        " ",
+        "16",
+        "x",
+        "\ud800",
+        "\0",
+        "\x1b[31mred\x1b[0m",
+        "a\nb",
+        "../x",
+        "/etc/passwd",
+        "None",
+        "float64",
+        "é" * 100,
+    ),
+    *(
+        "a" * 100_000,
+        "{{ 'a' * 10**10 }}",
+        "[" * 5000,
+        "(((((((a+)+)+)+)+)+)+)$",
+        "2024-13-45",
+        "!!python/object:os.system",
+    ),
+    *(
+        [],
+        [[]],
+        [[1]],
+        [None],
+        [1, 2, 3],
+        ["a", 1],
+        [[[[[[[[]]]]]]]],
+        list(range(3000)),
+        {},
+        {"a": []},
+        {"": None},
+        {"0": {}},
+    ),
     {"type": "x"},
 ]
 
@@ -49,7 +83,9 @@ def repeat_block(rng, content):
 
 
 def other_encoding(rng, content):
-    return pick(rng, [b"", b"\xff\xfe" + content, b"\xef\xbb\xbf" + content, content + b"\0", content[::-1], b"[" * 10**5, b" "])
+    return pick(
+        rng, [b"", b"\xff\xfe" + content, b"\xef\xbb\xbf" + content, content + b"\0", content[::-1], b"[" * 10**5, b" "]
+    )
 
 
 BYTES = [flip_bits, flip_bits, truncate, insert_bytes, replace_block, repeat_block, other_encoding]
@@ -80,10 +116,14 @@ def edit_tree(rng, tree):
             node[pick(rng, [f"{key}x", "__class__", "", "\x1b[2J", "a.b", str(key).upper()])] = node.pop(key)
         elif kind == 2 and isinstance(node[key], int | float) and not isinstance(node[key], bool):
             number = node[key]
-            node[key] = pick(rng, [number + 1, number - 1, -number, number * 2, str(number), float(number), [number], number * 2**20])
+            node[key] = pick(
+                rng, [number + 1, number - 1, -number, number * 2, str(number), float(number), [number], number * 2**20]
+            )
         elif kind == 3:
             other, name = pick(rng, nodes)
-            node[key] = copy.deepcopy(other[name]) if name in other or isinstance(other, list) and name < len(other) else None
+            node[key] = (
+                copy.deepcopy(other[name]) if name in other or (isinstance(other, list) and name < len(other)) else None
+            )
         elif kind == 4:
             value = node[key]
             for _ in range(pick(rng, [1, 2, 50, 400])):
@@ -91,7 +131,11 @@ def edit_tree(rng, tree):
             node[key] = value
         elif kind == 5 and isinstance(node[key], str) and node[key]:
             at = int(rng.integers(len(node[key])))
-            node[key] = node[key][:at] + pick(rng, ["\0", "\x1b]0;x\x07", "{{", "{%", "\ud83d", "’", "\n", "(", "[", "*"]) + node[key][at:]
+            node[key] = (
+                node[key][:at]
+                + pick(rng, ["\0", "\x1b]0;x\x07", "{{", "{%", "\ud83d", "’", "\n", "(", "[", "*"])
+                + node[key][at:]
+            )
         else:
             node[key] = copy.deepcopy(pick(rng, JUNK))
     return tree
@@ -117,7 +161,9 @@ def repeat_key(rng, content):
 def edit_json_lines(rng, content):
     lines = content.splitlines()
     at = int(rng.integers(len(lines)))
-    lines[at] = pick(rng, [b"null", b"[]", b"{", b"1e999", b"9" * 5000, edit_json(rng, lines[at]), edit_json(rng, lines[at])])
+    lines[at] = pick(
+        rng, [b"null", b"[]", b"{", b"1e999", b"9" * 5000, edit_json(rng, lines[at]), edit_json(rng, lines[at])]
+    )
     return b"\n".join(lines)
 
 
@@ -137,7 +183,9 @@ def edit_safetensors(rng, content):
         name = pick(rng, names)
         field = pick(rng, ["dtype", "shape", "data_offsets"])
         dtypes = ["F64", "I8", "BOOL", "F8_E4M3", "F4", "U64", "C64", "BF16", "x"]
-        header[name][field] = pick(rng, dtypes) if field == "dtype" else pick(rng, [[0], [], [2**62, 4], [-1, 2], [1] * 70, [0, 2**63]])
+        header[name][field] = (
+            pick(rng, dtypes) if field == "dtype" else pick(rng, [[0], [], [2**62, 4], [-1, 2], [1] * 70, [0, 2**63]])
+        )
     else:
         header = edit_tree(rng, header)
     text = dump(header)
@@ -158,16 +206,43 @@ def edit_gguf(rng, content):
 
 def gguf_value(rng, content):
     """Another value behind one of the keys of a GGUF file."""
-    keys = [b"head_count", b"block_count", b"context_length", b"rope.freq_base", b"alignment", b"tokens", b"scores", b"merges",
-            b"token_type", b"eos_token_id", b"rms_epsilon", b"embedding_length", b"key_length", b"sliding_window", b"pre", b"model"]
+    keys = [
+        b"head_count",
+        b"block_count",
+        b"context_length",
+        b"rope.freq_base",
+        b"alignment",
+        b"tokens",
+        b"scores",
+        b"merges",
+        b"token_type",
+        b"eos_token_id",
+        b"rms_epsilon",
+        b"embedding_length",
+        b"key_length",
+        b"sliding_window",
+        b"pre",
+        b"model",
+    ]
     key = pick(rng, keys)
     at = content.find(key)
     if at < 0:
         return edit_gguf(rng, content)
     at += len(key)
-    values = [struct.pack("<If", 6, pick(rng, [0.0, -1.0, float("nan"), float("inf"), 1e-38])), struct.pack("<IQ", 10, 2**63)]
-    values += [struct.pack("<II", 4, pick(rng, [0, 1, 3, 5, 2**31, 2**32 - 1])), struct.pack("<IQ", 8, 2**40), struct.pack("<IB", 7, 1)]
-    values += [struct.pack("<IIQ", 9, 4, pick(rng, [0, 1, 2**40])), struct.pack("<IIQ", 9, 9, 10**6), struct.pack("<IQ2s", 8, 2, b"\xff\x1b")]
+    values = [
+        struct.pack("<If", 6, pick(rng, [0.0, -1.0, float("nan"), float("inf"), 1e-38])),
+        struct.pack("<IQ", 10, 2**63),
+    ]
+    values += [
+        struct.pack("<II", 4, pick(rng, [0, 1, 3, 5, 2**31, 2**32 - 1])),
+        struct.pack("<IQ", 8, 2**40),
+        struct.pack("<IB", 7, 1),
+    ]
+    values += [
+        struct.pack("<IIQ", 9, 4, pick(rng, [0, 1, 2**40])),
+        struct.pack("<IIQ", 9, 9, 10**6),
+        struct.pack("<IQ2s", 8, 2, b"\xff\x1b"),
+    ]
     new = pick(rng, values)
     return content[:at] + new + content[at + pick(rng, [len(new), 8, 12]) :]
 
@@ -199,7 +274,9 @@ def alias_bomb(depth):
 
 
 def zip_bomb(rng, content):
-    return pick(rng, [gzip.compress(b"a" * 10**7), gzip.compress(b'{"a":1}\n' * 10**5), gzip.compress(content) + b"x", content])
+    return pick(
+        rng, [gzip.compress(b"a" * 10**7), gzip.compress(b'{"a":1}\n' * 10**5), gzip.compress(content) + b"x", content]
+    )
 
 
 def edit_numbers(rng, content):
@@ -241,8 +318,39 @@ def edit_template(rng, content):
     at = int(rng.integers(len(text)))
     if rng.random() < 0.15:
         return (pick(rng, TEMPLATES) + (text if rng.random() < 0.5 else "")).encode("utf-8", "surrogatepass")
-    pieces = ["{{ ", " }}", "{% ", " %}", "(", ")", "'", "* 3", "** 2", "|upper", "|tojson", ".x", "[0]", "[1:]", "[::-1]", "-", "not ", "{#"]
-    pieces += [" + 1", " ~ 1", "|length", "|int", ".split('a')", "|join", "loop.index", "|list", "|sort", "namespace(", "{% endif %}"]
+    pieces = [
+        "{{ ",
+        " }}",
+        "{% ",
+        " %}",
+        "(",
+        ")",
+        "'",
+        "* 3",
+        "** 2",
+        "|upper",
+        "|tojson",
+        ".x",
+        "[0]",
+        "[1:]",
+        "[::-1]",
+        "-",
+        "not ",
+        "{#",
+    ]
+    pieces += [
+        " + 1",
+        " ~ 1",
+        "|length",
+        "|int",
+        ".split('a')",
+        "|join",
+        "loop.index",
+        "|list",
+        "|sort",
+        "namespace(",
+        "{% endif %}",
+    ]
     cut = int(rng.integers(0, 6))
     return (text[:at] + pick(rng, pieces) + text[at + cut :]).encode()
 

@@ -8,6 +8,7 @@ Tensors are unstacked and named by Hugging Face module path:
 """
 
 import datetime
+import functools
 import importlib.metadata
 import json
 import os
@@ -19,7 +20,7 @@ import numpy as np
 import safetensors.numpy
 import xxhash
 
-from neuroada_jax import files
+from neuroada_jax import console, files
 from neuroada_jax.data.prompts import PromptForm
 from neuroada_jax.errors import UserError
 from neuroada_jax.models.labels import MULTILABEL, PROBLEM_TYPES, Labels
@@ -28,6 +29,7 @@ from neuroada_jax.pretrained.safetensors_directory import read_all
 
 FORMAT = "neuroada-adapter"
 VERSION = 1
+_FIELDS_DIGEST = "fields_digest"  # the field of adapter.json with the digest of all others
 _PACKAGES = ("neuroada-jax", "jax", "flax", "optax", "safetensors")
 
 
@@ -114,6 +116,7 @@ def write(directory: Path, adapter: Adapter, *, replace: bool = False) -> None:
         path = temporary / "adapter.safetensors"
         safetensors.numpy.save_file(tensors, str(path), metadata={"format": FORMAT})
         metadata = adapter.metadata | {"base": _relative_to(directory, adapter.metadata["base"]), "digest": _digest(path)}
+        metadata[_FIELDS_DIGEST] = _digest_of_fields(json.loads(json.dumps(metadata)))
         (temporary / "adapter.json").write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")
 
 
@@ -128,6 +131,17 @@ def _relative_to(directory: Path, base_model: Mapping[str, Any]) -> dict[str, An
 def _digest(path: Path) -> str:
     """Return the digest of a file's bytes, which detects damage but not somebody who changes both files."""
     return xxhash.xxh3_128_hexdigest(path.read_bytes())
+
+
+def _digest_of_fields(metadata: Mapping[str, Any]) -> str:
+    """Return the digest of all other fields of an adapter.json, in any order."""
+    fields = {name: value for name, value in metadata.items() if name != _FIELDS_DIGEST}
+    return xxhash.xxh3_128_hexdigest(json.dumps(fields, sort_keys=True).encode())
+
+
+@functools.cache
+def _say_without_digest(path: str) -> None:
+    console.say(f"{path}: has no {_FIELDS_DIGEST}, as adapters of 0.1: a damaged field in it would not be noticed")
 
 
 def is_adapter(path: str) -> bool:
@@ -149,9 +163,17 @@ def read(directory: str) -> Adapter:
         raise UserError(f"{root / 'adapter.json'}: format {metadata.get('format')!r}, expected {FORMAT!r}")
     if metadata.get("version") != VERSION:
         raise UserError(f"{root / 'adapter.json'}: version {metadata.get('version')!r}, this release reads {VERSION}")
+    stored = dict(metadata)
     if "heads" in metadata:  # the name of this key in neuroada-jax 0.1
         metadata["dense_parameters"] = metadata.pop("heads")
     _check_metadata(root / "adapter.json", metadata)
+    if _FIELDS_DIGEST not in stored:
+        _say_without_digest(str(root / "adapter.json"))
+    elif stored[_FIELDS_DIGEST] != _digest_of_fields(stored):
+        raise UserError(
+            f"{root / 'adapter.json'}: its fields differ from its {_FIELDS_DIGEST}; it was damaged, or changed by hand ("
+            f"then remove {_FIELDS_DIGEST} from it)"
+        )
     path = root / "adapter.safetensors"
     tensors = read_all(path)
     dense_parameters = _pop_dense_parameters(path, tensors, metadata.get("dense_parameters", []))
@@ -178,8 +200,11 @@ def _check_metadata(path: Path, metadata: dict[str, Any]) -> None:
         if not isinstance(base_model.get(name, ""), str):
             raise UserError(f"{path}: base.{name}: expected a path, found {base_model[name]!r}")
     for name, number in {"base.parameters": base_model.get("parameters", 1), **inputs}.items():
-        if not isinstance(number, int) or number < 1:
+        if type(number) is not int or number < 1:
             raise UserError(f"{path}: {name} is {number!r}, expected a positive integer")
+    for name, kinds in (("k", int), ("targets", list), ("rule", str), ("seed", int), ("versions", dict), ("created", str)):
+        if not isinstance(metadata.get(name), kinds | None):
+            raise UserError(f"{path}: {name} is {metadata[name]!r}, expected {kinds.__name__} or null")
     labels = base_model.get("labels")
     if labels is not None and not (isinstance(labels, list) and labels and all(isinstance(each, str) for each in labels)):
         raise UserError(f"{path}: 'labels' of the base must be a list of names, found {labels!r}")

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from neuroada_jax import files
+from neuroada_jax.data import sandbox
 from neuroada_jax.data.chats import Chat
 from neuroada_jax.data.template_facts import GENERATION, TOKEN_LIKE, parsed
 from neuroada_jax.errors import UserError
@@ -59,6 +60,7 @@ class ChatTemplate:
         self._tokenizer, self._arguments = tokenizer, dict(arguments)
         self._rendered: dict[tuple[int, bool], str] = {}  # of the chat that `turns` is at
         self._given = source
+        self._refused: sandbox.TooMuch | None = None
         self._date = datetime.date.fromisoformat(date) if date else datetime.date.today()
         default = self.source
         self._facts = parsed(default)
@@ -99,7 +101,7 @@ class ChatTemplate:
                 "or another prompt style on rows without 'messages'"
             ) from error
         dated = _NOW.sub(lambda found: repr(self._date.strftime(ast.literal_eval(found[1]))), source)
-        left = re.sub(r"\{#.*?#\}|strftime_now\s+is\s+(not\s+)?defined", "", dated, flags=re.DOTALL)
+        left = re.sub(r"strftime_now\s+is\s+(not\s+)?defined", "", _without_comments(dated))
         if "strftime_now" in left:
             raise UserError("the chat template calls strftime_now without a constant format: its date cannot be kept")
         return dated
@@ -128,9 +130,19 @@ class ChatTemplate:
 
     def _call(self, chat: Chat, attempts: list[list[dict[str, Any]]], *, opened: bool, masked: bool = False) -> Any:
         """Return (texts, ranges) of several beginnings of a chat, as transformers renders them."""
-        from transformers.utils.chat_template_utils import render_jinja_template  # slow to import
+        if self._refused:
+            raise self._refused
+        try:
+            rendered = self._within_bounds(chat, attempts, opened, masked)
+        except sandbox.TooMuch as error:
+            self._refused = error  # another try takes as long
+            raise
+        if files.has_half_characters(rendered[0]):
+            raise ValueError("it writes half of a surrogate pair, such as \\ud83d")
+        return rendered
 
-        rendered = render_jinja_template(
+    def _within_bounds(self, chat: Chat, attempts: list[list[dict[str, Any]]], opened: bool, masked: bool) -> Any:
+        return sandbox.render(
             attempts,
             tools=chat.tools,
             chat_template=self._source(chat),
@@ -138,9 +150,6 @@ class ChatTemplate:
             add_generation_prompt=opened,
             **{**self._tokenizer.special_tokens_map, **self._arguments},
         )
-        if files.has_half_characters(rendered[0]):
-            raise ValueError("it writes half of a surrogate pair, such as \\ud83d")
-        return rendered
 
     def check(self, chat: Chat, where: str) -> None:
         """Refuse what the template would leave out in silence.
@@ -305,6 +314,15 @@ class ChatTemplate:
     def masks(self, chat: Chat, where: str) -> tuple[str, list[tuple[int, int]]]:
         """Return the text of the complete chat and the character ranges of its {% generation %} blocks."""
         return self._apply(chat, chat.messages, where, False, True)
+
+
+def _without_comments(source: str) -> str:
+    """Return a template without its {# comments #}; a regular expression would take quadratic time on many open ones."""
+    parts, at = [], 0
+    while (start := source.find("{#", at)) >= 0 and (end := source.find("#}", start + 2)) >= 0:
+        parts.append(source[at:start])
+        at = end + 2
+    return "".join([*parts, source[at:]])
 
 
 def _without_nulls(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

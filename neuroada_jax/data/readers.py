@@ -92,9 +92,16 @@ def _object(row: object, path: Path, number: int, text: str | None = None) -> di
     """Return a row of a JSON file; `text` is its text, where it is known."""
     if not isinstance(row, dict):
         raise UserError(f"{path}:{number}: found {kind_of(row)}, expected an object")
+    if text is None or text.count("[") + text.count("{") > files.DEEPEST_JSON:
+        _check_depth(row, f"{path}:{number}")
     if text is None or _SURROGATE_ESCAPE.search(text):
         check_characters(row, f"{path}:{number}")
     return row
+
+
+def _check_depth(row: dict[str, Any], where: str) -> None:
+    if files.is_deeper(row):
+        raise UserError(f"{where}: more than {files.DEEPEST_JSON} lists and objects stand inside one another")
 
 
 def check_characters(row: Mapping[str, Any], where: str) -> None:

@@ -9,6 +9,7 @@ import jinja2.meta
 import jinja2.nodes
 import jinja2.sandbox
 
+from neuroada_jax.data import interruption, sandbox
 from neuroada_jax.errors import UserError
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -42,9 +43,13 @@ def _facts(source: str) -> Facts:
     Raises:
       jinja2.TemplateSyntaxError: it is none.
     """
+    if len(source) > sandbox.LARGEST_SOURCE:
+        raise sandbox.TooMuch(f"it has {len(source):,} characters, expected at most {sandbox.LARGEST_SOURCE:,}")
     plain = _END_GENERATION.sub("{% endif %}", GENERATION.sub("{% if true %}", source))
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    environment = sandbox.bound(
+        jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
     )
     tree = environment.parse(plain)
     texts = [str(node.value) for node in tree.find_all(jinja2.nodes.Const) if isinstance(node.value, str)]
@@ -71,7 +76,7 @@ def parsed(source: str) -> Facts:
       UserError: it cannot be parsed.
     """
     try:
-        return _facts(source)
-    except (jinja2.TemplateError, RecursionError) as error:
+        return interruption.within(sandbox.SECONDS, lambda: _facts(source))
+    except (jinja2.TemplateError, RecursionError, ValueError, TypeError, SyntaxError, MemoryError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"the chat template is not valid ({reason})") from error

@@ -109,7 +109,9 @@ class GGUFTensors:
         if self._arch != "llama" or not heads:
             return array
         if heads < 0 or array.shape[0] % (2 * heads):
-            raise UserError(f"{self.path}: tensor {name} has {array.shape[0]} neurons, expected {heads} heads of an even width")
+            raise UserError(
+                f"{self.path}: tensor {name} has {array.shape[0]} neurons, expected {heads} heads of an even width"
+            )
         return _unpermute(array, heads)
 
     def _info(self, name: str) -> TensorInfo:
@@ -237,7 +239,11 @@ def _rope_scaling(path: str | Path, header: Header, arch: str, theta: float, hea
         return _llama3_scaling(path, table, theta, head_dim, original or 8192)
     if kind in ("none", "linear"):  # a bare factor means linear, as in files older than the type key
         return None if factor == 1.0 else {"rope_type": "linear", "factor": factor}
-    betas = {name: _short(_required(keys, path, f"yarn_{name}", float)) for name in ("beta_fast", "beta_slow") if f"yarn_{name}" in keys}
+    betas = {
+        name: _short(_required(keys, path, f"yarn_{name}", float))
+        for name in ("beta_fast", "beta_slow")
+        if f"yarn_{name}" in keys
+    }
     keys = {key: value for key, value in keys.items() if key.removeprefix("yarn_") not in betas}
     # llama.cpp multiplies YaRN's attention factor by these, Hugging Face replaces it: only neutral values are equivalent.
     odd = {key: value for key, value in keys.items() if value not in (1.0, -1.0)}

@@ -41,6 +41,7 @@ class _Stored(NamedTuple):
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack", ".ckpt")  # of any library
+_LONGEST_NAME = 255  # bytes, of file systems
 _CHUNK = 2**22  # elements that are compared at a time
 
 
@@ -85,9 +86,8 @@ class SafetensorsDirectory:
                 raise UserError(f"{self.directory / file}: tensor {name!r} is missing, though the index places it there")
 
     def _header(self, path: Path) -> dict[str, _Stored]:
-        if path.parent != self.directory:
-            raise UserError(f"{self.directory}: the index names a file outside the directory: {path}")
-        if not path.exists():
+        _check_inside(path, self.directory)
+        if not path.is_file():
             raise UserError(f"{path}: this shard is missing, though the index names it")
         try:
             with safetensors.safe_open(str(path), framework="numpy"):  # checks the header and the file's length
@@ -143,6 +143,22 @@ class SafetensorsDirectory:
 
     def _bytes(self, stored: _Stored) -> np.ndarray:
         return np.fromfile(stored.file, np.uint8, stored.nbytes, offset=stored.start)
+
+
+def _check_inside(path: Path, directory: Path) -> None:
+    """Check that a file of an index lies in its folder, or where the hub's cache keeps the files of its folders.
+
+    Raises:
+      UserError: it is elsewhere, also by a link, or its name is none that a file can have.
+    """
+    if path.parent != directory or "\0" in path.name or len(path.name.encode("utf-8", "replace")) > _LONGEST_NAME:
+        raise UserError(f"{directory}: the index names a file outside the directory: {str(path)[:200]}")
+    if path.is_symlink():
+        kept = [directory.resolve(), directory.parent.parent.resolve() / "blobs"]
+        if path.resolve().parent not in kept:
+            raise UserError(
+                f"{path}: a link that leaves the directory, which the index of a model may not name; copy the file"
+            )
 
 
 def _elements(stored: _Stored, start: int, count: int) -> np.ndarray:

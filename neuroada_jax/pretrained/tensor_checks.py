@@ -1,4 +1,4 @@
-"""Checks of a checkpoint's tensors: shapes and memory before anything is allocated, and finite values when they are read."""
+"""Checks of a checkpoint's tensors: shapes and memory before anything is allocated, finite values when they are read."""
 
 import math
 import os

@@ -72,12 +72,12 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
     if os.path.isdir(path):
         _check_files(Path(path))
     with _one_line_errors(path):
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        if isinstance(tokenizer, PreTrainedTokenizerFast):
-            _try_out(tokenizer)
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise UserError(f"{path}: {type(tokenizer).__name__} found, expected a tokenizer with a tokenizer.json")
-    return tokenizer
+        found = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        if isinstance(found, PreTrainedTokenizerFast):
+            _try_out(found)
+    if not isinstance(found, PreTrainedTokenizerFast):
+        raise UserError(f"{path}: {type(found).__name__} found, expected a tokenizer with a tokenizer.json")
+    return found
 
 
 _FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -94,7 +94,9 @@ def _check_files(directory: Path) -> None:
                 raise UserError(f"{directory / name}: model_max_length is {longest!r}, expected a number from 1")
             template = content.get("chat_template")
             if name == "tokenizer_config.json" and not isinstance(template, str | list | None):
-                raise UserError(f"{directory / name}: chat_template is {type(template).__name__}, expected a text or a list")
+                raise UserError(
+                    f"{directory / name}: chat_template is {type(template).__name__}, expected a text or a list"
+                )
 
 
 def _try_out(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -142,11 +144,7 @@ def _from_gguf(path: str) -> PreTrainedTokenizerFast:
         if get(key) is None:
             raise UserError(f"{path}: metadata tokenizer.ggml.{key} is missing, expected a GGUF file with a tokenizer")
     kind, tokens, types = get("model"), get("tokens"), np.asarray(get("token_type", ()))
-    for key, found in (("tokens", tokens), ("merges", get("merges", []))):
-        if not isinstance(found, list) or not all(isinstance(each, str) for each in found):
-            raise UserError(f"{path}: tokenizer.ggml.{key} is no list of texts")
-    if types.ndim != 1 or len(types) not in (0, len(tokens)) or types.dtype.kind not in "iuf":
-        raise UserError(f"{path}: tokenizer.ggml.token_type has {types.size} entries, expected one for each token")
+    _check_lists(path, tokens, get("merges", []), types)
     if kind == "gpt2":
         pre = get("pre", "default")
         if pre not in _SPLITS:
@@ -184,6 +182,15 @@ def _from_gguf(path: str) -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         **({"model_max_length": context} if context else {}),
     )
+
+
+def _check_lists(path: str, tokens: object, merges: object, types: np.ndarray) -> None:
+    """Check the types and lengths of the lists of a tokenizer."""
+    for key, found in (("tokens", tokens), ("merges", merges)):
+        if not isinstance(found, list) or not all(isinstance(each, str) for each in found):
+            raise UserError(f"{path}: tokenizer.ggml.{key} is no list of texts")
+    if types.ndim != 1 or len(types) not in (0, len(tokens)) or types.dtype.kind not in "iuf":  # type: ignore[arg-type]
+        raise UserError(f"{path}: tokenizer.ggml.token_type has {types.size} entries, expected one for each token")
 
 
 def _byte_level(path: str, tokens: list[str], types: np.ndarray, merges: list[str] | None, split: str | None) -> Tokenizer:

@@ -14,10 +14,18 @@ from neuroada_jax import files
 from neuroada_jax.adapters import native, on_base
 from neuroada_jax.core import bypass
 from neuroada_jax.core.bypass import Bypass
+from neuroada_jax.errors import UserError
 from neuroada_jax.pretrained.load import IdentifiedModel
 from neuroada_jax.training import peers, processes
 from neuroada_jax.training.modes import Parallel
 from neuroada_jax.training.step import TrainState
+
+
+def _is_sound(line: Any) -> bool:
+    """Return whether a line has what ranks its state."""
+    if not isinstance(line, dict) or type(line.get("step")) is not int or line["step"] < 0:
+        return False
+    return "value" in line and type(line["value"]) in (int, float, type(None)) and abs(line["value"] or 0) < 2**63
 
 
 class KeptStates:
@@ -42,14 +50,25 @@ class KeptStates:
           name: of the file and of the folder of adapters.
           save: writes a state's adapter to a directory.
           done: steps done before the run was resumed; 0 for a new run.
+
+        Raises:
+          UserError: a line of the file that is damaged; names it.
         """
         self._directory, self._save = directory, save
         self._log, self._adapters = directory / f"{name}.jsonl", directory / name
         self.lines: list[dict[str, Any]] = peers.current().from_first(name, lambda: self._read(done))
 
     def _read(self, done: int) -> list[dict[str, Any]]:
-        lines = self._log.read_text(encoding="utf-8").splitlines() if self._log.exists() else []
-        return [line for line in map(json.loads, lines) if line["step"] <= done]
+        lines = []
+        for number, line in files.json_lines(self._log) if self._log.exists() else []:
+            if not _is_sound(line):
+                raise UserError(
+                    f"{self._log}:{number}: damaged, expected an object with a number as 'step' and as 'value'; it says "
+                    "which state is the best: repair the line, or start again with --overwrite"
+                )
+            if line["step"] <= done:
+                lines.append(line)
+        return lines
 
     def line(self, step: int) -> dict[str, Any] | None:
         """Return the line of the state after that step; None where there is none."""
@@ -71,7 +90,10 @@ class KeptStates:
         return self._best()
 
     def _best(self, until: int | float = math.inf) -> dict[str, Any]:
-        return max((line for line in self.lines if 0 < line["step"] <= until), key=self.rank)
+        lines = [line for line in self.lines if 0 < line["step"] <= until]
+        if not lines:
+            raise UserError(f"{self._log}: has no line of a state, so the best one is not known; --overwrite starts again")
+        return max(lines, key=self.rank)
 
     @property
     def start(self) -> dict[str, Any] | None:

@@ -202,10 +202,11 @@ class JsonLines:
         Raises:
           UserError: the file cannot be written.
         """
-        self._path, self.lines = path, _complete_lines(path, done)
+        self._path, self.lines, damaged = path, *_complete_lines(path, done)
         found = sum(line["step"] > 0 for line in self.lines)
         if found < done:
-            console.warn(f"{path}: {done - found} of the {done} lines are missing")
+            first = f"; line {damaged} is damaged" if damaged else ""
+            console.warn(f"{path}: {done - found} of the {done} lines are missing{first}")
         self._file = self._rewritten()
 
     def _rewritten(self) -> int:
@@ -247,18 +248,26 @@ class JsonLines:
         os.close(self._file)
 
 
-def _complete_lines(path: Path, done: int) -> list[Line]:
-    """Return the lines of steps up to `done`, ending before the first that is incomplete or repeats a step."""
+def _complete_lines(path: Path, done: int) -> tuple[list[Line], int | None]:
+    """Return the sound lines of steps up to `done` in order, and the number of the first damaged line among them."""
     lines: list[Line] = []
-    last = -1
-    for text in path.read_bytes().splitlines() if path.exists() else []:
-        try:
-            line = json.loads(text)
-        except ValueError:
+    last, damaged = -1, None
+    for number, found in files.json_lines(path) if path.exists() else []:
+        if _is_sound(found) and found["step"] > done:
             break
-        step = line.get("step") if isinstance(line, dict) else None
-        if not isinstance(step, int) or not last < step <= done:
-            break
-        lines.append({_FORMER_FIELDS.get(name, name): value for name, value in line.items()})
-        last = step
-    return lines
+        if not _is_sound(found) or found["step"] <= last:
+            damaged = damaged or number
+            continue
+        lines.append({_FORMER_FIELDS.get(name, name): value for name, value in found.items()})
+        last = found["step"]
+    return lines, damaged
+
+
+def _is_sound(line: Any) -> bool:
+    """Return whether a line has the metrics that a resumed run reads, and numbers alone."""
+    if not isinstance(line, dict) or type(line.get("step")) is not int or line["step"] < 0:
+        return False
+    # Step 0 has the scores before the first step alone.
+    if line["step"] and not ({"loss", "learning_rate"} <= line.keys() and type(line.get("tokens")) is int):
+        return False
+    return all(isinstance(value, int | float | None) and abs(value or 0) < 2**63 for value in line.values())

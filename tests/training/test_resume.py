@@ -254,23 +254,47 @@ def test_a_run_that_is_stopped_before_it_began_is_started_again(tmp_path, inputs
 # The pieces by themselves.
 
 
+def metrics_line(step, loss=0.5):
+    return {"step": step, "loss": loss, "learning_rate": 0.1, "gradient_norm": 1.0, "labels": 3, "tokens": 9}
+
+
 def test_lines_are_whole_and_never_repeat_a_step(tmp_path):
     path = tmp_path / "metrics.jsonl"
     log = trackers.JsonLines(path, 0)
-    log.write([{"step": 1, "loss": 0.5}, {"step": 2, "loss": float("nan")}])
-    log.write([{"step": 3, "loss": 0.25}])
+    log.write([metrics_line(1), metrics_line(2, math.nan)])
+    log.write([metrics_line(3)])
     log.close()
     content = path.read_bytes()
-    assert content == b'{"step": 1, "loss": 0.5}\n{"step": 2, "loss": null}\n{"step": 3, "loss": 0.25}\n'
-    for cut in range(content.index(b"\n", 40) + 1, len(content)):  # a process that died as it wrote the third
+    assert [json.loads(line)["loss"] for line in content.splitlines()] == [0.5, None, 0.5]
+    second = content.index(b"\n", content.index(b"\n") + 1)
+    for cut in range(second + 1, len(content)):  # a process that died as it wrote the third
         path.write_bytes(content[:cut])
         log = trackers.JsonLines(path, 2)
         assert [line["step"] for line in log.lines] == [1, 2]
-        log.write([{"step": 3, "loss": 0.25}])
+        log.write([metrics_line(3)])
         log.close()
         assert path.read_bytes() == content
-    with pytest.warns(NeuroadaWarning, match="1 of the 4 lines are missing"):
+    with pytest.warns(NeuroadaWarning, match="1 of the 4 lines are missing$"):
         trackers.JsonLines(path, 4).close()
+
+
+@pytest.mark.parametrize("damage", ["null", "{", '{"step": 2}', '{"step": "2"}', b"\xff"])
+def test_a_damaged_line_of_metrics_is_named_and_the_others_stay(tmp_path, damage):
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps(metrics_line(step)).encode() for step in (1, 2, 3)]
+    lines[1] = damage if isinstance(damage, bytes) else damage.encode()
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    with pytest.warns(NeuroadaWarning, match="1 of the 3 lines are missing; line 2 is damaged"):
+        log = trackers.JsonLines(path, 3)
+    log.close()
+    assert [line["step"] for line in log.lines] == [1, 3]
+
+
+@pytest.mark.parametrize("damage", ["null", "{", '{"value": 1}', '{"step": 2}', '{"step": 2, "value": "x"}'])
+def test_a_damaged_line_of_epochs_is_one_line(tmp_path, damage):
+    path = tmp_path / "epochs.jsonl"
+    path.write_text('{"step": 1, "value": 0.5}\n' + damage + "\n")
+    assert message_of(kept_states.KeptStates, tmp_path, "epochs", None, 3).startswith(f"{path}:2: damaged, expected")
 
 
 def test_lines_on_a_full_disk(tmp_path, monkeypatch):
