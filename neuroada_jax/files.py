@@ -20,6 +20,7 @@ from typing import Any
 from neuroada_jax.errors import UserError
 
 TEMPORARY, OLD = ".neuroada-tmp", ".neuroada-old"  # what is being written, and what it replaces
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 LARGEST_JSON = 256 * 2**20  # bytes; the largest tokenizer.json and index of the hub have about 40 MB
 DEEPEST_JSON = 64  # lists and objects inside one another; real ones have ten, and code that walks them recurses
@@ -50,8 +51,10 @@ def new_directory(destination: Path, *, replace: bool = False) -> Iterator[Path]
         if _names(destination) != before:
             raise UserError(f"{destination}: something else was put there meanwhile; it is left as it is")
         _swap(temporary, destination)
-    except OSError as error:
-        raise UserError(f"{destination}: cannot be written ({error.strerror or error})") from error
+    except Exception as error:
+        if (reason := _why_not_written(error)) is None:
+            raise
+        raise UserError(f"{destination}: cannot be written ({reason})") from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -59,8 +62,24 @@ def new_directory(destination: Path, *, replace: bool = False) -> Iterator[Path]
             os.close(descriptor)
 
 
+def _why_not_written(error: Exception) -> str | None:
+    """Return why a library could not write a file, in a few words; None for errors of another kind."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if below := _OS_ERROR.search(str(error)):  # of Rust: safetensors, tokenizers
+        return os.strerror(int(below[1]))
+    if isinstance(error, RuntimeError) and "inline_container" in str(error):  # which does not say why
+        return "PyTorch could not write all of a file; is the disk full?"
+    return None
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write a text file under a temporary name and rename it; create its parent directories.
+    """Write a text file as `write_bytes` does."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name and rename it; create its parent directories.
 
     Raises:
       UserError: it cannot be written.
@@ -70,8 +89,8 @@ def write_text(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path)
         temporary, descriptor = _new(path, is_directory=False)
-        with open(descriptor, "w", encoding="utf-8", closefd=False) as file:
-            file.write(text)
+        with open(descriptor, "wb", closefd=False) as file:
+            file.write(content)
         temporary.replace(path)
     except OSError as error:
         if temporary is not None:

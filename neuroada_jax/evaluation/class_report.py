@@ -1,6 +1,7 @@
 """What a classifier confuses: precision, recall and F1 of every class, and the confusion matrix, also as a picture."""
 
 import dataclasses
+import io
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Integer
 
-from neuroada_jax import console
+from neuroada_jax import console, files
 from neuroada_jax.errors import install_line
 
 MOST_LABELLED = 40  # classes whose names and counts can still be read in the picture
@@ -128,11 +129,11 @@ def confusion_picture(path: Path, report: ClassReport, title: str) -> None:
             axes.text(column, row, shown, ha="center", va="center", fontsize=font, color="white" if dark else "black")
     bar: dict[str, Any] = {"shrink": 0.8, "fraction": 0.15 if size <= 6 else 0.05, "pad": 0.02}
     figure.colorbar(image, ax=axes, label="share of the right label's rows", **bar)
-    temporary = path.with_name(f".{path.name}")
+    picture = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # of a name in a script that matplotlib's own font lacks
-        figure.savefig(temporary, format="png", dpi=120)
-    temporary.replace(path)
+        figure.savefig(picture, format="png", dpi=120)
+    files.write_bytes(path, picture.getvalue())
 
 
 def _short(name: str) -> str:

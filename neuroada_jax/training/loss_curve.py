@@ -1,11 +1,12 @@
 """The picture of a run's loss, loss.png."""
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from neuroada_jax import console
+from neuroada_jax import console, files
 from neuroada_jax.errors import install_line
 
 _FEW = 40  # steps that are drawn as points, since a line between so few says little
@@ -46,9 +47,9 @@ def loss_curve(
     axes.locator_params(axis="x", integer=True)
     axes.grid(alpha=0.3, which="both" if axes.get_yscale() == "log" else "major")
     axes.legend(frameon=False)
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, format="png", dpi=120)
-    temporary.replace(path)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    files.write_bytes(path, picture.getvalue())
 
 
 def _draw_training(axes: Any, losses: Sequence[float]) -> None:

@@ -1,6 +1,7 @@
 """Runs that are stopped at every stage, by a signal, go on to what they would have become; and who may go on."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -18,7 +19,7 @@ from neuroada_jax import cli
 from neuroada_jax.adapters import native
 from neuroada_jax.errors import NeuroadaWarning
 from neuroada_jax.evaluation import continuation
-from neuroada_jax.training import signals, trackers
+from neuroada_jax.training import kept_states, signals, trackers
 
 
 @pytest.fixture(scope="module")
