@@ -102,6 +102,30 @@ def write_bytes(path: Path, content: bytes) -> None:
             os.close(descriptor)
 
 
+@contextlib.contextmanager
+def scratch(destination: Path) -> Iterator[Path]:
+    """Yield a temporary directory beside a destination that nothing is written to; remove it, and what killed ones left."""
+    sweep(destination)
+    temporary, descriptor = _new(destination, is_directory=True)
+    try:
+        temporary.chmod(0o700)
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(descriptor)
+
+
+def probe(directory: Path) -> None:
+    """Raise the OSError that writing a small file into a directory gives, if any."""
+    sweep(directory / "probe")
+    path, descriptor = _new(directory / "probe", is_directory=False)
+    try:
+        os.write(descriptor, bytes(4096))
+    finally:
+        path.unlink()
+        os.close(descriptor)
+
+
 def sweep(destination: Path) -> None:
     """Remove what killed processes have left of writing a destination; what they were replacing gets its name back."""
     for kind in (OLD, TEMPORARY):

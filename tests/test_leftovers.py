@@ -89,6 +89,9 @@ def test_what_a_killed_writer_left_is_swept_and_what_a_live_one_writes_is_not(tm
     (tmp_path / ".a.notes").write_text("the user's own")
     write(tmp_path / "a")
     files.write_text(tmp_path / "c", "text")
+    files.probe(tmp_path)
+    with files.scratch(tmp_path / "d") as folder:
+        (folder / "run").mkdir()
     left = names(tmp_path)
     assert [name for name in left if not name.endswith(files.TEMPORARY)] == [".a.notes", "a", "c"] and len(left) == 5
     kill(live)

@@ -16,7 +16,6 @@ import os
 import re
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -123,8 +122,7 @@ class Checkpoints:
             if step in self._manager.all_steps():
                 return
             self._saving = CheckpointInfo(step, {"format": FORMAT, "step": step, "arrays": _arrays(content), **about})
-            with tempfile.TemporaryDirectory(prefix=".probe", dir=self._directory) as probe:
-                (Path(probe) / "probe").write_bytes(bytes(4096))  # where this fails, Orbax's threads wait for ten minutes
+            files.probe(self._directory)  # where this fails, Orbax's threads wait for ten minutes
             args = ocp.args.Composite(state=ocp.args.StandardSave(content))
             self._manager.save(step, args=args, metrics={"merit": merit} if self._keep_best else None)
         except Exception as error:  # Orbax raises OSError, ValueError, RuntimeError and others for a disk that is full

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import shutil
 import tempfile
 import time
 import traceback
@@ -14,7 +13,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from neuroada_jax import console, devices
+from neuroada_jax import console, devices, files
 from neuroada_jax.errors import UserError
 from neuroada_jax.training import peers, rendezvous
 from neuroada_jax.training.config import RunConfig
@@ -128,12 +127,9 @@ def own_output(config: RunConfig) -> Iterator[RunConfig]:
     if peers.current().is_first:
         yield config
         return
-    folder = tempfile.mkdtemp(prefix="neuroada-process-")
-    peers.remove_at_end(folder)
-    try:
-        yield dataclasses.replace(config, output=str(Path(folder) / "run"), tracking=[])
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with files.scratch(Path(tempfile.gettempdir()) / "neuroada-process") as folder:
+        peers.remove_at_end(str(folder))
+        yield dataclasses.replace(config, output=str(folder / "run"), tracking=[])
 
 
 def broadcast(tree: Any) -> Any:

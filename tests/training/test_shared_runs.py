@@ -156,7 +156,7 @@ def test_several_processes_give_what_one_gives(count, devices, modes, tmp_path, 
     assert errors == [errors[0]] * count and errors[0].keys() == DIFFERENT.keys()
     for field, message in errors[0].items():
         assert message.startswith(field) and f"process {count - 1} has" in message and "process 0 has" in message
-    assert not (tmp_path / "none" / "adapter").exists() and not list(tmp_path.glob("neuroada-process-*"))
+    assert not (tmp_path / "none" / "adapter").exists() and not list(tmp_path.glob(".neuroada-process*"))
 
     # One process goes on from the checkpoint of several.
     shutil.rmtree(tmp_path / modes[0] / "checkpoints" / "6")
