@@ -295,7 +295,9 @@ def test_a_damaged_line_of_metrics_is_named_and_the_others_stay(tmp_path, damage
 def test_a_damaged_line_of_epochs_is_one_line(tmp_path, damage):
     path = tmp_path / "epochs.jsonl"
     path.write_text('{"step": 1, "value": 0.5}\n' + damage + "\n")
-    assert message_of(kept_states.KeptStates, tmp_path, "epochs", lambda *_: None, 3).startswith(f"{path}:2: damaged, expected")
+    assert message_of(kept_states.KeptStates, tmp_path, "epochs", lambda *_: None, 3).startswith(
+        f"{path}:2: damaged, expected"
+    )
 
 
 def test_lines_on_a_full_disk(tmp_path, monkeypatch):
