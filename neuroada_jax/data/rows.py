@@ -1,5 +1,6 @@
 """Reading rows from files, directories or the hub, with the place that each row came from."""
 
+import contextlib
 import difflib
 import glob
 import itertools
@@ -24,6 +25,7 @@ from neuroada_jax.errors import UserError
 from neuroada_jax.files import read_json
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
+_PATIENCE = 5.0  # seconds for the first answer of the hub
 # A file whose name has one of these words belongs to that split, and one that has none of them to "train". A name with
 # words of two splits, such as dev1000_from_train, belongs to neither: it is read only for a split of another name.
 SPLIT_WORDS = {
@@ -273,11 +275,36 @@ def _load_from_disk(source: str, split: str) -> Any:
     return dataset[split]
 
 
+@contextlib.contextmanager
+def _without_retries(name: str) -> Iterator[None]:
+    """Keep to the hub's cache in the enclosed code if the hub cannot be reached, which `datasets` tries for half a minute."""
+    import datasets
+    import huggingface_hub
+    from huggingface_hub import constants, errors
+
+    switches: list[Any] = [constants, datasets.config]
+    before = [each.HF_HUB_OFFLINE for each in switches]
+    if not constants.HF_HUB_OFFLINE:
+        try:
+            huggingface_hub.HfApi().dataset_info(name, timeout=_PATIENCE)
+        except (errors.HfHubHTTPError, errors.HFValidationError):
+            pass  # the hub has answered: `datasets` says what
+        except Exception:  # of the HTTP library below the client: no network, no such host, no answer
+            for each in switches:
+                each.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        for each, value in zip(switches, before, strict=True):
+            each.HF_HUB_OFFLINE = value
+
+
 def _load_from_hub(source: str, split: str) -> Any:
     import datasets
 
     try:
-        return datasets.load_dataset(*source.split(":"), split=split)
+        with _without_retries(source.partition(":")[0]):
+            return datasets.load_dataset(*source.split(":"), split=split)
     except Exception as error:  # an unknown data set, an unknown split and no network raise different types
         raise UserError(
             f"{source}: no such file or directory, and as a hub data set it cannot be loaded ({first_line(error)})"
