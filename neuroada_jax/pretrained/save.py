@@ -79,8 +79,18 @@ def save(
             _copy_generation_config(base_model, temporary, end_ids)
         if tokenizer is not None:
             _with_template(tokenizer, form).save_pretrained(str(temporary))
+            _without_circumstances(temporary / "tokenizer_config.json")
         if form is not None:
             prompt_form.write(temporary, form, is_decoder=base_model.model.architecture.is_decoder)
+
+
+def _without_circumstances(path: Path) -> None:
+    """Remove from a tokenizer's config how it was loaded: from this disk, and without the hub."""
+    if path.is_file():
+        content = files.read_json(path)
+        kept = {name: value for name, value in content.items() if name not in ("is_local", "local_files_only")}
+        if kept != content:
+            path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _write_json(path: Path, content: Any) -> None:

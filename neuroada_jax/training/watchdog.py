@@ -18,6 +18,9 @@ from neuroada_jax.training.config import WatchdogSection
 from neuroada_jax.training.trackers import Line
 
 WINDOW, FEWEST = 100, 20  # finite losses that a spike is measured against: the most recent ones, and the fewest
+FROZEN = 50  # finite losses that are all the same, to six digits, before a warning
+EXPLODED = 5.0  # times the first loss
+IN_A_ROW = 20  # steps that are not finite, one after the other, before a run ends
 FLOOR = 0.01  # least deviation as a share of the median: that of nearly equal losses is almost 0
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
@@ -42,14 +45,17 @@ class Watchdog:
 
         Args:
           section: `watchdog` of the config.
-          counts: numbers of "skipped", "spikes", "stalls" and "compiled_again" so far; updated in place.
+          counts: numbers of "skipped", "spikes", "stalls" and "compiled_again" so far, and whether the loss was "frozen" or
+            "exploded"; updated in place.
           earlier: lines of metrics.jsonl so far.
         """
         self._section, self.counts = section, {} if counts is None else counts
-        for kind in ("skipped", "spikes", "stalls", "compiled_again"):
+        for kind in ("skipped", "spikes", "stalls", "compiled_again", "frozen", "exploded"):
             self.counts.setdefault(kind, 0)
+        self._in_a_row = 0
         losses = [line["loss"] for line in earlier if line.get("loss") is not None]
         self._losses = collections.deque(losses, WINDOW)
+        self._first = losses[0] if losses else None
 
     def wait(self, batch: "Future[Made]", step: int) -> Made:
         """Wait for the batch of a step and return it.
@@ -108,11 +114,14 @@ class Watchdog:
                 self._not_finite(line["step"])
             if not math.isfinite(line["loss"]):
                 continue
+            self._in_a_row = 0 if line.get("finite", True) else self._in_a_row
+            self._first = line["loss"] if self._first is None else self._first
             above, median = self._deviations(line["loss"])
             if self._section.spike is not None and above > self._section.spike:
                 self.counts["spikes"] += 1
                 worst = max(worst or (above, line, median), (above, line, median), key=lambda each: each[0])
             self._losses.append(line["loss"])
+        self._look_at_course()
         if worst:
             above, line, median = worst
             console.warn(
@@ -120,10 +129,31 @@ class Watchdog:
                 f"{median:.4f} of the previous steps"
             )
 
+    def _look_at_course(self) -> None:
+        """Warn once of a loss that does not move, and once of one that is far above the first."""
+        if not self._losses or self._first is None:
+            return
+        recent = list(self._losses)[-FROZEN:]
+        if not self.counts["frozen"] and len(recent) == FROZEN and max(recent) - min(recent) <= 1e-6 * abs(recent[-1]):
+            self.counts["frozen"] = 1
+            console.warn(
+                f"the loss has been {recent[-1]:.4f} for {FROZEN} steps: nothing is learnt; look at the learning rate and the rows"
+            )
+        if not self.counts["exploded"] and min(recent[-3:]) > EXPLODED * max(self._first, 1.0):
+            self.counts["exploded"] = 1
+            console.warn(
+                f"the loss is {recent[-1]:.4g}, and was {self._first:.4g} at first: the learning rate may be far too high"
+            )
+
     def _not_finite(self, step: int) -> None:
         most = self._section.max_skips
         if self._section.nonfinite == "stop":
             raise Failed(step, f"the loss or its gradient became NaN or infinite at step {step}")
+        self._in_a_row += 1
+        if self._in_a_row == IN_A_ROW:
+            raise Failed(
+                step, f"the loss or its gradient is NaN or infinite in each of the last {IN_A_ROW} steps, to {step}"
+            )
         if self.counts["skipped"] == most:
             raise Failed(step, f"the loss or its gradient is NaN or infinite at step {step}, after {most} skipped steps")
         self.counts["skipped"] += 1

@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import write_bert, write_safetensors
+from helpers import write_bert, write_model, write_safetensors
 
 from neuroada_jax import models
 from neuroada_jax.core import trees
 from neuroada_jax.errors import UserError
 from neuroada_jax.models import names
+from neuroada_jax.pretrained import tensor_checks
 from neuroada_jax.pretrained.load import LoadedModel, load_model, open_model
 
 CONFIG = {
@@ -189,3 +190,32 @@ def test_host_memory_stays_near_the_size_of_the_model(tmp_path):
     print(f"peak {growth:.1f} MiB over the baseline for a model of {size:.1f} MiB: {growth / size:.2f}")
     assert size > 180
     assert growth < 1.3 * size
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_weight_that_is_not_finite_is_named(tmp_path, dtype, value):
+    name = "model.layers.1.mlp.up_proj.weight"
+    weight = np.full((24, 16), 3.0, np.float32)
+    weight[3, 4] = value
+    with np.errstate(invalid="ignore"):
+        with pytest.raises(UserError, match=rf"tensor '{name}' holds 1 (NaN|infinite entries) in 384, expected finite"):
+            tensor_checks.check_finite(name, weight.astype(jnp.dtype(dtype)))
+        path = write_model(tmp_path / "m", None, weights={name: weight})
+        with pytest.raises(UserError, match=rf"{path}: tensor '{name}' holds 1"):
+            load_model(str(path))
+
+
+def test_large_weights_are_finite():
+    tensor_checks.check_finite("x", np.full((100,), 3e38, np.float32))
+
+
+@pytest.mark.parametrize("shardings", [False, True])
+def test_a_model_larger_than_the_machine_is_one_line_before_memory_is_taken(shardings):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("x",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+    leaf = jax.ShapeDtypeStruct((2**20, 2**24), jnp.float32)
+    with pytest.raises(
+        UserError, match=r"the parameters take 70.37 TB, more than all of the .* of memory that this machine"
+    ):
+        tensor_checks.check_memory({"w": leaf}, {"w": sharding if shardings else None})

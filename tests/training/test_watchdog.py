@@ -128,3 +128,27 @@ def test_a_step_that_compiles_again():
         watchdog.compiling(3, expected=False),
     ):
         double(other)
+
+
+def test_a_loss_that_does_not_move_is_said_once():
+    watchdog = Watchdog(WatchdogSection(spike=None), counts := {})
+    watchdog.look([line(i + 1, 2.5 + i % 2) for i in range(60)])
+    assert not counts["frozen"]
+    with pytest.warns(NeuroadaWarning, match=r"the loss has been 10.8000 for 50 steps") as caught:
+        watchdog.look([line(i + 61, 10.8) for i in range(70)])
+    assert counts["frozen"] == 1 and sum("for 50 steps" in str(each.message) for each in caught) == 1
+
+
+def test_a_loss_far_above_the_first_is_said_once():
+    watchdog = Watchdog(WatchdogSection(spike=None), counts := {})
+    watchdog.look([line(1, 2.0)])
+    with pytest.warns(NeuroadaWarning, match="the loss is 90, and was 2 at first"):
+        watchdog.look([line(i + 2, 90.0) for i in range(3)])
+    watchdog.look([line(i + 5, 90.0) for i in range(3)])
+    assert counts["exploded"] == 1
+
+
+def test_steps_that_are_all_bad_end_a_run_whatever_max_skips_says():
+    watchdog = Watchdog(WatchdogSection(nonfinite="skip", max_skips=10**6))
+    with pytest.warns(NeuroadaWarning), pytest.raises(Failed, match="in each of the last 20 steps, to 20"):
+        watchdog.look([line(i + 1, math.nan) for i in range(30)])
