@@ -277,7 +277,7 @@ def _load_from_disk(source: str, split: str) -> Any:
 
 @contextlib.contextmanager
 def _without_retries(name: str) -> Iterator[None]:
-    """Keep to the hub's cache in the enclosed code if the hub cannot be reached, which `datasets` tries for half a minute."""
+    """Keep to the hub's cache if the hub cannot be reached, which `datasets` would try for half a minute."""
     import datasets
     import huggingface_hub
     from huggingface_hub import constants, errors

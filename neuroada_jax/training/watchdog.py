@@ -137,7 +137,8 @@ class Watchdog:
         if not self.counts["frozen"] and len(recent) == FROZEN and max(recent) - min(recent) <= 1e-6 * abs(recent[-1]):
             self.counts["frozen"] = 1
             console.warn(
-                f"the loss has been {recent[-1]:.4f} for {FROZEN} steps: nothing is learnt; look at the learning rate and the rows"
+                f"the loss has been {recent[-1]:.4f} for {FROZEN} steps: nothing is learnt; look at the learning "
+                "rate and the rows"
             )
         if not self.counts["exploded"] and min(recent[-3:]) > EXPLODED * max(self._first, 1.0):
             self.counts["exploded"] = 1
