@@ -150,8 +150,8 @@ class Peers:
             time.sleep(4 * FLUSH)  # another thread ends this process
             os._exit(code)
         if line is not None:
-            sys.stderr.write(f"neuroada: error: {line}\n")
             sys.stderr.flush()
+            os.write(2, f"neuroada: error: {line}\n".encode())  # whatever the main thread has put in place of sys.stderr
         for number, outbox in list(self._outboxes.items()):
             if number != sender:
                 outbox.put(message)

@@ -2,6 +2,8 @@
 
 import random
 import socket
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -135,6 +137,22 @@ def test_a_request_stops_all_at_the_same_position(seed):
         ended = list(pool.map(train, together, stops))
         list(pool.map(peers.Peers.leave, together))
     assert len(set(ended)) == 1 and at <= ended[0] <= min(at + 8, steps)
+
+
+ENDED = """
+import io, socket, sys, time
+from neuroada_jax.training import peers
+ours, first = socket.socketpair()
+peers.Peers(1, 2, {0: ours})
+sys.stderr = io.StringIO()  # a progress bar of the main thread takes its place too
+peers.send(first, {"kind": "end", "code": 2, "line": "process 0: the reason"})
+time.sleep(60)
+"""
+
+
+def test_a_process_that_another_one_ends_says_why():
+    ended = subprocess.run([sys.executable, "-c", ENDED], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (2, "neuroada: error: process 0: the reason\n")
 
 
 def test_outside_of_the_loop_the_first_process_alone_is_interrupted():
