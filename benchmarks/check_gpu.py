@@ -186,8 +186,10 @@ def _facts(machine: str, compiler: Compiler) -> Iterator[Fact]:
     for rows in DECODE:
         yield from decode_facts(rows, compiler)
     # Compiled ahead of time, XLA takes products of its own; a card may choose cuBLAS, which reads no slice in place.
-    cublas = {"xla_gpu_enable_triton_gemm": False}
-    yield from decode_facts(DECODE[0], compiler._replace(options=cublas), ", cuBLAS")
+    compiler = compiler._replace(options={**(compiler.options or {}), "xla_gpu_enable_triton_gemm": False})
+    yield from decode_facts(DECODE[0], compiler, ", cuBLAS")
+    setting = TRAIN[machine][0]
+    yield _none(f"copies: {setting}, cuBLAS", hlo.copies(compiled_step(setting, machine, compiler).text, WEIGHT))
 
 
 def train_facts(setting: Setting, program: Program) -> Iterator[Fact]:
@@ -239,9 +241,9 @@ def _none(check: str, found: Any) -> Fact:
     return Fact(check, ", ".join(f"{count} {name}" for name, count in sorted(found.items())) or "none", "none", True)
 
 
-def compiled_step(setting: Setting, machine: str) -> Program:
-    """Compile a run's step as `neuroada plan` does."""
-    compiler = compiler_for(find(machine, DTYPE), setting.devices)
+def compiled_step(setting: Setting, machine: str, compiler: Compiler | None = None) -> Program:
+    """Compile a run's step as `neuroada plan` does, by default with the machine's compiler."""
+    compiler = compiler or compiler_for(find(machine, DTYPE), setting.devices)
     with tempfile.TemporaryDirectory() as folder:
         content = MODELS["llama-7b"] | {"num_hidden_layers": setting.layers}
         (Path(folder) / "config.json").write_text(json.dumps(content))

@@ -7,6 +7,9 @@ from typing import Any
 
 import jax
 
+# XLA's options for a training step on a GPU. It would join small products that share an input (q, k and v), for which
+# cuBLAS needs a copy of their weights side by side.
+GPU_OPTIONS = {"xla_gpu_dot_merger_threshold_mb": 0}
 FLASH_CAPABILITY = (8, 0)  # the least CUDA compute capability for cuDNN's fused attention
 
 _override: contextvars.ContextVar[tuple[str, bool, Any] | None] = contextvars.ContextVar("override", default=None)
@@ -16,6 +19,11 @@ def name() -> str:
     """Return the platform that choices made at trace time are for, such as "cpu" or "gpu"."""
     override = _override.get()
     return override[0] if override else jax.default_backend()
+
+
+def step_options() -> dict[str, int] | None:
+    """Return XLA's options for a training step, as `jax.jit(compiler_options=...)` takes them."""
+    return GPU_OPTIONS if name() == "gpu" else None
 
 
 def has_flash_attention(head_size: int) -> bool:

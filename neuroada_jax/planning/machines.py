@@ -224,7 +224,7 @@ def compiler_for(machine: Machine, count: int = 1) -> Compiler:
         else:
             cudnn = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.cudnn")
             name = f"{machine.name} ({machine.gpu.architecture})"
-            return Compiler(tuple(described.devices), "gpu", cudnn is not None, name)
+            return Compiler(tuple(described.devices), "gpu", cudnn is not None, name, platform.GPU_OPTIONS)
     cpus = jax.devices("cpu")
     if count > len(cpus):
         raise UserError(

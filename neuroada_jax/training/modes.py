@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from neuroada_jax import console
-from neuroada_jax.core import bypass
+from neuroada_jax.core import bypass, platform
 from neuroada_jax.core.trees import ModulePath, Tree
 from neuroada_jax.errors import UserError
 from neuroada_jax.models import unrolled
@@ -226,7 +226,7 @@ class SingleDevice(Parallel):
         return state, batch
 
     def _program(self, sums: Callable[..., step.Sums], update: Callable[..., Any]) -> Any:
-        return jax.jit(lambda state, batch: update(state, sums(state, batch)), donate_argnums=0)
+        return _jit_step(lambda state, batch: update(state, sums(state, batch)))
 
     def _distribute(self, batch: AnyBatch) -> AnyBatch:
         return batch
@@ -242,7 +242,7 @@ class ShardMap(Parallel):
         body = _data_parallel(sums, update, self.mesh.size, EXAMPLE_AXES)
         in_specs = (replicated, examples)
         mapped = jax.shard_map(body, mesh=self.mesh, in_specs=in_specs, out_specs=replicated, check_vma=False)
-        return jax.jit(mapped, donate_argnums=0)
+        return _jit_step(mapped)
 
 
 class Pmap(Parallel):
@@ -379,7 +379,11 @@ class AutomaticPartitioning(Parallel):
             new, metrics = update(state, total)
             return lax.with_sharding_constraint(new, shardings(new, mesh)), metrics
 
-        return jax.jit(run_step, donate_argnums=0)
+        return _jit_step(run_step)
+
+
+def _jit_step(run_step: RunStep) -> RunStep:
+    return jax.jit(run_step, donate_argnums=0, compiler_options=platform.step_options())
 
 
 def _data_parallel(sums: Callable[..., step.Sums], update: Callable[..., Any], shards: int, axis: Any) -> RunStep:

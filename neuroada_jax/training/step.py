@@ -10,7 +10,7 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from neuroada_jax.core import bypass
+from neuroada_jax.core import bypass, platform
 from neuroada_jax.core.bypass import Bypass
 from neuroada_jax.core.trees import ModulePath, Tree
 from neuroada_jax.models import dense_modules
@@ -231,4 +231,4 @@ def make_step(
     def step(state: TrainState, batch: AnyBatch) -> tuple[TrainState, StepMetrics]:
         return update(state, sums(state, batch))
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, compiler_options=platform.step_options())
