@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from neuroada_jax import console
-from neuroada_jax.core import bypass, platform
+from neuroada_jax.core import bypass
 from neuroada_jax.core.trees import ModulePath, Tree
 from neuroada_jax.errors import UserError
 from neuroada_jax.models import unrolled
@@ -38,9 +38,7 @@ from neuroada_jax.training.sharding import (
     sharding_at,
     shardings,
 )
-from neuroada_jax.training.step import AnyBatch, StepMetrics, TrainState
-
-RunStep = Callable[[TrainState, AnyBatch], tuple[TrainState, StepMetrics]]
+from neuroada_jax.training.step import AnyBatch, RunStep, StepMetrics, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,7 +224,7 @@ class SingleDevice(Parallel):
         return state, batch
 
     def _program(self, sums: Callable[..., step.Sums], update: Callable[..., Any]) -> Any:
-        return _jit_step(lambda state, batch: update(state, sums(state, batch)))
+        return step.jit_step(lambda state, batch: update(state, sums(state, batch)))
 
     def _distribute(self, batch: AnyBatch) -> AnyBatch:
         return batch
@@ -242,7 +240,7 @@ class ShardMap(Parallel):
         body = _data_parallel(sums, update, self.mesh.size, EXAMPLE_AXES)
         in_specs = (replicated, examples)
         mapped = jax.shard_map(body, mesh=self.mesh, in_specs=in_specs, out_specs=replicated, check_vma=False)
-        return _jit_step(mapped)
+        return step.jit_step(mapped)
 
 
 class Pmap(Parallel):
@@ -379,11 +377,7 @@ class AutomaticPartitioning(Parallel):
             new, metrics = update(state, total)
             return lax.with_sharding_constraint(new, shardings(new, mesh)), metrics
 
-        return _jit_step(run_step)
-
-
-def _jit_step(run_step: RunStep) -> RunStep:
-    return jax.jit(run_step, donate_argnums=0, compiler_options=platform.step_options())
+        return step.jit_step(run_step)
 
 
 def _data_parallel(sums: Callable[..., step.Sums], update: Callable[..., Any], shards: int, axis: Any) -> RunStep:

@@ -46,10 +46,9 @@ from neuroada_jax.training import (
 )
 from neuroada_jax.training.config import RunConfig
 from neuroada_jax.training.kept_states import KeptStates
-from neuroada_jax.training.modes import RunStep
 from neuroada_jax.training.preparation import Prepared, prepare
 from neuroada_jax.training.signals import Stop
-from neuroada_jax.training.step import TrainState
+from neuroada_jax.training.step import RunStep, TrainState
 from neuroada_jax.training.trackers import Line
 
 OnLines = Callable[[Sequence[Line]], None]

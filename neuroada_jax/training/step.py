@@ -76,6 +76,9 @@ class StepMetrics(NamedTuple):
     finite: Bool[Array, ""]
 
 
+RunStep = Callable[[TrainState, AnyBatch], tuple[TrainState, StepMetrics]]
+
+
 def initial_state(
     params: Tree,
     built: Bypass,
@@ -220,7 +223,7 @@ def make_step(
     accumulation: int = 1,
     losses: Callable[..., Array] = label_losses,
     dropout_seed: int | None = None,
-) -> Callable[[TrainState, AnyBatch], tuple[TrainState, StepMetrics]]:
+) -> RunStep:
     """Return the jitted step of one device, (state, batch) -> (state, metrics); the state is donated.
 
     Accumulation sums losses and label counts over the micro batches and divides once, so that N micro batches give the
@@ -231,4 +234,9 @@ def make_step(
     def step(state: TrainState, batch: AnyBatch) -> tuple[TrainState, StepMetrics]:
         return update(state, sums(state, batch))
 
+    return jit_step(step)
+
+
+def jit_step(step: RunStep) -> RunStep:
+    """Return the jitted step, (state, batch) -> (state, metrics), with XLA's options for it; the state is donated."""
     return jax.jit(step, donate_argnums=0, compiler_options=platform.step_options())
