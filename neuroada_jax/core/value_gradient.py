@@ -12,6 +12,7 @@ the dense product in chunks.
 import enum
 import functools
 import importlib.util
+import os
 import warnings
 from collections.abc import Callable
 
@@ -29,6 +30,7 @@ from neuroada_jax.errors import NeuroadaWarning
 _ROW_BLOCK_BYTES = 3 << 18  # 768 KiB
 _ROW_TOKENS = 256  # transposed at a time
 _DENSE_CHUNK_BYTES = 32 << 20
+_MOST_CORES = 8  # that the choice on a CPU counts; more were not measured
 
 
 class GradientAlgorithm(enum.StrEnum):
@@ -46,13 +48,16 @@ class GradientAlgorithm(enum.StrEnum):
 GPU_KERNELS = (GradientAlgorithm.PALLAS, GradientAlgorithm.CUDA)
 
 
-def choose_algorithm(k: int, inputs: int, backend: str | None = None, *, split: bool | None = None) -> GradientAlgorithm:
+def choose_algorithm(
+    k: int, inputs: int, backend: str | None = None, *, split: bool | None = None, cores: int | None = None
+) -> GradientAlgorithm:
     """Return the algorithm that was measured to be fastest for these sizes, on a CPU and an H100 (docs/performance.md).
 
-    On a CPU the column gather wins for k <= 2, row blocks up to about k = I / 48, and the dense product above. On a GPU the
-    column gather wins at k = 1, where it fuses with the operation that produces dy, and the GPU kernels above. XLA cannot
-    partition the GPU kernels: where it partitions the arrays, the column gather is used up to about k = I / 2048 and the
-    dense product above. So it is where neither GPU kernel can be used, with a NeuroadaWarning that says why.
+    On a CPU the column gather wins for k <= 2, row blocks up to about k = I / 24 on one core and I / 48 on two, and the
+    dense product above: it uses all cores, the loop over row blocks only one. On a GPU the column gather wins at k = 1,
+    where it fuses with the operation that produces dy, and the GPU kernels above. XLA cannot partition the GPU kernels:
+    where it partitions the arrays, the column gather is used up to about k = I / 2048 and the dense product above. So it is
+    where neither GPU kernel can be used, with a NeuroadaWarning that says why.
 
     Args:
       k: connections per neuron.
@@ -60,12 +65,13 @@ def choose_algorithm(k: int, inputs: int, backend: str | None = None, *, split: 
       backend: "cpu" or "gpu"; None for the platform that the program is traced for.
       split: whether XLA partitions the arrays over devices, as `jax.jit` does with sharded ones. None: assume so where
         there are several devices and neither `shard_map` nor `pmap` is being traced.
+      cores: of the CPU; None for those that this process may use.
     """
     backend = backend or platform.name()
     if split is None:
         split = jax.device_count() > 1 and not jax.sharding.get_abstract_mesh().manual_axes
     if backend != "gpu" or k == 1 or split:
-        return _without_kernels(k, inputs, backend)
+        return _without_kernels(k, inputs, backend, cores)
     reasons = []
     for algorithm in GPU_KERNELS:
         reason = _why_not(algorithm, inputs)
@@ -77,13 +83,19 @@ def choose_algorithm(k: int, inputs: int, backend: str | None = None, *, split: 
     return chosen
 
 
-def _without_kernels(k: int, inputs: int, backend: str) -> GradientAlgorithm:
+def _without_kernels(k: int, inputs: int, backend: str, cores: int | None = None) -> GradientAlgorithm:
     """Return the fastest of the algorithms that are made of XLA's operations."""
     if backend != "cpu":
         return GradientAlgorithm.COLUMN_GATHER if k <= max(1, inputs // 2048) else GradientAlgorithm.DENSE_CHUNKS
     if k <= 2:
         return GradientAlgorithm.COLUMN_GATHER
-    return GradientAlgorithm.ROW_BLOCKS if k <= inputs // 48 else GradientAlgorithm.DENSE_CHUNKS
+    most = inputs // (24 * min(cores or _cores(), _MOST_CORES))
+    return GradientAlgorithm.ROW_BLOCKS if k <= most else GradientAlgorithm.DENSE_CHUNKS
+
+
+def _cores() -> int:
+    """Return how many cores XLA's CPU backend computes on: those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _why_not(kernel: GradientAlgorithm, inputs: int) -> str | None:

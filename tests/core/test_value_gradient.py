@@ -1,5 +1,7 @@
 """The choice of the algorithm for the gradient of the values, and the blocks that they work in."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +17,6 @@ from neuroada_jax.errors import NeuroadaWarning
     ("k", "inputs", "backend", "expected"),
     [
         (1, 4096, "cpu", GradientAlgorithm.COLUMN_GATHER),
-        (20, 4096, "cpu", GradientAlgorithm.ROW_BLOCKS),
         (200, 4096, "cpu", GradientAlgorithm.DENSE_CHUNKS),
         (1, 4096, "gpu", GradientAlgorithm.COLUMN_GATHER),
         (2, 4096, "gpu", GradientAlgorithm.PALLAS),
@@ -25,6 +26,25 @@ from neuroada_jax.errors import NeuroadaWarning
 )
 def test_choose_algorithm(k, inputs, backend, expected):
     assert choose_algorithm(k, inputs, backend, split=False) is expected
+
+
+@pytest.mark.parametrize(("cores", "largest"), [(1, 24), (2, 12), (4, 6), (8, 3), (64, 3)])
+def test_row_blocks_are_for_few_cores(monkeypatch, cores, largest):
+    """Their loop runs on one core, the dense product on all that the process may use."""
+    monkeypatch.setattr(value_gradient, "_cores", lambda: cores)
+    for given in ({"cores": cores}, {}):
+        found = [choose_algorithm(k, 576, "cpu", split=False, **given) for k in (largest, largest + 1)]
+        assert found == [GradientAlgorithm.ROW_BLOCKS, GradientAlgorithm.DENSE_CHUNKS]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system does not bind processes to cores")
+def test_cores_are_those_that_the_process_may_use():
+    allowed = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        assert choose_algorithm(20, 576, "cpu", split=False) is GradientAlgorithm.ROW_BLOCKS
+    finally:
+        os.sched_setaffinity(0, allowed)
 
 
 def test_arrays_may_be_split_over_devices_but_not_inside_of_shard_map(monkeypatch):
