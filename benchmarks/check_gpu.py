@@ -91,6 +91,7 @@ BYTES = {
     Setting(20): 2.92e9,
     Setting(20, "full"): 2.55e9,
     Setting(1, "full", 4, layers=FULL_DEPTH): 14.5e9,
+    Setting(1, "full", 16, layers=FULL_DEPTH): 17.0e9,
     Setting(1, "full", devices=8): 2.55e9,
     Setting(1, "full", devices=8, fsdp=8): 0.95e9,
     Setting(1, "full", devices=8, tensor=8): 0.71e9,

@@ -94,7 +94,8 @@ def token_wise(block: Callable[..., Any], remat: Remat, shape: tuple[int, ...]) 
 
     Under `Remat.NONE` the block keeps its input and the outputs of its linear maps only. Under `Remat.FULL` it is
     recomputed for one part of the batch at a time: besides weights and layer inputs, memory then holds the activations of
-    one part of one layer, at no additional computation.
+    one part of one layer, at no additional computation. Without a scan over the layers the batch stays in one part: XLA
+    makes the zeros in which the loops over parts begin for all layers at once, and they take more than the parts save.
 
     Args:
       block: (module, (B, T, D)) -> (B, T, D), without interaction between tokens.
@@ -106,7 +107,7 @@ def token_wise(block: Callable[..., Any], remat: Remat, shape: tuple[int, ...]) 
     batch, tokens = shape[0], shape[0] * shape[1]
     fitting = [parts for parts in range(1, batch + 1) if batch % parts == 0 and tokens // parts <= _PART_TOKENS]
     parts = min(fitting, default=batch)
-    if remat is Remat.NAMES or parts == 1:
+    if remat is Remat.NAMES or parts == 1 or prevent_cse():
         return block
 
     def one_part(module: nn.Module, carry: None, part: Array) -> tuple[None, Array]:
