@@ -654,20 +654,13 @@ def test_evaluate_checks_before_it_reads_weights(inputs, tmp_path, neuroada, mon
         assert part in one_line_error(neuroada(*arguments, *options)), options
 
 
-def test_an_infinite_weight_names_the_step_and_the_rows(tmp_path, inputs, neuroada):
+def test_an_infinite_weight_is_found_before_anything_is_written(tmp_path, inputs, neuroada):
     embedding = random_tensors(CONFIG)["model.embed_tokens.weight"].copy()
     embedding[:, 0] = np.inf
     model = write_model(tmp_path / "m", weights={"model.embed_tokens.weight": embedding})
     message = one_line_error(neuroada("train", config(tmp_path, (model, inputs[1]), training={"steps": 3})))
-    out = tmp_path / "out"
-    assert message.startswith(f"the loss or its gradient became NaN or infinite at step 1 (rows {inputs[1]}:")
-    assert message.endswith(f"the adapter of the last good step is in {out / 'adapter'}")
-    assert message.count(f"{inputs[1]}:") == 4
-    adapter = native.read(str(out / "adapter"))
-    assert not any(values.any() for values in adapter.values.values())
-    assert not (out / "results.json").exists()
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert lines[0]["loss"] is None
+    assert message.startswith(f"{model}: tensor 'model.embed_tokens.weight' holds {len(embedding)} infinite entries in ")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_absurd_learning_rate_keeps_the_last_good_adapter(tmp_path, inputs, neuroada):

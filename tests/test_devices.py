@@ -139,7 +139,9 @@ def test_a_command_without_its_device(jax_starts, capsys, tmp_path, monkeypatch,
     write_config(Path("run.yaml"), run_config(tmp_path, MODEL, ROWS))
     jax_starts("cuda", AssertionError())
     assert cli.main([str(word) for word in RUNS_ON_A_DEVICE[command]]) == 2
-    assert capsys.readouterr() == ("", f"neuroada: error: JAX_PLATFORMS=cuda: {NO_GPU}{UNSET}\n")
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if "has no fields_digest" not in line]  # said of any adapter of 0.1
+    assert (out, lines) == ("", [f"neuroada: error: JAX_PLATFORMS=cuda: {NO_GPU}{UNSET}"])
     assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
 
 

@@ -57,6 +57,8 @@ class Peers:
         self._holding, self._positions = False, dict[int, Position]()
         self._left = False
         self._ending = threading.Lock()
+        # Standard error itself: a progress bar takes the place of sys.stderr, and `devices.check` that of descriptor 2.
+        self._stderr = os.dup(2) if sockets else 2
         self._outboxes: dict[int, queue.SimpleQueue[dict[str, Any] | None]] = {}
         self._threads: list[threading.Thread] = []
         for number, peer in (sockets or {}).items():
@@ -151,7 +153,7 @@ class Peers:
             os._exit(code)
         if line is not None:
             sys.stderr.flush()
-            os.write(2, f"neuroada: error: {line}\n".encode())  # whatever the main thread has put in place of sys.stderr
+            os.write(self._stderr, f"neuroada: error: {line}\n".encode())
         for number, outbox in list(self._outboxes.items()):
             if number != sender:
                 outbox.put(message)

@@ -59,6 +59,11 @@ def output(capsys, command, adapter, rows, *more):
     return code, out or err.splitlines()[-1]
 
 
+def without_digest(content):
+    """Fields of an adapter.json that may be edited, as those of 0.1 may."""
+    return {name: value for name, value in content.items() if name != "fields_digest"}
+
+
 def test_what_is_written(project):
     base = json.loads((project / "runs" / "a" / "adapter.json").read_text())["base"]
     assert base["source"] == "base/tiny" and base["absolute"] == str(project / "base" / "tiny")
@@ -72,7 +77,9 @@ def test_every_command_finds_it_from_another_folder(command, moved, project, tmp
     if moved:
         project = shutil.copytree(project, tmp_path / "moved")
         path = project / "runs" / "a" / "adapter.json"
-        path.write_text(path.read_text().replace('"absolute": "', '"absolute": "/gone'))
+        content = json.loads(path.read_text())
+        base = content["base"] | {"absolute": f"/gone{content['base']['absolute']}"}
+        path.write_text(json.dumps(without_digest(content) | {"base": base}))
     code, out = output(capsys, command, project / "runs" / "a", project / "rows.jsonl")
     assert code == 0, out
     code, out = output(capsys, ["inspect", "{}", "--json"], project / "runs" / "a", "")
@@ -87,16 +94,16 @@ def test_where_it_is_nowhere_the_error_says_who_named_it(command, project, tmp_p
     path = adapter / "adapter.json"
     content = json.loads(path.read_text())
     gone = str(tmp_path / "gone")
-    path.write_text(json.dumps(content | {"base": content["base"] | {"absolute": gone}}))
+    path.write_text(json.dumps(without_digest(content) | {"base": content["base"] | {"absolute": gone}}))
     code, message = output(capsys, command, adapter, project / "rows.jsonl")
     places = f"base/tiny, {gone}, {tmp_path.parent / 'base' / 'tiny'}"
-    assert code == 2 and message == (
+    assert code == 2 and message.splitlines()[-1] == (
         f"neuroada: error: the base model 'base/tiny', named by {path}, does not exist (tried {places}); give it by --model"
     )
     # A hub id, the wheel of a package, and an adapter of 0.1, which has the name as it was typed and nothing else.
     for source in ("nobody/nothing", "package:no_such_package/x", "no/such/local/model"):
         base = {key: value for key, value in content["base"].items() if key not in ("absolute", "relative")}
-        path.write_text(json.dumps(content | {"base": base | {"source": source}}))
+        path.write_text(json.dumps(without_digest(content) | {"base": base | {"source": source}}))
         code, message = output(capsys, command, adapter, project / "rows.jsonl")
         assert (
             code == 2

@@ -15,7 +15,8 @@ def result(tmp_path_factory):
 
 def test_every_method_has_a_row(result):
     expected = {"frozen floor", "bypass", "autodiff scatter", "LoRA", "dense gradient"}
-    expected |= {f"bypass, {algorithm.value}" for algorithm in ops.GradientAlgorithm}
+    no_gpu = [algorithm.value for algorithm in ops.GradientAlgorithm if algorithm != "cuda"]
+    expected |= {f"bypass, {algorithm}" for algorithm in no_gpu}
     assert {row["method"] for row in result} == expected
     assert len(result) == len(expected)
     assert all(row["shape"] == [16, 24, 8] and row["dtype"] == "bfloat16" for row in result)

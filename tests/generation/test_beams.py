@@ -114,7 +114,7 @@ def test_equals_transformers(family, name):
 def test_stacked_layers_equal_transformers(family, settings, monkeypatch):
     """Every device but a CPU scans them."""
     asked = []
-    monkeypatch.setattr(decoder, "one_by_one", lambda: bool(asked.append(None)))
+    monkeypatch.setattr(decoder, "one_by_one", lambda _: bool(asked.append(None)))
     assert_equal(family, settings, True, batch_size=4)  # a size of its own: what is compiled already is not traced again
     assert asked
 

@@ -264,7 +264,7 @@ def test_class_weights():
         (["data.labels=[1, '1']"], "data.labels: '1' is given twice"),
         (
             ["data.labels=[0.5, 1]"],
-            ": expected auto, or a list of at least two names or integers, found [0.5, 1]",
+            ': found 0.5, a number with a decimal point; as the name of a label write "0.5"',
         ),
         (["data.text=[a, b, c]"], "data.text: expected the name of a column, or a list of two, found ['a', 'b', 'c']"),
         (["data.text=[a, a]"], "data.text: expected the name of a column, or a list of two"),
