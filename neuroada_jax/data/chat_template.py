@@ -338,8 +338,13 @@ def _common(one: str, other: str) -> int:
 
 def _places(text: str, content: str) -> list[int]:
     """Return where a content stands before a token or the end of a text, with white space or without."""
-    found = re.finditer(re.escape(content), text) if content else ()
-    return [each.start() for each in found if _ENDED.match(text, each.end())]
+    places, start = [], text.find(content) if content else -1
+    while start >= 0:
+        end = start + len(content)
+        if _ENDED.match(text, end):
+            places.append(start)
+        start = text.find(content, end)
+    return places
 
 
 def _place(text: str, content: str) -> int:
