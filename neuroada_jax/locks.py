@@ -33,10 +33,10 @@ class Lock:
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
             except OSError as error:
                 raise UserError(f"{path}: cannot be written ({error.strerror})") from error
-            if is_locked(descriptor):
-                message = f"{what} is in use by {_holder(path)}; wait for its end, stop it, or choose another name"
+            if not _lock(descriptor):
+                in_use = _in_use(path, what)
                 os.close(descriptor)
-                raise UserError(message)
+                raise in_use
             if _is_at(descriptor, path):  # its former holder has not removed it meanwhile
                 os.truncate(descriptor, 0)
                 os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
@@ -63,26 +63,30 @@ def check_unlocked(path: Path, what: str) -> None:
     with contextlib.suppress(FileNotFoundError, PermissionError):
         descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
         try:
-            if is_locked(descriptor):
-                raise UserError(f"{what} is in use by {_holder(path)}; wait for its end, stop it, or choose another name")
+            if not _lock(descriptor):
+                raise _in_use(path, what)
         finally:
             os.close(descriptor)
 
 
-def is_locked(descriptor: int) -> bool:
-    """Lock an open file, unless another process has; return whether it has. Without locks in the file system: False."""
+def _lock(descriptor: int) -> bool:
+    """Lock an open file until it is closed; return False where another process holds it.
+
+    A file system without locks counts as one in which nobody does.
+    """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        return error.errno in (errno.EWOULDBLOCK, errno.EACCES)
-    return False
+        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
+    return True
 
 
-def _holder(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").strip()[:200] or "another process"
-    except OSError:
-        return "another process"
+def _in_use(path: Path, what: str) -> UserError:
+    """Return the error that names the process which holds a lock."""
+    holder = "another process"
+    with contextlib.suppress(OSError):
+        holder = path.read_text(encoding="utf-8", errors="replace").strip()[:200] or holder
+    return UserError(f"{what} is in use by {holder}; wait for its end, stop it, or choose another name")
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

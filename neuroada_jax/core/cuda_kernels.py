@@ -20,7 +20,6 @@ The kernel is PTX, built by `make ptx` and part of the package, so that nobody n
 
 import functools
 import importlib.resources
-import re
 import zlib
 from typing import Any, NamedTuple
 
@@ -86,10 +85,10 @@ _SHARED_EVERYWHERE = 101376
 
 def card_of(device: Any) -> Card | None:
     """Return the facts about a device of JAX, or None where it is no CUDA GPU."""
-    match = re.fullmatch(r"(\d+)\.(\d)", str(getattr(device, "compute_capability", "")))
-    if not match:
+    found = None if device is None else platform.capability(device)
+    if found is None:
         return None
-    capability = int("".join(match.groups()))
+    capability = 10 * found[0] + found[1]
     return Card(capability, _SHARED.get(capability, _SHARED_EVERYWHERE), getattr(device, "core_count", 128))
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 
 # XLA's options for a training step on a GPU. It would join small products that share an input (q, k and v), for which
-# cuBLAS needs a copy of their weights side by side.
+# cuBLAS needs a copy of their weights side by side. `layers.in_turn` keeps them apart while decoding, whose programs are
+# jitted before the platform is known.
 GPU_OPTIONS = {"xla_gpu_dot_merger_threshold_mb": 0}
 FLASH_CAPABILITY = (8, 0)  # the least CUDA compute capability for cuDNN's fused attention
 
@@ -35,9 +36,10 @@ def has_flash_attention(head_size: int) -> bool:
     return supported and head_size % 8 == 0 and head_size <= (256 if found and found >= (9, 0) else 128)
 
 
-def capability() -> tuple[int, int] | None:
-    """Return the CUDA compute capability of this process's GPU; None where it has no NVIDIA GPU."""
-    text = str(getattr(jax.local_devices()[0], "compute_capability", ""))  # of an AMD GPU it is a name, such as gfx90a
+def capability(of: Any = None) -> tuple[int, int] | None:
+    """Return the CUDA compute capability of a device, by default this process's first; None where it is no NVIDIA GPU."""
+    found = jax.local_devices()[0] if of is None else of
+    text = str(getattr(found, "compute_capability", ""))  # of an AMD GPU it is a name, such as gfx90a
     major, _, minor = text.partition(".")
     return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
 

@@ -56,10 +56,10 @@ def digest_of_data(batches: AnyBatches) -> str:
     return digest.hexdigest()
 
 
-def digest_of_base(base_entries: Tree) -> str:
-    """Return the digest of the original weights at the chosen entries, as NumPy arrays."""
+def digest_of_arrays(tree: Tree) -> str:
+    """Return the digest of a tree of NumPy arrays, in its order."""
     digest = xxhash.xxh3_128()
-    for leaf in jax.tree.leaves(base_entries):
+    for leaf in jax.tree.leaves(tree):
         digest.update(np.ascontiguousarray(leaf).view(np.uint8).data)
     return digest.hexdigest()
 
@@ -73,7 +73,7 @@ def describe(
         "date": objective.form.date,
         "versions": native.installed_versions(),
         "examples": digest_of_data(batches),
-        "base": digest_of_base(base_entries),
+        "base": digest_of_arrays(base_entries),
         "dropout_seed": objective.dropout_seed,
         "before": {name: score.to_json() for name, score in before.items()},
     }
@@ -116,7 +116,7 @@ def check_base(about: dict[str, Any], directory: Path, base_entries: Tree, force
     Raises:
       UserError: the weights differ, without `force`.
     """
-    if about["base"] not in (None, digest_of_base(base_entries)):  # None: of several processes, in 0.1
+    if about["base"] not in (None, digest_of_arrays(base_entries)):  # None: of several processes, in 0.1
         _refuse(f"{directory}: cannot resume on another base model than the one that the run began with", force)
     then, now = about["versions"], native.installed_versions()
     if other := [f"{name} {then[name]} then, {now.get(name)} now" for name in then if now.get(name) != then[name]]:

@@ -5,13 +5,13 @@ from typing import Any
 
 import jax
 import numpy as np
-import xxhash
 
 from neuroada_jax.core import bypass
 from neuroada_jax.errors import UserError
 from neuroada_jax.training import peers, processes
 from neuroada_jax.training.checkpoint import Checkpoints, saved
 from neuroada_jax.training.modes import Parallel
+from neuroada_jax.training.resuming import digest_of_arrays
 from neuroada_jax.training.step import TrainState
 
 
@@ -42,10 +42,7 @@ class SharedCheckpoints(Checkpoints):
         blank = lambda leaf: np.zeros(leaf.shape, leaf.dtype)  # noqa: E731
         found = self._read(expected, blank) if together.is_first else jax.tree.map(blank, expected)
         found = processes.broadcast(jax.tree.map(np.asarray, found))
-        digest = xxhash.xxh3_128()
-        for leaf in jax.tree.leaves(found):
-            digest.update(np.ascontiguousarray(leaf).view(np.uint8).data)
-        came = together.share("restored", [digest.hexdigest(), int(found["step"])])
+        came = together.share("restored", [digest_of_arrays(found), int(found["step"])])
         if others := [number for number, each in enumerate(came) if each != came[0]]:
             raise UserError(f"{self._directory / str(came[0][1])}: process {others[0]} did not get what process 0 read")
 
