@@ -43,8 +43,8 @@ def _reset_peak() -> None:
 
 
 @contextlib.contextmanager
-def alarm(seconds: float):
-    """Raise Hang in the enclosed code after some seconds."""
+def alarm(seconds: float, terminal: int = 2):
+    """Raise Hang in the enclosed code after some seconds; `terminal` is a descriptor."""
 
     def ring(*_):
         raise Hang
@@ -52,13 +52,36 @@ def alarm(seconds: float):
     before = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     # A library that does not come back to Python keeps the alarm waiting; then the process ends, and says where.
-    faulthandler.dump_traceback_later(2 * seconds, exit=True, file=sys.__stderr__)
+    faulthandler.dump_traceback_later(2 * seconds, exit=True, file=terminal)
     try:
         yield
     finally:
         faulthandler.cancel_dump_traceback_later()
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+@contextlib.contextmanager
+def printed():
+    """Catch what the enclosed code prints, other languages too; yield a function that returns and forgets it."""
+    with tempfile.TemporaryFile() as caught:
+        kept = {descriptor: os.dup(descriptor) for descriptor in (1, 2)}
+
+        def latest() -> bytes:
+            found = os.pread(caught.fileno(), 10**6, 0)
+            if found:
+                os.ftruncate(caught.fileno(), 0)
+                os.lseek(caught.fileno(), 0, os.SEEK_SET)
+            return found
+
+        for descriptor in kept:
+            os.dup2(caught.fileno(), descriptor)
+        try:
+            yield latest
+        finally:
+            for descriptor, before in kept.items():
+                os.dup2(before, descriptor)
+                os.close(before)
 
 
 def fuzz(name: str, folder: Path, cases: int, seed: int, on_fault=None, verbose: bool = False) -> Counter:
@@ -74,6 +97,7 @@ def fuzz(name: str, folder: Path, cases: int, seed: int, on_fault=None, verbose:
     paths = form.write(folder)
     sound = form.read(folder)
     contents = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    terminal = os.dup(2)  # not that of the cases, whose output is looked at
 
     def fault(kind, error):
         counts[kind] += 1
@@ -99,10 +123,15 @@ def fuzz(name: str, folder: Path, cases: int, seed: int, on_fault=None, verbose:
         form.changed = [path]
         _reset_peak()
         before = _peak()
+        shown = b""
         try:
-            with alarm(SECONDS), warnings.catch_warnings():
+            with printed() as latest, warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                found = form.read(folder)
+                try:
+                    with alarm(SECONDS, terminal):
+                        found = form.read(folder)
+                finally:
+                    shown = latest()
         except UserError as error:
             text = one_line(str(error))
             if not text or len(text) > LONGEST or _CONTROL.search(text):
@@ -121,11 +150,14 @@ def fuzz(name: str, folder: Path, cases: int, seed: int, on_fault=None, verbose:
             counts["equal"] += same
             if not same and form.digested(folder):
                 fault("tracebacks", AssertionError("accepted with another value, in spite of its digest"))
+        if _CONTROL.search(shown.decode("utf-8", "replace").replace("\n", "")):
+            fault("tracebacks", AssertionError(f"control characters reach the terminal: {shown[:100]!r}"))
         if _peak() - before > BYTES:
             fault("over memory", MemoryError(f"{_peak() - before:,} bytes"))
         for each, content in contents.items():
             if each == path or each.name.endswith(".jsonl"):
                 each.write_bytes(content)
+    os.close(terminal)
     form.changed = []
     assert repr(form.read(folder)) == repr(sound), f"{name}: the sound folder is read differently after the mutations"
     return counts

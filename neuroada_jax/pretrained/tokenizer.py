@@ -114,11 +114,12 @@ def _try_out(tokenizer: PreTrainedTokenizerFast) -> None:
 @contextlib.contextmanager
 def _one_line_errors(path: str) -> Iterator[None]:
     """Turn whatever transformers, or a panic of the Rust library below it, raises into one line."""
-    sys.stderr.flush()
-    # Rust prints a panic by itself, on the descriptor.
+    _flush()
+    # Rust prints by itself, on the descriptors: a panic, and the names of unknown fields, with a file's control characters.
     with tempfile.TemporaryFile() as caught:
-        kept = os.dup(2)
-        os.dup2(caught.fileno(), 2)
+        kept = {descriptor: os.dup(descriptor) for descriptor in (1, 2)}
+        for descriptor in kept:
+            os.dup2(caught.fileno(), descriptor)
         try:
             yield
         except (KeyboardInterrupt, SystemExit, UserError):
@@ -129,9 +130,16 @@ def _one_line_errors(path: str) -> Iterator[None]:
             reason = " ".join(str(error)[:1000].split())[:200] or type(error).__name__
             raise UserError(f"{path}: no tokenizer in this directory or hub repository ({reason})") from error
         finally:
-            sys.stderr.flush()
-            os.dup2(kept, 2)
-            os.close(kept)
+            _flush()
+            for descriptor, before in kept.items():
+                os.dup2(before, descriptor)
+                os.close(before)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a pipe or a stream that is closed, which is found when it is used
+            stream.flush()
 
 
 def _from_gguf(path: str) -> PreTrainedTokenizerFast:

@@ -170,6 +170,11 @@ class Continuation:
             f"{int(examples.label_counts.sum())} of them labels; {examples.truncated} truncated to "
             f"{config.data.max_length} tokens, {examples.dropped} dropped since they lost all labels"
         )
+        if 2 * examples.dropped > len(rows):
+            console.warn(
+                f"{examples.dropped} of {len(rows)} rows are dropped, since no label is within data.max_length "
+                f"{config.data.max_length}: expected a larger one, or shorter prompts"
+            )
         batches = Batches(
             examples,
             config.training.batch_size,

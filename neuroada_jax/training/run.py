@@ -249,7 +249,7 @@ def _train(
                 config.training.save_every,
             ),
             history,
-            watchdog.Watchdog(config.watchdog, history.warnings, log.lines),
+            watchdog.Watchdog(config.watchdog, history.warnings, log.lines, prepared.total_steps),
             stop,
             loop.Hooks(write, saver, evaluations, log.add),
         )
@@ -358,6 +358,7 @@ def _finish(fitted: Fitted) -> dict[str, Any]:
     if not peers.current().is_first:
         return {}
     if isinstance(fitted.best, validation.Validation):
+        fitted.history.warnings["validation_frozen"] = int(validation.is_frozen(fitted.best))
         validation.warn_without_gain(fitted.best)
     content = results.results(prepared, fitted.sizes, fitted.history, fitted.best, fitted.before, after, rounded)
     files.write_text(directory / "results.json", files.to_json(content, indent=2) + "\n")

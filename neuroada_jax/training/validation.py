@@ -195,9 +195,24 @@ class Validation(KeptStates):
         return f"the best is {-self.rank(best):.4f} at step {best['step']}"
 
 
+def is_frozen(kept: KeptStates) -> bool:
+    """Return whether all validations of a run, at least two, gave the same loss to six digits, or none a finite one."""
+    values = [line["value"] for line in kept.lines]
+    if len(values) < 2 or None in values:
+        return len(values) >= 2 and not any(value is not None for value in values)
+    return max(values) - min(values) <= 1e-6 * abs(values[-1])
+
+
 def warn_without_gain(kept: KeptStates) -> None:
-    """Warn where the best state is no better than the one before the training."""
+    """Warn where all validations gave the same, or the best state is no better than the one before the training."""
     best, start = kept.best["value"], kept.start
+    if is_frozen(kept):
+        found = "not a number" if best is None else f"{best:.4f}"
+        console.warn(
+            f"the validation loss is {found} in each of {len(kept.lines)} validations: training changes nothing of what "
+            "the model says of these rows; look at the learning rate and the rows"
+        )
+        return
     if start is None or start["value"] is None or (best is not None and best < start["value"]):
         return
     found = "not a number" if best is None else f"{best:.4f} (step {kept.best['step']})"

@@ -2,7 +2,9 @@
 
 import collections
 import contextlib
+import itertools
 import math
+import operator
 import statistics
 import threading
 import time
@@ -39,7 +41,11 @@ class Watchdog:
     """Monitor of a training loop that warns of failures and counts them."""
 
     def __init__(
-        self, section: WatchdogSection, counts: dict[str, int] | None = None, earlier: Sequence[Line] = ()
+        self,
+        section: WatchdogSection,
+        counts: dict[str, int] | None = None,
+        earlier: Sequence[Line] = (),
+        last: int | None = None,
     ) -> None:
         """Continue with the counts and metrics of the earlier part of a resumed run.
 
@@ -48,11 +54,14 @@ class Watchdog:
           counts: numbers of "skipped", "spikes", "stalls" and "compiled_again" so far, and whether the loss was "frozen" or
             "exploded"; updated in place.
           earlier: lines of metrics.jsonl so far.
+          last: the run's last step; None where it is not known.
         """
         self._section, self.counts = section, {} if counts is None else counts
         for kind in ("skipped", "spikes", "stalls", "compiled_again", "frozen", "exploded"):
             self.counts.setdefault(kind, 0)
-        self._in_a_row = 0
+        steps = [line.get("finite", True) for line in earlier if line["step"]]
+        self._in_a_row = len(list(itertools.takewhile(operator.not_, reversed(steps))))
+        self._last, self._any_finite = last, any(steps)
         losses = [line["loss"] for line in earlier if line.get("loss") is not None]
         self._losses = collections.deque(losses, WINDOW)
         self._first = losses[0] if losses else None
@@ -106,11 +115,14 @@ class Watchdog:
         is the standard deviation, and at least 1 % of the median. Both are robust: spikes hardly change them.
 
         Raises:
-          Failed: a step was not finite; with `watchdog.nonfinite: skip`, more than `watchdog.max_skips` of them.
+          Failed: a step was not finite; with `watchdog.nonfinite: skip`, more than `watchdog.max_skips` of them, `IN_A_ROW`
+            one after the other, or all of the run.
         """
         worst: tuple[float, Line, float] | None = None
         for line in lines:
-            if not line.get("finite", True):
+            if line.get("finite", True):
+                self._any_finite = True
+            else:
                 self._not_finite(line["step"])
             if not math.isfinite(line["loss"]):
                 continue
@@ -155,6 +167,8 @@ class Watchdog:
             raise Failed(
                 step, f"the loss or its gradient is NaN or infinite in each of the last {IN_A_ROW} steps, to {step}"
             )
+        if step == self._last and not self._any_finite:
+            raise Failed(step, f"the loss or its gradient is NaN or infinite in every step of the run, 1 to {step}")
         if self.counts["skipped"] == most:
             raise Failed(step, f"the loss or its gradient is NaN or infinite at step {step}, after {most} skipped steps")
         self.counts["skipped"] += 1

@@ -12,6 +12,7 @@ from helpers import run_config, write_bert, write_model, write_rows
 
 from neuroada_jax.adapters import native
 from neuroada_jax.data.prompts import PromptForm, PromptStyle
+from neuroada_jax.errors import NeuroadaWarning
 from neuroada_jax.pretrained import prompt_form
 from neuroada_jax.training import config_file, objectives, run
 
@@ -58,6 +59,14 @@ def prepared(models, tmp_path):
         return run.prepare(config_file.from_dict(content, "test"))
 
     return prepare
+
+
+def test_rows_that_lose_all_labels_are_said(prepared):
+    long = {"prompt": "a" * 99, "completion": "b"}
+    with pytest.warns(NeuroadaWarning, match=r"2 of 3 rows are dropped, since no label is within data.max_length 64"):
+        assert prepared([*PAIRS, long, long]).batches.examples.dropped == 2
+    assert prepared([*PAIRS, long]).batches.examples.dropped == 1
+    assert "none of 2 rows has a completion token" in message_of(prepared, [long, long])
 
 
 def test_what_adapters_record(prepared, tmp_path):

@@ -58,7 +58,7 @@ def test_the_loss_is_that_of_the_rows_one_by_one_and_the_best_state_is_kept(tmp_
     assert results["validation"]["steps"] == [{"step": line["step"], "value": line["value"]} for line in seen]
     assert not results["validation"]["stopped_early"]
     assert "prompt" not in json.dumps(results["validation"])  # the samples stay in the run's folder
-    assert results["validation"]["start_loss"] == seen[0]["value"]
+    assert results["validation"]["start_loss"] == seen[0]["value"] and not results["watchdog"]["validation_frozen"]
     best = min(seen[1:], key=lambda line: line["value"])
     assert (results["validation"]["best_step"], results["validation"]["best_loss"]) == (best["step"], best["value"])
     assert [len(line["samples"]) for line in seen] == [2, 2, 2, 2]
@@ -133,6 +133,23 @@ def test_early_stopping_ends_the_run_at_the_best_state(tmp_path, inputs, monkeyp
     assert results["steps"] == 8 and results["validation"]["best_step"] == 4 and results["validation"]["stopped_early"]
     assert results["validation"]["start_loss"] == 1.5
     assert [line["step"] for line in lines(tmp_path / "out" / "metrics.jsonl")] == list(range(9))
+
+
+def test_a_validation_loss_that_never_changes_is_said(tmp_path, inputs):
+    config = config_file.from_dict(_content(settings(tmp_path, inputs), learning_rate=1e-30), "test")
+    with pytest.warns(NeuroadaWarning, match=r"the validation loss is \d\.\d{4} in each of 4 validations"):
+        results = run.train(config)
+    assert results["watchdog"]["validation_frozen"] == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "frozen"),
+    [([2.0], False), ([2.0, 2.0], True), ([2.0, 2.0, 2.001], False), ([None, None], True), ([None, 2.0], False)],
+)
+def test_what_is_no_change_of_the_validation_loss(tmp_path, values, frozen):
+    kept = validation.Validation(tmp_path, lambda state: 0.0, lambda *_: None, 0)
+    kept.lines = [{"step": step, "value": value} for step, value in enumerate(values, 1)]
+    assert validation.is_frozen(kept) is frozen
 
 
 def test_an_interrupted_run_goes_on_with_the_same_validations(tmp_path, inputs, monkeypatch, capsys):

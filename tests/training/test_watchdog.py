@@ -154,3 +154,31 @@ def test_steps_that_are_all_bad_end_a_run_whatever_max_skips_says():
     watchdog = Watchdog(WatchdogSection(nonfinite="skip", max_skips=10**6))
     with pytest.warns(NeuroadaWarning), pytest.raises(Failed, match="in each of the last 20 steps, to 20"):
         watchdog.look([line(i + 1, math.nan) for i in range(30)])
+
+
+def test_a_short_run_whose_steps_are_all_bad_ends_too():
+    skip = WatchdogSection(nonfinite="skip", max_skips=10**6)
+    with pytest.warns(NeuroadaWarning), pytest.raises(Failed, match="in every step of the run, 1 to 5"):
+        Watchdog(skip, last=5).look([line(i + 1, math.nan) for i in range(5)])
+    resumed = [{"step": 0, "validation_loss": 2.0}, *(line(i + 1, math.nan) for i in range(3))]
+    with pytest.warns(NeuroadaWarning), pytest.raises(Failed, match="in every step of the run, 1 to 5"):
+        Watchdog(skip, {}, resumed, 5).look([line(i, math.nan) for i in (4, 5)])
+    with pytest.warns(NeuroadaWarning):
+        Watchdog(skip, {}, [line(1, 2.0)], 5).look([line(i, math.nan) for i in (2, 3, 4, 5)])
+
+
+def test_bad_steps_in_a_row_are_counted_over_interruptions():
+    skip = WatchdogSection(nonfinite="skip", max_skips=10**6)
+    with pytest.warns(NeuroadaWarning), pytest.raises(Failed, match="in each of the last 20 steps, to 31"):
+        Watchdog(skip, {}, [line(i, math.nan if i > 11 else 2.0) for i in range(1, 27)]).look(
+            [line(i, math.nan) for i in range(27, 40)]
+        )
+
+
+@pytest.mark.filterwarnings("ignore::neuroada_jax.errors.NeuroadaWarning")
+def test_a_run_of_bad_steps_alone_ends_with_an_error(tmp_path, poisoned, monkeypatch):
+    monkeypatch.setattr(tensor_checks, "check_finite", lambda *_: None)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "q q", "completion": "a"}) + "\n")
+    config = settings(tmp_path, (poisoned[0], rows), nonfinite="skip", max_skips=10**6)
+    assert "is NaN or infinite in every step of the run, 1 to 1 (rows " in message_of(run.train, config)
