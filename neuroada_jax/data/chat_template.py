@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from neuroada_jax import files
 from neuroada_jax.data import sandbox
 from neuroada_jax.data.chats import Chat
-from neuroada_jax.data.template_facts import GENERATION, TOKEN_LIKE, parsed
+from neuroada_jax.data.template_facts import TOKEN_LIKE, parsed
 from neuroada_jax.errors import UserError
 
 # The date that a template writes, with its format as a constant.
@@ -57,15 +57,21 @@ class ChatTemplate:
         Raises:
           UserError: no template, one that cannot be parsed, or arguments that it does not read.
         """
-        self._tokenizer, self._arguments = tokenizer, dict(arguments)
+        self._tokenizer = tokenizer
+        self._values = {**tokenizer.special_tokens_map, **arguments}
         self._rendered: dict[tuple[int, bool], str] = {}  # of the chat that `turns` is at
         self._given = source
         self._refused: sandbox.TooMuch | None = None
         self._date = datetime.date.fromisoformat(date) if date else datetime.date.today()
         default = self.source
         self._facts = parsed(default)
-        self.masked = bool(GENERATION.search(default))
-        for name in self._arguments:
+        # Not later, when another thread tokenises while this one renders.
+        pieces = {
+            token: len(tokenizer(token, add_special_tokens=False)["input_ids"]) for token in sorted(self._facts.tokens)
+        }
+        self._foreign = {token: count for token, count in pieces.items() if count > 1}
+        self.masked = bool(sandbox.GENERATION.search(default))
+        for name in arguments:
             if name in _reserved():
                 raise UserError(f"template_arguments: {name!r} is set by the library itself; remove it")
             if name not in self._facts.variables:
@@ -148,7 +154,7 @@ class ChatTemplate:
             chat_template=self._source(chat),
             return_assistant_tokens_mask=masked,
             add_generation_prompt=opened,
-            **{**self._tokenizer.special_tokens_map, **self._arguments},
+            **self._values,
         )
 
     def check(self, chat: Chat, where: str) -> None:
@@ -194,13 +200,10 @@ class ChatTemplate:
                     "expected a template with this role, or rows without it"
                 )
 
-    @functools.cached_property
+    @property
     def foreign_tokens(self) -> tuple[str, ...]:
         """Texts in the template that are meant as one token and that the tokenizer splits."""
-        return tuple(sorted(token for token in self._facts.tokens if self._pieces(token) > 1))
-
-    def _pieces(self, text: str) -> int:
-        return len(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        return tuple(self._foreign)
 
     def turns(self, chat: Chat, learnt: tuple[int, ...], where: str) -> list[Turn]:
         """Return `turn` of several messages; their texts are rendered together, which takes less time.
@@ -287,11 +290,11 @@ class ChatTemplate:
             ends = [end for end in ends if end <= same] if same < len(answer.rstrip()) else []
             ends.reverse()
         ended = answer[: ends[0]] if ends else answer.rstrip()
-        for token in self.foreign_tokens:
+        for token, count in self._foreign.items():
             if ended.endswith(token):
                 raise UserError(
                     f"{where}: the chat template ends a turn with {token!r}, which this tokenizer splits into "
-                    f"{self._pieces(token)} tokens; expected a template whose turns end with one token (data.chat_template)"
+                    f"{count} tokens; expected a template whose turns end with one token (data.chat_template)"
                 )
         return ended
 

@@ -61,6 +61,7 @@ class ExampleTokenizer:
         self._may_end = np.zeros(len(self._is_control), bool)
         self._may_end[may_end] = True
         self._tails: dict[tuple[str, str], np.ndarray] = {}
+        self._raw()
 
     def encode(self, texts: list[str], add_special_tokens: bool) -> list[Coded]:
         """Tokenise texts.
@@ -70,15 +71,12 @@ class ExampleTokenizer:
           that the tokenizer added.
         """
         # Without the lists that `__call__` makes of every encoding, which took a third of the time.
-        raw = self.tokenizer.backend_tokenizer
-        raw.no_truncation()
-        raw.no_padding()
-        raw.encode_special_tokens = self.tokenizer.split_special_tokens
         result = []
-        for coded in raw.encode_batch(texts, add_special_tokens=add_special_tokens):
+        for coded in self._raw().encode_batch(texts, add_special_tokens=add_special_tokens):
             ids = np.array(coded.ids, np.int32)
             spans = np.fromiter(chain.from_iterable(coded.offsets), np.int32, 2 * len(ids)).reshape(-1, 2)
-            spans[np.array(coded.special_tokens_mask, bool)] = -1
+            if add_special_tokens:
+                spans[np.array(coded.special_tokens_mask, bool)] = -1
             start, stop = 0, len(ids)
             while stop and spans[stop - 1, 1] < 0 and not (stop == 1 and ids[0] == self.bos):
                 stop -= 1  # EOS of the post-processor: a prompt has none, and `_finish` adds an example's
@@ -86,6 +84,17 @@ class ExampleTokenizer:
                 start = 1  # the text has its own BOS
             result.append((ids[start:stop], spans[start:stop, 0], spans[start:stop, 1]))
         return result
+
+    def _raw(self) -> Any:
+        """Return the Rust tokenizer with its options set; not set again, which would fail while another thread uses it."""
+        raw, split = self.tokenizer.backend_tokenizer, self.tokenizer.split_special_tokens
+        if raw.truncation is not None:
+            raw.no_truncation()
+        if raw.padding is not None:
+            raw.no_padding()
+        if raw.encode_special_tokens != split:
+            raw.encode_special_tokens = split
+        return raw
 
     def examples(self, rendered: Sequence[Rendered], where: Sequence[str]) -> list[list[Encoded]]:
         """Tokenise rendered examples and end each with EOS or its end-of-turn token.

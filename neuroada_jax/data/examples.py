@@ -2,10 +2,11 @@
 
 import array
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import groupby
-from typing import Any, Literal
+from itertools import groupby, islice
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int32, Int64, Num
@@ -13,7 +14,15 @@ from jaxtyping import Bool, Float32, Int32, Int64, Num
 from neuroada_jax import files
 from neuroada_jax.data.chat_template import ChatTemplate
 from neuroada_jax.data.example_tokenizer import Encoded, ExampleTokenizer
-from neuroada_jax.data.prompts import PromptForm, PromptStyle, chat_template, is_templated, render_examples, render_prompt
+from neuroada_jax.data.prompts import (
+    PromptForm,
+    PromptStyle,
+    Rendered,
+    chat_template,
+    is_templated,
+    render_examples,
+    render_prompt,
+)
 from neuroada_jax.data.rows import Rows, rows_from_list
 from neuroada_jax.errors import UserError
 
@@ -22,6 +31,7 @@ CHUNK = 1000
 
 Example = tuple[Int32[np.ndarray, "_"], Bool[np.ndarray, "_"]]  # input_ids, is_label
 Texts = tuple[str, ...]  # one text, or a pair
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -111,16 +121,20 @@ def encode(
         rows = rows_from_list([dict(row) for row in rows])
     form, example_tokenizer, done = PromptForm.of(form), ExampleTokenizer(tokenizer), _Collected(max_length)
     template: ChatTemplate | None = None
-    for first in range(0, len(rows), CHUNK):
-        chunk = range(first, min(first + CHUNK, len(rows)))
+
+    def rendered_chunk(chunk: range) -> list[tuple[int, Rendered]]:
+        nonlocal template
         if template is None:
             chats = (i for i in chunk if is_templated(rows.rows[i], form))
             template = next((chat_template(form, tokenizer, rows.where(i)) for i in chats), None)
-        rendered = [
+        return [
             (i, each)
             for i in chunk
             for each in render_examples(rows.rows[i], form, tokenizer, rows.where(i), learn, template)
         ]
+
+    chunks = (range(first, min(first + CHUNK, len(rows))) for first in range(0, len(rows), CHUNK))
+    for chunk, rendered in _ahead(rendered_chunk, chunks):
         coded = example_tokenizer.examples([each for _, each in rendered], [rows.where(i) for i, _ in rendered])
         for i, parts in groupby(zip(rendered, coded, strict=True), key=lambda pair: pair[0][0]):
             done.add(i, [each for _, examples in parts for each in examples])
@@ -147,6 +161,23 @@ def encode(
         unasked=done.count["unasked"],
         foreign_tokens=template.foreign_tokens if template else (),
     )
+
+
+def _ahead(work: Callable[[range], Result], chunks: Iterator[range]) -> Iterator[tuple[range, Result]]:
+    """Yield each chunk with what some work makes of it, while a thread works on the next one.
+
+    The work is rendering, which is Python; what is done with a chunk is mostly the tokenizer, which is not.
+
+    Raises:
+      Exception: what the work on a chunk raises, after those before it were yielded.
+    """
+    with ThreadPoolExecutor(1, "rendering") as pool:
+        coming = [(chunk, pool.submit(work, chunk)) for chunk in islice(chunks, 1)]
+        while coming:
+            chunk, future = coming.pop()
+            result = future.result()
+            coming = [(following, pool.submit(work, following)) for following in islice(chunks, 1)]
+            yield chunk, result
 
 
 class _Collected:

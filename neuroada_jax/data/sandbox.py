@@ -15,6 +15,7 @@ from typing import Any
 import jinja2.compiler
 import jinja2.filters
 import jinja2.nodes
+import jinja2.runtime
 import jinja2.sandbox
 
 from neuroada_jax.data import interruption
@@ -27,6 +28,7 @@ MOST_VALUES = 10**5  # values in a list or dict once those that stand in it seve
 WIDEST = 10**4  # characters or digits of a field that a text is formatted to
 LARGEST_SOURCE = 2**20  # characters; the longest templates of the hub have some 20,000
 _WIDTH = re.compile(r"\d{5}")
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 def _long() -> TooMuch:
@@ -169,6 +171,7 @@ _FILTERS: dict[str, Callable[..., None]] = {
 }
 _LISTS = ("batch", "slice")  # filters whose results are lists of lists
 _BUILT_IN: Any = type("".join)
+_OF_LOOPS = frozenset(("first", "last", "index", "index0", "length"))  # numbers, and true or false
 _plain_call = jinja2.sandbox.SandboxedEnvironment.call
 
 
@@ -184,6 +187,12 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         if type(__obj) is _BUILT_IN and (check := _METHODS.get(__obj.__name__)):
             check(__obj.__self__, *args, **kwargs)
         return _plain_call(__self, __context, __obj, *args, **kwargs)
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        """Return an attribute; those of a loop, which nearly every message asks for, without the sandbox's many looks."""
+        if type(obj) is jinja2.runtime.LoopContext and attribute in _OF_LOOPS:
+            return getattr(obj, attribute)
+        return super().getattr(obj, attribute)
 
     def wrap_str_format(self, value: Any) -> Any:
         """Return what stands for `str.format` and `str.format_map` in a template."""
@@ -298,7 +307,7 @@ def compiled(source: str) -> Any:
         raise TooMuch(f"it has {len(source):,} characters, expected at most {LARGEST_SOURCE:,}")
     environment = _transformers()._cached_compile_jinja_template("").environment  # a new one, despite its name
     template: Any = bound(environment).from_string(source)
-    if "generation" in source:
+    if GENERATION.search(source):
         template.root_render_func = functools.partial(_written, template.root_render_func)
     return template
 

@@ -12,7 +12,6 @@ import jinja2.sandbox
 from neuroada_jax.data import interruption, sandbox
 from neuroada_jax.errors import UserError
 
-GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _END_GENERATION = re.compile(r"\{%-?\s*endgeneration\s*-?%\}")
 # Texts that are meant as one token: <|im_end|>, the same in DeepSeek's wide letters, <end_of_turn>, <eos>, </s>. Others in
 # brackets are plain text for some models: [INST] of Llama 2, <think>, <tools>.
@@ -45,7 +44,7 @@ def _facts(source: str) -> Facts:
     """
     if len(source) > sandbox.LARGEST_SOURCE:
         raise sandbox.TooMuch(f"it has {len(source):,} characters, expected at most {sandbox.LARGEST_SOURCE:,}")
-    plain = _END_GENERATION.sub("{% endif %}", GENERATION.sub("{% if true %}", source))
+    plain = _END_GENERATION.sub("{% endif %}", sandbox.GENERATION.sub("{% if true %}", source))
     environment = sandbox.bound(
         jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]

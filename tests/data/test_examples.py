@@ -8,6 +8,7 @@ from data_helpers import BYTES, CHAT, LLAMA, byte_level, decoded, message_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from neuroada_jax.data import examples
 from neuroada_jax.data.examples import encode, encode_prompt
 from neuroada_jax.data.rows import load_rows
 
@@ -116,6 +117,32 @@ def test_mixed_rows_keep_their_order():
     assert [s == "<|im_start|>" for s in starts] == [True, False, True, False]
     assert examples.row_numbers.tolist() == [0, 1, 2, 3]
     assert len(examples) == 4
+
+
+def chats(count):
+    messages = [{"role": "user", "content": "what"}, {"role": "assistant", "content": "that"}]
+    return [{"messages": [*messages, *messages][: 4 if i % 3 else 2]} for i in range(count)]
+
+
+def test_chunks_do_not_show(monkeypatch):
+    rows = [{"prompt": "a", "completion": "b"}] * 5 + chats(6)  # the template is made while others are tokenised
+    whole = encode(rows, "plain", CHAT, 100)
+    monkeypatch.setattr(examples, "CHUNK", 2)
+    done = []
+    apart = encode(rows, "plain", CHAT, 100, lambda *counts: done.append(counts))
+    assert done == [(2, 11), (4, 11), (6, 11), (8, 11), (10, 11), (11, 11)]
+    for name in ("token_ids", "is_label", "row_numbers", "offsets"):
+        np.testing.assert_array_equal(getattr(whole, name), getattr(apart, name))
+    assert apart.end_tokens == whole.end_tokens
+
+
+def test_the_first_wrong_row_is_named_whichever_thread_meets_it(monkeypatch):
+    monkeypatch.setattr(examples, "CHUNK", 1)
+    rows = [{"prompt": "a", "completion": "b"}, {"messages": [{"role": "user", "content": ""}]}]
+    assert "row 1: messages[0]" in message_of(encode, rows, "plain", CHAT, 100)
+    tokenizer = byte_level(template="{{ messages }}")
+    tokenizer.eos_token = None  # which is missed when the second row has been rendered
+    assert "row 0: the tokenizer has no EOS token" in message_of(encode, rows, "plain", tokenizer, 100)
 
 
 def test_truncated_and_dropped_are_counted():
