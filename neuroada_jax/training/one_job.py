@@ -14,7 +14,7 @@ from neuroada_jax.errors import UserError
 from neuroada_jax.training import peers
 from neuroada_jax.training.config import RunConfig
 from neuroada_jax.training.config_file import flatten_config
-from neuroada_jax.training.resuming import digest_of_data
+from neuroada_jax.training.resuming import digest_of_data, digests_of_held_out
 
 if TYPE_CHECKING:
     from neuroada_jax.training.preparation import PreparedRows
@@ -75,17 +75,15 @@ def check_data(prepared: "PreparedRows") -> None:
     """Compare the rows and the steps that they make; see `check`."""
     if peers.current().count == 1:
         return
-    batches, validated = prepared.batches, prepared.validation
+    batches = prepared.batches
     fields = {
         "data.train": f"rows with digest {digest_of_data(batches)}",
         "step shapes": [list(shape) for shape in batches.shapes],
         "steps": prepared.total_steps,
         "model.path": f"a config with digest {digest(prepared.opened.model.hf_config)}",
-        "data.validation": "none" if validated is None else f"rows with digest {digest_of_data(validated.batches)}",
+        "data.validation": "none",
     }
-    for name, scorer in prepared.scorers.items():
-        fields[f"evaluation.sets: {name}"] = f"rows with digest {digest(list(scorer.rows.rows))}"
-    check("data", fields)
+    check("data", fields | {field: f"rows with digest {each}" for field, each in digests_of_held_out(prepared).items()})
 
 
 def check_weights(digests: Mapping[str, str]) -> None:

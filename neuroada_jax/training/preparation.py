@@ -178,7 +178,7 @@ def prepare(
     found = prepare_rows(config, (opened, tokenizer), date=date, rows=rows, validation_rows=validation_rows)
     one_job.check_data(found)
     if resumed_from:
-        resuming.check_data(resumed_from.about, directory, found.batches, force_resume)
+        resuming.check_data(resumed_from.about, directory, found, force_resume)
     return Prepared(
         **vars(found),
         devices=devices,

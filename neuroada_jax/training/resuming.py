@@ -5,7 +5,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -21,10 +21,12 @@ from neuroada_jax.training.checkpoint import CheckpointInfo, Checkpoints
 from neuroada_jax.training.config import RunConfig
 from neuroada_jax.training.config_file import flatten_config, from_dict
 from neuroada_jax.training.loop import History
-from neuroada_jax.training.objectives import Objective
 from neuroada_jax.training.signals import Stopped
 from neuroada_jax.training.step import TrainState
 from neuroada_jax.training.trackers import Line
+
+if TYPE_CHECKING:
+    from neuroada_jax.training.preparation import PreparedRows
 
 # Fields that a resumed run may change: where and how often files are written, and how the same sums are computed.
 # Every other field changes the trained values or the reported scores.
@@ -56,6 +58,15 @@ def digest_of_data(batches: AnyBatches) -> str:
     return digest.hexdigest()
 
 
+def digests_of_held_out(prepared: "PreparedRows") -> dict[str, str]:
+    """Return the digests of the rows that are not trained on, by the field of the config that names them."""
+    found = {} if prepared.validation is None else {"data.validation": digest_of_data(prepared.validation.batches)}
+    for name, scorer in prepared.scorers.items():
+        rows = xxhash.xxh3_64_hexdigest(repr(list(scorer.rows.rows)).encode("utf-8", "surrogatepass"))
+        found[f"evaluation.sets: {name}"] = rows
+    return found
+
+
 def digest_of_arrays(tree: Tree) -> str:
     """Return the digest of a tree of NumPy arrays, in its order."""
     digest = xxhash.xxh3_128()
@@ -64,17 +75,16 @@ def digest_of_arrays(tree: Tree) -> str:
     return digest.hexdigest()
 
 
-def describe(
-    config: RunConfig, objective: Objective, batches: AnyBatches, base_entries: Tree, before: dict[str, Score]
-) -> dict[str, Any]:
+def describe(prepared: "PreparedRows", base_entries: Tree, before: dict[str, Score]) -> dict[str, Any]:
     """Return the metadata that is the same in all checkpoints of a run, as JSON; `base_entries` are NumPy arrays."""
     return {
-        "config": dataclasses.asdict(config),
-        "date": objective.form.date,
+        "config": dataclasses.asdict(prepared.config),
+        "date": prepared.objective.form.date,
         "versions": native.installed_versions(),
-        "examples": digest_of_data(batches),
+        "examples": digest_of_data(prepared.batches),
+        "held_out": digests_of_held_out(prepared),
         "base": digest_of_arrays(base_entries),
-        "dropout_seed": objective.dropout_seed,
+        "dropout_seed": prepared.objective.dropout_seed,
         "before": {name: score.to_json() for name, score in before.items()},
     }
 
@@ -100,14 +110,18 @@ def check_config(about: dict[str, Any], config: RunConfig, force: bool) -> None:
         _refuse(f"{config.directory}: cannot resume with another config; changed: {', '.join(refused)}", force)
 
 
-def check_data(about: dict[str, Any], directory: Path, batches: AnyBatches, force: bool) -> None:
-    """Check that the training rows are those that the run in `directory` began with.
+def check_data(about: dict[str, Any], directory: Path, prepared: "PreparedRows", force: bool) -> None:
+    """Check that the rows are those that the run in `directory` began with.
 
     Raises:
       UserError: they differ, without `force`.
     """
-    if about["examples"] != digest_of_data(batches):
+    if about["examples"] != digest_of_data(prepared.batches):
         _refuse(f"{directory}: cannot resume on other training rows than those that the run began with", force)
+    now = digests_of_held_out(prepared)
+    then = about.get("held_out", now)  # earlier checkpoints lack it
+    if other := [field for field in now if then.get(field) != now[field]]:
+        _refuse(f"{directory}: cannot resume with other rows of {', '.join(other)} than the run began with", force)
 
 
 def check_base(about: dict[str, Any], directory: Path, base_entries: Tree, force: bool) -> None:

@@ -225,8 +225,8 @@ def _train(
     resources: contextlib.ExitStack,
 ) -> Fitted:
     """Take the remaining steps from a placed state; `resources` passes to the result."""
-    config, objective, batches, devices = prepared.config, prepared.objective, prepared.batches, prepared.devices
-    about = resuming.describe(config, objective, batches, devices.on_host(state.base_entries), started.before)
+    config, batches, devices = prepared.config, prepared.batches, prepared.devices
+    about = resuming.describe(prepared, devices.on_host(state.base_entries), started.before)
     written = int(state.step) if peers.current().is_first else 0  # lines of metrics.jsonl that there should be
     with contextlib.closing(trackers.Log(config, written)) as log:
         history = resuming.history(prepared.resumed_from, log.lines)

@@ -147,9 +147,9 @@ def test_a_run_on_eight_devices_goes_on_there_and_on_another_mesh(tmp_path, inpu
 
 @pytest.mark.filterwarnings("always::neuroada_jax.errors.NeuroadaWarning")
 def test_what_may_change_and_what_may_not(tmp_path, inputs, monkeypatch, capfd):
-    rows = write_rows(tmp_path / "rows.jsonl")
+    rows, held_out = (write_rows(tmp_path / name) for name in ("rows.jsonl", "dev.jsonl"))
     path = settings(tmp_path, inputs, rows)
-    short = ["training.epochs=1", "evaluation.sets=[]", "evaluation.best_epoch=null"]
+    short = ["training.epochs=1", "evaluation.sets=[]", "evaluation.best_epoch=null", f"data.validation={held_out}"]
     with monkeypatch.context() as patch:
         send_at_call(patch, trackers.JsonLines, "write", 1)
         neuroada(capfd, path, *short)
@@ -159,6 +159,9 @@ def test_what_may_change_and_what_may_not(tmp_path, inputs, monkeypatch, capfd):
         f"neuroada: error: {tmp_path / 'out'}: cannot resume with another config; changed: optimizer.learning_rate "
         "(0.02 then, 0.03 now) (--force-resume resumes anyway)",
     ]
+    held_out.write_text(held_out.read_text().replace("after a,", "behind a,"))
+    code, err = neuroada(capfd, path, *short, "--resume")
+    assert code == 2 and "cannot resume with other rows of data.validation than the run began with" in err
     rows.write_text(rows.read_text().replace("after a,", "behind a,"))
     code, err = neuroada(capfd, path, *short, "--resume")
     assert code == 2 and "cannot resume on other training rows than those that the run began with" in err
