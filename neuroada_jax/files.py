@@ -286,6 +286,20 @@ def _reason(error: Exception) -> str:
     return "an integer of more than 4,300 digits" if "digits" in str(error) else str(error)
 
 
+def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of a JSON text, as `json.loads` takes it for `object_pairs_hook`.
+
+    Raises:
+      ValueError: a name stands twice in it, of which `json` would keep the last in silence.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"an object has the name {twice[:80]!r} twice")
+    return found
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file.
 
@@ -295,7 +309,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > LARGEST_JSON:
             raise UserError(f"{path}: has {path.stat().st_size:,} bytes, expected at most {LARGEST_JSON:,}")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_names)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:  # RecursionError: brackets nested a thousand deep

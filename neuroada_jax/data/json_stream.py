@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from neuroada_jax import files
 from neuroada_jax.errors import UserError
 
 PIECE = 1 << 20  # bytes that are read at a time, or as many as are left of a longer value
@@ -120,7 +121,7 @@ class JsonStream:
           expected: what messages say is expected.
         """
         self._path, self._file, self._expected = path, file, expected
-        self._decoder = json.JSONDecoder()
+        self._decoder = json.JSONDecoder(object_pairs_hook=files.unique_names)
         self._text, self._at = "", 0
         self._line, self._counted = 1, 0  # the line of the character `_counted`
         self._utf8, self._began = codecs.getincrementaldecoder("utf-8")(), False

@@ -321,4 +321,4 @@ def _string(row: Mapping, field: str, where: str) -> str:
 
 
 def _fields(row: Mapping) -> str:
-    return ", ".join(map(str, row)) or "none"
+    return ", ".join(str(name) for name, value in row.items() if value is not None) or "none"

@@ -80,7 +80,7 @@ def _json_lines(path: Path) -> Iterator[Record]:
             continue
         empty = False
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=files.unique_names)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}:{number}: not JSON ({reason(error)}), expected one object per line") from error
         yield str(path), number, _object(row, path, number, line)

@@ -160,7 +160,7 @@ def test_the_command_that_a_message_names_converts_the_file(tmp_path, name, enco
     assert load_rows(str(tmp_path / f"utf8-{name}")).rows == rows
 
 
-DIGITS = "9" * 5000
+DIGITS, TWICE = "9" * 5000, '{"b": 1, "c": 2, "b": 1}'
 CSV_FAULTS = [
     ('a,b\n1,"2\n3,4\n', 2, "a double quote opens a field and none closes it"),
     ('a,b\n1,2\n"3"x,4\n', 3, "found text after a closing double quote"),
@@ -196,9 +196,10 @@ def test_what_tables_of_text_may_have(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "wrapped.json", "lines.json"])
-@pytest.mark.parametrize("value", [DIGITS, "[" * 100_000, "x"])
+@pytest.mark.parametrize("value", [DIGITS, "[" * 100_000, "x", TWICE])
 def test_json_values_that_cannot_be_read(tmp_path, kind, value):
-    says = {DIGITS: "an integer of more than 4,300 digits", "x": "not JSON"}.get(value, "nested too deeply")
+    known = {DIGITS: "an integer of more than 4,300 digits", "x": "not JSON", TWICE: "an object has the name 'b' twice"}
+    says = known.get(value, "nested too deeply")
     path = tmp_path / f"x.{kind}"
     plain = content(kind, ROWS).decode()
     at = plain.index('"q3')
