@@ -12,7 +12,6 @@ the dense product in chunks.
 import enum
 import functools
 import importlib.util
-import os
 import warnings
 from collections.abc import Callable
 
@@ -25,19 +24,18 @@ from neuroada_jax.core import platform
 from neuroada_jax.core.entries import wide_dtype
 from neuroada_jax.errors import NeuroadaWarning
 
-# Both limits are measured (docs/performance.md): the gathered rows of a block should stay in a core's L2 cache, and a small
-# dW should be a single chunk.
-_ROW_BLOCK_BYTES = 3 << 18  # 768 KiB
-_ROW_TOKENS = 256  # transposed at a time
+# These are measured (docs/performance.md): x of a block of tokens should stay in a core's L2 cache, the tokens of a piece
+# should fill a vector register, and a small dW should be a single chunk.
+_LANES = 8  # tokens of a piece
+_PIECES = 16  # of a block
 _DENSE_CHUNK_BYTES = 32 << 20
-_MOST_CORES = 8  # that the choice on a CPU counts; more were not measured
 
 
 class GradientAlgorithm(enum.StrEnum):
     """Ways to compute dvalues; their results agree up to rounding."""
 
     COLUMN_GATHER = "column_gather"  # for each j: gather one column of x per neuron, multiply, sum over tokens
-    ROW_BLOCKS = "row_blocks"  # for each block of neurons: gather rows of x^T, one batched matrix-vector product
+    TOKEN_BLOCKS = "token_blocks"  # for each block of tokens: gather pieces of x^T, of 8 tokens each; multiply and add
     DENSE_CHUNKS = "dense_chunks"  # for each chunk of neurons: its dense dW, of which k entries per neuron are kept
     CUDA = "cuda"  # a CUDA kernel of this project that gathers tiles of x in shared memory
     PALLAS = "pallas"  # a GPU kernel that gathers rows of x^T; interpreted on a CPU
@@ -48,16 +46,14 @@ class GradientAlgorithm(enum.StrEnum):
 GPU_KERNELS = (GradientAlgorithm.PALLAS, GradientAlgorithm.CUDA)
 
 
-def choose_algorithm(
-    k: int, inputs: int, backend: str | None = None, *, split: bool | None = None, cores: int | None = None
-) -> GradientAlgorithm:
+def choose_algorithm(k: int, inputs: int, backend: str | None = None, *, split: bool | None = None) -> GradientAlgorithm:
     """Return the algorithm that was measured to be fastest for these sizes, on a CPU and an H100 (docs/performance.md).
 
-    On a CPU the column gather wins for k <= 2, row blocks up to about k = I / 24 on one core and I / 48 on two, and the
-    dense product above: it uses all cores, the loop over row blocks only one. On a GPU the column gather wins at k = 1,
-    where it fuses with the operation that produces dy, and the GPU kernels above. XLA cannot partition the GPU kernels:
-    where it partitions the arrays, the column gather is used up to about k = I / 2048 and the dense product above. So it is
-    where neither GPU kernel can be used, with a NeuroadaWarning that says why.
+    On a CPU the column gather wins for k <= 2, token blocks up to about k = I / 6, or I / 12 of more than 1,024 inputs, and
+    the dense product above. On a GPU the column gather wins at k = 1, where it fuses with the operation that produces dy,
+    and the GPU kernels above. XLA cannot partition the GPU kernels: where it partitions the arrays, the column gather is
+    used up to about k = I / 2048 and the dense product above. So it is where neither GPU kernel can be used, with a
+    NeuroadaWarning that says why.
 
     Args:
       k: connections per neuron.
@@ -65,13 +61,12 @@ def choose_algorithm(
       backend: "cpu" or "gpu"; None for the platform that the program is traced for.
       split: whether XLA partitions the arrays over devices, as `jax.jit` does with sharded ones. None: assume so where
         there are several devices and neither `shard_map` nor `pmap` is being traced.
-      cores: of the CPU; None for those that this process may use.
     """
     backend = backend or platform.name()
     if split is None:
         split = jax.device_count() > 1 and not jax.sharding.get_abstract_mesh().manual_axes
     if backend != "gpu" or k == 1 or split:
-        return _without_kernels(k, inputs, backend, cores)
+        return _without_kernels(k, inputs, backend)
     reasons = []
     for algorithm in GPU_KERNELS:
         reason = _why_not(algorithm, inputs)
@@ -83,19 +78,14 @@ def choose_algorithm(
     return chosen
 
 
-def _without_kernels(k: int, inputs: int, backend: str, cores: int | None = None) -> GradientAlgorithm:
+def _without_kernels(k: int, inputs: int, backend: str) -> GradientAlgorithm:
     """Return the fastest of the algorithms that are made of XLA's operations."""
     if backend != "cpu":
         return GradientAlgorithm.COLUMN_GATHER if k <= max(1, inputs // 2048) else GradientAlgorithm.DENSE_CHUNKS
     if k <= 2:
         return GradientAlgorithm.COLUMN_GATHER
-    most = inputs // (24 * min(cores or _cores(), _MOST_CORES))
-    return GradientAlgorithm.ROW_BLOCKS if k <= most else GradientAlgorithm.DENSE_CHUNKS
-
-
-def _cores() -> int:
-    """Return how many cores XLA's CPU backend computes on: those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    most = inputs // (6 if inputs <= 1024 else 12)
+    return GradientAlgorithm.TOKEN_BLOCKS if k <= most else GradientAlgorithm.DENSE_CHUNKS
 
 
 def _why_not(kernel: GradientAlgorithm, inputs: int) -> str | None:
@@ -147,32 +137,27 @@ def _column_gather(dy: Array, x: Array, columns: Array) -> Array:
     return lax.map(one_column, columns.T).T
 
 
-def _row_blocks(dy: Array, x: Array, columns: Array) -> Array:
-    # The scan makes XLA materialise dy. Without a loop its CPU backend recomputes dy, element by element and in the order
-    # of its transpose, which takes longer than everything else here; hence at least two parts.
-    parts = max(-(-x.shape[0] // _ROW_TOKENS), 2)
-    tokens = -(-x.shape[0] // parts)
+def _token_blocks(dy: Array, x: Array, columns: Array) -> Array:
+    wide, tokens = wide_dtype(x.dtype), _PIECES * _LANES
 
-    def add_part(total: Array, part: tuple[Array, Array]) -> tuple[Array, None]:
-        return total + _row_blocks_of_part(*part, columns), None
+    def add_block(sums: Array, block: tuple[Array, Array]) -> tuple[Array, None]:
+        dy_pieces, x_pieces = (_in_pieces(each.astype(wide)) for each in block)
+        # XLA fuses all of this into one loop over the sums, which it splits over the cores: nothing gathered is stored.
+        for dy_piece, x_piece in zip(dy_pieces, x_pieces, strict=True):
+            sums = sums + jnp.take(x_piece, columns, axis=0, mode="clip") * dy_piece[:, None, :]
+        return sums, None
 
-    zeros = jnp.zeros(columns.shape, wide_dtype(x.dtype))
-    return lax.scan(add_part, zeros, (_in_blocks(dy, tokens), _in_blocks(x, tokens)))[0]
+    zeros, parts = jnp.zeros((*columns.shape, _LANES), wide), (_in_blocks(dy, tokens, 2), _in_blocks(x, tokens, 2))
+    sums: Array = lax.scan(add_block, zeros, parts)[0]
+    return jnp.sum(sums, axis=-1)
 
 
-def _row_blocks_of_part(dy: Array, x: Array, columns: Array) -> Array:
-    """Return dvalues of some tokens: for one block of neurons after another, k rows of x^T times the neuron's dy."""
-    (outputs, k), (tokens, _) = columns.shape, x.shape
-    block = _block_size(outputs, k * tokens * x.dtype.itemsize, _ROW_BLOCK_BYTES)
-    x_rows = x.T
-
-    def one_block(args: tuple[Array, Array]) -> Array:
-        block_columns, block_dy = args
-        gathered = jnp.take(x_rows, block_columns.reshape(-1), axis=0, mode="clip").reshape(block, k, tokens)
-        dimensions = (((2,), (1,)), ((0,), (0,)))
-        return lax.dot_general(gathered, block_dy, dimensions, preferred_element_type=wide_dtype(x.dtype))
-
-    return lax.map(one_block, (_in_blocks(columns, block), _in_blocks(dy.T, block))).reshape(-1, k)[:outputs]
+def _in_pieces(block: Array) -> Array:
+    """Return the tokens (T, n) of a block as (pieces, n, lanes): in a piece the tokens of one connection are neighbours."""
+    # In a loop, since XLA's CPU backend otherwise fuses the transpose into every read of it, and what produces dy into the
+    # transpose, element by element. Loops of one step are unrolled, hence two here, and at least two blocks.
+    halves = block.reshape(2, _PIECES // 2, _LANES, -1)
+    return lax.map(lambda half: jnp.swapaxes(half, 1, 2), halves).reshape(_PIECES, -1, _LANES)
 
 
 def _dense_chunks(dy: Array, x: Array, columns: Array) -> Array:
@@ -218,7 +203,7 @@ def _pallas(dy: Array, x: Array, columns: Array) -> Array:
 
 _ALGORITHMS: dict[GradientAlgorithm, Callable[[Array, Array, Array], Array]] = {
     GradientAlgorithm.COLUMN_GATHER: _column_gather,
-    GradientAlgorithm.ROW_BLOCKS: _row_blocks,
+    GradientAlgorithm.TOKEN_BLOCKS: _token_blocks,
     GradientAlgorithm.DENSE_CHUNKS: _dense_chunks,
     GradientAlgorithm.CUDA: _cuda,
     GradientAlgorithm.PALLAS: _pallas,
@@ -231,8 +216,8 @@ def _block_size(rows: int, row_bytes: int, limit: int) -> int:
     return rows if fitting >= rows else 1 << (fitting.bit_length() - 1)
 
 
-def _in_blocks(rows: Array, block: int) -> Array:
-    """Return (R, n) as (ceil(R / block), block, n), with zeros in the rest of the last block."""
-    padding = -rows.shape[0] % block
+def _in_blocks(rows: Array, block: int, least: int) -> Array:
+    """Return (R, n) as (blocks, block, n), in at least so many blocks, with zeros in the rest of the last ones."""
+    padding = max(least * block - rows.shape[0], -rows.shape[0] % block)
     padded = jnp.pad(rows, ((0, padding), (0, 0))) if padding else rows
     return padded.reshape(-1, block, rows.shape[1])

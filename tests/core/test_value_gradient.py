@@ -1,6 +1,6 @@
 """The choice of the algorithm for the gradient of the values, and the blocks that they work in."""
 
-import os
+import re
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,11 @@ from neuroada_jax.errors import NeuroadaWarning
     ("k", "inputs", "backend", "expected"),
     [
         (1, 4096, "cpu", GradientAlgorithm.COLUMN_GATHER),
-        (200, 4096, "cpu", GradientAlgorithm.DENSE_CHUNKS),
+        (3, 64, "cpu", GradientAlgorithm.TOKEN_BLOCKS),
+        (96, 576, "cpu", GradientAlgorithm.TOKEN_BLOCKS),
+        (97, 576, "cpu", GradientAlgorithm.DENSE_CHUNKS),
+        (341, 4096, "cpu", GradientAlgorithm.TOKEN_BLOCKS),
+        (342, 4096, "cpu", GradientAlgorithm.DENSE_CHUNKS),
         (1, 4096, "gpu", GradientAlgorithm.COLUMN_GATHER),
         (2, 4096, "gpu", GradientAlgorithm.PALLAS),
         (20, 4096, "gpu", GradientAlgorithm.PALLAS),
@@ -26,25 +30,6 @@ from neuroada_jax.errors import NeuroadaWarning
 )
 def test_choose_algorithm(k, inputs, backend, expected):
     assert choose_algorithm(k, inputs, backend, split=False) is expected
-
-
-@pytest.mark.parametrize(("cores", "largest"), [(1, 24), (2, 12), (4, 6), (8, 3), (64, 3)])
-def test_row_blocks_are_for_few_cores(monkeypatch, cores, largest):
-    """Their loop runs on one core, the dense product on all that the process may use."""
-    monkeypatch.setattr(value_gradient, "_cores", lambda: cores)
-    for given in ({"cores": cores}, {}):
-        found = [choose_algorithm(k, 576, "cpu", split=False, **given) for k in (largest, largest + 1)]
-        assert found == [GradientAlgorithm.ROW_BLOCKS, GradientAlgorithm.DENSE_CHUNKS]
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system does not bind processes to cores")
-def test_cores_are_those_that_the_process_may_use():
-    allowed = os.sched_getaffinity(0)
-    try:
-        os.sched_setaffinity(0, {min(allowed)})
-        assert choose_algorithm(20, 576, "cpu", split=False) is GradientAlgorithm.ROW_BLOCKS
-    finally:
-        os.sched_setaffinity(0, allowed)
 
 
 def test_arrays_may_be_split_over_devices_but_not_inside_of_shard_map(monkeypatch):
@@ -84,12 +69,31 @@ def test_the_dense_algorithm_works_in_chunks(monkeypatch):
     assert rows_of_dense_gradient(gradient_equations(GradientAlgorithm.DENSE_CHUNKS, True)) == [32] * (O // 32)
 
 
-@pytest.mark.parametrize("algorithm", [GradientAlgorithm.ROW_BLOCKS, GradientAlgorithm.DENSE_CHUNKS])
 @pytest.mark.parametrize("outputs", [64, 67])
-def test_blocks_need_not_divide_the_neurons(algorithm, outputs, monkeypatch):
-    monkeypatch.setattr(value_gradient, "_ROW_BLOCK_BYTES", 16 * 5 * 48 * 8)
+def test_chunks_need_not_divide_the_neurons(outputs, monkeypatch):
     monkeypatch.setattr(value_gradient, "_DENSE_CHUNK_BYTES", 16 * 48 * 8)
-    arrays = problem(3, (2, 24), outputs, 48, 5)
+    near_the_oracle(problem(3, (2, 24), outputs, 48, 5), GradientAlgorithm.DENSE_CHUNKS)
+
+
+@pytest.mark.parametrize("tokens", [1, 128, 256, 300])
+def test_blocks_need_not_divide_the_tokens(tokens):
+    near_the_oracle(problem(3, (tokens,), 20, 48, 5), GradientAlgorithm.TOKEN_BLOCKS)
+
+
+def near_the_oracle(arrays, algorithm):
     with jax.enable_x64(True):
         *_, dvalues = actual(*arrays, algorithm, True, jnp.float64, jnp.float64)
     np.testing.assert_allclose(dvalues, oracle(*arrays)[2], rtol=1e-12, atol=1e-12)
+
+
+def test_on_a_cpu_token_blocks_read_pieces_that_are_stored():
+    """What produces dy, the transposes and the slices of blocks are computed once, not for every read by a gather."""
+
+    def gradient(dy, x, columns):
+        return value_gradient.value_gradient(jnp.exp(dy), x, columns, GradientAlgorithm.TOKEN_BLOCKS)
+
+    arrays = jnp.zeros((300, 24)), jnp.zeros((300, 16)), jnp.zeros((24, 3), jnp.int32)
+    program = jax.jit(gradient).lower(*arrays).compile().as_text()
+    gathering = [each for each in program.split("\n\n") if " gather(" in each]
+    assert len(gathering) == 1 and gathering[0].count(" gather(") == 16
+    assert not re.search(r"f32\S+ (copy|transpose|dynamic-slice|exponential)\(", gathering[0])

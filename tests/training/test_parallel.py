@@ -111,7 +111,7 @@ def test_rows_that_do_not_divide_are_filled_up(capsys):
 
 
 def test_another_algorithm_of_the_op(one_device, monkeypatch):
-    monkeypatch.setattr(ops, "choose_algorithm", lambda *_, **__: ops.GradientAlgorithm.ROW_BLOCKS)
+    monkeypatch.setattr(ops, "choose_algorithm", lambda *_, **__: ops.GradientAlgorithm.TOKEN_BLOCKS)
     assert_equal(train_decoder(FORMS["fsdp"], remat=Remat.FULL), one_device)
 
 
