@@ -32,7 +32,14 @@ CONFIG: dict[str, Any] = {
     "eos_token_id": CHAT.eos_token_id,
     "dtype": "float32",
 }
+GOLDEN = Path(__file__).resolve().parent / "golden"
 NEURONS = 16 + 8 + 8 + 16 + 24 + 24 + 16  # of the seven linear maps of a layer
+
+
+def load_golden(name: str) -> dict[str, np.ndarray]:
+    """The arrays of a file in tests/golden."""
+    with np.load(GOLDEN / name) as file:
+        return dict(file)
 
 
 def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:

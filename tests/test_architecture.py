@@ -1,11 +1,13 @@
 """Import directions: the rooms of the package stand in one order without circles, and the core is arrays and trees only."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import IMPORTS_TORCH
 
 PACKAGE = Path(__file__).resolve().parents[1] / "neuroada_jax"
 # docs/design.md draws this order: a room imports rooms that stand before it, and no others.
@@ -74,3 +76,11 @@ def test_files_and_functions_can_be_read_in_one_sitting(folder):
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno - node.lineno < 80, f"{path}: {node.name} has more than 80 lines"
+
+
+def test_files_that_run_without_pytorch_import_none_that_needs_it():
+    """conftest.py skips the files that import PyTorch; a file that imports one of those would end `make test-newest`."""
+    texts = {path.stem: path.read_text(encoding="utf-8") for path in Path(__file__).parent.rglob("test_*.py")}
+    need = {name for name, text in texts.items() if IMPORTS_TORCH.search(text)}
+    imported = {name: set(re.findall(r"^(?:from|import) (test_\w+)", text, re.MULTILINE)) for name, text in texts.items()}
+    assert need and {name for name in texts.keys() - need if imported[name] & need} == set()

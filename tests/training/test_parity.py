@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from helpers import GOLDEN, load_golden
 
 from neuroada_jax import models
 from neuroada_jax.core import bypass, trees
@@ -20,13 +20,7 @@ from neuroada_jax.models import names
 from neuroada_jax.pretrained.load import load_model
 from neuroada_jax.training import config_file, connections, optimizer, step
 
-GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 FACTS = json.loads((GOLDEN / "meta.json").read_text())
-
-
-def load(name):
-    with np.load(GOLDEN / name) as file:
-        return dict(file)
 
 
 def causal_batch(data, rows):
@@ -76,7 +70,7 @@ def settings(name, k=1, optimizer=None, **fields):
 def batches(name, rows=None):
     """The five batches, as they come or with these numbers of rows in each."""
     golden = MODELS[name]
-    data = load(golden.data)
+    data = load_golden(golden.data)
     ordered = np.arange(5 * golden.rows).reshape(5, -1).tolist()
     return [golden.batch(data, chosen) for chosen in rows or ordered]
 
@@ -132,7 +126,9 @@ def train(run, begun, data):
 @pytest.mark.parametrize("name", MODELS)
 def test_selection_by_other_scores(name, rule, case, k):
     case = f"{name}_k{k}_{case}"
-    expected = {key.partition("/")[2]: want for key, want in load("selection_only.npz").items() if key.startswith(case)}
+    expected = {
+        key.partition("/")[2]: want for key, want in load_golden("selection_only.npz").items() if key.startswith(case)
+    }
     found = flat_columns(settings(name, k, bypass={"score": rule}))
     assert {f"{module}.weight" for module in found} == set(expected)
     for module, columns in found.items():
@@ -163,7 +159,7 @@ def test_selection_leaves_the_weights_alone_and_knows_the_output_layer():
     for old, new in zip(jax.tree.leaves(before.params), jax.tree.leaves(begun.params), strict=True):
         np.testing.assert_array_equal(old, new)
     model = transformers.AutoModelForCausalLM.from_pretrained(run.model.path)
-    data = load("data_causal.npz")
+    data = load_golden("data_causal.npz")
     for number in range(5):
         ids, mask, labels = (
             torch.from_numpy(data[key][number]).long() for key in ("input_ids", "attention_mask", "labels")
@@ -185,7 +181,7 @@ def test_random_connections_follow_the_seed():
 
 
 def test_k_above_the_inputs_takes_all_of_them():
-    golden = load("selection_only.npz")
+    golden = load_golden("selection_only.npz")
     for module, columns in flat_columns(settings("llama_tied", 100)).items():
         want = golden.get(f"llama_tied_k100_mag/{module}.weight", np.arange(64)[None])  # down_proj alone has 128 inputs
         np.testing.assert_array_equal(columns, np.broadcast_to(want, columns.shape))
@@ -193,7 +189,7 @@ def test_k_above_the_inputs_takes_all_of_them():
 
 def test_columns_of_a_layer_do_not_depend_on_the_others():
     """The official run that leaves layer 0 out chooses in layer 1 what ours does."""
-    expected = {key.partition("/")[2]: want for key, want in load("selection_only.npz").items() if "k1_ig0/" in key}
+    expected = {key.partition("/")[2]: want for key, want in load_golden("selection_only.npz").items() if "k1_ig0/" in key}
     found = flat_columns(settings("llama_tied", 1))
     assert len(expected) == 7
     for name, want in expected.items():
@@ -208,7 +204,7 @@ def test_columns_of_a_layer_do_not_depend_on_the_others():
 @pytest.mark.parametrize("name", MODELS)
 def test_a_plain_loop(name, k):
     case = f"{name}_k{k}_adamw_const"
-    golden, facts = load(f"{case}.npz"), FACTS["cases"][case]
+    golden, facts = load_golden(f"{case}.npz"), FACTS["cases"][case]
     run = settings(name, k, {"schedule": "constant", "clip_norm": None})
     begun = start(run)
     assert bypass.count(begun.built.values) == facts["n_trainable"]
@@ -236,7 +232,7 @@ def test_a_plain_loop(name, k):
 @pytest.mark.parametrize("case", FACTS["trainer"])
 def test_the_trainer(case, fidelity):
     """Linear schedule, warm-up, clipping at 1, and decay that acts on the values: the defaults of a run."""
-    golden, facts = load(f"{case}.npz"), FACTS["trainer"][case]
+    golden, facts = load_golden(f"{case}.npz"), FACTS["trainer"][case]
     name = facts["model"]
     run = settings(
         name,
@@ -294,7 +290,7 @@ def published_run(run, begun, data, rate):
 def test_a_bfloat16_base_under_official_fidelity():
     run = settings("llama_untied", 3, {"schedule": "constant"}, fidelity="official")
     begun = start(run, "bfloat16")
-    expected, published = published_run(run, begun, load("data_causal.npz"), 0.01)
+    expected, published = published_run(run, begun, load_golden("data_causal.npz"), 0.01)
     with jax.numpy_dtype_promotion("standard"):  # JAX transposes its own attention in mixed precision
         state, losses, _ = train(run, begun, batches("llama_untied"))
     small = jax.tree.leaves((state.bypass.values, state.opt_state))
@@ -318,7 +314,7 @@ def test_a_bfloat16_base_under_official_fidelity():
             trained = torch.from_numpy(values[module].astype(np.float32)).bfloat16().flatten()
             want = want.flatten().scatter_add(0, torch.from_numpy(places).long().flatten(), trained).view_as(want)
         np.testing.assert_array_equal(merged[module].astype(np.float32), want.float().numpy())
-    ids, module = jnp.asarray(load("data_causal.npz")["input_ids"][0]), begun.model.module()
+    ids, module = jnp.asarray(load_golden("data_causal.npz")["input_ids"][0]), begun.model.module()
     variables = {"params": state.params, "columns": state.columns, "resident": state.trainable["bypass"]}
     resident, plain = (jax.jit(module.apply)(tree, ids)[0] for tree in (variables, {"params": state.params}))
     np.testing.assert_array_equal(resident.astype(jnp.float32), plain.astype(jnp.float32))

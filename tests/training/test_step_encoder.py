@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_parity import GOLDEN, load
+from helpers import GOLDEN, load_golden
 
 from neuroada_jax import models
 from neuroada_jax.core import bypass, trees
@@ -208,7 +208,7 @@ FACTS = json.loads((GOLDEN / "meta_roberta.json").read_text())
 
 
 def golden_batches(rows=None):
-    data = load("data_cls.npz")
+    data = load_golden("data_cls.npz")
     flat = {name: array.reshape(-1, *array.shape[2:]) for name, array in data.items()}
     for chosen in rows or np.arange(20).reshape(5, 4):
         yield ClassificationBatch(
@@ -252,7 +252,7 @@ def check_trained(model, state, golden, prefix):
 @pytest.mark.parametrize("k", [1, 3])
 def test_parity_with_the_official_code(k):
     case = f"roberta_cls_k{k}_adamw_const"
-    golden, facts = load(f"{case}.npz"), FACTS[case]
+    golden, facts = load_golden(f"{case}.npz"), FACTS[case]
     section = OptimizerSection(learning_rate=facts["lr"], schedule="constant", clip_norm=None)
     model, original, losses, norms, state = run_official(case, section)
     assert bypass.count(state.trainable) == facts["n_trainable"]
@@ -303,7 +303,7 @@ def test_parity_with_the_official_trainer():
     model, _, losses, norms, state = run_official(case, section, facts["batch_rows"])
     np.testing.assert_allclose(losses, facts["losses"], rtol=1e-5)
     np.testing.assert_allclose(norms, facts["grad_norm_before_clip"], rtol=1e-4)
-    check_trained(model, state, load(f"{case}.npz"), "param_final/")
+    check_trained(model, state, load_golden(f"{case}.npz"), "param_final/")
 
 
 @pytest.mark.parametrize("remat", [Remat.FULL])
