@@ -3,18 +3,20 @@
 import dataclasses
 import functools
 import json
+import warnings
 
 import jax
 import numpy as np
 import pytest
 from data_helpers import message_of
 from helpers import run_config, write_bert, write_config, write_model, write_rows
+from safetensors.numpy import load_file
 
 import neuroada_jax as na
 from neuroada_jax import cli, fine_tuning
 from neuroada_jax.adapters import native
 from neuroada_jax.core import trees
-from neuroada_jax.errors import UserError
+from neuroada_jax.errors import NeuroadaWarning, UserError
 from neuroada_jax.training import run
 from neuroada_jax.training.config import RunConfig
 
@@ -302,6 +304,28 @@ def test_a_callback_can_neither_change_nor_use_what_the_run_holds(model):
 
     assert all("loss" in line for line in na.fine_tune(model, ROWS, **OPTIONS, on_log=look).history)
     assert len(said) == 3 and all("its weights are in a run that goes on" in each for each in said)
+
+
+def test_what_rounds_to_nothing_in_the_dtype_of_the_base_is_reported(folder, tuned, tmp_path, capsys):
+    source = write_model(tmp_path / "model", seed=5, dtype="bfloat16")
+    narrow, before = na.load(source, "bfloat16"), load_file(source / "model.safetensors")
+    shares = []
+    for rate in (1e-5, 0.3):
+        with warnings.catch_warnings(record=True) as caught, jax.numpy_dtype_promotion("standard"):
+            warnings.simplefilter("always", NeuroadaWarning)
+            trained = na.fine_tune(narrow, ROWS, **{**OPTIONS, "learning_rate": rate})
+        unchanged = []
+        for name, values in trained.adapter.values.items():
+            entries = np.take_along_axis(before[f"{name}.weight"], trained.adapter.columns[name], axis=1)
+            unchanged.append(((entries.astype(np.float32) + values).astype(entries.dtype) == entries).reshape(-1))
+        shares.append(trained.results["rounded_to_nothing"])
+        assert shares[-1] == pytest.approx(np.concatenate(unchanged).mean())
+        line = f"{100 * shares[-1]:.1f} % of the values round to nothing in bfloat16"
+        said = [str(each.message) for each in caught if "round to nothing" in str(each.message)]
+        assert [line in each for each in said] == [True] * (shares[-1] > 0.5)
+        assert (line in capsys.readouterr().err) == (shares[-1] <= 0.5)
+    assert shares[0] > 0.5 > shares[1]
+    assert tuned.results["rounded_to_nothing"] is None  # of a float32 base
 
 
 def test_bad_texts_and_places(folder, model, tuned, labeller, tmp_path):
