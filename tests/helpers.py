@@ -1,5 +1,6 @@
 """A tiny random LLaMA checkpoint directory with a tokenizer, made without PyTorch, and what goes with it."""
 
+import importlib.util
 import itertools
 import json
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import pytest
 import safetensors.numpy
 import yaml
 from data_helpers import CHAT, PAIRS
@@ -32,6 +34,7 @@ CONFIG: dict[str, Any] = {
     "eos_token_id": CHAT.eos_token_id,
     "dtype": "float32",
 }
+needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="PEFT is not installed")
 GOLDEN = Path(__file__).resolve().parent / "golden"
 NEURONS = 16 + 8 + 8 + 16 + 24 + 24 + 16  # of the seven linear maps of a layer
 

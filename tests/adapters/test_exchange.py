@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from data_helpers import CHAT
-from helpers import write_model
+from helpers import needs_peft, write_model
 from transformers import AutoModelForCausalLM
 
 from neuroada_jax import cli
@@ -70,6 +70,7 @@ def failed(capsys, *arguments):
     return errors.splitlines()[-1].removeprefix("neuroada: error: ")
 
 
+@needs_peft
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("form", FORMATS)
 def test_there_and_back(form, dtype, bases, adapters, tmp_path, capsys):
@@ -104,6 +105,7 @@ def test_there_and_back(form, dtype, bases, adapters, tmp_path, capsys):
         assert after.metadata[key] == before.metadata[key]
 
 
+@needs_peft
 @pytest.mark.parametrize(
     ("trained_in", "saved_in"), [("float32", "float32"), ("float32", "bfloat16"), ("bfloat16", "float32")]
 )
@@ -161,6 +163,7 @@ def test_the_form_of_the_prompts_goes_with_the_merged_model(adapters, tmp_path, 
     assert not (tmp_path / "foreign").exists()
 
 
+@needs_peft
 def test_an_export_that_is_not_what_we_hold_fails(adapters, tmp_path, capsys, monkeypatch):
     real = peft.export
 
@@ -176,6 +179,7 @@ def test_an_export_that_is_not_what_we_hold_fails(adapters, tmp_path, capsys, mo
     assert "merged weights are different" in message
 
 
+@needs_peft
 def test_another_base_is_refused(adapters, tmp_path, capsys):
     other = write_model(tmp_path / "other", CHAT, seed=1, **WIDE)
     for form in ("peft-shira", "huggingface"):

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import safetensors.numpy
-from helpers import BERT, random_tensors, write_model
+from helpers import BERT, needs_peft, random_tensors, write_model
 
 from neuroada_jax import cli, models
 from neuroada_jax.adapters import exchange, native, on_base, verification
@@ -95,6 +95,7 @@ def command(form, adapter, out):
     return ["export", str(adapter), "--to", form, "--out", str(out), "--verify", "--json"]
 
 
+@needs_peft
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("form", ["merge", "peft-shira"])
 def test_a_wrong_base_model_cannot_verify_itself(form, case, bases, tmp_path, monkeypatch, capsys):
@@ -132,6 +133,7 @@ def test_a_base_that_transformers_cannot_load_is_one_line(bases, tmp_path, monke
     assert str(error.value) == f"{base}: transformers cannot load it (no such thing)"
 
 
+@needs_peft
 def test_a_base_that_transformers_reads_differently_is_compared_with_our_reading(bases, tmp_path, monkeypatch):
     """As for a GGUF file."""
     monkeypatch.setattr(verification, "reads_original", lambda _: False)
