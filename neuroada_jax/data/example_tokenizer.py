@@ -184,13 +184,17 @@ class ExampleTokenizer:
         return found._replace(ends=found.ends | ends)
 
     def _masked(self, one: Rendered, coded: Coded) -> Encoded:
-        """Label exactly the tokens in the spans, as transformers' `return_assistant_tokens_mask` does."""
+        """Label exactly the tokens in the spans, as transformers' `return_assistant_tokens_mask` does from 5.24 on.
+
+        A character may be several tokens, which all have its place: before, transformers left out all but the first at a
+        span's end.
+        """
         ids, starts, ends = coded
         order, is_label, ending = np.arange(len(ids)), np.zeros(len(ids), bool), set()
         for start, stop in one.spans:
             first, last = (np.flatnonzero((starts <= at) & (at < ends)) for at in (start, stop - 1))
             part = (
-                (order >= first[0]) & (order <= last[0]) if len(first) and len(last) else (ends > start) & (starts < stop)
+                (order >= first[0]) & (order <= last[-1]) if len(first) and len(last) else (ends > start) & (starts < stop)
             )
             is_label |= part
             control = np.flatnonzero(part & self._may_end[ids])
