@@ -116,7 +116,9 @@ def mixed():
 
 
 @pytest.mark.parametrize("remat", Remat)
-def test_a_step_leaves_no_rounding_to_casts(half, mixed, remat):
+def test_a_step_leaves_no_rounding_to_casts(half, mixed, remat, monkeypatch):
+    # Token blocks, which a CPU takes, widen x and dy: where these are not rounded before, the gradient is more exact.
+    monkeypatch.setattr(ops, "choose_algorithm", lambda *_, **__: GradientAlgorithm.DENSE_CHUNKS)
     model, transformation, state, batch = half
     assert not casts_back_in(step.make_step(model.module(remat), transformation, 2), state, batch)
     official = state.bypass._replace(values=jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), state.bypass.values))
