@@ -19,7 +19,8 @@ def test_mutations(name, tmp_path, monkeypatch):
     faults = []
     counts = fuzz.fuzz(name, tmp_path / "x", CASES if name != "loaded" else 60, 20, faults.append)
     assert faults == []
-    assert counts["clean"] and counts["accepted"] and not counts["tracebacks"] + counts["hangs"] + counts["over memory"]
+    assert counts["clean"] and not counts["tracebacks"] + counts["hangs"] + counts["over memory"]
+    assert counts["accepted"] or name == "native"  # whose files have digests of everything in them
 
 
 def rendered(template):

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from data_helpers import write_lines
-from helpers import write_config, write_model
+from helpers import needs_peft, write_config, write_model
 
 from benchmarks import instruct
 
@@ -44,6 +44,7 @@ def test_methods_share_rows_and_scoring(inputs, tmp_path, capsys):
     assert "lora-1" in capsys.readouterr().out
 
 
+@needs_peft
 def test_both_lose_the_same_before_they_train(inputs, tmp_path):
     """At a rate of nearly 0 the last loss is that of the base, on the same batch."""
     model, file = inputs
