@@ -11,16 +11,16 @@ The values are a tree of their own for `jax.grad` and optax, so the model needs 
 of an ensemble or of stacked layers in front; a layer's path is that of its weight, such as `layers.0.weight`.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from neuroada_jax.core import attached, selection, trees
+from neuroada_jax.core import attached, trees
 from neuroada_jax.core import bypass as core
 from neuroada_jax.core.bypass import Bypass
+from neuroada_jax.core.scores import Score, magnitude
 from neuroada_jax.core.trees import ModulePath, Targets, Tree
 from neuroada_jax.errors import UserError
 
@@ -30,7 +30,7 @@ def build(
     *,
     targets: Targets = None,
     k: int,
-    score: Callable[[jax.Array], jax.Array] = selection.magnitude,
+    score: Score = magnitude,
     dtype: Any = jnp.float32,
 ) -> Bypass:
     """Return zero values and selected columns for linear layers of a model.
@@ -40,7 +40,7 @@ def build(
       targets: exact paths of layers ("blocks.0.query_proj") or the last components of paths ("query_proj"), a predicate of
         the path, or None for every `eqx.nn.Linear`.
       k: connections per neuron; a layer with fewer inputs gets all of them.
-      score: elementwise, kernel -> scores of the same shape.
+      score: kernel (O, I) -> finite scores of the same shape; see `selection.select`.
       dtype: of the values.
 
     Returns: values (*L, O, min(k, I)) and int32 columns of the same shape, at the paths of the layers' weights.

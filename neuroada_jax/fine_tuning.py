@@ -59,7 +59,8 @@ def fine_tune(
         run.
       overwrite: replace the run that is in `output`.
       resume: continue the run that is in `output` from its last checkpoint.
-      **options: see above. Without `output` the files of the run are temporary, and only the `TunedModel` remains.
+      **options: see above; `score` may also be a function of a kernel (O, I) that returns finite scores (O, I). Without
+        `output` the files of the run are temporary, and only the `TunedModel` remains.
 
     Raises:
       UserError: in one line: a model, rows or options that do not fit; a loss that becomes NaN or infinite.
@@ -72,6 +73,9 @@ def fine_tune(
     model._check_open()
     if on_log is not None and not callable(on_log):
         raise UserError(f"fine_tune: on_log: expected a function of a line's dict, found {type(on_log).__name__}")
+    score = options.get("score")
+    if callable(score):
+        options["score"] = "custom"
     train, in_memory = _rows(rows)
     options, held_back = _validation(options)
     config = _config(model, train, options)
@@ -100,6 +104,7 @@ def fine_tune(
             model=(model._loaded, model.tokenizer),
             rows=in_memory,
             validation_rows=held_back,
+            score=score if callable(score) else None,
         )
         try:
             tuned, results = _train(model, prepared, on_lines)

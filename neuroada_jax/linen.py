@@ -18,10 +18,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from neuroada_jax.core import bypass, selection, trees
+from neuroada_jax.core import bypass, trees
 from neuroada_jax.core.bypass import Bypass
 from neuroada_jax.core.entries import Layout
 from neuroada_jax.core.ops import bypass_dense
+from neuroada_jax.core.scores import Score, magnitude
 from neuroada_jax.core.trees import ModulePath, Targets, Tree
 from neuroada_jax.errors import UserError
 
@@ -35,7 +36,7 @@ def build(
     *args: Any,
     targets: Targets,
     k: int,
-    score: Callable[[jax.Array], jax.Array] = selection.magnitude,
+    score: Score = magnitude,
     dtype: Any = jnp.float32,
     **kwargs: Any,
 ) -> Bypass:
@@ -50,7 +51,7 @@ def build(
       targets: exact module paths ("encoder.block_0.query") or the last components of paths ("query"), never substrings;
         or a predicate of the path; or None for all of them.
       k: connections per neuron; a map with fewer inputs gets all of them.
-      score: elementwise, kernel -> scores of the same shape.
+      score: kernel (O, I) -> finite scores of the same shape; see `selection.select`.
       dtype: of the values.
       kwargs: as for `module.apply`.
 

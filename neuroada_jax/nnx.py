@@ -22,9 +22,10 @@ from jax import lax
 
 from neuroada_jax import linen
 from neuroada_jax.core import bypass as core
-from neuroada_jax.core import selection, trees
+from neuroada_jax.core import trees
 from neuroada_jax.core.bypass import Bypass
 from neuroada_jax.core.entries import Layout
+from neuroada_jax.core.scores import Score, magnitude
 from neuroada_jax.core.trees import ModulePath, Targets, Tree
 from neuroada_jax.errors import UserError
 
@@ -71,7 +72,7 @@ def build(
     *,
     targets: Targets = None,
     k: int,
-    score: Callable[[jax.Array], jax.Array] = selection.magnitude,
+    score: Score = magnitude,
     dtype: Any = jnp.float32,
 ) -> Bypass:
     """Return zero values and selected columns for linear layers of a model.
@@ -81,7 +82,7 @@ def build(
       targets: exact paths of layers ("blocks.0.attention.query") or the last components of paths ("query"), a predicate of
         the path, or None for every linear layer.
       k: connections per neuron; a layer with fewer inputs gets all of them.
-      score: elementwise, kernel -> scores of the same shape.
+      score: kernel (O, I) -> finite scores of the same shape; see `selection.select`.
       dtype: of the values.
 
     Returns: values (*L, O, min(k, I)) and int32 columns of the same shape, at the layers' paths.

@@ -53,6 +53,10 @@ def test_the_own_models_learn(own_models, losses):
     assert own_models[losses][-1] < 0.7 * own_models[losses][0]
 
 
+def test_a_score_of_ones_own_selects(tmp_path):
+    assert run_page("docs/connections.md", tmp_path)["columns"].shape == (4, 2)
+
+
 def test_the_swapped_model_is_the_original_again(own_models):
     jax.tree.map(np.testing.assert_array_equal, own_models["params"], own_models["loaded"].params)
 

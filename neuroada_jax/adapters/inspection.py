@@ -16,11 +16,20 @@ VALUE_BYTES = 4  # float32
 INDEX_BYTES = 4  # int32
 
 
-def _row(module: str, neurons: int, inputs: int | None, k: int) -> dict[str, Any]:
-    values = neurons * k
+def _row(module: str, neurons: int, inputs: int | None, k: int, trained: int | None = None) -> dict[str, Any]:
+    """Return the report on a map of whose neurons `trained` were trained, None for all; a file has the others' zeros."""
+    values = (neurons if trained is None else trained) * k
     row = {"module": module, "neurons": neurons, "inputs": inputs, "k": k, "values": values}
-    row["percent"] = None if inputs is None else 100 * k / inputs
-    return row | {"bytes": values * (VALUE_BYTES + INDEX_BYTES)}
+    row["percent"] = None if inputs is None else 100 * values / (neurons * inputs)
+    return row | {"bytes": neurons * k * (VALUE_BYTES + INDEX_BYTES)}
+
+
+def _trained(module: str, neurons: int, options: native.SelectionOptions) -> int:
+    """Return how many neurons of a module were trained."""
+    layer = re.search(r"\.(\d+)(?=\.|$)", module)
+    if options.layers is not None and layer and int(layer[1]) not in options.layers:
+        return 0
+    return max(1, round(options.neurons * neurons))
 
 
 def inspect(path: str, k: int) -> dict[str, Any]:
@@ -68,7 +77,11 @@ def inspect_adapter(path: str) -> dict[str, Any]:
     """
     adapter = native.read(path)
     base_model, inputs = adapter.metadata.get("base", {}), adapter.metadata.get("inputs", {})
-    rows = [_row(module, len(values), inputs.get(module), values.shape[1]) for module, values in adapter.values.items()]
+    options = native.options_of(adapter.metadata)
+    rows = [
+        _row(module, len(values), inputs.get(module), values.shape[1], _trained(module, len(values), options))
+        for module, values in adapter.values.items()
+    ]
     about = {key: adapter.metadata.get(key) for key in ("version", "k", "targets", "rule", "seed", "created", "versions")}
     return {
         "kind": "adapter",
@@ -76,6 +89,7 @@ def inspect_adapter(path: str) -> dict[str, Any]:
         "base": base_model.get("source"),
         "base_path": located(adapter, path),
         **about,
+        "selection": options._asdict(),
         "dense_parameters": sorted(adapter.dense_parameters),
         **_totals(rows, base_model.get("parameters")),
         "modules": rows,
@@ -186,6 +200,18 @@ def print_inspection(content: dict[str, Any], *, every: bool = False) -> None:
     )
 
 
+def _selection(options: dict[str, Any]) -> dict[str, Any]:
+    """Return what differs from the defaults in how the connections were selected, by the names of the summary."""
+    differs = {name: value for name, value in options.items() if value != native.SelectionOptions._field_defaults[name]}
+    if differs.pop("shared_columns", False):
+        differs["columns"] = "shared by all neurons of a map"
+    if "layers" in differs:
+        differs["layers trained"] = " ".join(map(str, differs.pop("layers")))
+    if "neurons" in differs:
+        differs["neurons trained"] = f"{100 * differs.pop('neurons'):g} %"
+    return differs
+
+
 def _summary(content: dict[str, Any]) -> list[str]:
     """Return the lines above the table: what it is, and the total."""
     about = {
@@ -193,6 +219,7 @@ def _summary(content: dict[str, Any]) -> list[str]:
         "parameters": content.get("parameters"),
         "base model": content.get("base"),
         "rule": content.get("rule"),
+        **_selection(content.get("selection") or {}),
         "seed": content.get("seed"),
         "created": content.get("created"),
     }

@@ -12,7 +12,7 @@ import functools
 import importlib.metadata
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,6 +50,22 @@ class Adapter(NamedTuple):
     dense_parameters: dict[str, np.ndarray]
 
 
+class SelectionOptions(NamedTuple):
+    """The settings beside k, targets and rule, in adapter.json where they differ from these defaults.
+
+    Attributes:
+      shared_columns: whether all neurons of a map have the same columns. The file has them for every neuron.
+      neurons: the share of the neurons of each map that was trained. The others have zeros.
+      layers: the numbers of the layers that were trained; None: all. The others have zeros.
+      rank: of the approximation by which the columns were selected; None: they were not.
+    """
+
+    shared_columns: bool = False
+    neurons: float = 1.0
+    layers: list[int] | None = None
+    rank: int | None = None
+
+
 class Selection(NamedTuple):
     """The settings by which an adapter's connections were selected, for its metadata.
 
@@ -58,12 +74,14 @@ class Selection(NamedTuple):
       targets: the names of the linear maps that were requested.
       rule: the scoring rule of the columns; None if unknown.
       seed: the seed of the run; None if unknown.
+      options: the other settings.
     """
 
     k: int
     targets: Sequence[str]
     rule: str | None = "magnitude"
     seed: int | None = None
+    options: SelectionOptions = SelectionOptions()
 
 
 def installed_versions() -> dict[str, str]:
@@ -96,6 +114,11 @@ def new_metadata(
         "targets": list(selection.targets),
         "rule": selection.rule,
         "seed": selection.seed,
+        "selection": {
+            name: value
+            for name, value in selection.options._asdict().items()
+            if value != SelectionOptions._field_defaults[name]
+        },
         "dense_parameters": list(dense_parameters),
         "prompt": prompt,
         "versions": installed_versions(),
@@ -213,10 +236,31 @@ def _check_metadata(path: Path, metadata: dict[str, Any]) -> None:
         raise UserError(
             f"{path}: 'problem_type' of the base is {problem!r}, expected null or one of {', '.join(PROBLEM_TYPES)}"
         )
+    options_of(metadata, path)
     dense_parameters = metadata.get("dense_parameters", [])
     if not isinstance(dense_parameters, list) or not all(isinstance(name, str) for name in dense_parameters):
         raise UserError(f"{path}: dense_parameters is {dense_parameters!r}, expected a list of names")
     prompt_form.from_json(metadata.get("prompt"), f"{path}: prompt")  # absent in 0.1
+
+
+_FITS: dict[str, Callable[[Any], bool]] = {
+    "shared_columns": lambda value: isinstance(value, bool),
+    "neurons": lambda value: isinstance(value, float | int) and not isinstance(value, bool) and 0 < value <= 1,
+    "layers": lambda value: isinstance(value, list) and all(type(each) is int and each >= 0 for each in value),
+    "rank": lambda value: type(value) is int and value > 0,
+}
+
+
+def options_of(metadata: Mapping[str, Any], path: str | Path = "adapter.json") -> SelectionOptions:
+    """Return how the connections were selected, from an adapter's metadata; those of 0.1 have the defaults.
+
+    Raises:
+      UserError: a setting that this release does not know, or a wrong value.
+    """
+    found = metadata.get("selection", {})
+    if not isinstance(found, dict) or not all(name in _FITS and _FITS[name](value) for name, value in found.items()):
+        raise UserError(f"{path}: selection is {found!r}, expected an object with any of {', '.join(_FITS)}")
+    return SelectionOptions(**found)
 
 
 def labels_of(base_model: Mapping[str, Any]) -> Labels | None:

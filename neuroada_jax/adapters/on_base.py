@@ -106,7 +106,11 @@ def save(
     Raises:
       UserError: the directory exists or cannot be written.
     """
-    values, columns = (dict(names.unstacked(tree, base_model.model.layers_path)) for tree in trained)
+    written_out: Tree = {}
+    for path, leaf in trees.leaves(trained.columns, "columns"):  # those that neurons share, for every neuron
+        shape = trees.get(trained.values, path)["values"].shape
+        written_out = trees.put(written_out, path, {"columns": np.broadcast_to(leaf, shape)})
+    values, columns = (dict(names.unstacked(tree, base_model.model.layers_path)) for tree in (trained.values, written_out))
     adapter = assemble(base_model, values, columns, selection, dense_modules.to_names(classifier or {}), form)
     native.write(directory, adapter, replace=replace)
 
@@ -126,7 +130,7 @@ def stack_layers(adapter: Adapter, base_model: IdentifiedModel) -> Bypass:
     _check_tied(adapter, base_model)
     values: Tree = {}
     columns: Tree = {}
-    remaining = set(adapter.values)
+    remaining, shared = set(adapter.values), native.options_of(adapter.metadata).shared_columns
     for path, kernel in trees.kernels(base_model.model.abstract_params()):
         modules = names.module_names(path, kernel, base_model.model.layers_path)
         present = [module for module in modules if module in adapter.values]
@@ -139,10 +143,22 @@ def stack_layers(adapter: Adapter, base_model: IdentifiedModel) -> Bypass:
         stacked = names.is_stacked(path, base_model.model.layers_path)
         pick = (lambda arrays: jnp.stack(arrays)) if stacked else (lambda arrays: jnp.asarray(arrays[0]))
         values = trees.put(values, path, {"values": pick([adapter.values[module] for module in modules])})
-        columns = trees.put(columns, path, {"columns": pick([adapter.columns[module] for module in modules])})
+        own = [adapter.columns[module] for module in modules]
+        columns = trees.put(columns, path, {"columns": pick([_of_all(each) for each in own] if shared else own)})
     if remaining:
         raise UserError(f"adapter: the base model has no module {min(remaining)!r}")
     return Bypass(values, columns)
+
+
+def _of_all(columns: np.ndarray) -> np.ndarray:
+    """Return the columns (1, k) that all neurons of a map have, given for every neuron (O, k).
+
+    Raises:
+      UserError: they differ between neurons.
+    """
+    if (columns != columns[:1]).any():
+        raise UserError("adapter: adapter.json says that neurons share their columns, and those of a module differ")
+    return columns[:1]
 
 
 def _check_tied(adapter: Adapter, base_model: IdentifiedModel) -> None:

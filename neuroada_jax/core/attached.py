@@ -41,7 +41,7 @@ class BypassKernel:
 
     Attributes:
       kernel: float (*L, O, I), or (*L, I, O) for `Layout.IO`.
-      columns: int32 (*L, O, k).
+      columns: int32 (*L, O, k), or (*L, 1, k) where the neurons share them.
       values: float (*L, O, k).
       layout: axis order of the kernel.
       name: path of the kernel, for messages.
@@ -132,7 +132,7 @@ def attach(params: Mapping[str, Any], bypass: Bypass, *, layout: Layout = Layout
         if isinstance(kernel, BypassKernel):
             raise UserError(f"{name} carries a bypass already")
         outputs = kernel.shape[-2] if Layout(layout) is Layout.OI else kernel.shape[-1]
-        if (*kernel.shape[:-2], outputs) != columns.shape[:-1]:
+        if columns.shape[:-1] not in ((*kernel.shape[:-2], outputs), (*kernel.shape[:-2], 1)):
             raise UserError(f"{name}: a kernel {kernel.shape} in layout {layout} does not fit columns {columns.shape}")
         new = BypassKernel(kernel, columns, trees.get(bypass.values, path)["values"], Layout(layout), name)
         attached = trees.put(attached, path, {**node, "kernel": new} if isinstance(node, Mapping) else new)

@@ -5,7 +5,7 @@ the kernel itself. Kernels are (*L, O, I), or (*L, I, O) with `Layout.IO`, where
 At the path of its linear map, each tree of a bypass holds
 
     values        {"values": (*L, O, k)}        trainable, float32, initialised to zero
-    columns       {"columns": (*L, O, k)}       int32, static
+    columns       {"columns": (*L, O, k)}       int32, static; (*L, 1, k) where all neurons of a map share them
     base_entries  {"base_entries": (*L, O, k)}  the original entries of the kernel at the columns, in its dtype, kept while
                                                 the kernel holds base + values (is "resident")
 
@@ -15,6 +15,7 @@ Inputs and neurons may span several axes of a kernel, as in the (D, H, N) of Fla
 flattened inputs, and O is the number of flattened neurons.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from neuroada_jax.core import selection
+from neuroada_jax.core import scores, selection
 from neuroada_jax.core.entries import Layout, add_entries, read_entries, round_to, wide_dtype, write_entries
 from neuroada_jax.core.trees import ModulePath, Tree, get, kernel_at, leaves, put
 from neuroada_jax.errors import UserError
@@ -40,9 +41,11 @@ def build(
     paths: Iterable[ModulePath],
     k: int,
     *,
-    score: Callable[[jax.Array], jax.Array] = selection.magnitude,
+    score: scores.Score = scores.magnitude,
+    statistics: Mapping[str, Any] | None = None,
     dtype: Any = jnp.float32,
     layout: Layout = Layout.OI,
+    shared: bool = False,
 ) -> Bypass:
     """Return the initial bypass of the linear maps at `paths`: zero values at the columns with the k largest scores.
 
@@ -50,27 +53,34 @@ def build(
       params: parameter tree.
       paths: paths of the linear maps, as `trees.kernels` yields them, or of the kernels themselves.
       k: connections per neuron; a map with fewer inputs gets all of them.
-      score: elementwise, kernel -> scores of the same shape.
+      score: kernel (O, I) -> scores of the same shape, or (kernel, statistic) -> scores; see `selection.select`.
+      statistics: tree that has at each of the paths the statistic of its map; None where the score takes none.
       dtype: of the values.
       layout: axis order of the kernels.
+      shared: one set of columns for all neurons of a map, for kernels (*L, O, I) and (*L, I, O).
 
     Returns:
-      Values (*L, O, min(k, I)) and int32 columns of the same shape.
+      Values (*L, O, min(k, I)) and int32 columns of the same shape, or (*L, 1, min(k, I)) if `shared`.
 
     Raises:
       ValueError: k < 1.
       KeyError: a path holds no kernel.
+      UserError: scores of a wrong shape, or NaN or infinite ones; names the map.
     """
     values: Tree = {}
     columns: Tree = {}
     for path in paths:
-        kernel = kernel_at(params, path)
+        kernel, statistic = kernel_at(params, path), None if statistics is None else get(statistics, path)
+        choose = functools.partial(selection.select, k=k, score=score, layout=layout, shared=shared, name=".".join(path))
         if isinstance(kernel, tuple):
-            chosen = jnp.stack([selection.select(each, k, score, layout=layout) for each in kernel])
+            own = [jax.tree.map(lambda leaf, layer=layer: leaf[layer], statistic) for layer in range(len(kernel))]
+            chosen = jnp.stack([choose(each, statistic=mine) for each, mine in zip(kernel, own, strict=True)])
+            kernel = kernel[0]
         else:
-            chosen = selection.select(kernel, k, score, layout=layout)
+            chosen = choose(kernel, statistic=statistic)
         columns = put(columns, path, {"columns": chosen})
-        values = put(values, path, {"values": jnp.zeros(chosen.shape, dtype)})
+        neurons = kernel.shape[-2 if Layout(layout) is Layout.OI else -1]
+        values = put(values, path, {"values": jnp.zeros((*chosen.shape[:-2], neurons, chosen.shape[-1]), dtype)})
     return Bypass(values, columns)
 
 

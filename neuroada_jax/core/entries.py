@@ -1,10 +1,12 @@
 """The chosen entries of a kernel: reading, replacing and adding to k entries of every neuron.
 
 Shapes: kernels are (*L, O, I) or (*L, I, O), where *L are the axes of stacked layers, if any; columns, values and base
-entries are (*L, O, k) for both. Columns are int32, distinct within a neuron and in [0, I).
+entries are (*L, O, k) for both. Columns are int32, distinct within a neuron and in [0, I). Columns that all neurons of a
+map share are (*L, 1, k): then whole columns of k inputs are read and written.
 """
 
 import enum
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -50,8 +52,14 @@ def check_layout(kernel: Array, columns: Array, layout: Layout) -> None:
       ValueError: it does not.
     """
     neurons = kernel.shape[-2] if Layout(layout) is Layout.OI else kernel.shape[-1]
-    if (*kernel.shape[:-2], neurons) != columns.shape[:-1]:
+    *leading, found, _ = columns.shape
+    if kernel.shape[:-2] != tuple(leading) or found not in (neurons, 1):
         raise ValueError(f"a kernel {kernel.shape} in layout {layout} does not fit columns {columns.shape} (*L, O, k)")
+
+
+def are_shared(columns: Int[Array, "*L _ k"], neurons: int) -> bool:
+    """Return whether one set of columns is that of all neurons; of a map with one neuron, it is that neuron's own."""
+    return columns.shape[-2] == 1 < neurons
 
 
 def entry_indices(columns: Int[Array, "*L O k"], layout: Layout = Layout.OI) -> tuple[Array, ...]:
@@ -64,7 +72,7 @@ def entry_indices(columns: Int[Array, "*L O k"], layout: Layout = Layout.OI) -> 
 
 
 def read_entries(
-    kernel: Float[Array, "*L _ _"], columns: Int[Array, "*L O k"], layout: Layout = Layout.OI
+    kernel: Float[Array, "*L _ _"], columns: Int[Array, "*L _ k"], layout: Layout = Layout.OI
 ) -> Float[Array, "*L O k"]:
     """Return the kernel's entries at the columns, in the kernel's dtype.
 
@@ -80,20 +88,31 @@ def read_entries(
 
 def write_entries(
     kernel: Float[Array, "*L _ _"],
-    columns: Int[Array, "*L O k"],
+    columns: Int[Array, "*L _ k"],
     entries: Float[Array, "*L O k"],
     layout: Layout = Layout.OI,
 ) -> Float[Array, "*L _ _"]:
     """Return the kernel with the entries at the columns replaced, rounded to its dtype; in place under jit if donated."""
     check_layout(kernel, columns, layout)
-    return kernel.at[entry_indices(columns, layout)].set(
-        round_to(entries, kernel.dtype), unique_indices=True, mode="promise_in_bounds"
-    )
+    entries = round_to(entries, kernel.dtype)
+    if are_shared(columns, entries.shape[-2]):
+        return _write_columns(kernel, columns, entries, layout)
+    return kernel.at[entry_indices(columns, layout)].set(entries, unique_indices=True, mode="promise_in_bounds")
+
+
+def _write_columns(kernel: Array, columns: Array, entries: Array, layout: Layout) -> Array:
+    """Return the kernel with whole columns replaced: a scatter of k slices for each layer, not of O times k numbers."""
+    (outputs, k), stack = entries.shape[-2:], math.prod(kernel.shape[:-2])
+    layers, chosen = jnp.arange(stack, dtype=columns.dtype)[:, None], columns.reshape(stack, k)
+    index = (layers, slice(None), chosen) if Layout(layout) is Layout.OI else (layers, chosen)
+    slices = entries.reshape(stack, outputs, k).swapaxes(1, 2)  # indexing puts the layers and the columns in front
+    stacked = kernel.reshape(stack, *kernel.shape[-2:])
+    return stacked.at[index].set(slices, unique_indices=True, mode="promise_in_bounds").reshape(kernel.shape)
 
 
 def add_entries(
     kernel: Float[Array, "*L _ _"],
-    columns: Int[Array, "*L O k"],
+    columns: Int[Array, "*L _ k"],
     values: Float[Array, "*L O k"],
     layout: Layout = Layout.OI,
 ) -> Float[Array, "*L _ _"]:
@@ -101,7 +120,7 @@ def add_entries(
 
     The sum is taken in the dtype of `values` and rounded once. Where both dtypes agree it is one scatter-add.
     """
-    if values.dtype == kernel.dtype:
+    if values.dtype == kernel.dtype and not are_shared(columns, values.shape[-2]):
         check_layout(kernel, columns, layout)
         return kernel.at[entry_indices(columns, layout)].add(values, unique_indices=True, mode="promise_in_bounds")
     base_entries = read_entries(kernel, columns, layout).astype(values.dtype)

@@ -15,11 +15,12 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
 from neuroada_jax.core.batching import share_examples
-from neuroada_jax.core.entries import Layout, add_entries, check_layout
+from neuroada_jax.core.entries import Layout, add_entries, are_shared, check_layout
 from neuroada_jax.core.value_gradient import GradientAlgorithm, choose_algorithm, value_gradient
 
 
@@ -88,7 +89,7 @@ _on_the_fly_shared = share_examples("bypass_dense", _on_the_fly)
 def bypass_dense(
     x: Float[Array, "*B I"],
     kernel: Float[Array, "_ _"],
-    columns: Int[Array, "O k"],
+    columns: Int[Array, "_ k"],
     values: Float[Array, "O k"],
     *,
     resident: bool = False,
@@ -109,10 +110,11 @@ def bypass_dense(
     Args:
       x: float (*B, I).
       kernel: float (O, I), or (I, O) for `Layout.IO`. Where x has another dtype, W + D is cast to it for the product.
-      columns: int32 (O, k), distinct within a neuron, in [0, I).
+      columns: int32 (O, k), distinct within a neuron, in [0, I); or (1, k), shared by all neurons: then dvalues is one
+        dense product with k gathered inputs.
       values: float (O, k).
       resident: whether the kernel holds W + D.
-      algorithm: how dvalues is computed; None: as `choose_algorithm` decides.
+      algorithm: how dvalues is computed; None: as `choose_algorithm` decides. Without effect for shared columns.
       layout: axis order of the kernel.
 
     Returns:
@@ -122,7 +124,36 @@ def bypass_dense(
       ValueError: the kernel does not fit the columns in this layout.
     """
     check_layout(kernel, columns, layout)
+    if are_shared(columns, values.shape[0]):
+        algorithm = GradientAlgorithm.DENSE_CHUNKS  # not used
     algorithm = algorithm or choose_algorithm(columns.shape[1], x.shape[-1])
     if resident:
         return _resident(x, kernel, columns, values, algorithm, layout)
     return _on_the_fly_shared(x, kernel, columns, values, algorithm=algorithm, layout=layout)
+
+
+@jax.custom_vjp
+def observed_dense(
+    x: Float[Array, "*B I"], kernel: Float[Array, "O I"], squares: Float[Array, "I"]
+) -> Float[Array, "*B O"]:
+    """Return x @ kernel^T; the "gradient" of `squares` is the sum over tokens of x squared, by input.
+
+    So a backward pass through a model sums the squares of every linear map's inputs. Tokens on which the result does not
+    depend (dy is 0), such as padding, are not counted. The kernel is frozen.
+    """
+    return _product(x, kernel, Layout.OI)
+
+
+def _observed_fwd(x, kernel, squares):
+    return observed_dense(x, kernel, squares), (x, kernel, squares[:0])
+
+
+def _observed_bwd(residuals, dy):
+    x, kernel, squares = residuals
+    dx = lax.dot_general(dy, kernel.astype(dy.dtype), (((dy.ndim - 1,), (0,)), ((), ())))
+    counts = jnp.any(dy != 0, axis=-1, keepdims=True)
+    observed = jnp.where(counts, jnp.square(x.astype(squares.dtype)), 0)
+    return dx, None, jnp.sum(observed.reshape(-1, x.shape[-1]), axis=0)
+
+
+observed_dense.defvjp(_observed_fwd, _observed_bwd)

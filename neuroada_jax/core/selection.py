@@ -10,67 +10,131 @@ hundreds of times in bfloat16.
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from neuroada_jax.core.entries import Layout, wide_dtype
+from neuroada_jax.core.scores import Score, magnitude, reverse
+from neuroada_jax.errors import UserError
 
 _BLOCK = 8  # entries of a match: the most whose maximum XLA computes in one vectorised pass on a CPU
 _FINAL = 16  # the largest width of the last round
-
-Score = Callable[[jax.Array], jax.Array]
-
-
-def magnitude(kernel: Float[Array, "*L O I"]) -> Float[Array, "*L O I"]:
-    """Return |W|, the score of the method, applied once to the pretrained weights."""
-    return jnp.abs(kernel)
+_ELEMENTWISE = (magnitude, reverse)  # finite, and computed on parts of a kernel: a layer's scores are never in memory
 
 
-def reverse(kernel: Float[Array, "*L O I"]) -> Float[Array, "*L O I"]:
-    """Return -|W|, which selects the smallest entries: the ablation against `magnitude`."""
-    return -jnp.abs(kernel)
-
-
-@functools.partial(jax.jit, static_argnames=("k", "score", "layout"))
 def select(
-    kernel: Float[Array, "*L _ _"], k: int, score: Score = magnitude, *, layout: Layout = Layout.OI
-) -> Int[Array, "*L O k"]:
+    kernel: Float[Array, "*L _ _"],
+    k: int,
+    score: Score = magnitude,
+    statistic: Any = None,
+    *,
+    layout: Layout = Layout.OI,
+    shared: bool = False,
+    name: str = "kernel",
+) -> Int[Array, "*L _ k"]:
     """Return the columns of the k largest scores of every neuron, ascending.
 
     Ties go to the lowest column, as in `jax.lax.top_k`. Neurons with k or fewer inputs get all of them. Temporaries are a
-    fraction of one layer's kernel where I is a multiple of 8; (I, O) kernels need two more copies of one layer's kernel,
-    for its transpose.
+    fraction of one layer's kernel for |W| where I is a multiple of 8, and otherwise a few float32 copies of one layer's
+    kernel, of which (I, O) kernels need one more for its transpose.
 
     Args:
       kernel: float (*L, O, I), or (*L, I, O) for `Layout.IO`.
       k: connections per neuron, at least 1.
-      score: elementwise, array -> finite scores of the same shape; called on parts of the kernel in float32 or float64.
-      layout: axis order of the kernel.
+      score: (O, I) -> finite scores of the same shape, called with one layer's kernel in float32 or float64; with a
+        statistic, (kernel, statistic) -> scores.
+      statistic: a pytree of arrays with the axes *L in front, of which `score` gets one layer; None for none.
+      layout: axis order of the kernel; the score always gets (O, I).
+      shared: one set of columns for all neurons of a map: those that most neurons would select, see `most_selected`.
+      name: of the linear map, for messages.
 
     Returns:
-      int32 (*L, O, min(k, I)).
+      int32 (*L, O, min(k, I)), or (*L, 1, min(k, I)) if `shared`.
 
     Raises:
       ValueError: k < 1.
+      UserError: scores of another shape, or NaN or infinite ones (not noticed while `select` is traced by jit).
+    """
+    columns, finite = search(kernel, k, score, statistic, layout=layout, name=name)
+    check_finite(finite, name)
+    inputs = kernel.shape[-1 if Layout(layout) is Layout.OI else -2]
+    return most_selected(columns, inputs) if shared else columns
+
+
+def check_finite(finite: Bool[Array, "*L O"] | None, name: str) -> None:
+    """Check what `search` found about the scores of a map; does nothing while it is traced by jit.
+
+    Raises:
+      UserError: a neuron has NaN or infinite scores.
+    """
+    if finite is None or isinstance(finite, jax.core.Tracer) or np.all(finite):
+        return
+    neuron = tuple(int(index) for index in np.argwhere(~np.asarray(finite))[0])
+    raise UserError(f"score: {name} has NaN or infinite scores, first at neuron {neuron}; expected finite numbers")
+
+
+@functools.partial(jax.jit, static_argnames=("k", "score", "layout", "name"))
+def search(
+    kernel: Float[Array, "*L _ _"],
+    k: int,
+    score: Score = magnitude,
+    statistic: Any = None,
+    *,
+    layout: Layout = Layout.OI,
+    name: str = "kernel",
+) -> tuple[Int[Array, "*L O k"], Bool[Array, "*L O"] | None]:
+    """Return the columns of the best k scores of every neuron, and whether all of its scores are finite (None: they are).
+
+    Arguments and errors as in `select`, which this function is without its check of the scores.
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, found {k}")
     *leading, outputs, inputs = kernel.shape if Layout(layout) is Layout.OI else kernel.swapaxes(-1, -2).shape
     if k >= inputs:
-        return jnp.broadcast_to(jnp.arange(inputs, dtype=jnp.int32), (*leading, outputs, inputs))
+        return jnp.broadcast_to(jnp.arange(inputs, dtype=jnp.int32), (*leading, outputs, inputs)), None
     rows = kernel.reshape(-1, kernel.shape[-1])
+    elementwise = statistic is None and score in _ELEMENTWISE
+    per_layer = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[len(leading) :]), statistic)
 
-    def select_layer(layer: Array) -> Array:
+    def matrix_of(layer: Array) -> Array:
         if Layout(layout) is Layout.OI:
-            return _select(rows, layer * outputs, outputs, k, score)
-        of_layer = lax.dynamic_slice(_bound(rows, layer), (layer * inputs, jnp.int32(0)), (inputs, outputs))
-        return _select(of_layer.T, jnp.int32(0), outputs, k, score)
+            return lax.dynamic_slice(_bound(rows, layer), (layer * outputs, jnp.int32(0)), (outputs, inputs))
+        return lax.dynamic_slice(_bound(rows, layer), (layer * inputs, jnp.int32(0)), (inputs, outputs)).T
+
+    def select_layer(of_layer: tuple[Array, Any]) -> tuple[Array, Array | None]:
+        layer, own = of_layer
+        if elementwise:
+            if Layout(layout) is Layout.OI:
+                return _select(rows, layer * outputs, outputs, k, score), None
+            return _select(matrix_of(layer), jnp.int32(0), outputs, k, score), None
+        matrix = matrix_of(layer).astype(wide_dtype(kernel.dtype))
+        scores = jnp.asarray(score(matrix) if statistic is None else score(matrix, own))
+        if scores.shape != matrix.shape or not jnp.issubdtype(scores.dtype, jnp.floating):
+            expected = f"{matrix.dtype} {matrix.shape}"
+            raise UserError(f"score: {name} has scores {scores.dtype} {scores.shape}, expected {expected} (O, I)")
+        found = _select(_padded(scores.astype(matrix.dtype)), jnp.int32(0), outputs, k, lambda each: each)
+        return found, jnp.all(jnp.isfinite(scores), axis=1)
 
     layers = jnp.arange(math.prod(leading), dtype=jnp.int32)
-    return lax.map(select_layer, layers).reshape(*leading, outputs, k)
+    columns, finite = lax.map(select_layer, (layers, per_layer))
+    return columns.reshape(*leading, outputs, k), None if finite is None else finite.reshape(*leading, outputs)
+
+
+@functools.partial(jax.jit, static_argnames="inputs")
+def most_selected(columns: Int[Array, "*L O k"], inputs: int) -> Int[Array, "*L 1 k"]:
+    """Return the k columns that most neurons of a map have, ascending; ties go to the lowest column."""
+    *leading, outputs, k = columns.shape
+
+    def of_layer(own: Array) -> Array:
+        votes = jnp.zeros(inputs, jnp.int32).at[own.reshape(-1)].add(1, mode="promise_in_bounds")
+        return jnp.sort(lax.top_k(votes, k)[1].astype(jnp.int32))
+
+    return lax.map(of_layer, columns.reshape(-1, outputs, k)).reshape(*leading, 1, k)
 
 
 def _select(rows: Float[Array, "R I"], first: Int[Array, ""], count: int, k: int, score: Score) -> Int[Array, "O k"]:

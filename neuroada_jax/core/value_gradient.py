@@ -21,7 +21,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from neuroada_jax.core import platform
-from neuroada_jax.core.entries import wide_dtype
+from neuroada_jax.core.entries import are_shared, wide_dtype
 from neuroada_jax.errors import NeuroadaWarning
 
 # These are measured (docs/performance.md): x of a block of tokens should stay in a core's L2 cache, the tokens of a piece
@@ -110,19 +110,21 @@ def _warn(message: str) -> None:
 
 
 def value_gradient(
-    dy: Float[Array, "T O"], x: Float[Array, "T I"], columns: Int[Array, "O k"], algorithm: GradientAlgorithm
+    dy: Float[Array, "T O"], x: Float[Array, "T I"], columns: Int[Array, "_ k"], algorithm: GradientAlgorithm
 ) -> Float[Array, "O k"]:
     """Return dvalues[o, j] = sum_t dy[t, o] x[t, columns[o, j]], multiplied and summed in at least float32.
 
     Args:
       dy: gradient of the output, float (T, O).
       x: input of the layer, float (T, I).
-      columns: int32 (O, k), every entry in [0, I).
-      algorithm: one of `GradientAlgorithm`.
+      columns: int32 (O, k), every entry in [0, I), or (1, k) where all neurons share them.
+      algorithm: one of `GradientAlgorithm`; shared columns need none, since their gradient is one dense product.
 
     Returns:
       (O, k) in float32, or float64 where x is float64.
     """
+    if are_shared(columns, dy.shape[1]):
+        return _shared_columns(dy, x, columns[0])
     return _ALGORITHMS[algorithm](dy, x, columns)
 
 
@@ -160,13 +162,27 @@ def _in_pieces(block: Array) -> Array:
     return lax.map(lambda half: jnp.swapaxes(half, 1, 2), halves).reshape(_PIECES, -1, _LANES)
 
 
+def _shared_columns(dy: Array, x: Array, columns: Array) -> Array:
+    """Return dy^T x[:, columns], (O, k), for columns (k,) of all neurons."""
+    gathered = jnp.take(x, columns, axis=1, mode="clip")
+    dy, tokens_axis = _for_transposed_product(dy)
+    return lax.dot_general(dy, gathered, (((tokens_axis,), (0,)), ((), ())), preferred_element_type=wide_dtype(x.dtype))
+
+
+def _for_transposed_product(dy: Array) -> tuple[Array, int]:
+    """Return dy and its axis of tokens, as a product dy^T x can have it.
+
+    XLA's CPU backend has no bfloat16 dot with a float32 result for a transposed operand: the barrier keeps the transpose
+    out of the dot.
+    """
+    if dy.dtype == jnp.bfloat16 and platform.name() == "cpu":
+        return lax.optimization_barrier(dy.T), 1
+    return dy, 0
+
+
 def _dense_chunks(dy: Array, x: Array, columns: Array) -> Array:
     outputs, wide = columns.shape[0], wide_dtype(x.dtype)
-    tokens_axis = 0
-    if x.dtype == jnp.bfloat16 and platform.name() == "cpu":
-        # XLA's CPU backend has no bfloat16 dot with a float32 result for a transposed operand: the barrier keeps the
-        # transpose out of the dot.
-        dy, tokens_axis = lax.optimization_barrier(dy.T), 1
+    dy, tokens_axis = _for_transposed_product(dy)
     chunk = _block_size(outputs, x.shape[1] * jnp.dtype(wide).itemsize, _DENSE_CHUNK_BYTES)
     chosen = []
     # Unrolled over static slices, so that XLA makes no transposed copy of dy and no copies of its chunks.

@@ -5,6 +5,7 @@ The collections that the caller passes to `apply` decide the form of a linear ma
     params                                   a plain frozen linear map (base, merged or resident weights alike)
     params, bypass, columns                  W + D formed on the fly from the values in `bypass`
     params, resident, columns                params hold W + D already; `resident` has the values, for their gradient
+    params, observed                         a plain one; the gradient of `observed` is the sum of squares of every input
 """
 
 import math
@@ -43,14 +44,18 @@ class BypassDense(nn.Module):
         form = next((name for name in ("bypass", "resident") if self.has_variable(name, "values")), None)
         if form is not None:
             columns: Array = self.get_variable("columns", "columns")
+            # Without a placement, the op asks by itself. Shared columns need no choice.
+            split = placement is not None and columns.shape[0] == self.features
             y = ops.bypass_dense(
                 x,
                 kernel,
                 columns,
                 self.get_variable(form, "values"),
                 resident=form == "resident",
-                algorithm=ops.choose_algorithm(columns.shape[1], x.shape[-1], split=None if placement is None else True),
+                algorithm=ops.choose_algorithm(columns.shape[1], x.shape[-1], split=True) if split else None,
             )
+        elif self.has_variable("observed", "squares"):
+            y = ops.observed_dense(x, kernel, self.get_variable("observed", "squares"))
         else:
             y = _product(x, kernel)
         if self.use_bias:

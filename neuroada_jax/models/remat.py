@@ -11,7 +11,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
-BYPASS_COLLECTIONS = ("bypass", "resident", "columns")
+BYPASS_COLLECTIONS = ("bypass", "resident", "columns", "observed")
 _KEPT = "kept_activation"
 _PART_TOKENS = 2048  # fewer would leave a GPU idle
 

@@ -21,7 +21,7 @@ from neuroada_jax.planning.machines import Compiler, Machine
 from neuroada_jax.planning.result import Footprint, Plan
 from neuroada_jax.planning.roofline import nbytes
 from neuroada_jax.planning.shapes import AbstractRun, abstract_run, longest_batch
-from neuroada_jax.training import checkpoint, parallel, step
+from neuroada_jax.training import checkpoint, modules, parallel, step
 from neuroada_jax.training.classification_objective import Classification
 from neuroada_jax.training.config import ParallelSection, RunConfig
 from neuroada_jax.training.config_file import apply_override, from_dict
@@ -112,7 +112,7 @@ def measure(config: RunConfig, machine_name: str, devices: int | None) -> Plan:
         examples=batch.input_ids.shape[0],
         tokens=batch.input_ids.shape[1],
         labels=math.prod(batch.label_mask.shape[1:]),
-        trainable=bypass.count(state.trainable),
+        trainable=modules.count_trained(config, opened.model, state.trainable["bypass"]) + bypass.count(state.classifier),
         parameters=bypass.count(opened.model.abstract_params()),
         memory=memory,
         flops=flops,

@@ -47,7 +47,8 @@ def abstract_run(config: RunConfig) -> AbstractRun:
     transformation = optimizer.build(config.optimizer, 1, config.classifier)
 
     def initial_state(params: Tree) -> step.TrainState:
-        built = bypass.build(params, paths, config.bypass.k, dtype=connections.value_dtype(config, opened.model))
+        dtype, section = connections.value_dtype(config, opened.model), config.bypass
+        built = bypass.build(params, paths, section.k, dtype=dtype, shared=section.shared_columns)
         return step.initial_state(params, built, transformation, classifier)
 
     # Whether a checkpoint lacks more than the classifier (BERT's pooler) is only known from its weights.

@@ -1,6 +1,7 @@
-"""Selection of the connections that a run trains, by weights, by gradients or at random."""
+"""Selection of the connections that a run trains, by the rule of its `bypass.score`."""
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,12 +11,17 @@ from flax import linen as nn
 from jax import lax
 
 from neuroada_jax import models
-from neuroada_jax.core import bypass, selection, trees
+from neuroada_jax.core import scores, selection, trees
 from neuroada_jax.core.bypass import Bypass
+from neuroada_jax.core.scores import RULES, Needs, Rule, Score
 from neuroada_jax.core.trees import ModulePath, Tree
+from neuroada_jax.models import names
 from neuroada_jax.models.losses import label_losses
+from neuroada_jax.training import modules
 from neuroada_jax.training.config import RunConfig
 from neuroada_jax.training.step import AnyBatch, split
+
+INPUT_BATCHES = 16  # from which the norms of inputs are taken by default
 
 
 def value_dtype(config: RunConfig, model: models.Model) -> Any:
@@ -31,45 +37,113 @@ def choose(
     batches: Iterable[AnyBatch] | None = None,
     losses: Callable[..., jax.Array] = label_losses,
     by_neuron: Callable[..., Any] = lambda function: function,
+    score: Score | None = None,
 ) -> Bypass:
     """Return the bypass of a run before its first step: zero values at the columns that its `bypass.score` selects.
+
+    One map at a time is searched, so that the scores of one of its layers are all that is in memory beside a statistic.
 
     Args:
       config: the run.
       model: its base model.
       params: the weights of the base model.
       paths: the targets.
-      batches: one pass over the training data; read, and required, only for the score "gradient".
-      losses: as in `step.make_step`; for the score "gradient" only.
+      batches: one pass over the training data; read, and required, only for scores that need gradients or inputs.
+      losses: as in `step.make_step`; for these scores only.
       by_neuron: `modes.Parallel.by_neuron`, for sharded weights.
+      score: the caller's own, for the score "custom".
+
+    Raises:
+      UserError: scores of a wrong shape, or NaN or infinite ones; names the map.
     """
-    k, dtype = config.bypass.k, value_dtype(config, model)
-
-    def build(params: Tree, score: Callable[[jax.Array], jax.Array] = selection.magnitude) -> Bypass:
-        return by_neuron(lambda params: bypass.build(params, paths, k, score=score, dtype=dtype))(params)
-
-    match config.bypass.score:
-        case "magnitude":
-            return build(params)
-        case "reverse":
-            return build(params, selection.reverse)
-        case "gradient":
-            module = model.module(config.training.remat_policy)
-            assert batches is not None
-            if ("lm_head",) in paths:
-                losses = functools.partial(losses, output_trains=True)
-            sums = gradient_sums(module, params, paths, batches, config.training.accumulation, losses)
-            return build(sums)
-    key = jax.random.key(config.seed)
+    section, dtype = config.bypass, value_dtype(config, model)
+    rule = Rule(score) if score is not None else RULES[section.score]
+    statistics = _Statistics(config, model, params, paths, batches, losses).of(rule.needs)
     values: Tree = {}
     columns: Tree = {}
-    for number, path in enumerate(paths):  # the random scores of one linear map at a time
-        kernel = trees.get(params, path)["kernel"]
-        scores = jax.random.uniform(jax.random.fold_in(key, number), kernel.shape)
-        built = bypass.build(trees.put({}, path, {"kernel": scores}), [path], k, dtype=dtype)
-        values = trees.put(values, path, trees.get(built.values, path))
-        columns = trees.put(columns, path, trees.get(built.columns, path))
+    for number, path in enumerate(paths):
+        kernel, name = trees.get(params, path)["kernel"], ".".join(path)
+
+        def search(tree: Tree, name: str = name) -> Tree:
+            chosen, finite = selection.search(tree["kernel"], section.k, rule.score, tree.get("statistic"), name=name)
+            return {"columns": chosen} if finite is None else {"columns": chosen, "finite": finite}
+
+        statistic = statistics(number, path)
+        found = by_neuron(search)({"kernel": kernel} | ({} if statistic is None else {"statistic": statistic}))
+        selection.check_finite(found.get("finite"), name)
+        chosen = found["columns"]
+        if section.shared_columns:
+            chosen = selection.most_selected(chosen, kernel.shape[-1])
+        trained = _trained(config, model, path, kernel.shape[:-1], jax.random.fold_in(jax.random.key(config.seed), number))
+        columns = trees.put(columns, path, {"columns": chosen} | ({} if trained is None else {"trained": trained}))
+        values = trees.put(values, path, {"values": jnp.zeros((*kernel.shape[:-1], chosen.shape[-1]), dtype)})
     return Bypass(values, columns)
+
+
+def _trained(
+    config: RunConfig, model: models.Model, path: ModulePath, neurons: tuple[int, ...], key: jax.Array
+) -> jax.Array | None:
+    """Return which entries of a map's values (*L, O, k) train, bool (*L, O, 1) or (L, 1, 1); None where all do."""
+    *stack, outputs = neurons
+    count, layers = modules.trained_neurons(config, outputs), modules.trained_layers(config, model)
+    trained = None
+    if count < outputs:
+        order = jnp.argsort(jax.random.uniform(jax.random.fold_in(key, 1), neurons), axis=-1)
+        trained = (jnp.argsort(order, axis=-1) < count)[..., None]
+    if names.is_stacked(path, model.layers_path) and len(layers) < stack[0]:
+        of_layers = jnp.isin(jnp.arange(stack[0], dtype=jnp.int32), jnp.asarray(layers, jnp.int32))[:, None, None]
+        trained = of_layers if trained is None else trained & of_layers
+    return trained
+
+
+class _Statistics:
+    """The statistics of a run's targets, see `core.scores`."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: models.Model,
+        params: Tree,
+        paths: list[ModulePath],
+        batches: Iterable[AnyBatch] | None,
+        losses: Callable[..., jax.Array],
+    ) -> None:
+        """Take the arguments of `choose`."""
+        self._config, self._model, self._params, self._paths = config, model, params, paths
+        self._batches, self._key = batches, jax.random.key(config.seed)
+        # Otherwise the output layer, which is frozen as a rule, gets no gradient.
+        self._losses = functools.partial(losses, output_trains=True) if ("lm_head",) in paths else losses
+
+    def of(self, needs: Needs) -> Callable[[int, ModulePath], Tree | None]:
+        """Return the function (number, path of a target) -> its statistic, or None where a score needs none."""
+        match needs:
+            case Needs.GRADIENT:
+                sums = gradient_sums(*self._pass_over(None), self._config.training.accumulation, self._losses)
+                return lambda _, path: trees.get(sums, path)
+            case Needs.INPUTS:
+                squares = input_squares(*self._pass_over(INPUT_BATCHES), self._config.training.accumulation, self._losses)
+                return lambda _, path: {"for_all": jnp.sqrt(trees.get(squares, path)["squares"])}
+            case Needs.FACTORS:
+                rank = self._config.bypass.rank
+                factors = jax.jit(scores.factors, static_argnums=1)
+                return lambda number, path: factors(self._kernel(path), rank, self._key_of(number))
+            case Needs.SEEDS:
+                return lambda number, path: scores.seeds(self._key_of(number), self._kernel(path).shape[:-1])
+        return lambda *_: None
+
+    def _kernel(self, path: ModulePath) -> jax.Array:
+        kernel: jax.Array = trees.get(self._params, path)["kernel"]
+        return kernel
+
+    def _key_of(self, number: int) -> jax.Array:
+        return jax.random.fold_in(self._key, number)
+
+    def _pass_over(self, default: int | None) -> tuple[nn.Module, Tree, list[ModulePath], Iterable[AnyBatch]]:
+        """Return the module, its weights, the targets, and as many batches as the config asks for; None: all."""
+        assert self._batches is not None
+        limit = self._config.bypass.statistic_batches or default
+        module = self._model.module(self._config.training.remat_policy)
+        return module, self._params, self._paths, itertools.islice(self._batches, limit)
 
 
 def gradient_sums(
@@ -101,23 +175,68 @@ def gradient_sums(
     for path in paths:
         chosen = trees.put(chosen, path, {"kernel": trees.get(params, path)["kernel"]})
 
-    def loss_sum(kernels: Tree, params: Tree, batch: AnyBatch) -> jax.Array:
+    def variables(kernels: Tree, params: Tree) -> Tree:
         for path in paths:
             node = {**trees.get(params, path), **trees.get(kernels, path)}
             params = trees.put(params, path, node)
-        return jnp.sum(losses(module, {"params": params}, batch))
+        return {"params": params}
 
-    def add(sums: Tree, params: Tree, kernels: Tree, batch: AnyBatch) -> Tree:
-        labels = jnp.maximum(jnp.sum(batch.label_mask), 1)
+    return _sums(module, params, chosen, variables, batches, accumulation, losses)
+
+
+def input_squares(
+    module: nn.Module,
+    params: Tree,
+    paths: list[ModulePath],
+    batches: Iterable[AnyBatch],
+    accumulation: int = 1,
+    losses: Callable[..., jax.Array] = label_losses,
+) -> Tree:
+    """Sum the squares of every input of the targets over the tokens of batches on which the loss depends.
+
+    Padding is not among them, nor are tokens of a last layer that reach no label. The cost is a forward and a backward pass
+    of training for each batch. Arguments as in `gradient_sums`.
+
+    Returns:
+      A tree with float32 (*L, I) under "squares" at each of the paths.
+    """
+    zeros: Tree = {}
+    for path in paths:
+        *leading, _, inputs = trees.get(params, path)["kernel"].shape
+        zeros = trees.put(zeros, path, {"squares": jnp.zeros((*leading, inputs), jnp.float32)})
+    variables = lambda squares, params: {"params": params, "observed": squares}  # noqa: E731
+    return _sums(module, params, zeros, variables, batches, accumulation, losses, mean=False)
+
+
+def _sums(
+    module: nn.Module,
+    params: Tree,
+    arguments: Tree,
+    variables: Callable[[Tree, Tree], Tree],
+    batches: Iterable[AnyBatch],
+    accumulation: int,
+    losses: Callable[..., jax.Array],
+    mean: bool = True,
+) -> Tree:
+    """Sum gradients of the loss by `arguments` over batches, in float32: of the mean over a batch's labels, or of the sum.
+
+    `variables` maps (arguments, params) to the collections of the module; for the others see `gradient_sums`.
+    """
+
+    def loss_sum(arguments: Tree, params: Tree, batch: AnyBatch) -> jax.Array:
+        return jnp.sum(losses(module, variables(arguments, params), batch))
+
+    def add(sums: Tree, params: Tree, arguments: Tree, batch: AnyBatch) -> Tree:
+        divisor = jnp.maximum(jnp.sum(batch.label_mask), 1) if mean else jnp.float32(1)
 
         def add_part(sums: Tree, part: AnyBatch) -> tuple[Tree, None]:
-            gradient = jax.grad(loss_sum)(kernels, params, part)
-            return jax.tree.map(lambda total, leaf: total + leaf.astype(jnp.float32) / labels, sums, gradient), None
+            gradient = jax.grad(loss_sum)(arguments, params, part)
+            return jax.tree.map(lambda total, leaf: total + leaf.astype(jnp.float32) / divisor, sums, gradient), None
 
         return lax.scan(add_part, sums, split(batch, accumulation))[0]
 
     step = jax.jit(add, donate_argnums=0)
-    sums = jax.tree.map(lambda kernel: jnp.zeros(kernel.shape, jnp.float32), chosen)
+    sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), arguments)
     for batch in batches:
-        sums = step(sums, params, chosen, batch)
+        sums = step(sums, params, arguments, batch)
     return sums

@@ -6,6 +6,7 @@ from typing import Any
 from neuroada_jax import console, models
 from neuroada_jax.core import trees
 from neuroada_jax.errors import UserError
+from neuroada_jax.models import names
 from neuroada_jax.pretrained.load import IdentifiedModel
 from neuroada_jax.tasks import ENCODER_TASKS, OWN, TASKS
 from neuroada_jax.training.config import ClassifierSection, GenerationSection, RunConfig
@@ -133,15 +134,57 @@ def target_paths(config: RunConfig, model: models.Model) -> list[trees.ModulePat
     """Return the paths of the targets, and warn of those with fewer than k inputs.
 
     Raises:
-      UserError: a target matches no linear map, or is the output layer of a model with tied embeddings.
+      UserError: a target matches no linear map, or is the output layer of a model with tied embeddings; a rank or layers
+        that the model does not have.
     """
+    trained_layers(config, model)
     k, targets = config.bypass.k, config.bypass.targets or list(model.architecture.targets)
     if "lm_head" in targets and model.architecture.is_decoder and model.config.tied:
         raise UserError("bypass.targets: 'lm_head' shares its weights with the embedding in this model (tied embeddings)")
     shapes = model.abstract_params()
     paths = models.match_targets(shapes, targets, model.layers_path)
     for path in paths:
-        inputs = trees.get(shapes, path)["kernel"].shape[-1]
+        outputs, inputs = trees.get(shapes, path)["kernel"].shape[-2:]
+        if config.bypass.score == "lowrank" and config.bypass.rank > min(outputs, inputs):
+            raise UserError(
+                f"bypass.rank: {config.bypass.rank} is more than the rank of {'.'.join(path)} ({outputs}, {inputs}); "
+                f"expected at most {min(outputs, inputs)}"
+            )
         if k > inputs:
             console.warn(f"bypass.k: {k} is more than the {inputs} inputs of {'.'.join(path)}; all {inputs} are used there")
     return paths
+
+
+def trained_layers(config: RunConfig, model: models.Model) -> list[int]:
+    """Return the numbers of the layers whose targets train, ascending.
+
+    Raises:
+      UserError: a layer that the model does not have or that is named twice, or none that trains.
+    """
+    section, depth = config.bypass, model.config.num_layers
+    field = "layers" if section.exclude_layers is None else "exclude_layers"
+    named = section.layers or section.exclude_layers or []
+    for number in named:
+        if number >= depth:
+            raise UserError(f"bypass.{field}: {number} is no layer of this model, expected numbers from 0 to {depth - 1}")
+        if named.count(number) > 1:
+            raise UserError(f"bypass.{field}: {number} is given twice")
+    chosen = sorted(section.layers or set(range(depth)) - set(named))
+    if not chosen:
+        raise UserError(f"bypass.exclude_layers: all {depth} layers of this model are named, so that none would train")
+    return chosen
+
+
+def trained_neurons(config: RunConfig, neurons: int) -> int:
+    """Return how many neurons of a map train, at least one."""
+    return max(1, round(config.bypass.neurons * neurons))
+
+
+def count_trained(config: RunConfig, model: models.Model, values: trees.Tree) -> int:
+    """Return how many entries of the values (arrays or shapes) train."""
+    total = 0
+    for path, leaf in trees.leaves(values, "values"):
+        *_, neurons, k = leaf.shape
+        depth = len(trained_layers(config, model)) if names.is_stacked(path, model.layers_path) else 1
+        total += depth * trained_neurons(config, neurons) * k
+    return total

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from neuroada_jax import console
+from neuroada_jax.core import scores
 from neuroada_jax.core.trees import ModulePath, Tree
 from neuroada_jax.data.batches import AnyBatches
 from neuroada_jax.data.examples import encode_prompt
@@ -82,6 +83,7 @@ class Prepared(PreparedRows):
       resumed_from: the checkpoint to resume from; None to start at step 0.
       force_resume: resume although the base weights differ from those that the run began with.
       seen: what was in the run's directory when it was checked.
+      score: the caller's own score of connections, for `bypass.score: custom`.
     """
 
     devices: parallel.Parallel
@@ -89,6 +91,7 @@ class Prepared(PreparedRows):
     resumed_from: checkpoint.CheckpointInfo | None
     force_resume: bool
     seen: run_directory.Seen
+    score: scores.Score | None = None
 
     def score_sets(self, base_model: OpenedModel, params: Tree, when: str) -> dict[str, Score]:
         """Score every evaluation set and write its predictions to predictions-<set>-<when>.jsonl in the run's directory.
@@ -142,6 +145,7 @@ def prepare(
     model: tuple[OpenedModel, Any] | None = None,
     rows: Rows | None = None,
     validation_rows: Rows | None = None,
+    score: scores.Score | None = None,
 ) -> Prepared:
     """Check everything that can be checked without weights. Touches no file.
 
@@ -154,6 +158,7 @@ def prepare(
       model: a model and its tokenizer that are already in memory; None: open those of `config.model`.
       rows: training rows that are already in memory; None: read those of `config.data`.
       validation_rows: validation rows that are already in memory; None: those that `config.data.validation` names.
+      score: the caller's own score of connections; required, and read, with `bypass.score: custom`.
 
     Raises:
       UserError: anything wrong with config, model, data or output directory.
@@ -174,6 +179,11 @@ def prepare(
     config = modules.resolved(config, opened.model)
     if resumed_from and peers.current().is_first:  # the others have the same config, but for paths
         resuming.check_config(resumed_from.about, config, force_resume)
+    if config.bypass.score == "custom" and score is None and not resumed_from:
+        raise UserError(
+            "bypass.score: 'custom' stands for a Python function, which neuroada_jax.fine_tune(score=function) takes; give "
+            "another score in a config file"
+        )
     date = resumed_from.about.get("date") if resumed_from else None  # checkpoints of 0.1 have none
     found = prepare_rows(config, (opened, tokenizer), date=date, rows=rows, validation_rows=validation_rows)
     one_job.check_data(found)
@@ -186,6 +196,7 @@ def prepare(
         resumed_from=resumed_from,
         force_resume=force_resume,
         seen=seen,
+        score=score,
     )
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from neuroada_jax import console
-from neuroada_jax.core import bypass
+from neuroada_jax.core import bypass, trees
 from neuroada_jax.training.modes import Parallel
 from neuroada_jax.training.step import TrainState
 
@@ -15,7 +15,13 @@ def share(state: TrainState, devices: Parallel) -> float | None:
     """Return the share of values that leave their weight as it was; None where the base has 32 bits or more."""
     if all(jnp.finfo(leaf.dtype).bits >= 32 for leaf in jax.tree.leaves(state.base_entries)):
         return None
-    return bypass.rounded_to_nothing(*devices.unsharded((state.bypass.values, state.base_entries)))
+    values, base_entries, columns = devices.unsharded((state.bypass.values, state.base_entries, state.columns))
+    found, total = bypass.rounded_to_nothing(values, base_entries), bypass.count(values)
+    trained = total
+    for path, mask in trees.leaves(columns, "trained"):
+        size = trees.get(values, path)["values"].size
+        trained -= size - int(jnp.sum(mask)) * size // mask.size
+    return (found * total - (total - trained)) / trained  # values that do not train are zero
 
 
 def report(share: float, dtype: Any) -> None:

@@ -178,7 +178,8 @@ def _start(prepared: Prepared, loaded: LoadedModel | None, locked: contextlib.Ex
     lock = locked.enter_context(run_directory.start(config, prepared.seen, resumed=bool(prepared.resumed_from)))
 
     in_classifier = bypass.count(dense_modules.split(loaded.params, classifier)[1])
-    sizes = results.Sizes(bypass.count(built.values) + in_classifier, in_classifier, bypass.count(loaded.params))
+    trained = modules.count_trained(config, loaded.model, built.values)
+    sizes = results.Sizes(trained + in_classifier, in_classifier, bypass.count(loaded.params))
     console.say(
         f"training {sizes.trainable:,} of {sizes.total:,} parameters ({100 * sizes.trainable / sizes.total:.4f} %) for "
         f"{prepared.total_steps} steps"
@@ -202,8 +203,9 @@ def _start(prepared: Prepared, loaded: LoadedModel | None, locked: contextlib.Ex
 
 def _connections(prepared: Prepared, loaded: LoadedModel) -> Bypass:
     """Choose the connections of a new run; for a resumed one, placeholders of the right shapes."""
-    config, batches, devices = prepared.config, prepared.batches, prepared.devices
+    config, batches, devices, score = prepared.config, prepared.batches, prepared.devices, prepared.score
     if prepared.resumed_from:  # the columns of its checkpoint will take the place of these
+        score = None
         config = dataclasses.replace(config, bypass=dataclasses.replace(config.bypass, score="magnitude"))
     return connections.choose(
         config,
@@ -213,6 +215,7 @@ def _connections(prepared: Prepared, loaded: LoadedModel) -> Bypass:
         (batches.batch(0, index) for index in range(batches.steps_per_epoch)),
         prepared.objective.losses,
         devices.by_neuron,
+        score,
     )
 
 
@@ -325,7 +328,17 @@ def _samples(prepared: Prepared, base_model: IdentifiedModel, state: TrainState)
 def _save_adapter(prepared: Prepared, base_model: IdentifiedModel, directory: Path, state: TrainState) -> None:
     config = prepared.config
     values, classifier = prepared.devices.unsharded((state.bypass, state.classifier))
-    selection = native.Selection(config.bypass.k, config.bypass.targets or [], config.bypass.score, config.seed)
+    section, rule = config.bypass, str(config.bypass.score)
+    if prepared.score is not None:
+        rule = f"{rule}: {getattr(prepared.score, '__qualname__', type(prepared.score).__name__)}"
+    layers = modules.trained_layers(config, base_model.model)
+    options = native.SelectionOptions(
+        shared_columns=section.shared_columns,
+        neurons=section.neurons,
+        layers=layers if len(layers) < base_model.model.config.num_layers else None,
+        rank=section.rank if section.score == "lowrank" else None,
+    )
+    selection = native.Selection(section.k, section.targets or [], rule, config.seed, options)
     form = prepared.objective.form
     if peers.current().is_first:
         on_base.save(directory, values, base_model, selection, classifier=classifier, form=form, replace=True)

@@ -22,7 +22,10 @@ RULES = (
     ("*/bias", PartitionSpec(NEURON_AXES)),
     ("*/values", PartitionSpec(NEURON_AXES, None)),
     ("*/columns", PartitionSpec(NEURON_AXES, None)),
+    ("*/trained", PartitionSpec(NEURON_AXES, None)),
     ("*/base_entries", PartitionSpec(NEURON_AXES, None)),
+    ("*/by_neuron", PartitionSpec(NEURON_AXES, None)),
+    ("*/finite", PartitionSpec(NEURON_AXES)),
     ("*", PartitionSpec()),
 )
 

@@ -10,7 +10,7 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from neuroada_jax.core import bypass, platform
+from neuroada_jax.core import bypass, platform, trees
 from neuroada_jax.core.bypass import Bypass
 from neuroada_jax.core.trees import ModulePath, Tree
 from neuroada_jax.models import dense_modules
@@ -29,7 +29,8 @@ class TrainState(NamedTuple):
         dtype under `fidelity: official`); the only tree that gradients and optimiser state mirror.
       opt_state: state of the optax transformation.
       params: the frozen weights, resident (base + values at the chosen entries), without the trained classifier.
-      columns: int32 columns of the bypass.
+      columns: int32 columns of the bypass, and where only some of a map's values train, "trained": bool, broadcast to them.
+        The others stay zero.
       base_entries: the original weights at the chosen entries, in the base dtype.
       failed_step: int32 scalar, the first step whose loss, gradient or updated values were not finite; -1 if there is
         none. Once set, the state is frozen at the last good one. SKIP (-2): non-finite steps are skipped; they advance
@@ -176,6 +177,15 @@ def make_sums(
     return sums
 
 
+def _of_trained(gradient: Tree, columns: Tree) -> Tree:
+    """Return the gradient of the trainable tree with zeros where a value does not train."""
+    values = gradient["bypass"]
+    for path, trained in trees.leaves(columns, "trained"):
+        own = trees.get(values, path)["values"]
+        values = trees.put(values, path, {"values": jnp.where(trained, own, jnp.zeros_like(own))})
+    return {**gradient, "bypass": values}
+
+
 def make_update(
     optimizer: optax.GradientTransformation, write: Callable[[Tree, Bypass, Tree], Tree] = bypass.make_resident
 ) -> Callable[[TrainState, Sums], tuple[TrainState, StepMetrics]]:
@@ -190,6 +200,7 @@ def make_update(
         divisor = jnp.maximum(sums.labels, 1)
         loss = sums.loss / divisor
         gradient = jax.tree.map(lambda leaf: leaf / divisor.astype(leaf.dtype), sums.gradient)
+        gradient = _of_trained(gradient, state.columns)
         norm = optax.tree.norm(gradient)
 
         with jax.numpy_dtype_promotion("standard"):  # optax's own code mixes int32 counts and float32 in there

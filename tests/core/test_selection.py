@@ -64,14 +64,14 @@ def test_blocks_of_equal_maxima_count_from_the_left(k):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_temporaries_are_less_than_one_layer(k, dtype):
     kernel = jax.ShapeDtypeStruct((6, 256, 1024), dtype)
-    memory = selection.select.lower(kernel, k).compile().memory_analysis()
+    memory = selection.search.lower(kernel, k).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 256 * 1024 * jnp.dtype(dtype).itemsize
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_temporaries_of_the_other_layout_are_less_than_three_layers(dtype):
     kernel = jax.ShapeDtypeStruct((6, 1024, 256), dtype)
-    memory = selection.select.lower(kernel, 4, layout=Layout.IO).compile().memory_analysis()
+    memory = selection.search.lower(kernel, 4, layout=Layout.IO).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 3 * 256 * 1024 * jnp.dtype(dtype).itemsize
 
 

@@ -49,7 +49,11 @@ def test_defaults_are_those_of_the_published_runs():
     [
         ("trainig", "here: trainig: unknown field; did you mean 'training'?"),
         ("optimizer.learningrate", "here: optimizer.learningrate: unknown field; did you mean 'learning_rate'?"),
-        ("bypass.K", "here: bypass.K: unknown field; known: k, score, targets"),
+        (
+            "bypass.K",
+            "here: bypass.K: unknown field; known: k, score, targets, shared_columns, neurons, layers, exclude_layers, "
+            "rank, statistic_batches",
+        ),
         ("model.paths", "here: model.paths: unknown field; did you mean 'path'?"),
     ],
 )

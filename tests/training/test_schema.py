@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from neuroada_jax import cli
+from neuroada_jax.core.scores import RULES
 from neuroada_jax.tasks import SUITES
 from neuroada_jax.training import config_file, schema
 from neuroada_jax.training.config import RunConfig
@@ -97,7 +98,7 @@ def test_every_field_has_words_and_every_field_of_a_config_is_there():
     }
     assert found["evaluation.sets.suite"]["enum"] == list(SUITES)
     assert {field.name for field in dataclasses.fields(RunConfig)} == set(SCHEMA["properties"])
-    assert found["bypass.score"]["enum"] == ["magnitude", "reverse", "gradient", "random"]
+    assert found["bypass.score"]["enum"] == [*RULES, "custom"]
     assert found["data.max_length"]["default"] == 512 and "sst2" in found["data.task"]["examples"]
     assert found["evaluation.sets.generation.top_p"]["description"].startswith("samples from the fewest")
 
