@@ -109,7 +109,7 @@ def save(
     written_out: Tree = {}
     for path, leaf in trees.leaves(trained.columns, "columns"):  # those that neurons share, for every neuron
         shape = trees.get(trained.values, path)["values"].shape
-        written_out = trees.put(written_out, path, {"columns": np.broadcast_to(leaf, shape)})
+        written_out = trees.put(written_out, path, {"columns": np.ascontiguousarray(np.broadcast_to(leaf, shape))})
     values, columns = (dict(names.unstacked(tree, base_model.model.layers_path)) for tree in (trained.values, written_out))
     adapter = assemble(base_model, values, columns, selection, dense_modules.to_names(classifier or {}), form)
     native.write(directory, adapter, replace=replace)

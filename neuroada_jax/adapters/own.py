@@ -51,7 +51,7 @@ def save(
     columns = {".".join(path): np.asarray(leaf, np.int32) for path, leaf in trees.leaves(trained.columns, "columns")}
     for name, leaf in columns.items():
         if name in values and leaf.shape[-2] == 1:  # shared by all neurons: written for each
-            columns[name] = np.broadcast_to(leaf, (*leaf.shape[:-2], values[name].shape[-2], leaf.shape[-1]))
+            columns[name] = np.ascontiguousarray(np.broadcast_to(leaf, values[name].shape))
     if not columns or {name: leaf.shape for name, leaf in values.items()} != {n: leaf.shape for n, leaf in columns.items()}:
         raise UserError(f"{directory}: values at {', '.join(values)} and columns at {', '.join(columns)} are not a bypass")
     kernels = _kernels(params)

@@ -261,6 +261,11 @@ def _check_equal_columns(first: Mapping[str, Any], other: Mapping[str, Any]) -> 
         raise UserError(f"{'.'.join(missing[0])}: only one of two adapters has a bypass there; mixing needs equal columns")
     for path in a:
         name = ".".join(path)
+        if (a[path].shape[-2] == 1) != (b[path].shape[-2] == 1):
+            raise UserError(
+                f"{name}: the neurons of one adapter share their columns, those of another have their own: {a[path].shape} and "
+                f"{b[path].shape}; mixing needs equal columns"
+            )
         if a[path].shape != b[path].shape:
             raise UserError(
                 f"{name}: one adapter has columns {a[path].shape}, another {b[path].shape} (*L, O, k); mixing needs equal "

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from neuroada_jax.adapters.inspection import INDEX_BYTES
 from neuroada_jax.core import bypass, platform
 from neuroada_jax.errors import UserError, install_line
 from neuroada_jax.models import unrolled
@@ -118,7 +119,7 @@ def measure(config: RunConfig, machine_name: str, devices: int | None) -> Plan:
         flops=flops,
         bytes_moved=bytes_moved,
         collectives=collectives(program.compiled.as_text()) if count > 1 else {},
-        adapter_bytes=nbytes((state.trainable, state.columns)),
+        adapter_bytes=nbytes(state.trainable) + INDEX_BYTES * bypass.count(state.trainable["bypass"]),
         checkpoint_bytes=nbytes(checkpoint.saved(state)),
         compiled_for=compiler.name,
         compile_seconds=program.seconds,
