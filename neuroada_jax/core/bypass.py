@@ -263,8 +263,8 @@ def _check_equal_columns(first: Mapping[str, Any], other: Mapping[str, Any]) -> 
         name = ".".join(path)
         if (a[path].shape[-2] == 1) != (b[path].shape[-2] == 1):
             raise UserError(
-                f"{name}: the neurons of one adapter share their columns, those of another have their own: {a[path].shape} and "
-                f"{b[path].shape}; mixing needs equal columns"
+                f"{name}: the neurons of one adapter share their columns, those of another have their own ({a[path].shape} "
+                f"and {b[path].shape}); mixing needs equal columns"
             )
         if a[path].shape != b[path].shape:
             raise UserError(
