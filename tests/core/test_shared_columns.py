@@ -14,6 +14,7 @@ from neuroada_jax.core import bypass, selection
 from neuroada_jax.core.entries import Layout, add_entries, read_entries, write_entries
 from neuroada_jax.core.ops import bypass_dense
 from neuroada_jax.core.scores import magnitude
+from neuroada_jax.core.value_gradient import GradientAlgorithm, value_gradient
 
 
 def shared_problem(seed, batch, outputs, inputs, k):
@@ -50,6 +51,16 @@ def test_float64_equals_the_dense_oracle(resident, batch, sizes, layout, seed):
         found = actual(*map(jnp.asarray, (x, kernel, columns, values, dy)), resident, layout)
     for got, want in zip(found, (y, dx, 0 * laid_out(kernel, layout), dvalues), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_gradient_is_summed_in_float32(dtype):
+    x, _, columns, _, dy = shared_problem(4, (48,), 24, 40, 7)
+    x, dy = jnp.asarray(x, dtype), jnp.asarray(dy, dtype)
+    found = jit(value_gradient, static_argnums=3)(dy, x, jnp.asarray(columns), GradientAlgorithm.COLUMN_GATHER)
+    want = np.asarray(dy, np.float64).T @ np.asarray(x, np.float64)[:, columns[0]]
+    assert found.dtype == jnp.float32
+    assert np.linalg.norm(found - want) <= 2e-6 * np.linalg.norm(want)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
