@@ -14,6 +14,7 @@ import numpy as np
 
 from neuroada_jax.adapters import native
 from neuroada_jax.core import bypass
+from neuroada_jax.core.scores import Score
 from neuroada_jax.data.rows import Rows, rows_from_list
 from neuroada_jax.errors import UserError
 from neuroada_jax.models import unrolled
@@ -73,9 +74,7 @@ def fine_tune(
     model._check_open()
     if on_log is not None and not callable(on_log):
         raise UserError(f"fine_tune: on_log: expected a function of a line's dict, found {type(on_log).__name__}")
-    score = options.get("score")
-    if callable(score):
-        options["score"] = "custom"
+    options, score = _score(options)
     train, in_memory = _rows(rows)
     options, held_back = _validation(options)
     config = _config(model, train, options)
@@ -104,7 +103,7 @@ def fine_tune(
             model=(model._loaded, model.tokenizer),
             rows=in_memory,
             validation_rows=held_back,
-            score=score if callable(score) else None,
+            score=score,
         )
         try:
             tuned, results = _train(model, prepared, on_lines)
@@ -140,6 +139,12 @@ def _train(model: PretrainedModel, prepared: run.Prepared, on_lines: run.OnLines
         state = fitted.state
         original = jax.jit(bypass.unmerge, donate_argnums=0)(state.params, state.columns, state.base_entries)
         model._give(jax.device_put(unrolled.stacked(original), placement))
+
+
+def _score(options: Mapping[str, Any]) -> tuple[dict[str, Any], Score | None]:
+    """Return the options as a config has them, and the caller's own score if there is one, else None."""
+    given = options.get("score")
+    return ({**options, "score": "custom"}, given) if callable(given) else (dict(options), None)
 
 
 def _validation(options: Mapping[str, Any]) -> tuple[dict[str, Any], Rows | None]:
