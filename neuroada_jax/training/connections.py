@@ -11,6 +11,7 @@ from flax import linen as nn
 from jax import lax
 
 from neuroada_jax import models
+from neuroada_jax.adapters import native
 from neuroada_jax.core import scores, selection, trees
 from neuroada_jax.core.bypass import Bypass
 from neuroada_jax.core.scores import RULES, Needs, Rule, Score
@@ -94,6 +95,20 @@ def _trained(
         of_layers = jnp.isin(jnp.arange(stack[0], dtype=jnp.int32), jnp.asarray(layers, jnp.int32))[:, None, None]
         trained = of_layers if trained is None else trained & of_layers
     return trained
+
+
+def selection_of(config: RunConfig, model: models.Model, score: Score | None) -> native.Selection:
+    """Return what an adapter of a run says about its connections; `score` is the caller's own, None for none."""
+    section, rule, layers = config.bypass, str(config.bypass.score), modules.trained_layers(config, model)
+    if score is not None:
+        rule = f"{rule}: {getattr(score, '__qualname__', type(score).__name__)}"
+    options = native.SelectionOptions(
+        shared_columns=section.shared_columns,
+        neurons=section.neurons,
+        layers=layers if len(layers) < model.config.num_layers else None,
+        rank=section.rank if section.score == "lowrank" else None,
+    )
+    return native.Selection(section.k, section.targets or [], rule, config.seed, options)
 
 
 class _Statistics:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from neuroada_jax import console, files
-from neuroada_jax.adapters import native, on_base
+from neuroada_jax.adapters import on_base
 from neuroada_jax.core import bypass
 from neuroada_jax.core.bypass import Bypass
 from neuroada_jax.errors import UserError
@@ -177,9 +177,9 @@ def _start(prepared: Prepared, loaded: LoadedModel | None, locked: contextlib.Ex
     built = _connections(prepared, loaded)
     lock = locked.enter_context(run_directory.start(config, prepared.seen, resumed=bool(prepared.resumed_from)))
 
-    in_classifier = bypass.count(dense_modules.split(loaded.params, classifier)[1])
-    trained = modules.count_trained(config, loaded.model, built.values)
-    sizes = results.Sizes(trained + in_classifier, in_classifier, bypass.count(loaded.params))
+    dense = bypass.count(dense_modules.split(loaded.params, classifier)[1])
+    trained = dense + modules.count_trained(config, loaded.model, built.values)
+    sizes = results.Sizes(trained, dense, bypass.count(loaded.params))
     console.say(
         f"training {sizes.trainable:,} of {sizes.total:,} parameters ({100 * sizes.trainable / sizes.total:.4f} %) for "
         f"{prepared.total_steps} steps"
@@ -203,9 +203,8 @@ def _start(prepared: Prepared, loaded: LoadedModel | None, locked: contextlib.Ex
 
 def _connections(prepared: Prepared, loaded: LoadedModel) -> Bypass:
     """Choose the connections of a new run; for a resumed one, placeholders of the right shapes."""
-    config, batches, devices, score = prepared.config, prepared.batches, prepared.devices, prepared.score
+    config, batches, devices = prepared.config, prepared.batches, prepared.devices
     if prepared.resumed_from:  # the columns of its checkpoint will take the place of these
-        score = None
         config = dataclasses.replace(config, bypass=dataclasses.replace(config.bypass, score="magnitude"))
     return connections.choose(
         config,
@@ -215,7 +214,7 @@ def _connections(prepared: Prepared, loaded: LoadedModel) -> Bypass:
         (batches.batch(0, index) for index in range(batches.steps_per_epoch)),
         prepared.objective.losses,
         devices.by_neuron,
-        score,
+        None if prepared.resumed_from else prepared.score,
     )
 
 
@@ -326,22 +325,10 @@ def _samples(prepared: Prepared, base_model: IdentifiedModel, state: TrainState)
 
 
 def _save_adapter(prepared: Prepared, base_model: IdentifiedModel, directory: Path, state: TrainState) -> None:
-    config = prepared.config
     values, classifier = prepared.devices.unsharded((state.bypass, state.classifier))
-    section, rule = config.bypass, str(config.bypass.score)
-    if prepared.score is not None:
-        rule = f"{rule}: {getattr(prepared.score, '__qualname__', type(prepared.score).__name__)}"
-    layers = modules.trained_layers(config, base_model.model)
-    options = native.SelectionOptions(
-        shared_columns=section.shared_columns,
-        neurons=section.neurons,
-        layers=layers if len(layers) < base_model.model.config.num_layers else None,
-        rank=section.rank if section.score == "lowrank" else None,
-    )
-    selection = native.Selection(section.k, section.targets or [], rule, config.seed, options)
-    form = prepared.objective.form
+    chosen, form = connections.selection_of(prepared.config, base_model.model, prepared.score), prepared.objective.form
     if peers.current().is_first:
-        on_base.save(directory, values, base_model, selection, classifier=classifier, form=form, replace=True)
+        on_base.save(directory, values, base_model, chosen, classifier=classifier, form=form, replace=True)
 
 
 def finish(fitted: Fitted) -> dict[str, Any]:

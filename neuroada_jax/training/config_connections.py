@@ -1,0 +1,49 @@
+"""The section of a config about the trained connections."""
+
+from typing import Annotated, Literal
+
+import pydantic
+from pydantic.dataclasses import dataclass
+
+from neuroada_jax.training.config_execution import STRICT
+
+Layer = Annotated[int, pydantic.Field(ge=0)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class BypassSection:
+    """The trained connections.
+
+    Attributes:
+      k: connections of every neuron (output) of the target linear maps. Default 1.
+      score: which k of a neuron's weights are trained, see docs/connections.md: those with the largest |weight|
+        ("magnitude", the method and the default), the smallest ("reverse"), the largest |gradient| ("gradient") or gradient
+        over |weight| ("gradient_over_magnitude"), the largest |weight| times norm of its input ("activation"), the largest
+        entries of a low-rank approximation ("lowrank"), "random" ones, or those of a Python function ("custom": only in
+        `neuroada_jax.fine_tune(score=function)`).
+      targets: names of linear maps, as in `neuroada inspect MODEL`. None (the default): every linear map of a layer.
+      shared_columns: whether all neurons of a map train the same k columns, those that most of them would select. Default
+        false. The gradient is then one dense product, which is cheap at large k.
+      neurons: share of the neurons of each map that train, chosen at random by the seed, from 0 to 1. Default 1.
+      layers: numbers of the layers that train, from 0. None (the default): all.
+      exclude_layers: numbers of the layers that do not train, in place of `layers`. None (the default): none.
+      rank: of the approximation, for "lowrank". Default 32.
+      statistic_batches: batches of the first epoch from which "gradient", "gradient_over_magnitude" and "activation" take
+        their statistics. None (the default): all; 16 for "activation".
+    """
+
+    k: int = pydantic.Field(default=1, ge=1)
+    score: Literal[
+        "magnitude", "reverse", "gradient", "gradient_over_magnitude", "activation", "lowrank", "random", "custom"
+    ] = "magnitude"
+    targets: list[str] | None = pydantic.Field(default=None, min_length=1)
+    shared_columns: bool = False
+    neurons: float = pydantic.Field(default=1.0, gt=0, le=1)
+    layers: list[Layer] | None = pydantic.Field(default=None, min_length=1)
+    exclude_layers: list[Layer] | None = pydantic.Field(default=None, min_length=1)
+    rank: int = pydantic.Field(default=32, ge=1)
+    statistic_batches: int | None = pydantic.Field(default=None, ge=1)
+
+    def __post_init__(self) -> None:
+        if self.layers is not None and self.exclude_layers is not None:
+            raise ValueError("give either layers or exclude_layers, found both")
