@@ -107,7 +107,7 @@ def factors(kernel: Float[Array, "*L O I"], rank: int, key: jax.Array) -> dict[s
     """Return the statistic of `lowrank` by a randomised SVD, for one layer after another.
 
     A random projection with power iterations (Halko, Martinsson and Tropp, arXiv 0909.4061). It is exact where `rank` + 10
-    reaches min(O, I). Temporaries are two float32 copies of one layer's kernel.
+    reaches min(O, I). Temporaries are a few float32 copies of one layer's kernel.
 
     Args:
       kernel: of stacked layers or of one.
@@ -119,13 +119,17 @@ def factors(kernel: Float[Array, "*L O I"], rank: int, key: jax.Array) -> dict[s
     product = lambda a, b: jnp.matmul(a, b, precision=lax.Precision.HIGHEST)  # noqa: E731
     projection = jax.random.normal(key, (inputs, width), wide)
 
-    def of_layer(layer: Array) -> tuple[Array, Array]:
-        layer = layer.astype(wide)
+    stack = kernel.reshape(-1, outputs, inputs)
+
+    def of_layer(number: Array) -> tuple[Array, Array]:
+        # With the barrier XLA cannot hoist the cast of all layers out of the loop.
+        bound = lax.optimization_barrier((stack, number))[0]
+        layer = lax.dynamic_index_in_dim(bound, number, keepdims=False).astype(wide)
         basis = jnp.linalg.qr(product(layer, projection))[0]
         for _ in range(_PASSES):
             basis = jnp.linalg.qr(product(layer, jnp.linalg.qr(product(layer.T, basis))[0]))[0]
         left, scale, right = jnp.linalg.svd(product(basis.T, layer), full_matrices=False)
         return product(basis, left[:, :rank] * scale[None, :rank]), right[:rank]
 
-    left, right = lax.map(of_layer, kernel.reshape(-1, outputs, inputs))
+    left, right = lax.map(of_layer, jnp.arange(stack.shape[0], dtype=jnp.int32))
     return {"by_neuron": left.reshape(*leading, outputs, rank), "for_all": right.reshape(*leading, rank, inputs)}

@@ -129,7 +129,7 @@ def _abstract_statistic(needs, kernel):
 
 def by_row_norm(kernel):
     """A caller's score that needs complete rows."""
-    return jnp.abs(kernel) / jnp.linalg.norm(kernel, axis=1, keepdims=True) - 0.5 * (kernel > 0)
+    return jnp.abs(kernel) / jnp.linalg.norm(kernel, axis=1, keepdims=True) - jnp.where(kernel > 0, 0.5, 0.0)
 
 
 @pytest.mark.parametrize("layout", list(Layout))
