@@ -26,10 +26,9 @@ CUDA_COMPILER := jax-cuda12-pjrt jax-cuda12-plugin nvidia-cudnn-cu12
 # The tests compile without XLA's optimisation, which tiny models do not repay; the real models of the slow tests do.
 OPTIMISED := --xla_backend_optimization_level=3
 
-# Of `make test-newest`: what depends on JAX, Flax, Orbax, transformers or Python itself.
+# Of `make test-newest`; `make test-newest NEWEST_TESTS=tests/core` runs a part.
 PYTHONS = $(if $(filter-out file default,$(origin PYTHON)),$(PYTHON),python3.14 python3.13 python3.12 $(PYTHON))
-NEWEST_TESTS ?= tests/core tests/models tests/pretrained tests/adapters tests/data tests/generation tests/training \
-	tests/test_cli.py tests/test_devices.py tests/test_linen.py tests/test_nnx.py tests/test_equinox.py
+NEWEST_TESTS ?= tests
 
 .PHONY: help install quickstart test test-slow soak fuzz lint format clean ptx \
 	test-newest bench-ops bench-step bench-rows bench-memory bench-devices bench-glue bench-instruct check-gpu
