@@ -16,6 +16,7 @@ from neuroada_jax.core.scores import RULES, Needs
 from neuroada_jax.errors import UserError
 from neuroada_jax.models import match_targets
 from neuroada_jax.models.layers import BypassDense
+from neuroada_jax.planning.shapes import abstract_run
 from neuroada_jax.pretrained.load import load_model
 from neuroada_jax.training import config_file, connections, modules
 from neuroada_jax.training.config import BypassSection
@@ -135,7 +136,7 @@ def test_only_what_is_chosen_trains_and_files_say_so(variant, folder, tmp_path):
 
 def test_neurons_are_drawn_by_the_seed_for_every_layer(folder, base):
     masks = [
-        dict(trees.leaves(chosen(folder, base, neurons=0.5, **more)[1].columns, "trained"))
+        dict(trees.leaves(chosen(folder, base, neurons=0.5, targets=["q_proj"], **more)[1].columns, "trained"))
         for more in ({}, {"score": "reverse"})
     ]
     for path, mask in masks[0].items():
@@ -143,7 +144,6 @@ def test_neurons_are_drawn_by_the_seed_for_every_layer(folder, base):
         assert mask.shape[0] == DEPTH and mask.dtype == bool
         np.testing.assert_array_equal(mask.sum(axis=1)[:, 0], round(0.5 * mask.shape[1]))
     assert any((mask[0] != mask[1]).any() for mask in masks[0].values())
-    assert not list(trees.leaves(chosen(folder, base)[1].columns, "trained"))
 
 
 # Files
@@ -224,12 +224,13 @@ def test_settings_that_do_not_fit_are_refused_by_their_field(section, message, f
 
 
 def test_a_function_is_for_python_alone_and_named_with_its_map(folder, base):
-    _, built = chosen(folder, base, lambda kernel: kernel, k=1)
+    _, built = chosen(folder, base, lambda kernel: kernel, k=1, targets=["up_proj"])
+    assert not list(trees.leaves(built.columns, "trained"))  # all of it
     kernel = base.params["model"]["layers"]["mlp"]["up_proj"]["kernel"]
     found = built.columns["model"]["layers"]["mlp"]["up_proj"]["columns"]
     np.testing.assert_array_equal(found[..., 0], np.argmax(kernel, axis=-1))
     with pytest.raises(UserError, match=r"^score: model.layers.mlp.down_proj has NaN or infinite scores"):
-        chosen(folder, base, lambda kernel: kernel / (kernel.shape[1] - 24), k=1)
+        chosen(folder, base, lambda kernel: kernel / (kernel.shape[1] - 24), k=1, targets=["down_proj"])
     with pytest.raises(UserError, match=r"bypass.score: 'custom' stands for a Python function"):
         na.fine_tune(na.load(folder / "model"), ROWS, score="custom", steps=1, learning_rate=0.1)
 
@@ -243,10 +244,13 @@ def test_the_table_of_scores_is_the_config_s():
 
 
 @pytest.mark.parametrize("section", [{}, *VARIANTS.values()])
-def test_a_plan_counts_what_trains(section, folder, base):
-    config, built = chosen(folder, base, **section)
+def test_a_plan_counts_what_trains(section, folder):
+    config = settings_of(folder, **section)
+    run = abstract_run(config)
     share, depth = section.get("neurons", 1), 1 if {"layers", "exclude_layers"} & section.keys() else DEPTH
     per_map = [16, 8, 8, 16, 24, 24, 16]
     assert sum(per_map) == NEURONS
     want = 2 * depth * sum(max(1, round(share * neurons)) for neurons in per_map)
-    assert modules.count_trained(config, base.model, built.values) == want
+    assert modules.count_trained(config, run.opened.model, run.state.trainable["bypass"]) == want
+    sets = {leaf.shape[-2] for _, leaf in trees.leaves(run.state.columns, "columns")}
+    assert sets == ({1} if section.get("shared_columns") else set(per_map))
