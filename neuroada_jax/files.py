@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from neuroada_jax.errors import UserError
+from neuroada_jax.locks import lock_file
 
 TEMPORARY, OLD = ".neuroada-tmp", ".neuroada-old"  # what is being written, and what it replaces
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
@@ -152,10 +153,13 @@ def _new(destination: Path, *, is_directory: bool) -> tuple[Path, int]:
         path = destination.with_name(f".{destination.name}.{secrets.token_hex(8)}{TEMPORARY}")
         if is_directory:
             path.mkdir()
-        descriptor = os.open(path, os.O_RDONLY if is_directory else os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        with contextlib.suppress(OSError):  # a file system without locks: nobody sweeps there either
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.lexists(path):  # not swept before it was locked
+        try:
+            descriptor = os.open(path, os.O_RDONLY if is_directory else os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileNotFoundError:
+            if is_directory and path.parent.is_dir():  # another process has swept it
+                continue
+            raise
+        if lock_file(descriptor) and os.path.lexists(path):  # not swept before it was locked, nor about to be
             return path, descriptor
         os.close(descriptor)
 

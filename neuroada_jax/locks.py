@@ -33,7 +33,7 @@ class Lock:
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
             except OSError as error:
                 raise UserError(f"{path}: cannot be written ({error.strerror})") from error
-            if not _lock(descriptor):
+            if not lock_file(descriptor):
                 in_use = _in_use(path, what)
                 os.close(descriptor)
                 raise in_use
@@ -63,13 +63,13 @@ def check_unlocked(path: Path, what: str) -> None:
     with contextlib.suppress(FileNotFoundError, PermissionError):
         descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
         try:
-            if not _lock(descriptor):
+            if not lock_file(descriptor):
                 raise _in_use(path, what)
         finally:
             os.close(descriptor)
 
 
-def _lock(descriptor: int) -> bool:
+def lock_file(descriptor: int) -> bool:
     """Lock an open file until it is closed; return False where another process holds it.
 
     A file system without locks counts as one in which nobody does.

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from data_helpers import message_of
@@ -147,3 +148,16 @@ def test_permissions_are_those_of_any_new_file_and_links_are_not_followed(tmp_pa
     (tmp_path / "linked").symlink_to(tmp_path / "real")
     write(tmp_path / "linked")  # the link is replaced, not what it names
     assert names(tmp_path / "real") == ["kept"] and names(tmp_path / "linked") == ["a"]
+
+
+def test_writers_of_one_destination_do_not_sweep_each_other(tmp_path):
+    def write_many(number):
+        for _ in range(150):
+            files.write_bytes(tmp_path / "file", b"x")
+            with files.scratch(tmp_path / "folder") as folder:
+                (folder / "mine").write_text("x")
+                assert names(folder) == ["mine"]
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(write_many, range(4))) == [None] * 4
+    assert names(tmp_path) == ["file"]
