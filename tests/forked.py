@@ -10,7 +10,13 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["neuroada_jax.cli", "neuroada_jax.training.run", "neuroada_jax.training.seeds"])
+_CONTEXT.set_forkserver_preload(
+    [
+        *("neuroada_jax.cli", "neuroada_jax.training.run", "neuroada_jax.training.seeds"),
+        # Imported by a run when it needs them: half of the processor time of a tiny one.
+        *("transformers.models.llama.configuration_llama", "scipy.stats", "matplotlib.backends.backend_agg"),
+    ]
+)
 
 
 def start(arguments: Sequence[str], log: Path, script: Path | None = None, **environment: str) -> ForkServerProcess:

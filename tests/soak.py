@@ -3,17 +3,20 @@
     make soak              (or: python tests/soak.py --kills 1:50 2:25 4:25 --seed 0)
 
 The model is a tiny random one that is made here: nothing is downloaded. A run has one, two or four processes. It scores a
-set before training, after each epoch and at the end, and saves a checkpoint every few steps. A kill waits for a randomly
-chosen stage of the run (start-up, training steps, a half-written checkpoint, an evaluation, the end) and then a random
-moment longer, and hits one of its processes at random; the others must end by themselves within a minute. Where a run
-ends before all kills are spent, the next run begins. The last line is `soak: N kills, M resumes, K mismatches`; the exit
-code is 1 unless K is 0.
+set before and after training, saves a checkpoint every few steps, and chooses its state by turns by the score of every
+epoch or by validation. A kill waits for
+a randomly chosen stage of the run (start-up, compiling, training steps, a half-written checkpoint, a validation, an
+evaluation, the end) and then a random moment longer, on the scale of the undisturbed run, and hits one of its processes
+at random; the others must end by themselves within a minute. Where a run ends before all kills are spent, the next run
+begins. The last line is `soak: N kills, M resumes, K mismatches`; the exit code is 1 unless K is 0. The kills of a part
+(PROCESSES:KILLS) depend on the seed and the part alone: a soak that was interrupted can be completed part by part.
 
 These must be equal, byte for byte: the trained values, metrics.jsonl (and so the data of every step), the scores, all
 predictions, and results.json except for times. After every kill, metrics.jsonl must consist of complete lines in order.
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -24,24 +27,43 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import forked
 import helpers
 
 from neuroada_jax import console
 
-STEPS_OF_EPOCH, EPOCHS, BATCH_SIZE, SAVE_EVERY, LOG_EVERY = 30, 4, 4, 7, 3
+STEPS_OF_EPOCH, EPOCHS, BATCH_SIZE, SAVE_EVERY, LOG_EVERY, VALIDATE_EVERY = 20, 4, 4, 7, 3, 10
 STEPS = STEPS_OF_EPOCH * EPOCHS
 COMPARED = (
     "adapter/adapter.safetensors",
     "metrics.jsonl",
     "epochs.jsonl",
+    "validation.jsonl",
     "predictions-some-before.jsonl",
     "predictions-some-after.jsonl",
 )
+CHOICES = ("evaluation", "validation")  # of the state that a run keeps; each is also the stage at which it scores one
 TIMES = ("directory", "train_seconds", "tokens_per_second")
 DEADLINE = 600.0  # seconds within which a stage must come and a run must end
 END = 60.0  # seconds within which the other processes of a run end after a kill
+
+
+class Pace(NamedTuple):
+    """Seconds that the stages of an undisturbed run take on this machine.
+
+    Attributes:
+      start: from the start of the processes to config.yaml, which is written once the weights are loaded.
+      compiling: from there to the first log line; the evaluation before the training is part of it.
+      step: for each further step, with what is saved and scored between them.
+      end: from the last log line to the end of the processes.
+    """
+
+    start: float
+    compiling: float
+    step: float
+    end: float
 
 
 class Run:
@@ -49,6 +71,7 @@ class Run:
 
     def __init__(self, config: Path, count: int, *options: str) -> None:
         self.out, self._logs = _output(config), [config.with_suffix(f".{index}.log") for index in range(count)]
+        self._written = self._time_of_config()
         with socket.create_server(("127.0.0.1", 0)) as free:
             address = f"127.0.0.1:{free.getsockname()[1]}"
         several = ["--coordinator", address, "--processes", str(count), "--join-timeout", "50"] if count > 1 else []
@@ -62,6 +85,14 @@ class Run:
         """Return the number of complete lines of metrics.jsonl."""
         path = self.out / "metrics.jsonl"
         return path.read_bytes().count(b"\n") if path.exists() else 0
+
+    def has_begun(self) -> bool:
+        """Return whether the run has written its config, which also a resumed one does."""
+        return self._time_of_config() != self._written
+
+    def _time_of_config(self) -> int:
+        path = self.out / "config.yaml"
+        return path.stat().st_mtime_ns if path.exists() else 0
 
     def saving(self) -> bool:
         """Return whether a checkpoint is half written."""
@@ -78,9 +109,18 @@ class Run:
                 raise SystemExit(f"soak: {self.out}: no progress in {DEADLINE:.0f} s")
             time.sleep(0.001)
 
-    def kill_at(self, stage: str, rng: random.Random) -> bool:
+    def pace(self) -> Pace:
+        """Wait for the end of a fresh run; return how long its stages took."""
+        marks = [self.began]
+        for stage in (self.has_begun, lambda: self.lines() > 0, lambda: self.lines() == STEPS, lambda: False):
+            self.wait_for(stage)
+            marks.append(time.monotonic())
+        start, compiling, steps, end = (later - earlier for earlier, later in itertools.pairwise(marks))
+        return Pace(start, compiling, steps / STEPS, end)
+
+    def kill_at(self, stage: str, pace: Pace, rng: random.Random) -> bool:
         """Kill a process at a stage; return False where the run had ended before."""
-        _STAGES[stage](self, rng)
+        time.sleep(rng.uniform(0, _STAGES[stage](self, pace, rng)))
         victim = rng.choice(self.processes)
         if not self.is_running():
             return False
@@ -114,11 +154,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the stages and moments (default: 0)")
     parser.add_argument("--stages", nargs="+", choices=sorted(_STAGES), default=sorted(_STAGES))
     settings = parser.parse_args(arguments)
-    rng, total = random.Random(settings.seed), Counter[str]()
+    total = Counter[str]()
     for part in settings.kills:
         count, kills = map(int, part.split(":"))
         with tempfile.TemporaryDirectory(prefix="neuroada-soak-") as folder:
-            total += soak(Path(folder), count, kills, settings.stages, rng)
+            total += soak(Path(folder), count, kills, settings.stages, random.Random(f"{settings.seed} {part}"))
     print(f"soak: {total['kills']} kills, {total['resumes']} resumes, {total['mismatches']} mismatches")
     return int(total["mismatches"] > 0)
 
@@ -127,16 +167,20 @@ def soak(folder: Path, count: int, kills: int, stages: Sequence[str], rng: rando
     """Train in `folder` in so many processes, with kills at the given stages; return kills, resumes and mismatches."""
     helpers.write_model(folder / "model")
     helpers.write_rows(folder / "rows.jsonl", BATCH_SIZE * STEPS_OF_EPOCH)
-    undisturbed = write_config(folder, "undisturbed")
-    if error := Run(undisturbed, count).error():
-        raise SystemExit(f"soak: the undisturbed run fails: {error}")
+    choosing = {each: [stage for stage in stages if stage == each or stage not in CHOICES] for each in CHOICES}
+    for choice in CHOICES:  # the first run fills the cache of compiled programs, the second one gives the pace
+        run = Run(write_config(folder, f"undisturbed-{choice}", choice), count)
+        pace = run.pace()
+        if error := run.error():
+            raise SystemExit(f"soak: the undisturbed run fails: {error}")
     killed: Counter[str] = Counter()
-    resumes, mismatches, rounds = 0, 0, 0
-    while killed.total() < kills:
-        rounds += 1
-        config = write_config(folder, f"run-{rounds}")
+    resumes, mismatches = 0, 0
+    for rounds, choice in enumerate(itertools.cycle(each for each in CHOICES if choosing[each]), 1):
+        if killed.total() == kills:
+            break
+        config = write_config(folder, f"run-{rounds}", choice)
         run = Run(config, count)
-        while killed.total() < kills and run.kill_at(stage := rng.choice(stages), rng):
+        while killed.total() < kills and run.kill_at(stage := rng.choice(choosing[choice]), pace, rng):
             killed[stage] += 1
             reasons = [reason for reason in (run.outlived(), broken_lines(run.out)) if reason]
             mismatches += len(reasons)
@@ -149,7 +193,7 @@ def soak(folder: Path, count: int, kills: int, stages: Sequence[str], rng: rando
             console.say(f"the run ended with: {error}")
             mismatches += 1
             continue
-        differing = compare(_output(undisturbed), run.out)
+        differing = compare(folder / f"undisturbed-{choice}", run.out)
         mismatches += len(differing)
         verdict = f"and differs in {differing}" if differing else "equal to the undisturbed one"
         console.say(f"run {rounds} ends, {verdict}")
@@ -158,41 +202,61 @@ def soak(folder: Path, count: int, kills: int, stages: Sequence[str], rng: rando
     return Counter(kills=killed.total(), resumes=resumes, mismatches=mismatches)
 
 
-def _at_start(run: Run, rng: random.Random) -> None:
-    time.sleep(rng.uniform(0, 4))
+# Each waits for its stage, and returns the seconds within which the kill then comes.
 
 
-def _at_steps(run: Run, rng: random.Random) -> None:
-    before, more = run.lines(), rng.randrange(1, STEPS // 2)
+def _at_start(run: Run, pace: Pace, rng: random.Random) -> float:
+    return pace.start
+
+
+def _at_compiling(run: Run, pace: Pace, rng: random.Random) -> float:
+    run.wait_for(run.has_begun)
+    return pace.compiling
+
+
+def _at_steps(run: Run, pace: Pace, rng: random.Random) -> float:
+    before, more = run.lines(), run.lines() + rng.randrange(1, STEPS // 2)
     run.wait_for(lambda: run.lines() != before and run.lines() >= min(more, STEPS - LOG_EVERY))
-    time.sleep(rng.uniform(0, 0.02))
+    return LOG_EVERY * pace.step
 
 
-def _at_a_save(run: Run, rng: random.Random) -> None:
-    for _ in range(rng.randrange(1, 5)):
+def _at_a_save(run: Run, pace: Pace, rng: random.Random) -> float:
+    for _ in range(rng.randrange(1, 4)):
         run.wait_for(lambda: not run.saving())
         run.wait_for(run.saving)
-    time.sleep(rng.uniform(0, 0.05))
+    return pace.step
 
 
-def _at_an_evaluation(run: Run, rng: random.Random) -> None:
-    if rng.random() < 0.3:  # the one before training, where it is still to come
-        run.wait_for((run.out / "config.yaml").exists)
-    else:
-        ends = [STEPS_OF_EPOCH * epoch for epoch in range(1, EPOCHS + 1)]
-        run.wait_for(lambda: (run.out / "checkpoints").exists() and run.lines() in ends)
-    time.sleep(rng.uniform(0, 0.5))
+def _at_a_validation(run: Run, pace: Pace, rng: random.Random) -> float:
+    return _before_a_score(run, VALIDATE_EVERY, pace)
 
 
-def _at_the_end(run: Run, rng: random.Random) -> None:
-    run.wait_for((run.out / "adapter").exists if rng.random() < 0.5 else lambda: run.lines() == STEPS)
-    time.sleep(rng.uniform(0, 0.5))
+def _at_an_evaluation(run: Run, pace: Pace, rng: random.Random) -> float:
+    return _before_a_score(run, STEPS_OF_EPOCH, pace)
 
 
-_STAGES = {
+def _before_a_score(run: Run, every: int, pace: Pace) -> float:
+    """Wait until the step before a score is logged: the lines of a step that is scored are written after the score."""
+    before = run.lines()
+    logged = {
+        max(step for step in range(at) if step % LOG_EVERY == 0 or step % SAVE_EVERY == 0)
+        for at in range(every, STEPS + 1, every)
+    }
+    run.wait_for(lambda: run.lines() != before and run.lines() in logged)
+    return 2 * LOG_EVERY * pace.step
+
+
+def _at_the_end(run: Run, pace: Pace, rng: random.Random) -> float:
+    run.wait_for(lambda: run.lines() == STEPS)
+    return pace.end
+
+
+_STAGES: dict[str, Callable[[Run, Pace, random.Random], float]] = {
     "start": _at_start,
+    "compiling": _at_compiling,
     "steps": _at_steps,
     "save": _at_a_save,
+    "validation": _at_a_validation,
     "evaluation": _at_an_evaluation,
     "end": _at_the_end,
 }
@@ -210,7 +274,11 @@ def broken_lines(out: Path) -> str | None:
 
 def compare(undisturbed: Path, out: Path) -> list[str]:
     """Return the files that differ between two runs and should not."""
-    differing = [name for name in COMPARED if (undisturbed / name).read_bytes() != (out / name).read_bytes()]
+
+    def content(path: Path) -> bytes | None:
+        return path.read_bytes() if path.exists() else None
+
+    differing = [name for name in COMPARED if content(undisturbed / name) != content(out / name)]
     a, b = (json.loads((folder / "results.json").read_text(encoding="utf-8")) for folder in (undisturbed, out))
     for results in (a, b):
         for field in TIMES:
@@ -222,15 +290,16 @@ def _output(config: Path) -> Path:
     return config.with_suffix("")
 
 
-def write_config(folder: Path, name: str) -> Path:
-    """Write the config of a run whose output is `folder`/`name`."""
+def write_config(folder: Path, name: str, choice: str) -> Path:
+    """Write the config of a run whose output is `folder`/`name`, and which chooses its state by one of `CHOICES`."""
     rows = folder / "rows.jsonl"
+    validation = {"validate_every": VALIDATE_EVERY, "validation_samples": 0} if choice == "validation" else {}
     content = helpers.run_config(
         folder,
         folder / "model",
         rows,
         output=str(folder / name),
-        data={"max_length": 32, "buckets": [32]},
+        data={"max_length": 32, "buckets": [32], "validation": str(rows) if validation else None},
         bypass={"k": 2, "targets": ["q_proj", "down_proj"]},
         optimizer={"warmup_ratio": 0.1},
         training={
@@ -240,10 +309,11 @@ def write_config(folder: Path, name: str) -> Path:
             "log_every": LOG_EVERY,
             "save_every": SAVE_EVERY,
             "keep_best": 1,
+            **validation,
         },
         evaluation={
             "sets": [{"name": "some", "data": str(rows), "limit": 8, "max_new_tokens": 2}],
-            "best_epoch": "some",
+            "best_epoch": None if validation else "some",
         },
     )
     return helpers.write_config(folder / f"{name}.yaml", content)
