@@ -2,14 +2,14 @@
 
     make soak              (or: python tests/soak.py --kills 1:50 2:25 4:25 --seed 0)
 
-The model is a tiny random one that is made here: nothing is downloaded. A run has one, two or four processes. It scores a
-set before and after training, saves a checkpoint every few steps, and chooses its state by turns by the score of every
-epoch or by validation. A kill waits for
-a randomly chosen stage of the run (start-up, compiling, training steps, a half-written checkpoint, a validation, an
-evaluation, the end) and then a random moment longer, on the scale of the undisturbed run, and hits one of its processes
-at random; the others must end by themselves within a minute. Where a run ends before all kills are spent, the next run
-begins. The last line is `soak: N kills, M resumes, K mismatches`; the exit code is 1 unless K is 0. The kills of a part
-(PROCESSES:KILLS) depend on the seed and the part alone: a soak that was interrupted can be completed part by part.
+The model is a tiny random one that is made here: nothing is downloaded. A run has one, two or four processes. It scores
+a set before and after training, saves a checkpoint every few steps, and chooses its state by turns by the score of
+every epoch or by validation. A kill waits for a randomly chosen stage of the run (start-up, compiling, training steps,
+a half-written checkpoint, a validation, an evaluation, the end) and then a random moment longer, on the scale of the
+undisturbed run, and hits one of its processes at random; the others must end by themselves within a minute (before all
+have met, within their --join-timeout). Where a run ends before all kills are spent, the next run begins. The last line
+is `soak: N kills, M resumes, K mismatches`; the exit code is 1 unless K is 0. The kills of a part (PROCESSES:KILLS)
+depend on the seed and the part alone: a soak that was interrupted can be completed part by part.
 
 These must be equal, byte for byte: the trained values, metrics.jsonl (and so the data of every step), the scores, all
 predictions, and results.json except for times. After every kill, metrics.jsonl must consist of complete lines in order.
@@ -34,7 +34,7 @@ import helpers
 
 from neuroada_jax import console
 
-STEPS_OF_EPOCH, EPOCHS, BATCH_SIZE, SAVE_EVERY, LOG_EVERY, VALIDATE_EVERY = 20, 4, 4, 7, 3, 10
+STEPS_OF_EPOCH, EPOCHS, BATCH_SIZE, SAVE_EVERY, LOG_EVERY, VALIDATE_EVERY = 12, 3, 4, 5, 3, 6
 STEPS = STEPS_OF_EPOCH * EPOCHS
 COMPARED = (
     "adapter/adapter.safetensors",
@@ -46,6 +46,7 @@ COMPARED = (
 )
 CHOICES = ("evaluation", "validation")  # of the state that a run keeps; each is also the stage at which it scores one
 TIMES = ("directory", "train_seconds", "tokens_per_second")
+_BEFORE = b'{"step": 0,'  # how metrics.jsonl begins where the state before the training was validated
 DEADLINE = 600.0  # seconds within which a stage must come and a run must end
 END = 60.0  # seconds within which the other processes of a run end after a kill
 
@@ -82,9 +83,10 @@ class Run:
         self.began = time.monotonic()
 
     def lines(self) -> int:
-        """Return the number of complete lines of metrics.jsonl."""
+        """Return the number of steps in metrics.jsonl."""
         path = self.out / "metrics.jsonl"
-        return path.read_bytes().count(b"\n") if path.exists() else 0
+        content = path.read_bytes() if path.exists() else b""
+        return content.count(b"\n") - content.startswith(_BEFORE)
 
     def has_begun(self) -> bool:
         """Return whether the run has written its config, which also a resumed one does."""
@@ -107,7 +109,7 @@ class Run:
         while self.is_running() and not stage():
             if time.monotonic() - self.began > DEADLINE:
                 raise SystemExit(f"soak: {self.out}: no progress in {DEADLINE:.0f} s")
-            time.sleep(0.001)
+            time.sleep(0.005)
 
     def pace(self) -> Pace:
         """Wait for the end of a fresh run; return how long its stages took."""
@@ -127,16 +129,17 @@ class Run:
         victim.kill()
         return True
 
-    def outlived(self) -> str | None:
+    def outlived(self, pace: Pace) -> str | None:
         """Wait for the other processes after a kill; return which of them did not end by themselves, if any."""
-        deadline = time.monotonic() + END
+        limit = END if self.has_begun() else END + pace.start  # they wait for one that has not come from when they meet
+        deadline = time.monotonic() + limit
         for each in self.processes:
             each.join(max(0.0, deadline - time.monotonic()))
         alive = [index for index, each in enumerate(self.processes) if each.exitcode is None]
         for index in alive:
             self.processes[index].kill()
             self.processes[index].join()
-        return f"processes {alive} went on for {END:.0f} s" if alive else None
+        return f"processes {alive} went on for {limit:.0f} s" if alive else None
 
     def error(self) -> str | None:
         """Wait for the end; return the last line of the log of a process that failed."""
@@ -182,7 +185,7 @@ def soak(folder: Path, count: int, kills: int, stages: Sequence[str], rng: rando
         run = Run(config, count)
         while killed.total() < kills and run.kill_at(stage := rng.choice(choosing[choice]), pace, rng):
             killed[stage] += 1
-            reasons = [reason for reason in (run.outlived(), broken_lines(run.out)) if reason]
+            reasons = [reason for reason in (run.outlived(pace), broken_lines(run.out)) if reason]
             mismatches += len(reasons)
             after = "; ".join([f"after {run.lines()} of {STEPS} steps", *reasons])
             console.say(f"{count} process(es), kill {killed.total()} of {kills}: {stage}, {after}")
@@ -269,6 +272,7 @@ def broken_lines(out: Path) -> str | None:
     if content and not content.endswith(b"\n"):
         return "metrics.jsonl has half a line"
     steps = [json.loads(line)["step"] for line in content.splitlines()]
+    steps = steps[content.startswith(_BEFORE) :]
     return None if steps == list(range(1, len(steps) + 1)) else "metrics.jsonl repeats or lacks a step"
 
 

@@ -13,6 +13,7 @@ def add(commands: shared.Commands) -> None:
     """Add the command."""
     parser = shared.add_command(commands, "evaluate", run, "score a base model, or one with an adapter, on rows of a task")
     shared.add_model(parser)
+    shared.add_processes(parser)
     parser.add_argument("--task", metavar="TASK", help="task of the rows (default: that of the training, else instruct)")
     parser.add_argument(
         "--data",
@@ -47,11 +48,17 @@ def add(commands: shared.Commands) -> None:
 
 
 def run(parsed: argparse.Namespace) -> None:
-    """Score the rows, print the score and write every prediction."""
+    """Score the rows, print the score and write every prediction; in each of several processes, those of its share."""
+    from neuroada_jax.training import processes
+
+    with processes.joined(parsed.coordinator, parsed.processes, parsed.process, parsed.join_timeout) as together:
+        _run(parsed, is_first=together.is_first)
+
+
+def _run(parsed: argparse.Namespace, *, is_first: bool) -> None:
     from neuroada_jax.adapters import prompting
-    from neuroada_jax.evaluation import class_report, scoring
-    from neuroada_jax.tasks import ENCODER_TASKS, TASKS, overlap, read_rows, unknown
-    from neuroada_jax.training import report
+    from neuroada_jax.tasks import ENCODER_TASKS, TASKS, read_rows, unknown
+    from neuroada_jax.training import one_job, processes
 
     if parsed.task is not None and parsed.task not in (*TASKS, *ENCODER_TASKS):
         raise UserError(f"--task: {unknown(parsed.task)}")
@@ -63,7 +70,8 @@ def run(parsed: argparse.Namespace) -> None:
         if parsed.task not in (*TASKS, *ENCODER_TASKS):
             raise UserError(f"{found.where}: this command has no rows of task {parsed.task!r}; --task chooses another")
     out = Path(parsed.out or f"runs/evaluate/{parsed.task}.jsonl")
-    files.check_writable(out)
+    if is_first:
+        files.check_writable(out)
     is_decoder = opened.model.architecture.is_decoder
     if is_decoder and parsed.task not in TASKS:
         raise UserError(f"--task: {parsed.task!r} needs an encoder with a classifier, and {opened.source} is a decoder")
@@ -81,8 +89,19 @@ def run(parsed: argparse.Namespace) -> None:
     else:
         scorer = _classification(parsed, opened, tokenizer, rows, task)
     base_model, params = shared.load_params(opened, adapter)
+    one_job.check_evaluation(vars(parsed), scorer.rows.rows, base_model.digests, adapter)
     with console.bar("evaluating") as bar:
-        score = scoring.score(scorer, base_model, params, console.reporter(bar))
+        score = processes.score(parsed.task, scorer, base_model, params, console.reporter(bar))
+    if is_first:
+        _show(parsed, score, rows.source, out)
+
+
+def _show(parsed: argparse.Namespace, score: Any, source: str, out: Path) -> None:
+    """Print a score, and write its predictions and the picture of its classes."""
+    from neuroada_jax.evaluation import class_report, scoring
+    from neuroada_jax.tasks import TASKS, overlap
+    from neuroada_jax.training import report
+
     try:  # a score is not lost where its predictions cannot be written, nor they where standard output is closed
         if parsed.json:
             shared.print_json({"task": parsed.task} | _summary(score))
@@ -92,9 +111,9 @@ def run(parsed: argparse.Namespace) -> None:
         scoring.write_predictions(out, score)
     if score.classes is not None:
         class_report.confusion_picture(
-            out.with_name(f"confusion-{out.stem}.png"), score.classes, f"{rows.source}, {score.n} rows"
+            out.with_name(f"confusion-{out.stem}.png"), score.classes, f"{source}, {score.n} rows"
         )
-    note = overlap.known(parsed.task) if is_decoder and score.overlap is None else None
+    note = overlap.known(parsed.task) if parsed.task in TASKS and score.overlap is None else None
     if note:
         console.say(note)
     console.say(f"every prediction is in {out}")

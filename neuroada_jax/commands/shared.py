@@ -50,6 +50,22 @@ def add_model(parser: argparse.ArgumentParser, *, adapter_required: bool = False
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: the adapter's, else auto)")
 
 
+def add_processes(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a command that may run in several processes (`training.processes.joined`)."""
+    parser.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="address of process 0, where a run has several processes; auto: ask SLURM (docs/scaling.md)",
+    )
+    parser.add_argument("--processes", type=int, metavar="N", help="number of processes, with --coordinator HOST:PORT")
+    parser.add_argument(
+        "--process", type=int, metavar="N", help="number of this process, from 0, with --coordinator HOST:PORT"
+    )
+    parser.add_argument(
+        "--join-timeout", type=float, metavar="SECONDS", help="time for all processes to come (default: 120)"
+    )
+
+
 def add_prompt_form(parser: Any, style: str) -> None:
     """Add the options of the form of prompts to a parser or group; `style` says which style is the default."""
     parser.add_argument(

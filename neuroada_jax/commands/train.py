@@ -32,18 +32,7 @@ def add(commands: shared.Commands) -> None:
         "--force-resume", action="store_true", help="with --resume: continue although config, data or model have changed"
     )
     parser.add_argument("--seeds", metavar="N,N,...", help="do one run for each seed, as `seeds: [...]` in the config does")
-    parser.add_argument(
-        "--coordinator",
-        metavar="HOST:PORT",
-        help="address of process 0, where a run has several processes; auto: ask SLURM (docs/scaling.md)",
-    )
-    parser.add_argument("--processes", type=int, metavar="N", help="number of processes, with --coordinator HOST:PORT")
-    parser.add_argument(
-        "--process", type=int, metavar="N", help="number of this process, from 0, with --coordinator HOST:PORT"
-    )
-    parser.add_argument(
-        "--join-timeout", type=float, metavar="SECONDS", help="time for all processes to come (default: 120)"
-    )
+    shared.add_processes(parser)
 
 
 def run(parsed: argparse.Namespace) -> int:

@@ -4,6 +4,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from neuroada_jax.errors import UserError
 
@@ -54,6 +56,13 @@ def leaves(tree: Mapping[str, Any], leaf: str, prefix: ModulePath = ()) -> Itera
             yield prefix, node
         elif isinstance(node, Mapping):
             yield from leaves(node, leaf, (*prefix, key))
+
+
+def on_host(array: jax.Array) -> np.ndarray:
+    """Return an array as NumPy has it; of one that several processes share, all of them have to ask for it."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def kernels(params: Mapping[str, Any], prefix: ModulePath = ()) -> Iterator[tuple[ModulePath, Any]]:

@@ -10,7 +10,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Float64, Int32
 
-from neuroada_jax.core.trees import Tree
+from neuroada_jax.core.trees import Tree, on_host
 from neuroada_jax.data.batches import Batch
 from neuroada_jax.data.examples import Example
 from neuroada_jax.generation.generate import bucket
@@ -68,7 +68,7 @@ def losses(
     for done, first in enumerate(batches, start=1):
         chosen = order[first : first + batch_size]
         batch, seen = _batch([rows[number] for number in chosen], batch_size, most)
-        scored = np.asarray(_scored(model.module(), params, batch, seen), np.float64)
+        scored = on_host(_scored(model.module(), params, batch, seen)).astype(np.float64)
         for row, number in enumerate(chosen):
             ends = np.cumsum([len(slots) for slots, _ in rows[number].labels])
             found[number] = [part.sum() for part in np.split(scored[row, : ends[-1]], ends[:-1])]

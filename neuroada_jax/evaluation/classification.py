@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Float32, Int32, Num, Shaped
 
 from neuroada_jax import console
 from neuroada_jax.adapters import on_base
-from neuroada_jax.core.trees import Tree
+from neuroada_jax.core.trees import Tree, on_host
 from neuroada_jax.data.batches import ClassificationBatch, ClassificationBatches
 from neuroada_jax.data.examples import LabelledExamples, encode_labelled
 from neuroada_jax.data.rows import Rows
@@ -241,7 +241,7 @@ def predict(
     logits = np.zeros((len(examples), base_model.model.config.num_labels), np.float32)
     for index in range(batches.steps_per_epoch):
         numbers = batches.row_numbers(0, index)
-        logits[numbers] = np.asarray(_logits(module, params, batches.batch(0, index)))[: len(numbers)]
+        logits[numbers] = on_host(_logits(module, params, batches.batch(0, index)))[: len(numbers)]
         if on_progress:
             on_progress(index + 1, batches.steps_per_epoch)
     return logits

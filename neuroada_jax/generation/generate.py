@@ -3,7 +3,7 @@
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Int, UInt
 
-from neuroada_jax.core.trees import Tree
+from neuroada_jax.core.trees import Tree, on_host
 from neuroada_jax.errors import UserError
 from neuroada_jax.generation import beams
 from neuroada_jax.generation.decoder import Caches, Decoder, is_end, prefill, present
@@ -221,7 +221,8 @@ def _batch(prompts: Sequence[Sequence[int]], chosen: Sequence[int], batch_size: 
     for place, number in enumerate(chosen):
         ids[place, width - len(prompts[number]) :] = prompts[number]
         lengths[place] = len(prompts[number])
-    return Prompts(jnp.asarray(ids), jnp.asarray(lengths), jnp.asarray(numbers))
+    filled: Any = (ids, lengths, numbers)  # they go to the devices of the parameters, whichever these are
+    return Prompts(*filled)
 
 
 def _decode(
@@ -233,20 +234,23 @@ def _decode(
     slots = bucket(width + limit)
     if decoding.beams > 1:
         found = beams.search(module, params, prompts.ids, prompts.lengths, np.int32(limit), slots=slots, **settings)
-        return np.asarray(found)[:, width:]
+        return on_host(found)[:, width:]
     state = _start(module, params, prompts, np.uint32(decoding.seed or 0), slots=slots, **settings)
     if limit == 1:
-        return np.asarray(state.tokens)[:, width:]
+        return on_host(state.tokens)[:, width:]
     for until in [*range(_STOP_EVERY, limit, _STOP_EVERY), limit] if decoding.stop else [limit]:
         state = _continue(module, params, state, np.int32(width + until), **settings)
         if decoding.stop and until < limit:
-            done, tokens = np.array(state.done), np.array(state.tokens)[:, width:]  # copies: the state is donated
+            done, tokens = (
+                on_host(state.done).copy(),
+                on_host(state.tokens)[:, width:].copy(),
+            )  # copies: the state is donated
             for place in np.flatnonzero(~done):
                 done[place] = stops.found(tokens[place])
             if done.all():
                 break
-            state = state._replace(done=jnp.asarray(done))
-    return np.asarray(state.tokens)[:, width:]
+            state = state._replace(done=jax.device_put(done, state.done.sharding))
+    return on_host(state.tokens)[:, width:]
 
 
 class _Stops(NamedTuple):

@@ -24,7 +24,7 @@ from neuroada_jax.errors import UserError
 from neuroada_jax.models import unrolled
 from neuroada_jax.models.losses import label_losses
 from neuroada_jax.models.remat import Placement, placed
-from neuroada_jax.training import step
+from neuroada_jax.training import processes, step
 from neuroada_jax.training.config import RunConfig, TrainingSection
 from neuroada_jax.training.sharding import (
     DATA,
@@ -32,7 +32,9 @@ from neuroada_jax.training.sharding import (
     FSDP,
     TENSOR,
     across_processes,
+    complete_on,
     mesh_of_process,
+    on_first_process,
     pad,
     rule,
     sharding_at,
@@ -129,6 +131,10 @@ class Parallel(abc.ABC):
         examples = NamedSharding(mesh, PartitionSpec(EXAMPLE_AXES))
         return jax.tree.map(lambda leaf: across_processes(leaf, examples), padded)
 
+    def gathered(self, params: Tree) -> Tree:
+        """Return the complete parameters for the first process to save; where processes share them, all have to call it."""
+        return self.local(params)
+
     def unsharded(self, tree: Any) -> Any:
         """Return small trees of the state, such as the values, in a form that every process can read completely."""
         return tree
@@ -168,6 +174,8 @@ class Parallel(abc.ABC):
           dropout_seed: as in `step.make_sums`.
         """
         program = self.program(module, optimizer, training.accumulation, losses, dropout_seed)
+        if jax.process_count() > 1:
+            program = processes.begun_together(program)
         size, padded = training.batch_size, self.padded_size(training)
         if padded != size:
             console.say(
@@ -293,22 +301,6 @@ class AutomaticPartitioning(Parallel):
     def shares_weights(self) -> bool:
         return jax.process_count() > 1
 
-    def check(self, config: RunConfig) -> None:
-        super().check(config)
-        if not self.shares_weights:
-            return
-        samples = config.training.validation_samples if config.data.validation is not None else 0
-        given = {
-            "evaluation.sets": config.evaluation.sets,
-            "merge": config.merge,
-            "training.validation_samples": samples,
-        }
-        field = next((name for name, value in given.items() if value), None)
-        if field:
-            raise UserError(
-                f"{field}: not supported where several processes share the weights; do it with the adapter afterwards"
-            )
-
     def shardings(self, state: TrainState) -> TrainState:
         return shardings(state, self.mesh)
 
@@ -325,10 +317,13 @@ class AutomaticPartitioning(Parallel):
     def own(self, tree: Tree) -> Tree:
         return tree
 
+    def gathered(self, params: Tree) -> Tree:
+        return on_first_process(params, self.mesh) if self.shares_weights else params
+
     def unsharded(self, tree: Any) -> Any:
         if all(leaf.is_fully_addressable or leaf.is_fully_replicated for leaf in jax.tree.leaves(tree)):
             return tree
-        return jax.jit(lambda tree: tree, out_shardings=NamedSharding(self.mesh, PartitionSpec()))(tree)
+        return complete_on(self.mesh)(tree)
 
     def by_neuron(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return the function under `shard_map`: every device computes its own neurons.

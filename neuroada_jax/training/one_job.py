@@ -1,7 +1,7 @@
 """Whether all processes of a run do the same job: config, code, data, steps and base weights, compared by digests."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +14,13 @@ from neuroada_jax.errors import UserError
 from neuroada_jax.training import peers
 from neuroada_jax.training.config import RunConfig
 from neuroada_jax.training.config_file import flatten_config
-from neuroada_jax.training.resuming import digest_of_data, digests_of_held_out
+from neuroada_jax.training.resuming import digest_of_arrays, digest_of_data, digests_of_held_out
 
 if TYPE_CHECKING:
     from neuroada_jax.training.preparation import PreparedRows
 
 # Fields that may differ: where this process writes, and where it finds the files whose contents are compared.
+_OWN_OPTIONS = ("run", "json", "coordinator", "process", "join_timeout", "out", "model", "adapter", "data", "trained_on")
 _OWN = ("output", "tracking", "model.path", "data.train", "data.validation")
 
 
@@ -84,6 +85,28 @@ def check_data(prepared: "PreparedRows") -> None:
         "data.validation": "none",
     }
     check("data", fields | {field: f"rows with digest {each}" for field, each in digests_of_held_out(prepared).items()})
+
+
+def check_evaluation(
+    options: Mapping[str, Any], rows: Sequence[Any], digests: Mapping[str, str], adapter: native.Adapter | None
+) -> None:
+    """Compare what is scored, and how; see `check`.
+
+    Args:
+      options: of the command line, by their names in it.
+      rows: to score.
+      digests: of the base model's tensors, by name.
+      adapter: merged in; None for the base model.
+    """
+    if peers.current().count == 1:
+        return
+    fields = {f"--{name.replace('_', '-')}": value for name, value in options.items() if name not in _OWN_OPTIONS}
+    fields |= {"code": _digest_of_code(), "--data": f"rows with digest {digest(list(rows))}", **native.installed_versions()}
+    if adapter is not None:
+        arrays = digest_of_arrays({**adapter._asdict(), "metadata": {}})
+        fields["--adapter"] = f"tensors with digest {arrays}"
+    check("evaluation", fields)
+    check_weights(digests)
 
 
 def check_weights(digests: Mapping[str, str]) -> None:

@@ -25,6 +25,7 @@ from neuroada_jax.training import (
     one_job,
     parallel,
     peers,
+    processes,
     resuming,
     run_directory,
     trackers,
@@ -103,7 +104,7 @@ class Prepared(PreparedRows):
         """
         scores = {}
         for name, scorer in self.scorers.items():
-            scores[name] = score = _score(name, scorer, base_model, params)
+            scores[name] = score = self._score(name, scorer, base_model, params)
             console.say(f"{name}: {score.metric} {score.value:.4f} of {score.n}")
             if peers.current().is_first:
                 scoring.write_predictions(self.config.directory / f"predictions-{name}-{when}.jsonl", score)
@@ -113,27 +114,27 @@ class Prepared(PreparedRows):
         """Score a state on the rows that choose the epoch; what `poll` raises ends the scoring."""
         chooser = self.config.evaluation.best_epoch
         assert chooser is not None and self.choosing is not None
-        return _score(chooser, self.choosing, base_model, self.devices.local(state.merged), poll)
+        return self._score(chooser, self.choosing, base_model, self.devices.local(state.merged), poll)
 
+    def _score(
+        self, name: str, scorer: Scorer, base_model: OpenedModel, params: Tree, poll: Callable[[], None] = lambda: None
+    ) -> Score:
+        """Score the rows of a set.
 
-def _score(
-    name: str, scorer: Scorer, base_model: OpenedModel, params: Tree, poll: Callable[[], None] = lambda: None
-) -> Score:
-    """Score the rows of a set; each of several processes makes the predictions of its share."""
-    together = peers.current()
-    with console.bar(f"evaluating {name}") as bar:
-        report = console.reporter(bar)
+        Each of several processes makes the predictions of its share of the rows if it has all weights, else all make all.
+        """
+        apart = not self.devices.shares_weights
+        with console.bar(f"evaluating {name}") as bar:
+            report = console.reporter(bar)
 
-        def progress(done: int, steps: int) -> None:
-            report(done, steps)
-            poll()
+            def progress(done: int, steps: int) -> None:
+                report(done, steps)
+                if apart:  # otherwise the others would wait for this process in a batch
+                    poll()
 
-        own = range(together.index, len(scorer.rows), together.count)
-        found = scorer.predict(base_model, params, own, progress)
-    if together.count > 1:
-        shares = together.share(f"predictions of {name}", found, poll)
-        found = [shares[i % together.count][i // together.count] for i in range(len(scorer.rows))]
-    return scorer.judge(found)
+            if apart:
+                return processes.score(name, scorer, base_model, params, progress, poll)
+            return scoring.score(scorer, base_model, params, progress)
 
 
 def prepare(

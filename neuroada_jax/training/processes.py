@@ -1,11 +1,11 @@
-"""Runs in several processes: joining them, the output of all but the first, arrays from the first, and a common end."""
+"""Runs in several processes: joining them, own output, a common first step, scores, arrays of the first, a common end."""
 
 import contextlib
 import dataclasses
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,14 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from neuroada_jax import console, devices, files
+from neuroada_jax.core.trees import Tree
 from neuroada_jax.errors import UserError
+from neuroada_jax.evaluation.scoring import Progress, Score, Scorer
+from neuroada_jax.pretrained.load import OpenedModel
 from neuroada_jax.training import peers, rendezvous
 from neuroada_jax.training.config import RunConfig
 from neuroada_jax.training.peers import Peers
+from neuroada_jax.training.step import AnyBatch
 
 HEARTBEAT = 30  # seconds without a heartbeat after which JAX declares a process dead
 WAIT = 120.0  # default of the seconds for all processes to come
@@ -130,6 +134,51 @@ def own_output(config: RunConfig) -> Iterator[RunConfig]:
     with files.scratch(Path(tempfile.gettempdir()) / "neuroada-process") as folder:
         peers.remove_at_end(str(folder))
         yield dataclasses.replace(config, output=str(folder / "run"), tracking=[])
+
+
+def begun_together(program: Any) -> Callable[[Any, AnyBatch], Any]:
+    """Return a jitted step that all processes begin together; for each shape of its batch they meet once it is compiled.
+
+    The first collective operation waits for the other processes for 30 s, and one may compile for longer than another,
+    which finds the program in a cache or has faster cores.
+    """
+    met = set[Any]()
+
+    def call(state: Any, batch: AnyBatch) -> Any:
+        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
+        if shapes not in met:
+            program.lower(state, batch).compile()  # JAX keeps it for the call
+            peers.current().share("compiled", None)
+            met.add(shapes)
+        return program(state, batch)
+
+    return call
+
+
+def score(
+    name: str,
+    scorer: Scorer,
+    base_model: OpenedModel,
+    params: Tree,
+    on_progress: Progress | None = None,
+    poll: Callable[[], None] | None = None,
+) -> Score:
+    """Score all rows of a set, each process those of its share, with all weights.
+
+    Args:
+      name: of the set.
+      scorer: of its rows.
+      base_model: as in `Scorer.predict`, as are `params` and `on_progress`.
+      params: see there.
+      on_progress: see there; of this process's share.
+      poll: called while the others are waited for; what it raises ends the waiting.
+    """
+    together = peers.current()
+    found = scorer.predict(base_model, params, range(together.index, len(scorer.rows), together.count), on_progress)
+    if together.count > 1:
+        shares = together.share(f"predictions of {name}", found, poll)
+        found = [shares[i % together.count][i // together.count] for i in range(len(scorer.rows))]
+    return scorer.judge(found)
 
 
 def broadcast(tree: Any) -> Any:

@@ -30,7 +30,6 @@ from neuroada_jax.training import (
     checkpoint,
     connections,
     loop,
-    loss_curve,
     modules,
     one_job,
     optimizer,
@@ -308,14 +307,15 @@ def _evaluations(
 
 
 def _samples(prepared: Prepared, base_model: IdentifiedModel, state: TrainState) -> list[dict[str, str]]:
-    """Return continuations of the first validation prompts by a state, which the first process makes."""
+    """Return continuations of the first validation prompts by a state, which one process makes if it has all weights."""
     assert prepared.validation is not None
-    if not peers.current().is_first:
+    devices = prepared.devices
+    if not (peers.current().is_first or devices.shares_weights):
         return []
     prompts, tokenizer = prepared.validation.prompts, prepared.tokenizer
     outputs = generate(
         base_model.model,
-        prepared.devices.local(state.merged),
+        devices.local(state.merged),
         [ids for _, ids in prompts],
         ending(base_model, tokenizer, prepared.objective.form),
         max_new_tokens=TASKS[prepared.config.data.task].max_new_tokens,
@@ -348,11 +348,9 @@ def _finish(fitted: Fitted) -> dict[str, Any]:
     prepared, config, directory = fitted.prepared, fitted.config, fitted.config.directory
     with fitted.resources, fitted.saver.on_stop(fitted.last):
         fitted.save_adapter(directory / "adapter")
-        merged = prepared.devices.local(fitted.state.merged)
-        after = prepared.score_sets(fitted.base_model, merged, "after")
-        if config.merge and peers.current().is_first:
-            form = prepared.objective.form
-            save.save(directory / "merged", fitted.base_model, merged, fitted.tokenizer, form=form, replace=True)
+        after = prepared.score_sets(fitted.base_model, prepared.devices.local(fitted.state.merged), "after")
+        if config.merge:
+            _save_merged(fitted)
 
     rounded = rounding.share(fitted.state, prepared.devices)
     if not peers.current().is_first:
@@ -362,7 +360,7 @@ def _finish(fitted: Fitted) -> dict[str, Any]:
         validation.warn_without_gain(fitted.best)
     content = results.results(prepared, fitted.sizes, fitted.history, fitted.best, fitted.before, after, rounded)
     files.write_text(directory / "results.json", files.to_json(content, indent=2) + "\n")
-    _draw_losses(fitted)
+    validation.draw_losses(config, fitted.history.losses, fitted.best)
     for name, score in after.items():
         if score.classes is not None:
             class_report.confusion_picture(
@@ -376,12 +374,12 @@ def _finish(fitted: Fitted) -> dict[str, Any]:
     return content
 
 
-def _draw_losses(fitted: Fitted) -> None:
-    config, lines, best = fitted.config, [], None
-    if isinstance(fitted.best, validation.Validation):
-        lines, best = fitted.best.lines, fitted.best.best["step"]
-    title = f"{config.name}: {Path(config.model.path).name}, k = {config.bypass.k}, rate {config.optimizer.learning_rate:g}"
-    loss_curve.loss_curve(config.directory / "loss.png", fitted.history.losses, title, lines, best)
+def _save_merged(fitted: Fitted) -> None:
+    merged, form = fitted.prepared.devices.gathered(fitted.state.merged), fitted.prepared.objective.form
+    if peers.current().is_first:
+        directory = fitted.config.directory / "merged"
+        save.save(directory, fitted.base_model, merged, fitted.tokenizer, form=form, replace=True)
+    peers.current().share("merged", None)  # the others would wait for this process in what comes next
 
 
 def train(

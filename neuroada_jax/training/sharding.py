@@ -1,12 +1,17 @@
 """Placement of arrays under automatic partitioning: weights, values and moments are split by neuron."""
 
 import fnmatch
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from neuroada_jax.core.trees import Tree
 
 DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
 EXAMPLE_AXES = (DATA, FSDP)  # the mesh axes that split a batch by example
@@ -71,6 +76,30 @@ def across_processes(leaf: Any, sharding: NamedSharding) -> jax.Array:
         return leaf if leaf.sharding.is_equivalent_to(sharding, leaf.ndim) else jax.device_put(leaf, sharding)
     here = np.asarray(leaf)
     return jax.make_array_from_callback(here.shape, sharding, lambda index: here[index])
+
+
+@functools.cache  # otherwise every call would compile
+def complete_on(mesh: Mesh) -> Callable[[Any], Any]:
+    """Return the jitted function that gives every device of a mesh all of a tree."""
+    return jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+
+def on_first_process(params: Tree, mesh: Mesh) -> Tree:
+    """Return parameters that processes share on the first one's host, with the layers apart; the others get none of them.
+
+    All processes have to call it. No device holds more than a layer of one kernel besides its own part.
+    """
+    replicated, is_first = NamedSharding(mesh, PartitionSpec()), jax.process_index() == 0
+    one = jax.jit(lambda leaf, at: lax.dynamic_index_in_dim(leaf, at, keepdims=False), out_shardings=replicated)
+
+    def gather(leaf: jax.Array) -> Any:
+        stacked = leaf.ndim > 2
+        parts = (one(leaf, np.int32(at)) for at in range(len(leaf))) if stacked else (complete_on(mesh)(leaf),)
+        here = tuple(np.asarray(part) if is_first else None for part in parts)
+        return here if stacked else here[0]
+
+    gathered: Tree = jax.tree.map(gather, params)
+    return gathered if is_first else {}
 
 
 def pad(batch: Any, size: int) -> Any:

@@ -18,7 +18,9 @@ from neuroada_jax.data.batches import AnyBatches
 from neuroada_jax.data.rows import Rows
 from neuroada_jax.errors import UserError
 from neuroada_jax.training import peers
+from neuroada_jax.training.config import RunConfig
 from neuroada_jax.training.kept_states import KeptStates
+from neuroada_jax.training.loss_curve import loss_curve
 from neuroada_jax.training.modes import Parallel
 from neuroada_jax.training.step import AnyBatch, TrainState
 
@@ -220,6 +222,13 @@ def warn_without_gain(kept: KeptStates) -> None:
         f"the lowest validation loss of the training, {found}, is no lower than before it, {start['value']:.4f}: the base "
         "model is as good on these rows; try a lower optimizer.learning_rate, or more rows"
     )
+
+
+def draw_losses(config: RunConfig, losses: Sequence[float], kept: KeptStates | None) -> None:
+    """Write loss.png of a run, with its validation losses if its state was chosen by them."""
+    lines, best = (kept.lines, kept.best["step"]) if isinstance(kept, Validation) else ([], None)
+    title = f"{config.name}: {Path(config.model.path).name}, k = {config.bypass.k}, rate {config.optimizer.learning_rate:g}"
+    loss_curve(config.directory / "loss.png", losses, title, lines, best)
 
 
 def _line(text: str) -> str:

@@ -53,6 +53,34 @@ def test_processes_share_values_in_their_order():
     assert found == [[[[i, 0.1 * i] for i in range(4)], [None] * 4, "of 0"]] * 4
 
 
+def test_processes_take_a_step_of_a_new_shape_once_all_have_compiled_it(monkeypatch):
+    together, ours, order = meeting(free_address(), [(2, 0), (2, 1)]), threading.local(), []
+    monkeypatch.setattr(peers, "current", lambda: ours.peers)
+
+    class Program:
+        def lower(self, state, batch):
+            self.rows = len(batch[0])
+            return self
+
+        def compile(self):
+            time.sleep(0.2 * ours.peers.index)
+            order.append((self.rows, "compiled"))
+
+        def __call__(self, state, batch):
+            order.append((len(batch[0]), "step"))
+            return state
+
+    def work(each):
+        ours.peers, program = each, processes.begun_together(Program())
+        for rows in (2, 2, 3):
+            assert program("state", [np.zeros(rows)]) == "state"
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(work, together))
+    for rows, steps in ((2, 4), (3, 2)):
+        assert [what for size, what in order if size == rows] == ["compiled"] * 2 + ["step"] * steps
+
+
 def test_one_process_is_alone():
     alone = peers.Peers()
     assert alone.is_first and alone.share("a", 3) == [3] and alone.from_first("b", lambda: 4) == 4

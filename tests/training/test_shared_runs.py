@@ -32,8 +32,8 @@ SECTIONS = {
 MODES = {
     "shard_map": ["parallel.mode=shard_map"],
     "pmap": ["parallel.mode=pmap"],
-    "fsdp": ["parallel.fsdp=4", "evaluation.sets=[]"],
-    "tensor": ["parallel.tensor=2", "parallel.fsdp=2", "evaluation.sets=[]"],
+    "fsdp": ["parallel.fsdp=4", "training.validation_samples=1"],
+    "tensor": ["parallel.tensor=2", "parallel.fsdp=2", "training.validation_samples=1"],
 }
 DIFFERENT = {
     "optimizer.learning_rate": "optimizer.learning_rate=0.5",
@@ -42,7 +42,8 @@ DIFFERENT = {
     "data.train": "data.train={0}/other.jsonl",
     "model.path": "model.path={0}/another",
 }
-SCORES = "predictions-some-after.jsonl"
+XLA = re.compile(r"\[Gloo\]|peer ranks|^W\d{4} |^[\s\d:]*$")  # its own lines, also broken up by others
+SCORES, MERGED = "predictions-some-after.jsonl", "merged/model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,8 @@ def inputs(tmp_path_factory):
     (folder / "other.jsonl").write_text("\n".join([*lines[1:], lines[0]]) + "\n")
     scored = {"sets": [{"name": "some", "data": str(folder / "rows.jsonl"), "limit": 5, "max_new_tokens": 2}]}
     data = {"validation": str(folder / "other.jsonl")}
-    content = run_config(folder, folder / "model", folder / "rows.jsonl", **SECTIONS, evaluation=scored, data=data)
+    sections = {**SECTIONS, "evaluation": scored, "data": data, "merge": True}
+    content = run_config(folder, folder / "model", folder / "rows.jsonl", **sections)
     write_config(folder / "run.yaml", content)
     return folder
 
@@ -129,7 +131,7 @@ def test_several_processes_give_what_one_gives(count, devices, modes, tmp_path, 
         runs[f"{mode}, resumed"] = runs[mode] | {"resume": True, "forget": str(tmp_path / mode / "checkpoints" / "6")}
     runs["again"] = runs[modes[0]]
     (tmp_path / "runs.json").write_text(json.dumps(runs))
-    codes = ended(start([str(tmp_path)], count, devices, SCRIPT), 500)
+    codes = ended(start([str(tmp_path)], count, devices, SCRIPT), 400 * len(modes))
     output = said(tmp_path, count)
     # The last run finds another one in its folder, on the first process alone: that ends all of them.
     refused = (
@@ -138,7 +140,7 @@ def test_several_processes_give_what_one_gives(count, devices, modes, tmp_path, 
     assert codes == [2] * count, output
     assert output[0].endswith(f"neuroada: error: {refused}\n")
     for index in range(1, count):
-        ours = [line for line in output[index].splitlines() if not re.match(r"\[Gloo\]|W\d{4} ", line)]  # XLA's own
+        ours = [line for line in output[index].splitlines() if not XLA.search(line)]
         assert ours == [f"process {index} of {count}, {devices} device(s)", f"neuroada: error: process 0: {refused}"]
 
     for mode in modes:
@@ -150,12 +152,14 @@ def test_several_processes_give_what_one_gives(count, devices, modes, tmp_path, 
         losses = [[each["value"] for each in lines(folder / "validation.jsonl")] for folder in (out, resumed, alone)]
         assert losses[0] == losses[1] and len(losses[0]) == 4
         np.testing.assert_allclose(losses[0], losses[2], atol=1e-5)
-        written, expected = ({each.name for each in folder.iterdir()} for folder in (out, alone))
-        if "evaluation.sets=[]" in MODES[mode]:
-            expected -= {SCORES, SCORES.replace("after", "before")}
-        else:
-            assert lines(out / SCORES) == lines(alone / SCORES)
-        assert written == expected
+        samples = [each["samples"][0] for each in lines(out / "validation.jsonl") if "samples" in each]
+        assert len(samples) == 4 * (mode in ("fsdp", "tensor")) and all(each["prompt"] for each in samples)
+        assert lines(out / SCORES) == lines(alone / SCORES) and len(lines(out / SCORES)) == 5
+        assert {each.name for each in out.iterdir()} == {each.name for each in alone.iterdir()}
+        merged, expected = (safetensors.numpy.load_file(folder / MERGED) for folder in (out, alone))
+        assert merged.keys() == expected.keys()
+        for name, tensor in expected.items():
+            np.testing.assert_allclose(merged[name], tensor, rtol=0, atol=1e-4)
     errors = [json.loads((tmp_path / f"{index}.json").read_text()) for index in range(count)]
     assert errors == [errors[0]] * count and errors[0].keys() == DIFFERENT.keys()
     for field, message in errors[0].items():
@@ -169,6 +173,17 @@ def test_several_processes_give_what_one_gives(count, devices, modes, tmp_path, 
     )
     for name, tensor in outcome(tmp_path / f"{modes[0]}, before")[0].items():
         np.testing.assert_allclose(outcome(tmp_path / modes[0])[0][name], tensor, rtol=0, atol=1e-6)
+
+
+def test_two_processes_score_each_row_once(tmp_path, inputs, start):
+    command = ["evaluate", "--model", str(inputs / "model"), "--data", str(inputs / "rows.jsonl"), "--max-new-tokens", "2"]
+    command += ["--out", str(tmp_path / "several.jsonl")]
+    running = start(command, 2, 1)
+    assert ended(running, 200) == [0, 0], said(tmp_path, 2)
+    assert cli.main([*command[:-1], str(tmp_path / "one.jsonl")]) == 0
+    found = [lines(tmp_path / f"{name}.jsonl") for name in ("several", "one")]
+    assert found[0] == found[1] and len(found[0]) == 21
+    assert "accuracy" in said(tmp_path, 2)[0] and "accuracy" not in said(tmp_path, 2)[1]
 
 
 @pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
