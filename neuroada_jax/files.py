@@ -313,13 +313,14 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > LARGEST_JSON:
             raise UserError(f"{path}: has {path.stat().st_size:,} bytes, expected at most {LARGEST_JSON:,}")
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_names)
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text, object_pairs_hook=unique_names)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:  # RecursionError: brackets nested a thousand deep
         raise UserError(f"{path}: not JSON ({_reason(error)})") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    if is_deeper(content):
+    if text.count("[") + text.count("{") > DEEPEST_JSON and is_deeper(content):
         raise UserError(f"{path}: more than {DEEPEST_JSON} lists and objects stand inside one another")
     return content

@@ -98,13 +98,17 @@ class GGUFTensors:
         """Return the stored bytes, read-only: still quantised, q and k still in llama.cpp's order of neurons."""
         return self._header.raw(self._info(name))
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str, raw: memoryview | None = None) -> np.ndarray:
         """Read one tensor in Hugging Face layout: f32, f16, bf16 as stored (maybe a read-only view), blocks as f32.
+
+        Args:
+          name: of the tensor.
+          raw: its stored bytes, where they are read already.
 
         Raises:
           UserError: the tensor's block format has no decoder.
         """
-        array = _decode(self.path, name, self.raw(name), self._info(name))
+        array = _decode(self.path, name, self.raw(name) if raw is None else raw, self._info(name))
         heads = self._heads.get(name.split(".")[-2])
         if self._arch != "llama" or not heads:
             return array

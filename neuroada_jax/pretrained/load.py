@@ -179,8 +179,10 @@ def load_params(
     for done, (name, slot) in enumerate(slots.items()):
         leaf = flat[slot.path]
         if name in found:
-            digests[name] = xxhash.xxh3_128_hexdigest(tensors.raw(found[name]))
-            tensor = tensors.read(found[name])
+            raw = tensors.raw(found[name])  # read once
+            digests[name] = xxhash.xxh3_128_hexdigest(raw)
+            tensor = tensors.read(found[name], raw)
+            del raw
             tensor_checks.check_finite(found[name], tensor)
         else:
             tensor = _initial_tensor(name, shapes[name], model.hf_config.get("initializer_range", 0.02), seed)

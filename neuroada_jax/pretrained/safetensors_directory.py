@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,7 +88,7 @@ class SafetensorsDirectory:
 
     def _header(self, path: Path) -> dict[str, _Stored]:
         _check_inside(path, self.directory)
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise UserError(f"{path}: this shard is missing, though the index names it")
         try:
             with safetensors.safe_open(str(path), framework="numpy"):  # checks the header and the file's length
@@ -112,14 +113,19 @@ class SafetensorsDirectory:
         """Return the shape of a tensor, from the header."""
         return self._tensors[name].shape
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str, raw: Any = None) -> np.ndarray:
         """Read a tensor.
+
+        Args:
+          name: of the tensor.
+          raw: its stored bytes, where they are read already; the tensor is a view of them.
 
         Raises:
           UserError: its dtype is not supported.
         """
         stored = self._checked(name)
-        return self._bytes(stored).view(_DTYPES[stored.dtype]).reshape(stored.shape)
+        found = self._bytes(stored) if raw is None else np.asarray(raw)
+        return found.view(_DTYPES[stored.dtype]).reshape(stored.shape)
 
     def raw(self, name: str) -> Any:
         """Return the stored bytes of a tensor."""
@@ -151,9 +157,11 @@ def _check_inside(path: Path, directory: Path) -> None:
     Raises:
       UserError: it is elsewhere, also by a link, or its name is none that a file can have.
     """
-    if path.parent != directory or "\0" in path.name or len(path.name.encode("utf-8", "replace")) > _LONGEST_NAME:
+    name = path.name
+    too_long = len(name) > _LONGEST_NAME // 4 and len(name.encode("utf-8", "replace")) > _LONGEST_NAME
+    if path.parent != directory or "\0" in name or too_long:
         raise UserError(f"{directory}: the index names a file outside the directory: {str(path)[:200]}")
-    if path.is_symlink():
+    if os.path.islink(path):
         kept = [directory.resolve(), directory.parent.parent.resolve() / "blobs"]
         if path.resolve().parent not in kept:
             raise UserError(

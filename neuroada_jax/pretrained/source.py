@@ -32,8 +32,8 @@ class TensorSource(Protocol):
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor, from the header."""
 
-    def read(self, name: str) -> np.ndarray:
-        """Read a tensor."""
+    def read(self, name: str, raw: Any = None) -> np.ndarray:
+        """Read a tensor; `raw` is what `raw` returned, where it was read already."""
 
     def raw(self, name: str) -> Any:
         """Return the stored bytes of a tensor as a buffer."""
