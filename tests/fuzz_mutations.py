@@ -123,9 +123,8 @@ def edit_tree(rng, tree):
             )
         elif kind == 3:
             other, name = pick(rng, nodes)
-            node[key] = (
-                copy.deepcopy(other[name]) if name in other or (isinstance(other, list) and name < len(other)) else None
-            )
+            found = other[name] if name in other or (isinstance(other, list) and name < len(other)) else None
+            node[key] = None if is_deeper(found, 200) else copy.deepcopy(found)  # which recurses
         elif kind == 4:
             value = node[key]
             for _ in range(pick(rng, [1, 2, 50, 400])):

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from neuroada_jax import files
+from neuroada_jax.data.row_bounds import LARGEST_ROW
 from neuroada_jax.errors import UserError
 
+_SPACES, _SPACE = {" ", "\t", "\n", "\r"}, re.compile(r"[ \t\n\r]*")
 PIECE = 1 << 20  # bytes that are read at a time, or as many as are left of a longer value
 _BOMS = {
     codecs.BOM_UTF32_LE: "UTF-32",
@@ -122,7 +124,7 @@ class JsonStream:
         """
         self._path, self._file, self._expected = path, file, expected
         self._decoder = json.JSONDecoder(object_pairs_hook=files.unique_names)
-        self._text, self._at = "", 0
+        self._text, self._at, self._start = "", 0, 0
         self._line, self._counted = 1, 0  # the line of the character `_counted`
         self._utf8, self._began = codecs.getincrementaldecoder("utf-8")(), False
 
@@ -131,6 +133,11 @@ class JsonStream:
         """The line of the position."""
         self._line, self._counted = self._line_of(self._at), self._at
         return self._line
+
+    @property
+    def text(self) -> str:
+        """The text of the value that the position has just moved past."""
+        return self._text[self._start : self._at]
 
     def _line_of(self, at: int) -> int:
         return self._line + self._text.count("\n", self._counted, at)
@@ -153,8 +160,8 @@ class JsonStream:
     def peek(self) -> str:
         """Move past white space and return the character there; "" at the end of the file."""
         while True:
-            while self._at < len(self._text) and self._text[self._at] in " \t\n\r":
-                self._at += 1
+            if self._text[self._at : self._at + 1] in _SPACES:
+                self._at = _SPACE.match(self._text, self._at).end()  # type: ignore[union-attr]  # it matches any text
             if self._at < len(self._text):
                 return self._text[self._at]
             if not self._more():
@@ -176,6 +183,8 @@ class JsonStream:
             try:
                 value, end = self._decoder.raw_decode(self._text, self._at)
             except json.JSONDecodeError as error:
+                if len(self._text) - self._at > LARGEST_ROW:
+                    raise self.fail(f"within {LARGEST_ROW:,} characters: {reason(error)}") from error
                 if self._more():
                     continue
                 raise self.fail(reason(error), error.pos) from error
@@ -183,7 +192,9 @@ class JsonStream:
                 raise self.fail(reason(error)) from error
             if end == len(self._text) and self._more():
                 continue  # a number may go on
-            self._at = end
+            if end - self._at > LARGEST_ROW:
+                raise self.fail(f"a value of more than {LARGEST_ROW:,} characters")
+            self._start, self._at = self._at, end
             return value
 
     def items(self) -> Iterator[tuple[int, Any]]:

@@ -2,24 +2,28 @@
 
 import csv
 import gzip
+import itertools
 import json
 import re
-import sys
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from neuroada_jax import files
+from neuroada_jax.data import row_bounds
 from neuroada_jax.data.chats import kind_of
 from neuroada_jax.data.json_stream import JsonStream, reason, text_of, without_bom
+from neuroada_jax.data.row_store import LargeRow
 from neuroada_jax.errors import UserError
 
 Record = tuple[str, int, dict[str, Any]]
 
 LINE_SUFFIXES = tuple(f"{suffix}{gz}" for suffix in (".jsonl", ".json", ".csv", ".tsv") for gz in ("", ".gz"))
 SUFFIXES = (*LINE_SUFFIXES, ".parquet", ".arrow", ".feather")  # their numbers are those of rows, from 0 on
+_BUFFER = 2**20  # bytes of a column of a parquet file that are read at a time
 BATCH = 4096  # rows of a table that are Python objects at a time
 # An object with one of these fields is a row; another may be a file's object around the list of its rows.
 _FIELDS_OF_ROWS = {"messages", "conversations", "prompt", "instruction", "text"}
@@ -61,15 +65,18 @@ def read_file(path: Path, split: str, limit: int | None) -> Iterator[Record]:
         raise UserError(f"{path}: cannot be read ({first_line(error)})") from error
 
 
-def _open(path: Path) -> Any:
-    # Bytes, not text: only "\n" ends a line, and an error can name the line that is not UTF-8.
-    return gzip.open(path, "rb") if path.name.lower().endswith(".gz") else open(path, "rb")
-
-
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yield (number, text) of each line, with its end."""
-    with _open(path) as lines:
-        for number, line in enumerate(lines, start=1):
+    # Bytes, not text: only "\n" ends a line, and an error can name the line that is not UTF-8.
+    with row_bounds.open_bytes(path) as file:
+        for number in itertools.count(1):
+            line = file.readline(row_bounds.LARGEST_ROW + 1)
+            if not line:
+                return
+            if len(line) > row_bounds.LARGEST_ROW:
+                raise UserError(
+                    f"{path}:{number}: a line of more than {row_bounds.LARGEST_ROW:,} bytes, expected shorter rows"
+                )
             yield number, text_of(without_bom(line, path) if number == 1 else line, path, number)
 
 
@@ -97,7 +104,7 @@ def _object(row: object, path: Path, number: int, text: str | None = None) -> di
         _check_depth(row, f"{path}:{number}")
     if text is None or _SURROGATE_ESCAPE.search(text):
         check_characters(row, f"{path}:{number}")
-    return row
+    return row if text is not None and len(text) <= row_bounds.LONG else LargeRow(row)
 
 
 def _check_depth(row: dict[str, Any], where: str) -> None:
@@ -120,13 +127,13 @@ def check_characters(row: Mapping[str, Any], where: str) -> None:
 
 def _json(path: Path, split: str) -> Iterator[Record]:
     """Read a list of objects, an object around such a list, one object, or an object per line."""
-    with _open(path) as file:
+    with row_bounds.open_bytes(path) as file:
         stream = JsonStream(path, file, _A_LIST)
         first = stream.peek()
         if not first:
             raise UserError(f"{path}: the file is empty, expected {_A_LIST}")
         if first == "[":
-            yield from _checked_items(path, stream.items())
+            yield from _checked_items(path, stream, stream.items())
             if stream.peek():
                 raise UserError(f"{path}:{stream.line}: found text after the list, expected a list of objects")
             return
@@ -143,7 +150,7 @@ def _json(path: Path, split: str) -> Iterator[Record]:
     if more:
         yield from _json_lines(path)
     elif not keys or fields & _FIELDS_OF_ROWS:
-        with _open(path) as file:
+        with row_bounds.open_bytes(path) as file:
             stream = JsonStream(path, file, _A_LIST)
             stream.peek()
             yield str(path), stream.line, _object(stream.value(), path, stream.line)
@@ -154,32 +161,38 @@ def _json(path: Path, split: str) -> Iterator[Record]:
         )
     else:
         chosen = split if split in keys else keys[0]
-        with _open(path) as file:
+        with row_bounds.open_bytes(path) as file:
             stream = JsonStream(path, file, _A_LIST)
             stream.peek()
-            yield from _checked_items(path, ((line, row) for key, line, row, _ in stream.members() if key == chosen))
+            items = ((line, row) for key, line, row, _ in stream.members() if key == chosen)
+            yield from _checked_items(path, stream, items)
 
 
-def _checked_items(path: Path, items: Iterable[tuple[int, Any]]) -> Iterator[Record]:
+def _checked_items(path: Path, stream: JsonStream, items: Iterable[tuple[int, Any]]) -> Iterator[Record]:
     for line, row in items:
-        yield str(path), line, _object(row, path, line)
+        yield str(path), line, _object(row, path, line, stream.text)
 
 
 def _separated(path: Path, delimiter: str, separators: str) -> Iterator[Record]:
     """Read a header line and rows in the form of RFC 4180, with commas or tabs between the fields."""
-    csv.field_size_limit(sys.maxsize)  # of the process; the default, 131,072 characters, is shorter than some documents
-    reader = csv.reader((line for _, line in _lines(path)), delimiter=delimiter, strict=True)
+    # Of the process; the default, 131,072 characters, is shorter than some documents.
+    csv.field_size_limit(row_bounds.LARGEST_ROW)
+    lines = _OfOneRow(path)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     names: list[str] = []
     start = 1
     try:
         for values in reader:
+            size, lines.size = lines.size, 0
             if names and values:
                 if len(values) != len(names):
+                    shown = ", ".join(names[:20]) + ", ..." * (len(names) > 20)
                     raise UserError(
-                        f"{path}:{start}: found {_count(values)}, expected {len(names)} as in the header "
-                        f"({', '.join(names)}); a field with {separators}, quotes or line breaks stands in double quotes"
+                        f"{path}:{start}: found {_count(values)}, expected {len(names)} as in the header ({shown}); a "
+                        f"field with {separators}, quotes or line breaks stands in double quotes"
                     )
-                yield str(path), start, dict(zip(names, values, strict=True))
+                row = dict(zip(names, values, strict=True))
+                yield str(path), start, row if size <= row_bounds.LONG else LargeRow(row)
             elif values:
                 names = _header(values, path, start, delimiter, separators)
             start = reader.line_num + 1
@@ -199,10 +212,39 @@ def _header(values: list[str], path: Path, line: int, delimiter: str, separators
     other = next((sign for sign in ",;\t" if sign != delimiter and sign in names[0]), None)
     if len(names) == 1 and other:
         raise UserError(f"{path}:{line}: found one column {names[0]!r}, expected columns separated by {separators}")
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"{path}:{line}: two columns are named {name!r}, expected names that differ")
+    _check_columns(names, f"{path}:{line}")
     return names
+
+
+class _OfOneRow:
+    """The lines of a file, of which those of one row are bounded.
+
+    Attributes:
+      size: of the row so far, which its reader sets to 0.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._lines, self.size = path, _lines(path), 0
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        number, line = next(self._lines)
+        self.size += len(line)
+        if self.size > row_bounds.LARGEST_ROW:
+            raise UserError(
+                f"{self._path}:{number}: a row of more than {row_bounds.LARGEST_ROW:,} characters ends here or later"
+            )
+        return line
+
+
+def _check_columns(names: list[str], where: str) -> None:
+    if len(names) > row_bounds.MOST_COLUMNS:
+        raise UserError(f"{where}: {len(names):,} columns, expected at most {row_bounds.MOST_COLUMNS:,}")
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise UserError(f"{where}: two columns are named {name!r}, expected names that differ")
 
 
 def _broken_field(error: str, path: Path, start: int, line: int) -> str:
@@ -218,67 +260,95 @@ def _broken_field(error: str, path: Path, start: int, line: int) -> str:
 def _parquet(path: Path, limit: int | None) -> Iterator[Record]:
     import pyarrow.parquet
 
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            yield from table_rows(str(path), file.iter_batches(batch_size=min(limit or BATCH, BATCH)))
-    except _damage() as error:
-        raise UserError(f"{path}: not a parquet file that can be read ({first_line(error)})") from error
+    done, size = 0, row_bounds.file_bytes(path)
+    for rows in (min(limit or BATCH, BATCH), 32, 1):
+        try:
+            with pyarrow.parquet.ParquetFile(path, buffer_size=_BUFFER) as file:
+                batches = file.iter_batches(batch_size=rows, use_threads=False)
+                for record in itertools.islice(table_rows(str(path), batches, size), done, None):
+                    yield record
+                    done += 1
+                return
+        except row_bounds.TooLarge:
+            continue
+        except damage() as error:
+            raise UserError(f"{path}: not a parquet file that can be read ({first_line(error)})") from error
+    raise too_large(str(path))
+
+
+def too_large(source: str) -> UserError:
+    """Return the error for a file whose batches unpack to too much."""
+    return UserError(
+        f"{source}: rows that unpack to more than {row_bounds.LARGEST_BATCH:,} bytes at once besides the file's own size"
+    )
 
 
 def _arrow(path: Path) -> Iterator[Record]:
     """Read Arrow's stream format, as `datasets` writes it, or its file format, as Feather is."""
     import pyarrow.ipc
 
+    size = row_bounds.file_bytes(path)
     try:
         with closing(pyarrow.OSFile(str(path))) as source:
+            options = pyarrow.ipc.IpcReadOptions(use_threads=False)
             start = source.read(6)
             source.seek(0)
             if start[:4] == b"FEA1":
                 raise UserError(f"{path}: Feather of version 1, expected version 2 or an Arrow file")
             if start == b"ARROW1":
-                file = pyarrow.ipc.open_file(source)
-                yield from table_rows(str(path), (file.get_batch(i) for i in range(file.num_record_batches)))
+                file = _limited(size, lambda: pyarrow.ipc.open_file(source, options=options))
+                yield from table_rows(str(path), (file.get_batch(i) for i in range(file.num_record_batches)), size)
             else:
-                yield from table_rows(str(path), pyarrow.ipc.open_stream(source))
-    except _damage() as error:
+                yield from table_rows(
+                    str(path), _limited(size, lambda: pyarrow.ipc.open_stream(source, options=options)), size
+                )
+    except row_bounds.TooLarge:
+        raise too_large(str(path)) from None
+    except damage() as error:
         raise UserError(f"{path}: not an Arrow file that can be read ({first_line(error)})") from error
 
 
-def _damage() -> tuple[type[Exception], ...]:
+def damage() -> tuple[type[Exception], ...]:
     """Return what Arrow raises for damaged files."""
     import pyarrow
 
     return pyarrow.ArrowException, ValueError, TypeError, KeyError, IndexError, OverflowError, MemoryError
 
 
-def table_rows(source: str, batches: Iterable[Any]) -> Iterator[Record]:
+def _limited(size: int, work: Callable[[], Any]) -> Any:
+    with row_bounds.limited_memory(size):
+        return work()
+
+
+def table_rows(source: str, batches: Iterable[Any], size: int) -> Iterator[Record]:
     """Yield the rows of Arrow's record batches or tables, numbered from 0 on.
 
     Args:
       source: the file or hub name.
       batches: of one schema.
+      size: bytes of the files.
 
     Raises:
       UserError: two columns of one name, or a value that is damaged; names the row and the column.
+      TooLarge: a batch unpacks to too much.
     """
     number = 0
-    for batch in batches:
-        names = batch.schema.names
-        for name in names:
-            if names.count(name) > 1:
-                raise UserError(f"{source}: two columns are named {name!r}, expected names that differ")
+    for batch, is_large in row_bounds.decoded(iter(batches), size):
+        _check_columns(batch.schema.names, source)
         for first in range(0, batch.num_rows, BATCH):
-            for row in _python_rows(source, number, batch.slice(first, BATCH)):
+            rows = _python_rows(source, number, batch.slice(first, BATCH), is_large is not None)
+            for row in map(LargeRow, rows) if is_large else rows:
                 yield source, number, row
                 number += 1
 
 
-def _python_rows(source: str, number: int, batch: Any) -> list[dict[str, Any]]:
+def _python_rows(source: str, number: int, batch: Any, is_valid: bool) -> list[dict[str, Any]]:
     """Return a batch as dicts; `number` is that of its first row, for messages."""
     try:
-        batch.validate(full=True)  # damaged offsets would otherwise read memory of others
+        if not is_valid:
+            batch.validate(full=True)  # says what is wrong; damaged offsets would otherwise read memory of others
         return list(batch.to_pylist())
-    except _damage() as error:
+    except damage() as error:
         place, found = _damaged(number, batch) or (f"rows from {number} on", error)
         if "UTF" in str(found).upper() or isinstance(found, UnicodeDecodeError):
             raise UserError(f"{source}: {place}: not UTF-8, expected UTF-8 text") from error
@@ -293,7 +363,7 @@ def _damaged(number: int, batch: Any) -> tuple[str, Exception] | None:
                 value = batch.column(name).slice(i, 1)
                 value.validate(full=True)
                 value.to_pylist()
-            except _damage() as error:
+            except damage() as error:
                 return f"row {number + i}: column {name!r}", error
     return None
 

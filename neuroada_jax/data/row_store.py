@@ -12,6 +12,11 @@ from neuroada_jax.errors import UserError
 
 IN_MEMORY = 4096  # rows that stay a list
 BLOCK = 256  # rows that are written and read together
+LARGEST_BLOCK = 2**23  # bytes of fewer rows that are, as bytes of a pickle; objects in memory may take 30 times as many
+
+
+class LargeRow(dict[str, Any]):
+    """A row of a long text, which is weighed before it is kept; other rows are too short for that to be worth its time."""
 
 
 def stored(rows: Iterable[dict[str, Any]]) -> Sequence[dict[str, Any]]:
@@ -21,12 +26,21 @@ def stored(rows: Iterable[dict[str, Any]]) -> Sequence[dict[str, Any]]:
       UserError: the temporary file cannot be written.
     """
     found: list[dict[str, Any]] = []
-    each = iter(rows)
+    each, size = iter(rows), 0
     for row in each:
         found.append(row)
-        if len(found) > IN_MEMORY:
+        if type(row) is LargeRow:
+            size += _bytes_of(row)
+        if len(found) > IN_MEMORY or size > LARGEST_BLOCK:
             return _RowsOnDisk(found, each)
     return found
+
+
+def _bytes_of(row: dict[str, Any]) -> int:
+    try:
+        return len(pickle.dumps(row, pickle.HIGHEST_PROTOCOL))
+    except Exception:  # a caller's own objects, which stay in memory as long as the rows are few
+        return 0
 
 
 class _RowsOnDisk(Sequence[dict[str, Any]]):
@@ -35,15 +49,17 @@ class _RowsOnDisk(Sequence[dict[str, Any]]):
     def __init__(self, first: list[dict[str, Any]], rest: Iterator[dict[str, Any]]) -> None:
         self._file = tempfile.TemporaryFile(prefix="neuroada-")  # noqa: SIM115  # open as long as the rows are used
         weakref.finalize(self, self._file.close)
-        self._starts = array.array("q", [0])
+        self._starts, self._firsts = array.array("q", [0]), array.array("q", [0])  # of blocks: byte, row
         self._length, self._number, self._block = 0, -1, list[dict[str, Any]]()
-        block: list[dict[str, Any]] = []
+        block, size = list[dict[str, Any]](), 0
         for rows in (first, rest):
             for row in rows:
                 block.append(row)
-                if len(block) == BLOCK:
+                if type(row) is LargeRow:
+                    size += _bytes_of(row)
+                if len(block) == BLOCK or size > LARGEST_BLOCK:
                     self._write(block)
-                    block = []
+                    block, size = [], 0
         if block:
             self._write(block)
 
@@ -55,8 +71,9 @@ class _RowsOnDisk(Sequence[dict[str, Any]]):
             raise UserError(
                 f"{folder}: rows cannot be written to this temporary folder ({error.strerror}); TMPDIR names another"
             ) from error
-        self._starts.append(self._file.tell())
         self._length += len(block)
+        self._starts.append(self._file.tell())
+        self._firsts.append(self._length)
 
     def __len__(self) -> int:
         return self._length
@@ -73,12 +90,15 @@ class _RowsOnDisk(Sequence[dict[str, Any]]):
         index = index + self._length if index < 0 else index
         if not 0 <= index < self._length:
             raise IndexError(index)
-        number, within = divmod(index, BLOCK)
+        number = self._number
+        if not (number >= 0 and self._firsts[number] <= index < self._firsts[number + 1]):
+            number = bisect.bisect_right(self._firsts, index) - 1
         if number != self._number:
+            self._block = []  # not two at a time
             self._file.seek(self._starts[number])
             data = self._file.read(self._starts[number + 1] - self._starts[number])
             self._block, self._number = pickle.loads(data), number
-        return self._block[within]
+        return self._block[index - self._firsts[number]]
 
 
 class Places(Sequence[tuple[str, int]]):

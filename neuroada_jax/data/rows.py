@@ -10,15 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from neuroada_jax.data import row_bounds
 from neuroada_jax.data.readers import (
     BATCH,
     LINE_SUFFIXES,
     SUFFIXES,
     Record,
     check_characters,
+    damage,
     first_line,
     read_file,
     table_rows,
+    too_large,
 )
 from neuroada_jax.data.row_store import Places, stored
 from neuroada_jax.errors import UserError
@@ -258,14 +261,23 @@ def _from_datasets(source: str, split: str, limit: int | None, load: Callable[[s
     dataset = load(source, split)
     if limit is not None:
         dataset = dataset.select(range(min(limit, len(dataset))))
-    yield from table_rows(source, dataset.with_format("arrow").iter(batch_size=BATCH))
+    size = sum(row_bounds.file_bytes(Path(each["filename"])) for each in dataset.cache_files)
+    try:
+        yield from table_rows(source, dataset.with_format("arrow").iter(batch_size=BATCH), size)
+    except row_bounds.TooLarge:
+        raise too_large(source) from None
+    except damage() as error:
+        raise UserError(f"{source}: cannot be read ({first_line(error)})") from error
 
 
 def _load_from_disk(source: str, split: str) -> Any:
     import datasets
 
     try:
-        dataset = datasets.load_from_disk(source)
+        with row_bounds.limited_memory(row_bounds.file_bytes(Path(source))):
+            dataset = datasets.load_from_disk(source)
+    except row_bounds.TooLarge:
+        raise too_large(source) from None
     except Exception as error:  # of Arrow, JSON or the file system, for a damaged directory
         raise UserError(f"{source}: not a directory saved by datasets ({first_line(error)})") from error
     if not isinstance(dataset, datasets.DatasetDict):

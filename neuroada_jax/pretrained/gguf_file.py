@@ -109,7 +109,7 @@ class GGUFTensors:
           UserError: the tensor's block format has no decoder.
         """
         array = _decode(self.path, name, self.raw(name) if raw is None else raw, self._info(name))
-        heads = self._heads.get(name.split(".")[-2])
+        heads = self._heads.get(name.rpartition(".")[0].rpartition(".")[2])
         if self._arch != "llama" or not heads:
             return array
         if heads < 0 or array.shape[0] % (2 * heads):
