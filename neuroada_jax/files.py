@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -265,17 +266,36 @@ def is_deeper(value: object, depth: int = DEEPEST_JSON) -> bool:
     return True
 
 
+def read_bytes(path: Path, *, largest: int = LARGEST_JSON, stream: bool = False) -> bytes:
+    """Return the content of a file.
+
+    Args:
+      path: the file.
+      largest: bytes that it may have.
+      stream: whether it may be a pipe, as of a shell's <(...); a pipe or device in a folder of somebody else has no end.
+
+    Raises:
+      UserError: it is missing, cannot be read, is no regular file, or is larger.
+    """
+    try:
+        if not stream and not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
+            raise UserError(f"{path}: not a regular file, expected one")
+        with open(path, "rb") as file:
+            content = file.read(largest + 1)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    if len(content) > largest:
+        raise UserError(f"{path}: more than {largest:,} bytes, expected at most as many")
+    return content
+
+
 def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
     """Yield (number, value) of each line of a file, None for one that is not JSON or not UTF-8.
 
     Raises:
       UserError: the file cannot be read.
     """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    for number, line in enumerate(content.splitlines(), start=1):
+    for number, line in enumerate(read_bytes(path).splitlines(), start=1):
         try:
             value = json.loads(line.decode())
         except (ValueError, RecursionError):
@@ -310,13 +330,10 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
       UserError: the file is missing, is not JSON, is not an object, or exceeds `LARGEST_JSON` or `DEEPEST_JSON`.
     """
+    data = read_bytes(path)
     try:
-        if path.stat().st_size > LARGEST_JSON:
-            raise UserError(f"{path}: has {path.stat().st_size:,} bytes, expected at most {LARGEST_JSON:,}")
-        text = path.read_text(encoding="utf-8")
+        text = data.decode("utf-8")
         content = json.loads(text, object_pairs_hook=unique_names)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:  # RecursionError: brackets nested a thousand deep
         raise UserError(f"{path}: not JSON ({_reason(error)})") from error
     if not isinstance(content, dict):

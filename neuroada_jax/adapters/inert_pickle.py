@@ -9,12 +9,14 @@ of whatever that function returns, and reserve memory for as large a memo as the
 
 import io
 import pickletools
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from neuroada_jax import files
 from neuroada_jax.errors import UserError
 
 
@@ -53,10 +55,7 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
     Raises:
       UserError: the file cannot be read, or holds anything else.
     """
-    try:
-        stream = io.BytesIO(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    stream = io.BytesIO(files.read_bytes(path, largest=sys.maxsize - 1))
     try:
         return _content(stream)
     except Refused as refusal:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import pydantic
 import yaml
 
-from neuroada_jax import console
+from neuroada_jax import console, files
 from neuroada_jax.errors import UserError
 from neuroada_jax.tasks import SUITES
 from neuroada_jax.training.config import EvaluationSet, RunConfig
@@ -22,6 +22,7 @@ Section = TypeVar("Section")
 
 
 LARGEST_YAML = 2**20  # characters; a config has a few thousand, with a chat template in it some ten thousand
+LARGEST_YAML = 2**22  # bytes; a config has a few thousand
 DEEPEST_YAML = 32  # lists and sections inside one another; a config has four
 MOST_NODES = 100_000  # values of the content once aliases are replaced by what they stand for
 
@@ -281,9 +282,7 @@ def load(path: str, overrides: Sequence[str] = (), typed: Mapping[str, str] | No
       UserError: see `from_dict`; also a missing file.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+        text = files.read_bytes(Path(path), largest=LARGEST_YAML, stream=True).decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a text file ({error})") from error
     content = parse_yaml(text, path)
