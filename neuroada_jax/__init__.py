@@ -1,7 +1,7 @@
 """neuroada-jax: sparse fine-tuning of large models with NeuroAda (arXiv 2510.18940), in JAX.
 
-There are two ways to use it. `load` and `fine_tune` work on pretrained models and rows of text, and return objects of the
-other types here (docs/python.md). The core, functions on arrays and trees, works on models of your own (docs/own-models.md)
+There are two ways to use it. `load`, `fine_tune` and `sweep` work on pretrained models and rows of text
+(docs/python.md, docs/sweep.md). The core, functions on arrays and trees, works on models of your own (docs/own-models.md)
 and needs no other framework than JAX. Everything that needs Flax, Equinox or transformers (`load`, `fine_tune` and their
 types, and the modules `linen`, `nnx` and `equinox`) is imported at its first use.
 """
@@ -21,6 +21,7 @@ from neuroada_jax.errors import UserError
 if TYPE_CHECKING:
     from neuroada_jax.fine_tuning import fine_tune
     from neuroada_jax.session import MergedModel, Prediction, PretrainedModel, TunedModel, load
+    from neuroada_jax.sweeping.sweep import sweep
 
 __version__ = "0.1.0"
 
@@ -53,6 +54,7 @@ __all__ = [
     "read",
     "select",
     "swap",
+    "sweep",
     "unmerge",
 ]
 
@@ -65,6 +67,10 @@ def __getattr__(name: str) -> Any:
         from neuroada_jax.fine_tuning import fine_tune
 
         return fine_tune
+    if name == "sweep":
+        from neuroada_jax.sweeping.sweep import sweep
+
+        return sweep
     if name in _SESSION:
         from neuroada_jax import session
 

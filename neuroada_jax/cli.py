@@ -21,6 +21,7 @@ from neuroada_jax.commands import (
     preview,
     push,
     schema,
+    sweep,
     tasks,
     train,
 )
@@ -101,7 +102,7 @@ def _one_line_warnings() -> Iterator[None]:
 
 # The groups in which the commands are listed.
 _GROUPS = {
-    "a run": (init, preview, plan, train),
+    "a run": (init, preview, plan, train, sweep),
     "its result": (generate, classify, evaluate, lm_eval),
     "adapters and models on disk": (adapters, push),
     "what there is": (tasks, schema),

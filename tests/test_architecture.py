@@ -27,7 +27,7 @@ ORDER = [
         "adapters",
         "evaluation",
     ),
-    *("training", "sharing", "session", "fine_tuning", "planning", "commands", "cli"),
+    *("training", "sharing", "session", "fine_tuning", "planning", "sweeping", "commands", "cli"),
 ]
 
 

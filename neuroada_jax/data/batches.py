@@ -135,15 +135,26 @@ class AnyBatches(Generic[BatchType]):
         # One attribute for both, so that a prefetching thread never combines an epoch with the order of another.
         self._cached: tuple[int, np.ndarray] | None = None
 
-    def batch(self, epoch: int, index: int) -> BatchType:
+    def batch(self, epoch: int, index: int, shape: tuple[int, int] | None = None) -> BatchType:
         """Return batch `index` (0 to steps_per_epoch - 1) of `epoch` (0, 1, ...).
+
+        Args:
+          epoch: from 0.
+          index: in the epoch, from 0.
+          shape: (T, M) to pad to, at least that of the batch; None: that of the batch.
 
         Raises:
           IndexError: there is no such batch.
         """
-        chosen = self._chosen(epoch, index)
-        bucket = int(np.searchsorted(self._sizes, self._lengths[chosen].max()))
-        return self._filled(chosen, *self.shapes[bucket])
+        return self._filled(self._chosen(epoch, index), *(shape or self.shape_of(epoch, index)))
+
+    def shape_of(self, epoch: int, index: int) -> tuple[int, int]:
+        """Return the (T, M) of a batch: the first of `shapes` that holds its longest row.
+
+        Raises:
+          IndexError: there is no such batch.
+        """
+        return self.shapes[int(np.searchsorted(self._sizes, self._lengths[self._chosen(epoch, index)].max()))]
 
     def _filled(self, chosen: Int64[np.ndarray, "b"], length: int, labels: int) -> BatchType:
         """Return a batch of these rows with T = `length` and M = `labels`."""

@@ -113,6 +113,11 @@ def find(name: str, dtype: Any) -> Machine:
     return _BY_NAME[name]
 
 
+def of_kind(name: str) -> Machine | None:
+    """Return the GPU whose driver reports this name; None where it is not known."""
+    return next((machine for machine in _GPUS if machine.gpu and machine.gpu.model == name), None)
+
+
 def this_machine(dtype: Any) -> Machine:
     """Return this computer's CPU, its speed taken from the best of three short timings of a matrix product and a copy."""
     cpu = jax.devices("cpu")[0]

@@ -1,6 +1,7 @@
 """Learning-rate schedules and the partitioned optimiser, which updates the bypass values and a classifier only."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -45,27 +46,39 @@ def labels(tree: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def schedules_of(config: OptimizerSection, total_steps: int, classifier: ClassifierSection) -> dict[str, optax.Schedule]:
+    """Return the schedules of the values and of the classifier, which may have a peak of its own."""
+    return {
+        "bypass": schedule(config, total_steps),
+        "classifier": schedule(config, total_steps, classifier.learning_rate),
+    }
+
+
 def build(
-    config: OptimizerSection, total_steps: int, classifier: ClassifierSection | None = None
+    config: OptimizerSection,
+    total_steps: int,
+    classifier: ClassifierSection | None = None,
+    schedules: Mapping[str, optax.Schedule] | None = None,
 ) -> optax.GradientTransformation:
     """Build AdamW with clipping by the global norm and moments in the dtype of the values (float32).
 
     The classifier has its own learning rate and weight decay where `classifier` sets them. Biases do not decay, as in
-    transformers' Trainer.
+    transformers' Trainer. `schedules` are the rates by step of each of `TRAINED`; None: those of `schedules_of`.
     """
     classifier = classifier or ClassifierSection()
+    rates = schedules or schedules_of(config, total_steps, classifier)
 
-    def adamw(learning_rate: float | None, weight_decay: float | None) -> optax.GradientTransformation:
+    def adamw(rate: optax.Schedule, weight_decay: float | None) -> optax.GradientTransformation:
         return optax.chain(
             optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
             optax.scale_by_schedule(_bias_correction_error(config.beta1, config.beta2)),
             optax.add_decayed_weights(config.weight_decay if weight_decay is None else weight_decay, _decaying),
-            optax.scale_by_learning_rate(schedule(config, total_steps, learning_rate)),
+            optax.scale_by_learning_rate(rate),
         )
 
     transforms = {
-        "bypass": adamw(None, None),
-        "classifier": adamw(classifier.learning_rate, classifier.weight_decay),
+        "bypass": adamw(rates["bypass"], None),
+        "classifier": adamw(rates["classifier"], classifier.weight_decay),
         "frozen": optax.set_to_zero(),
     }
     partitioned = optax.partition(transforms, labels)

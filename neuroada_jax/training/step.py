@@ -134,7 +134,8 @@ def make_sums(
     module: nn.Module,
     accumulation: int = 1,
     losses: Callable[..., Array] = label_losses,
-    dropout_seed: int | None = None,
+    dropout_seed: int | Array | None = None,
+    form: str = "resident",
 ) -> Callable[..., Sums]:
     """Return the first half of a step: (state, batch, shard) -> sums over the examples of a batch or of a part of one.
 
@@ -147,11 +148,12 @@ def make_sums(
       losses: (module, variables, batch) -> the loss of every label, in the shape of `batch.label_mask`.
       dropout_seed: `losses` also gets `dropout=key`; the key follows from this seed, the step, the micro batch and the
         shard alone, so that a resumed run has the masks of an uninterrupted one. None: it gets no key.
+      form: of the linear maps: "resident" where the state's weights hold base + values, "bypass" where they are the base's.
     """
 
     def loss_sum(trainable: Tree, state: TrainState, shard: Array | None, batch: AnyBatch, part: Array) -> Array:
         params = dense_modules.join(state.params, trainable.get("classifier", {}))
-        variables = {"params": params, "columns": state.columns, "resident": trainable["bypass"]}
+        variables = {"params": params, "columns": state.columns, form: trainable["bypass"]}
         if dropout_seed is None:
             return jnp.sum(losses(module, variables, batch))
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(dropout_seed), state.step), part)

@@ -1,0 +1,139 @@
+"""How many members of a sweep fit beside each other: the memory and time of their step, compiled before it runs."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from neuroada_jax import console
+from neuroada_jax.core.trees import Tree
+from neuroada_jax.errors import UserError
+from neuroada_jax.models import Model
+from neuroada_jax.planning import machines, roofline
+from neuroada_jax.planning.machines import Machine
+from neuroada_jax.sweeping.group import Group, Start
+
+
+@dataclasses.dataclass(frozen=True)
+class Need:
+    """What the step of some members needs.
+
+    Attributes:
+      members: taken at a time.
+      weights: bytes of the frozen weights, which are there once.
+      states: bytes of values, moments, columns, base entries and kept states of all members.
+      temporaries: bytes of activations, gradients and buffers, and of the batches.
+      seconds: least time of all their steps by the machine's speed; None where that is not known.
+    """
+
+    members: int
+    weights: int
+    states: int
+    temporaries: int
+    seconds: float | None
+
+    @property
+    def total(self) -> int:
+        """The sum of all bytes."""
+        return self.weights + self.states + self.temporaries
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the figures as JSON has them."""
+        return {**dataclasses.asdict(self), "total_bytes": self.total}
+
+    def say(self, count: int) -> None:
+        """State the figures before the training of `count` members."""
+        size = console.size
+        at_least = "" if self.seconds is None else f"; at least {_duration(self.seconds * count / self.members)}"
+        console.say(
+            f"{self.members} of {count} members at a time: {size(self.total)}, of which {size(self.weights)} are weights, "
+            f"{size(self.states)} states and {size(self.temporaries)} activations and buffers{at_least}"
+        )
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def machine_here(dtype: Any) -> tuple[Machine | None, int]:
+    """Return the machine that runs the sweep, None where its speed is unknown, and the bytes of memory to be used."""
+    device = jax.local_devices()[0]
+    if device.platform == "cpu":
+        machine = machines.this_machine(dtype)
+        return machine, machine.memory
+    limit = (device.memory_stats() or {}).get("bytes_limit", 0)
+    return machines.of_kind(device.device_kind), int(limit)
+
+
+def fitting(
+    starts: Sequence[Start], model: Model, params: Tree, machine: tuple[Machine | None, int], most: int | None = None
+) -> tuple[Group, Need]:
+    """Return the group of the first members that fit into memory, and what it needs.
+
+    Args:
+      starts: members of equal shapes.
+      model: the base model.
+      params: its frozen weights.
+      machine: from `machine_here`.
+      most: members at a time; None: as many as fit.
+
+    Raises:
+      UserError: not even one member fits.
+    """
+    count = min(len(starts), most or len(starts))
+    count = -(-len(starts) // -(-len(starts) // count))  # in parts of about the same size
+    while True:
+        group = Group(starts[:count], model)
+        need = measure(group, params, machine[0])
+        if need.total <= machine[1] or not machine[1]:
+            return group, need
+        if count == 1:
+            raise UserError(
+                f"a member needs {console.size(need.total)}, and there are {console.size(machine[1])}; `neuroada plan` "
+                "says what would fit"
+            )
+        each = (need.states + need.temporaries) / count
+        fit = max(1, min(count - 1, int((machine[1] - need.weights) / each)))
+        count = -(-len(starts) // -(-len(starts) // fit))
+
+
+def measure(group: Group, params: Tree, machine: Machine | None) -> Need:
+    """Return what the step of a group needs at its longest batch; compiles it."""
+    compiled = group.compiled(params, group.longest())
+    kept = roofline.nbytes(group.stack.state.trainable)
+    return Need(
+        members=len(group.starts),
+        weights=roofline.nbytes(params),
+        states=roofline.nbytes(group.stack) + kept,
+        temporaries=machines.temporaries(compiled) + _batch_bytes(compiled, group, params),
+        seconds=None if machine is None else _seconds(group, params, machine),
+    )
+
+
+def _batch_bytes(compiled: Any, group: Group, params: Tree) -> int:
+    """Return the bytes of the batches among the arguments of the step."""
+    known = roofline.nbytes(params) + roofline.nbytes(group.stack)
+    return max(0, int(compiled.memory_analysis().argument_size_in_bytes) - known)
+
+
+def _seconds(group: Group, params: Tree, machine: Machine) -> float:
+    """Return the least time of all steps and validations, whose cost per token is a third of a step's."""
+    traced = group.trace(params)
+    leaves = jax.tree.leaves(params)
+    frozen = [True] * len(leaves)
+    frozen += [False] * (len(traced.jaxpr.in_avals) - len(leaves))
+    flops = roofline.work(traced.jaxpr, frozen).flops
+    longest = group.longest()[0]
+    first, training = group.starts[0].rows, group.config.training
+    steps = [first.batches.shape_of(0, index)[0] for index in range(first.batches.steps_per_epoch)]
+    share = float(np.mean(steps)) / longest
+    assert first.validation is not None
+    checked = first.validation.batches
+    tokens = sum(checked.shape_of(0, index)[0] for index in range(checked.steps_per_epoch))
+    times = math.ceil(group.total / (training.validate_every or first.batches.steps_per_epoch))
+    whole = group.total * share + times * tokens / longest / 3
+    return flops * whole / machine.flops[jnp.dtype(first.opened.model.config.dtype).name]

@@ -1,0 +1,248 @@
+"""A group of members that take their steps in one program: their training, their validation and the states they keep."""
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from neuroada_jax import console
+from neuroada_jax.core import bypass
+from neuroada_jax.core.trees import Tree
+from neuroada_jax.data.batches import AnyBatches
+from neuroada_jax.models import Model
+from neuroada_jax.sweeping import stack as stacks
+from neuroada_jax.sweeping.grid import Member, describe
+from neuroada_jax.training.preparation import PreparedRows
+from neuroada_jax.training.step import AnyBatch, StepMetrics, TrainState
+from neuroada_jax.training.watchdog import IN_A_ROW, in_background
+
+Shape = tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """A member before its first step.
+
+    Attributes:
+      member: its fields and config.
+      rows: of its seed, prepared.
+      state: its initial train state, without parameters and moments; members of equal connections share its arrays.
+    """
+
+    member: Member
+    rows: PreparedRows
+    state: TrainState
+
+    @property
+    def trained(self) -> int:
+        """The number of trained values."""
+        return bypass.count(self.state.trainable)
+
+
+@dataclasses.dataclass
+class Course:
+    """What a member has gone through.
+
+    Attributes:
+      lines: its validations: "step" and "value", None where that is not finite.
+      diverged: the step that ended it, None for a sound member.
+      skipped: steps that were not finite.
+      in_a_row: of these, the last ones without a finite step between.
+      stalled: whether `training.early_stopping` has ended it.
+    """
+
+    lines: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    diverged: int | None = None
+    skipped: int = 0
+    in_a_row: int = 0
+    stalled: bool = False
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """The line of the first of the best validations; None without a finite one."""
+        return min((line for line in self.lines if line["value"] is not None), key=lambda line: line["value"], default=None)
+
+    @property
+    def validation(self) -> float | None:
+        """The lowest validation loss; None for a member that diverged."""
+        return None if self.diverged is not None or self.best is None else self.best["value"]
+
+    @property
+    def over(self) -> bool:
+        """Whether further steps cannot change the member any more."""
+        return self.stalled or self.diverged is not None
+
+
+class Group:
+    """Members of equal shapes, from their first step to their last; between two calls of `advance` the host keeps them."""
+
+    def __init__(self, starts: Sequence[Start], model: Model, turns: bool | None = None) -> None:
+        """Take the members.
+
+        Args:
+          starts: of equal `grid.group_key` and equal steps.
+          model: the base model.
+          turns: see `stack.in_turns`; None: as it says.
+        """
+        self.starts, self.step = list(starts), 0
+        self.courses = [Course() for _ in starts]
+        first = starts[0]
+        self.config, objective = first.member.config, first.rows.objective
+        self.total, self._per_epoch = first.rows.total_steps, first.rows.batches.steps_per_epoch
+        dropout = objective.dropout_seed is not None
+        module = model.module(self.config.training.remat_policy)
+        self._program = stacks.make_step(module, self.config, objective.losses, dropout, turns)
+        self._validation = stacks.make_validation(model.module(), objective.losses, turns)
+        self._compiled: dict[Shape, Any] = {}
+        self.stack = stacks.stacked(
+            [start.state for start in starts], [start.member.config for start in starts], self.total
+        )
+        self._best = jax.tree.map(jnp.copy, self.stack.state.trainable)  # the step donates the stack
+
+    @property
+    def finished(self) -> bool:
+        """Whether no step is left."""
+        return self.step >= self.total or all(course.over for course in self.courses)
+
+    def best_of(self, member: int) -> Tree:
+        """Return the trained values, and the classifier, of a member's best validation."""
+        return jax.tree.map(lambda leaf: leaf[member], self._best)
+
+    def keep(self, members: Sequence[int]) -> None:
+        """Go on with some of the members alone."""
+        at = np.array(members, np.int32)
+        self.starts = [self.starts[i] for i in members]
+        self.courses = [self.courses[i] for i in members]
+        self.stack = stacks.part(self.stack, members)
+        self._best = jax.tree.map(lambda leaf: leaf[at], self._best)
+        self._compiled = {}
+
+    def to_host(self) -> None:
+        """Take the members off the device."""
+        self.stack, self._best = jax.tree.map(np.array, (self.stack, self._best))
+        self._compiled = {}
+
+    def longest(self) -> Shape:
+        """Return the shape of the longest batch that can occur."""
+        shapes = [start.rows.batches.shapes[-1] for start in self.starts]
+        return max(length for length, _ in shapes), max(labels for _, labels in shapes)
+
+    def compiled(self, params: Tree, shape: Shape) -> Any:
+        """Return the step for batches of a shape, compiled at its first use."""
+        if shape not in self._compiled:
+            batches = self._stacked([start.rows.batches for start in self.starts], 0, 0, shape)
+            self._compiled[shape] = self._program.lower(params, self.stack, batches).compile()
+        return self._compiled[shape]
+
+    def trace(self, params: Tree) -> Any:
+        """Return the trace of a step at the longest shape, whose work can be counted."""
+        batches = self._stacked([start.rows.batches for start in self.starts], 0, 0, self.longest())
+        return self._program.trace(params, self.stack, batches)
+
+    def advance(self, params: Tree, until: int) -> Tree:
+        """Take the steps up to `until`, validating where a run of its own would; return the weights, which are donated."""
+        training = self.config.training
+        self.stack, self._best = jax.tree.map(jnp.array, (self.stack, self._best))
+        pending: list[StepMetrics] = []
+        start, began = self.step, time.perf_counter()
+        with console.bar(f"training {len(self.starts)} members", until) as bar:
+            ahead = in_background(functools.partial(self._batch, start)) if start < until else None
+            while self.step < until and not self.finished:
+                assert ahead is not None
+                shape, batches = ahead.result()
+                if self.step + 1 < until:
+                    ahead = in_background(functools.partial(self._batch, self.step + 1))
+                params, self.stack, metrics = self.compiled(params, shape)(params, self.stack, batches)
+                self.step += 1
+                pending.append(metrics)
+                due = self.step == self.total or self.step % (training.validate_every or self._per_epoch) == 0
+                if not due and self.step < until and self.step % training.log_every:
+                    continue
+                loss = self._look(pending)
+                pending = []
+                if due:
+                    params = self.validate(params)
+                each = (time.perf_counter() - began) / (self.step - start)
+                bar.update(self.step, until, f"lowest loss {loss:.4f}")
+                if not console.is_terminal():
+                    console.say(
+                        f"step {self.step} of {until} of {len(self.starts)} members: lowest loss {loss:.4f}, "
+                        f"{each * (until - self.step):.0f} s left"
+                    )
+        return params
+
+    def validate(self, params: Tree) -> Tree:
+        """Validate every member, and keep the states that are better than all before; return the weights."""
+        batches = [start.rows.validation.batches for start in self.starts if start.rows.validation is not None]
+        losses, labels = np.zeros(len(batches)), np.zeros(len(batches))
+        for index in range(max(each.steps_per_epoch for each in batches)):
+            shape = _common_shape(batches, 0, index)
+            params, found = self._validation(params, self.stack, self._stacked(batches, 0, index, shape))
+            own = np.array([index < each.steps_per_epoch for each in batches])
+            losses += np.where(own, np.asarray(found[0], np.float64), 0.0)
+            labels += np.where(own, np.asarray(found[1], np.float64), 0.0)
+        better = np.zeros(len(batches), bool)
+        for i, course in enumerate(self.courses):
+            better[i] = self._note(course, float(losses[i] / labels[i]))
+        at = jnp.asarray(better)
+        self._best = jax.tree.map(
+            lambda old, new: jnp.where(at.reshape(-1, *[1] * (new.ndim - 1)), new, old),
+            self._best,
+            self.stack.state.trainable,
+        )
+        found = [course.lines[-1]["value"] for course in self.courses if course.lines and course.diverged is None]
+        sound = [value for value in found if value is not None]
+        if sound:
+            console.say(f"step {self.step}: validation losses {min(sound):.4f} to {max(sound):.4f}")
+        return params
+
+    def _note(self, course: Course, value: float) -> bool:
+        """Add the validation of a member; return whether it is the best so far."""
+        if course.over or (course.lines and course.lines[-1]["step"] == self.step):
+            return False
+        before, line = course.best, {"step": self.step, "value": value if math.isfinite(value) else None}
+        course.lines.append(line)
+        patience = self.config.training.early_stopping
+        best = course.best
+        if patience is not None:
+            since = len(course.lines) - 1 - (course.lines.index(best) if best is not None else 0)
+            course.stalled = since >= patience
+        return best is line and best is not before
+
+    def _look(self, pending: Sequence[StepMetrics]) -> float:
+        """Read the metrics of the steps since the last look; mark the members that diverged, and return the lowest loss."""
+        section, first = self.config.watchdog, self.step - len(pending) + 1
+        rows = [(np.asarray(metrics.finite), np.asarray(metrics.loss)) for metrics in pending]
+        for number, (finite, _) in enumerate(rows, first):
+            for start, course, sound in zip(self.starts, self.courses, finite.tolist(), strict=True):
+                course.in_a_row = 0 if sound else course.in_a_row + 1
+                course.skipped += not sound
+                ended = course.skipped > section.max_skips or course.in_a_row >= IN_A_ROW
+                if not (sound or course.over) and (section.nonfinite == "stop" or ended):
+                    course.diverged = number
+                    name = describe(start.member.fields)
+                    console.warn(f"{name}: the loss became NaN or infinite at step {number}; it is left out")
+        return min((float(loss) for loss in rows[-1][1] if np.isfinite(loss)), default=math.nan)
+
+    def _batch(self, number: int) -> tuple[Shape, AnyBatch]:
+        """Return the batches of a step, each as a run of its own would have it but for padding."""
+        batches = [start.rows.batches for start in self.starts]
+        epoch, index = divmod(number, self._per_epoch)
+        shape = _common_shape(batches, epoch, index)
+        return shape, self._stacked(batches, epoch, index, shape)
+
+    def _stacked(self, batches: Sequence[AnyBatches], epoch: int, index: int, shape: Shape) -> AnyBatch:
+        filled = [each.batch(epoch, min(index, each.steps_per_epoch - 1), shape) for each in batches]
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *filled)
+
+
+def _common_shape(batches: Sequence[AnyBatches], epoch: int, index: int) -> Shape:
+    """Return the (T, M) that holds a batch of every member."""
+    shapes = [each.shape_of(epoch, min(index, each.steps_per_epoch - 1)) for each in batches]
+    return max(length for length, _ in shapes), max(labels for _, labels in shapes)

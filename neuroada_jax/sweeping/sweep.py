@@ -1,0 +1,369 @@
+"""A sweep from config and grid to the chosen adapter: members in groups, the choice, and the files it leaves."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from neuroada_jax import console, files
+from neuroada_jax.adapters import native, on_base
+from neuroada_jax.core import bypass
+from neuroada_jax.core.bypass import Bypass
+from neuroada_jax.core.trees import Tree
+from neuroada_jax.errors import UserError
+from neuroada_jax.models import dense_modules
+from neuroada_jax.pretrained.load import load_with_progress, open_with_tokenizer
+from neuroada_jax.sweeping import capacity, choice, grid, report, starts
+from neuroada_jax.sweeping.choice import DIVERGED, DROPPED, FINISHED, Cell
+from neuroada_jax.sweeping.grid import RATE, Grid, Member
+from neuroada_jax.sweeping.group import Course, Group, Start
+from neuroada_jax.sweeping.starts import Weights
+from neuroada_jax.sweeping.store import Store
+from neuroada_jax.training import config_file
+from neuroada_jax.training.config import RunConfig
+from neuroada_jax.training.config_execution import ParallelSection
+from neuroada_jax.training.preparation import PreparedRows, score_rows
+
+MOST_EXTENSIONS = 4  # times that `extend` goes on outwards
+
+
+class Options(NamedTuple):
+    """How a sweep goes through its grid.
+
+    Attributes:
+      extend: go on outwards, at most `MOST_EXTENSIONS` times, while the best rate is at the edge.
+      halving: drop the worse half of the cells at a third of the steps.
+      at_once: members at a time, at most; None: as many as fit into memory.
+      overwrite: replace a sweep that is in the folder; otherwise it goes on.
+    """
+
+    extend: bool = False
+    halving: bool = False
+    at_once: int | None = None
+    overwrite: bool = False
+
+
+def sweep(
+    config: str | Path | Mapping[str, Any] | RunConfig,
+    /,
+    grid: Mapping[str, Sequence[Any]],
+    *,
+    extend: bool = False,
+    halving: bool = False,
+    at_once: int | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Train a config at every combination of a grid's values, and choose the best by `data.validation`.
+
+    Runs of equal shapes share one program and one set of frozen weights; others take turns. Each equals a run of its own
+    with its values. A sweep that was ended goes on when it is called again: members that have finished do not run twice.
+
+    Args:
+      config: of a run: a YAML file or its content.
+      grid: field -> values, such as {"optimizer.learning_rate": [1e-3, 3e-3], "seed": [42, 43]}.
+      extend: go on outwards while the best rate is at the edge of the grid.
+      halving: drop the worse half of the cells at a third of the steps.
+      at_once: members at a time, at most; None: as many as fit into memory.
+      overwrite: replace a sweep that is in the config's output directory.
+
+    Returns: the content of sweep.json.
+
+    Raises:
+      UserError: in one line: a grid, config, model or rows that do not fit; no member without a diverging loss.
+    """
+    if isinstance(config, RunConfig):
+        made = config
+    elif isinstance(config, Mapping):
+        made = config_file.from_dict(dict(config), "sweep")
+    else:
+        made = config_file.load(os.fspath(config))
+    if not isinstance(grid, Mapping):
+        raise UserError(f"sweep: grid: expected a dict of fields and their values, found {type(grid).__name__}")
+    if at_once is not None and at_once < 1:
+        raise UserError(f"sweep: at_once: expected at least 1, found {at_once}")
+    content, _ = run(made, dict(grid), Options(extend, halving, at_once, overwrite), "sweep: grid:")
+    return content
+
+
+def run(config: RunConfig, given: Mapping[str, Any], options: Options, where: str) -> tuple[dict[str, Any], list[Cell]]:
+    """Do a sweep; return the content of sweep.json, and the cells.
+
+    Args:
+      config: that the grid is laid over.
+      given: field -> values.
+      options: see `Options`.
+      where: what the grid was given as, for messages.
+
+    Raises:
+      UserError: see `sweep`.
+    """
+    starts.check_validation(config)
+    checked = grid.check(given, where)
+    own = dataclasses.replace(config, parallel=ParallelSection(mode="single"))
+    members = grid.members(own, checked, where)
+    store = Store(config.directory)
+    store.check(config, list(checked), options.overwrite)
+    model = open_with_tokenizer(config.model.path, config.model.dtype)
+    rows = starts.prepare(members, model)
+    with store.opened(config, options.overwrite):
+        return _Sweep(config, own, checked, options, store, rows).run(members)
+
+
+class _Sweep:
+    """A sweep whose inputs are checked and whose folder is locked."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        own: RunConfig,
+        checked: Grid,
+        options: Options,
+        store: Store,
+        rows: dict[str, PreparedRows],
+    ) -> None:
+        """Take the user's config, that of the members before the grid, the grid, and what was prepared."""
+        self._config, self._own, self._grid, self._options = config, own, checked, options
+        self._store, self._rows = store, rows
+        self._records: dict[str, dict[str, Any]] = {}  # by the name of the member
+        self._plans: list[dict[str, Any]] = []
+        self._weights: Weights | None = None
+        self._base = ""  # digest of the base model
+        self._starts: list[Start] = []
+
+    def run(self, members: list[Member]) -> tuple[dict[str, Any], list[Cell]]:
+        """Train what has not finished, extend the grid, choose, and write the results."""
+        self._train(members, self._options.halving)
+        extensions = 0
+        while True:
+            found = choice.cells(list(self._records.values()))
+            best = choice.best(found)
+            edge = best and choice.edge(found, best)
+            if best is None or edge is None or not self._options.extend or extensions == MOST_EXTENSIONS:
+                break
+            extensions += 1
+            rate = choice.beyond(found, best)
+            console.say(f"the best rate {best.fields[RATE]:g} is the {edge} one: going on with {rate:g}")
+            more = [self._at_rate(record, rate) for record in best.records]
+            self._grid[RATE] = sorted([*self._grid[RATE], rate])
+            self._train(more, halving=False)
+        return self._finish(found, best, edge), found
+
+    def _at_rate(self, record: Mapping[str, Any], rate: float) -> Member:
+        return grid.member(self._own, {**record["fields"], RATE: rate}, "--extend")
+
+    def _train(self, members: Sequence[Member], halving: bool) -> None:
+        """Train the members that have no record yet."""
+        waiting = []
+        for member in members:
+            record = self._store.record(member)
+            if record is None:
+                waiting.append(member)
+                continue
+            self._check_rows(member, record)
+            self._records[member.name] = record
+        if len(waiting) < len(members):
+            console.say(f"{len(members) - len(waiting)} of {len(members)} members have finished before")
+        if not waiting:
+            return
+        groups = self._groups(self._begin(waiting))
+        if halving and any(record["status"] == DROPPED for record in self._records.values()):
+            halving = False  # a sweep that goes on has dropped its half
+        if halving:
+            self._halve(groups)
+        for group in groups:
+            self._advance(group, group.total)
+            self._end(group)
+
+    def _begin(self, waiting: Sequence[Member]) -> list[Start]:
+        """Return the starts of members; the weights are read at the first call."""
+        if self._weights is None:
+            first = self._rows[starts.rows_key(waiting[0].config)]
+            loaded = load_with_progress(first.opened, waiting[0].seed)
+            self._base = starts.digest(dict(loaded.digests))
+            if other := [name for name, record in self._records.items() if record["base"] != self._base]:
+                raise UserError(
+                    f"{self._store.directory} holds a sweep on another base model ({other[0]}); --overwrite replaces it"
+                )
+            self._weights, self._starts = starts.begin(waiting, self._rows, loaded)
+            return self._starts
+        known = {(start.member.seed, _but_rate(start.member)): start for start in self._starts}
+        return [starts.at_rate(known[member.seed, _but_rate(member)], member) for member in waiting]
+
+    @property
+    def _trained_on(self) -> Weights:
+        assert self._weights is not None
+        return self._weights
+
+    def _groups(self, waiting: Sequence[Start]) -> list[Group]:
+        """Return the members in groups of equal shapes that fit into memory; state what each needs."""
+        kinds: dict[Any, list[Start]] = {}
+        for start in waiting:
+            batches, dropout = start.rows.batches, start.rows.objective.dropout_seed is not None
+            # A dropout mask depends on the padded length, and batches of similar lengths differ from seed to seed.
+            alone = len(batches.shapes) > 1 and (dropout or batches.group_by_length)
+            key = (grid.group_key(start.member), start.rows.total_steps, batches.steps_per_epoch)
+            shapes = tuple(leaf.shape for leaf in jax.tree.leaves(start.state))
+            kinds.setdefault((*key, shapes, start.member.seed if alone else None), []).append(start)
+        weights, machine = self._trained_on, capacity.machine_here(self._trained_on.base_model.model.config.dtype)
+        groups = []
+        for own in kinds.values():
+            left = own
+            while left:
+                model = weights.base_model.model
+                group, need = capacity.fitting(left, model, weights.params, machine, self._options.at_once)
+                if left is own:
+                    need.say(len(own))
+                    self._plans.append(need.to_json())
+                groups.append(group)
+                left = left[need.members :]
+        return groups
+
+    def _advance(self, group: Group, until: int) -> None:
+        weights = self._trained_on
+        weights.params = group.advance(weights.params, until)
+
+    def _halve(self, groups: Sequence[Group]) -> None:
+        """Take every member to a third of its steps, and drop the worse half of the cells."""
+        losses: dict[str, list[float | None]] = {}
+        for group in groups:
+            self._advance(group, max(1, group.total // 3))
+            self._trained_on.params = group.validate(self._trained_on.params)
+            for start, course in zip(group.starts, group.courses, strict=True):
+                losses.setdefault(start.member.cell, []).append(course.validation)
+            group.to_host()
+        kept = choice.survivors(losses)
+        for group in groups:
+            ends = [start.member.cell not in kept for start in group.starts]
+            for i in (i for i, ended in enumerate(ends) if ended):
+                start, course = group.starts[i], group.courses[i]
+                status = DIVERGED if course.diverged is not None else DROPPED
+                self._write(start, course, status, {})
+            group.keep([i for i, ended in enumerate(ends) if not ended])
+        console.say(f"at a third of the steps {len(losses) - len(kept)} of {len(losses)} cells are dropped")
+
+    def _end(self, group: Group) -> None:
+        """Save and score the members of a trained group."""
+        for i, (start, course) in enumerate(zip(group.starts, group.courses, strict=True)):
+            if course.validation is None:
+                self._write(start, course, DIVERGED, {})
+                continue
+            trained = group.best_of(i)
+            self._save(start, trained)
+            self._write(start, course, FINISHED, self._scores(start, trained))
+
+    def _save(self, start: Start, trained: Tree) -> None:
+        """Write the adapter of a member."""
+        config, weights = start.rows.config, self._trained_on
+        on_base.save(
+            self._store.adapter(start.member),
+            Bypass(trained["bypass"], start.state.columns),
+            weights.base_model,
+            native.Selection(config.bypass.k, config.bypass.targets or [], config.bypass.score, config.seed),
+            classifier=trained.get("classifier"),
+            form=start.rows.objective.form,
+            replace=True,
+        )
+
+    def _scores(self, start: Start, trained: Tree) -> dict[str, Any]:
+        """Score a member on the evaluation sets: its values are in the weights meanwhile."""
+        if not start.rows.scorers:
+            return {}
+        weights, state = self._trained_on, start.state
+        own = Bypass(trained["bypass"], state.columns)
+        params = _put_in(weights.params, own, state.base_entries)
+        merged = dense_modules.join(params, trained.get("classifier", {}))
+        found = {}
+        for name, scorer in start.rows.scorers.items():
+            found[name] = score_rows(name, scorer, weights.base_model, merged).to_json()
+        weights.params = _take_out(params, state.columns, state.base_entries)
+        return found
+
+    def _write(self, start: Start, course: Course, status: str, scores: dict[str, Any]) -> None:
+        """Write the record of a member that has ended."""
+        member, best = start.member, course.best
+        record = {
+            "fields": member.fields,
+            "validation": course.validation,
+            "scores": scores,
+            "trained": start.trained,
+            "status": status,
+            "seed": member.seed,
+            "cell": member.cell,
+            "best_step": best and best["step"],
+            "diverged_at": course.diverged,
+            "steps": course.lines,
+            "examples": starts.digest_of_rows(start.rows),
+            "base": self._base,
+        }
+        self._store.write(member, files.finite(record))
+        self._records[member.name] = files.finite(record)
+
+    def _check_rows(self, member: Member, record: Mapping[str, Any]) -> None:
+        """Check that a finished member was trained on the rows of today.
+
+        Raises:
+          UserError: it was not.
+        """
+        rows = self._rows[starts.rows_key(member.config)]
+        if record["examples"] != starts.digest_of_rows(rows):
+            raise UserError(
+                f"{self._store.directory} holds a sweep over other rows than those of today; --overwrite replaces it, or "
+                "give another folder with output=FOLDER"
+            )
+
+    def _finish(self, found: list[Cell], best: Cell | None, edge: str | None) -> dict[str, Any]:
+        """Write what the sweep leaves; return the content of sweep.json.
+
+        Raises:
+          UserError: every member diverged.
+        """
+        directory, records = self._store.directory, list(self._records.values())
+        content: dict[str, Any] = {
+            "name": self._config.name,
+            "directory": str(directory),
+            "grid": self._grid,
+            "members": [{key: value for key, value in each.items() if key not in ("examples", "base")} for each in records],
+            "best": None,
+            "at_edge": edge is not None,
+            "cells": [cell.to_json() for cell in found],
+            "plan": self._plans,
+            "config": dataclasses.asdict(self._config),
+            "versions": native.installed_versions(),
+        }
+        if best is not None:
+            chosen = choice.best_record(best)
+            member = grid.member(self._config, chosen["fields"], "the chosen config")
+            target = directory / "best"
+            self._store.write_best(self._store.adapter(member), _run_config(member.config, target))
+            content["best"] = {
+                **{key: chosen[key] for key in ("fields", "validation", "scores", "trained", "cell", "best_step")},
+                "mean": best.to_json(),
+                "adapter": str(target / "adapter"),
+                "config": str(target / "config.yaml"),
+            }
+        files.write_text(directory / "sweep.json", files.to_json(content, indent=1) + "\n")
+        report.draw(directory / "sweep.png", found, best, self._config.name)
+        if best is None:
+            raise UserError(f"{directory}: no member is left, each loss became NaN or infinite; try lower values of {RATE}")
+        if edge is not None:
+            console.warn(
+                f"the best rate {best.fields[RATE]:g} is the {edge} of those tried, so that the best may lie beyond: add "
+                "rates to the grid, or --extend goes on outwards"
+            )
+        return content
+
+
+def _run_config(config: RunConfig, target: Path) -> RunConfig:
+    """Return the chosen config as that of a run of its own, whose folder is beside the adapter."""
+    return dataclasses.replace(config, name=f"{config.name}-best", output=str(target / "run"))
+
+
+def _but_rate(member: Member) -> str:
+    return starts.digest({name: value for name, value in member.fields.items() if name != RATE})
+
+
+_put_in: Callable[..., Tree] = jax.jit(bypass.make_resident, donate_argnums=0)
+_take_out: Callable[..., Tree] = jax.jit(bypass.unmerge, donate_argnums=0)

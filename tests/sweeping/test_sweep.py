@@ -1,0 +1,111 @@
+"""A sweep: members equal runs of their own, the choice by validation, going on after an end, and bad input."""
+
+import json
+
+import numpy as np
+import pytest
+from data_helpers import write_lines
+from helpers import equations, run_config, write_bert, write_model, write_rows
+
+from neuroada_jax.adapters import native
+from neuroada_jax.pretrained.load import open_with_tokenizer
+from neuroada_jax.sweeping import grid, group, stack, starts, sweep
+from neuroada_jax.training import config_file, run
+
+RATE = "optimizer.learning_rate"
+pytestmark = pytest.mark.filterwarnings("ignore::neuroada_jax.errors.NeuroadaWarning")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    return write_model(folder / "model"), write_rows(folder / "rows.jsonl")
+
+
+def settings(folder, inputs, **sections):
+    training = {"steps": 6, "validate_every": 2, **sections.pop("training", {})}
+    made = {"bypass": {"targets": ["q_proj", "down_proj"], "k": 2}, "data": {"validation": 0.25}, **sections}
+    return run_config(folder, *inputs, **made, training=training)
+
+
+def same_as_a_run_of_its_own(folder, content, record):
+    """The adapter and the validations of a member are those of `neuroada train` with its values."""
+    flat = {"output": str(folder / "own"), **record["fields"]}
+    for field, value in flat.items():
+        config_file.apply_override(content, f"{field}={json.dumps(value)}")
+    config = config_file.from_dict(content, "own")
+    results = run.train(config, overwrite=True)
+    own = native.read(str(config.directory / "adapter"))
+    member = grid.Member(record["fields"], config)
+    swept = native.read(str(folder / "out" / "members" / member.name / "adapter"))
+    assert own.values.keys() == swept.values.keys() and own.dense_parameters.keys() == swept.dense_parameters.keys()
+    for name, values in own.values.items():
+        np.testing.assert_array_equal(own.columns[name], swept.columns[name])
+        assert np.abs(values).max() > 1e-3
+        np.testing.assert_allclose(swept.values[name], values, atol=1e-5, rtol=0)
+    for name, values in own.dense_parameters.items():
+        np.testing.assert_allclose(swept.dense_parameters[name], values, atol=1e-5, rtol=0)
+    lines = [line for line in results["validation"]["steps"] if line["step"]]
+    assert [line["step"] for line in lines] == [line["step"] for line in record["steps"]]
+    np.testing.assert_allclose([line["value"] for line in record["steps"]], [line["value"] for line in lines], atol=1e-5)
+    assert record["best_step"] == results["validation"]["best_step"]
+    assert record["trained"] == results["trainable"]
+    assert record["scores"].keys() == results["after"].keys()
+    for name, score in record["scores"].items():
+        assert score["value"] == pytest.approx(results["after"][name]["value"], abs=1e-5)
+
+
+@pytest.mark.parametrize("turns", [True, False], ids=["in turns", "vmapped"])
+def test_members_of_a_decoder_equal_runs_of_their_own(tmp_path, inputs, turns, monkeypatch):
+    monkeypatch.setattr(stack, "in_turns", lambda: turns)
+    content = settings(tmp_path, inputs)
+    axes = {
+        RATE: [0.02, 0.3],  # the second one overshoots, so that the last state is not the best
+        "optimizer.schedule": ["linear", "cosine"],
+        "seed": [42, 4_000_000_000],
+        "bypass.k": [1, 3],
+        "bypass.score": ["magnitude", "random"],
+    }
+    found = sweep.sweep(content, axes)
+    assert len(found["members"]) == 32 and len(found["plan"]) == 2 and found["plan"][0]["members"] == 16
+    ends = [found["members"][0], found["members"][13], found["members"][-1]]
+    for record in ends:
+        same_as_a_run_of_its_own(tmp_path, json.loads(json.dumps(content)), record)
+    assert len({record["best_step"] for record in found["members"]}) > 1
+
+
+def test_members_of_an_encoder_have_their_seeds_dropout_and_classifier(tmp_path):
+    model = write_bert(tmp_path / "bert")
+    rows = [{"sentence1": "abcdef"[i % 6] * (1 + i % 9), "sentence2": "b", "label": i % 2, "idx": 0} for i in range(40)]
+    train, dev = write_lines(tmp_path / "train.jsonl", rows[:28]), str(write_lines(tmp_path / "dev.jsonl", rows[28:]))
+    data = {"task": "mrpc", "validation": dev, "max_length": 40}
+    sets = {"sets": [{"name": "dev", "data": dev}], "before": False}
+    content = run_config(tmp_path, model, train, data=data, bypass={"k": 2, "targets": ["query"]}, evaluation=sets)
+    for buckets, groups in (([24], 1), (None, 2)):  # with one shape, the seeds share a program
+        content["data"]["buckets"] = buckets
+        found = sweep.sweep(content, {"seed": [1, 2], RATE: [0.02, 0.01]}, overwrite=True)
+        assert len(found["plan"]) == groups
+        for record in (found["members"][0], found["members"][-1]):
+            same_as_a_run_of_its_own(tmp_path, json.loads(json.dumps(content)), record)
+
+
+def begin(content, axes):
+    """The members of a config before their first step, and the frozen weights."""
+    members = grid.members(config_file.from_dict(content, "test"), axes, "test")
+    model = open_with_tokenizer(content["model"]["path"], "auto")
+    rows = starts.prepare(members, model)
+    return starts.begin(members, rows, model[0].load())
+
+
+@pytest.mark.parametrize("turns", [True, False], ids=["in turns", "vmapped"])
+def test_the_step_keeps_the_weights_once_and_forms_no_dense_gradient(tmp_path, inputs, turns):
+    members, layers, outputs, width = 5, 2, 24, 16
+    content = settings(tmp_path, inputs, bypass={"targets": ["gate_proj"], "k": 2})
+    weights, begun = begin(content, {RATE: [0.1 * (i + 1) for i in range(members)]})
+    traced = group.Group(begun, weights.base_model.model, turns).trace(weights.params)
+    made = [(each.primitive.name, out.aval.shape) for each in equations(traced.jaxpr.jaxpr) for out in each.outvars]
+    shapes = [shape for _, shape in made]
+    assert (members, layers, outputs, width) not in shapes  # the weights of every member
+    assert ((members, outputs, width) in shapes) is not turns  # W + D of one layer, of all members
+    dense = {(members, outputs, width), (outputs, width), (members, width, outputs), (width, outputs)}
+    assert not dense & {shape for name, shape in made if name == "dot_general"}
