@@ -12,10 +12,9 @@ import numpy as np
 from neuroada_jax import console
 from neuroada_jax.core.trees import Tree
 from neuroada_jax.errors import UserError
-from neuroada_jax.models import Model
 from neuroada_jax.planning import machines, roofline
 from neuroada_jax.planning.machines import Machine
-from neuroada_jax.sweeping.group import Group, Start
+from neuroada_jax.sweeping.group import Group, Programs, Start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,13 +69,17 @@ def machine_here(dtype: Any) -> tuple[Machine | None, int]:
 
 
 def fitting(
-    starts: Sequence[Start], model: Model, params: Tree, machine: tuple[Machine | None, int], most: int | None = None
+    starts: Sequence[Start],
+    programs: Programs,
+    params: Tree,
+    machine: tuple[Machine | None, int],
+    most: int | None = None,
 ) -> tuple[Group, Need]:
     """Return the group of the first members that fit into memory, and what it needs.
 
     Args:
       starts: members of equal shapes.
-      model: the base model.
+      programs: of the members.
       params: its frozen weights.
       machine: from `machine_here`.
       most: members at a time; None: as many as fit.
@@ -87,7 +90,7 @@ def fitting(
     count = min(len(starts), most or len(starts))
     count = -(-len(starts) // -(-len(starts) // count))  # in parts of about the same size
     while True:
-        group = Group(starts[:count], model)
+        group = Group(starts[:count], programs)
         need = measure(group, params, machine[0])
         if need.total <= machine[1] or not machine[1]:
             return group, need
@@ -103,7 +106,7 @@ def fitting(
 
 def measure(group: Group, params: Tree, machine: Machine | None) -> Need:
     """Return what the step of a group needs at its longest batch; compiles it."""
-    compiled = group.compiled(params, group.longest())
+    compiled = group.compiled(params)
     kept = roofline.nbytes(group.stack.state.trainable)
     return Need(
         members=len(group.starts),

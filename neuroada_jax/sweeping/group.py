@@ -18,6 +18,7 @@ from neuroada_jax.data.batches import AnyBatches
 from neuroada_jax.models import Model
 from neuroada_jax.sweeping import stack as stacks
 from neuroada_jax.sweeping.grid import Member, describe
+from neuroada_jax.sweeping.stack import Stack
 from neuroada_jax.training.preparation import PreparedRows
 from neuroada_jax.training.step import AnyBatch, StepMetrics, TrainState
 from neuroada_jax.training.watchdog import IN_A_ROW, in_background
@@ -79,27 +80,35 @@ class Course:
         return self.stalled or self.diverged is not None
 
 
+class Programs:
+    """The step and the validation of members with equal shapes, compiled once for each number of members and shape."""
+
+    def __init__(self, first: Start, model: Model, turns: bool | None = None) -> None:
+        """Take any of the members, and the base model; `turns` as in `stack.in_turns`, None: as it says."""
+        config, objective = first.rows.config, first.rows.objective
+        module, dropout = model.module(config.training.remat_policy), objective.dropout_seed is not None
+        self.step = stacks.make_step(module, config, objective.losses, dropout, turns)
+        self.validation = stacks.make_validation(model.module(), objective.losses, turns)
+        self._compiled: dict[tuple[int, Shape], Any] = {}
+
+    def compiled(self, params: Tree, stack: Stack, batches: AnyBatch, shape: Shape) -> Any:
+        """Return the step for stacked batches of a shape, compiled at its first use."""
+        key = (len(stack.seeds), shape)
+        if key not in self._compiled:
+            self._compiled[key] = self.step.lower(params, stack, batches).compile()
+        return self._compiled[key]
+
+
 class Group:
     """Members of equal shapes, from their first step to their last; between two calls of `advance` the host keeps them."""
 
-    def __init__(self, starts: Sequence[Start], model: Model, turns: bool | None = None) -> None:
-        """Take the members.
-
-        Args:
-          starts: of equal `grid.group_key` and equal steps.
-          model: the base model.
-          turns: see `stack.in_turns`; None: as it says.
-        """
+    def __init__(self, starts: Sequence[Start], programs: Programs) -> None:
+        """Take members of equal `grid.group_key` and equal steps, and their programs."""
         self.starts, self.step = list(starts), 0
         self.courses = [Course() for _ in starts]
         first = starts[0]
-        self.config, objective = first.member.config, first.rows.objective
+        self.config, self._programs = first.member.config, programs
         self.total, self._per_epoch = first.rows.total_steps, first.rows.batches.steps_per_epoch
-        dropout = objective.dropout_seed is not None
-        module = model.module(self.config.training.remat_policy)
-        self._program = stacks.make_step(module, self.config, objective.losses, dropout, turns)
-        self._validation = stacks.make_validation(model.module(), objective.losses, turns)
-        self._compiled: dict[Shape, Any] = {}
         self.stack = stacks.stacked(
             [start.state for start in starts], [start.member.config for start in starts], self.total
         )
@@ -121,29 +130,26 @@ class Group:
         self.courses = [self.courses[i] for i in members]
         self.stack = stacks.part(self.stack, members)
         self._best = jax.tree.map(lambda leaf: leaf[at], self._best)
-        self._compiled = {}
 
     def to_host(self) -> None:
         """Take the members off the device."""
         self.stack, self._best = jax.tree.map(np.array, (self.stack, self._best))
-        self._compiled = {}
 
     def longest(self) -> Shape:
         """Return the shape of the longest batch that can occur."""
         shapes = [start.rows.batches.shapes[-1] for start in self.starts]
         return max(length for length, _ in shapes), max(labels for _, labels in shapes)
 
-    def compiled(self, params: Tree, shape: Shape) -> Any:
-        """Return the step for batches of a shape, compiled at its first use."""
-        if shape not in self._compiled:
-            batches = self._stacked([start.rows.batches for start in self.starts], 0, 0, shape)
-            self._compiled[shape] = self._program.lower(params, self.stack, batches).compile()
-        return self._compiled[shape]
+    def compiled(self, params: Tree) -> Any:
+        """Return the compiled step at the longest shape."""
+        return self._programs.compiled(params, self.stack, self._longest_batches(), self.longest())
 
     def trace(self, params: Tree) -> Any:
         """Return the trace of a step at the longest shape, whose work can be counted."""
-        batches = self._stacked([start.rows.batches for start in self.starts], 0, 0, self.longest())
-        return self._program.trace(params, self.stack, batches)
+        return self._programs.step.trace(params, self.stack, self._longest_batches())
+
+    def _longest_batches(self) -> AnyBatch:
+        return self._stacked([start.rows.batches for start in self.starts], 0, 0, self.longest())
 
     def advance(self, params: Tree, until: int) -> Tree:
         """Take the steps up to `until`, validating where a run of its own would; return the weights, which are donated."""
@@ -158,7 +164,8 @@ class Group:
                 shape, batches = ahead.result()
                 if self.step + 1 < until:
                     ahead = in_background(functools.partial(self._batch, self.step + 1))
-                params, self.stack, metrics = self.compiled(params, shape)(params, self.stack, batches)
+                program = self._programs.compiled(params, self.stack, batches, shape)
+                params, self.stack, metrics = program(params, self.stack, batches)
                 self.step += 1
                 pending.append(metrics)
                 due = self.step == self.total or self.step % (training.validate_every or self._per_epoch) == 0
@@ -167,7 +174,7 @@ class Group:
                 loss = self._look(pending)
                 pending = []
                 if due:
-                    params = self.validate(params)
+                    params = self._validate(params)
                 each = (time.perf_counter() - began) / (self.step - start)
                 bar.update(self.step, until, f"lowest loss {loss:.4f}")
                 if not console.is_terminal():
@@ -177,34 +184,35 @@ class Group:
                     )
         return params
 
-    def validate(self, params: Tree) -> Tree:
-        """Validate every member, and keep the states that are better than all before; return the weights."""
+    def losses(self, params: Tree) -> tuple[Tree, list[float]]:
+        """Return the weights, and the validation loss of every member as it stands."""
         batches = [start.rows.validation.batches for start in self.starts if start.rows.validation is not None]
         losses, labels = np.zeros(len(batches)), np.zeros(len(batches))
         for index in range(max(each.steps_per_epoch for each in batches)):
             shape = _common_shape(batches, 0, index)
-            params, found = self._validation(params, self.stack, self._stacked(batches, 0, index, shape))
+            params, found = self._programs.validation(params, self.stack, self._stacked(batches, 0, index, shape))
             own = np.array([index < each.steps_per_epoch for each in batches])
             losses += np.where(own, np.asarray(found[0], np.float64), 0.0)
             labels += np.where(own, np.asarray(found[1], np.float64), 0.0)
-        better = np.zeros(len(batches), bool)
-        for i, course in enumerate(self.courses):
-            better[i] = self._note(course, float(losses[i] / labels[i]))
-        at = jnp.asarray(better)
+        return params, [float(loss) for loss in losses / labels]
+
+    def _validate(self, params: Tree) -> Tree:
+        """Validate every member, and keep the states that are better than all before; return the weights."""
+        params, values = self.losses(params)
+        at = jnp.asarray([self._note(course, value) for course, value in zip(self.courses, values, strict=True)])
         self._best = jax.tree.map(
             lambda old, new: jnp.where(at.reshape(-1, *[1] * (new.ndim - 1)), new, old),
             self._best,
             self.stack.state.trainable,
         )
-        found = [course.lines[-1]["value"] for course in self.courses if course.lines and course.diverged is None]
-        sound = [value for value in found if value is not None]
+        sound = [value for value in values if math.isfinite(value)]
         if sound:
             console.say(f"step {self.step}: validation losses {min(sound):.4f} to {max(sound):.4f}")
         return params
 
     def _note(self, course: Course, value: float) -> bool:
         """Add the validation of a member; return whether it is the best so far."""
-        if course.over or (course.lines and course.lines[-1]["step"] == self.step):
+        if course.over:
             return False
         before, line = course.best, {"step": self.step, "value": value if math.isfinite(value) else None}
         course.lines.append(line)

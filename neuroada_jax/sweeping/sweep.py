@@ -19,7 +19,7 @@ from neuroada_jax.pretrained.load import load_with_progress, open_with_tokenizer
 from neuroada_jax.sweeping import capacity, choice, grid, report, starts
 from neuroada_jax.sweeping.choice import DIVERGED, DROPPED, FINISHED, Cell
 from neuroada_jax.sweeping.grid import RATE, Grid, Member
-from neuroada_jax.sweeping.group import Course, Group, Start
+from neuroada_jax.sweeping.group import Course, Group, Programs, Start
 from neuroada_jax.sweeping.starts import Weights
 from neuroada_jax.sweeping.store import Store
 from neuroada_jax.training import config_file
@@ -132,6 +132,7 @@ class _Sweep:
         self._weights: Weights | None = None
         self._base = ""  # digest of the base model
         self._starts: list[Start] = []
+        self._programs: dict[Any, Programs] = {}
 
     def run(self, members: list[Member]) -> tuple[dict[str, Any], list[Cell]]:
         """Train what has not finished, extend the grid, choose, and write the results."""
@@ -173,7 +174,7 @@ class _Sweep:
             halving = False  # a sweep that goes on has dropped its half
         if halving:
             self._halve(groups)
-        for group in groups:
+        for group in (group for group in groups if group.starts):  # not those whose members were all dropped
             self._advance(group, group.total)
             self._end(group)
 
@@ -206,14 +207,15 @@ class _Sweep:
             alone = len(batches.shapes) > 1 and (dropout or batches.group_by_length)
             key = (grid.group_key(start.member), start.rows.total_steps, batches.steps_per_epoch)
             shapes = tuple(leaf.shape for leaf in jax.tree.leaves(start.state))
-            kinds.setdefault((*key, shapes, start.member.seed if alone else None), []).append(start)
+            kinds.setdefault(((*key, shapes), start.member.seed if alone else None), []).append(start)
         weights, machine = self._trained_on, capacity.machine_here(self._trained_on.base_model.model.config.dtype)
         groups = []
-        for own in kinds.values():
+        for (kind, _), own in kinds.items():
             left = own
+            if kind not in self._programs:
+                self._programs[kind] = Programs(own[0], weights.base_model.model)
             while left:
-                model = weights.base_model.model
-                group, need = capacity.fitting(left, model, weights.params, machine, self._options.at_once)
+                group, need = capacity.fitting(left, self._programs[kind], weights.params, machine, self._options.at_once)
                 if left is own:
                     need.say(len(own))
                     self._plans.append(need.to_json())
@@ -228,31 +230,32 @@ class _Sweep:
     def _halve(self, groups: Sequence[Group]) -> None:
         """Take every member to a third of its steps, and drop the worse half of the cells."""
         losses: dict[str, list[float | None]] = {}
+        found: dict[str, float | None] = {}
         for group in groups:
             self._advance(group, max(1, group.total // 3))
-            self._trained_on.params = group.validate(self._trained_on.params)
-            for start, course in zip(group.starts, group.courses, strict=True):
-                losses.setdefault(start.member.cell, []).append(course.validation)
+            self._trained_on.params, values = group.losses(self._trained_on.params)
+            for start, course, value in zip(group.starts, group.courses, values, strict=True):
+                found[start.member.name] = value if course.diverged is None else None
+                losses.setdefault(start.member.cell, []).append(found[start.member.name])
             group.to_host()
         kept = choice.survivors(losses)
         for group in groups:
-            ends = [start.member.cell not in kept for start in group.starts]
-            for i in (i for i, ended in enumerate(ends) if ended):
-                start, course = group.starts[i], group.courses[i]
-                status = DIVERGED if course.diverged is not None else DROPPED
-                self._write(start, course, status, {})
-            group.keep([i for i, ended in enumerate(ends) if not ended])
+            for start, course in zip(group.starts, group.courses, strict=True):
+                if start.member.cell not in kept:
+                    value = found[start.member.name]
+                    self._write(start, course, DIVERGED if value is None else DROPPED, {}, value)
+            group.keep([i for i, start in enumerate(group.starts) if start.member.cell in kept])
         console.say(f"at a third of the steps {len(losses) - len(kept)} of {len(losses)} cells are dropped")
 
     def _end(self, group: Group) -> None:
         """Save and score the members of a trained group."""
         for i, (start, course) in enumerate(zip(group.starts, group.courses, strict=True)):
             if course.validation is None:
-                self._write(start, course, DIVERGED, {})
+                self._write(start, course, DIVERGED, {}, None)
                 continue
             trained = group.best_of(i)
             self._save(start, trained)
-            self._write(start, course, FINISHED, self._scores(start, trained))
+            self._write(start, course, FINISHED, self._scores(start, trained), course.validation)
 
     def _save(self, start: Start, trained: Tree) -> None:
         """Write the adapter of a member."""
@@ -281,12 +284,12 @@ class _Sweep:
         weights.params = _take_out(params, state.columns, state.base_entries)
         return found
 
-    def _write(self, start: Start, course: Course, status: str, scores: dict[str, Any]) -> None:
+    def _write(self, start: Start, course: Course, status: str, scores: dict[str, Any], validation: float | None) -> None:
         """Write the record of a member that has ended."""
         member, best = start.member, course.best
         record = {
             "fields": member.fields,
-            "validation": course.validation,
+            "validation": validation,
             "scores": scores,
             "trained": start.trained,
             "status": status,

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from data_helpers import write_lines
-from helpers import equations, run_config, write_bert, write_model, write_rows
+from helpers import equations, run_config, write_bert, write_model
 
 from neuroada_jax.adapters import native
 from neuroada_jax.pretrained.load import open_with_tokenizer
@@ -19,12 +19,17 @@ pytestmark = pytest.mark.filterwarnings("ignore::neuroada_jax.errors.NeuroadaWar
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
-    return write_model(folder / "model"), write_rows(folder / "rows.jsonl")
+    rows = [{"prompt": "after a " * (4 if i % 6 == 0 else 1), "completion": "abcdef"[i % 6]} for i in range(24)]
+    return write_model(folder / "model"), write_lines(folder / "rows.jsonl", rows)
 
 
 def settings(folder, inputs, **sections):
     training = {"steps": 6, "validate_every": 2, **sections.pop("training", {})}
-    made = {"bypass": {"targets": ["q_proj", "down_proj"], "k": 2}, "data": {"validation": 0.25}, **sections}
+    made = {
+        "bypass": {"targets": ["q_proj", "down_proj"], "k": 2},
+        "data": {"validation": 0.25, "buckets": [16, 40]},
+        **sections,
+    }
     return run_config(folder, *inputs, **made, training=training)
 
 
@@ -58,7 +63,7 @@ def same_as_a_run_of_its_own(folder, content, record):
 @pytest.mark.parametrize("turns", [True, False], ids=["in turns", "vmapped"])
 def test_members_of_a_decoder_equal_runs_of_their_own(tmp_path, inputs, turns, monkeypatch):
     monkeypatch.setattr(stack, "in_turns", lambda: turns)
-    content = settings(tmp_path, inputs)
+    content = settings(tmp_path, inputs)  # batches of two lengths, which the seeds meet at different steps
     axes = {
         RATE: [0.02, 0.3],  # the second one overshoots, so that the last state is not the best
         "optimizer.schedule": ["linear", "cosine"],
@@ -102,7 +107,7 @@ def test_the_step_keeps_the_weights_once_and_forms_no_dense_gradient(tmp_path, i
     members, layers, outputs, width = 5, 2, 24, 16
     content = settings(tmp_path, inputs, bypass={"targets": ["gate_proj"], "k": 2})
     weights, begun = begin(content, {RATE: [0.1 * (i + 1) for i in range(members)]})
-    traced = group.Group(begun, weights.base_model.model, turns).trace(weights.params)
+    traced = group.Group(begun, group.Programs(begun[0], weights.base_model.model, turns)).trace(weights.params)
     made = [(each.primitive.name, out.aval.shape) for each in equations(traced.jaxpr.jaxpr) for out in each.outvars]
     shapes = [shape for _, shape in made]
     assert (members, layers, outputs, width) not in shapes  # the weights of every member
