@@ -1,6 +1,7 @@
 """How many members of a sweep fit beside each other: the memory and time of their step, compiled before it runs."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -58,6 +59,7 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
+@functools.cache  # the speed of a CPU is measured
 def machine_here(dtype: Any) -> tuple[Machine | None, int]:
     """Return the machine that runs the sweep, None where its speed is unknown, and the bytes of memory to be used."""
     device = jax.local_devices()[0]

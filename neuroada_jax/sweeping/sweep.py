@@ -16,7 +16,8 @@ from neuroada_jax.core.trees import Tree
 from neuroada_jax.errors import UserError
 from neuroada_jax.models import dense_modules
 from neuroada_jax.pretrained.load import load_with_progress, open_with_tokenizer
-from neuroada_jax.sweeping import capacity, choice, grid, report, starts
+from neuroada_jax.sweeping import capacity, choice, report, starts
+from neuroada_jax.sweeping import grid as grids
 from neuroada_jax.sweeping.choice import DIVERGED, DROPPED, FINISHED, Cell
 from neuroada_jax.sweeping.grid import RATE, Grid, Member
 from neuroada_jax.sweeping.group import Course, Group, Programs, Start
@@ -49,7 +50,7 @@ class Options(NamedTuple):
 def sweep(
     config: str | Path | Mapping[str, Any] | RunConfig,
     /,
-    grid: Mapping[str, Sequence[Any]],
+    grid: object,
     *,
     extend: bool = False,
     halving: bool = False,
@@ -101,9 +102,9 @@ def run(config: RunConfig, given: Mapping[str, Any], options: Options, where: st
       UserError: see `sweep`.
     """
     starts.check_validation(config)
-    checked = grid.check(given, where)
+    checked = grids.check(given, where)
     own = dataclasses.replace(config, parallel=ParallelSection(mode="single"))
-    members = grid.members(own, checked, where)
+    members = grids.members(own, checked, where)
     store = Store(config.directory)
     store.check(config, list(checked), options.overwrite)
     model = open_with_tokenizer(config.model.path, config.model.dtype)
@@ -128,6 +129,7 @@ class _Sweep:
         self._config, self._own, self._grid, self._options = config, own, checked, options
         self._store, self._rows = store, rows
         self._records: dict[str, dict[str, Any]] = {}  # by the name of the member
+        self._order: list[str] = []  # of these names, as the grid has them
         self._plans: list[dict[str, Any]] = []
         self._weights: Weights | None = None
         self._base = ""  # digest of the base model
@@ -139,7 +141,7 @@ class _Sweep:
         self._train(members, self._options.halving)
         extensions = 0
         while True:
-            found = choice.cells(list(self._records.values()))
+            found = choice.cells([self._records[name] for name in self._order])
             best = choice.best(found)
             edge = best and choice.edge(found, best)
             if best is None or edge is None or not self._options.extend or extensions == MOST_EXTENSIONS:
@@ -153,11 +155,12 @@ class _Sweep:
         return self._finish(found, best, edge), found
 
     def _at_rate(self, record: Mapping[str, Any], rate: float) -> Member:
-        return grid.member(self._own, {**record["fields"], RATE: rate}, "--extend")
+        return grids.member(self._own, {**record["fields"], RATE: rate}, "--extend")
 
     def _train(self, members: Sequence[Member], halving: bool) -> None:
         """Train the members that have no record yet."""
         waiting = []
+        self._order += [member.name for member in members]
         for member in members:
             record = self._store.record(member)
             if record is None:
@@ -205,7 +208,7 @@ class _Sweep:
             batches, dropout = start.rows.batches, start.rows.objective.dropout_seed is not None
             # A dropout mask depends on the padded length, and batches of similar lengths differ from seed to seed.
             alone = len(batches.shapes) > 1 and (dropout or batches.group_by_length)
-            key = (grid.group_key(start.member), start.rows.total_steps, batches.steps_per_epoch)
+            key = (grids.group_key(start.member), start.rows.total_steps, batches.steps_per_epoch)
             shapes = tuple(leaf.shape for leaf in jax.tree.leaves(start.state))
             kinds.setdefault(((*key, shapes), start.member.seed if alone else None), []).append(start)
         weights, machine = self._trained_on, capacity.machine_here(self._trained_on.base_model.model.config.dtype)
@@ -242,8 +245,8 @@ class _Sweep:
         for group in groups:
             for start, course in zip(group.starts, group.courses, strict=True):
                 if start.member.cell not in kept:
-                    value = found[start.member.name]
-                    self._write(start, course, DIVERGED if value is None else DROPPED, {}, value)
+                    last = found[start.member.name]
+                    self._write(start, course, DIVERGED if last is None else DROPPED, {}, last)
             group.keep([i for i, start in enumerate(group.starts) if start.member.cell in kept])
         console.say(f"at a third of the steps {len(losses) - len(kept)} of {len(losses)} cells are dropped")
 
@@ -323,7 +326,7 @@ class _Sweep:
         Raises:
           UserError: every member diverged.
         """
-        directory, records = self._store.directory, list(self._records.values())
+        directory, records = self._store.directory, [self._records[name] for name in self._order]
         content: dict[str, Any] = {
             "name": self._config.name,
             "directory": str(directory),
@@ -338,7 +341,7 @@ class _Sweep:
         }
         if best is not None:
             chosen = choice.best_record(best)
-            member = grid.member(self._config, chosen["fields"], "the chosen config")
+            member = grids.member(self._config, chosen["fields"], "the chosen config")
             target = directory / "best"
             self._store.write_best(self._store.adapter(member), _run_config(member.config, target))
             content["best"] = {

@@ -14,6 +14,7 @@ from neuroada_jax.sweeping import choice, group, sweep
 from neuroada_jax.training import config_file
 
 RATE = "optimizer.learning_rate"
+pytestmark = pytest.mark.filterwarnings("always::neuroada_jax.errors.NeuroadaWarning")  # the command line shows them
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +188,7 @@ BAD = [
     ("--grid output=a,b", "cannot be swept"),
     ("--grid bypass=1", "unknown field"),
     ("--grid seed=1 --at-once 0", "--at-once: expected at least 1"),
-    ("--grid seed=1 data.validation=null", "never on what is reported"),
+    ("--grid seed=1 data.validation=null training.validate_every=null", "never on what is reported"),
     ("--grid seed=1 seeds=[1,2]", "--grid seed=1,2"),
     ("--grid seed=1 parallel.fsdp=2", "one device"),
 ]
