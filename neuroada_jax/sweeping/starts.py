@@ -132,9 +132,8 @@ def at_rate(start: Start, member: Member) -> Start:
 
 
 def digest_of_rows(rows: PreparedRows) -> str:
-    """Return the digest of the training and the validation rows of a member."""
-    assert rows.validation is not None
-    return f"{resuming.digest_of_data(rows.batches)} {resuming.digest_of_data(rows.validation.batches)}"
+    """Return the digest of all rows of a member: those it trains on, chooses by and is scored on."""
+    return digest({"data.train": resuming.digest_of_data(rows.batches), **resuming.digests_of_held_out(rows)})
 
 
 def check_validation(config: RunConfig) -> None:

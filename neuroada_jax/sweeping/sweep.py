@@ -163,7 +163,7 @@ class _Sweep:
         self._order += [member.name for member in members]
         for member in members:
             record = self._store.record(member)
-            if record is None:
+            if record is None or (record["status"] == DROPPED and not self._options.halving):
                 waiting.append(member)
                 continue
             self._check_rows(member, record)
@@ -172,7 +172,8 @@ class _Sweep:
             console.say(f"{len(members) - len(waiting)} of {len(members)} members have finished before")
         if not waiting:
             return
-        groups = self._groups(self._begin(waiting))
+        finished = [member for member in members if member not in waiting] if self._options.extend else []
+        groups = self._groups(self._begin(waiting, finished))
         if halving and any(record["status"] == DROPPED for record in self._records.values()):
             halving = False  # a sweep that goes on has dropped its half
         if halving:
@@ -181,8 +182,11 @@ class _Sweep:
             self._advance(group, group.total)
             self._end(group)
 
-    def _begin(self, waiting: Sequence[Member]) -> list[Start]:
-        """Return the starts of members; the weights are read at the first call."""
+    def _begin(self, waiting: Sequence[Member], finished: Sequence[Member]) -> list[Start]:
+        """Return the starts of members; the weights are read at the first call.
+
+        Those of finished members are kept for rates beyond the grid, which may follow from any of them.
+        """
         if self._weights is None:
             first = self._rows[starts.rows_key(waiting[0].config)]
             loaded = load_with_progress(first.opened, waiting[0].seed)
@@ -191,8 +195,8 @@ class _Sweep:
                 raise UserError(
                     f"{self._store.directory} holds a sweep on another base model ({other[0]}); --overwrite replaces it"
                 )
-            self._weights, self._starts = starts.begin(waiting, self._rows, loaded)
-            return self._starts
+            self._weights, self._starts = starts.begin([*waiting, *finished], self._rows, loaded)
+            return self._starts[: len(waiting)]
         known = {(start.member.seed, _but_rate(start.member)): start for start in self._starts}
         return [starts.at_rate(known[member.seed, _but_rate(member)], member) for member in waiting]
 

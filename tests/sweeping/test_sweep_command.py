@@ -138,12 +138,12 @@ def test_a_member_that_diverges_is_shown_and_left_out(config, capsys):
 
 
 def test_a_best_rate_at_the_edge_warns_and_extend_goes_on_outwards(config, capsys):
-    assert sweep_of(config, {RATE: [1e-4, 2e-4]}) == 0
+    assert sweep_of(config, {RATE: [1e-4, 2e-4], "bypass.k": [3]}) == 0
     assert "the highest of those tried" in capsys.readouterr().err and read(config)["at_edge"]
-    assert sweep_of(config, {RATE: [1e-4, 2e-4]}, "--extend") == 0
+    assert sweep_of(config, {RATE: [1e-4, 2e-4], "bypass.k": [1, 3]}, "--extend") == 0  # the best one has finished before
     content = read(config)
     assert content["grid"][RATE] == [1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3]  # at most four times
-    assert content["at_edge"] and content["best"]["fields"][RATE] == 3.2e-3
+    assert content["at_edge"] and content["best"]["fields"] == {RATE: 3.2e-3, "bypass.k": 3}
 
 
 def record(rate, seed, validation, status="finished", score=0.0):
