@@ -23,7 +23,7 @@ from neuroada_jax.sweeping.grid import RATE, Grid, Member
 from neuroada_jax.sweeping.group import Course, Group, Programs, Start
 from neuroada_jax.sweeping.starts import Weights
 from neuroada_jax.sweeping.store import Store
-from neuroada_jax.training import config_file
+from neuroada_jax.training import config_file, connections
 from neuroada_jax.training.config import RunConfig
 from neuroada_jax.training.config_execution import ParallelSection
 from neuroada_jax.training.preparation import PreparedRows, score_rows
@@ -105,6 +105,8 @@ def run(config: RunConfig, given: Mapping[str, Any], options: Options, where: st
     checked = grids.check(given, where)
     own = dataclasses.replace(config, parallel=ParallelSection(mode="single"))
     members = grids.members(own, checked, where)
+    if any(member.config.bypass.score == "custom" for member in members):
+        raise UserError("bypass.score: 'custom' stands for a Python function, which a sweep does not take; choose another")
     store = Store(config.directory)
     store.check(config, list(checked), options.overwrite)
     model = open_with_tokenizer(config.model.path, config.model.dtype)
@@ -271,7 +273,7 @@ class _Sweep:
             self._store.adapter(start.member),
             Bypass(trained["bypass"], start.state.columns),
             weights.base_model,
-            native.Selection(config.bypass.k, config.bypass.targets or [], config.bypass.score, config.seed),
+            connections.selection_of(config, weights.base_model.model, None),
             classifier=trained.get("classifier"),
             form=start.rows.objective.form,
             replace=True,

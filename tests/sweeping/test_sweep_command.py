@@ -189,6 +189,7 @@ BAD = [
     ("--grid bypass=1", "unknown field"),
     ("--grid seed=1 --at-once 0", "--at-once: expected at least 1"),
     ("--grid seed=1 data.validation=null training.validate_every=null", "never on what is reported"),
+    ("--grid seed=1 bypass.score=custom", "a sweep does not take"),
     ("--grid seed=1 seeds=[1,2]", "--grid seed=1,2"),
     ("--grid seed=1 parallel.fsdp=2", "one device"),
 ]
