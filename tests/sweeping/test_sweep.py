@@ -63,17 +63,19 @@ def same_as_a_run_of_its_own(folder, content, record):
 @pytest.mark.parametrize("turns", [True, False], ids=["in turns", "vmapped"])
 def test_members_of_a_decoder_equal_runs_of_their_own(tmp_path, inputs, turns, monkeypatch):
     monkeypatch.setattr(stack, "in_turns", lambda: turns)
-    content = settings(tmp_path, inputs)  # batches of two lengths, which the seeds meet at different steps
+    connections = {"targets": ["q_proj", "down_proj"], "score": "random"}  # which depend on the seed
+    content = settings(
+        tmp_path, inputs, bypass=connections
+    )  # batches of two lengths, which the seeds meet at different steps
     axes = {
         RATE: [0.02, 0.3],  # the second one overshoots, so that the last state is not the best
         "optimizer.schedule": ["linear", "cosine"],
         "seed": [42, 4_000_000_000],
         "bypass.k": [1, 3],
-        "bypass.score": ["magnitude", "random"],
     }
     found = sweep.sweep(content, axes)
-    assert len(found["members"]) == 32 and len(found["plan"]) == 2 and found["plan"][0]["members"] == 16
-    ends = [found["members"][0], found["members"][13], found["members"][-1]]
+    assert len(found["members"]) == 16 and len(found["plan"]) == 2 and found["plan"][0]["members"] == 8
+    ends = [found["members"][0], found["members"][-1]]
     for record in ends:
         same_as_a_run_of_its_own(tmp_path, json.loads(json.dumps(content)), record)
     assert len({record["best_step"] for record in found["members"]}) > 1
