@@ -26,7 +26,7 @@ from neuroada_jax.sweeping.store import Store
 from neuroada_jax.training import config_file, connections
 from neuroada_jax.training.config import RunConfig
 from neuroada_jax.training.config_execution import ParallelSection
-from neuroada_jax.training.preparation import PreparedRows, score_rows
+from neuroada_jax.training.preparation import PreparedRows
 
 MOST_EXTENSIONS = 4  # times that `extend` goes on outwards
 
@@ -289,7 +289,10 @@ class _Sweep:
         merged = dense_modules.join(params, trained.get("classifier", {}))
         found = {}
         for name, scorer in start.rows.scorers.items():
-            found[name] = score_rows(name, scorer, weights.base_model, merged).to_json()
+            with console.bar(f"evaluating {name}") as bar:
+                rows = range(len(scorer.rows))
+                predictions = scorer.predict(weights.base_model, merged, rows, console.reporter(bar))
+            found[name] = scorer.judge(predictions).to_json()
         weights.params = _take_out(params, state.columns, state.base_entries)
         return found
 
