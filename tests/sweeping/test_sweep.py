@@ -68,7 +68,7 @@ def test_members_of_a_decoder_equal_runs_of_their_own(tmp_path, inputs, turns, m
         tmp_path, inputs, bypass=connections
     )  # batches of two lengths, which the seeds meet at different steps
     axes = {
-        RATE: [0.02, 0.3],  # the second one overshoots, so that the last state is not the best
+        RATE: [0.02, 0.3],
         "optimizer.schedule": ["linear", "cosine"],
         "seed": [42, 4_000_000_000],
         "bypass.k": [1, 3],
@@ -78,7 +78,6 @@ def test_members_of_a_decoder_equal_runs_of_their_own(tmp_path, inputs, turns, m
     ends = [found["members"][0], found["members"][-1]]
     for record in ends:
         same_as_a_run_of_its_own(tmp_path, json.loads(json.dumps(content)), record)
-    assert len({record["best_step"] for record in found["members"]}) > 1
 
 
 def test_members_of_an_encoder_have_their_seeds_dropout_and_classifier(tmp_path):
