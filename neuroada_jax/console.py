@@ -16,6 +16,7 @@ import rich.progress
 import rich.table
 import rich.text
 
+from neuroada_jax import credentials
 from neuroada_jax.errors import NeuroadaWarning
 
 # In a notebook rich animates bars with ipywidgets; without that package progress is printed in lines, as to a file.
@@ -44,8 +45,8 @@ LONGEST = 2000  # characters of a message
 
 
 def visible(text: str) -> str:
-    r"""Return a text with its control characters spelt out, such as \x1b: texts of files may hold them."""
-    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+    r"""Return a text with control characters spelt out, such as \x1b, which texts of files may hold, and secrets hidden."""
+    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], credentials.hidden(text))
 
 
 def one_line(text: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import pydantic
 import yaml
 
-from neuroada_jax import console, files
+from neuroada_jax import console, credentials, files
 from neuroada_jax.errors import UserError
 from neuroada_jax.tasks import SUITES
 from neuroada_jax.training.config import EvaluationSet, RunConfig
@@ -205,11 +205,19 @@ def from_dict(content: Any, where: str) -> RunConfig:
     """Decode plain data into a RunConfig.
 
     Raises:
-      UserError: an unknown field (with the nearest valid name), a wrong type or value; one line with the field's path.
+      UserError: an unknown field (with the nearest valid name), a wrong type or value, a text with a token or password; one
+        line with the field's path.
     """
     if not isinstance(content, dict):
         raise UserError(f"{where}: expected a mapping of sections, found {type(content).__name__}")
-    return decode(RunConfig, _without_suites(_with_current_names(content, where), where), where)
+    config = decode(RunConfig, _without_suites(_with_current_names(content, where), where), where)
+    for name, value in flatten_config(config).items():
+        if credentials.is_in(json.dumps(value, default=str, ensure_ascii=False)):
+            raise UserError(
+                f"{where}: {name}: holds a token or password, and a config is copied into the run's folder; expected it in "
+                "the environment (HF_TOKEN, WANDB_API_KEY), or none"
+            )
+    return config
 
 
 def decode(kind: type[Section], content: dict[str, Any], where: str) -> Section:
