@@ -12,7 +12,7 @@ from conftest import IMPORTS_TORCH
 PACKAGE = Path(__file__).resolve().parents[1] / "neuroada_jax"
 # docs/design.md draws this order: a room imports rooms that stand before it, and no others.
 ORDER = [
-    *("errors", "locks", "files", "console"),
+    *("errors", "locks", "files", "credentials", "console"),
     *(
         "core",
         "devices",
