@@ -266,12 +266,12 @@ def is_deeper(value: object, depth: int = DEEPEST_JSON) -> bool:
     return True
 
 
-def read_bytes(path: Path, *, largest: int = LARGEST_JSON, stream: bool = False) -> bytes:
+def read_bytes(path: Path, *, largest: int | None = LARGEST_JSON, stream: bool = False) -> bytes:
     """Return the content of a file.
 
     Args:
       path: the file.
-      largest: bytes that it may have.
+      largest: bytes that it may have; None: any number, for a reader that needs all of it.
       stream: whether it may be a pipe, as of a shell's <(...); a pipe or device in a folder of somebody else has no end.
 
     Raises:
@@ -281,10 +281,10 @@ def read_bytes(path: Path, *, largest: int = LARGEST_JSON, stream: bool = False)
         if not stream and not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
             raise UserError(f"{path}: not a regular file, expected one")
         with open(path, "rb") as file:
-            content = file.read(largest + 1)
+            content = file.read() if largest is None else file.read(largest + 1)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    if len(content) > largest:
+    if largest is not None and len(content) > largest:
         raise UserError(f"{path}: more than {largest:,} bytes, expected at most as many")
     return content
 

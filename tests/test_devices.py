@@ -118,6 +118,7 @@ def test_attention_of_a_gpu_is_what_its_compute_capability_allows(jax_starts, ca
 
 RUNS_ON_A_DEVICE = {
     "train": ["train", "run.yaml"],
+    "sweep": ["sweep", "run.yaml", "data.validation=0.5", "--grid", "seed=1,2"],
     "generate": ["generate", "--model", MODEL, "--prompt", "a"],
     "evaluate": ["evaluate", "--adapter", ADAPTER, "--task", "instruct", "--data", ROWS],
     "classify": ["classify", "--adapter", CLASSIFIER, "--model", ENCODER, "--text", "a"],

@@ -67,7 +67,7 @@ def next_steps(settings: config.RunConfig) -> str:
     question = json.loads(Path(str(test.data)).read_text(encoding="utf-8").splitlines()[0])["prompt"]
     return f"""
 Look at    {out}/loss.png, {out}/predictions-{test.name}-after.jsonl
-Ask it     .venv/bin/neuroada generate --model {out}/merged --style plain --prompt {shlex.quote(question)}
+Ask it     .venv/bin/neuroada generate --model {out}/merged --prompt {shlex.quote(question)}
 In PyTorch transformers.AutoModelForCausalLM.from_pretrained("{out}/merged")
 Your data  cp configs/quickstart.yaml my.yaml, set name, model.path, data and evaluation;
            .venv/bin/neuroada train my.yaml

@@ -9,7 +9,6 @@ of whatever that function returns, and reserve memory for as large a memo as the
 
 import io
 import pickletools
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,7 +54,7 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
     Raises:
       UserError: the file cannot be read, or holds anything else.
     """
-    stream = io.BytesIO(files.read_bytes(path, largest=sys.maxsize - 1))
+    stream = io.BytesIO(files.read_bytes(path, largest=None))
     try:
         return _content(stream)
     except Refused as refusal:

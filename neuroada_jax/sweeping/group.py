@@ -19,6 +19,7 @@ from neuroada_jax.models import Model
 from neuroada_jax.sweeping import stack as stacks
 from neuroada_jax.sweeping.grid import Member, describe
 from neuroada_jax.sweeping.stack import Stack
+from neuroada_jax.training import modules
 from neuroada_jax.training.preparation import PreparedRows
 from neuroada_jax.training.step import AnyBatch, StepMetrics, TrainState
 from neuroada_jax.training.watchdog import IN_A_ROW, in_background
@@ -43,7 +44,8 @@ class Start:
     @property
     def trained(self) -> int:
         """The number of trained values."""
-        return bypass.count(self.state.trainable)
+        config, model = self.rows.config, self.rows.opened.model
+        return modules.count_trained(config, model, self.state.trainable["bypass"]) + bypass.count(self.state.classifier)
 
 
 @dataclasses.dataclass

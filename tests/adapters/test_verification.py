@@ -74,7 +74,7 @@ def without_a_window(monkeypatch):
 def with_a_transposed_tensor(monkeypatch):
     real = SafetensorsDirectory.read
     square = ("layers.1.self_attn.o_proj.weight", "layer.1.attention.self.value.weight")
-    wrong = lambda self, name: real(self, name).T if name.endswith(square) else real(self, name)  # noqa: E731
+    wrong = lambda self, name, *raw: real(self, name).T if name.endswith(square) else real(self, name)  # noqa: E731
     monkeypatch.setattr(SafetensorsDirectory, "read", wrong)
 
 

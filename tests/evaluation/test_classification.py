@@ -44,7 +44,7 @@ class _Tensors:
     def shape(self, name):
         return self.arrays[name].shape
 
-    def read(self, name):
+    def read(self, name, raw=None):
         return self.arrays[name]
 
     def raw(self, name):

@@ -93,7 +93,7 @@ class TorchTensors:
     def shape(self, name):
         return self.tensors[name].shape
 
-    def read(self, name):
+    def read(self, name, raw=None):
         return self.tensors[name]
 
     def raw(self, name):

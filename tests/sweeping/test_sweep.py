@@ -80,6 +80,7 @@ def test_members_of_a_decoder_equal_runs_of_their_own(tmp_path, inputs, turns, m
         same_as_a_run_of_its_own(tmp_path, json.loads(json.dumps(content)), record)
 
 
+@pytest.mark.slow
 def test_members_of_an_encoder_have_their_seeds_dropout_and_classifier(tmp_path):
     model = write_bert(tmp_path / "bert")
     rows = [{"sentence1": "abcdef"[i % 6] * (1 + i % 9), "sentence2": "b", "label": i % 2, "idx": 0} for i in range(40)]
