@@ -70,20 +70,23 @@ class ExampleTokenizer:
           For each text: ids, and the start and end of each token in characters, all int32 (t,); both are -1 for tokens
           that the tokenizer added.
         """
+        return [self._arrays(each, add_special_tokens) for each in self._batch(texts, add_special_tokens)]
+
+    def _batch(self, texts: list[str], add_special_tokens: bool) -> list[Any]:
         # Without the lists that `__call__` makes of every encoding, which took a third of the time.
-        result = []
-        for coded in self._raw().encode_batch(texts, add_special_tokens=add_special_tokens):
-            ids = np.array(coded.ids, np.int32)
-            spans = np.fromiter(chain.from_iterable(coded.offsets), np.int32, 2 * len(ids)).reshape(-1, 2)
-            if add_special_tokens:
-                spans[np.array(coded.special_tokens_mask, bool)] = -1
-            start, stop = 0, len(ids)
-            while stop and spans[stop - 1, 1] < 0 and not (stop == 1 and ids[0] == self.bos):
-                stop -= 1  # EOS of the post-processor: a prompt has none, and `_finish` adds an example's
-            if stop > 1 and spans[0, 1] < 0 and ids[0] == ids[1] == self.bos:
-                start = 1  # the text has its own BOS
-            result.append((ids[start:stop], spans[start:stop, 0], spans[start:stop, 1]))
-        return result
+        return list(self._raw().encode_batch(texts, add_special_tokens=add_special_tokens))
+
+    def _arrays(self, coded: Any, add_special_tokens: bool) -> Coded:
+        ids = np.array(coded.ids, np.int32)
+        spans = np.fromiter(chain.from_iterable(coded.offsets), np.int32, 2 * len(ids)).reshape(-1, 2)
+        if add_special_tokens:
+            spans[np.array(coded.special_tokens_mask, bool)] = -1
+        start, stop = 0, len(ids)
+        while stop and spans[stop - 1, 1] < 0 and not (stop == 1 and ids[0] == self.bos):
+            stop -= 1  # EOS of the post-processor: a prompt has none, and `_finish` adds an example's
+        if stop > 1 and spans[0, 1] < 0 and ids[0] == ids[1] == self.bos:
+            start = 1  # the text has its own BOS
+        return ids[start:stop], spans[start:stop, 0], spans[start:stop, 1]
 
     def _raw(self) -> Any:
         """Return the Rust tokenizer with its options set; not set again, which would fail while another thread uses it."""
@@ -96,25 +99,41 @@ class ExampleTokenizer:
             raw.encode_special_tokens = split
         return raw
 
-    def examples(self, rendered: Sequence[Rendered], where: Sequence[str]) -> list[list[Encoded]]:
-        """Tokenise rendered examples and end each with EOS or its end-of-turn token.
+    def tokenised(self, rendered: Sequence[Rendered]) -> list[tuple[Any, Any]]:
+        """Return the Rust tokenizer's encodings of each text, and of its prompt where that is no chat's; None for others.
 
-        Returns: for each the tokenised example; several where a chat had a token across the border of a later turn, or a
-          turn without an end-of-turn token, so that every turn becomes an example of its own.
+        Nearly all of the time is the tokenizer's, which is not Python, so that another thread can work meanwhile.
         """
-        result: list[list[Encoded]] = [[] for _ in rendered]
+        result: list[tuple[Any, Any]] = [(None, None)] * len(rendered)
         for templated in (False, True):
             chosen = [i for i, one in enumerate(rendered) if one.templated is templated]
             if not chosen:
                 continue
-            coded = self.encode([rendered[i].text for i in chosen], add_special_tokens=not templated)
-            prompts: Sequence[Coded | None] = [None] * len(chosen)
+            texts = self._batch([rendered[i].text for i in chosen], not templated)
+            prompts: Sequence[Any] = [None] * len(chosen)
             if not templated:
-                prompts = self.encode(
-                    [rendered[i].text[: rendered[i].spans[0][0]] for i in chosen], add_special_tokens=True
-                )
-            for i, part, prompt in zip(chosen, coded, prompts, strict=True):
-                result[i] = self._example(rendered[i], part, None if prompt is None else prompt[0], where[i])
+                prompts = self._batch([rendered[i].text[: rendered[i].spans[0][0]] for i in chosen], True)
+            for i, text, prompt in zip(chosen, texts, prompts, strict=True):
+                result[i] = (text, prompt)
+        return result
+
+    def examples(
+        self, rendered: Sequence[Rendered], tokenised: Sequence[tuple[Any, Any]], where: Sequence[str]
+    ) -> list[list[Encoded]]:
+        """Label tokenised examples and end each with EOS or its end-of-turn token.
+
+        Args:
+          rendered: the examples.
+          tokenised: from `tokenised`.
+          where: their rows' places for error messages.
+
+        Returns: for each the tokenised example; several where a chat had a token across the border of a later turn, or a
+          turn without an end-of-turn token, so that every turn becomes an example of its own.
+        """
+        result = []
+        for one, (text, prompt), place in zip(rendered, tokenised, where, strict=True):
+            asked = None if prompt is None else self._arrays(prompt, True)[0]
+            result.append(self._example(one, self._arrays(text, not one.templated), asked, place))
         return result
 
     def _example(self, one: Rendered, coded: Coded, prompt: np.ndarray | None, where: str) -> list[Encoded]:
@@ -128,7 +147,7 @@ class ExampleTokenizer:
                 return [found]
         if len(one.spans) > 1:
             turns = [Rendered(one.text[:stop], [(start, stop)], one.templated) for start, stop in one.spans]
-            return list(chain.from_iterable(self.examples(turns, [where] * len(turns))))
+            return list(chain.from_iterable(self.examples(turns, self.tokenised(turns), [where] * len(turns))))
         (start, stop), *_ = one.spans
         if prompt is None:
             prompt = self.encode([one.text[:start]], add_special_tokens=not one.templated)[0][0]

@@ -31,6 +31,7 @@ CHUNK = 1000
 
 Example = tuple[Int32[np.ndarray, "_"], Bool[np.ndarray, "_"]]  # input_ids, is_label
 Texts = tuple[str, ...]  # one text, or a pair
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
@@ -122,21 +123,25 @@ def encode(
     form, example_tokenizer, done = PromptForm.of(form), ExampleTokenizer(tokenizer), _Collected(max_length)
     template: ChatTemplate | None = None
 
-    def rendered_chunk(chunk: range) -> list[tuple[int, Rendered]]:
+    def render(chunk: range) -> tuple[range, list[int], list[Rendered]]:
         nonlocal template
         if template is None:
             chats = (i for i in chunk if is_templated(rows.rows[i], form))
             template = next((chat_template(form, tokenizer, rows.where(i)) for i in chats), None)
-        return [
+        found = [
             (i, each)
             for i in chunk
             for each in render_examples(rows.rows[i], form, tokenizer, rows.where(i), learn, template)
         ]
+        return chunk, [i for i, _ in found], [each for _, each in found]
+
+    def tokenise(part: tuple[range, list[int], list[Rendered]]) -> tuple[range, list[int], list[Rendered], list[Any]]:
+        return *part, example_tokenizer.tokenised(part[2])
 
     chunks = (range(first, min(first + CHUNK, len(rows))) for first in range(0, len(rows), CHUNK))
-    for chunk, rendered in _ahead(rendered_chunk, chunks):
-        coded = example_tokenizer.examples([each for _, each in rendered], [rows.where(i) for i, _ in rendered])
-        for i, parts in groupby(zip(rendered, coded, strict=True), key=lambda pair: pair[0][0]):
+    for chunk, places, rendered, tokenised in _ahead(tokenise, _ahead(render, chunks)):
+        encoded = example_tokenizer.examples(rendered, tokenised, [rows.where(i) for i in places])
+        for i, parts in groupby(zip(places, encoded, strict=True), key=lambda pair: pair[0]):
             done.add(i, [each for _, examples in parts for each in examples])
         done.close_chunk()
         if on_progress is not None:
@@ -163,21 +168,25 @@ def encode(
     )
 
 
-def _ahead(work: Callable[[range], Result], chunks: Iterator[range]) -> Iterator[tuple[range, Result]]:
-    """Yield each chunk with what some work makes of it, while a thread works on the next one.
+def _ahead(work: Callable[[Item], Result], items: Iterator[Item]) -> Iterator[Result]:
+    """Yield what some work makes of each item, while a thread works on the next one.
 
-    The work is rendering, which is Python; what is done with a chunk is mostly the tokenizer, which is not.
+    Of three stages, rendering and labelling are Python, and the tokenizer between them is not: it computes meanwhile.
 
     Raises:
-      Exception: what the work on a chunk raises, after those before it were yielded.
+      Exception: what the work on an item raises, or its making, after those before it were yielded.
     """
-    with ThreadPoolExecutor(1, "rendering") as pool:
-        coming = [(chunk, pool.submit(work, chunk)) for chunk in islice(chunks, 1)]
+    with ThreadPoolExecutor(1, "encoding") as pool:
+        coming = [pool.submit(work, item) for item in islice(items, 1)]
         while coming:
-            chunk, future = coming.pop()
-            result = future.result()
-            coming = [(following, pool.submit(work, following)) for following in islice(chunks, 1)]
-            yield chunk, result
+            result, failed = coming.pop().result(), None
+            try:
+                coming = [pool.submit(work, item) for item in islice(items, 1)]
+            except Exception as error:  # of a later row: this one may be wrong too
+                failed = error
+            yield result
+            if failed is not None:
+                raise failed
 
 
 class _Collected:
