@@ -341,9 +341,32 @@ def render(conversations: Sequence[Any], **options: Any) -> tuple[list[str], lis
 
 def _render(conversations: Sequence[Any], options: Mapping[str, Any]) -> Any:
     library = _transformers()
-    plain = library._compile_jinja_template
-    library._compile_jinja_template = compiled  # in effect the same function, so that other threads may meet it
+    plain = {name: found for name in _INSTEAD if (found := _original(name)) is not None}
+    for name in plain:  # by what is in effect the same, so that other threads may meet it
+        setattr(library, name, _INSTEAD[name])
     try:
         return library.render_jinja_template(conversations, **options)
     finally:
-        library._compile_jinja_template = plain
+        for name, found in plain.items():
+            setattr(library, name, found)
+
+
+@functools.cache
+def _original(name: str) -> Any:
+    """Return a function of transformers, as it was before the first rendering; None where this version lacks it."""
+    return getattr(_transformers(), name, None)
+
+
+def _plain_data(value: Any) -> Any:
+    """Return what transformers' `_plain_template_data` does; what JSON holds is copied in half the time."""
+    kind = type(value)
+    if kind is str or value is None:
+        return value
+    if kind is dict:
+        return {_plain_data(key): item if type(item) is str else _plain_data(item) for key, item in value.items()}
+    if kind is list:
+        return [_plain_data(item) for item in value]
+    return _original("_plain_template_data")(value)
+
+
+_INSTEAD = {"_compile_jinja_template": compiled, "_plain_template_data": _plain_data}

@@ -4,10 +4,13 @@ import copy
 import dataclasses
 import datetime
 
+import numpy as np
 import pytest
 from chat_templates import KINDS, TEMPLATES, TOOL_CHAT, TOOLS, chat, tokenizer
 from data_helpers import message_of
+from transformers.utils import chat_template_utils
 
+from neuroada_jax.data import sandbox
 from neuroada_jax.data.examples import encode, encode_prompt
 from neuroada_jax.data.prompts import PromptForm, answer_text, render_prompt
 
@@ -322,3 +325,14 @@ def test_the_format_of_a_date_is_read_as_text():
         FORM, date="2024-02-29", chat_template="{{ strftime_now ('%d\\n%b') }}{{ messages[0].content }}"
     )
     assert render_prompt({"messages": CHATS["one turn"]}, form, tokenizer(TEMPLATES["chatml"])).startswith("29\nFeb")
+
+
+def test_templates_see_the_data_that_transformers_gives_them():
+    class Name(str):
+        pass
+
+    values = ["a", Name("b"), None, True, 3, 2.5, np.float32(1.5), np.bool_(False), (1, [2]), {"x": [Name("z")]}, object()]
+    for value in [*values, values, {"all": values, Name("k"): 1}]:
+        found, expected = sandbox._plain_data(value), chat_template_utils._plain_template_data(value)
+        assert repr(found) == repr(expected) and type(found) is type(expected)
+    assert type(sandbox._plain_data({"a": Name("b")})["a"]) is str
