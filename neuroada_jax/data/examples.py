@@ -1,6 +1,8 @@
 """From rows to examples: token ids with either some of the tokens as labels, or one label for each example."""
 
 import array
+import contextlib
+import gc
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -176,7 +178,7 @@ def _ahead(work: Callable[[Item], Result], items: Iterator[Item]) -> Iterator[Re
     Raises:
       Exception: what the work on an item raises, or its making, after those before it were yielded.
     """
-    with ThreadPoolExecutor(1, "encoding") as pool:
+    with _rare_collection(), ThreadPoolExecutor(1, "encoding") as pool:
         coming = [pool.submit(work, item) for item in islice(items, 1)]
         while coming:
             result, failed = coming.pop().result(), None
@@ -187,6 +189,17 @@ def _ahead(work: Callable[[Item], Result], items: Iterator[Item]) -> Iterator[Re
             yield result
             if failed is not None:
                 raise failed
+
+
+@contextlib.contextmanager
+def _rare_collection() -> Iterator[None]:
+    """Let Python look for cycles rarely: the offsets of tokens are many small tuples, and none is part of one."""
+    before = gc.get_threshold()
+    gc.set_threshold(max(before[0], 100_000) if before[0] else 0, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 class _Collected:
