@@ -14,17 +14,10 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int32, Int64, Num
 
 from neuroada_jax import files
+from neuroada_jax.data import prompts
 from neuroada_jax.data.chat_template import ChatTemplate
 from neuroada_jax.data.example_tokenizer import Encoded, ExampleTokenizer
-from neuroada_jax.data.prompts import (
-    PromptForm,
-    PromptStyle,
-    Rendered,
-    chat_template,
-    is_templated,
-    render_examples,
-    render_prompt,
-)
+from neuroada_jax.data.prompts import PromptForm, PromptStyle, Rendered, chat_template, is_templated
 from neuroada_jax.data.rows import Rows, rows_from_list
 from neuroada_jax.errors import UserError
 
@@ -133,7 +126,7 @@ def encode(
         found = [
             (i, each)
             for i in chunk
-            for each in render_examples(rows.rows[i], form, tokenizer, rows.where(i), learn, template)
+            for each in prompts.render_examples(rows.rows[i], form, tokenizer, rows.where(i), learn, template)
         ]
         return chunk, [i for i, _ in found], [each for _, each in found]
 
@@ -141,13 +134,14 @@ def encode(
         return *part, example_tokenizer.tokenised(part[2])
 
     chunks = (range(first, min(first + CHUNK, len(rows))) for first in range(0, len(rows), CHUNK))
-    for chunk, places, rendered, tokenised in _ahead(tokenise, _ahead(render, chunks)):
-        encoded = example_tokenizer.examples(rendered, tokenised, [rows.where(i) for i in places])
-        for i, parts in groupby(zip(places, encoded, strict=True), key=lambda pair: pair[0]):
-            done.add(i, [each for _, examples in parts for each in examples])
-        done.close_chunk()
-        if on_progress is not None:
-            on_progress(chunk.stop, len(rows))
+    with _rare_collection():
+        for chunk, places, rendered, tokenised in _ahead(tokenise, _ahead(render, chunks)):
+            encoded = example_tokenizer.examples(rendered, tokenised, [rows.where(i) for i in places])
+            for i, parts in groupby(zip(places, encoded, strict=True), key=lambda pair: pair[0]):
+                done.add(i, [each for _, examples in parts for each in examples])
+            done.close_chunk()
+            if on_progress is not None:
+                on_progress(chunk.stop, len(rows))
     if not done.numbers:
         raise UserError(
             f"{rows.source}: none of {len(rows)} rows has a completion token within max_length {max_length}; "
@@ -178,7 +172,7 @@ def _ahead(work: Callable[[Item], Result], items: Iterator[Item]) -> Iterator[Re
     Raises:
       Exception: what the work on an item raises, or its making, after those before it were yielded.
     """
-    with _rare_collection(), ThreadPoolExecutor(1, "encoding") as pool:
+    with ThreadPoolExecutor(1, "encoding") as pool:
         coming = [pool.submit(work, item) for item in islice(items, 1)]
         while coming:
             result, failed = coming.pop().result(), None
@@ -266,7 +260,7 @@ def encode_prompt(row: Mapping, form: PromptForm | PromptStyle | str, tokenizer:
     Raises:
       UserError: as `render_prompt`, and for a prompt without tokens.
     """
-    text = render_prompt(row, form, tokenizer, where)
+    text = prompts.render_prompt(row, form, tokenizer, where)
     if files.has_half_characters(text):
         raise UserError(
             f"{where}: the prompt holds half of a surrogate pair (such as \\ud83d), expected complete characters"
