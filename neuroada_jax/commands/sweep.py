@@ -7,9 +7,7 @@ from neuroada_jax.commands import shared
 
 def add(commands: shared.Commands) -> None:
     """Add the command."""
-    parser = shared.add_command(
-        commands, "sweep", run, "train a config at several rates, seeds and connections, and choose by validation"
-    )
+    parser = shared.add_command(commands, "sweep", run, "train at several rates, seeds or k, and choose by validation")
     parser.epilog = (
         "Leaves sweep.json, sweep.png, members/, best/adapter and best/config.yaml in the config's output directory. A "
         "sweep that was ended goes on with the same command."
