@@ -7,6 +7,7 @@ import re
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import rich.box
 import rich.cells
@@ -17,7 +18,7 @@ import rich.table
 import rich.text
 
 from neuroada_jax import credentials
-from neuroada_jax.errors import NeuroadaWarning
+from neuroada_jax.errors import NeuroadaWarning, install_line
 
 # In a notebook rich animates bars with ipywidgets; without that package progress is printed in lines, as to a file.
 _NOTEBOOK = None if importlib.util.find_spec("ipywidgets") else False
@@ -97,6 +98,21 @@ def write(text: str) -> None:
 def result(text: str) -> None:
     """Print a text of any length on standard output: as it is in a file or pipe, with `visible` in a terminal."""
     print(visible(text) if _out.is_terminal else text)
+
+
+def figures(name: str, what: str) -> Any:
+    """Return the module `matplotlib.figure`; None where it is not installed, which is said.
+
+    Args:
+      name: of the picture's file.
+      what: the picture shows.
+    """
+    try:
+        import matplotlib.figure
+    except ImportError:
+        say(f"no {name}: install matplotlib ({install_line('plots')}) to have the {what} drawn")
+        return None
+    return matplotlib.figure
 
 
 def has_colour() -> bool:

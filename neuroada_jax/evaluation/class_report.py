@@ -11,7 +11,6 @@ import numpy as np
 from jaxtyping import Bool, Integer
 
 from neuroada_jax import console, files
-from neuroada_jax.errors import install_line
 
 MOST_LABELLED = 40  # classes whose names and counts can still be read in the picture
 _LONGEST_NAME = 24  # characters of a class's name in the picture
@@ -100,10 +99,8 @@ def confusion_picture(path: Path, report: ClassReport, title: str) -> None:
     """
     if report.confusion is None:
         return
-    try:
-        import matplotlib.figure
-    except ImportError:
-        console.say(f"no {path.name}: install matplotlib ({install_line('plots')}) to have the confusion matrix drawn")
+    figures = console.figures(path.name, "confusion matrix")
+    if figures is None:
         return
     counts = np.array(report.confusion)
     names = [_short(each.label) for each in report.classes]
@@ -112,7 +109,7 @@ def confusion_picture(path: Path, report: ClassReport, title: str) -> None:
     cell = 0.75 if size <= 6 else 0.5 if size <= 15 else 0.4  # inches
     side = max(2.0, cell * min(size, MOST_LABELLED))
     margin = 0.085 * max(map(len, names))
-    figure = matplotlib.figure.Figure(figsize=(side + margin + 1.8, side + margin + 1.2), layout="constrained")
+    figure = figures.Figure(figsize=(side + margin + 1.8, side + margin + 1.2), layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axes.set(xlabel="predicted", ylabel="right label")

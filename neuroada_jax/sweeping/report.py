@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from neuroada_jax import console, files
-from neuroada_jax.errors import install_line
 from neuroada_jax.sweeping.choice import DIVERGED, DROPPED, Cell, Spread
 from neuroada_jax.sweeping.grid import RATE, SEED, describe, shown
 from neuroada_jax.training import report
@@ -51,12 +50,10 @@ def draw(path: Path, found: Sequence[Cell], best: Cell | None, name: str) -> Non
 
     Without matplotlib it reports its absence.
     """
-    try:
-        import matplotlib.figure
-    except ImportError:
-        console.say(f"no {path.name}: install matplotlib ({install_line('plots')}) to have the picture drawn")
+    figures = console.figures(path.name, "picture")
+    if figures is None:
         return
-    figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
+    figure = figures.Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     if all(RATE in cell.fields for cell in found):
         _lines(axes, found)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from neuroada_jax import console, files
-from neuroada_jax.errors import install_line
 
 _FEW = 40  # steps that are drawn as points, since a line between so few says little
 
@@ -24,12 +23,10 @@ def loss_curve(
       validation: dicts of "step" and "value", the validation loss.
       best: the step whose state was kept; None for the last.
     """
-    try:
-        import matplotlib.figure
-    except ImportError:
-        console.say(f"no {path.name}: install matplotlib ({install_line('plots')}) to have the curve drawn")
+    figures = console.figures(path.name, "curve")
+    if figures is None:
         return
-    figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
+    figure = figures.Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     _draw_training(axes, losses)
     points = [(line["step"], line["value"]) for line in validation if line["value"] is not None]
