@@ -3,6 +3,7 @@
 The prompt of an example has the very tokens that it has in a generation, where it is tokenised by itself.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any, NamedTuple
@@ -13,8 +14,6 @@ from jaxtyping import Bool, Int32
 from neuroada_jax.data.prompts import Rendered
 from neuroada_jax.data.template_facts import TOKEN_LIKE
 from neuroada_jax.errors import UserError
-
-Coded = tuple[Int32[np.ndarray, "_"], Int32[np.ndarray, "_"], Int32[np.ndarray, "_"]]  # ids, starts, ends
 
 # Texts before a completion that is tokenised without its prompt: a SentencePiece tokenizer would put a space before it.
 _ANCHORS = ("\n", ".", "a", "1", ":")
@@ -36,6 +35,40 @@ class Encoded(NamedTuple):
     ends: frozenset[int]
     crossed: bool = False
     asked: bool = True
+
+
+class Coded:
+    """The tokens of a text, with the place of each in its characters.
+
+    Nearly all of a chat's places are not asked for, and Python takes longer to make them than the ids.
+
+    Attributes:
+      ids: int32 (t,).
+    """
+
+    def __init__(self, encoding: Any, start: int = 0, stop: int | None = None, spans: np.ndarray | None = None):
+        """Keep tokens `start` to `stop` of the Rust tokenizer's encoding, with their (t, 2) spans if they are known."""
+        self._encoding, self._start, self._spans = encoding, start, spans
+        self.ids = np.array(encoding.ids, np.int32)[start:stop]
+
+    @property
+    def spans(self) -> Int32[np.ndarray, "_ 2"]:
+        """The start and end of each token; both are -1 for tokens that the tokenizer added."""
+        if self._spans is None:
+            flat = np.fromiter(chain.from_iterable(self._encoding.offsets), np.int32)
+            self._spans = flat.reshape(-1, 2)[self._start : self._start + len(self.ids)]
+        return self._spans
+
+    def span(self, at: int) -> tuple[int, int]:
+        """Return the start and end of one token."""
+        if self._spans is None and (found := self._encoding.token_to_chars(self._start + at)) is not None:
+            return found
+        start, end = self.spans[at]
+        return int(start), int(end)
+
+    def starting_before(self, place: int) -> int:
+        """Return the number of tokens that start before a character; places never decrease from token to token."""
+        return bisect_left(range(len(self.ids)), place, key=lambda at: self.span(at)[0])
 
 
 class ExampleTokenizer:
@@ -66,27 +99,26 @@ class ExampleTokenizer:
     def encode(self, texts: list[str], add_special_tokens: bool) -> list[Coded]:
         """Tokenise texts.
 
-        Returns:
-          For each text: ids, and the start and end of each token in characters, all int32 (t,); both are -1 for tokens
-          that the tokenizer added.
+        Returns: the tokens of each text, without EOS of the post-processor.
         """
-        return [self._arrays(each, add_special_tokens) for each in self._batch(texts, add_special_tokens)]
+        return [self._coded(each, add_special_tokens) for each in self._batch(texts, add_special_tokens)]
 
     def _batch(self, texts: list[str], add_special_tokens: bool) -> list[Any]:
         # Without the lists that `__call__` makes of every encoding, which took a third of the time.
         return list(self._raw().encode_batch(texts, add_special_tokens=add_special_tokens))
 
-    def _arrays(self, coded: Any, add_special_tokens: bool) -> Coded:
-        ids = np.array(coded.ids, np.int32)
-        spans = np.fromiter(chain.from_iterable(coded.offsets), np.int32, 2 * len(ids)).reshape(-1, 2)
-        if add_special_tokens:
-            spans[np.array(coded.special_tokens_mask, bool)] = -1
+    def _coded(self, encoding: Any, add_special_tokens: bool) -> Coded:
+        found = Coded(encoding)
+        if not add_special_tokens:
+            return found
+        ids, spans = found.ids, found.spans
+        spans[np.array(encoding.special_tokens_mask, bool)] = -1
         start, stop = 0, len(ids)
         while stop and spans[stop - 1, 1] < 0 and not (stop == 1 and ids[0] == self.bos):
             stop -= 1  # EOS of the post-processor: a prompt has none, and `_finish` adds an example's
         if stop > 1 and spans[0, 1] < 0 and ids[0] == ids[1] == self.bos:
             start = 1  # the text has its own BOS
-        return ids[start:stop], spans[start:stop, 0], spans[start:stop, 1]
+        return Coded(encoding, start, stop, spans[start:stop])
 
     def _raw(self) -> Any:
         """Return the Rust tokenizer with its options set; not set again, which would fail while another thread uses it."""
@@ -132,8 +164,8 @@ class ExampleTokenizer:
         """
         result = []
         for one, (text, prompt), place in zip(rendered, tokenised, where, strict=True):
-            asked = None if prompt is None else self._arrays(prompt, True)[0]
-            result.append(self._example(one, self._arrays(text, not one.templated), asked, place))
+            asked = None if prompt is None else self._coded(prompt, True).ids
+            result.append(self._example(one, self._coded(text, not one.templated), asked, place))
         return result
 
     def _example(self, one: Rendered, coded: Coded, prompt: np.ndarray | None, where: str) -> list[Encoded]:
@@ -150,7 +182,7 @@ class ExampleTokenizer:
             return list(chain.from_iterable(self.examples(turns, self.tokenised(turns), [where] * len(turns))))
         (start, stop), *_ = one.spans
         if prompt is None:
-            prompt = self.encode([one.text[:start]], add_special_tokens=not one.templated)[0][0]
+            prompt = self.encode([one.text[:start]], add_special_tokens=not one.templated)[0].ids
         completion = self._alone(one.text[start:stop])
         ids = np.concatenate([prompt, completion])
         is_label = np.arange(len(ids)) >= len(prompt)
@@ -158,15 +190,16 @@ class ExampleTokenizer:
 
     def _border(self, text: str, start: int, coded: Coded, prompt: np.ndarray | None) -> int | None:
         """Return the number of tokens before character `start`; None if the text's tokens are not those of its prompt."""
-        ids, starts, ends = coded
+        ids = coded.ids
         if prompt is None:
-            before = np.flatnonzero(self._is_control[ids] & (ends <= start) & (starts >= 0))
-            if len(before):
-                at = int(before[-1])
-                tail = self._tail(text[starts[at] : ends[at]], text[ends[at] : start])
-                if np.array_equal(ids[at : at + len(tail)], tail):
-                    return at + len(tail)
-            prompt = self.encode([text[:start]], add_special_tokens=False)[0][0]
+            for at in np.flatnonzero(self._is_control[ids])[::-1].tolist():
+                first, end = coded.span(at)
+                if first >= 0 and end <= start:
+                    tail = self._tail(text[first:end], text[end:start])
+                    if np.array_equal(ids[at : at + len(tail)], tail):
+                        return at + len(tail)
+                    break
+            prompt = self.encode([text[:start]], add_special_tokens=False)[0].ids
         return len(prompt) if np.array_equal(ids[: len(prompt)], prompt) else None
 
     def _tail(self, control: str, text: str) -> np.ndarray:
@@ -174,31 +207,29 @@ class ExampleTokenizer:
         if (control, text) not in self._tails:
             if len(self._tails) > 10_000:
                 self._tails.clear()
-            self._tails[control, text] = self.encode([control + text], add_special_tokens=False)[0][0]
+            self._tails[control, text] = self.encode([control + text], add_special_tokens=False)[0].ids
         return self._tails[control, text]
 
     def _alone(self, text: str) -> np.ndarray:
         """Return the tokens of a completion that is tokenised by itself, but not as a beginning of text."""
         for anchor in _ANCHORS:
-            (before, *_), (ids, *_) = self.encode([anchor, anchor + text], add_special_tokens=False)
+            before, ids = (each.ids for each in self.encode([anchor, anchor + text], add_special_tokens=False))
             if np.array_equal(ids[: len(before)], before):
                 return ids[len(before) :]
-        return self.encode([text], add_special_tokens=False)[0][0]
+        return self.encode([text], add_special_tokens=False)[0].ids
 
     def _labelled(self, one: Rendered, coded: Coded, borders: list[int], where: str) -> Encoded | None:
         """Label the tokens from each border to its span's end; None if a turn before the last has no end-of-turn token."""
-        ids, starts, _ = coded
-        order, is_label, ends = np.arange(len(ids)), np.zeros(len(ids), bool), set()
+        ids, is_label, ends = coded.ids, np.zeros(len(coded.ids), bool), set()
         for border, (_, stop) in zip(borders, one.spans, strict=True):
             # A byte-level tokenizer may trim the offsets of white space to an empty range at its end, so that the last
             # token starts where the text ends: only spans before a later turn are bounded from above.
-            part = (order >= border) & ((starts < stop) if stop < len(one.text) else True)
-            is_label |= part
+            after = coded.starting_before(stop) if stop < len(one.text) else len(ids)
+            is_label[border:after] = True
             if stop < len(one.text):
-                last = part.nonzero()[0]
-                if not len(last) or not self._may_end[ids[last[-1]]]:
+                if after <= border or not self._may_end[ids[after - 1]]:
                     return None
-                ends.add(int(ids[last[-1]]))
+                ends.add(int(ids[after - 1]))
         found = self._finish(one, ids, is_label, where)
         return found._replace(ends=found.ends | ends)
 
@@ -208,7 +239,7 @@ class ExampleTokenizer:
         A character may be several tokens, which all have its place: before, transformers left out all but the first at a
         span's end.
         """
-        ids, starts, ends = coded
+        ids, (starts, ends) = coded.ids, coded.spans.T
         order, is_label, ending = np.arange(len(ids)), np.zeros(len(ids), bool), set()
         for start, stop in one.spans:
             first, last = (np.flatnonzero((starts <= at) & (at < ends)) for at in (start, stop - 1))

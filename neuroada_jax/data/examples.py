@@ -265,7 +265,7 @@ def encode_prompt(row: Mapping, form: PromptForm | PromptStyle | str, tokenizer:
         raise UserError(
             f"{where}: the prompt holds half of a surrogate pair (such as \\ud83d), expected complete characters"
         )
-    ids, *_ = ExampleTokenizer(tokenizer).encode([text], add_special_tokens=not is_templated(row, form))[0]
+    ids = ExampleTokenizer(tokenizer).encode([text], add_special_tokens=not is_templated(row, form))[0].ids
     if not len(ids):
         raise UserError(f"{where}: the prompt has no tokens, expected at least one to generate from")
     return ids.tolist()
