@@ -212,10 +212,10 @@ class ChatTemplate:
           UserError: as `turn`.
         """
         self._rendered = {}
-        plain = _without_nulls(chat.messages)
+        plain = sandbox.plain(_without_nulls(chat.messages))
         with contextlib.suppress(Exception):  # of the template; `turn` renders what is not here, and names the reason
             for opened, ends in ((True, learnt), (False, tuple(i + 1 for i in learnt))):
-                texts = self._call(chat, [plain[:end] for end in ends], opened=opened)[0]
+                texts = self._call(chat, [sandbox.Plain(plain[:end]) for end in ends], opened=opened)[0]
                 self._rendered |= {(end, opened): text for end, text in zip(ends, texts, strict=True)}
         try:
             return [self.turn(chat, i, where) for i in learnt]
@@ -254,7 +254,7 @@ class ChatTemplate:
                     "{% generation %} blocks, template_arguments, or another template (data.chat_template)"
                 )
             answer = found
-        if not answer.strip() or _squeezed(content) not in _squeezed(answer):
+        if not answer.strip() or (content not in answer and _squeezed(content) not in _squeezed(answer)):
             raise UserError(
                 f"{where}: the chat template writes nothing of message {i} (role 'assistant'); expected its text"
             )

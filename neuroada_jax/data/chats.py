@@ -25,6 +25,7 @@ _ROLE_OF_SHAREGPT = {
 }
 _CALLS = ("function_call", "tool_call")  # ShareGPT's names of an assistant turn whose value is one call or a list of calls
 _FORMS = {"messages": ("role", "content"), "conversations": ("from", "value")}
+_OWN = {"weight", *(name for form in _FORMS.values() for name in form)}  # `datasets` adds the other form's as null
 
 
 class Chat(NamedTuple):
@@ -123,8 +124,7 @@ def _message(found: Any, names: tuple[str, str], where: str) -> tuple[dict[str, 
         raise UserError(f"{where} is {kind_of(found)}, expected an object with {names[0]!r} and {names[1]!r}")
     # ShareGPT's field names also hold the usual ones in some sets.
     role_name, content_name = names if found.get(names[0]) is not None or "role" not in found else _FORMS["messages"]
-    fields = {"weight", *(name for form in _FORMS.values() for name in form)}  # `datasets` adds the other form's as null
-    rest = {key: value for key, value in found.items() if key not in fields}
+    rest = {key: value for key, value in found.items() if key not in _OWN}
     role, content, calls = found.get(role_name), found.get(content_name), found.get("tool_calls")
     if found.get("function_call") is not None:
         raise UserError(f"{where}.function_call: found OpenAI's former field, expected a call in 'tool_calls'")

@@ -307,6 +307,7 @@ def compiled(source: str) -> Any:
         raise TooMuch(f"it has {len(source):,} characters, expected at most {LARGEST_SOURCE:,}")
     environment = _transformers()._cached_compile_jinja_template("").environment  # a new one, despite its name
     template: Any = bound(environment).from_string(source)
+    template.globals = dict(template.globals)  # Jinja's chain of dicts is read in full at each rendering
     if GENERATION.search(source):
         template.root_render_func = functools.partial(_written, template.root_render_func)
     return template
@@ -353,8 +354,17 @@ def _render(conversations: Sequence[Any], options: Mapping[str, Any]) -> Any:
 
 @functools.cache
 def _original(name: str) -> Any:
-    """Return a function of transformers, as it was before the first rendering; None where this version lacks it."""
+    """Return what a private name of transformers stood for before the first rendering; None where it has no such name."""
     return getattr(_transformers(), name, None)
+
+
+class Plain(list):
+    """Messages that `plain` has made: their beginnings need no other copy."""
+
+
+def plain(messages: list[dict[str, Any]]) -> Plain:
+    """Return messages of what templates may see alone, of which several beginnings are rendered."""
+    return Plain(_plain_data(messages))
 
 
 def _plain_data(value: Any) -> Any:
@@ -362,6 +372,8 @@ def _plain_data(value: Any) -> Any:
     kind = type(value)
     if kind is str or value is None:
         return value
+    if kind is Plain:
+        return list(value)
     if kind is dict:
         return {_plain_data(key): item if type(item) is str else _plain_data(item) for key, item in value.items()}
     if kind is list:
@@ -369,4 +381,16 @@ def _plain_data(value: Any) -> Any:
     return _original("_plain_template_data")(value)
 
 
-_INSTEAD = {"_compile_jinja_template": compiled, "_plain_template_data": _plain_data}
+def _aliased(chat: list[Any]) -> list[Any]:
+    """Return what transformers' `_alias_reasoning_fields` does, which nearly all chats have no field for."""
+    names = _original("_REASONING_FIELDS")
+    if names is not None and all(map(frozenset(names).isdisjoint, chat)):
+        return chat
+    return _original("_alias_reasoning_fields")(chat)
+
+
+_INSTEAD = {
+    "_compile_jinja_template": compiled,
+    "_plain_template_data": _plain_data,
+    "_alias_reasoning_fields": _aliased,
+}
