@@ -11,6 +11,9 @@ At the path of its linear map, each tree of a bypass holds
 
 The kernels of a stack may also lie apart: a tuple of L arrays in the place of (L, O, I). The trees above stay stacked.
 
+A kernel may be quantised (core/quantised.py). It is never resident: its codes cannot hold base + values, so that the op
+adds the values itself, and a merged kernel has them beside its codes.
+
 Inputs and neurons may span several axes of a kernel, as in the (D, H, N) of Flax's attention. Columns then index the
 flattened inputs, and O is the number of flattened neurons.
 """
@@ -23,8 +26,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from neuroada_jax.core import scores, selection
+from neuroada_jax.core import quantised, scores, selection
 from neuroada_jax.core.entries import Layout, add_entries, read_entries, round_to, wide_dtype, write_entries
+from neuroada_jax.core.quantised import QuantisedKernel
 from neuroada_jax.core.trees import ModulePath, Tree, get, kernel_at, leaves, put
 from neuroada_jax.errors import UserError
 
@@ -86,7 +90,13 @@ def build(
 
 def count(values: Mapping[str, Any]) -> int:
     """Return the number of entries of a tree of arrays or shapes; for values, k times the neurons of all targets."""
-    return sum(leaf.size for leaf in jax.tree.leaves(values))
+    return quantised.size(values)
+
+
+def _read(kernel: Any, columns: jax.Array, layout: Layout) -> jax.Array:
+    if isinstance(kernel, QuantisedKernel):
+        return quantised.read_entries(kernel, columns)
+    return read_entries(_as_matrices(kernel, columns, layout), columns, layout)
 
 
 def _as_matrices(kernel: jax.Array, columns: jax.Array, layout: Layout) -> jax.Array:
@@ -102,9 +112,9 @@ def read(params: Mapping[str, Any], columns: Mapping[str, Any], *, layout: Layou
     for path, chosen in leaves(columns, "columns"):
         kernel = kernel_at(params, path)
         if isinstance(kernel, tuple):
-            found = jnp.stack([read_entries(each, chosen[at], layout) for at, each in enumerate(kernel)])
+            found = jnp.stack([_read(each, chosen[at], layout) for at, each in enumerate(kernel)])
         else:
-            found = read_entries(_as_matrices(kernel, chosen, layout), chosen, layout)
+            found = _read(kernel, chosen, layout)
         base_entries = put(base_entries, path, {"base_entries": found})
     return base_entries
 
@@ -114,6 +124,7 @@ def _map_kernels(
     columns: Mapping[str, Any],
     entries: Callable[[ModulePath], jax.Array],
     update: Callable[[jax.Array, jax.Array, jax.Array, Layout], jax.Array],
+    update_quantised: Callable[[QuantisedKernel, jax.Array, jax.Array], QuantisedKernel],
     layout: Layout,
 ) -> Tree:
     """Return the parameters with every kernel that has columns updated.
@@ -123,23 +134,52 @@ def _map_kernels(
       columns: columns of the kernels to update.
       entries: path -> what is written or added at its columns, in the shape of these.
       update: as `write_entries` and `add_entries`.
+      update_quantised: the same for a quantised kernel.
       layout: axis order of the kernels.
     """
+
+    def updated_of(kernel: Any, chosen: jax.Array, new: jax.Array) -> Any:
+        if isinstance(kernel, QuantisedKernel):
+            return update_quantised(kernel, chosen, new)
+        return update(_as_matrices(kernel, chosen, layout), chosen, new, layout).reshape(kernel.shape)
+
     merged = dict(params)
     for path, chosen in leaves(columns, "columns"):
         kernel, node, new = kernel_at(params, path), get(merged, path), entries(path)
         updated: Any
         if isinstance(kernel, tuple):
-            updated = tuple(update(each, chosen[at], new[at], layout) for at, each in enumerate(kernel))
+            updated = tuple(updated_of(each, chosen[at], new[at]) for at, each in enumerate(kernel))
         else:
-            updated = update(_as_matrices(kernel, chosen, layout), chosen, new, layout).reshape(kernel.shape)
+            updated = updated_of(kernel, chosen, new)
         merged = put(merged, path, {**node, "kernel": updated} if isinstance(node, Mapping) else updated)
     return merged
 
 
 def merge(params: Mapping[str, Any], bypass: Bypass, *, layout: Layout = Layout.OI) -> Tree:
-    """Return the parameters with every target kernel W replaced by W + D, summed in the values' dtype and rounded once."""
-    return _map_kernels(params, bypass.columns, lambda path: get(bypass.values, path)["values"], add_entries, layout)
+    """Return the parameters with every target kernel W replaced by W + D, summed in the values' dtype and rounded once.
+
+    A quantised kernel gets the values beside its codes.
+
+    Raises:
+      UserError: a quantised kernel has values of another bypass already.
+    """
+
+    def add_to_quantised(kernel: QuantisedKernel, chosen: jax.Array, new: jax.Array) -> QuantisedKernel:
+        if kernel.values is not None:
+            raise UserError("a quantised kernel has the values of a bypass already; unmerge them first")
+        return quantised.with_bypass(kernel, chosen, new)
+
+    entries = lambda path: get(bypass.values, path)["values"]  # noqa: E731
+    return _map_kernels(params, bypass.columns, entries, add_entries, add_to_quantised, layout)
+
+
+def with_values(params: Mapping[str, Any], bypass: Bypass) -> Tree:
+    """Return resident parameters with the values put beside the codes of quantised kernels; the others have them."""
+    keep = lambda kernel, *_: kernel  # noqa: E731
+    if not quantised.holds(params):
+        return dict(params)
+    entries = lambda path: get(bypass.values, path)["values"]  # noqa: E731
+    return _map_kernels(params, bypass.columns, entries, keep, quantised.with_bypass, Layout.OI)
 
 
 def make_resident(
@@ -148,21 +188,24 @@ def make_resident(
     """Return the parameters with base + values written over the chosen entries; in place under jit with donation.
 
     Unlike in `merge`, the previous content of these entries does not matter: the training step calls this after every
-    update, and it can replace one adapter with another of equal columns.
+    update, and it can replace one adapter with another of equal columns. Quantised kernels are returned as they are.
     """
 
     def entries(path: ModulePath) -> jax.Array:
         values: jax.Array = get(bypass.values, path)["values"]
         return get(base_entries, path)["base_entries"].astype(values.dtype) + values
 
-    return _map_kernels(params, bypass.columns, entries, write_entries, layout)
+    return _map_kernels(params, bypass.columns, entries, write_entries, lambda kernel, *_: kernel, layout)
 
 
 def unmerge(
     params: Mapping[str, Any], columns: Mapping[str, Any], base_entries: Mapping[str, Any], *, layout: Layout = Layout.OI
 ) -> Tree:
     """Return the original parameters, bit for bit, from merged or resident ones and the base entries of `read`."""
-    return _map_kernels(params, columns, lambda path: get(base_entries, path)["base_entries"], write_entries, layout)
+    entries = lambda path: get(base_entries, path)["base_entries"]  # noqa: E731
+    return _map_kernels(
+        params, columns, entries, write_entries, lambda kernel, *_: quantised.without_bypass(kernel), layout
+    )
 
 
 def rounded_to_nothing(values: Mapping[str, Any], base_entries: Mapping[str, Any]) -> float:
@@ -205,7 +248,7 @@ def swap(
     """
     original = unmerge(params, columns, base_entries, layout=layout)
     new_entries = read(original, new.columns, layout=layout)
-    return make_resident(original, new, new_entries, layout=layout), new_entries
+    return with_values(make_resident(original, new, new_entries, layout=layout), new), new_entries
 
 
 def average(adapters: Sequence[Bypass], weights: Sequence[float] | None = None) -> Bypass:

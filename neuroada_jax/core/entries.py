@@ -43,7 +43,7 @@ def round_to(numbers: Float[Array, "*S"], dtype: Any) -> Float[Array, "*S"]:
     return rounded.astype(dtype)
 
 
-def check_layout(kernel: Array, columns: Array, layout: Layout) -> None:
+def check_layout(kernel: Any, columns: Array, layout: Layout) -> None:
     """Check that a kernel in this layout has the leading axes and the neurons of the columns.
 
     The scatters below promise XLA that indices are in bounds, so a kernel in the other layout must not reach them.

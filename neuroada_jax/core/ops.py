@@ -9,6 +9,9 @@ Letters (docs/design.md): T tokens, O neurons, I input connections, k connection
 Autodiff through ``W.at[rows, columns].add(values)`` is correct, but keeps the merged copy of W as a residual and forms the
 dense dW, (O, I): the cost of full fine-tuning at any k. The custom VJP here has x, the kernel it was given and the columns
 as residuals, and computes dvalues, (O, k), alone.
+
+A kernel may be quantised (core/quantised.py): it is dequantised for the product, W + D is formed in that temporary, and
+both are done again in the backward pass, so that the codes and scales are all that is kept.
 """
 
 import functools
@@ -19,8 +22,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from neuroada_jax.core import quantised
 from neuroada_jax.core.batching import share_examples
 from neuroada_jax.core.entries import Layout, add_entries, are_shared, check_layout
+from neuroada_jax.core.quantised import QuantisedKernel
 from neuroada_jax.core.value_gradient import GradientAlgorithm, choose_algorithm, value_gradient
 
 
@@ -65,9 +70,10 @@ _resident.defvjp(_resident_fwd, _resident_bwd)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _on_the_fly(
-    x: Array, kernel: Array, columns: Array, values: Array, algorithm: GradientAlgorithm, layout: Layout
+    x: Array, kernel: Any, columns: Array, values: Array, algorithm: GradientAlgorithm, layout: Layout
 ) -> Array:
-    return _product(x, add_entries(kernel, columns, values, layout), layout)
+    kernel, x = quantised.when(kernel, x)
+    return _product(x, add_entries(quantised.dense(kernel), columns, values, layout), layout)
 
 
 def _on_the_fly_fwd(x, kernel, columns, values, algorithm, layout):
@@ -77,7 +83,8 @@ def _on_the_fly_fwd(x, kernel, columns, values, algorithm, layout):
 def _on_the_fly_bwd(algorithm, layout, residuals, dy):
     x, kernel, columns, values = residuals
     # Merged again: as a residual it would be a copy of every target kernel, alive from the forward to the backward pass.
-    merged = add_entries(kernel, columns, values, layout)
+    kernel, dy = quantised.when(kernel, dy)
+    merged = add_entries(quantised.dense(kernel), columns, values, layout)
     dx, dvalues = _backward(dy, x, merged, columns, values.dtype, algorithm, layout)
     return dx, None, None, dvalues
 
@@ -86,9 +93,17 @@ _on_the_fly.defvjp(_on_the_fly_fwd, _on_the_fly_bwd)
 _on_the_fly_shared = share_examples("bypass_dense", _on_the_fly)
 
 
+def _of_leaves(x: Array, columns: Array, values: Array, *leaves: Array, structure: Any, algorithm: Any) -> Array:
+    """Return `_on_the_fly` for a quantised kernel that is given as its flattened arrays."""
+    return _on_the_fly(x, jax.tree.unflatten(structure, leaves), columns, values, algorithm, Layout.OI)
+
+
+_quantised_shared = share_examples("bypass_dense_quantised", _of_leaves)
+
+
 def bypass_dense(
     x: Float[Array, "*B I"],
-    kernel: Float[Array, "_ _"],
+    kernel: Float[Array, "_ _"] | QuantisedKernel,
     columns: Int[Array, "_ k"],
     values: Float[Array, "O k"],
     *,
@@ -105,11 +120,13 @@ def bypass_dense(
     stateless: `vmap` over values and columns serves several adapters, `vmap` over x alone remains one call.
 
     A *resident* kernel holds W + D already, as ``add_entries(kernel, columns, values)`` returns it. The forward pass and dx
-    are then plain matrix products, and `values` is an argument so that it receives its gradient.
+    are then plain matrix products, and `values` is an argument so that it receives its gradient. The codes of a quantised
+    kernel cannot hold it: such a kernel has the first form always.
 
     Args:
       x: float (*B, I).
-      kernel: float (O, I), or (I, O) for `Layout.IO`. Where x has another dtype, W + D is cast to it for the product.
+      kernel: float (O, I), or (I, O) for `Layout.IO`; or quantised (O, I). Where x has another dtype, W + D is cast to it
+        for the product.
       columns: int32 (O, k), distinct within a neuron, in [0, I); or (1, k), shared by all neurons: then dvalues is one
         dense product with k gathered inputs.
       values: float (O, k).
@@ -127,6 +144,9 @@ def bypass_dense(
     if are_shared(columns, values.shape[0]):
         algorithm = GradientAlgorithm.DENSE_CHUNKS  # not used
     algorithm = algorithm or choose_algorithm(columns.shape[1], x.shape[-1])
+    if isinstance(kernel, QuantisedKernel):
+        leaves, structure = jax.tree.flatten(kernel)
+        return _quantised_shared(x, columns, values, *leaves, structure=structure, algorithm=algorithm)
     if resident:
         return _resident(x, kernel, columns, values, algorithm, layout)
     return _on_the_fly_shared(x, kernel, columns, values, algorithm=algorithm, layout=layout)
@@ -134,14 +154,15 @@ def bypass_dense(
 
 @jax.custom_vjp
 def observed_dense(
-    x: Float[Array, "*B I"], kernel: Float[Array, "O I"], squares: Float[Array, "I"]
+    x: Float[Array, "*B I"], kernel: Float[Array, "O I"] | QuantisedKernel, squares: Float[Array, "I"]
 ) -> Float[Array, "*B O"]:
     """Return x @ kernel^T; the "gradient" of `squares` is the sum over tokens of x squared, by input.
 
     So a backward pass through a model sums the squares of every linear map's inputs. Tokens on which the result does not
     depend (dy is 0), such as padding, are not counted. The kernel is frozen.
     """
-    return _product(x, kernel, Layout.OI)
+    kernel, x = quantised.when(kernel, x)
+    return _product(x, quantised.dense(kernel), Layout.OI)
 
 
 def _observed_fwd(x, kernel, squares):
@@ -150,10 +171,28 @@ def _observed_fwd(x, kernel, squares):
 
 def _observed_bwd(residuals, dy):
     x, kernel, squares = residuals
-    dx = lax.dot_general(dy, kernel.astype(dy.dtype), (((dy.ndim - 1,), (0,)), ((), ())))
+    dx = _input_gradient(dy, kernel)
     counts = jnp.any(dy != 0, axis=-1, keepdims=True)
     observed = jnp.where(counts, jnp.square(x.astype(squares.dtype)), 0)
     return dx, None, jnp.sum(observed.reshape(-1, x.shape[-1]), axis=0)
 
 
 observed_dense.defvjp(_observed_fwd, _observed_bwd)
+
+
+def _input_gradient(dy: Array, kernel: Any) -> Array:
+    """Return dx, (*B, I), for a kernel (O, I) that may be quantised."""
+    kernel, dy = quantised.when(kernel, dy)
+    return lax.dot_general(dy, quantised.dense(kernel).astype(dy.dtype), (((dy.ndim - 1,), (0,)), ((), ())))
+
+
+@jax.custom_vjp
+def quantised_dense(x: Float[Array, "*B I"], kernel: QuantisedKernel) -> Float[Array, "*B O"]:
+    """Return x @ W^T for a frozen quantised kernel, of which the backward pass keeps codes and scales alone."""
+    kernel, x = quantised.when(kernel, x)
+    return _product(x, quantised.dense(kernel), Layout.OI)
+
+
+quantised_dense.defvjp(
+    lambda x, kernel: (quantised_dense(x, kernel), kernel), lambda kernel, dy: (_input_gradient(dy, kernel), None)
+)

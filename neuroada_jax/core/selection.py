@@ -18,6 +18,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from neuroada_jax.core import quantised
 from neuroada_jax.core.entries import Layout, wide_dtype
 from neuroada_jax.core.scores import Score, magnitude, reverse
 from neuroada_jax.errors import UserError
@@ -28,7 +29,7 @@ _ELEMENTWISE = (magnitude, reverse)  # finite, and computed on parts of a kernel
 
 
 def select(
-    kernel: Float[Array, "*L _ _"],
+    kernel: Float[Array, "*L _ _"] | quantised.QuantisedKernel,
     k: int,
     score: Score = magnitude,
     statistic: Any = None,
@@ -44,7 +45,7 @@ def select(
     kernel, of which (I, O) kernels need one more for its transpose.
 
     Args:
-      kernel: float (*L, O, I), or (*L, I, O) for `Layout.IO`.
+      kernel: float (*L, O, I), or (*L, I, O) for `Layout.IO`; or quantised (*L, O, I).
       k: connections per neuron, at least 1.
       score: (O, I) -> finite scores of the same shape, called with one layer's kernel in float32 or float64; with a
         statistic, (kernel, statistic) -> scores.
@@ -80,7 +81,7 @@ def check_finite(finite: Bool[Array, "*L O"] | None, name: str) -> None:
 
 @functools.partial(jax.jit, static_argnames=("k", "score", "layout", "name"))
 def search(
-    kernel: Float[Array, "*L _ _"],
+    kernel: Float[Array, "*L _ _"] | quantised.QuantisedKernel,
     k: int,
     score: Score = magnitude,
     statistic: Any = None,
@@ -94,6 +95,9 @@ def search(
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, found {k}")
+    if isinstance(kernel, quantised.QuantisedKernel):
+        of_layer = lambda own, mine: search(quantised.dequantise(own), k, score, mine, name=name)  # noqa: E731
+        return quantised.by_layer(of_layer, kernel, statistic)
     *leading, outputs, inputs = kernel.shape if Layout(layout) is Layout.OI else kernel.swapaxes(-1, -2).shape
     if k >= inputs:
         return jnp.broadcast_to(jnp.arange(inputs, dtype=jnp.int32), (*leading, outputs, inputs)), None

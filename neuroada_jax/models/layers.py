@@ -18,7 +18,7 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Float
 
-from neuroada_jax.core import ops, platform
+from neuroada_jax.core import ops, platform, quantised
 from neuroada_jax.core.entries import wide_dtype
 from neuroada_jax.models import remat
 
@@ -40,7 +40,9 @@ class BypassDense(nn.Module):
         placement = remat.placement()
         x = x if placement is None else placement.inputs(x)
         shape = (self.features, x.shape[-1])
-        kernel = self.param("kernel", nn.initializers.normal(0.02), shape, self.dtype)
+        kernel: Any = self.get_variable("params", "kernel")  # a quantised one has no array of the kernel's shape
+        if not quantised.is_quantised(kernel):
+            kernel = self.param("kernel", nn.initializers.normal(0.02), shape, self.dtype)
         form = next((name for name in ("bypass", "resident") if self.has_variable(name, "values")), None)
         if form is not None:
             columns: Array = self.get_variable("columns", "columns")
@@ -57,7 +59,7 @@ class BypassDense(nn.Module):
         elif self.has_variable("observed", "squares"):
             y = ops.observed_dense(x, kernel, self.get_variable("observed", "squares"))
         else:
-            y = _product(x, kernel)
+            y = ops.quantised_dense(x, kernel) if quantised.is_quantised(kernel) else _product(x, kernel)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), self.dtype)
             y = y + jnp.broadcast_to(bias, y.shape)

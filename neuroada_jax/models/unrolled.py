@@ -6,14 +6,14 @@ of a model that trains lie apart: in the place of a stacked leaf (L, ...) its tr
 applies one layer after the other. Everything else (values, columns, moments, files) stays stacked.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 from flax import linen as nn
 from jax import lax
 
-from neuroada_jax.core import platform, trees
+from neuroada_jax.core import platform, quantised, trees
 from neuroada_jax.core.trees import ModulePath, Tree
 from neuroada_jax.models.remat import BYPASS_COLLECTIONS
 
@@ -48,7 +48,12 @@ def apart(params: Mapping[str, Any], layers_path: ModulePath) -> Tree:
         leaf.delete()
         return layers
 
-    return trees.put(params, layers_path, jax.tree.map(take, stack))
+    def take_all(node: Any) -> Any:
+        if not quantised.is_quantised(node):
+            return take(node)
+        return tuple(layers_of(jax.tree.map(take, node), len(node)))
+
+    return trees.put(params, layers_path, jax.tree.map(take_all, stack, is_leaf=quantised.is_quantised))
 
 
 def stacked(params: Mapping[str, Any]) -> Tree:
@@ -58,7 +63,7 @@ def stacked(params: Mapping[str, Any]) -> Tree:
         if not isinstance(node, tuple):
             return node
         stack = jax.block_until_ready(_stack(node))
-        for leaf in node:
+        for leaf in jax.tree.leaves(node):
             leaf.delete()
         return stack
 
@@ -95,4 +100,6 @@ def _split(stack: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(layer[0] for layer in lax.split(stack, (1,) * stack.shape[0]))
 
 
-_stack: Callable[[tuple[jax.Array, ...]], jax.Array] = jax.jit(lambda layers: jax.numpy.stack(layers))
+@jax.jit
+def _stack(layers: tuple[Any, ...]) -> Any:
+    return jax.tree.map(lambda *leaves: jax.numpy.stack(leaves), *layers)

@@ -58,7 +58,7 @@ class TrainState(NamedTuple):
     @property
     def merged(self) -> Tree:
         """The complete parameters of the model as trained so far."""
-        return dense_modules.join(self.params, self.classifier)
+        return dense_modules.join(bypass.with_values(self.params, self.bypass), self.classifier)
 
 
 class StepMetrics(NamedTuple):

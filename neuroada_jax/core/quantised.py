@@ -1,0 +1,145 @@
+"""Quantised kernels: a node of arrays in the place of a kernel, and the dense kernel that it stands for.
+
+A QuantisedKernel has the shape and the dtype of the kernel that `dequantise` returns, so that code which asks for these
+needs no change. It is a pytree: it can be scanned over its leading axis, mapped, donated and split by neuron. Its codes
+cannot hold W + D; it carries the values of a merged bypass beside them.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from neuroada_jax.core import entries
+from neuroada_jax.core.entries import add_entries, round_to
+from neuroada_jax.core.quantised_formats import FORMATS, shape_of
+
+
+# The fields are typed Any: JAX puts placeholders into them during transformations.
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["parts", "columns", "values"],
+    meta_fields=["format", "dtype"],
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class QuantisedKernel:
+    """A kernel (*L, O, I) as codes and scales.
+
+    Attributes:
+      parts: the arrays of the format by name, each (*L, O, width).
+      format: a name of `quantised_formats.FORMATS`.
+      dtype: NumPy's, of the dense kernel.
+      columns: of a bypass that is merged into the kernel, int32 (*L, O, k) or (*L, 1, k); None for none.
+      values: of that bypass, (*L, O, k); added to the dense kernel, which is rounded once.
+    """
+
+    parts: Any
+    format: str
+    dtype: Any
+    columns: Any = None
+    values: Any = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the dense kernel."""
+        return shape_of(self.parts, self.format)
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes of the dense kernel."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """The number of entries of the dense kernel."""
+        return math.prod(self.shape)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, layer: Any) -> "QuantisedKernel":
+        """Return the kernel of one layer of stacked ones."""
+        return jax.tree.map(lambda leaf: leaf[layer], self)
+
+
+def is_quantised(node: Any) -> bool:
+    """Return whether a node of a tree is a quantised kernel."""
+    return isinstance(node, QuantisedKernel)
+
+
+def holds(tree: Any) -> bool:
+    """Return whether a tree of parameters has a quantised kernel."""
+    return any(map(is_quantised, jax.tree.leaves(tree, is_leaf=is_quantised)))
+
+
+def map_quantised(function: Callable[[QuantisedKernel], Any], tree: Any) -> Any:
+    """Return the tree with `function` applied to every quantised kernel."""
+    return jax.tree.map(lambda node: function(node) if is_quantised(node) else node, tree, is_leaf=is_quantised)
+
+
+def dequantise(kernel: QuantisedKernel, dtype: Any = None) -> Float[Array, "*L O I"]:
+    """Return the dense kernel, with a bypass that is merged into it, in its own dtype or in another."""
+    dense = round_to(FORMATS[kernel.format].decode(kernel.parts), kernel.dtype)
+    if kernel.values is not None:
+        dense = add_entries(dense, kernel.columns, kernel.values)
+    return dense if dtype is None else dense.astype(dtype)
+
+
+def dense(kernel: Any) -> Array:
+    """Return a kernel as an array, dequantised if it is quantised."""
+    return dequantise(kernel) if is_quantised(kernel) else kernel
+
+
+def by_layer(function: Callable[..., Any], kernel: QuantisedKernel, *others: Any) -> Any:
+    """Return function(kernel (O, I), *others) of every layer, of which one is dequantised at a time."""
+    if kernel.ndim == 2:
+        return function(kernel, *others)
+    return lax.map(lambda own: function(*own), (kernel, *others))
+
+
+@jax.jit
+def read_entries(kernel: QuantisedKernel, columns: Int[Array, "*L _ k"]) -> Float[Array, "*L O k"]:
+    """Return the dense kernel's entries at the columns, in its dtype."""
+    return by_layer(lambda own, chosen: entries.read_entries(dequantise(own), chosen), kernel, columns)
+
+
+def with_bypass(kernel: QuantisedKernel, columns: Any, values: Any) -> QuantisedKernel:
+    """Return the kernel with a bypass merged into it, in the place of one that is."""
+    return dataclasses.replace(kernel, columns=columns, values=values)
+
+
+def without_bypass(kernel: QuantisedKernel) -> QuantisedKernel:
+    """Return the kernel without a bypass."""
+    return dataclasses.replace(kernel, columns=None, values=None)
+
+
+def when(kernel: Any, array: Array) -> tuple[Any, Array]:
+    """Return kernel and array such that a quantised kernel is dequantised only once the array has been computed.
+
+    Otherwise XLA moves the dequantisation out of a loop, or merges that of the backward pass with that of the forward pass,
+    and all dequantised kernels of a model are in memory at once.
+    """
+    if not is_quantised(kernel):
+        return kernel, array
+    return lax.optimization_barrier((kernel, array))
+
+
+def abstract(kernel: Any, name: str) -> QuantisedKernel:
+    """Return the shapes of a kernel's arrays in a format, from the shape and dtype of the dense kernel."""
+    *leading, outputs, inputs = kernel.shape
+    parts = {
+        part: jax.ShapeDtypeStruct((*leading, 1 if shared else outputs, width(inputs)), dtype)
+        for part, (dtype, width, shared) in FORMATS[name].parts.items()
+    }
+    return QuantisedKernel(parts, name, jnp.dtype(kernel.dtype))
+
+
+def size(tree: Mapping[str, Any]) -> int:
+    """Return the number of entries of a tree of arrays, shapes and quantised kernels."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree, is_leaf=is_quantised))
