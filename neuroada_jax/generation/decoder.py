@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from neuroada_jax.core import platform
 from neuroada_jax.core.trees import Tree
 from neuroada_jax.models import unrolled
-from neuroada_jax.models.llama import Cache, empty_cache
+from neuroada_jax.models.decoder import Cache, empty_cache
 
 # One cache of all layers (L, B, K, S, N), or one (B, K, S, N) for each layer.
 Caches = tuple[Cache, ...]

@@ -10,7 +10,8 @@ from flax import linen as nn
 
 from neuroada_jax.core.trees import ModulePath, Tree, kernels, matching
 from neuroada_jax.errors import UserError
-from neuroada_jax.models import config_fields, names
+from neuroada_jax.models import config_fields, gemma, llama, names, phi
+from neuroada_jax.models.decoder import DecoderForCausalLM
 from neuroada_jax.models.encoder import (
     ENCODER_TARGETS,
     BertForSequenceClassification,
@@ -18,7 +19,7 @@ from neuroada_jax.models.encoder import (
     RobertaForSequenceClassification,
 )
 from neuroada_jax.models.labels import Labels
-from neuroada_jax.models.llama import LLAMA_TARGETS, LlamaConfig, LlamaForCausalLM
+from neuroada_jax.models.llama import LLAMA_TARGETS
 from neuroada_jax.models.remat import Remat
 
 __all__ = [
@@ -63,10 +64,10 @@ class Architecture(NamedTuple):
         return not self.classifier
 
 
-def _llama(transformers_class: str) -> Architecture:
-    return Architecture(
-        LlamaConfig.from_hf, LlamaForCausalLM, ("model", "layers"), LLAMA_TARGETS, transformers_class, prefix="model."
-    )
+def _decoder(
+    read_config: Callable[..., Any], transformers_class: str, targets: tuple[str, ...] = LLAMA_TARGETS
+) -> Architecture:
+    return Architecture(read_config, DecoderForCausalLM, ("model", "layers"), targets, transformers_class, prefix="model.")
 
 
 def _roberta(transformers_class: str) -> Architecture:
@@ -95,10 +96,17 @@ _BERT = Architecture(
 
 # By the `model_type` of config.json, which is "llama" for SmolLM2 and LLaMA 1 to 3.x.
 ARCHITECTURES: dict[str, Architecture] = {
-    "llama": _llama("LlamaForCausalLM"),
-    "mistral": _llama("MistralForCausalLM"),
-    "qwen2": _llama("Qwen2ForCausalLM"),
-    "qwen3": _llama("Qwen3ForCausalLM"),
+    "llama": _decoder(llama.llama, "LlamaForCausalLM"),
+    "mistral": _decoder(llama.mistral, "MistralForCausalLM"),
+    "ministral": _decoder(llama.mistral, "MinistralForCausalLM"),
+    "qwen2": _decoder(llama.qwen, "Qwen2ForCausalLM"),
+    "qwen3": _decoder(llama.qwen, "Qwen3ForCausalLM"),
+    "smollm3": _decoder(llama.smollm3, "SmolLM3ForCausalLM"),
+    "granite": _decoder(llama.granite, "GraniteForCausalLM"),
+    "olmo2": _decoder(llama.olmo2, "Olmo2ForCausalLM"),
+    "phi3": _decoder(phi.phi3, "Phi3ForCausalLM", phi.PHI_TARGETS),
+    "gemma2": _decoder(gemma.gemma2, "Gemma2ForCausalLM"),
+    "gemma3_text": _decoder(gemma.gemma3, "Gemma3ForCausalLM"),
     "bert": _BERT,
     "roberta": _roberta("RobertaForSequenceClassification"),
     "xlm-roberta": _roberta("XLMRobertaForSequenceClassification"),

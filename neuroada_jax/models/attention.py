@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,31 @@ from neuroada_jax.models.layers import dropout
 from neuroada_jax.models.remat import prevent_cse
 
 
+class Scaling(NamedTuple):
+    """How the products of queries and keys become logits.
+
+    Attributes:
+      factor: of the products; None: 1 / sqrt(N).
+      cap: the logits are cap * tanh(logits / cap); None: as they are.
+    """
+
+    factor: float | None = None
+    cap: float | None = None
+
+    def logits(self, products: Array, size: int) -> Array:
+        """Return the logits of products for heads of width `size`."""
+        scaled = products * (size**-0.5 if self.factor is None else self.factor)
+        return scaled if self.cap is None else capped(scaled, self.cap)
+
+
+PLAIN = Scaling()
+
+
+def capped(logits: Float[Array, "*B"], cap: float) -> Float[Array, "*B"]:
+    """Return cap * tanh(logits / cap)."""
+    return jnp.tanh(logits / cap) * cap
+
+
 def attention(
     query: Float[Array, "B T H N"],
     key: Float[Array, "B S K N"],
@@ -22,12 +47,13 @@ def attention(
     mask: Bool[Array, "B 1 T S"] | None,
     causal: bool,
     window: int | None = None,
+    scaling: Scaling = PLAIN,
 ) -> Float[Array, "B T H N"]:
     """Compute scaled dot-product attention, grouped-query where K < H; the softmax is float32.
 
-    Causal attention without a mask runs as cuDNN flash attention on a GPU in half precision, where the GPU and the size of
-    the heads allow it. Attention with a mask (decoding, packing, encoders) takes XLA's implementation on every platform,
-    which forms the float32 logits (B, H, T, S): packed rows should be no longer than their examples need.
+    Causal attention without a mask or a cap runs as cuDNN flash attention on a GPU in half precision, where the GPU and the
+    size of the heads allow it. Attention with a mask (decoding, packing, encoders) takes XLA's implementation on every
+    platform, which forms the float32 logits (B, H, T, S): packed rows should be no longer than their examples need.
 
     Args:
       query: queries of T tokens.
@@ -36,13 +62,15 @@ def attention(
       mask: the slots that each query attends to.
       causal: token t attends to slots up to t only, in addition to the mask; S equals T.
       window: for causal attention, the largest number of slots that a query attends to, its own included.
+      scaling: of the logits.
     """
     half = query.dtype in (jnp.bfloat16, jnp.float16)
-    if causal and mask is None and half and platform.has_flash_attention(query.shape[-1]):
+    if causal and mask is None and scaling.cap is None and half and platform.has_flash_attention(query.shape[-1]):
         sliding = None if window is None else (window - 1, 0)
-        return _attend(query, key, value, is_causal=True, local_window_size=sliding, implementation="cudnn")
+        options: dict[str, Any] = {"local_window_size": sliding, "implementation": "cudnn", "scale": scaling.factor}
+        return _attend(query, key, value, is_causal=True, **options)
     if not causal:
-        return _attend_with_remat(query, key, value, mask)
+        return _attend_with_remat(query, key, value, mask, scaling)
     # Blocks of queries, each with the slots that it can attend to: nearly half of the logits are never formed. On a CPU
     # two blocks of 128 queries take 0.4 of the time of one product of 256. At most eight blocks bound the compile time.
     tokens = query.shape[1]
@@ -56,7 +84,8 @@ def attention(
         visible = (distance >= 0 if window is None else (distance >= 0) & (distance < window))[None, None]
         if mask is not None:
             visible = visible & mask[:, :, start:stop, first:stop]
-        parts.append(_attend_with_remat(query[:, start:stop], key[:, first:stop], value[:, first:stop], visible))
+        own = (query[:, start:stop], key[:, first:stop], value[:, first:stop])
+        parts.append(_attend_with_remat(*own, visible, scaling))
     return jnp.concatenate(parts, axis=1)
 
 
@@ -65,12 +94,28 @@ def _attend(query: Array, key: Array, value: Array, **options: Any) -> Array:
         return jax.nn.dot_product_attention(query, key, value, **options)
 
 
-def _attend_with_remat(query: Array, key: Array, value: Array, mask: Array | None) -> Array:
+def _attend_capped(query: Array, key: Array, value: Array, mask: Array | None, scaling: Scaling) -> Array:
+    """Compute attention whose logits are capped, for which JAX has no function."""
+    batch, tokens, heads, size = query.shape
+    grouped = query.reshape(batch, tokens, key.shape[2], heads // key.shape[2], size)
+    products = jnp.einsum("btkgn,bskn->bkgts", grouped, key, preferred_element_type=wide_dtype(query.dtype))
+    logits = scaling.logits(products, size)
+    if mask is not None:
+        logits = jnp.where(mask[:, :, None], logits, jnp.finfo(logits.dtype).min)
+    probabilities = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
+    return jnp.einsum("bkgts,bskn->btkgn", probabilities, value).reshape(query.shape)
+
+
+def _attend_with_remat(query: Array, key: Array, value: Array, mask: Array | None, scaling: Scaling) -> Array:
     """Compute attention with XLA and recompute the probabilities in the backward pass, as flash attention does.
 
     On a CPU this is also faster than keeping them.
     """
-    attend: Callable[..., Array] = functools.partial(_attend, mask=mask, implementation="xla")
+    attend: Callable[..., Array]
+    if scaling.cap is None:
+        attend = functools.partial(_attend, mask=mask, implementation="xla", scale=scaling.factor)
+    else:
+        attend = functools.partial(_attend_capped, mask=mask, scaling=scaling)
     return jax.checkpoint(attend, prevent_cse=prevent_cse())(query, key, value)
 
 
@@ -80,12 +125,14 @@ def cached_attention(
     value: Float[Array, "B K S N"],
     *,
     mask: Bool[Array, "B 1 T S"],
+    scaling: Scaling = PLAIN,
 ) -> Float[Array, "B T H N"]:
     """Compute `attention` with a mask on keys and values in the layout of a cache, so that no step transposes them."""
     batch, tokens, heads, size = query.shape
     wide = wide_dtype(query.dtype)
     grouped = query.reshape(batch, tokens, key.shape[1], heads // key.shape[1], size)
-    logits = jnp.einsum("btkgn,bksn->bkgts", grouped, key, preferred_element_type=wide) * size**-0.5
+    products = jnp.einsum("btkgn,bksn->bkgts", grouped, key, preferred_element_type=wide)
+    logits = scaling.logits(products, size)
     logits = jnp.where(mask[:, :, None], logits, jnp.finfo(wide).min)
     probabilities = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
     return jnp.einsum("bkgts,bksn->btkgn", probabilities, value).reshape(query.shape)

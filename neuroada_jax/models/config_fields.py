@@ -16,7 +16,10 @@ LARGEST_DEPTH = 10_000  # of a number of layers: some descriptions have an entry
 LARGEST_POSITION = 2**31 - 1
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id")
 
-DECODERS = ("llama", "mistral", "qwen2", "qwen3")
+DECODERS = (
+    *("llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3", "granite", "olmo2"),
+    *("phi3", "gemma2", "gemma3_text"),
+)
 ENCODERS = ("bert", "roberta", "xlm-roberta")
 
 # Fields that no reader takes because they cannot change logits, each with the reason. A reader may take one all the same:
@@ -40,6 +43,8 @@ HARMLESS = {
     "chunk_size_feed_forward": "memory: the feed-forward block in pieces",
     "gradient_checkpointing": "memory in training",
     "attention_dropout": "training; for a decoder, training says that it is not applied",
+    "resid_pdrop": "training; as attention_dropout",
+    "embd_pdrop": "training; as attention_dropout",
     "initializer_range": "new weights",
     "initializer_factor": "new weights",
     "init_std": "new weights",
@@ -63,6 +68,9 @@ HARMLESS = {
     "sliding_window": "an encoder attends everywhere",
     "rope_parameters": "an encoder has no rotary embedding",
     "head_dim": "an encoder's heads divide its width",
+    "_sliding_window_pattern": "transformers writes it beside layer_types, and reads sliding_window_pattern",
+    "mm_tokens_per_image": "images, of which a decoder reads none",
+    "image_token_id": "images, of which a decoder reads none",
     "number_of_conv_states": "there are no convolutions",
     "embedding_size": "lets transformers skip a check that is made here",
 }

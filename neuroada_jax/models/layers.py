@@ -88,23 +88,41 @@ def in_turn(x: Array, y: Array) -> tuple[Array, Array]:
 
 
 class RMSNorm(nn.Module):
-    """Root mean square normalisation over the last axis, in float32; parameter scale (D,)."""
+    """Root mean square normalisation over the last axis, in float32; parameter scale (D,).
+
+    Attributes:
+      epsilon: added to the mean square.
+      dtype: of the scale.
+      offset: added to the scale.
+      wide: multiply by the scale before the result is rounded to the dtype of x, not afterwards.
+    """
 
     epsilon: float
     dtype: Any = jnp.float32
+    offset: float = 0.0
+    wide: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.dtype)
+        scale = self.param("scale", nn.initializers.constant(1.0 - self.offset), (x.shape[-1],), self.dtype)
 
         def normalise(x: Array, scale: Array) -> Array:
             wide = x.astype(wide_dtype(x.dtype))
             variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-            normed = (wide * lax.rsqrt(variance + self.epsilon)).astype(x.dtype)
+            normed = wide * lax.rsqrt(variance + self.epsilon)
+            if self.wide:
+                scale = scale.astype(normed.dtype) + self.offset
+                return (normed * jnp.broadcast_to(scale, normed.shape)).astype(x.dtype)
+            normed = normed.astype(x.dtype)
             return normed * jnp.broadcast_to(scale, normed.shape)
 
         # Without this checkpoint the backward pass keeps x in float32, and the normalised x a second time.
         return jax.checkpoint(normalise, prevent_cse=remat.prevent_cse())(x, scale)
+
+
+def scaled(x: Float[Array, "*B D"], factor: float) -> Float[Array, "*B D"]:
+    """Return factor * x, multiplied in float32 and rounded once."""
+    return x if factor == 1.0 else (x.astype(wide_dtype(x.dtype)) * factor).astype(x.dtype)
 
 
 class LayerNorm(nn.Module):

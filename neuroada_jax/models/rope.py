@@ -1,14 +1,14 @@
-"""Rotary position embedding of the LLaMA family: default, linear, dynamic, llama3 and yarn, as in transformers.
+"""Rotary position embedding: default, linear, dynamic, llama3, yarn and longrope, as in transformers.
 
-Frequencies are (N / 2,) for an attention head of width N, in radians per position. They are computed on the host in
-float32, as in transformers, so that angles agree to the last bits at long positions too.
+Frequencies are (N / 2,) for an attention head of which N entries rotate, in radians per position. They are computed on the
+host in float32, as in transformers, so that angles agree to the last bits at long positions too.
 """
 
 import dataclasses
 import enum
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,29 @@ class RopeType(enum.StrEnum):
     DYNAMIC = "dynamic"
     LLAMA3 = "llama3"
     YARN = "yarn"
+    LONGROPE = "longrope"
+
+
+_NAMES = {member.value: member for member in RopeType}
+
+
+class RopeRules(NamedTuple):
+    """What rope parameters mean to one family, where families differ.
+
+    Attributes:
+      theta: of a config that has none.
+      partial: whether the default rope has a `partial_rotary_factor`, too.
+      names: the rope types of the family by the names that its configs use.
+      original: `original_max_position_embeddings` of a config that has none; None: as long as the model's positions.
+    """
+
+    theta: float = 10000.0
+    partial: bool = False
+    names: Mapping[str, RopeType] = _NAMES
+    original: int | None = None
+
+
+PLAIN_RULES = RopeRules()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,49 +68,63 @@ class Rope:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+    fraction: float = 1.0  # of a head's entries, the first ones, that rotate
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
 
     @classmethod
-    def from_hf(cls, fields: Fields, head_dim: int, max_positions: int) -> "Rope":
+    def from_hf(cls, fields: Fields, head_dim: int, max_positions: int, rules: RopeRules = PLAIN_RULES) -> "Rope":
         """Read `rope_scaling` or, where it is missing or empty, `rope_parameters`, as transformers does.
 
         Args:
           fields: of the config.json.
-          head_dim: N.
+          head_dim: the width of a head.
           max_positions: the config's `max_position_embeddings`.
+          rules: of the family.
 
         Raises:
           UserError: a rope type that is not in RopeType, lacks a field it needs or has one that is not supported, or rope
             parameters that differ by layer.
         """
-        rope = _parameters(fields)
-        known = [member.value for member in RopeType]
+        return cls.read(parameters(fields), fields, head_dim, max_positions, rules)
+
+    @classmethod
+    def read(cls, rope: Fields, fields: Fields, head_dim: int, max_positions: int, rules: RopeRules) -> "Rope":
+        """Read one object of rope parameters; arguments and errors as in `from_hf`."""
         name = rope.get("rope_type", rope.get("type", RopeType.DEFAULT.value))
-        if name not in known:
-            raise UserError(f"config.json: rope type {shown(name)} is not supported; supported: {', '.join(known)}")
-        kind = RopeType(name)
+        if not isinstance(name, str) or name not in rules.names:
+            raise UserError(f"config.json: rope type {shown(name)} is not supported; supported: {', '.join(rules.names)}")
+        kind = rules.names[name]
         where = rope if "rope_theta" in rope.content else fields
-        theta = where.number("rope_theta", 10000.0, positive=True)
+        theta = where.number("rope_theta", rules.theta, positive=True)
+        fraction = _fraction(kind, rope, fields, rules)
         if kind is RopeType.DEFAULT:
-            return cls(theta=theta, original_max_positions=max_positions, max_positions=max_positions)
+            return cls(theta=theta, original_max_positions=max_positions, max_positions=max_positions, fraction=fraction)
         for field in _NEEDED[kind]:
             if field not in rope.content:
                 raise UserError(f"config.json: rope type {name!r} needs the field {field!r}, which is missing")
-        _check_width(kind, theta, rope, fields, head_dim)
+        if kind is RopeType.DYNAMIC and head_dim == 2:
+            raise UserError("config.json: rope type 'dynamic' needs a head_dim above 2")
+        if kind is RopeType.YARN and theta == 1.0:
+            raise UserError("config.json: rope type 'yarn' needs a rope_theta other than 1")
         original = max_positions
-        if kind in (RopeType.LLAMA3, RopeType.YARN):
-            # A field of the config itself comes before one of the rope parameters.
-            where = fields if "original_max_position_embeddings" in fields.content else rope
-            original = where.integer("original_max_position_embeddings", max_positions, most=LARGEST_POSITION)
+        if kind in (RopeType.LLAMA3, RopeType.YARN, RopeType.LONGROPE):
+            # A field of the config itself, or its default, comes before one of the rope parameters.
+            name = "original_max_position_embeddings"
+            where = fields if name in fields.content or rules.original else rope
+            original = where.integer(name, rules.original or max_positions, most=LARGEST_POSITION)
         given: dict[str, Any] = {}
         if kind is RopeType.LLAMA3:
             given = {field: rope.number(field, positive=True) for field in ("low_freq_factor", "high_freq_factor")}
         if kind is RopeType.YARN:
             given = _yarn_fields(rope)
-        if kind is RopeType.YARN and rope.get("factor") is None:
+        if kind is RopeType.LONGROPE:
+            given = _longrope_fields(rope, int(head_dim * fraction), original)
+        if kind in (RopeType.YARN, RopeType.LONGROPE) and rope.get("factor") is None:
             factor = max_positions / original
         else:
             factor = rope.number("factor", positive=True)
-        return cls(kind, theta, factor, original, max_positions, **given)
+        return cls(kind, theta, factor, original, max_positions, fraction=fraction, **given)
 
 
 _NEEDED = {
@@ -95,10 +132,11 @@ _NEEDED = {
     RopeType.DYNAMIC: ["factor"],
     RopeType.YARN: ["factor"],
     RopeType.LLAMA3: ["factor", "low_freq_factor", "high_freq_factor"],
+    RopeType.LONGROPE: ["short_factor", "long_factor"],
 }
 
 
-def _parameters(fields: Fields) -> Fields:
+def parameters(fields: Fields) -> Fields:
     """Return the fields of the rope parameters that count, none where the config has none."""
     for name in ("rope_scaling", "rope_parameters"):
         found = fields.get(name)
@@ -112,16 +150,32 @@ def _parameters(fields: Fields) -> Fields:
     return Fields({})
 
 
-def _check_width(kind: RopeType, theta: float, rope: Fields, fields: Fields, head_dim: int) -> None:
-    """Refuse what leaves a part of a head without rotation, which the default rope never does, or has no frequencies."""
+def _fraction(kind: RopeType, rope: Fields, fields: Fields, rules: RopeRules) -> float:
+    """Return the part of a head that rotates; refuse what leaves a part without rotation where that is not supported."""
     where = rope if "partial_rotary_factor" in rope.content else fields
-    partial = where is rope or fields.get("partial_rotary_factor") is not None
-    if partial and where.number("partial_rotary_factor") != 1.0:
+    given = where is rope or fields.get("partial_rotary_factor") is not None
+    if rules.partial:
+        return where.number("partial_rotary_factor", positive=True, below=1.0 + 1e-9) if given else 1.0
+    if kind is not RopeType.DEFAULT and given and where.number("partial_rotary_factor") != 1.0:
         raise where.wrong("partial_rotary_factor", f"1.0 with rope type {kind.value!r}")
-    if kind is RopeType.DYNAMIC and head_dim == 2:
-        raise UserError("config.json: rope type 'dynamic' needs a head_dim above 2")
-    if kind is RopeType.YARN and theta == 1.0:
-        raise UserError("config.json: rope type 'yarn' needs a rope_theta other than 1")
+    return 1.0
+
+
+def _longrope_fields(rope: Fields, width: int, original: int) -> dict[str, Any]:
+    """Return the divisors of the frequencies, up to the original length and beyond, and the attention factor."""
+    given: dict[str, Any] = {}
+    for name, field in (("short_factor", "short_factors"), ("long_factor", "long_factors")):
+        found = rope.get(name)
+        numbers = found if isinstance(found, list) else []
+        usable = all(isinstance(each, int | float) and not isinstance(each, bool) and 0 < each < 1e9 for each in numbers)
+        if not usable or len(numbers) != width // 2 or width % 2:
+            raise rope.wrong(name, f"a list of {width // 2} positive numbers")
+        given[field] = tuple(map(float, numbers))
+    if rope.get("attention_factor") is not None:
+        given["attention_factor"] = rope.number("attention_factor")
+    if original == 1:
+        raise UserError("config.json: rope type 'longrope' needs an original_max_position_embeddings above 1")
+    return given
 
 
 def _yarn_fields(rope: Fields) -> dict[str, Any]:
@@ -184,17 +238,33 @@ def _yarn_attention_factor(rope: Rope) -> float:
     return mscale(rope.factor)
 
 
+def _longrope_frequencies(rope: Rope, width: int, positions: jax.Array) -> jax.Array:
+    """Return the frequencies of longrope: those for long texts where any position is beyond the original length."""
+    powers = np.power(np.float32(rope.theta), np.arange(0, width, 2, dtype=np.float32) / np.float32(width))
+    short, long = (
+        (1.0 / (np.asarray(factors, np.float32) * powers)).astype(np.float32)
+        for factors in (rope.short_factors, rope.long_factors)
+    )
+    return jnp.where(jnp.max(positions) + 1 > rope.original_max_positions, jnp.asarray(long), jnp.asarray(short))
+
+
+def _longrope_attention_factor(rope: Rope) -> float:
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    return 1.0 if rope.factor <= 1 else math.sqrt(1 + math.log(rope.factor) / math.log(rope.original_max_positions))
+
+
 def rotations(rope: Rope, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return the cosines and sines of every position.
 
     Args:
       rope: static description.
-      head_dim: N, even.
+      head_dim: the width of a head, even.
       positions: int32 (B, T).
 
-    Returns: two float32 arrays (B, T, N), the second half repeating the first.
+    Returns: two float32 arrays (B, T, N), the second half repeating the first; N is the part of the head that rotates.
     """
-    scale = 1.0
+    scale, head_dim = 1.0, int(head_dim * rope.fraction)
     frequencies: jax.Array
     match rope.rope_type:
         case RopeType.DEFAULT:
@@ -206,6 +276,9 @@ def rotations(rope: Rope, head_dim: int, positions: jax.Array) -> tuple[jax.Arra
         case RopeType.YARN:
             frequencies = jnp.asarray(_yarn_frequencies(rope, head_dim))
             scale = _yarn_attention_factor(rope)
+        case RopeType.LONGROPE:
+            frequencies = _longrope_frequencies(rope, head_dim, positions)
+            scale = _longrope_attention_factor(rope)
         case RopeType.DYNAMIC:
             # NTK scaling: beyond the pretraining length, theta grows with the longest position of the batch.
             length = jnp.maximum(jnp.max(positions) + 1, rope.max_positions).astype(jnp.float32)
@@ -218,7 +291,10 @@ def rotations(rope: Rope, head_dim: int, positions: jax.Array) -> tuple[jax.Arra
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotate queries or keys x (B, T, H, N) by the angles of `rotations`, in the dtype of x."""
+    """Rotate the first entries of queries or keys x (B, T, H, N) by the angles of `rotations`, in the dtype of x."""
+    width = cos.shape[-1]
+    if width < x.shape[-1]:
+        return jnp.concatenate([rotate(x[..., :width], cos, sin), x[..., width:]], axis=-1)
     first, second = jnp.split(x, 2, axis=-1)
     turned = jnp.concatenate([-second, first], axis=-1)
     cos, sin = (a.astype(x.dtype)[:, :, None, :] for a in (cos, sin))

@@ -125,9 +125,10 @@ def check_length(config: RunConfig, model: models.Model) -> None:
 
 def say_dropout(model: models.Model) -> None:
     """Report a dropout that the model's config asks for and training does not apply."""
-    rate = model.hf_config.get("attention_dropout")
-    if model.architecture.is_decoder and rate:
-        console.say(f"config.json: attention_dropout {rate} is not applied: a decoder is trained without dropout")
+    for name in ("attention_dropout", "resid_pdrop", "embd_pdrop"):
+        rate = model.hf_config.get(name)
+        if model.architecture.is_decoder and rate:
+            console.say(f"config.json: {name} {rate} is not applied: a decoder is trained without dropout")
 
 
 def target_paths(config: RunConfig, model: models.Model) -> list[trees.ModulePath]:

@@ -34,12 +34,34 @@ _SIZES = {
 }
 _DECODER = {**_SIZES, "num_key_value_heads": 2, "max_position_embeddings": 24}  # fewer positions than tokens
 _QWEN = {**_DECODER, "head_dim": 8, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
+_WINDOW = {**_DECODER, "sliding_window": 5}
+_GEMMA = {**_WINDOW, "head_dim": 8, "query_pre_attn_scalar": 64}
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 100.0,
+    "attention_factor": 1.1,
+    "short_factor": [1.0, 1.5, 2.0, 2.5],
+    "long_factor": [1.0, 2.0, 4.0, 8.0],
+}
 _ENCODER = {**_SIZES, "max_position_embeddings": 48}
 BASES = {
     "llama": _DECODER,
     "mistral": {**_DECODER, "head_dim": 8, "sliding_window": 5},
     "qwen2": _QWEN,
     "qwen3": _QWEN,
+    "ministral": {**_WINDOW, "head_dim": 8},
+    "smollm3": {
+        **_DECODER,
+        "no_rope_layer_interval": 2,
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "pad_token_id": 0,
+    },
+    "granite": {**_DECODER, "embedding_multiplier": 2.0, "attention_multiplier": 0.3, "logits_scaling": 1.5},
+    "olmo2": _DECODER,
+    "phi3": {**_DECODER, "pad_token_id": 0, "original_max_position_embeddings": 16, "rope_parameters": _LONGROPE},
+    "gemma2": _GEMMA,
+    "gemma3_text": {**_GEMMA, "sliding_window_pattern": 2},
     "bert": _ENCODER,
     "roberta": _ENCODER,
     "xlm-roberta": _ENCODER,
@@ -50,6 +72,8 @@ _DTYPES = ["bfloat16", "float16", "float64", "float8_e4m3fn", "int8"]
 # Values that only mean something to one field.
 _VALUES = {
     "hidden_act": ["relu", "gelu", "gelu_pytorch_tanh", "tanh", "quick_gelu"],
+    "hidden_activation": ["relu", "gelu", "tanh"],
+    "no_rope_layers": [[1, 1], [0, 1, 1]],
     "dtype": _DTYPES,
     "torch_dtype": _DTYPES,
     "id2label": [{"0": "a"}, {"0": "a", "1": "b", "2": "c"}, {"1": "a", "2": "b"}, {"a": "a", "b": "b"}],
@@ -113,7 +137,7 @@ def _names_in_shared_code():
 def names_of(kind):
     """Every field that transformers could read for this model_type."""
     config_class = transformers.CONFIG_MAPPING[kind]
-    part = kind.replace("-", "_")
+    part = kind.replace("-", "_").removesuffix("_text")
     path = Path(transformers.__file__).parent / f"models/{part}/modeling_{part}.py"
     read = _names_in_shared_code() | _names_in_code(path)
     machinery = {name for name in read if callable(getattr(config_class, name, None))} | {"sub_configs", "model_type"}
@@ -139,7 +163,7 @@ def _of_type(hint, near):
     if origin is bool:
         return [True, False]
     if origin is int:
-        near = near if isinstance(near, int) else 3
+        near = near if isinstance(near, int) else max(int(near), 1) if isinstance(near, float) else 3
         return [near + 1, 2 * near, 0, -1]
     if origin is float:
         near = near if isinstance(near, float) else 0.3

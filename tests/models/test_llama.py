@@ -22,7 +22,7 @@ from neuroada_jax import models
 from neuroada_jax.core import bypass, trees
 from neuroada_jax.errors import UserError
 from neuroada_jax.models import Remat, attention
-from neuroada_jax.models.llama import empty_cache
+from neuroada_jax.models.decoder import empty_cache
 from neuroada_jax.pretrained import gguf_file
 from neuroada_jax.pretrained.load import load_model, load_params
 

@@ -17,6 +17,12 @@ logging.set_verbosity_error()
 N, MAX_POSITIONS = 64, 8192
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 1024}
 YARN = {"factor": 8.0, "original_max_position_embeddings": 1024}
+LONGROPE = {
+    "factor": 8.0,
+    "original_max_position_embeddings": 1024,
+    "short_factor": np.linspace(1.0, 2.0, N // 2).tolist(),
+    "long_factor": np.linspace(1.0, 30.0, N // 2).tolist(),
+}
 SCALINGS = {
     "linear": {"rope_type": "linear", "factor": 4.0},
     "dynamic": {"rope_type": "dynamic", "factor": 4.0},
@@ -29,6 +35,9 @@ SCALINGS = {
     "yarn_mscale": {"rope_type": "yarn", **YARN, "mscale": 0.7, "mscale_all_dim": 1.3},
     "yarn_mscale_alone": {"rope_type": "yarn", **YARN, "mscale": 0.7},
     "yarn_attention_factor": {"rope_type": "yarn", **YARN, "attention_factor": 1.5},
+    "longrope": {"rope_type": "longrope", **LONGROPE},
+    "longrope_without_factor": {"rope_type": "longrope", **LONGROPE, "factor": None},
+    "longrope_attention_factor": {"rope_type": "longrope", **LONGROPE, "attention_factor": 0.7},
 }
 
 
@@ -45,7 +54,7 @@ def read(fields):
 def test_angles_equal_transformers(name, length):
     scaling = SCALINGS[name]
     reference = LlamaConfig(hidden_size=2 * N, num_attention_heads=2, **config(rope_scaling=dict(scaling)))
-    seq_len = torch.tensor(length) if name == "dynamic" else None
+    seq_len = torch.tensor(length) if name == "dynamic" or "longrope" in name else None
     frequencies, scale = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](reference, device="cpu", seq_len=seq_len)
     positions = torch.tensor([0, 1, 7, length // 2, length - 1])
     angles = positions[:, None].float() * frequencies
@@ -120,8 +129,8 @@ def test_what_a_config_leaves_out():
     ("fields", "message"),
     [
         (
-            {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}},
-            "rope type 'longrope' is not supported; supported: def",
+            {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0] * 32}},
+            r"rope_scaling.short_factor must be a list of 32 positive numbers, found \[1.0\]",
         ),
         ({"rope_scaling": {"type": "su"}}, "rope type 'su' is not supported"),
         ({"rope_scaling": {"type": "linear"}}, "rope type 'linear' needs the field 'factor', which is missing"),
