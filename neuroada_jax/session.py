@@ -11,7 +11,7 @@ import transformers
 
 from neuroada_jax import files
 from neuroada_jax.adapters import hub, native, on_base, prompting
-from neuroada_jax.core import bypass
+from neuroada_jax.core import bypass, low_rank
 from neuroada_jax.core.bypass import Bypass
 from neuroada_jax.core.trees import Tree
 from neuroada_jax.data.examples import encode_labelled
@@ -28,11 +28,16 @@ from neuroada_jax.training.config import GenerationSection
 
 
 class _Held(NamedTuple):
-    """The adapter that is in the weights now, with the columns and base entries that restore the original weights."""
+    """The adapter that is in the weights now, with the columns and base entries that restore the original weights.
+
+    The kernels that a low-rank adapter changes are not written over: `low_rank` is the adapter's own tree, which shares
+    the other weights; None for connections.
+    """
 
     adapter: native.Adapter | None
     columns: Tree
     base_entries: Tree
+    low_rank: Tree | None = None
 
 
 _NOTHING = _Held(None, {}, {})
@@ -150,7 +155,7 @@ class PretrainedModel:
         self._loaded, self._closed = dataclasses.replace(self._loaded, params=params), ""
 
     def _params(self, adapter: native.Adapter | None) -> Tree:
-        """Return the parameters with this adapter in them; only the entries at its columns are rewritten, in place."""
+        """Return the parameters with this adapter in them: in place, or as copies of the kernels of low-rank factors."""
         self._check_open()
         apart = unrolled.apart(self._loaded.params, self._loaded.model.layers_path)
         self._loaded = dataclasses.replace(self._loaded, params=apart)
@@ -158,9 +163,11 @@ class PretrainedModel:
             new = Bypass({}, {}) if adapter is None else on_base.stack_layers(adapter, self._loaded)
             params, entries = _swap(self._loaded.params, self._held.columns, self._held.base_entries, new)
             self._loaded = dataclasses.replace(self._loaded, params=params)
-            self._held = _Held(adapter, new.columns, entries)
+            merged = low_rank.merge(params, new) if low_rank.is_in(new) else None
+            self._held = _Held(adapter, new.columns, entries, merged)
         dense = {} if adapter is None else on_base.classifier(adapter, self._loaded)
-        return dense_modules.join(self._loaded.params, dense)
+        params = self._loaded.params if self._held.low_rank is None else self._held.low_rank
+        return dense_modules.join(params, dense)
 
 
 class MergedModel:
@@ -202,8 +209,9 @@ class TunedModel:
         self.history, self.results = [dict(line) for line in history], dict(results or {})
 
     def __repr__(self) -> str:
-        values = sum(leaf.size for leaf in self.adapter.values.values())
-        return f"TunedModel({self.model.source!r}, k={self.adapter.metadata.get('k')}, {values:,} values)"
+        lora = self.adapter.metadata.get("lora")
+        kind = f"k={self.adapter.metadata.get('k')}" if lora is None else f"LoRA r={lora['r']}"
+        return f"TunedModel({self.model.source!r}, {kind}, {self.adapter.size:,} values)"
 
     def generate(
         self,

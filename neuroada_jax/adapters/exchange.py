@@ -1,7 +1,7 @@
 """Conversion of native adapters to the formats of other libraries and back, with verification of the result."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from neuroada_jax import console
-from neuroada_jax.adapters import hub, native, official, on_base, peft, verification
+from neuroada_jax.adapters import hub, native, official, on_base, peft, peft_lora, verification
 from neuroada_jax.adapters.base_model import open_base
+from neuroada_jax.adapters.native import Adapter
 from neuroada_jax.core import trees
 from neuroada_jax.core.trees import Tree
 from neuroada_jax.data.prompts import PromptForm
@@ -19,6 +20,8 @@ from neuroada_jax.models import Labels, names
 from neuroada_jax.pretrained import prompt_form, save
 from neuroada_jax.pretrained.load import LoadedModel, OpenedModel, load_with_progress, open_model, open_with_tokenizer
 
+_SPARSE = ("official", "peft-supertuning", "peft-shira")
+_LORA = "peft-lora"
 _PEFT = {"peft-supertuning": peft.Kind.SUPERTUNING, "peft-shira": peft.Kind.SHIRA}
 
 
@@ -29,7 +32,7 @@ def export_adapter(
 
     Args:
       source: directory or hub id of a native adapter.
-      to_format: "official", "peft-supertuning", "peft-shira", or "huggingface" for the merged model.
+      to_format: "official", "peft-supertuning", "peft-shira", "peft-lora", or "huggingface" for the merged model.
       out: the directory to create.
       model: the base model; by default the one that the adapter names.
       dtype: "float32", "bfloat16" or "auto", the dtype of the base model (and of a merged model); by default that of
@@ -48,6 +51,7 @@ def export_adapter(
     if verify:
         verification.require_torch()
     adapter = hub.read(source)
+    _check_format(source, adapter, to_format)
     form = native.form_of(adapter)
     trained_on = adapter.metadata["base"]
     merges = verify or to_format == "huggingface"
@@ -77,6 +81,9 @@ def export_adapter(
     elif to_format in _PEFT:
         notes = peft.export(adapter, directory, _PEFT[to_format], opened)
         reload = lambda base: verification.reload_peft(base, directory)  # noqa: E731
+    elif to_format == _LORA:
+        notes = peft_lora.export(adapter, directory, opened)
+        reload = lambda base: verification.reload_peft(base, directory)  # noqa: E731
     else:
         notes = official.export(adapter, directory, merged_dtype.name)
         read = functools.partial(official.read, directory, opened.model)
@@ -93,13 +100,23 @@ def export_adapter(
     return result
 
 
+def _check_format(source: str, adapter: Adapter, to_format: str) -> None:
+    """Raise UserError if a format cannot hold an adapter of its kind."""
+    if to_format == "huggingface" or bool(adapter.factors) == (to_format == _LORA):
+        return
+    if adapter.factors:
+        raise UserError(f"{source}: --to {to_format} has no low-rank factors, which LoRA adapters are made of; use {_LORA}")
+    others = ", ".join(_SPARSE)
+    raise UserError(f"{source}: --to {_LORA} has low-rank factors alone, and this adapter has connections; use {others}")
+
+
 def _check_equal(out: str, result: dict[str, Any]) -> None:
     """Raise UserError if an export was found to differ from the adapter."""
-    if not (result["merged_bit_equal"] and result["max_logit_difference"] <= result["logit_tolerance"]):
+    if not (result["merged_equal"] and result["max_logit_difference"] <= result["logit_tolerance"]):
         raise UserError(
             f"{out} differs from the adapter: logits differ by up to {result['max_logit_difference']:.3g} "
             f"(expected at most {result['logit_tolerance']:.3g}), merged weights are "
-            f"{'equal' if result['merged_bit_equal'] else 'different'}"
+            f"{'equal' if result['merged_equal'] else 'different'}"
         )
 
 
@@ -123,12 +140,12 @@ def import_adapter(
 
     Args:
       directory: the other library's adapter.
-      from_format: "official", "peft-supertuning" or "peft-shira".
+      from_format: "official", "peft-supertuning", "peft-shira" or "peft-lora".
       base_model: directory, hub id or .gguf file of the base model.
       out: the directory to create.
       dtype: "float32", "bfloat16" or "auto" (the default), the base dtype that the native adapter records.
 
-    Returns: `out`, `values`, `k`, and `notes` that report what was removed or converted.
+    Returns: `out`, `values`, `k` (None of LoRA), and `notes` that report what was removed or converted.
 
     Raises:
       UserError: a file that cannot be read or written, that holds no such adapter, or an adapter of another base model.
@@ -136,27 +153,46 @@ def import_adapter(
     if Path(out).exists():
         raise UserError(f"--out: {out} exists already; choose another folder or remove it")
     opened = open_model(base_model, dtype or "auto")
+    if from_format == _LORA:
+        return _import_lora(Path(directory), opened, out)
     if from_format in _PEFT:
         imported = peft.read(Path(directory), opened.model, _PEFT[from_format])
     else:
         imported = official.read(Path(directory), opened.model)
     loaded = load_with_progress(opened, replaced=True)
-    model = loaded.model
-    targets = [
-        names.within_layer(path, model.layers_path)
-        for path, kernel in trees.kernels(model.abstract_params())
-        if set(names.module_names(path, kernel, model.layers_path)) & set(imported.columns)
-    ]
+    targets = _targets(opened, imported.columns)
     k = max(columns.shape[1] for columns in imported.columns.values())
     selection = native.Selection(k, targets, rule=None)
     adapter = on_base.assemble(loaded, imported.values, imported.columns, selection, imported.dense_parameters)
-    on_base.stack_layers(adapter, loaded)  # this call and the next refuse an adapter that does not fit
+    return _written(adapter, loaded, out, f"k={k}", imported.notes)
+
+
+def _import_lora(directory: Path, opened: OpenedModel, out: str) -> dict[str, Any]:
+    stored = peft_lora.read(directory, opened.model)
+    loaded = load_with_progress(opened, replaced=True)
+    selection = native.Selection(None, _targets(opened, stored.pairs), rule=None, lora=stored.options)
+    adapter = on_base.assemble(loaded, {}, {}, selection, stored.dense_parameters, pairs=stored.pairs)
+    return _written(adapter, loaded, out, f"LoRA r={stored.options.r}", [])
+
+
+def _targets(opened: OpenedModel, modules: Collection[str]) -> list[str]:
+    """Return the names of the linear maps that some of the modules belong to."""
+    layers_path = opened.model.layers_path
+    return [
+        names.within_layer(path, layers_path)
+        for path, kernel in trees.kernels(opened.model.abstract_params())
+        if set(names.module_names(path, kernel, layers_path)) & set(modules)
+    ]
+
+
+def _written(adapter: Adapter, loaded: LoadedModel, out: str, kind: str, notes: list[str]) -> dict[str, Any]:
+    """Write an imported adapter, and return the result of the import; an adapter that does not fit is refused."""
+    on_base.stack_layers(adapter, loaded)
     on_base.classifier(adapter, loaded)
     native.write(Path(out), adapter)
-    total = sum(values.size for values in imported.values.values())
-    dense = f"{len(imported.dense_parameters)} dense parameters"
-    summary = f"{len(imported.values)} modules, {dense}, k={k}, {total:,} values"
-    return {"out": out, "values": total, "k": k, "notes": [summary, *imported.notes]}
+    dense = f"{len(adapter.dense_parameters)} dense parameters"
+    summary = f"{len(adapter.modules)} modules, {dense}, {kind}, {adapter.size:,} values"
+    return {"out": out, "values": adapter.size, "k": adapter.metadata["k"], "notes": [summary, *notes]}
 
 
 def _files(directory: Path) -> list[str]:
@@ -168,7 +204,6 @@ def print_result(result: dict[str, Any]) -> None:
     for note in result["notes"]:
         console.say(note)
     if "max_logit_difference" in result:
-        console.say(
-            f"verified: merged weights equal bit for bit, logits differ by at most {result['max_logit_difference']:.3g}"
-        )
+        how = "bit for bit" if result["merged_bit_equal"] else "up to rounding"
+        console.say(f"verified: merged weights equal {how}, logits differ by at most {result['max_logit_difference']:.3g}")
     console.say(f"wrote {result['out']}")

@@ -4,6 +4,8 @@ Tensors are unstacked and named by Hugging Face module path:
 
     "<path>.values"   float32 (O, k)
     "<path>.columns"  int32 (O, k), ascending within each neuron
+    "<path>.lora_a"   float32 (r, I), in the place of values and columns: the weight is W + alpha / r B A
+    "<path>.lora_b"   float32 (O, r); adapter.json has r and alpha in `lora`
     "<parameter>"     float32, a densely trained parameter; adapter.json lists their names in `dense_parameters`
 """
 
@@ -21,6 +23,8 @@ import safetensors.numpy
 import xxhash
 
 from neuroada_jax import console, files
+from neuroada_jax.adapters import factors
+from neuroada_jax.adapters.factors import Factors, LoraOptions
 from neuroada_jax.data.prompts import PromptForm
 from neuroada_jax.errors import UserError
 from neuroada_jax.models.labels import MULTILABEL, PROBLEM_TYPES, Labels
@@ -29,6 +33,7 @@ from neuroada_jax.pretrained.safetensors_directory import read_all
 
 FORMAT = "neuroada-adapter"
 VERSION = 1
+WITH_FACTORS = 2  # the version of adapters with low-rank factors, which earlier releases cannot read
 _FIELDS_DIGEST = "fields_digest"  # the field of adapter.json with the digest of all others
 _PACKAGES = ("neuroada-jax", "jax", "flax", "optax", "safetensors")
 
@@ -42,12 +47,24 @@ class Adapter(NamedTuple):
       columns: Hugging Face module path -> int32 (O, k).
       dense_parameters: Hugging Face parameter name -> float32 array of any shape: the complete trained parameter, not a
         difference.
+      factors: Hugging Face module path -> low-rank factors; empty where values train.
     """
 
     metadata: dict[str, Any]
     values: dict[str, np.ndarray]
     columns: dict[str, np.ndarray]
     dense_parameters: dict[str, np.ndarray]
+    factors: Mapping[str, Factors] = {}
+
+    @property
+    def modules(self) -> list[str]:
+        """The linear maps that the adapter changes."""
+        return [*self.values, *self.factors]
+
+    @property
+    def size(self) -> int:
+        """The number of values and entries of factors; without dense parameters."""
+        return sum(leaf.size for leaf in self.values.values()) + sum(a.size + b.size for a, b in self.factors.values())
 
 
 class SelectionOptions(NamedTuple):
@@ -70,18 +87,20 @@ class Selection(NamedTuple):
     """The settings by which an adapter's connections were selected, for its metadata.
 
     Attributes:
-      k: the connections per neuron that were requested; a linear map with fewer inputs has fewer.
+      k: the connections per neuron that were requested; a linear map with fewer inputs has fewer. None of low rank.
       targets: the names of the linear maps that were requested.
       rule: the scoring rule of the columns; None if unknown.
       seed: the seed of the run; None if unknown.
       options: the other settings.
+      lora: of low-rank factors; None for connections.
     """
 
-    k: int
+    k: int | None
     targets: Sequence[str]
     rule: str | None = "magnitude"
     seed: int | None = None
     options: SelectionOptions = SelectionOptions()
+    lora: LoraOptions | None = None
 
 
 def installed_versions() -> dict[str, str]:
@@ -107,7 +126,7 @@ def new_metadata(
     """
     return {
         "format": FORMAT,
-        "version": VERSION,
+        "version": VERSION if selection.lora is None else WITH_FACTORS,
         "base": base_model,
         "inputs": inputs,
         "k": selection.k,
@@ -119,6 +138,7 @@ def new_metadata(
             for name, value in selection.options._asdict().items()
             if value != SelectionOptions._field_defaults[name]
         },
+        **({} if selection.lora is None else {"lora": selection.lora._asdict()}),
         "dense_parameters": list(dense_parameters),
         "prompt": prompt,
         "versions": installed_versions(),
@@ -134,6 +154,8 @@ def write(directory: Path, adapter: Adapter, *, replace: bool = False) -> None:
     """
     tensors = {f"{module}.values": leaf for module, leaf in adapter.values.items()}
     tensors |= {f"{module}.columns": leaf for module, leaf in adapter.columns.items()}
+    for module, pair in adapter.factors.items():
+        tensors |= {f"{module}.lora_a": pair.a, f"{module}.lora_b": pair.b}
     tensors |= adapter.dense_parameters
     with files.new_directory(directory, replace=replace) as temporary:
         path = temporary / "adapter.safetensors"
@@ -184,8 +206,10 @@ def read(directory: str) -> Adapter:
     metadata = files.read_json(root / "adapter.json")
     if metadata.get("format") != FORMAT:
         raise UserError(f"{root / 'adapter.json'}: format {metadata.get('format')!r}, expected {FORMAT!r}")
-    if metadata.get("version") != VERSION:
-        raise UserError(f"{root / 'adapter.json'}: version {metadata.get('version')!r}, this release reads {VERSION}")
+    if metadata.get("version") not in (VERSION, WITH_FACTORS):
+        raise UserError(
+            f"{root / 'adapter.json'}: version {metadata.get('version')!r}, this release reads {VERSION} and {WITH_FACTORS}"
+        )
     stored = dict(metadata)
     if "heads" in metadata:  # the name of this key in neuroada-jax 0.1
         metadata["dense_parameters"] = metadata.pop("heads")
@@ -200,15 +224,27 @@ def read(directory: str) -> Adapter:
     path = root / "adapter.safetensors"
     tensors = read_all(path)
     dense_parameters = _pop_dense_parameters(path, tensors, metadata.get("dense_parameters", []))
-    values = {name.removesuffix(".values"): leaf for name, leaf in tensors.items() if name.endswith(".values")}
-    columns = {name.removesuffix(".columns"): leaf for name, leaf in tensors.items() if name.endswith(".columns")}
-    if not values or len(values) + len(columns) != len(tensors) or set(values) != set(columns):
-        raise UserError(f"{path}: expected pairs of .values and .columns, found {', '.join(sorted(tensors)[:4])} ...")
-    for module in values:
-        _check_pair(path, module, values[module], columns[module])
+    lora = factors.options_of(metadata)
+    first, second = ("values", "columns") if lora is None else ("lora_a", "lora_b")
+    firsts, seconds = _named(tensors, first), _named(tensors, second)
+    if not firsts or len(firsts) + len(seconds) != len(tensors) or set(firsts) != set(seconds):
+        raise UserError(f"{path}: expected pairs of .{first} and .{second}, found {', '.join(sorted(tensors)[:4])} ...")
+    for module in firsts:
+        if lora is None:
+            _check_pair(path, module, firsts[module], seconds[module])
+        else:
+            factors.check(f"{path}: {module}", Factors(firsts[module], seconds[module]), lora.r)
     if metadata.get("digest") not in (None, _digest(path)):  # adapters of the first releases have none
         raise UserError(f"{path}: its digest differs from the one in adapter.json; the file was damaged or changed")
-    return Adapter(metadata, values, columns, dense_parameters)
+    if lora is None:
+        return Adapter(metadata, firsts, seconds, dense_parameters)
+    pairs = {module: Factors(leaf, seconds[module]) for module, leaf in firsts.items()}
+    return Adapter(metadata, {}, {}, dense_parameters, pairs)
+
+
+def _named(tensors: Mapping[str, np.ndarray], last: str) -> dict[str, np.ndarray]:
+    """Return the tensors with this last part of their name, by the rest of it."""
+    return {name.removesuffix(f".{last}"): leaf for name, leaf in tensors.items() if name.endswith(f".{last}")}
 
 
 def _check_metadata(path: Path, metadata: dict[str, Any]) -> None:
@@ -237,6 +273,7 @@ def _check_metadata(path: Path, metadata: dict[str, Any]) -> None:
             f"{path}: 'problem_type' of the base is {problem!r}, expected null or one of {', '.join(PROBLEM_TYPES)}"
         )
     options_of(metadata, path)
+    factors.options_of(metadata, path)
     dense_parameters = metadata.get("dense_parameters", [])
     if not isinstance(dense_parameters, list) or not all(isinstance(name, str) for name in dense_parameters):
         raise UserError(f"{path}: dense_parameters is {dense_parameters!r}, expected a list of names")

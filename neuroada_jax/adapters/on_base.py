@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from neuroada_jax import models
-from neuroada_jax.adapters import native
+from neuroada_jax.adapters import factors, native
 from neuroada_jax.adapters.base_model import place
+from neuroada_jax.adapters.factors import Factors
 from neuroada_jax.adapters.native import Adapter, Selection
-from neuroada_jax.core import bypass, trees
+from neuroada_jax.core import bypass, low_rank, trees
 from neuroada_jax.core.bypass import Bypass
 from neuroada_jax.core.entries import round_to
 from neuroada_jax.core.trees import Tree
@@ -36,6 +37,7 @@ def assemble(
     selection: Selection,
     dense_parameters: Mapping[str, Any] | None = None,
     form: PromptForm | None = None,
+    pairs: Mapping[str, Factors] | None = None,
 ) -> Adapter:
     """Return an adapter of `base_model` from arrays that are named by Hugging Face module path.
 
@@ -46,6 +48,7 @@ def assemble(
       selection: how the columns were selected.
       dense_parameters: Hugging Face parameter name -> the complete, densely trained parameter.
       form: of the prompts that it was trained on, with its template's complete text; None if unknown.
+      pairs: module path -> low-rank factors, stored as float32, in the place of values and columns.
     """
     shapes = base_model.model.linear_maps()
     is_decoder = base_model.model.architecture.is_decoder
@@ -61,13 +64,17 @@ def assemble(
     snapshot = hub.snapshot_of(base_model.path)
     if snapshot:
         about["revision"] = snapshot[1]
-    inputs = {module: shapes[module][1] for module in values}
+    pairs = {
+        module: Factors(np.asarray(a, np.float32), np.asarray(b, np.float32)) for module, (a, b) in (pairs or {}).items()
+    }
+    inputs = {module: shapes[module][1] for module in (*values, *pairs)}
     prompt = None if form is None else prompt_form.to_json(form, is_decoder=is_decoder)
     return Adapter(
         native.new_metadata(about, inputs, selection, sorted(dense_parameters or {}), prompt),
         {module: np.asarray(leaf, np.float32) for module, leaf in values.items()},
         {module: np.asarray(leaf, np.int32) for module, leaf in columns.items()},
         {name: np.asarray(leaf, np.float32) for name, leaf in (dense_parameters or {}).items()},
+        pairs,
     )
 
 
@@ -96,7 +103,7 @@ def save(
 
     Args:
       directory: must not exist unless `replace`.
-      trained: stacked values (*L, O, k) and columns.
+      trained: stacked values (*L, O, k) and columns, or low-rank factors.
       base_model: the model that they were trained on.
       selection: how the columns were selected.
       classifier: the densely trained modules, as in the training state; None for none.
@@ -110,8 +117,18 @@ def save(
     for path, leaf in trees.leaves(trained.columns, "columns"):  # those that neurons share, for every neuron
         shape = trees.get(trained.values, path)["values"].shape
         written_out = trees.put(written_out, path, {"columns": np.ascontiguousarray(np.broadcast_to(leaf, shape))})
-    values, columns = (dict(names.unstacked(tree, base_model.model.layers_path)) for tree in (trained.values, written_out))
-    adapter = assemble(base_model, values, columns, selection, dense_modules.to_names(classifier or {}), form)
+    layers_path = base_model.model.layers_path
+
+    def by_module(tree: Tree, leaf: str) -> dict[str, Any]:
+        """Return the leaves of one name by module, layer by layer."""
+        found = trees.unflatten({(*path, leaf): array for path, array in trees.leaves(tree, leaf)})
+        return dict(names.unstacked(found, layers_path))
+
+    values, columns = by_module(trained.values, "values"), by_module(written_out, "columns")
+    a, b = (by_module(trained.values, name) for name in low_rank.LEAVES)
+    pairs = {module: Factors(leaf, b[module]) for module, leaf in a.items()}
+    dense = dense_modules.to_names(classifier or {})
+    adapter = assemble(base_model, values, columns, selection, dense, form, pairs)
     native.write(directory, adapter, replace=replace)
 
 
@@ -121,7 +138,7 @@ def load(directory: str, base_model: IdentifiedModel) -> Bypass:
 
 
 def stack_layers(adapter: Adapter, base_model: IdentifiedModel) -> Bypass:
-    """Return the adapter's arrays as trees (*L, O, k), stacked like the layers of `base_model`.
+    """Return the adapter's values, or low-rank factors, as trees (*L, O, k), stacked like the layers of `base_model`.
 
     Raises:
       UserError: another base model, a module that it does not have, or entries that do not fit it.
@@ -130,18 +147,26 @@ def stack_layers(adapter: Adapter, base_model: IdentifiedModel) -> Bypass:
     _check_tied(adapter, base_model)
     values: Tree = {}
     columns: Tree = {}
-    remaining, shared = set(adapter.values), native.options_of(adapter.metadata).shared_columns
+    remaining, shared = set(adapter.modules), native.options_of(adapter.metadata).shared_columns
+    lora = factors.options_of(adapter.metadata)
     for path, kernel in trees.kernels(base_model.model.abstract_params()):
         modules = names.module_names(path, kernel, base_model.model.layers_path)
-        present = [module for module in modules if module in adapter.values]
+        present = [module for module in modules if module in adapter.values or module in adapter.factors]
         if not present:
             continue
         if len(present) != len(modules):
             raise UserError(f"adapter: {present[0]} has values but other layers' {path[-1]} have none")
-        _check_fit(adapter, modules, *kernel.shape[-2:])
         remaining -= set(modules)
         stacked = names.is_stacked(path, base_model.model.layers_path)
         pick = (lambda arrays: jnp.stack(arrays)) if stacked else (lambda arrays: jnp.asarray(arrays[0]))
+        if lora is not None:
+            pairs = [_factors_that_fit(adapter, module, *kernel.shape[-2:]) for module in modules]
+            node = {name: pick([pair[at] for pair in pairs]) for at, name in enumerate(low_rank.LEAVES)}
+            values = trees.put(values, path, node)
+            scale = jnp.full(kernel.shape[:-2], lora.scale, jnp.float32)
+            columns = trees.put(columns, path, {"scale": scale})
+            continue
+        _check_fit(adapter, modules, *kernel.shape[-2:])
         values = trees.put(values, path, {"values": pick([adapter.values[module] for module in modules])})
         own = [adapter.columns[module] for module in modules]
         columns = trees.put(columns, path, {"columns": pick([_of_all(each) for each in own] if shared else own)})
@@ -181,6 +206,15 @@ def _check_fit(adapter: Adapter, modules: list[str], outputs: int, inputs: int) 
             raise UserError(f"adapter: {module} has another k than {modules[0]}")
 
 
+def _factors_that_fit(adapter: Adapter, module: str, outputs: int, inputs: int) -> Factors:
+    """Return a module's low-rank factors, which fit a kernel (O, I), else raise UserError."""
+    pair = adapter.factors[module]
+    if pair.a.shape[1] != inputs or pair.b.shape[0] != outputs:
+        found = f"{pair.a.shape} and {pair.b.shape}"
+        raise UserError(f"adapter: {module} has factors {found}, which do not fit ({outputs}, {inputs})")
+    return pair
+
+
 def dense_slots(
     model: models.Model, dense_parameters: Mapping[str, np.ndarray], targets: Collection[str]
 ) -> dict[str, names.Slot]:
@@ -214,7 +248,7 @@ def classifier(adapter: Adapter, base_model: IdentifiedModel) -> Tree:
     Raises:
       UserError: see `dense_slots`; also a tensor that neither the base model nor the adapter has.
     """
-    slots = dense_slots(base_model.model, adapter.dense_parameters, adapter.values)
+    slots = dense_slots(base_model.model, adapter.dense_parameters, adapter.modules)
     lacking = sorted(set(base_model.initialised) - set(adapter.dense_parameters))
     if lacking:
         raise UserError(f"adapter: neither {base_model.source} nor the adapter has {lacking[0]!r}")
@@ -222,7 +256,7 @@ def classifier(adapter: Adapter, base_model: IdentifiedModel) -> Tree:
 
 
 def merge(adapter: Adapter, base_model: LoadedModel, round_first: Any = jnp.float32) -> Tree:
-    """Return the base model's parameters with the adapter merged in: W + values, and its dense parameters.
+    """Return the base model's parameters with the adapter merged in: W + D or W + alpha / r B A, and its dense parameters.
 
     The sum is taken in float32 and rounded once, to the dtype of the parameters.
 
@@ -237,6 +271,6 @@ def merge(adapter: Adapter, base_model: LoadedModel, round_first: Any = jnp.floa
     """
     trained = stack_layers(adapter, base_model)
     values = jax.tree.map(lambda leaf: round_to(leaf, round_first).astype(jnp.float32), trained.values)
-    return dense_modules.join(
-        bypass.merge(base_model.params, Bypass(values, trained.columns)), classifier(adapter, base_model)
-    )
+    rounded = Bypass(values, trained.columns)
+    merged = low_rank.merge(bypass.merge(base_model.params, rounded), rounded)
+    return dense_modules.join(merged, classifier(adapter, base_model))

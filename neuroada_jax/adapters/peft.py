@@ -18,6 +18,7 @@ import enum
 import json
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +33,7 @@ from neuroada_jax.errors import UserError
 from neuroada_jax.pretrained.load import OpenedModel
 from neuroada_jax.pretrained.safetensors_directory import read_all
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _MODULE = re.compile(r"\w+(\.\w+)*", re.ASCII)
 _LAST = 2**31 - 1  # positions are int32
 
@@ -108,7 +109,7 @@ def export(adapter: Adapter, directory: Path, kind: Kind, base_model: OpenedMode
       UserError: the adapter does not fit the base model or the format, or the directory exists or cannot be written.
     """
     shapes = {}
-    for module, (outputs, inputs) in _shapes(base_model.model, list(adapter.values)).items():
+    for module, (outputs, inputs) in shapes_of(base_model.model, list(adapter.values)).items():
         columns = adapter.columns[module]
         if len(columns) != outputs or columns.max() >= inputs:
             raise UserError(
@@ -119,7 +120,7 @@ def export(adapter: Adapter, directory: Path, kind: Kind, base_model: OpenedMode
         shapes[module] = (outputs, inputs, columns.shape[1])
     sparsity = _sparsity(shapes) if kind is Kind.SUPERTUNING else 0.0
     rank = _rank(shapes) if kind is Kind.SHIRA else 0
-    tensors: dict[str, np.ndarray] = {f"{_PREFIX}{name}": leaf for name, leaf in adapter.dense_parameters.items()}
+    tensors: dict[str, np.ndarray] = {f"{PREFIX}{name}": leaf for name, leaf in adapter.dense_parameters.items()}
     padding = 0
     for module, (outputs, inputs, k) in shapes.items():
         length = supertuning_length(outputs, inputs, sparsity) if kind is Kind.SUPERTUNING else rank * (inputs + outputs)
@@ -129,20 +130,11 @@ def export(adapter: Adapter, directory: Path, kind: Kind, base_model: OpenedMode
         indices = np.zeros((2, length), np.int32)
         indices[0, : outputs * k] = np.repeat(np.arange(outputs, dtype=np.int32), k)
         indices[1, : outputs * k] = adapter.columns[module].reshape(-1)
-        tensors[f"{_PREFIX}{module}.{_VALUES[kind]}"] = values
-        tensors[f"{_PREFIX}{module}.{_INDICES[kind]}"] = (
+        tensors[f"{PREFIX}{module}.{_VALUES[kind]}"] = values
+        tensors[f"{PREFIX}{module}.{_INDICES[kind]}"] = (
             indices[0] * np.int32(inputs) + indices[1] if kind is Kind.SUPERTUNING else indices
         )
-    config: dict[str, Any] = {
-        "peft_type": kind.value,
-        # PEFT's class for sequence classification would save RoBERTa's classifier as one module, and its merge_and_unload
-        # fails on a saved module that has submodules: dense modules are listed one by one, without a task.
-        "task_type": "CAUSAL_LM" if base_model.model.architecture.is_decoder else None,
-        "base_model_name_or_path": base_model.source,
-        "target_modules": sorted(shapes),
-        "modules_to_save": sorted({name.rpartition(".")[0] for name in adapter.dense_parameters}) or None,
-        "inference_mode": True,
-    }
+    config = shared_config(kind.value, adapter, base_model)
     if kind is Kind.SUPERTUNING:
         config |= {"sparsity": sparsity, "save_precomputed_indices": True}
     else:
@@ -156,7 +148,21 @@ def export(adapter: Adapter, directory: Path, kind: Kind, base_model: OpenedMode
     return [f"{setting}: {total:,} values, and {padding:,} of padding (value -0.0 at row 0, column 0)"]
 
 
-def _shapes(base_model: models.Model, modules: list[str]) -> dict[str, tuple[int, int]]:
+def shared_config(peft_type: str, adapter: Adapter, base_model: OpenedModel) -> dict[str, Any]:
+    """Return the fields of adapter_config.json that all tuners have."""
+    return {
+        "peft_type": peft_type,
+        # PEFT's class for sequence classification would save RoBERTa's classifier as one module, and its merge_and_unload
+        # fails on a saved module that has submodules: dense modules are listed one by one, without a task.
+        "task_type": "CAUSAL_LM" if base_model.model.architecture.is_decoder else None,
+        "base_model_name_or_path": base_model.source,
+        "target_modules": sorted(adapter.modules),
+        "modules_to_save": sorted({name.rpartition(".")[0] for name in adapter.dense_parameters}) or None,
+        "inference_mode": True,
+    }
+
+
+def shapes_of(base_model: models.Model, modules: list[str]) -> dict[str, tuple[int, int]]:
     """Return the (O, I) of modules of the base model."""
     known = base_model.linear_maps()
     for module in modules:
@@ -176,21 +182,11 @@ def open_stored(directory: Path) -> Stored:
     Raises:
       UserError: a missing or truncated file, another tuner, or tensors that form no such adapter.
     """
-    where = directory / "adapter_config.json"
-    if not where.is_file():
-        raise UserError(f"{directory}: no PEFT adapter here (adapter_config.json is missing)")
-    config = files.read_json(where)
-    kind = _check_config(where, config)
-    path = directory / "adapter_model.safetensors"
-    if not path.is_file() and (directory / "adapter_model.bin").is_file():
-        raise UserError(f"{directory}: adapter_model.bin is a pickle and is not read; save it again as safetensors")
-    values, indices, dense_parameters = _split_tensors(path, kind, read_all(path))
-    targets = config.get("target_modules")
-    if isinstance(targets, list):  # otherwise a regular expression, which is not evaluated
-        for module in values:  # PEFT would skip a module that is not listed
-            if not any(f".{module}".endswith(f".{target}") for target in targets):
-                raise UserError(f"{where}: target_modules does not name {module}, which has values")
-    _check_dense_parameters(path, config.get("modules_to_save") or [], dense_parameters)
+    config, tensors, path = read_files(directory)
+    kind = _check_config(directory / "adapter_config.json", config)
+    values, indices, dense_parameters = _split_tensors(path, kind, tensors)
+    check_targets(directory / "adapter_config.json", config, values)
+    check_dense_parameters(path, config.get("modules_to_save") or [], dense_parameters)
     for module, leaf in values.items():
         _check_tensors(f"{path}: {module}", kind, leaf, indices[module])
     indices = {module: leaf.astype(np.int64) for module, leaf in indices.items()}
@@ -201,13 +197,42 @@ def open_stored(directory: Path) -> Stored:
 _Arrays = dict[str, np.ndarray]
 
 
+def read_files(directory: Path) -> tuple[dict[str, Any], _Arrays, Path]:
+    """Return the content of adapter_config.json, the tensors of adapter_model.safetensors, and the path of these.
+
+    Raises:
+      UserError: a missing or truncated file, or a pickle in the place of the tensors.
+    """
+    where, path = directory / "adapter_config.json", directory / "adapter_model.safetensors"
+    if not where.is_file():
+        raise UserError(f"{directory}: no PEFT adapter here (adapter_config.json is missing)")
+    config = files.read_json(where)
+    if not path.is_file() and (directory / "adapter_model.bin").is_file():
+        raise UserError(f"{directory}: adapter_model.bin is a pickle and is not read; save it again as safetensors")
+    return config, read_all(path), path
+
+
+def own_name(path: Path, name: str, expected: str) -> str:
+    """Return the name of a tensor without PEFT's prefix; `expected` is the rest of a right one, for the message."""
+    if not name.startswith(PREFIX) or not _MODULE.fullmatch(name):
+        raise UserError(f"{path}: tensor {name!r}, expected names like {PREFIX}{expected}")
+    return name.removeprefix(PREFIX)
+
+
+def check_targets(where: Path, config: dict[str, Any], modules: Iterable[str]) -> None:
+    """Refuse a config whose list of targets lacks one of the modules, which PEFT would skip."""
+    targets = config.get("target_modules")
+    if isinstance(targets, list):  # otherwise a regular expression, which is not evaluated
+        for module in modules:
+            if not any(f".{module}".endswith(f".{target}") for target in targets):
+                raise UserError(f"{where}: target_modules does not name {module}, which has values")
+
+
 def _split_tensors(path: Path, kind: Kind, tensors: _Arrays) -> tuple[_Arrays, _Arrays, _Arrays]:
     """Return values and indices by module path, and all other tensors by parameter name."""
     values, indices, dense_parameters = {}, {}, {}
     for name, leaf in tensors.items():
-        if not name.startswith(_PREFIX) or not _MODULE.fullmatch(name):
-            raise UserError(f"{path}: tensor {name!r}, expected names like {_PREFIX}<module>.{_VALUES[kind]}")
-        module, _, last = name.removeprefix(_PREFIX).rpartition(".")
+        module, _, last = own_name(path, name, f"<module>.{_VALUES[kind]}").rpartition(".")
         if last == _VALUES[kind]:
             values[module] = leaf
         elif last == _INDICES[kind]:
@@ -219,7 +244,8 @@ def _split_tensors(path: Path, kind: Kind, tensors: _Arrays) -> tuple[_Arrays, _
     return values, indices, dense_parameters
 
 
-def _check_dense_parameters(path: Path, saved: list[str], dense_parameters: _Arrays) -> None:
+def check_dense_parameters(path: Path, saved: list[str], dense_parameters: _Arrays) -> None:
+    """Refuse tensors that belong to none of modules_to_save, or are no finite float32."""
     for name, leaf in dense_parameters.items():
         if not any(name.startswith(f"{module}.") for module in saved):
             raise UserError(f"{path}: tensor {name!r} belongs to no tuner and to none of modules_to_save {saved}")
@@ -242,10 +268,15 @@ def _check_config(where: Path, config: dict[str, Any]) -> Kind:
         raise UserError(f"{where}: r {rank!r}, expected a positive integer")
     if config.get("fan_in_fan_out"):
         raise UserError(f"{where}: fan_in_fan_out is set; only weights of (outputs, inputs) are supported")
+    check_saved(where, config)
+    return kind
+
+
+def check_saved(where: Path, config: dict[str, Any]) -> None:
+    """Refuse modules_to_save that is no list of names."""
     saved = config.get("modules_to_save")
     if saved is not None and not (isinstance(saved, list) and all(isinstance(name, str) for name in saved)):
         raise UserError(f"{where}: modules_to_save {saved!r}, expected a list of names or null")
-    return kind
 
 
 def _check_tensors(where: str, kind: Kind, values: np.ndarray, indices: np.ndarray) -> None:
@@ -280,7 +311,7 @@ def read(directory: Path, base_model: models.Model, kind: Kind) -> Imported:
     if stored.kind is not kind:
         raise UserError(f"{directory}: this is a {stored.kind.value} adapter, not {kind.value}")
     entries = {}
-    shapes = _shapes(base_model, list(stored.values))
+    shapes = shapes_of(base_model, list(stored.values))
     for module, (outputs, inputs) in shapes.items():
         found = len(stored.values[module])
         if kind is Kind.SUPERTUNING:

@@ -19,6 +19,7 @@ import numpy as np
 import transformers
 
 from neuroada_jax import models
+from neuroada_jax.adapters import factors
 from neuroada_jax.adapters.foreign import Imported
 from neuroada_jax.adapters.native import Adapter
 from neuroada_jax.core import trees
@@ -119,6 +120,10 @@ def _original_with(base_model: LoadedModel, adapter: Adapter, merge: Merge) -> A
             weight[rows, torch.from_numpy(columns).long()] += rounded(
                 torch.from_numpy(adapter.values[module]), merge.values
             )
+        lora = factors.options_of(adapter.metadata)
+        for module, (a, b) in adapter.factors.items():
+            assert lora is not None
+            model.get_submodule(module).weight += lora.scale * (torch.from_numpy(b) @ torch.from_numpy(a))
         for name, array in adapter.dense_parameters.items():
             model.get_parameter(name).copy_(torch.from_numpy(array))
         for parameter in model.parameters():
@@ -162,7 +167,8 @@ def verify(
 ) -> dict[str, Any]:
     """Compare our merged model with the original base model plus the adapter, and an export with both.
 
-    The merged weights are compared bit for bit. In float32, the logits of the reloaded model and of its merged form are
+    The merged weights are compared bit for bit; those of low-rank factors, whose products are summed in another order, up
+    to rounding. In float32, the logits of the reloaded model and of its merged form are
     compared with ours. In bfloat16, where the roundings of two libraries differ in every layer, the logits of the merged
     weights are compared in float32 arithmetic.
 
@@ -173,9 +179,9 @@ def verify(
       params: our merged parameters, in the dtype of the export.
       reload: called without arguments, loads the export.
 
-    Returns: `max_logit_difference`, `merged_bit_equal`, `logit_tolerance` (1e-4 of the largest logit, or 1e-4),
-      `compared_in`, the name of the weights' dtype, and `original`, the directory that transformers loaded, None for a
-      GGUF file.
+    Returns: `max_logit_difference`, `merged_equal`, `merged_bit_equal`, `logit_tolerance` (1e-4 of the largest logit, or
+      1e-4), `compared_in`, the name of the weights' dtype, and `original`, the directory that transformers loaded, None for
+      a GGUF file.
 
     Raises:
       UserError: PyTorch or PEFT is not installed, or transformers loads another base model from the original directory
@@ -184,7 +190,7 @@ def verify(
     require_torch()
     import torch
 
-    ids = _tokens(base_model.model)
+    ids, same = _tokens(base_model.model), _same_up_to_rounding if adapter.factors else _same_bits
 
     def theirs(model: Any) -> np.ndarray:
         with torch.no_grad():
@@ -197,7 +203,8 @@ def verify(
         wanted = theirs(original)
         stored_as = getattr(torch, jnp.dtype(merge.result).name)
         # float32 holds what was rounded to the stored dtype, so that this rounds nothing.
-        other = _differing(base_model, original.to(stored_as).state_dict(), params)
+        original = original.to(stored_as)
+        other = _differing(base_model, original.state_dict(), params, same)
         del original
     difference = float(np.abs(wanted - ours).max())
     if not difference <= tolerance or other is not None:
@@ -210,11 +217,13 @@ def verify(
         reloaded = reload()
         found = [theirs(reloaded.model)] if merge.result == jnp.float32 else []
         merged = reloaded.merge()
-        other = _differing(base_model, merged.state_dict(), params)
+        other = _differing(base_model, merged.state_dict(), params, same)
+        bit_equal = _differing(base_model, merged.state_dict(), params, _same_bits) is None
         found.append(theirs(merged.float()))
     return {
         "max_logit_difference": max(difference, *(float(np.abs(a - b).max()) for a in found for b in (ours, wanted))),
-        "merged_bit_equal": other is None,
+        "merged_equal": other is None,
+        "merged_bit_equal": bit_equal,
         "logit_tolerance": tolerance,
         "compared_in": jnp.dtype(merge.result).name,
         "original": base_model.path if reads_original(base_model) else None,
@@ -233,12 +242,14 @@ def _tokens(model: models.Model) -> np.ndarray:
     return np.random.default_rng(0).integers(min(8, vocabulary - 1), vocabulary, (_TOKENS[0], length))
 
 
-def _differing(base_model: OpenedModel, state: Mapping[str, Any], params: Tree) -> str | None:
-    """Return the name of a tensor of which PyTorch has other bits than we have, None where there is none."""
+def _differing(
+    base_model: OpenedModel, state: Mapping[str, Any], params: Tree, same: Callable[[Any, jax.Array], bool]
+) -> str | None:
+    """Return the name of a tensor that is not the same in PyTorch and here, None where there is none."""
     leaves = dict(trees.flatten(params))
     for name, slot in names.checkpoint_names(params, base_model.model.layers_path).items():
         ours = leaves[slot.path] if slot.layer is None else leaves[slot.path][slot.layer]
-        if name not in state or not _same_bits(state[name], ours):
+        if name not in state or not same(state[name], ours):
             return name
     return None
 
@@ -252,6 +263,15 @@ def _same_bits(theirs: Any, ours: jax.Array) -> bool:
         return False
     for_torch, for_numpy = bits[host.dtype.itemsize]
     return np.array_equal(theirs.contiguous().view(for_torch).numpy(), host.view(for_numpy))
+
+
+def _same_up_to_rounding(theirs: Any, ours: jax.Array) -> bool:
+    """Return whether entries differ by no more than two roundings of the largest one."""
+    import torch
+
+    here, there = np.asarray(ours.astype(jnp.float32)), theirs.detach().to(torch.float32).numpy()
+    tolerance = 2 * float(jnp.finfo(ours.dtype).eps) * max(1.0, float(np.abs(here).max(initial=0)))
+    return here.shape == there.shape and bool(np.abs(here - there).max(initial=0) <= tolerance)
 
 
 def _logits(base_model: OpenedModel, params: Tree, ids: np.ndarray) -> np.ndarray:

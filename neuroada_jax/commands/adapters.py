@@ -61,7 +61,7 @@ def _add_export(commands: shared.Commands) -> None:
     parser.add_argument(
         "--to",
         required=True,
-        choices=["official", "peft-supertuning", "peft-shira", "huggingface"],
+        choices=["official", "peft-supertuning", "peft-shira", "peft-lora", "huggingface"],
         help="format to write",
     )
     parser.add_argument("--out", required=True, metavar="DIRECTORY", help="directory to create")
@@ -87,7 +87,7 @@ def _add_import(commands: shared.Commands) -> None:
         "--from",
         dest="source_format",
         required=True,
-        choices=["official", "peft-supertuning", "peft-shira"],
+        choices=["official", "peft-supertuning", "peft-shira", "peft-lora"],
         help="format to read",
     )
     parser.add_argument("--base", required=True, metavar="MODEL", help="base model: directory, hub id or .gguf file")

@@ -263,7 +263,8 @@ def average(adapters: Sequence[Bypass], weights: Sequence[float] | None = None) 
       weights: one number for each, of any scale; None for the plain mean.
 
     Raises:
-      UserError: columns differ (names the module), there are no adapters, or the weights do not match them or sum to 0.
+      UserError: columns differ (names the module), there are no adapters, or the weights do not match them or sum to 0; an
+        adapter of low rank, since the mean of factors is not that of their products.
     """
     weights = [1.0] * len(adapters) if weights is None else weights
     if not adapters or len(weights) != len(adapters):
@@ -287,6 +288,8 @@ def interpolate(a: Bypass, b: Bypass, t: float) -> Bypass:
 
 def _weighted_sum(adapters: Sequence[Bypass], weights: Sequence[float]) -> Bypass:
     first = adapters[0]
+    for path, _ in (found for each in adapters for found in leaves(each.values, "lora_a")):
+        raise UserError(f"{'.'.join(path)}: has low-rank factors, whose mean is not that of their products; merge them")
     for other in adapters[1:]:
         _check_equal_columns(first.columns, other.columns)
 

@@ -106,13 +106,14 @@ def from_nested(tree: Any, nested: Mapping[str, Any], is_leaf: Callable[[Any], b
     return jax.tree_util.tree_map_with_path(lambda keys, _: get(nested, path_of(keys)), tree, is_leaf=is_leaf)
 
 
-def matching(modules: Collection[str], targets: Targets) -> list[str]:
+def matching(modules: Collection[str], targets: Targets, field: str = "bypass.targets") -> list[str]:
     """Return the linear maps that `targets` select, in the order of `modules`.
 
     Args:
       modules: dotted paths of all linear maps.
       targets: exact paths or, where no module has that path, last components of paths (never substrings); or a predicate
         of the path; or None for all linear maps.
+      field: what `targets` were given as, for messages.
 
     Raises:
       UserError: a target or the predicate selects nothing (lists the linear maps).
@@ -122,12 +123,12 @@ def matching(modules: Collection[str], targets: Targets) -> list[str]:
     if callable(targets):
         chosen = set(filter(targets, modules))
         if not chosen:
-            raise UserError(f"bypass.targets: the predicate selects no linear map; this model has {', '.join(modules)}")
+            raise UserError(f"{field}: the predicate selects no linear map; this model has {', '.join(modules)}")
         return [name for name in modules if name in chosen]
     chosen = set()
     for target in targets:
         matches = [target] if target in modules else [name for name in modules if name.rpartition(".")[2] == target]
         if not matches:
-            raise UserError(f"bypass.targets: {target!r} matches no linear map; this model has {', '.join(modules)}")
+            raise UserError(f"{field}: {target!r} matches no linear map; this model has {', '.join(modules)}")
         chosen.update(matches)
     return [name for name in modules if name in chosen]

@@ -185,14 +185,16 @@ def from_hf_config(
     return Model(architecture, static, dict(config), tuple(config_fields.ignored(fields)))
 
 
-def match_targets(params: Mapping[str, Any], targets: list[str], layers_path: ModulePath) -> list[ModulePath]:
+def match_targets(
+    params: Mapping[str, Any], targets: list[str], layers_path: ModulePath, field: str = "bypass.targets"
+) -> list[ModulePath]:
     """Return the module paths that the names in `targets` select, in the tree's order.
 
     A target is a module's exact path within its layer ("self_attn.q_proj"; "lm_head" outside the layers) or, where no
-    module has that path, the last component of one ("q_proj"). It is never a substring.
+    module has that path, the last component of one ("q_proj"). It is never a substring. `field` is its name in messages.
 
     Raises:
       UserError: a target that matches no linear map, such as a tied output layer; lists those that exist.
     """
     modules = {names.within_layer(path, layers_path): path for path, _ in kernels(params)}
-    return [modules[name] for name in matching(modules, targets)]
+    return [modules[name] for name in matching(modules, targets, field)]

@@ -5,12 +5,13 @@ The collections that the caller passes to `apply` decide the form of a linear ma
     params                                   a plain frozen linear map (base, merged or resident weights alike)
     params, bypass, columns                  W + D formed on the fly from the values in `bypass`
     params, resident, columns                params hold W + D already; `resident` has the values, for their gradient
+    params, bypass or resident, columns      where these hold low-rank factors, their product is added; params hold W
     params, observed                         a plain one; the gradient of `observed` is the sum of squares of every input
 """
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Float
 
-from neuroada_jax.core import ops, platform, quantised
+from neuroada_jax.core import low_rank, ops, platform, quantised
 from neuroada_jax.core.entries import wide_dtype
 from neuroada_jax.models import remat
 
@@ -60,6 +61,10 @@ class BypassDense(nn.Module):
             y = ops.observed_dense(x, kernel, self.get_variable("observed", "squares"))
         else:
             y = ops.quantised_dense(x, kernel) if quantised.is_quantised(kernel) else _product(x, kernel)
+        form = next((name for name in ("bypass", "resident") if self.has_variable(name, "lora_a")), None)
+        if form is not None:
+            a, b = (cast(Array, self.get_variable(form, name)) for name in low_rank.LEAVES)
+            y = y + low_rank.low_rank_dense(x, a, b, self.get_variable("columns", "scale"))
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), self.dtype)
             y = y + jnp.broadcast_to(bias, y.shape)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from neuroada_jax.adapters.inspection import INDEX_BYTES
-from neuroada_jax.core import bypass, platform
+from neuroada_jax.core import bypass, platform, trees
 from neuroada_jax.errors import UserError, install_line
 from neuroada_jax.models import unrolled
 from neuroada_jax.planning import machines, roofline
@@ -119,7 +119,7 @@ def measure(config: RunConfig, machine_name: str, devices: int | None) -> Plan:
         flops=flops,
         bytes_moved=bytes_moved,
         collectives=collectives(program.compiled.as_text()) if count > 1 else {},
-        adapter_bytes=nbytes(state.trainable) + INDEX_BYTES * bypass.count(state.trainable["bypass"]),
+        adapter_bytes=nbytes(state.trainable) + _index_bytes(state),
         checkpoint_bytes=nbytes(checkpoint.saved(state)),
         compiled_for=compiler.name,
         compile_seconds=program.seconds,
@@ -195,6 +195,11 @@ def _work(program: _Program, tensor: int) -> tuple[int, int]:
     read_and_written = work.stacked_bytes + _device_bytes((state.trainable, state.opt_state))
     read = work.weight_bytes // tensor + _device_bytes((state.columns, state.base_entries))
     return flops, read + 2 * read_and_written
+
+
+def _index_bytes(state: TrainState) -> int:
+    """Return the bytes of the columns in an adapter's file, which has them for every value."""
+    return INDEX_BYTES * sum(leaf.size for _, leaf in trees.leaves(state.trainable["bypass"], "values"))
 
 
 def _device_bytes(tree: Any) -> int:

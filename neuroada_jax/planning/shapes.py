@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from neuroada_jax.core import bypass
 from neuroada_jax.core.trees import Tree
 from neuroada_jax.data.batches import Batch, ClassificationBatch
 from neuroada_jax.pretrained.load import OpenedModel, open_model
@@ -47,8 +46,7 @@ def abstract_run(config: RunConfig) -> AbstractRun:
     transformation = optimizer.build(config.optimizer, 1, config.classifier)
 
     def initial_state(params: Tree) -> step.TrainState:
-        dtype, section = connections.value_dtype(config, opened.model), config.bypass
-        built = bypass.build(params, paths, section.k, dtype=dtype, shared=section.shared_columns)
+        built = connections.of_equal_shapes(config, opened.model, params, paths)
         return step.initial_state(params, built, transformation, classifier)
 
     # Whether a checkpoint lacks more than the classifier (BERT's pooler) is only known from its weights.

@@ -18,10 +18,16 @@ Grid = dict[str, list[Any]]
 
 RATE, SEED, K = "optimizer.learning_rate", "seed", "bypass.k"
 # Members that differ in these alone have arrays of the same shapes and take their steps in one program.
-SHARED = (RATE, "optimizer.schedule", "optimizer.warmup_ratio", "classifier.learning_rate", SEED, "bypass.score")
+SHARED = (
+    *(RATE, "optimizer.schedule", "optimizer.warmup_ratio", "classifier.learning_rate", SEED),
+    *("bypass.score", "lora.alpha"),
+)
 # Members that differ in others of these are trained in turns. Any further field changes the rows, so that the losses of
 # two members would not be comparable, or nothing of the result.
-_IN_TURNS = ("bypass.", "optimizer.", "classifier.", "training.epochs", "training.steps", "training.batch_size", "fidelity")
+_IN_TURNS = (
+    *("method", "bypass.", "lora.", "optimizer.", "classifier."),
+    *("training.epochs", "training.steps", "training.batch_size", "fidelity"),
+)
 MOST_MEMBERS = 1000
 
 

@@ -58,7 +58,8 @@ def prepare(members: Sequence[Member], model: tuple[OpenedModel, Any]) -> dict[s
 def rows_key(config: RunConfig) -> str:
     """Return what the rows, the targets and the numbers of steps depend on."""
     flat = config_file.flatten_config(config)
-    other = ("optimizer.", "classifier.learning_rate", "name", "output", "bypass.k", "bypass.score")
+    free = ("bypass.k", "bypass.score", "lora.r", "lora.alpha")
+    other = ("optimizer.", "classifier.learning_rate", "name", "output", *free)
     return digest({name: value for name, value in flat.items() if not name.startswith(other)})
 
 
@@ -107,7 +108,7 @@ def begin(members: Sequence[Member], rows: dict[str, PreparedRows], loaded: Load
     states: dict[str, TrainState] = {}
     for member in members:
         own = with_rows(member, rows[rows_key(member.config)])
-        key = digest({"bypass": own.config.bypass, "rows": rows_key(member.config)})
+        key = digest({"trains": own.config.trained, "rows": rows_key(member.config)})
         if key not in states:
             complete = with_classifier(member.seed).params
             built = connections.choose(

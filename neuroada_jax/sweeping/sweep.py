@@ -10,7 +10,7 @@ import jax
 
 from neuroada_jax import console, files
 from neuroada_jax.adapters import native, on_base
-from neuroada_jax.core import bypass
+from neuroada_jax.core import bypass, low_rank
 from neuroada_jax.core.bypass import Bypass
 from neuroada_jax.core.trees import Tree
 from neuroada_jax.errors import UserError
@@ -105,7 +105,7 @@ def run(config: RunConfig, given: Mapping[str, Any], options: Options, where: st
     checked = grids.check(given, where)
     own = dataclasses.replace(config, parallel=ParallelSection(mode="single"))
     members = grids.members(own, checked, where)
-    if any(member.config.bypass.score == "custom" for member in members):
+    if any(member.config.method == "neuroada" and member.config.bypass.score == "custom" for member in members):
         raise UserError("bypass.score: 'custom' stands for a Python function, which a sweep does not take; choose another")
     store = Store(config.directory)
     store.check(config, list(checked), options.overwrite)
@@ -286,7 +286,7 @@ class _Sweep:
         weights, state = self._trained_on, start.state
         own = Bypass(trained["bypass"], state.columns)
         params = _put_in(weights.params, own, state.base_entries)
-        merged = dense_modules.join(params, trained.get("classifier", {}))
+        merged = dense_modules.join(low_rank.merge(params, own), trained.get("classifier", {}))
         found = {}
         for name, scorer in start.rows.scorers.items():
             with console.bar(f"evaluating {name}") as bar:

@@ -13,7 +13,7 @@ from neuroada_jax.generation.sampling import Decoding
 from neuroada_jax.models import Remat
 from neuroada_jax.tasks import ENCODER_TASKS, TASKS, unknown, wrong_columns
 from neuroada_jax.training import label_fields, source_fields
-from neuroada_jax.training.config_connections import BypassSection
+from neuroada_jax.training.config_connections import BypassSection, LoraSection
 from neuroada_jax.training.config_execution import STRICT, ParallelSection, WatchdogSection
 
 Seed = Annotated[int, pydantic.Field(ge=0, lt=2**32)]  # JAX's keys are made of 32 bits
@@ -278,7 +278,10 @@ class RunConfig:
       data: the training rows.
       optimizer: AdamW and its schedule.
       training: length, batch size and checkpoints.
+      method: what trains in the linear maps: "neuroada" (the default), the connections of `bypass`; or "lora", the low-rank
+        factors of `lora`. The section of the other one has no effect.
       bypass: the trained connections.
+      lora: the low-rank factors.
       fidelity: the numbers it is computed in. "recommended" (the default): values and moments of AdamW in float32 on any
         base model. "official": in the base dtype, as the published code does it, so that a bfloat16 weight and its value
         are added in bfloat16; AdamW and clipping as transformers' Trainer has them by default. The same on float32.
@@ -298,7 +301,9 @@ class RunConfig:
     data: DataSection
     optimizer: OptimizerSection
     training: TrainingSection
+    method: Literal["neuroada", "lora"] = "neuroada"
     bypass: BypassSection = dataclasses.field(default_factory=BypassSection)
+    lora: LoraSection = dataclasses.field(default_factory=LoraSection)
     fidelity: Literal["recommended", "official"] = "recommended"
     classifier: ClassifierSection = dataclasses.field(default_factory=ClassifierSection)
     evaluation: EvaluationSection = dataclasses.field(default_factory=EvaluationSection)
@@ -311,12 +316,7 @@ class RunConfig:
     seeds: list[Seed] | None = pydantic.Field(default=None, min_length=1)
 
     def __post_init__(self) -> None:
-        for field, default in _TRAINER.items() if self.fidelity == "official" else ():
-            found = getattr(self.optimizer, field)
-            if found != default:
-                raise ValueError(
-                    f"optimizer.{field}: found {found}, but fidelity: official needs {default}; remove one of them"
-                )
+        self._check_fidelity()
         self._check_validation()
         for where, task in self.tasks():
             if task not in TASKS and task not in ENCODER_TASKS:
@@ -338,6 +338,16 @@ class RunConfig:
         for name in names:
             if not name or "/" in name:
                 raise ValueError(f"evaluation.sets: {name!r} becomes part of a file name; it must be text without '/'")
+
+    def _check_fidelity(self) -> None:
+        if self.fidelity == "official" and self.method != "neuroada":
+            raise ValueError(f"fidelity: official is the published NeuroAda code, which has no {self.method}; remove it")
+        for field, default in _TRAINER.items() if self.fidelity == "official" else ():
+            found = getattr(self.optimizer, field)
+            if found != default:
+                raise ValueError(
+                    f"optimizer.{field}: found {found}, but fidelity: official needs {default}; remove one of them"
+                )
 
     def _check_validation(self) -> None:
         for field in ("validate_every", "early_stopping", "validation_samples") if self.data.validation is None else ():
@@ -366,6 +376,11 @@ class RunConfig:
     def _styles(self) -> list[tuple[str, str | None]]:
         sets = enumerate(self.evaluation.sets)
         return [("data", self.data.style)] + [(f"evaluation.sets.{i}", each.style) for i, each in sets]
+
+    @property
+    def trained(self) -> BypassSection | LoraSection:
+        """The section that `method` names."""
+        return self.lora if self.method == "lora" else self.bypass
 
     @property
     def directory(self) -> Path:

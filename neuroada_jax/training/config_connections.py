@@ -1,4 +1,4 @@
-"""The section of a config about the trained connections."""
+"""The sections of a config about what trains in the linear maps: connections, or low-rank factors."""
 
 from typing import Annotated, Literal
 
@@ -47,3 +47,23 @@ class BypassSection:
     def __post_init__(self) -> None:
         if self.layers is not None and self.exclude_layers is not None:
             raise ValueError("give either layers or exclude_layers, found both")
+
+
+@dataclass(frozen=True, config=STRICT)
+class LoraSection:
+    """Low-rank factors A and B of the target linear maps, for `method: lora`: W + alpha / r B A.
+
+    Attributes:
+      r: rank, PEFT's `r`. Default 8.
+      alpha: PEFT's `lora_alpha`: the product B A counts alpha / r times. None (the default): 2 r.
+      targets: PEFT's `target_modules`, names as in `bypass.targets`. None (the default): every linear map of a layer.
+    """
+
+    r: int = pydantic.Field(default=8, ge=1)
+    alpha: float | None = pydantic.Field(default=None, gt=0)
+    targets: list[str] | None = pydantic.Field(default=None, min_length=1)
+
+    @property
+    def resolved_alpha(self) -> float:
+        """The value of `alpha`, also where it follows from r."""
+        return 2.0 * self.r if self.alpha is None else self.alpha

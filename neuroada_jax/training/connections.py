@@ -1,4 +1,4 @@
-"""Selection of the connections that a run trains, by the rule of its `bypass.score`."""
+"""What a run trains in the linear maps: connections, selected by the rule of `bypass.score`, or low-rank factors."""
 
 import functools
 import itertools
@@ -12,7 +12,8 @@ from jax import lax
 
 from neuroada_jax import models
 from neuroada_jax.adapters import native
-from neuroada_jax.core import scores, selection, trees
+from neuroada_jax.adapters.factors import LoraOptions
+from neuroada_jax.core import bypass, low_rank, scores, selection, trees
 from neuroada_jax.core.bypass import Bypass
 from neuroada_jax.core.scores import RULES, Needs, Rule, Score
 from neuroada_jax.core.trees import ModulePath, Tree
@@ -42,6 +43,8 @@ def choose(
 ) -> Bypass:
     """Return the bypass of a run before its first step: zero values at the columns that its `bypass.score` selects.
 
+    With `method: lora` it holds low-rank factors, drawn by the run's seed.
+
     One map at a time is searched, so that the scores of one of its layers are all that is in memory beside a statistic.
 
     Args:
@@ -57,6 +60,8 @@ def choose(
     Raises:
       UserError: scores of a wrong shape, or NaN or infinite ones; names the map.
     """
+    if config.method == "lora":
+        return _factors(config, params, paths)
     section, dtype = config.bypass, value_dtype(config, model)
     rule = Rule(score) if score is not None else RULES[section.score]
     statistics = _Statistics(config, model, params, paths, batches, losses).of(rule.needs)
@@ -81,6 +86,19 @@ def choose(
     return Bypass(values, columns)
 
 
+def of_equal_shapes(config: RunConfig, model: models.Model, params: Tree, paths: list[ModulePath]) -> Bypass:
+    """Return a bypass with the shapes of the one that `choose` returns, for `jax.eval_shape`."""
+    if config.method == "lora":
+        return _factors(config, params, paths)
+    section = config.bypass
+    return bypass.build(params, paths, section.k, dtype=value_dtype(config, model), shared=section.shared_columns)
+
+
+def _factors(config: RunConfig, params: Tree, paths: list[ModulePath]) -> Bypass:
+    section = config.lora
+    return low_rank.build(params, paths, section.r, section.resolved_alpha / section.r, jax.random.key(config.seed))
+
+
 def _trained(
     config: RunConfig, model: models.Model, path: ModulePath, neurons: tuple[int, ...], key: jax.Array
 ) -> jax.Array | None:
@@ -99,6 +117,9 @@ def _trained(
 
 def selection_of(config: RunConfig, model: models.Model, score: Score | None) -> native.Selection:
     """Return what an adapter of a run says about its connections; `score` is the caller's own, None for none."""
+    if config.method == "lora":
+        lora = LoraOptions(config.lora.r, config.lora.resolved_alpha)
+        return native.Selection(None, config.lora.targets or [], None, config.seed, lora=lora)
     section, rule, layers = config.bypass, str(config.bypass.score), modules.trained_layers(config, model)
     if score is not None:
         rule = f"{rule}: {getattr(score, '__qualname__', type(score).__name__)}"

@@ -102,7 +102,7 @@ class Parallel(abc.ABC):
             return jax.device_put(tree, shardings)
         return jax.tree.map(across_processes, tree, shardings)
 
-    def local(self, tree: Tree) -> Tree:
+    def local(self, tree: Any) -> Any:
         """Return this process's own copy of a replicated tree, for single-device work such as evaluation."""
         return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
 
@@ -222,7 +222,7 @@ class SingleDevice(Parallel):
         # By name: a first state whose sharding differs from that of the step's result would be compiled for separately.
         return jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(self.mesh.devices.flat[0]), state)
 
-    def local(self, tree: Tree) -> Tree:
+    def local(self, tree: Any) -> Any:
         return tree
 
     def spread(self, batch: AnyBatch) -> AnyBatch:
@@ -311,7 +311,7 @@ class AutomaticPartitioning(Parallel):
         # Each layer's weights are gathered into a new array, and the scan keeps one layer's at a time.
         return params
 
-    def local(self, tree: Tree) -> Tree:
+    def local(self, tree: Any) -> Any:
         return tree
 
     def own(self, tree: Tree) -> Tree:

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from neuroada_jax import console, models
-from neuroada_jax.core import trees
+from neuroada_jax.core import low_rank, trees
 from neuroada_jax.errors import UserError
 from neuroada_jax.models import names
 from neuroada_jax.pretrained.load import IdentifiedModel
@@ -76,8 +76,28 @@ def _check_encoder(config: RunConfig, kind: str) -> None:
 
 def resolved(config: RunConfig, model: models.Model) -> RunConfig:
     """Return the config with defaults that depend on the model filled in."""
-    targets = config.bypass.targets or list(model.architecture.targets)
-    return dataclasses.replace(config, bypass=dataclasses.replace(config.bypass, targets=targets))
+    targets = config.trained.targets or list(model.architecture.targets)
+    section: Any = dataclasses.replace(config.trained, targets=targets)
+    return dataclasses.replace(config, **{section_name(config): section})
+
+
+def section_name(config: RunConfig) -> str:
+    """Return the name of the section of what trains in the linear maps."""
+    return "lora" if config.method == "lora" else "bypass"
+
+
+def size_of(config: RunConfig) -> str:
+    """Return the k or r of a run, for titles."""
+    return f"LoRA r = {config.lora.r}" if config.method == "lora" else f"k = {config.bypass.k}"
+
+
+def say_unused(config: RunConfig) -> None:
+    """Say which fields of the other method's section are set, and have no effect."""
+    name, other = ("bypass", config.bypass) if config.method == "lora" else ("lora", config.lora)
+    fields = [field.name for field in dataclasses.fields(other) if getattr(other, field.name) != field.default]
+    if fields:
+        listed = ", ".join(f"{name}.{field}" for field in fields)
+        console.say(f"method: {config.method} does not use {listed}; the section {section_name(config)} counts")
 
 
 def dense_paths(config: RunConfig, base_model: IdentifiedModel, targets: list[trees.ModulePath]) -> list[trees.ModulePath]:
@@ -106,9 +126,8 @@ def dense_paths(config: RunConfig, base_model: IdentifiedModel, targets: list[tr
     ]
     for target in targets:
         if any(target[: len(path)] == path for path in paths):
-            raise UserError(
-                f"bypass.targets: {'.'.join(target)} belongs to the classifier, which trains densely; remove it"
-            )
+            field = f"{section_name(config)}.targets"
+            raise UserError(f"{field}: {'.'.join(target)} belongs to the classifier, which trains densely; remove it")
     return paths
 
 
@@ -139,19 +158,23 @@ def target_paths(config: RunConfig, model: models.Model) -> list[trees.ModulePat
         that the model does not have.
     """
     trained_layers(config, model)
-    k, targets = config.bypass.k, config.bypass.targets or list(model.architecture.targets)
+    name, targets = section_name(config), config.trained.targets or list(model.architecture.targets)
     if "lm_head" in targets and model.architecture.is_decoder and model.config.tied:
-        raise UserError("bypass.targets: 'lm_head' shares its weights with the embedding in this model (tied embeddings)")
+        raise UserError(f"{name}.targets: 'lm_head' shares its weights with the embedding in this model (tied embeddings)")
     shapes = model.abstract_params()
-    paths = models.match_targets(shapes, targets, model.layers_path)
+    paths = models.match_targets(shapes, targets, model.layers_path, f"{name}.targets")
+    rank = {"lora.r": config.lora.r} if config.method == "lora" else {}
+    if config.method == "neuroada" and config.bypass.score == "lowrank":
+        rank = {"bypass.rank": config.bypass.rank}
     for path in paths:
         outputs, inputs = trees.get(shapes, path)["kernel"].shape[-2:]
-        if config.bypass.score == "lowrank" and config.bypass.rank > min(outputs, inputs):
+        for field in (field for field, value in rank.items() if value > min(outputs, inputs)):
             raise UserError(
-                f"bypass.rank: {config.bypass.rank} is more than the rank of {'.'.join(path)} ({outputs}, {inputs}); "
-                f"expected at most {min(outputs, inputs)}"
+                f"{field}: {rank[field]} is more than the rank of {'.'.join(path)} ({outputs}, {inputs}); expected at most "
+                f"{min(outputs, inputs)}"
             )
-        if k > inputs:
+        k = config.bypass.k
+        if config.method == "neuroada" and k > inputs:
             console.warn(f"bypass.k: {k} is more than the {inputs} inputs of {'.'.join(path)}; all {inputs} are used there")
     return paths
 
@@ -163,6 +186,8 @@ def trained_layers(config: RunConfig, model: models.Model) -> list[int]:
       UserError: a layer that the model does not have or that is named twice, or none that trains.
     """
     section, depth = config.bypass, model.config.num_layers
+    if config.method == "lora":
+        return list(range(depth))
     field = "layers" if section.exclude_layers is None else "exclude_layers"
     named = section.layers or section.exclude_layers or []
     for number in named:
@@ -182,8 +207,8 @@ def trained_neurons(config: RunConfig, neurons: int) -> int:
 
 
 def count_trained(config: RunConfig, model: models.Model, values: trees.Tree) -> int:
-    """Return how many entries of the values (arrays or shapes) train."""
-    total = 0
+    """Return how many entries of the values and low-rank factors (arrays or shapes) train."""
+    total = sum(leaf.size for name in low_rank.LEAVES for _, leaf in trees.leaves(values, name))
     for path, leaf in trees.leaves(values, "values"):
         *_, neurons, k = leaf.shape
         depth = len(trained_layers(config, model)) if names.is_stacked(path, model.layers_path) else 1

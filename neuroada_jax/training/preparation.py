@@ -114,7 +114,7 @@ class Prepared(PreparedRows):
         """Score a state on the rows that choose the epoch; what `poll` raises ends the scoring."""
         chooser = self.config.evaluation.best_epoch
         assert chooser is not None and self.choosing is not None
-        return self._score(chooser, self.choosing, base_model, self.devices.local(state.merged), poll)
+        return self._score(chooser, self.choosing, base_model, self.devices.local(state).merged, poll)
 
     def _score(
         self, name: str, scorer: Scorer, base_model: OpenedModel, params: Tree, poll: Callable[[], None] = lambda: None
@@ -180,7 +180,8 @@ def prepare(
     config = modules.resolved(config, opened.model)
     if resumed_from and peers.current().is_first:  # the others have the same config, but for paths
         resuming.check_config(resumed_from.about, config, force_resume)
-    if config.bypass.score == "custom" and score is None and not resumed_from:
+    custom = config.method == "neuroada" and config.bypass.score == "custom"
+    if custom and score is None and not resumed_from:
         raise UserError(
             "bypass.score: 'custom' stands for a Python function, which neuroada_jax.fine_tune(score=function) takes; give "
             "another score in a config file"
@@ -226,6 +227,7 @@ def prepare_rows(
     objective, opened = objectives.objective(config, opened, date, rows)
     modules.check_length(config, opened.model)
     modules.say_dropout(opened.model)
+    modules.say_unused(config)
     target_paths = modules.target_paths(config, opened.model)
     sets, chooser = {each.name: each for each in config.evaluation.sets}, config.evaluation.best_epoch
     held_out = {name: objective.evaluation_rows(each) for name, each in sets.items()}

@@ -61,7 +61,8 @@ def results(
         "seed": config.seed,
         "steps": len(history.losses),
         "epochs": len(history.losses) / batches.steps_per_epoch,
-        "targets": config.bypass.targets,
+        "method": config.method,
+        "targets": config.trained.targets,
         "trainable": sizes.trainable,
         "trainable_in_classifier": sizes.in_classifier,  # published shares exclude the classifier
         "total_parameters": sizes.total,

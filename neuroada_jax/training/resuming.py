@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from neuroada_jax.training.checkpoint import CheckpointInfo, Checkpoints
 from neuroada_jax.training.config import RunConfig
 from neuroada_jax.training.config_file import flatten_config, from_dict
 from neuroada_jax.training.loop import History
+from neuroada_jax.training.modes import Parallel
 from neuroada_jax.training.signals import Stopped
 from neuroada_jax.training.step import TrainState
 from neuroada_jax.training.trackers import Line
@@ -75,15 +76,22 @@ def digest_of_arrays(tree: Tree) -> str:
     return digest.hexdigest()
 
 
-def describe(prepared: "PreparedRows", base_entries: Tree, before: dict[str, Score]) -> dict[str, Any]:
-    """Return the metadata that is the same in all checkpoints of a run, as JSON; `base_entries` are NumPy arrays."""
+def digest_of_base(devices: Parallel, state: TrainState, digests: Mapping[str, str]) -> str:
+    """Return the digest of the base weights at the chosen entries; where none are chosen (LoRA), that of all `digests`."""
+    if state.base_entries:
+        return digest_of_arrays(devices.on_host(state.base_entries))
+    return xxhash.xxh3_128_hexdigest(repr(sorted(digests.items())).encode())
+
+
+def describe(prepared: "PreparedRows", base: str, before: dict[str, Score]) -> dict[str, Any]:
+    """Return the metadata that is the same in all checkpoints of a run, as JSON; `base` is from `digest_of_base`."""
     return {
         "config": dataclasses.asdict(prepared.config),
         "date": prepared.objective.form.date,
         "versions": native.installed_versions(),
         "examples": digest_of_data(prepared.batches),
         "held_out": digests_of_held_out(prepared),
-        "base": digest_of_arrays(base_entries),
+        "base": base,
         "dropout_seed": prepared.objective.dropout_seed,
         "before": {name: score.to_json() for name, score in before.items()},
     }
@@ -124,13 +132,13 @@ def check_data(about: dict[str, Any], directory: Path, prepared: "PreparedRows",
         _refuse(f"{directory}: cannot resume with other rows of {', '.join(other)} than the run began with", force)
 
 
-def check_base(about: dict[str, Any], directory: Path, base_entries: Tree, force: bool) -> None:
-    """Check that the base weights at the chosen entries are those the run began with; warn of other library versions.
+def check_base(about: dict[str, Any], directory: Path, base: str, force: bool) -> None:
+    """Check that the base weights (`digest_of_base`) are those the run began with; warn of other library versions.
 
     Raises:
       UserError: the weights differ, without `force`.
     """
-    if about["base"] not in (None, digest_of_arrays(base_entries)):  # None: of several processes, in 0.1
+    if about["base"] not in (None, base):  # None: of several processes, in 0.1
         _refuse(f"{directory}: cannot resume on another base model than the one that the run began with", force)
     then, now = about["versions"], native.installed_versions()
     if other := [f"{name} {then[name]} then, {now.get(name)} now" for name in then if now.get(name) != then[name]]:

@@ -150,8 +150,8 @@ def _fit(prepared: Prepared, started: _Started, state: TrainState, stop: Stop | 
             resources.enter_context(prepared.checkpoints)
             if resumed_from:
                 state = prepared.devices.place(prepared.checkpoints.restore(state))
-                entries = prepared.devices.on_host(state.base_entries)
-                resuming.check_base(resumed_from.about, config.directory, entries, prepared.force_resume)
+                base = resuming.digest_of_base(prepared.devices, state, started.base_model.digests)
+                resuming.check_base(resumed_from.about, config.directory, base, prepared.force_resume)
                 console.say(f"resuming after step {resumed_from.step}")
             return _train(prepared, started, state, stop or Stop(), on_lines, resources)
     except loop.NotFinite as failure:
@@ -227,7 +227,8 @@ def _train(
 ) -> Fitted:
     """Take the remaining steps from a placed state; `resources` passes to the result."""
     config, batches, devices = prepared.config, prepared.batches, prepared.devices
-    about = resuming.describe(prepared, devices.on_host(state.base_entries), started.before)
+    base = resuming.digest_of_base(devices, state, started.base_model.digests)
+    about = resuming.describe(prepared, base, started.before)
     written = int(state.step) if peers.current().is_first else 0  # lines of metrics.jsonl that there should be
     with contextlib.closing(trackers.Log(config, written)) as log:
         history = resuming.history(prepared.resumed_from, log.lines)
@@ -315,7 +316,7 @@ def _samples(prepared: Prepared, base_model: IdentifiedModel, state: TrainState)
     prompts, tokenizer = prepared.validation.prompts, prepared.tokenizer
     outputs = generate(
         base_model.model,
-        devices.local(state.merged),
+        devices.local(state).merged,
         [ids for _, ids in prompts],
         ending(base_model, tokenizer, prepared.objective.form),
         max_new_tokens=TASKS[prepared.config.data.task].max_new_tokens,
@@ -348,7 +349,7 @@ def _finish(fitted: Fitted) -> dict[str, Any]:
     prepared, config, directory = fitted.prepared, fitted.config, fitted.config.directory
     with fitted.resources, fitted.saver.on_stop(fitted.last):
         fitted.save_adapter(directory / "adapter")
-        after = prepared.score_sets(fitted.base_model, prepared.devices.local(fitted.state.merged), "after")
+        after = prepared.score_sets(fitted.base_model, prepared.devices.local(fitted.state).merged, "after")
         if config.merge:
             _save_merged(fitted)
 

@@ -26,6 +26,7 @@ RULES = (
     ("*/embedding", PartitionSpec(NEURON_AXES, None)),
     ("*/bias", PartitionSpec(NEURON_AXES)),
     ("*/values", PartitionSpec(NEURON_AXES, None)),
+    ("*/lora_b", PartitionSpec(NEURON_AXES, None)),
     ("*/columns", PartitionSpec(NEURON_AXES, None)),
     ("*/trained", PartitionSpec(NEURON_AXES, None)),
     ("*/base_entries", PartitionSpec(NEURON_AXES, None)),

@@ -10,7 +10,7 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from neuroada_jax.core import bypass, platform, trees
+from neuroada_jax.core import bypass, low_rank, platform, trees
 from neuroada_jax.core.bypass import Bypass
 from neuroada_jax.core.trees import ModulePath, Tree
 from neuroada_jax.models import dense_modules
@@ -25,12 +25,12 @@ class TrainState(NamedTuple):
 
     Attributes:
       step: int32 scalar, the number of updates done.
-      trainable: {"bypass": values}, and with a trained classifier {"classifier": modules}, float32 (values in the base
-        dtype under `fidelity: official`); the only tree that gradients and optimiser state mirror.
+      trainable: {"bypass": values or low-rank factors}, and with a trained classifier {"classifier": modules}, float32
+        (values in the base dtype under `fidelity: official`); the only tree that gradients and optimiser state mirror.
       opt_state: state of the optax transformation.
       params: the frozen weights, resident (base + values at the chosen entries), without the trained classifier.
       columns: int32 columns of the bypass, and where only some of a map's values train, "trained": bool, broadcast to them.
-        The others stay zero.
+        The others stay zero. Of low-rank factors, their "scale" alone.
       base_entries: the original weights at the chosen entries, in the base dtype.
       failed_step: int32 scalar, the first step whose loss, gradient or updated values were not finite; -1 if there is
         none. Once set, the state is frozen at the last good one. SKIP (-2): non-finite steps are skipped; they advance
@@ -56,9 +56,18 @@ class TrainState(NamedTuple):
         return self.trainable.get("classifier", {})
 
     @property
+    def variables(self) -> Tree:
+        """The collections by which the model is applied as trained so far, without a copy of any weight."""
+        params = dense_modules.join(bypass.with_values(self.params, self.bypass), self.classifier)
+        if low_rank.is_in(self.bypass):
+            return {"params": params, "resident": self.bypass.values, "columns": self.columns}
+        return {"params": params}
+
+    @property
     def merged(self) -> Tree:
-        """The complete parameters of the model as trained so far."""
-        return dense_modules.join(bypass.with_values(self.params, self.bypass), self.classifier)
+        """The complete parameters of the model as trained so far; kernels that have low-rank factors are copies."""
+        merged = low_rank.merge(bypass.with_values(self.params, self.bypass), self.bypass)
+        return dense_modules.join(merged, self.classifier)
 
 
 class StepMetrics(NamedTuple):
@@ -91,7 +100,7 @@ def initial_state(
 
     Args:
       params: complete parameters of the model.
-      built: zero values, and the columns.
+      built: zero values, and the columns; or low-rank factors.
       optimizer: of the trainable tree.
       classifier: paths of the modules that are trained densely; none of them carries a bypass.
       skip_nonfinite: skip steps that are not finite, rather than freeze the state at the first.

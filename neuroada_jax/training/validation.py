@@ -17,7 +17,7 @@ from neuroada_jax.core.trees import Tree
 from neuroada_jax.data.batches import AnyBatches
 from neuroada_jax.data.rows import Rows
 from neuroada_jax.errors import UserError
-from neuroada_jax.training import peers
+from neuroada_jax.training import modules, peers
 from neuroada_jax.training.config import RunConfig
 from neuroada_jax.training.kept_states import KeptStates
 from neuroada_jax.training.loss_curve import loss_curve
@@ -105,14 +105,14 @@ def mean_loss(
       devices: of the run.
       poll: called after every batch; what it raises ends the scoring.
     """
-    params, together, steps = devices.own(state.merged), peers.current(), batches.steps_per_epoch
+    variables, together, steps = devices.own(state.variables), peers.current(), batches.steps_per_epoch
     poll = poll if not devices.shares_weights else lambda: None  # the others would wait for this process in a batch
     own = range(steps) if devices.shares_weights else range(together.index, steps, together.count)
     sums: list[list[float]] = []
     with console.bar("validating") as bar:
         report = console.reporter(bar)
         for done, index in enumerate(own, 1):
-            each = _sums(module, losses, params, devices.spread(batches.batch(0, index)))
+            each = _sums(module, losses, variables, devices.spread(batches.batch(0, index)))
             sums.append([index, float(each[0]), float(each[1])])
             report(done, len(own))
             poll()
@@ -124,8 +124,8 @@ def mean_loss(
 
 
 @functools.partial(jax.jit, static_argnames=("module", "losses"))
-def _sums(module: nn.Module, losses: Callable[..., Array], params: Tree, batch: AnyBatch) -> tuple[Array, Array]:
-    return jnp.sum(losses(module, {"params": params}, batch)), jnp.sum(batch.label_mask)
+def _sums(module: nn.Module, losses: Callable[..., Array], variables: Tree, batch: AnyBatch) -> tuple[Array, Array]:
+    return jnp.sum(losses(module, variables, batch)), jnp.sum(batch.label_mask)
 
 
 class Validation(KeptStates):
@@ -227,7 +227,8 @@ def warn_without_gain(kept: KeptStates) -> None:
 def draw_losses(config: RunConfig, losses: Sequence[float], kept: KeptStates | None) -> None:
     """Write loss.png of a run, with its validation losses if its state was chosen by them."""
     lines, best = (kept.lines, kept.best["step"]) if isinstance(kept, Validation) else ([], None)
-    title = f"{config.name}: {Path(config.model.path).name}, k = {config.bypass.k}, rate {config.optimizer.learning_rate:g}"
+    model, rate = Path(config.model.path).name, config.optimizer.learning_rate
+    title = f"{config.name}: {model}, {modules.size_of(config)}, rate {rate:g}"
     loss_curve(config.directory / "loss.png", losses, title, lines, best)
 
 
