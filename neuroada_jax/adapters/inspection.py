@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from neuroada_jax import console
-from neuroada_jax.adapters import hub, native, official, peft
+from neuroada_jax.adapters import hub, native, official, peft, peft_lora
 from neuroada_jax.adapters.base_model import located
+from neuroada_jax.adapters.factors import Factors
 from neuroada_jax.core import bypass
 from neuroada_jax.pretrained.load import open_model
 
@@ -22,6 +23,13 @@ def _row(module: str, neurons: int, inputs: int | None, k: int, trained: int | N
     row = {"module": module, "neurons": neurons, "inputs": inputs, "k": k, "values": values}
     row["percent"] = None if inputs is None else 100 * values / (neurons * inputs)
     return row | {"bytes": neurons * k * (VALUE_BYTES + INDEX_BYTES)}
+
+
+def _low_rank_row(module: str, pair: Factors) -> dict[str, Any]:
+    """Return the report on a map with low-rank factors."""
+    (rank, inputs), outputs, values = pair.a.shape, len(pair.b), pair.a.size + pair.b.size
+    row = {"module": module, "neurons": outputs, "inputs": inputs, "k": None, "r": rank, "values": values}
+    return row | {"percent": 100 * values / (outputs * inputs), "bytes": values * VALUE_BYTES}
 
 
 def _trained(module: str, neurons: int, options: native.SelectionOptions) -> int:
@@ -82,6 +90,7 @@ def inspect_adapter(path: str) -> dict[str, Any]:
         _row(module, len(values), inputs.get(module), values.shape[1], _trained(module, len(values), options))
         for module, values in adapter.values.items()
     ]
+    rows += [_low_rank_row(module, pair) for module, pair in adapter.factors.items()]
     about = {key: adapter.metadata.get(key) for key in ("version", "k", "targets", "rule", "seed", "created", "versions")}
     return {
         "kind": "adapter",
@@ -90,6 +99,7 @@ def inspect_adapter(path: str) -> dict[str, Any]:
         "base_path": located(adapter, path),
         **about,
         "selection": options._asdict(),
+        "lora": adapter.metadata.get("lora"),
         "dense_parameters": sorted(adapter.dense_parameters),
         **_totals(rows, base_model.get("parameters")),
         "modules": rows,
@@ -104,6 +114,8 @@ def inspect_peft(path: str) -> dict[str, Any]:
     Raises:
       UserError: there is no adapter, a file is damaged, or it is another tuner's.
     """
+    if peft_lora.is_lora(path):
+        return _inspect_peft_lora(path)
     stored = peft.open_stored(Path(path))
     rows = []
     for module, count in stored.entries.items():
@@ -119,6 +131,14 @@ def inspect_peft(path: str) -> dict[str, Any]:
         )
     base_model = stored.config.get("base_model_name_or_path")
     return _foreign(f"PEFT {stored.kind.value} adapter", path, base_model, list(stored.dense_parameters), rows)
+
+
+def _inspect_peft_lora(path: str) -> dict[str, Any]:
+    stored = peft_lora.open_stored(Path(path))
+    rows = [_low_rank_row(module, pair) for module, pair in stored.pairs.items()]
+    base_model = stored.config.get("base_model_name_or_path")
+    found = _foreign(f"PEFT {peft_lora.TYPE} adapter", path, base_model, list(stored.dense_parameters), rows)
+    return found | {"lora": stored.options._asdict()}
 
 
 def inspect_official(path: str) -> dict[str, Any]:
@@ -219,6 +239,7 @@ def _summary(content: dict[str, Any]) -> list[str]:
         "parameters": content.get("parameters"),
         "base model": content.get("base"),
         "rule": content.get("rule"),
+        **{f"LoRA {name}": value for name, value in (content.get("lora") or {}).items()},
         **_selection(content.get("selection") or {}),
         "seed": content.get("seed"),
         "created": content.get("created"),

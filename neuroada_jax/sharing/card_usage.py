@@ -64,7 +64,7 @@ def _peft(repository: str, source: str, option: str, adapter: native.Adapter, is
         f"base = {kind}.from_pretrained({json.dumps(source)}{more})",
         'model = PeftModel.from_pretrained(base, "for-peft")',
     ]
-    export = f"neuroada export {repository}{option} --to peft-shira --out for-peft"
+    export = f"neuroada export {repository}{option} --to {'peft-lora' if adapter.factors else 'peft-shira'} --out for-peft"
     return [*block(export, "bash"), "", *block("\n".join(python), "python")]
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from neuroada_jax import models
-from neuroada_jax.adapters import native
+from neuroada_jax.adapters import factors, native
 from neuroada_jax.data.prompts import PromptForm
 from neuroada_jax.errors import UserError
 from neuroada_jax.evaluation.scoring import Score
@@ -18,7 +18,7 @@ from neuroada_jax.training import report
 from neuroada_jax.training.config import RunConfig
 
 _NOTE = "In %; in brackets the 95 % intervals."
-_PAPER = "https://arxiv.org/abs/2510.18940"
+_PAPER, _LORA_PAPER = "https://arxiv.org/abs/2510.18940", "https://arxiv.org/abs/2106.09685"
 
 
 class Subject(NamedTuple):
@@ -89,7 +89,7 @@ def _header(subject: Subject, after: Mapping[str, Score]) -> str:
         "base_model_relation": "adapter" if subject.base.hub_id else None,
         "library_name": "neuroada-jax",
         "pipeline_tag": kind,
-        "tags": ["neuroada", "sparse-fine-tuning", "peft-like"],
+        "tags": ["lora"] if subject.adapter.factors else ["neuroada", "sparse-fine-tuning", "peft-like"],
         "datasets": [each.partition(":")[0] for each in _rows(subject) if public_names.is_on_hub(each, subject.near)],
     }
     if after and kind:
@@ -130,18 +130,17 @@ def _introduction(subject: Subject) -> list[str]:
     else:
         name = code(base.name) if base.name else "a model of its author's own"
     name += f" at revision {code(base.revision)}" if base.revision else ""
-    values = _count(subject.adapter)
+    values = subject.adapter.size
     share = f" ({100 * values / about['parameters']:.4f} % of the model)" if about.get("parameters") else ""
-    k = subject.adapter.metadata.get("k")
+    lora, k = factors.options_of(subject.adapter.metadata), subject.adapter.metadata.get("k")
     connections = "one input connection" if k == 1 else f"{text(k)} input connections"
+    kind, where = f"[NeuroAda]({_PAPER})", f"on {connections} of every neuron"
+    if lora is not None:
+        kind, where = f"[LoRA]({_LORA_PAPER})", f"in low-rank factors with r = {lora.r} and alpha = {lora.alpha:g}"
     return [
-        f"A [NeuroAda]({_PAPER}) adapter of {name}, made with neuroada-jax: {values:,} trained values{share}, on "
-        f"{connections} of every neuron. It holds no base weights."
+        f"A {kind} adapter of {name}, made with neuroada-jax: {values:,} trained values{share}, {where}. It holds no base "
+        "weights."
     ]
-
-
-def _count(adapter: native.Adapter) -> int:
-    return sum(values.size for values in adapter.values.values())
 
 
 def _score_table(before: Mapping[str, Score], after: Mapping[str, Score], mean: tuple[str, str] | None) -> list[str]:
@@ -162,10 +161,13 @@ def _score_table(before: Mapping[str, Score], after: Mapping[str, Score], mean: 
 def _training(subject: Subject) -> list[str]:
     metadata, config, results = subject.adapter.metadata, subject.config, subject.results or {}
     rule = f", chosen by {metadata['rule']}" if metadata.get("rule") else ""
+    lora = factors.options_of(metadata)
     rows = [
-        ("connections per neuron (k)", text(f"{metadata.get('k')}{rule}")),
+        ("connections per neuron (k)", text(f"{metadata.get('k')}{rule}"))
+        if lora is None
+        else ("LoRA", f"r = {lora.r}, alpha = {lora.alpha:g}"),
         ("trained linear maps", text(", ".join(map(str, metadata.get("targets") or [])) or "all of every layer")),
-        ("trained values", f"{_count(subject.adapter):,}"),
+        ("trained values", f"{subject.adapter.size:,}"),
     ]
     dense, labels = subject.adapter.dense_parameters, metadata["base"].get("labels")
     if labels:
