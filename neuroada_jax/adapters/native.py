@@ -208,8 +208,8 @@ def read(directory: str) -> Adapter:
         raise UserError(f"{root / 'adapter.json'}: format {metadata.get('format')!r}, expected {FORMAT!r}")
     if metadata.get("version") != (WITH_FACTORS if "lora" in metadata else VERSION):
         raise UserError(
-            f"{root / 'adapter.json'}: version {metadata.get('version')!r}, this release reads {VERSION}, and with low-rank "
-            f"factors {WITH_FACTORS}"
+            f"{root / 'adapter.json'}: version {metadata.get('version')!r}, this release reads {VERSION}, and with "
+            f"low-rank factors {WITH_FACTORS}"
         )
     stored = dict(metadata)
     if "heads" in metadata:  # the name of this key in neuroada-jax 0.1
