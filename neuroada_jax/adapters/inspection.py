@@ -210,6 +210,8 @@ def print_inspection(content: dict[str, Any], *, every: bool = False) -> None:
     fields = {"module": "module", "maps": "modules", "O": "neurons", "I": "inputs", "k": "k", "values": "values"}
     if every:
         del fields["maps"]
+    if content.get("lora"):
+        del fields["k"]
     console.table(
         "linear maps of O neurons with I inputs" + ("" if every else " (--all: each of them)"),
         [*fields, "bytes"],

@@ -94,7 +94,8 @@ def size_of(config: RunConfig) -> str:
 def say_unused(config: RunConfig) -> None:
     """Say which fields of the other method's section are set, and have no effect."""
     name, other = ("bypass", config.bypass) if config.method == "lora" else ("lora", config.lora)
-    fields = [field.name for field in dataclasses.fields(other) if getattr(other, field.name) != field.default]
+    defaults = dataclasses.asdict(type(other)())
+    fields = [field for field, value in dataclasses.asdict(other).items() if value != defaults[field]]
     if fields:
         listed = ", ".join(f"{name}.{field}" for field in fields)
         console.say(f"method: {config.method} does not use {listed}; the section {section_name(config)} counts")

@@ -48,6 +48,11 @@ def same_as_a_run_of_its_own(folder, content, record):
         np.testing.assert_array_equal(own.columns[name], swept.columns[name])
         assert np.abs(values).max() > 1e-3
         np.testing.assert_allclose(swept.values[name], values, atol=1e-5, rtol=0)
+    assert own.factors.keys() == swept.factors.keys()
+    for name, pair in own.factors.items():
+        assert np.abs(pair.b).max() > 1e-3
+        for leaf, other in zip(swept.factors[name], pair, strict=True):
+            np.testing.assert_allclose(leaf, other, atol=1e-5, rtol=0)
     for name, values in own.dense_parameters.items():
         np.testing.assert_allclose(swept.dense_parameters[name], values, atol=1e-5, rtol=0)
     lines = [line for line in results["validation"]["steps"] if line["step"]]
@@ -78,6 +83,24 @@ def test_members_of_a_decoder_equal_runs_of_their_own(tmp_path, inputs, turns, m
     ends = [found["members"][0], found["members"][-1]]
     for record in ends:
         same_as_a_run_of_its_own(tmp_path, json.loads(json.dumps(content)), record)
+
+
+@pytest.mark.parametrize("turns", [True, False], ids=["in turns", "vmapped"])
+def test_members_of_lora_equal_runs_of_their_own(tmp_path, inputs, turns, monkeypatch):
+    monkeypatch.setattr(stack, "in_turns", lambda: turns)
+    lora = {"r": 3, "targets": ["q_proj"]}
+    content = settings(tmp_path, inputs, method="lora", lora=lora, training={"steps": 4})
+    content["data"]["buckets"] = [40]
+    found = sweep.sweep(content, {"lora.alpha": [2.0, 8.0], "seed": [1, 2]})
+    assert [need["members"] for need in found["plan"]] == [4]
+    same_as_a_run_of_its_own(tmp_path, json.loads(json.dumps(content)), found["members"][-1])
+
+
+def test_both_methods_are_one_field(tmp_path, inputs):
+    content = settings(tmp_path, inputs, bypass={"targets": ["q_proj"], "k": 3}, training={"steps": 2})
+    content |= {"lora": {"targets": ["q_proj"]}, "data": {**content["data"], "buckets": [40]}}
+    found = sweep.sweep(content, {"method": ["neuroada", "lora"]})
+    assert [record["trained"] for record in found["members"]] == [2 * 16 * 3, 2 * 8 * 32]
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from data_helpers import message_of
 from helpers import write_model
 
 from neuroada_jax import models
-from neuroada_jax.core import bypass, ops, trees
+from neuroada_jax.core import bypass, low_rank, ops, trees
 from neuroada_jax.models import Remat
 from neuroada_jax.models.losses import classification_losses, label_losses
 from neuroada_jax.planning.collectives import Traffic, collectives
@@ -93,6 +93,27 @@ def test_a_decoder_trains_as_on_one_device(form, one_device):
 )
 def test_accumulation_and_remat_on_top(form, remat, one_device):
     assert_equal(train_decoder(FORMS[form], accumulation=2, remat=remat), one_device)
+
+
+def test_low_rank_factors_train_as_on_one_device():
+    model, transformation, _ = decoder.compiled()
+    batches = [rows_of(decoder.random_batch(16, seed=number), 5 * number) for number in range(2)]
+
+    def make_state():
+        params = decoder.random_params(model)
+        paths = models.match_targets(params, decoder.ALL, model.layers_path)
+        return step.initial_state(params, low_rank.build(params, paths, 2, 1.5, jax.random.key(0)), transformation)
+
+    alone, *others = (
+        train(form, make_state, model.module(remat), transformation, batches, accumulation=accumulation)
+        for form, remat, accumulation in (
+            (SINGLE, Remat.NONE, 1),
+            (FORMS["pmap"], Remat.FULL, 2),
+            (FORMS["all axes"], Remat.NAMES, 1),
+        )
+    )
+    for found in others:
+        assert_equal(found, alone)
 
 
 def test_a_bfloat16_base():
