@@ -8,7 +8,7 @@ from neuroada_jax.data.rows import Rows, load_rows
 from neuroada_jax.tasks import arithmetic, commonsense
 from neuroada_jax.tasks.classification import LABEL, OWN, OWN_METRICS, TEXT, ClassificationTask, Problem
 from neuroada_jax.tasks.glue import GLUE
-from neuroada_jax.tasks.instruct import ALPACA, INSTRUCT, SST2
+from neuroada_jax.tasks.instruct import ALPACA, INSTRUCT, MNLI, QNLI, SST2
 from neuroada_jax.tasks.task import Source, Task
 
 __all__ = [
@@ -26,7 +26,7 @@ __all__ = [
     "wrong_columns",
 ]
 
-# Tasks of decoders. Those of encoders are in GLUE (sst2 is in both), and OWN names those on rows of one's own.
+# Tasks of decoders. Those of encoders are in GLUE, three of them in both, and OWN names those on rows of one's own.
 # The tasks "commonsense" and "arithmetic" read the training rows that their suites share.
 TASKS: dict[str, Task] = {
     task.name: task
@@ -34,6 +34,8 @@ TASKS: dict[str, Task] = {
         INSTRUCT,
         ALPACA,
         SST2,
+        QNLI,
+        MNLI,
         commonsense.COMMONSENSE,
         *commonsense.TASKS,
         arithmetic.ARITHMETIC,

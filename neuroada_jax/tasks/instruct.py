@@ -1,4 +1,4 @@
-"""Instruction tuning: rows of any kind, Alpaca's rows, and SST-2 as an instruction."""
+"""Instruction tuning: rows of any kind, Alpaca's rows, and three of GLUE's tasks as instructions."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -74,28 +74,60 @@ ALPACA = Task(
     sources=(Source("tatsu-lab/alpaca", "train"),),
 )
 
-_SST2_LABELS = ("negative", "positive")
+
+def _labelled(
+    name: str, texts: tuple[str, ...], labels: tuple[str, ...], instruction: str, sources: tuple[Source, ...]
+) -> Task:
+    """Return a task of GLUE as an instruction; its instruction is written with the texts and ends with the answers."""
+
+    def convert(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+        found, label = [row.get(text) for text in texts], row.get("label")
+        if not all(isinstance(text, str) for text in found) or type(label) is not int or not 0 <= label < len(labels):
+            fields = " and ".join(texts)
+            numbers = " or ".join(map(str, range(len(labels))))
+            raise UserError(
+                f"{where}: task {name!r} needs {'text fields' if len(texts) > 1 else 'a text field'} {fields} and a label "
+                f"{numbers}, found fields {', '.join(row)} and label {label!r}"
+            )
+        parts = {text: value.strip() for text, value in zip(texts, found, strict=True) if isinstance(value, str)}
+        answer = labels[label]
+        asked = f"{instruction.format(**parts)}\n\nAnswer format: {'/'.join(labels)}"
+        return {"instruction": asked, "output": TRIGGER + answer, "answer": answer}
+
+    return Task(
+        name,
+        PromptStyle.PLAIN,
+        convert,
+        after_trigger,
+        choices=labels,
+        completion=lambda answer: TRIGGER + answer,
+        fields=(*texts, "label"),
+        sources=sources,
+    )
 
 
-def _sst2(row: Mapping[str, Any], where: str) -> dict[str, Any]:
-    sentence, label = row.get("sentence"), row.get("label")
-    if not isinstance(sentence, str) or not isinstance(label, int) or isinstance(label, bool) or label not in (0, 1):
-        raise UserError(
-            f"{where}: task 'sst2' needs a text field sentence and a label 0 or 1, found fields {', '.join(row)} "
-            f"and label {label!r}"
-        )
-    answer = _SST2_LABELS[label]
-    instruction = f"Please choose the sentiment of the sentence: {sentence.strip()}\n\nAnswer format: positive/negative"
-    return {"instruction": instruction, "output": TRIGGER + answer, "answer": answer}
+def _glue(name: str, split: str = "validation") -> tuple[Source, ...]:
+    return Source(f"data/glue/{name}/validation.jsonl.gz"), Source(f"nyu-mll/glue:{name}", split)
 
 
-SST2 = Task(
+SST2 = _labelled(
     "sst2",
-    PromptStyle.PLAIN,
-    _sst2,
-    after_trigger,
-    choices=_SST2_LABELS,
-    completion=lambda answer: TRIGGER + answer,
-    fields=("sentence", "label"),
-    sources=(Source("data/glue/sst2/validation.jsonl.gz"), Source("nyu-mll/glue:sst2", "validation")),
+    ("sentence",),
+    ("negative", "positive"),
+    "Please choose the sentiment of the sentence: {sentence}",
+    _glue("sst2"),
+)
+QNLI = _labelled(
+    "qnli",
+    ("question", "sentence"),
+    ("yes", "no"),
+    "Does the sentence answer the question?\nQuestion: {question}\nSentence: {sentence}",
+    _glue("qnli"),
+)
+MNLI = _labelled(
+    "mnli",
+    ("premise", "hypothesis"),
+    ("true", "neutral", "false"),
+    "Is the hypothesis true, given the premise?\nPremise: {premise}\nHypothesis: {hypothesis}",
+    _glue("mnli", "validation_matched"),
 )
