@@ -31,7 +31,7 @@ PYTHONS = $(if $(filter-out file default,$(origin PYTHON)),$(PYTHON),python3.14 
 NEWEST_TESTS ?= tests
 
 .PHONY: help install quickstart test test-slow soak fuzz lint format clean ptx \
-	test-newest bench-ops bench-step bench-rows bench-memory bench-devices bench-glue bench-instruct check-gpu
+	test-newest bench-ops bench-step bench-rows bench-memory bench-devices bench-glue bench-instruct bench-quality check-gpu
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
@@ -104,6 +104,9 @@ bench-glue: $(VENV)/.installed-test  ## quality of MiniLM on GLUE against LoRA a
 
 bench-instruct: $(VENV)/.installed-test  ## quality of SmolLM2-135M on SST-2 and commonsense against LoRA (hours)
 	$(RUN) -m benchmarks.instruct
+
+bench-quality: $(VENV)/.installed-test  ## quality by method, each at the rate that validation chooses; needs data/glue (hours)
+	$(RUN) -m benchmarks.quality --task sst2 --steps 400
 
 clean:  ## remove the environments and caches; runs/ stays
 	rm -rf $(VENV) $(GPU) $(NEWEST) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

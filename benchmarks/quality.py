@@ -100,6 +100,22 @@ COLUMNS = (
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train and score, print the table and save benchmarks/results/quality.json and quality.png."""
+    settings = _settings(arguments)
+    kind = KINDS["encoder" if settings.encoder else "decoder"]
+    given = dict(map(_parts, settings.rates))
+    content = _content(settings, kind)
+    rows = []
+    for method in settings.methods:
+        rates = given.get(method) or _rates(method, kind)
+        rows += _measured(method, rates, content, settings)
+        _keep(rows, settings)  # in case the rest is interrupted
+    shown = [row for row in _keep(rows, settings) if row["chosen"] and row["task"] == _task(settings)]
+    title = f"{settings.task}: mean over seeds of what validation chose, in %, {settings.steps} steps"
+    common.table(title, COLUMNS, shown)
+    console.say(f"written to {settings.out / 'quality.json'}")
+
+
+def _settings(arguments: Sequence[str] | None) -> argparse.Namespace:
     made = common.parser(__doc__, repeats=None)
     made.add_argument("--task", required=True, choices=sorted({*INSTRUCTIONS, *GLUE}), help="what is learnt")
     made.add_argument("--encoder", action="store_true", help="MiniLM, for a task that a decoder learns otherwise")
@@ -114,19 +130,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made.add_argument("--work", type=Path, default=Path("runs/quality"), help="folder of the sweeps")
     settings = made.parse_args(arguments)
     settings.encoder |= settings.task not in INSTRUCTIONS
-    kind = KINDS["encoder" if settings.encoder else "decoder"]
-    settings.model = settings.model or kind.model
-    given = dict(map(_parts, settings.rates))
-    content = _content(settings, kind)
-    rows = []
-    for method in settings.methods:
-        rates = given.get(method) or _rates(method, kind)
-        rows += _measured(method, rates, content, settings)
-        _keep(rows, settings)  # in case the rest is interrupted
-    shown = [row for row in _keep(rows, settings) if row["chosen"] and row["task"] == _task(settings)]
-    title = f"{settings.task}: mean over seeds of what validation chose, in %, {settings.steps} steps"
-    common.table(title, COLUMNS, shown)
-    console.say(f"written to {settings.out / 'quality.json'}")
+    settings.model = settings.model or KINDS["encoder" if settings.encoder else "decoder"].model
+    return settings
 
 
 def _parts(text: str) -> tuple[str, list[float]]:

@@ -34,7 +34,9 @@ def run(parsed: argparse.Namespace) -> None:
         raise UserError(f"--out: {out} exists already; choose another file or remove it")
     kind = starter.Kind(parsed.kind)
     train = parsed.train or starter.default_train(kind)
-    files.write_text(out, starter.starter(kind, str(out), out.stem or "run", parsed.model, parsed.train))
+    files.write_text(
+        out, starter.starter(kind, str(out), out.stem or "run", parsed.model, parsed.train, _width(parsed.model))
+    )
     following = shlex.join(["neuroada", "train", str(out)])
     if parsed.json:
         shared.print_json({"config": str(out), "train": train, "next": following})
@@ -44,3 +46,10 @@ def run(parsed: argparse.Namespace) -> None:
         console.say(f"put your rows into {train}: {starter.row_format(kind)}")
     console.say(f"to see how they are read: {shlex.join(['neuroada', 'preview', str(out)])}")
     console.say(f"next: {following}")
+
+
+def _width(model: str | None) -> int | None:
+    """Return the width of a model that is a local directory, which the starting learning rate depends on."""
+    path = Path(model or "") / "config.json"
+    width = files.read_json(path).get("hidden_size") if model and path.is_file() else None
+    return width if type(width) is int and width > 0 else None

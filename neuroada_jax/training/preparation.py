@@ -28,6 +28,7 @@ from neuroada_jax.training import (
     processes,
     resuming,
     run_directory,
+    starting_rate,
     trackers,
     validation,
 )
@@ -186,6 +187,7 @@ def prepare(
             "bypass.score: 'custom' stands for a Python function, which neuroada_jax.fine_tune(score=function) takes; give "
             "another score in a config file"
         )
+    starting_rate.check(config, opened.model)
     date = resumed_from.about.get("date") if resumed_from else None  # checkpoints of 0.1 have none
     found = prepare_rows(config, (opened, tokenizer), date=date, rows=rows, validation_rows=validation_rows)
     one_job.check_data(found)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from neuroada_jax.errors import UserError
 from neuroada_jax.training import config_file
+from neuroada_jax.training.starting_rate import starting_rate
 
 
 class Kind(enum.StrEnum):
@@ -34,7 +35,7 @@ class _Start(NamedTuple):
       train: the file of rows that is written without --train.
       row: what the file looks like.
       data: further fields of the section `data`.
-      learning_rate: peak rate for k = 8.
+      width: of the hidden states of `model`, which says the learning rate.
       epochs: passes over the rows.
     """
 
@@ -43,10 +44,11 @@ class _Start(NamedTuple):
     train: str
     row: str
     data: Sequence[_Field]
-    learning_rate: float = 4e-3
+    width: int = 576
     epochs: int = 5
 
 
+_K = 8
 _MAX_LENGTH = "Tokens of the longest example (default 512); longer ones are truncated. Lower it to save memory and time."
 _CHAT_ROW = '{"messages": [{"role": "user", "content": "..."}, ...]}, or ShareGPT\'s "conversations" of "from" and "value"'
 _STARTS = {
@@ -93,7 +95,7 @@ _STARTS = {
             _Field("data.labels", "auto", "auto (default): those of the rows; or a list, which fixes their order."),
             _Field("data.max_length", 128, _MAX_LENGTH),
         ],
-        learning_rate=5e-3,
+        width=384,
         epochs=8,
     ),
     Kind.TEXT: _Start(
@@ -109,7 +111,9 @@ _STARTS = {
 }
 
 
-def starter(kind: Kind, path: str, name: str, model: str | None = None, train: str | None = None) -> str:
+def starter(
+    kind: Kind, path: str, name: str, model: str | None = None, train: str | None = None, width: int | None = None
+) -> str:
     """Return the text of a config that trains on rows of this kind; `config_file.load` reads it.
 
     Args:
@@ -118,14 +122,16 @@ def starter(kind: Kind, path: str, name: str, model: str | None = None, train: s
       name: of the run.
       model: base model; None for a small one of the hub.
       train: file of the rows; None for a name that says what belongs there.
+      width: of the model's hidden states; None: that of the kind's own model.
     """
     start = _STARTS[kind]
+    rate = starting_rate(_K, width or start.width)
     command = " ".join(["neuroada", "train", *shlex.quote(path).split()])  # in one line
     text = "\n".join(
         [
             f"# Starter config to train on {start.title} of your own. Run: {command}",
             f"# A field for one run: {command} bypass.k=20. All fields: neuroada schema, docs/training.md.",
-            *_lines(_fields(start, name, model or start.model, train or start.train)),
+            *_lines(_fields(start, name, model or start.model, train or start.train, rate)),
             "",
         ]
     )
@@ -143,14 +149,14 @@ def row_format(kind: Kind) -> str:
     return _STARTS[kind].row
 
 
-def _fields(start: _Start, name: str, model: str, train: str) -> list[_Field]:
+def _fields(start: _Start, name: str, model: str, train: str, rate: float) -> list[_Field]:
     return [
         _Field("name", name, "Name of the run, whose files go to runs/<name>."),
         _Field("model.path", model, "Base model: directory, hub id, .gguf file or package:NAME/FILE."),
         _Field(
             "model.dtype", "float32", "float32, bfloat16 (half the memory: for large models on a GPU) or auto (default)."
         ),
-        _Field("bypass.k", 8, "Trained connections of every neuron (default 1); more learn more and need a lower rate."),
+        _Field("bypass.k", _K, "Trained connections of every neuron (default 1); more learn more and need a lower rate."),
         _Field("data.train", train, f"Rows: {start.row}"),
         _Field(
             "data.validation",
@@ -158,7 +164,7 @@ def _fields(start: _Start, name: str, model: str, train: str) -> list[_Field]:
             "0.1, a share of the rows, or a file: its loss chooses the state to keep (default null).",
         ),
         *start.data,
-        _Field("optimizer.learning_rate", start.learning_rate, "Peak rate. Lower it if the loss jumps, or for more k."),
+        _Field("optimizer.learning_rate", rate, "Peak rate. `neuroada sweep` finds the best; more k needs a lower one."),
         _Field("optimizer.warmup_ratio", 0.06, "Share of the steps in which the rate rises from 0 (default 0)."),
         _Field("training.epochs", start.epochs, "Passes over the rows; more for few rows. In its place: steps: N."),
         _Field("training.batch_size", 8, "Examples in an update (default 16). With little memory, add accumulation: 8."),

@@ -1,0 +1,75 @@
+"""benchmarks/quality.py on a tiny LLaMA: a row for each rate, the chosen ones in the table, nothing run twice."""
+
+import json
+from pathlib import Path
+
+import contract
+import pytest
+from data_helpers import write_lines
+from helpers import write_model
+
+from benchmarks import quality
+
+pytestmark = pytest.mark.filterwarnings("ignore::neuroada_jax.errors.NeuroadaWarning")
+
+
+@pytest.fixture
+def arguments(tmp_path, monkeypatch):
+    monkeypatch.setattr(quality, "CHOOSING", 6)
+    words = ["good", "bad", "fine", "poor"]
+    rows = [{"sentence": f"{words[i % 4]} {words[i % 3]}", "label": i % 2} for i in range(24)]
+    (tmp_path / "glue" / "sst2").mkdir(parents=True)
+    write_lines(tmp_path / "glue" / "sst2" / "train.jsonl", rows)
+    write_lines(tmp_path / "glue" / "sst2" / "validation.jsonl", rows[:6])
+    given = ["--task", "sst2", "--steps", "2", "--seeds", "1", "2", "--model", str(write_model(tmp_path / "model"))]
+    return [*given, "--data", str(tmp_path / "glue"), "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
+
+
+@pytest.mark.slow  # a benchmark in full
+def test_each_method_at_its_chosen_rate(arguments, tmp_path, capsys):
+    methods = [
+        "--methods",
+        "neuroada-1",
+        "neuroada-2-reverse",
+        "--rates",
+        "neuroada-1=1e-3,1e-2",
+        "neuroada-2-reverse=1e-2",
+    ]
+    quality.main([*arguments, *methods])
+    _, rows = contract.read(tmp_path / "out", "quality", timed=False)
+    assert [row["method"] for row in rows if row["chosen"]] == ["neuroada-1", "neuroada-2-reverse"]
+    assert all(len(row["values"]) == 2 and row["n"] == 6 and row["trained"] for row in rows)
+    assert (tmp_path / "out" / "quality.png").stat().st_size > 10_000
+    before = (tmp_path / "work" / "sst2-neuroada-1-float32-2" / "sweep.json").stat().st_mtime
+    quality.main([*arguments, *methods])
+    assert "have finished before" in capsys.readouterr().err
+    assert before < (tmp_path / "work" / "sst2-neuroada-1-float32-2" / "sweep.json").stat().st_mtime
+
+
+def test_differences_are_seed_by_seed():
+    row = {"task": "t", "dtype": "float32", "model": "m", "steps": 1, "seeds": [1, 2, 3], "chosen": True}
+    theirs = {**row, "method": "lora-1", "values": [80.0, 81.0, 82.0]}
+    ours = {**row, "method": "neuroada-1", "values": [81.0, 82.0, 83.0]}
+    assert quality._difference(ours, [ours, theirs]) == [1.0, 1.0, 1.0]
+    assert quality._difference(theirs, [ours, theirs]) is None
+    assert quality._difference({**ours, "steps": 2}, [ours, theirs]) is None
+
+
+@pytest.mark.parametrize("method", ["lora", "lora-1-reverse", "neuroada-x", "neuroada-1-nearest"])
+def test_unknown_methods_are_one_line(method):
+    from neuroada_jax.errors import UserError
+
+    with pytest.raises(UserError, match="--methods: found"):
+        quality._named(method)
+
+
+def test_training_rows_that_choose_are_kept_apart(arguments, tmp_path):
+    made = quality._content(
+        quality._settings(arguments),
+        quality.KINDS["decoder"],
+    )
+    parts = [Path(made["data"][name]).read_text().splitlines() for name in ("train", "validation")]
+    assert [len(part) for part in parts] == [18, 6]
+    together = sorted(parts[0] + parts[1])
+    original = (tmp_path / "glue" / "sst2" / "train.jsonl").read_text().splitlines()
+    assert together == sorted(json.dumps(json.loads(line)) for line in original)
