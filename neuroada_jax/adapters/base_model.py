@@ -5,10 +5,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import xxhash
-
 from neuroada_jax.adapters.native import Adapter
 from neuroada_jax.errors import UserError
+from neuroada_jax.pretrained import quantization
 from neuroada_jax.pretrained.load import OpenedModel
 from neuroada_jax.pretrained.source import ModelNotFound, open_tensors
 
@@ -54,7 +53,7 @@ def _has_digests(path: str, digests: Mapping[str, str]) -> bool:
     try:
         tensors = open_tensors(path)
         names = digests.keys() & set(tensors.names())
-        return all(xxhash.xxh3_128_hexdigest(tensors.raw(name)) == digests[name] for name in names)
+        return all(quantization.digest(tensors.raw(name)) == digests[name] for name in names)
     except UserError:
         return False
 

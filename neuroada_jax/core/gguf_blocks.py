@@ -37,7 +37,7 @@ class BlockFormat(NamedTuple):
     @property
     def nbytes(self) -> int:
         """The bytes of a block."""
-        return sum(np.dtype(field.dtype).itemsize * field.count for field in self.fields.values())
+        return sum(np.dtype(field.dtype).itemsize * field.number for field in self.fields.values())
 
 
 def split_fields(blocks: np.ndarray, block: BlockFormat) -> dict[str, np.ndarray]:

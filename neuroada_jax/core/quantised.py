@@ -8,7 +8,7 @@ cannot hold W + D; it carries the values of a merged bypass beside them.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -63,6 +63,9 @@ class QuantisedKernel:
     def __len__(self) -> int:
         return self.shape[0]
 
+    def __iter__(self) -> Iterator["QuantisedKernel"]:
+        return (self[layer] for layer in range(len(self)))  # an index beyond the last one is no error in JAX
+
     def __getitem__(self, layer: Any) -> "QuantisedKernel":
         """Return the kernel of one layer of stacked ones."""
         return jax.tree.map(lambda leaf: leaf[layer], self)
@@ -89,6 +92,13 @@ def dequantise(kernel: QuantisedKernel, dtype: Any = None) -> Float[Array, "*L O
     if kernel.values is not None:
         dense = add_entries(dense, kernel.columns, kernel.values)
     return dense if dtype is None else dense.astype(dtype)
+
+
+def shape(kernel: Any) -> tuple[int, ...]:
+    """Return the shape (*L, O, I) of a kernel, quantised or not, whose layers may lie apart."""
+    if isinstance(kernel, tuple):
+        return (len(kernel), *kernel[0].shape)
+    return tuple(kernel.shape)
 
 
 def dense(kernel: Any) -> Array:

@@ -117,12 +117,14 @@ class Model(NamedTuple):
     """A model without weights: the architecture, its static config and the Hugging Face config that it was read from.
 
     `ignored` has the fields of that config that look as if they changed the result and do not: see `config_fields.ignored`.
+    `quantization` says how its kernels are held: see pretrained/quantization.py.
     """
 
     architecture: Architecture
     config: Any
     hf_config: dict[str, Any]
     ignored: tuple[str, ...] = ()
+    quantization: str = "none"
 
     @property
     def layers_path(self) -> ModulePath:

@@ -63,6 +63,9 @@ def work(jaxpr: Any, frozen: Sequence[bool]) -> Work:
         if name == "dot_general":
             operands = zip(equation.invars, read, strict=True)
             total += Work(_dot_flops(equation), sum(nbytes(operand.aval) for operand, is_weight in operands if is_weight))
+        elif name == "optimization_barrier":  # before a quantised kernel is dequantised: its codes are read here
+            of_weights = [each for each, is_weight in zip(equation.invars, read, strict=True) if is_weight]
+            total += Work(weight_bytes=sum(nbytes(each.aval) for each in of_weights))
         elif name in _VIEWS and read[0]:
             weights.add(equation.outvars[0])
         elif name == "scan":

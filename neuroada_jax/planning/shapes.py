@@ -38,7 +38,7 @@ def abstract_run(config: RunConfig) -> AbstractRun:
     Raises:
       UserError: a model or target that does not exist, examples longer than the model allows.
     """
-    opened = open_model(config.model.path, config.model.dtype, config_only=True)
+    opened = open_model(config.model.path, config.model.dtype, config_only=True, quantization_of=config.model.held)
     objective, opened = objectives.objective(config, opened)
     modules.check_length(config, opened.model)
     paths = modules.target_paths(config, opened.model)
@@ -51,7 +51,7 @@ def abstract_run(config: RunConfig) -> AbstractRun:
 
     # Whether a checkpoint lacks more than the classifier (BERT's pooler) is only known from its weights.
     classifier = opened.model.architecture.classifier if config.classifier.train else ()
-    return AbstractRun(opened, transformation, jax.eval_shape(initial_state, opened.model.abstract_params()), objective)
+    return AbstractRun(opened, transformation, jax.eval_shape(initial_state, opened.abstract_params()), objective)
 
 
 def longest_batch(config: RunConfig, examples: int, task: ClassificationTask | None = None) -> AnyBatch:

@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 from gguf.quants import dequantize
 
+from neuroada_jax.core.gguf_blocks import BLOCKS, split_fields
 from neuroada_jax.errors import UserError
 from neuroada_jax.models.config_fields import shown
 from neuroada_jax.pretrained.gguf_header import Header, TensorInfo, read_header
@@ -62,9 +63,14 @@ def _open_model(path: str | Path) -> tuple[Header, str]:
 class GGUFTensors:
     """Tensors of one GGUF file under Hugging Face names, decoded one at a time from the memory map.
 
+    Attributes:
+      packs_layers_only: whether blocks of the embedding and the output layer are always dequantised.
+
     Raises:
       UserError: the file is truncated or not supported.
     """
+
+    packs_layers_only = True
 
     def __init__(self, path: str | Path):
         self.path = path
@@ -109,6 +115,22 @@ class GGUFTensors:
           UserError: the tensor's block format has no decoder.
         """
         array = _decode(self.path, name, self.raw(name) if raw is None else raw, self._info(name))
+        return self._in_order(name, array)
+
+    def format_of(self, name: str) -> str | None:
+        """Return the format of blocks that can be kept packed, None for other tensors."""
+        kind = self._info(name).qtype.name
+        return kind if kind in BLOCKS else None
+
+    def packed(self, name: str, raw: memoryview | None = None) -> dict[str, np.ndarray]:
+        """Return the fields of a packed tensor's blocks, q and k in Hugging Face's order; arguments of `read`."""
+        info = self._info(name)
+        stored = np.frombuffer(self.raw(name) if raw is None else raw, np.uint8).reshape(*info.shape[:-1], -1)
+        fields = split_fields(stored, BLOCKS[info.qtype.name])
+        return {field: self._in_order(name, part) for field, part in fields.items()}
+
+    def _in_order(self, name: str, array: np.ndarray) -> np.ndarray:
+        """Return an array (O, ...) of a tensor with its neurons in Hugging Face's order."""
         heads = self._heads.get(name.rpartition(".")[0].rpartition(".")[2])
         if self._arch != "llama" or not heads:
             return array

@@ -5,25 +5,22 @@ about one tensor of the model's size.
 """
 
 import dataclasses
-import functools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import transformers
 import xxhash
-from jax import lax
 
 from neuroada_jax import console, devices, models
 from neuroada_jax.core import trees
 from neuroada_jax.core.trees import ModulePath, Tree
 from neuroada_jax.errors import UserError
 from neuroada_jax.models import Labels, names
-from neuroada_jax.pretrained import tensor_checks, tensor_names
-from neuroada_jax.pretrained.safetensors_directory import SafetensorsDirectory
+from neuroada_jax.pretrained import placing, quantization, tensor_checks, tensor_names
+from neuroada_jax.pretrained.placing import OnKernel
 from neuroada_jax.pretrained.source import (
     HUB_FILES,
     TensorSource,
@@ -53,7 +50,13 @@ class OpenedModel:
     def with_labels(self, labels: Labels | Sequence[str]) -> "OpenedModel":
         """Return this encoder with a classifier for these labels, or for labels of these names."""
         model = models.from_hf_config(self.model.hf_config, self.model.config.dtype, labels)
+        model = model._replace(quantization=self.model.quantization)
         return OpenedModel(model, self.path, self.source)
+
+    def abstract_params(self) -> Tree:
+        """Return the shapes of the parameters as `load` returns them, from the headers alone."""
+        tensors = open_tensors(self.path) if quantization.needs_tensors(self.model, self.path) else None
+        return quantization.abstract_params(self.model, quantization.formats(self.model, tensors))
 
     def missing(self) -> list[str]:
         """Return the Hugging Face names of the optional tensors that the checkpoint lacks, from its headers alone."""
@@ -66,6 +69,7 @@ class OpenedModel:
         shardings: Tree | None = None,
         on_progress: Callable[[int, int], None] | None = None,
         tensors: TensorSource | None = None,
+        on_kernel: OnKernel | None = None,
     ) -> "LoadedModel":
         """Read the weights; arguments as in `load_params`, with the model's own tensors where none are given.
 
@@ -73,7 +77,8 @@ class OpenedModel:
           UserError: a file or tensor that is missing, truncated or of another shape.
         """
         try:
-            params, digests = load_params(self.model, tensors or open_tensors(self.path), on_progress, seed, shardings)
+            source = tensors or open_tensors(self.path)
+            params, digests = load_params(self.model, source, on_progress, seed, shardings, on_kernel)
         except UserError as error:
             raise UserError(str(error) if self.path in str(error) else f"{self.path}: {error}") from error
         return LoadedModel(self.model, self.path, self.source, digests, params)
@@ -126,11 +131,6 @@ def _is_below(path: ModulePath, modules: tuple[ModulePath, ...]) -> bool:
     return any(path[: len(module)] == module for module in modules)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _write_layer(buffer: jax.Array, tensor: jax.Array, layer: jax.Array) -> jax.Array:
-    return lax.dynamic_update_index_in_dim(buffer, tensor.astype(buffer.dtype), layer, 0)
-
-
 def _initial_tensor(name: str, shape: tuple[int, ...], stddev: float, seed: int) -> np.ndarray:
     """Initialise a float32 tensor as transformers does: a normal weight or a zero bias."""
     if name.endswith(".bias"):
@@ -146,6 +146,7 @@ def load_params(
     on_progress: Callable[[int, int], None] | None = None,
     seed: int = 0,
     shardings: Tree | None = None,
+    on_kernel: OnKernel | None = None,
 ) -> tuple[Tree, dict[str, str]]:
     """Read the parameter tree of `model`, and the digest of every tensor's stored bytes.
 
@@ -156,13 +157,16 @@ def load_params(
       seed: initialises the optional tensors that the checkpoint lacks; they have no digest.
       shardings: the sharding of each leaf of the tree; None for the default device. No device holds more than its part of
         the tree, and one tensor besides.
+      on_kernel: called with (path, layer, weight) of every kernel that is quantised here, before it is.
 
     Raises:
       UserError: a tensor that the model needs is missing, has another shape or holds NaN or infinities, or the machine
         has too little memory for all of them.
     """
+    formats = quantization.formats(model, tensors)
     flat: dict[tuple[str, ...], Any] = dict(trees.flatten(model.abstract_params()))
-    leaf_shardings = dict(trees.flatten(shardings or jax.tree.map(lambda _: None, model.abstract_params())))
+    held: dict[tuple[str, ...], Any] = dict(trees.flatten(quantization.abstract_params(model, formats)))
+    leaf_shardings = dict(trees.flatten(shardings)) if shardings else dict.fromkeys(held)
     slots = names.checkpoint_names(model.abstract_params(), model.layers_path)
     found, architecture = tensor_names.assign(model, tensors.names()).stored, model.architecture
     shapes = {name: flat[slot.path].shape[slot.layer is not None :] for name, slot in slots.items()}
@@ -173,26 +177,20 @@ def load_params(
             raise UserError(f"tensor {name!r} is missing from the checkpoint{untied}; expected shape {list(shapes[name])}")
     hints = {name: _OTHER_LABELS if optional[name] else "" for name in shapes}
     tensor_checks.check_shapes(tensors, ((found[name], shapes[name], hints[name]) for name in shapes if name in found))
-    tensor_checks.check_memory(flat, leaf_shardings)
+    tensor_checks.check_memory(*quantization.separate_parts(held, leaf_shardings))
     digests = {}
-    filled: dict[tuple[str, ...], jax.Array] = {}
+    filled: dict[tuple[str, ...], Any] = {}
     for done, (name, slot) in enumerate(slots.items()):
-        leaf = flat[slot.path]
+        form = formats.get(slot.path)
+        if isinstance(form, tuple):  # one for each layer
+            form = form[slot.layer or 0]
         if name in found:
-            raw = tensors.raw(found[name])  # read once
-            digests[name] = xxhash.xxh3_128_hexdigest(raw)
-            tensor = tensors.read(found[name], raw)
-            del raw
-            tensor_checks.check_finite(found[name], tensor)
+            tensor, digests[name] = placing.read(model, tensors, found[name], slot, form, on_kernel)
         else:
             tensor = _initial_tensor(name, shapes[name], model.hf_config.get("initializer_range", 0.02), seed)
-        if slot.layer is None:
-            filled[slot.path] = jax.device_put(jnp.asarray(tensor).astype(leaf.dtype), leaf_shardings[slot.path])
-        else:
-            if slot.path not in filled:
-                filled[slot.path] = jnp.zeros(leaf.shape, leaf.dtype, device=leaf_shardings[slot.path])
-            written = _write_layer(filled[slot.path], np.asarray(tensor), np.int32(slot.layer))
-            filled[slot.path] = written.block_until_ready()  # without it tensors queue up in host memory
+        if form is not None:
+            tensor = quantization.node(tensor, form, flat[slot.path].dtype)
+        placing.place(filled, slot, held[slot.path], leaf_shardings[slot.path], tensor)
         del tensor
         if on_progress:
             on_progress(done + 1, len(slots))
@@ -200,7 +198,12 @@ def load_params(
 
 
 def open_model(
-    source: str, dtype: str = "auto", *, config_only: bool = False, labels: Labels | Sequence[str] | None = None
+    source: str,
+    dtype: str = "auto",
+    *,
+    config_only: bool = False,
+    labels: Labels | Sequence[str] | None = None,
+    quantization_of: str | None = None,
 ) -> OpenedModel:
     """Find a model and read its config; its weights are read by `OpenedModel.load`.
 
@@ -209,6 +212,7 @@ def open_model(
       dtype: "float32", "bfloat16" or "auto" for the dtype of the checkpoint; float16 becomes bfloat16.
       config_only: download the config of a hub id only; its weights cannot be loaded afterwards.
       labels: of an encoder's classifier, or their names; None: those of the model's config.
+      quantization_of: its kernels; see `quantization.resolve`.
 
     Raises:
       UserError: the path does not exist, its architecture or config is not supported, or JAX cannot start
@@ -224,12 +228,17 @@ def open_model(
             "merge it into the model, or move it elsewhere"
         )
     try:
+        held = quantization.resolve(quantization_of, path, hf_config)
+        if not config_only:
+            quantization.check_device(held)
+        hf_config = {name: value for name, value in hf_config.items() if name != "quantization_config"}
         model = models.from_hf_config(hf_config, config_dtype(dtype, hf_config), labels)
         if model.architecture.is_decoder and model.config.tied and not _tied_in_effect(model, path, config_only):
             hf_config = {**hf_config, "tie_word_embeddings": False}
             model = models.from_hf_config(hf_config, model.config.dtype)
     except UserError as error:
         raise UserError(str(error) if path in str(error) else f"{path}: {error}") from error
+    model = model._replace(quantization=held)
     if model.ignored:
         names = ", ".join(model.ignored)
         console.warn(f"{path}: config.json: ignored, as transformers does for {hf_config['model_type']}: {names}")
@@ -261,13 +270,19 @@ def load_model(
     *,
     labels: Labels | Sequence[str] | None = None,
     seed: int = 0,
+    quantization_of: str | None = None,
 ) -> LoadedModel:
     """Open a model and read its weights; see `open_model` and `OpenedModel.load`."""
-    return open_model(source, dtype, labels=labels).load(seed, on_progress=on_progress)
+    return open_model(source, dtype, labels=labels, quantization_of=quantization_of).load(seed, on_progress=on_progress)
 
 
 def open_with_tokenizer(
-    source: str, dtype: str, labels: Labels | Sequence[str] | None = None, *, config_only: bool = False
+    source: str,
+    dtype: str,
+    labels: Labels | Sequence[str] | None = None,
+    *,
+    config_only: bool = False,
+    quantization_of: str | None = None,
 ) -> tuple[OpenedModel, transformers.PreTrainedTokenizerFast]:
     """Open a model and read its tokenizer; arguments as in `open_model`.
 
@@ -277,7 +292,7 @@ def open_with_tokenizer(
       UserError: see `open_model` and `tokenizer.load_tokenizer`; also a tokenizer that has more tokens than the
         model has embeddings.
     """
-    opened = open_model(source, dtype, labels=labels, config_only=config_only)
+    opened = open_model(source, dtype, labels=labels, config_only=config_only, quantization_of=quantization_of)
     tokenizer = load_tokenizer(opened.path)
     if len(tokenizer) > opened.model.config.vocab_size:
         raise UserError(
@@ -288,7 +303,12 @@ def open_with_tokenizer(
 
 
 def load_with_progress(
-    opened: OpenedModel, seed: int = 0, shardings: Tree | None = None, *, replaced: bool = False
+    opened: OpenedModel,
+    seed: int = 0,
+    shardings: Tree | None = None,
+    *,
+    replaced: bool = False,
+    on_kernel: OnKernel | None = None,
 ) -> LoadedModel:
     """Read the weights under a progress bar; report unused tensors, and those that were initialised from `seed`.
 
@@ -296,8 +316,8 @@ def load_with_progress(
     """
     tensors = open_tensors(opened.path)
     with console.bar("loading weights") as shown:
-        loaded = opened.load(seed, shardings, console.reporter(shown), tensors)
-    for note in tensors.notes if isinstance(tensors, SafetensorsDirectory) else []:
+        loaded = opened.load(seed, shardings, console.reporter(shown), tensors, on_kernel)
+    for note in getattr(tensors, "notes", []):
         console.say(note)
     if unused := tensor_names.line(opened.source, opened.model, tensors.names()):
         console.say(unused)
@@ -338,7 +358,10 @@ def with_params(opened: OpenedModel, loaded: LoadedModel, seed: int = 0) -> Load
         tensor = _initial_tensor(name, leaf.shape, opened.model.hf_config.get("initializer_range", 0.02), seed)
         found[slots[name].path] = jnp.asarray(tensor).astype(leaf.dtype)
     for path, leaf in wanted.items():
-        have = f"{found[path].dtype} {list(found[path].shape)}" if path in found else "none"
+        have = "none"
+        if path in found:  # the layers of a kernel lie apart where they are quantised differently
+            first, stack = (found[path][0], [len(found[path])]) if isinstance(found[path], tuple) else (found[path], [])
+            have = f"{first.dtype} {[*stack, *first.shape]}"
         if have != f"{leaf.dtype} {list(leaf.shape)}":
             raise UserError(
                 f"{loaded.source}: {'.'.join(path)}: expected {leaf.dtype} {list(leaf.shape)}, found {have} in memory"

@@ -113,6 +113,14 @@ class SafetensorsDirectory:
         """Return the shape of a tensor, from the header."""
         return self._tensors[name].shape
 
+    def dtype(self, name: str) -> str:
+        """Return the dtype of a tensor by its safetensors name."""
+        return self._tensors[name].dtype
+
+    def nbytes(self, name: str) -> int:
+        """Return the number of bytes of a tensor."""
+        return self._tensors[name].nbytes
+
     def read(self, name: str, raw: Any = None) -> np.ndarray:
         """Read a tensor.
 

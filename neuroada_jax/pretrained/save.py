@@ -2,20 +2,20 @@
 
 import copy
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 import transformers
 
 from neuroada_jax import files
-from neuroada_jax.core import trees
+from neuroada_jax.core import quantised, trees
 from neuroada_jax.core.trees import ModulePath, Tree
 from neuroada_jax.data.prompts import PromptForm
 from neuroada_jax.models import config_fields, names
@@ -51,15 +51,15 @@ def save(
     end_ids = prompt_form.end_ids(form, tokenizer, base_model.source) if form and tokenizer is not None else []
     leaves: dict[ModulePath, Any] = dict(trees.flatten(params))
     slots = names.checkpoint_names(params, base_model.model.layers_path)
-    dtype = np.dtype(jax.tree.leaves(params)[0].dtype)
+    dtype = np.dtype(next(leaf for leaf in leaves.values() if not isinstance(leaf, tuple)).dtype)
 
     def tensor(name: str) -> np.ndarray:
         slot = slots[name]
-        return np.asarray(leaves[slot.path] if slot.layer is None else leaves[slot.path][slot.layer])
+        return np.asarray(quantised.dense(leaves[slot.path] if slot.layer is None else leaves[slot.path][slot.layer]))
 
     def size(slot: names.Slot) -> int:
         leaf = leaves[slot.path]
-        return leaf.nbytes if slot.layer is None else sum(each.nbytes for each in jax.tree.leaves(leaf)) // len(leaf)
+        return math.prod(quantised.shape(leaf)[slot.layer is not None :]) * dtype.itemsize
 
     plan = huggingface_hub.split_state_dict_into_shards_factory(
         slots,  # in place of the tensors, so that only one shard at a time is on the host

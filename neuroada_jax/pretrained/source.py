@@ -12,6 +12,7 @@ import numpy as np
 from neuroada_jax.errors import UserError
 from neuroada_jax.files import read_json
 from neuroada_jax.pretrained import gguf_file, hub
+from neuroada_jax.pretrained.bitsandbytes_tensors import BitsandbytesTensors
 from neuroada_jax.pretrained.safetensors_directory import SafetensorsDirectory
 
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
@@ -24,7 +25,10 @@ class ModelNotFound(UserError):
 
 @runtime_checkable
 class TensorSource(Protocol):
-    """A checkpoint on disk, under Hugging Face tensor names."""
+    """A checkpoint on disk, under Hugging Face tensor names.
+
+    One that may be quantised also has `format_of(name)`, a tensor's format or None, and `packed(name, raw)`, its arrays.
+    """
 
     def names(self) -> list[str]:
         """Return the names of all tensors."""
@@ -91,14 +95,16 @@ def open_tensors(path: str) -> TensorSource:
     return gguf_file.GGUFTensors(path) if path.endswith(".gguf") else open_directory(path)
 
 
-def open_directory(path: str) -> SafetensorsDirectory:
+def open_directory(path: str) -> SafetensorsDirectory | BitsandbytesTensors:
     """Open the tensors of a local model directory: those that transformers would load."""
-    file = read_config(path).get("transformers_weights")
+    config = read_config(path)
+    file = config.get("transformers_weights")
     if file is not None and not (isinstance(file, str) and file.endswith((".safetensors", ".safetensors.index.json"))):
         raise UserError(
             f"{path}/config.json: transformers_weights: expected a .safetensors file or its index, found {file!r}"
         )
-    return SafetensorsDirectory(path, file)
+    directory = SafetensorsDirectory(path, file)
+    return BitsandbytesTensors(directory) if config.get("quantization_config") else directory
 
 
 def config_dtype(name: str, hf_config: dict[str, Any]) -> Any:

@@ -109,7 +109,7 @@ def run(config: RunConfig, given: Mapping[str, Any], options: Options, where: st
         raise UserError("bypass.score: 'custom' stands for a Python function, which a sweep does not take; choose another")
     store = Store(config.directory)
     store.check(config, list(checked), options.overwrite)
-    model = open_with_tokenizer(config.model.path, config.model.dtype)
+    model = open_with_tokenizer(config.model.path, config.model.dtype, quantization_of=config.model.held)
     rows = starts.prepare(members, model)
     with store.opened(config, options.overwrite):
         return _Sweep(config, own, checked, options, store, rows).run(members)

@@ -15,21 +15,9 @@ from neuroada_jax.tasks import ENCODER_TASKS, TASKS, unknown, wrong_columns
 from neuroada_jax.training import label_fields, source_fields
 from neuroada_jax.training.config_connections import BypassSection, LoraSection
 from neuroada_jax.training.config_execution import STRICT, ParallelSection, WatchdogSection
+from neuroada_jax.training.config_model import ModelSection
 
 Seed = Annotated[int, pydantic.Field(ge=0, lt=2**32)]  # JAX's keys are made of 32 bits
-
-
-@dataclass(frozen=True, config=STRICT)
-class ModelSection:
-    """The frozen base model.
-
-    Attributes:
-      path: a Hugging Face directory, a hub id, a .gguf file or package:NAME/FILE.
-      dtype: of the weights; "auto" (the default) is the checkpoint's own, bfloat16 for a float16 checkpoint.
-    """
-
-    path: str
-    dtype: Literal["float32", "bfloat16", "auto"] = "auto"
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -28,6 +28,8 @@ class BypassSection:
       layers: numbers of the layers that train, from 0. None (the default): all.
       exclude_layers: numbers of the layers that do not train, in place of `layers`. None (the default): none.
       rank: of the approximation, for "lowrank". Default 32.
+      select_from: of a base model that is quantised on load, the weights of the checkpoint ("original") or
+        the dequantised ones ("quantised"). None (the default): "original" for "magnitude" and "reverse".
       statistic_batches: batches of the first epoch from which "gradient", "gradient_over_magnitude" and "activation" take
         their statistics. None (the default): all; 16 for "activation".
     """
@@ -43,6 +45,7 @@ class BypassSection:
     exclude_layers: list[Layer] | None = pydantic.Field(default=None, min_length=1)
     rank: int = pydantic.Field(default=32, ge=1)
     statistic_batches: int | None = pydantic.Field(default=None, ge=1)
+    select_from: Literal["original", "quantised"] | None = None
 
     def __post_init__(self) -> None:
         if self.layers is not None and self.exclude_layers is not None:

@@ -13,7 +13,7 @@ from jax import lax
 from neuroada_jax import models
 from neuroada_jax.adapters import native
 from neuroada_jax.adapters.factors import LoraOptions
-from neuroada_jax.core import bypass, low_rank, scores, selection, trees
+from neuroada_jax.core import bypass, low_rank, quantised, scores, selection, trees
 from neuroada_jax.core.bypass import Bypass
 from neuroada_jax.core.scores import RULES, Needs, Rule, Score
 from neuroada_jax.core.trees import ModulePath, Tree
@@ -71,19 +71,31 @@ def choose(
         kernel, name = trees.get(params, path)["kernel"], ".".join(path)
 
         def search(tree: Tree, name: str = name) -> Tree:
-            chosen, finite = selection.search(tree["kernel"], section.k, rule.score, tree.get("statistic"), name=name)
+            chosen, finite = _search(tree["kernel"], section.k, rule.score, tree.get("statistic"), name)
             return {"columns": chosen} if finite is None else {"columns": chosen, "finite": finite}
 
         statistic = statistics(number, path)
         found = by_neuron(search)({"kernel": kernel} | ({} if statistic is None else {"statistic": statistic}))
         selection.check_finite(found.get("finite"), name)
         chosen = found["columns"]
+        *neurons, inputs = quantised.shape(kernel)
         if section.shared_columns:
-            chosen = selection.most_selected(chosen, kernel.shape[-1])
-        trained = _trained(config, model, path, kernel.shape[:-1], jax.random.fold_in(jax.random.key(config.seed), number))
+            chosen = selection.most_selected(chosen, inputs)
+        key = jax.random.fold_in(jax.random.key(config.seed), number)
+        trained = _trained(config, model, path, tuple(neurons), key)
         columns = trees.put(columns, path, {"columns": chosen} | ({} if trained is None else {"trained": trained}))
-        values = trees.put(values, path, {"values": jnp.zeros((*kernel.shape[:-1], chosen.shape[-1]), dtype)})
+        values = trees.put(values, path, {"values": jnp.zeros((*neurons, chosen.shape[-1]), dtype)})
     return Bypass(values, columns)
+
+
+def _search(kernel: Any, k: int, score: Score, statistic: Any, name: str) -> tuple[jax.Array, jax.Array | None]:
+    """Return `selection.search` of a stacked kernel, or of one whose layers are quantised differently and lie apart."""
+    if not isinstance(kernel, tuple):
+        return selection.search(kernel, k, score, statistic, name=name)
+    own = [jax.tree.map(lambda leaf, at=at: leaf[at], statistic) for at in range(len(kernel))]
+    each = [selection.search(layer, k, score, mine, name=name) for layer, mine in zip(kernel, own, strict=True)]
+    columns, finite = zip(*each, strict=True)
+    return jnp.stack(columns), None if finite[0] is None else jnp.stack(finite)
 
 
 def of_equal_shapes(config: RunConfig, model: models.Model, params: Tree, paths: list[ModulePath]) -> Bypass:

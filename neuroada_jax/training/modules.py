@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from neuroada_jax import console, models
-from neuroada_jax.core import low_rank, trees
+from neuroada_jax.core import low_rank, quantise, trees
 from neuroada_jax.errors import UserError
 from neuroada_jax.models import names
 from neuroada_jax.pretrained.load import IdentifiedModel
@@ -215,3 +215,33 @@ def count_trained(config: RunConfig, model: models.Model, values: trees.Tree) ->
         depth = len(trained_layers(config, model)) if names.is_stacked(path, model.layers_path) else 1
         total += depth * trained_neurons(config, neurons) * k
     return total
+
+
+OF_WEIGHTS_ALONE = ("magnitude", "reverse")  # scores that need nothing but the weights
+_OF_DENSE_WEIGHTS = ("gradient", "gradient_over_magnitude", "lowrank")
+
+
+def check_quantised(config: RunConfig, model: models.Model) -> None:
+    """Check that a run's connections can be selected on a quantised base model, from the weights that it asks for.
+
+    Raises:
+      UserError: they cannot.
+    """
+    section, on_load = config.bypass, model.quantization in quantise.MADE
+    if config.method != "neuroada":
+        return
+    if model.quantization != "none" and section.score in _OF_DENSE_WEIGHTS:
+        raise UserError(
+            f"bypass.score: {section.score!r} needs dense weights, and this base model is quantised; expected one of "
+            "magnitude, reverse, activation, random, or model.quantization none"
+        )
+    if section.select_from == "original" and not on_load:
+        raise UserError(
+            "bypass.select_from: 'original' needs weights that are quantised on load (model.quantization nf4, int8, fp8); "
+            "remove it"
+        )
+    if section.select_from == "original" and section.score not in OF_WEIGHTS_ALONE:
+        raise UserError(
+            f"bypass.select_from: 'original' needs a score of the weights alone ({', '.join(OF_WEIGHTS_ALONE)}), found "
+            f"{section.score!r}; remove it"
+        )

@@ -176,7 +176,9 @@ def prepare(
     alone = peers.current().count == 1
     checkpoints = checkpoint.Checkpoints(folder, *keep) if alone else SharedCheckpoints(folder, *keep, devices)
     resumed_from = run_directory.newest_checkpoint(checkpoints, directory) if resume else None
-    opened, tokenizer = model or open_with_tokenizer(config.model.path, config.model.dtype)
+    opened, tokenizer = model or open_with_tokenizer(
+        config.model.path, config.model.dtype, quantization_of=config.model.held
+    )
     opened = OpenedModel(opened.model, opened.path, opened.source)  # a caller's own weights are given to `fit`
     config = modules.resolved(config, opened.model)
     if resumed_from and peers.current().is_first:  # the others have the same config, but for paths
@@ -231,6 +233,7 @@ def prepare_rows(
     modules.say_dropout(opened.model)
     modules.say_unused(config)
     target_paths = modules.target_paths(config, opened.model)
+    modules.check_quantised(config, opened.model)
     sets, chooser = {each.name: each for each in config.evaluation.sets}, config.evaluation.best_epoch
     held_out = {name: objective.evaluation_rows(each) for name, each in sets.items()}
     rows = objective.training_rows(held_out, rows)

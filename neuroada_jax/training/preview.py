@@ -178,7 +178,7 @@ def _without_weights(config: RunConfig) -> tuple[OpenedModel, Any]:
     """Open the model and its tokenizer; of a hub id, no weights are downloaded."""
     files = [pattern for pattern in source.HUB_FILES if pattern != "*.safetensors"]
     path = source.resolve(config.model.path, files)
-    opened, tokenizer = open_with_tokenizer(path, config.model.dtype, config_only=True)
+    opened, tokenizer = open_with_tokenizer(path, config.model.dtype, config_only=True, quantization_of=config.model.held)
     return OpenedModel(opened.model, path, config.model.path), tokenizer
 
 

@@ -23,7 +23,7 @@ from neuroada_jax.generation.texts import ending
 from neuroada_jax.locks import Lock
 from neuroada_jax.models import dense_modules
 from neuroada_jax.pretrained import save
-from neuroada_jax.pretrained.load import IdentifiedModel, LoadedModel, load_with_progress, with_params
+from neuroada_jax.pretrained.load import IdentifiedModel, LoadedModel
 from neuroada_jax.tasks import TASKS
 from neuroada_jax.training import (
     best_epoch,
@@ -42,6 +42,7 @@ from neuroada_jax.training import (
     trackers,
     validation,
     watchdog,
+    weights,
 )
 from neuroada_jax.training.config import RunConfig
 from neuroada_jax.training.kept_states import KeptStates
@@ -166,14 +167,11 @@ def _fit(prepared: Prepared, started: _Started, state: TrainState, stop: Stop | 
 def _start(prepared: Prepared, loaded: LoadedModel | None, locked: contextlib.ExitStack) -> tuple[_Started, TrainState]:
     """Read the weights, choose the connections, score the base model, and initialise the state; lock the directory."""
     config, devices, objective = prepared.config, prepared.devices, prepared.objective
-    if loaded is None:
-        shardings = devices.weight_shardings(prepared.opened.model.abstract_params())
-        loaded = load_with_progress(prepared.opened, config.seed, shardings)
-    else:
-        loaded = with_params(prepared.opened, loaded, config.seed)
+    loaded, original = weights.load(prepared, loaded)
     one_job.check_weights(loaded.digests)
     classifier = modules.dense_paths(config, loaded, prepared.target_paths)
     built = _connections(prepared, loaded)
+    built = built if original is None else original.put_into(built)
     lock = locked.enter_context(run_directory.start(config, prepared.seen, resumed=bool(prepared.resumed_from)))
 
     dense = bypass.count(dense_modules.split(loaded.params, classifier)[1])

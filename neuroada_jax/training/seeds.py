@@ -82,7 +82,7 @@ def _finished(runs: dict[int, RunConfig], force: bool) -> dict[int, dict[str, An
     if not done:
         return {}
     first = next(iter(done.values()))
-    model = open_with_tokenizer(first.model.path, first.model.dtype)[0].model
+    model = open_with_tokenizer(first.model.path, first.model.dtype, quantization_of=first.model.held)[0].model
     found = {}
     for seed, each in done.items():
         written = config_file.load(str(each.directory / "config.yaml"))

@@ -23,6 +23,7 @@ NEURON_AXES = (TENSOR, FSDP)  # the mesh axes that split weights by neuron; in t
 RULES = (
     ("*[nN]orm*", PartitionSpec()),
     ("*/kernel", PartitionSpec(NEURON_AXES, None)),
+    ("*/kernel/*parts/*", PartitionSpec(NEURON_AXES, None)),  # codes and scales of a quantised kernel
     ("*/embedding", PartitionSpec(NEURON_AXES, None)),
     ("*/bias", PartitionSpec(NEURON_AXES)),
     ("*/values", PartitionSpec(NEURON_AXES, None)),

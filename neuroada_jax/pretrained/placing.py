@@ -1,0 +1,63 @@
+"""From a checkpoint into the buffers of a parameter tree, one tensor at a time: read, quantised on the way, written."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from neuroada_jax import models
+from neuroada_jax.core import quantised
+from neuroada_jax.core.trees import ModulePath
+from neuroada_jax.models import names
+from neuroada_jax.pretrained import quantization, tensor_checks
+
+OnKernel = Callable[[ModulePath, int | None, np.ndarray], None]
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _write_layer(buffer: Any, tensor: Any, layer: jax.Array) -> Any:
+    """Return stacked arrays with one layer replaced: of a kernel, or of a quantised kernel."""
+    write = lambda stack, new: lax.dynamic_update_index_in_dim(stack, new.astype(stack.dtype), layer, 0)  # noqa: E731
+    return jax.tree.map(write, buffer, tensor)
+
+
+def read(
+    model: models.Model, tensors: Any, name: str, slot: names.Slot, form: str | None, on_kernel: OnKernel | None
+) -> tuple[Any, str]:
+    """Return a tensor, or the arrays of a quantised one, and its digest."""
+    raw = tensors.raw(name)  # read once
+    if form is not None and quantization.is_stored(model):
+        return tensors.packed(name, raw), quantization.digest(raw)
+    tensor = tensors.read(name, raw)
+    tensor_checks.check_finite(name, tensor)
+    if form is None:
+        return tensor, quantization.digest(raw)
+    del raw
+    if on_kernel:
+        on_kernel(slot.path[:-1], slot.layer, tensor)
+    parts = quantization.make(tensor, form)
+    return parts, quantization.digest(parts)
+
+
+def place(filled: dict[tuple[str, ...], Any], slot: names.Slot, held: Any, sharding: Any, tensor: Any) -> None:
+    """Put a tensor, or a quantised kernel, into its place of the tree; `held` has the shapes of its leaf."""
+    apart = isinstance(held, tuple)
+    like = held[slot.layer or 0] if apart else held
+    shapes, structure = jax.tree.flatten(like)
+    where = jax.tree.leaves(sharding) if quantised.is_quantised(sharding) else [sharding] * len(shapes)
+    if slot.layer is None or apart:
+        parts = zip(jax.tree.leaves(tensor), shapes, where, strict=True)
+        placed = [jax.device_put(jnp.asarray(part).astype(shape.dtype), device) for part, shape, device in parts]
+        own = jax.tree.unflatten(structure, placed)
+        filled[slot.path] = (*filled.get(slot.path, ()), own) if apart else own
+    else:
+        if slot.path not in filled:
+            each = zip(shapes, where, strict=True)
+            zeros = [jnp.zeros(shape.shape, shape.dtype, device=device) for shape, device in each]
+            filled[slot.path] = jax.tree.unflatten(structure, zeros)
+        written = _write_layer(filled[slot.path], jax.tree.map(np.asarray, tensor), np.int32(slot.layer))
+        filled[slot.path] = jax.block_until_ready(written)  # without it tensors queue up in host memory

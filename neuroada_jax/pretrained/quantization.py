@@ -1,0 +1,213 @@
+"""How a model's kernels are held: as the checkpoint has them, dequantised, or quantised while they are read.
+
+`Model.quantization` is "none"; "stored:FORMAT", where codes are kept as the checkpoint has them ("stored" alone for a GGUF
+file, whose tensors differ); or the format of `quantise.MADE` into which the kernels of the layers are quantised on load.
+Embeddings, norms and the output layer stay in the model's dtype, unless a bitsandbytes checkpoint has quantised them.
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import xxhash
+
+from neuroada_jax import models
+from neuroada_jax.core import quantise, quantised, trees
+from neuroada_jax.core.gguf_blocks import BLOCKS
+from neuroada_jax.core.quantised import QuantisedKernel
+from neuroada_jax.core.quantised_formats import check_inputs
+from neuroada_jax.core.trees import ModulePath, Tree
+from neuroada_jax.errors import UserError
+from neuroada_jax.models import names
+from neuroada_jax.models.config_fields import shown
+from neuroada_jax.pretrained import bitsandbytes_tensors, gguf_header, tensor_names
+from neuroada_jax.pretrained.safetensors_directory import INDEX, SINGLE
+
+_PLAIN = {"F32", "F16", "BF16"}  # GGUF types that are no blocks
+NONE, STORED = "none", "stored"
+REQUESTS = ("auto", "none", "nf4", "int8", "fp8", "nf4_nested")
+# A format for all layers of a stacked kernel, or one for each layer (None: not quantised) where they differ.
+Formats = dict[ModulePath, str | tuple[str | None, ...]]
+
+
+def is_stored(model: models.Model) -> bool:
+    """Return whether a model's kernels are kept as its checkpoint has them."""
+    return model.quantization.startswith(STORED)
+
+
+def needs_tensors(model: models.Model, path: str) -> bool:
+    """Return whether the formats of a model's kernels are known from its tensors alone."""
+    if not is_stored(model):
+        return False
+    index = [name for name in (SINGLE, INDEX) if os.path.isfile(os.path.join(path, name))]
+    return path.endswith(".gguf") or bool(index)
+
+
+def declared(path: str, hf_config: Mapping[str, Any]) -> str | None:
+    """Return what a checkpoint is quantised as, None where it is not.
+
+    Raises:
+      UserError: a method that is not read, such as GPTQ and AWQ.
+    """
+    if path.endswith(".gguf"):
+        stored = {
+            info.qtype.name for name, info in gguf_header.read_header(path).tensors.items() if name.startswith("blk.")
+        }
+        packed = sorted(stored - _PLAIN)
+        return f"GGUF {', '.join(packed)}" if packed else None
+    section = hf_config.get("quantization_config")
+    if not section:
+        return None
+    method = section.get("quant_method") if isinstance(section, Mapping) else None
+    if method is None and isinstance(section, Mapping) and any("load_in_" in key for key in section):
+        method = "bitsandbytes"
+    if method != "bitsandbytes":
+        raise UserError(
+            f"config.json: quantization_config: checkpoints of {shown(method)} are not read; expected bitsandbytes (nf4, "
+            "int8), a GGUF file, or an unquantised checkpoint with model.quantization"
+        )
+    return f"bitsandbytes {bitsandbytes_tensors.format_of_config(section)}"
+
+
+def resolve(requested: str | None, path: str, hf_config: Mapping[str, Any]) -> str:
+    """Return `Model.quantization` for what was asked for.
+
+    Args:
+      requested: one of `REQUESTS`; None: bitsandbytes checkpoints as they are, and GGUF files dequantised.
+      path: the local directory or GGUF file.
+      hf_config: its config.
+
+    Raises:
+      UserError: the checkpoint is quantised already, or in a way that is not read; or no device for fp8.
+    """
+    if requested not in (None, *REQUESTS):
+        raise UserError(f"quantization: expected one of {', '.join(REQUESTS)}, found {requested!r}")
+    found = declared(path, hf_config)
+    if requested is None:
+        requested = NONE if path.endswith(".gguf") else "auto"
+    if requested == "auto":
+        if found is None:
+            return NONE
+        if path.endswith(".gguf") and (other := set(found.removeprefix("GGUF ").split(", ")) - set(BLOCKS)):
+            raise UserError(
+                f"model.quantization: blocks of {', '.join(sorted(other))} are not kept packed, only {', '.join(BLOCKS)}; "
+                "expected none"
+            )
+        return STORED if path.endswith(".gguf") else f"{STORED}:{found.partition(' ')[2]}"
+    if requested != NONE and found is not None:
+        raise UserError(
+            f"model.quantization: {requested} asked for, but the checkpoint is quantised already ({found}); expected auto, "
+            "to keep its codes, or none, to dequantise them"
+        )
+    return requested
+
+
+def check_device(quantization: str) -> None:
+    """Check that the devices have the numbers of a format.
+
+    Raises:
+      UserError: a GPU without fp8.
+    """
+    if quantization != "fp8":
+        return
+    for device in jax.devices():
+        capability = getattr(device, "compute_capability", None)
+        if device.platform == "gpu" and capability is not None and float(capability) < 8.9:
+            raise UserError(
+                f"model.quantization: fp8 needs a GPU of compute capability 8.9 or higher, found {device.device_kind} "
+                f"({capability}); expected nf4 or int8"
+            )
+
+
+def formats(model: models.Model, tensors: Any = None) -> Formats:
+    """Return the formats of a model's quantised kernels by the path of their leaf.
+
+    Args:
+      model: its `quantization` says which.
+      tensors: the checkpoint, for "stored"; None: as the config of a bitsandbytes checkpoint says.
+
+    Raises:
+      UserError: a format whose blocks do not divide a map's inputs, codes for what is no kernel, or blocks of a GGUF file
+        that are not kept packed.
+    """
+    if model.quantization == NONE:
+        return {}
+    abstract = model.abstract_params()
+    kernels = {
+        (*path, "kernel"): kernel for path, kernel in trees.kernels(abstract) if names.is_stacked(path, model.layers_path)
+    }
+    if not is_stored(model) or tensors is None:
+        name = model.quantization.partition(":")[2] or model.quantization
+        for path, kernel in kernels.items():
+            check_inputs(name, kernel.shape[-1], ".".join(path[:-1]))
+        return dict.fromkeys(kernels, name)
+    return _stored_formats(model, tensors, abstract)
+
+
+def _stored_formats(model: models.Model, tensors: Any, abstract: Tree) -> Formats:
+    """Return the formats in which a checkpoint stores the kernels."""
+    stored = tensor_names.assign(model, tensors.names()).stored
+    found: dict[ModulePath, list[str | None]] = {}
+    packs_layers_only = getattr(tensors, "packs_layers_only", False)
+    for name, slot in names.checkpoint_names(abstract, model.layers_path).items():
+        own = tensors.format_of(stored[name]) if name in stored else None
+        if packs_layers_only and slot.layer is None:
+            own = None
+        if own is not None and slot.path[-1] != "kernel":
+            raise UserError(f"tensor {stored[name]!r} is quantised ({own}), and is not the weight of a linear map")
+        found.setdefault(slot.path, []).append(own)
+    merged: Formats = {}
+    for path, each in found.items():
+        if each[0] is not None and len(set(each)) == 1:
+            merged[path] = each[0]
+        elif any(each):
+            merged[path] = tuple(each)
+    return merged
+
+
+def abstract_params(model: models.Model, of: Formats) -> Tree:
+    """Return the shapes of a model's parameters with quantised kernels in these formats."""
+    flat = dict(trees.flatten(model.abstract_params()))
+    for path, name in of.items():
+        leaf = flat[path]
+        if isinstance(name, str):
+            flat[path] = quantised.abstract(leaf, name)
+        else:
+            one = jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+            flat[path] = tuple(one if each is None else quantised.abstract(one, each) for each in name)
+    return trees.unflatten(flat)
+
+
+def separate_parts(leaves: Mapping[Any, Any], shardings: Mapping[Any, Any]) -> tuple[dict[Any, Any], dict[Any, Any]]:
+    """Return the leaves and shardings of a flat tree with those of quantised kernels apart, array by array."""
+    parts, where = dict[Any, Any](), dict[Any, Any]()
+    for path, leaf in leaves.items():
+        own = shardings.get(path)
+        of_parts = jax.tree.leaves(own)
+        for number, part in enumerate(jax.tree.leaves(leaf)):
+            parts[(path, number)] = part
+            where[(path, number)] = of_parts[number] if len(of_parts) > 1 else own
+    return parts, where
+
+
+def make(tensor: np.ndarray, name: str) -> dict[str, np.ndarray]:
+    """Return the arrays of a weight in a format, quantised on the default device."""
+    return {part: np.asarray(array) for part, array in quantise.quantise(np.asarray(tensor), name).items()}
+
+
+def digest(raw: Any) -> str:
+    """Return the digest of a tensor's stored bytes, or of the arrays of a quantised one."""
+    if not isinstance(raw, Mapping):
+        return xxhash.xxh3_128_hexdigest(raw)
+    found = xxhash.xxh3_128()
+    for name in sorted(raw):
+        found.update(name.encode())
+        found.update(np.ascontiguousarray(raw[name]).view(np.uint8).data)
+    return found.hexdigest()
+
+
+def node(parts: Mapping[str, Any], name: str, dtype: Any) -> QuantisedKernel:
+    """Return the quantised kernel with these arrays."""
+    return QuantisedKernel(dict(parts), name, np.dtype(dtype))
