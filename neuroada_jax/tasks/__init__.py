@@ -9,6 +9,7 @@ from neuroada_jax.tasks import arithmetic, commonsense
 from neuroada_jax.tasks.classification import LABEL, OWN, OWN_METRICS, TEXT, ClassificationTask, Problem
 from neuroada_jax.tasks.glue import GLUE
 from neuroada_jax.tasks.instruct import ALPACA, INSTRUCT, MNLI, QNLI, SST2
+from neuroada_jax.tasks.metamath import METAMATH
 from neuroada_jax.tasks.task import Source, Task
 
 __all__ = [
@@ -36,6 +37,7 @@ TASKS: dict[str, Task] = {
         SST2,
         QNLI,
         MNLI,
+        METAMATH,
         commonsense.COMMONSENSE,
         *commonsense.TASKS,
         arithmetic.ARITHMETIC,
