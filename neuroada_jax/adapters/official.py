@@ -136,8 +136,8 @@ def read(directory: Path, base_model: models.Model) -> Imported:
             continue
         if name not in slots or name.removesuffix(".weight") in values:
             raise UserError(f"{directory / VALUES}: the base model has no parameter {name!r}, or one that carries a bypass")
-        leaf, layer = leaves[slots[name].path], slots[name].layer
-        dense_parameters[name] = _numbers(directory / VALUES, name, tensor, leaf.shape if layer is None else leaf.shape[1:])
+        shape = leaves[slots[name].path].shape[len(slots[name].place) :]
+        dense_parameters[name] = _numbers(directory / VALUES, name, tensor, shape)
     return Imported(values, columns, dense_parameters, notes)
 
 

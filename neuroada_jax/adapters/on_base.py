@@ -157,8 +157,11 @@ def stack_layers(adapter: Adapter, base_model: IdentifiedModel) -> Bypass:
         if len(present) != len(modules):
             raise UserError(f"adapter: {present[0]} has values but other layers' {path[-1]} have none")
         remaining -= set(modules)
-        stacked = names.is_stacked(path, base_model.model.layers_path)
-        pick = (lambda arrays: jnp.stack(arrays)) if stacked else (lambda arrays: jnp.asarray(arrays[0]))
+
+        def pick(arrays: list[np.ndarray], leading: tuple[int, ...] = kernel.shape[:-2]) -> jax.Array:
+            """Return the arrays of all modules of a map as one, (*L, ...)."""
+            return jnp.stack(arrays).reshape(*leading, *arrays[0].shape)
+
         if lora is not None:
             pairs = [_factors_that_fit(adapter, module, *kernel.shape[-2:]) for module in modules]
             node = {name: pick([pair[at] for pair in pairs]) for at, name in enumerate(low_rank.LEAVES)}

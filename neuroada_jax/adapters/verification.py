@@ -248,7 +248,7 @@ def _differing(
     """Return the name of a tensor that is not the same in PyTorch and here, None where there is none."""
     leaves = dict(trees.flatten(params))
     for name, slot in names.checkpoint_names(params, base_model.model.layers_path).items():
-        ours = leaves[slot.path] if slot.layer is None else leaves[slot.path][slot.layer]
+        ours = slot.of(leaves[slot.path])
         if name not in state or not same(state[name], ours):
             return name
     return None

@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from neuroada_jax.core.trees import ModulePath, Tree, kernels, matching
 from neuroada_jax.errors import UserError
-from neuroada_jax.models import config_fields, gemma, llama, names, phi
+from neuroada_jax.models import config_fields, gemma, llama, mixtral, names, phi
 from neuroada_jax.models.decoder import DecoderForCausalLM
 from neuroada_jax.models.encoder import (
     ENCODER_TARGETS,
@@ -105,6 +105,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "granite": _decoder(llama.granite, "GraniteForCausalLM"),
     "olmo2": _decoder(llama.olmo2, "Olmo2ForCausalLM"),
     "phi3": _decoder(phi.phi3, "Phi3ForCausalLM", phi.PHI_TARGETS),
+    "mixtral": _decoder(mixtral.mixtral, "MixtralForCausalLM", mixtral.MIXTRAL_TARGETS),
+    "qwen3_moe": _decoder(mixtral.qwen3_moe, "Qwen3MoeForCausalLM"),
     "gemma2": _decoder(gemma.gemma2, "Gemma2ForCausalLM"),
     "gemma3_text": _decoder(gemma.gemma3, "Gemma3ForCausalLM"),
     "bert": _BERT,

@@ -18,7 +18,7 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id")
 
 DECODERS = (
     *("llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3", "granite", "olmo2"),
-    *("phi3", "gemma2", "gemma3_text"),
+    *("phi3", "gemma2", "gemma3_text", "mixtral", "qwen3_moe"),
 )
 ENCODERS = ("bert", "roberta", "xlm-roberta")
 
@@ -45,6 +45,9 @@ HARMLESS = {
     "attention_dropout": "training; for a decoder, training says that it is not applied",
     "resid_pdrop": "training; as attention_dropout",
     "embd_pdrop": "training; as attention_dropout",
+    "router_jitter_noise": "training; as attention_dropout",
+    "router_aux_loss_coef": "training; the loss is that of the labels alone",
+    "output_router_logits": "training; the loss is that of the labels alone",
     "initializer_range": "new weights",
     "initializer_factor": "new weights",
     "init_std": "new weights",

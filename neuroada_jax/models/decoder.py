@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from neuroada_jax.models import attention, unrolled
 from neuroada_jax.models.decoder_config import DecoderConfig, LayerKind, QkNorm
+from neuroada_jax.models.experts import MixtureOfExperts
 from neuroada_jax.models.layers import ACTIVATIONS, BypassDense, Embedding, RMSNorm, in_turn, scaled
 from neuroada_jax.models.remat import (
     BYPASS_COLLECTIONS,
@@ -183,7 +184,11 @@ class Layer(nn.Module):
         x = x + scaled(optional(behind, y), c.residual_scale)
 
         def feed_forward(_: nn.Module, x: Array) -> Array:
-            y = FeedForward(c, name="mlp")(optional(before_second, x), decoding=cache is not None)
+            normed = optional(before_second, x)
+            if c.experts is None:
+                y = FeedForward(c, name="mlp")(normed, decoding=cache is not None)
+            else:
+                y = MixtureOfExperts(c.experts, c.activation, c.dtype, name=c.experts.block)(normed)
             return scaled(optional(behind_second, y), c.residual_scale)
 
         return (x + token_wise(feed_forward, self.remat, x.shape)(self, x), cache), None

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from neuroada_jax.errors import UserError
 from neuroada_jax.models.config_fields import LARGEST_DEPTH, LARGEST_POSITION, Fields
+from neuroada_jax.models.experts import Experts
 from neuroada_jax.models.layers import ACTIVATIONS
 from neuroada_jax.models.rope import PLAIN_RULES, Rope, RopeRules
 
@@ -77,6 +78,7 @@ class DecoderConfig:
     logit_divisor: float = 1.0
     embedding_scale: float = 1.0
     residual_scale: float = 1.0  # of what a block adds to its input
+    experts: Experts | None = None  # in the place of one feed-forward block
     max_positions: int = 2048
     dtype: Any = jnp.float32
 

@@ -3,9 +3,12 @@
 A module keeps its Hugging Face path without the layer's number, and a leaf gets Flax's name:
 
     model.layers.7.self_attn.q_proj.weight   <->   ("model", "layers", "self_attn", "q_proj", "kernel"), layer 7
+    model.layers.7.mlp.experts.3.up_proj.weight   <->   ("model", "layers", "mlp", "experts", "up_proj", "kernel"), 7 and 3
 """
 
-from collections.abc import Iterator, Mapping
+import functools
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from neuroada_jax.core.trees import ModulePath, flatten
@@ -13,18 +16,33 @@ from neuroada_jax.core.trees import ModulePath, flatten
 _LEAVES_OF_WEIGHT = ("kernel", "scale", "embedding")
 
 
+EXPERTS = "experts"  # the module whose maps are stacked by expert, too: (L, E, O, I)
+
+
 class Slot(NamedTuple):
-    """Place of a checkpoint tensor in the tree: the path of its (stacked) leaf and its layer, None if it is not stacked."""
+    """Place of a checkpoint tensor in the tree: its (stacked) leaf, its layer and its expert, None if it is not stacked."""
 
     path: ModulePath
     layer: int | None
+    expert: int | None = None
+
+    @property
+    def place(self) -> tuple[int, ...]:
+        """The index of the tensor in its leaf."""
+        return tuple(each for each in (self.layer, self.expert) if each is not None)
+
+    def of(self, leaf: Any) -> Any:
+        """Return the tensor's own part of its leaf, whose layers may lie apart."""
+        return functools.reduce(lambda part, at: part[at], self.place, leaf)
 
 
-def module_name(path: ModulePath, layer: int | None, layers_path: ModulePath) -> str:
+def module_name(path: ModulePath, layer: int | None, layers_path: ModulePath, expert: int | None = None) -> str:
     """Return a module's Hugging Face path, such as "model.layers.3.mlp.up_proj" for layer 3 of (..., "mlp", "up_proj")."""
-    if layer is None:
-        return ".".join(path)
-    return ".".join((*layers_path, str(layer), *path[len(layers_path) :]))
+    own = path if layer is None else (*layers_path, str(layer), *path[len(layers_path) :])
+    if expert is not None:
+        at = own.index(EXPERTS) + 1
+        own = (*own[:at], str(expert), *own[at:])
+    return ".".join(own)
 
 
 NO_LAYERS: ModulePath = ("",)  # the layers path of trees without a layer scan
@@ -52,22 +70,30 @@ def checkpoint_names(params: Mapping[str, Any], layers_path: ModulePath) -> dict
     for path, leaf in flatten(params):
         *module, name = path
         suffix = "weight" if name in _LEAVES_OF_WEIGHT else name
-        layers = range(len(leaf)) if is_stacked(path, layers_path) else [None]
-        for layer in layers:
-            names[f"{module_name(tuple(module), layer, layers_path)}.{suffix}"] = Slot(path, layer)
+        for layer, expert in _places(path, leaf, layers_path):
+            own = module_name(tuple(module), layer, layers_path, expert)
+            names[f"{own}.{suffix}"] = Slot(path, layer, expert)
     return names
 
 
+def _places(path: ModulePath, leaf: Any, layers_path: ModulePath) -> Iterator[tuple[int | None, int | None]]:
+    """Yield the (layer, expert) of every part of a leaf, in their order; None where it is not stacked by them."""
+    stacked = is_stacked(path, layers_path)
+    layers = range(len(leaf)) if stacked else [None]
+    experts: Iterable[int | None] = [None]
+    if stacked and EXPERTS in path[len(layers_path) :]:
+        experts = range(leaf[0].shape[0] if isinstance(leaf, tuple) else leaf.shape[1])
+    yield from itertools.product(layers, experts)
+
+
 def module_names(path: ModulePath, leaf: Any, layers_path: ModulePath) -> list[str]:
-    """Return the Hugging Face module names, in layer order, that a (stacked) leaf of the module at `path` belongs to."""
-    layers = range(len(leaf)) if is_stacked(path, layers_path) else [None]
-    return [module_name(path, layer, layers_path) for layer in layers]
+    """Return the Hugging Face module names of a (stacked) leaf of the module at `path`, by layer and expert."""
+    return [module_name(path, layer, layers_path, expert) for layer, expert in _places(path, leaf, layers_path)]
 
 
 def unstacked(tree: Mapping[str, Any], layers_path: ModulePath) -> Iterator[tuple[str, Any]]:
     """Yield the (Hugging Face module name, array) pairs of a bypass tree, one per layer, in the tree's order."""
     for path, leaf in flatten(tree):
         module = path[:-1]
-        yield from zip(
-            module_names(module, leaf, layers_path), leaf if is_stacked(module, layers_path) else [leaf], strict=True
-        )
+        for layer, expert in _places(module, leaf, layers_path):
+            yield module_name(module, layer, layers_path, expert), Slot(module, layer, expert).of(leaf)

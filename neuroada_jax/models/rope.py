@@ -155,6 +155,7 @@ def _fraction(kind: RopeType, rope: Fields, fields: Fields, rules: RopeRules) ->
     where = rope if "partial_rotary_factor" in rope.content else fields
     given = where is rope or fields.get("partial_rotary_factor") is not None
     if rules.partial:
+        fields.read.add("partial_rotary_factor")
         return where.number("partial_rotary_factor", positive=True, below=1.0 + 1e-9) if given else 1.0
     if kind is not RopeType.DEFAULT and given and where.number("partial_rotary_factor") != 1.0:
         raise where.wrong("partial_rotary_factor", f"1.0 with rope type {kind.value!r}")

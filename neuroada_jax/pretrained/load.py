@@ -169,7 +169,7 @@ def load_params(
     leaf_shardings = dict(trees.flatten(shardings)) if shardings else dict.fromkeys(held)
     slots = names.checkpoint_names(model.abstract_params(), model.layers_path)
     found, architecture = tensor_names.assign(model, tensors.names()).stored, model.architecture
-    shapes = {name: flat[slot.path].shape[slot.layer is not None :] for name, slot in slots.items()}
+    shapes = {name: flat[slot.path].shape[len(slot.place) :] for name, slot in slots.items()}
     optional = {name: _is_below(slot.path, architecture.optional) for name, slot in slots.items()}
     for name in shapes:
         if name not in found and not optional[name]:

@@ -19,9 +19,13 @@ OnKernel = Callable[[ModulePath, int | None, np.ndarray], None]
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _write_layer(buffer: Any, tensor: Any, layer: jax.Array) -> Any:
-    """Return stacked arrays with one layer replaced: of a kernel, or of a quantised kernel."""
-    write = lambda stack, new: lax.dynamic_update_index_in_dim(stack, new.astype(stack.dtype), layer, 0)  # noqa: E731
+def _write_part(buffer: Any, tensor: Any, place: tuple[jax.Array, ...]) -> Any:
+    """Return stacked arrays with one layer, or one expert of a layer, replaced: of a kernel, or of a quantised kernel."""
+
+    def write(stack: jax.Array, new: jax.Array) -> jax.Array:
+        start = (*place, *(jnp.zeros_like(place[0]) for _ in new.shape))
+        return lax.dynamic_update_slice(stack, jnp.expand_dims(new.astype(stack.dtype), range(len(place))), start)
+
     return jax.tree.map(write, buffer, tensor)
 
 
@@ -59,5 +63,5 @@ def place(filled: dict[tuple[str, ...], Any], slot: names.Slot, held: Any, shard
             each = zip(shapes, where, strict=True)
             zeros = [jnp.zeros(shape.shape, shape.dtype, device=device) for shape, device in each]
             filled[slot.path] = jax.tree.unflatten(structure, zeros)
-        written = _write_layer(filled[slot.path], jax.tree.map(np.asarray, tensor), np.int32(slot.layer))
+        written = _write_part(filled[slot.path], jax.tree.map(np.asarray, tensor), tuple(map(np.int32, slot.place)))
         filled[slot.path] = jax.block_until_ready(written)  # without it tensors queue up in host memory

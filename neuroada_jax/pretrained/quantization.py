@@ -135,6 +135,8 @@ def formats(model: models.Model, tensors: Any = None) -> Formats:
     if model.quantization == NONE:
         return {}
     abstract = model.abstract_params()
+    if any(names.EXPERTS in path for path, _ in trees.kernels(abstract)):
+        raise UserError("model.quantization: the kernels of experts are not quantised; expected none")
     kernels = {
         (*path, "kernel"): kernel for path, kernel in trees.kernels(abstract) if names.is_stacked(path, model.layers_path)
     }

@@ -54,12 +54,10 @@ def save(
     dtype = np.dtype(next(leaf for leaf in leaves.values() if not isinstance(leaf, tuple)).dtype)
 
     def tensor(name: str) -> np.ndarray:
-        slot = slots[name]
-        return np.asarray(quantised.dense(leaves[slot.path] if slot.layer is None else leaves[slot.path][slot.layer]))
+        return np.asarray(quantised.dense(slots[name].of(leaves[slots[name].path])))
 
     def size(slot: names.Slot) -> int:
-        leaf = leaves[slot.path]
-        return math.prod(quantised.shape(leaf)[slot.layer is not None :]) * dtype.itemsize
+        return math.prod(quantised.shape(leaves[slot.path])[len(slot.place) :]) * dtype.itemsize
 
     plan = huggingface_hub.split_state_dict_into_shards_factory(
         slots,  # in place of the tensors, so that only one shard at a time is on the host

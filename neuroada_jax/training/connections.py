@@ -122,7 +122,8 @@ def _trained(
         order = jnp.argsort(jax.random.uniform(jax.random.fold_in(key, 1), neurons), axis=-1)
         trained = (jnp.argsort(order, axis=-1) < count)[..., None]
     if names.is_stacked(path, model.layers_path) and len(layers) < stack[0]:
-        of_layers = jnp.isin(jnp.arange(stack[0], dtype=jnp.int32), jnp.asarray(layers, jnp.int32))[:, None, None]
+        of_layers = jnp.isin(jnp.arange(stack[0], dtype=jnp.int32), jnp.asarray(layers, jnp.int32))
+        of_layers = of_layers.reshape(-1, *(1,) * len(neurons))
         trained = of_layers if trained is None else trained & of_layers
     return trained
 

@@ -60,6 +60,14 @@ BASES = {
     "granite": {**_DECODER, "embedding_multiplier": 2.0, "attention_multiplier": 0.3, "logits_scaling": 1.5},
     "olmo2": _DECODER,
     "phi3": {**_DECODER, "pad_token_id": 0, "original_max_position_embeddings": 16, "rope_parameters": _LONGROPE},
+    "mixtral": {**_WINDOW, "head_dim": 8, "num_local_experts": 3},
+    "qwen3_moe": {
+        **_WINDOW,
+        "use_sliding_window": True,
+        "num_experts": 3,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 8,
+    },
     "gemma2": _GEMMA,
     "gemma3_text": {**_GEMMA, "sliding_window_pattern": 2},
     "bert": _ENCODER,
@@ -89,7 +97,15 @@ _VALUES = {
     "position_embedding_type": ["absolute", "relative_key"],
     "num_labels": [1],
 }
-SHAPES = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "type_vocab_size"}
+SHAPES = {
+    "moe_intermediate_size",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "type_vocab_size",
+}
 
 
 def is_decoder(kind):
@@ -210,6 +226,20 @@ def _inputs(kind, vocabulary):
     return np.where(mask, ids, 1), mask
 
 
+def _as_stored(kind, tensors):
+    """Tensors under the names of checkpoints, where each expert has its own; transformers stacks them."""
+    gate, up, down = ("w1", "w3", "w2") if kind == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+    for name, tensor in tensors.items():
+        name = name.replace(".mlp.", ".block_sparse_moe.") if kind == "mixtral" else name
+        prefix, experts, own = name.partition("experts.")
+        for expert, each in enumerate(tensor if experts else []):
+            parts = np.split(each, 2) if own == "gate_up_proj" else [each]
+            for part, of in zip(parts, [gate, up] if own == "gate_up_proj" else [down], strict=True):
+                yield f"{prefix}experts.{expert}.{of}.weight", np.ascontiguousarray(part)
+        if not experts:
+            yield name, tensor
+
+
 def _torch_logits(kind, folder):
     """transformers' logits for the folder's config; the weights are saved in the folder."""
     config = transformers.AutoConfig.from_pretrained(folder)
@@ -222,7 +252,7 @@ def _torch_logits(kind, folder):
             parameter.copy_(torch.from_numpy(_weight(name, tuple(parameter.shape))))
         output = model(ids) if is_decoder(kind) else model(ids, attention_mask=mask.long())
     tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items() if not (tied and "lm_head" in name)}
-    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    safetensors.numpy.save_file(dict(_as_stored(kind, tensors)), folder / "model.safetensors")
     logits = (output[0] if isinstance(output, tuple) else output.logits).numpy()
     return logits if np.isfinite(logits).all() else None
 
@@ -247,8 +277,8 @@ def our_logits(kind, folder):
 
         # Types are checked elsewhere; most operations are compiled already, for another config.
         jaxtyping.config.update("jaxtyping_disable", True)
-        with jax.disable_jit():
-            _OURS[key] = np.asarray(forward(params))
+        with jax.disable_jit(getattr(key, "experts", None) is None):  # a loop over blocks of rows takes long without
+            _OURS[key] = np.asarray(jax.jit(forward)(params))
         jaxtyping.config.update("jaxtyping_disable", False)
     return _OURS[key]
 

@@ -39,7 +39,13 @@ KINDS = list(BASES)
 DECODERS = [kind for kind in KINDS if is_decoder(kind)]
 REFUSED = {name for name, _ in ONLY}
 # Read to refuse every value but those without effect; rope parameters have tests of their own below.
-CHECKED = {"initializer_range", "problem_type", "rope_parameters", "use_bidirectional_attention"}
+CHECKED = {
+    "initializer_range",
+    "problem_type",
+    "rope_parameters",
+    "use_bidirectional_attention",
+    *("decoder_sparse_step", "mlp_only_layers"),
+}
 # Rope type -> a scaling of this type, for a model with fewer positions than the inputs have tokens.
 ROPES = {
     "default": {},

@@ -7,16 +7,16 @@ import pytest
 import torch
 import transformers
 from quick import jit
-from test_llama import SIZES, TorchTensors, decode, jax_logits, random_ids, rope, torch_logits
+from test_llama import SIZES, decode, jax_logits, random_ids, rope, torch_logits
 
-from neuroada_jax import models
 from neuroada_jax.models import attention
-from neuroada_jax.pretrained.load import load_params
+from neuroada_jax.pretrained.load import load_model
 
 TOKENS = 24
 SMALL = {**SIZES, "num_hidden_layers": 4, "pad_token_id": 0}
 MANY = {"short_factor": [1.0, 1.3, 1.7, 2.0], "long_factor": [1.0, 3.0, 7.0, 9.0]}
 HALF = {"partial_rotary_factor": 0.5, "short_factor": [1.0, 1.5], "long_factor": [1.0, 6.0]}
+MOE = {**SMALL, "moe_intermediate_size": 20, "head_dim": 12}
 GEMMA = {**SMALL, "head_dim": 8, "query_pre_attn_scalar": 12, "sliding_window": 5}
 GEMMA3_ROPES = {"full_attention": {"rope_type": "linear", "factor": 3.0, "rope_theta": 77.0}, "sliding_attention": {}}
 
@@ -60,6 +60,13 @@ CASES = {
         "phi3",
         {**SMALL, "original_max_position_embeddings": 40, **rope("longrope", **HALF)},
     ),
+    "mixtral": ("mixtral", {**SMALL, "num_local_experts": 5}),
+    "mixtral_window_tied": (
+        "mixtral",
+        {**SMALL, "sliding_window": 5, "num_experts_per_tok": 3, "tie_word_embeddings": True},
+    ),
+    "qwen3_moe": ("qwen3_moe", {**MOE, "num_experts": 3, "num_experts_per_tok": 2, "norm_topk_prob": True}),
+    "qwen3_moe_many": ("qwen3_moe", {**MOE, "num_experts": 12, "num_hidden_layers": 2, "attention_bias": True}),
     "gemma2": ("gemma2", GEMMA),
     "gemma2_untied_no_caps": (
         "gemma2",
@@ -86,31 +93,33 @@ def torch_model(kind, fields, seed=0):
     return model
 
 
-def both(name):
+def both(name, directory):
+    """A random model of transformers, and what we load from the directory that it saves."""
     kind, fields = CASES[name]
     reference = torch_model(kind, fields)
-    model = models.from_hf_config(reference.config.to_dict())
-    return reference, model, load_params(model, TorchTensors(reference))[0]
+    reference.save_pretrained(directory)
+    loaded = load_model(str(directory))
+    return reference, loaded.model, loaded.params
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_logits_equal_transformers(name):
-    reference, model, params = both(name)
+def test_logits_equal_transformers(name, tmp_path):
+    reference, model, params = both(name, tmp_path)
     ids = random_ids((2, TOKENS))
     want = torch_logits(reference, ids)
     assert np.std(want) > 0.3  # else 1e-4 would say little
-    with jax.disable_jit():
-        got = jax_logits(model, params, ids, lambda function: function)
+    with jax.disable_jit(model.config.experts is None):  # a loop over blocks of rows takes long without
+        got = jax_logits(model, params, ids, jax.jit)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
 
 
-# One for each kind of layer: no positions in some, norms behind, fused maps, capped logits with windows, ropes by layer.
-KINDS = ["smollm3_windows", "olmo2", "phi3", "gemma2", "gemma3_ropes"]
+# No positions in some layers, norms behind, fused maps, capped logits with windows, ropes by layer, experts.
+KINDS = ["smollm3_windows", "olmo2", "phi3", "gemma2", "gemma3_ropes", "mixtral"]
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_scanned_cached_and_packed_rows_equal_transformers(name):
-    reference, model, params = both(name)
+def test_scanned_cached_and_packed_rows_equal_transformers(name, tmp_path):
+    reference, model, params = both(name, tmp_path)
     ids, split = random_ids((1, 20)), 12
     parts = [ids[:, :split], ids[:, split:]]
     want = [torch_logits(reference, part) for part in parts]

@@ -9,7 +9,7 @@ import pytest
 import test_step as decoder
 import test_step_encoder as encoder
 from data_helpers import message_of
-from helpers import write_model
+from helpers import CONFIG, write_model
 
 from neuroada_jax import models
 from neuroada_jax.core import bypass, low_rank, ops, trees
@@ -114,6 +114,25 @@ def test_low_rank_factors_train_as_on_one_device():
     )
     for found in others:
         assert_equal(found, alone)
+
+
+KINDS = {
+    "windows": {"model_type": "gemma2", "query_pre_attn_scalar": 16, "sliding_window": 5, "head_dim": 8},
+    "fused": {"model_type": "phi3", "pad_token_id": 0},
+    "experts": {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+}
+
+
+@pytest.mark.parametrize("kind", [*("windows", "experts"), pytest.param("fused", marks=pytest.mark.slow)])
+def test_kinds_of_decoders_train_as_on_one_device(kind):
+    model = models.from_hf_config({**CONFIG, **KINDS[kind]})
+    transformation = optimizer.build(OptimizerSection(learning_rate=0.02, schedule="constant", epsilon=1e-3), 100)
+    batches = [decoder.random_batch(16, seed=number) for number in range(3)]
+    make_state = lambda: decoder.fresh(model, transformation, model.architecture.targets, 3)[1]  # noqa: E731
+    found, wanted = (
+        train(form, make_state, model.module(), transformation, batches) for form in (FORMS["all axes"], SINGLE)
+    )
+    assert_equal(found, wanted)
 
 
 def test_a_bfloat16_base():
