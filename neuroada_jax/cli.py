@@ -16,6 +16,7 @@ from neuroada_jax.commands import (
     generate,
     init,
     lm_eval,
+    models,
     parsing,
     plan,
     preview,
@@ -105,7 +106,7 @@ _GROUPS = {
     "a run": (init, preview, plan, train, sweep),
     "its result": (generate, classify, evaluate, lm_eval),
     "adapters and models on disk": (adapters, push),
-    "what there is": (tasks, schema),
+    "what there is": (models, tasks, schema),
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from neuroada_jax import console
+from neuroada_jax import console, models
 from neuroada_jax.adapters import hub, native, official, on_base, peft, peft_lora, verification
 from neuroada_jax.adapters.base_model import open_base
 from neuroada_jax.adapters.native import Adapter
@@ -22,6 +22,8 @@ from neuroada_jax.pretrained.load import LoadedModel, OpenedModel, load_with_pro
 
 _SPARSE = ("official", "peft-supertuning", "peft-shira")
 _LORA = "peft-lora"
+# Of the published code, which has been compared for these.
+_OFFICIAL = ("llama", "mistral", "qwen2", "qwen3", "bert", "roberta", "xlm-roberta")
 _PEFT = {"peft-supertuning": peft.Kind.SUPERTUNING, "peft-shira": peft.Kind.SHIRA}
 
 
@@ -52,6 +54,7 @@ def export_adapter(
         verification.require_torch()
     adapter = hub.read(source)
     _check_format(source, adapter, to_format)
+    _check_names(source, adapter, to_format)
     form = native.form_of(adapter)
     trained_on = adapter.metadata["base"]
     merges = verify or to_format == "huggingface"
@@ -108,6 +111,19 @@ def _check_format(source: str, adapter: Adapter, to_format: str) -> None:
         raise UserError(f"{source}: --to {to_format} has no low-rank factors, which LoRA adapters are made of; use {_LORA}")
     others = ", ".join(_SPARSE)
     raise UserError(f"{source}: --to {_LORA} has low-rank factors alone, and this adapter has connections; use {others}")
+
+
+def _check_names(source: str, adapter: Adapter, to_format: str) -> None:
+    """Raise UserError if the modules of an adapter have no names in a format."""
+    if to_format == "huggingface":
+        return
+    if expert := next((module for module in adapter.modules if f".{names.EXPERTS}." in module), None):
+        raise UserError(f"{source}: --to {to_format} has no name for {expert}, which belongs to experts; use huggingface")
+    kind = adapter.metadata["base"].get("model_type")
+    if to_format == "official" and kind in models.ARCHITECTURES and kind not in _OFFICIAL:
+        raise UserError(
+            f"{source}: --to official has names for {', '.join(_OFFICIAL)}, found model_type {kind!r}; use huggingface"
+        )
 
 
 def _check_equal(out: str, result: dict[str, Any]) -> None:

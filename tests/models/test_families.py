@@ -11,10 +11,11 @@ from test_decoders import both
 from transformers import AutoModelForCausalLM
 
 from neuroada_jax import models
-from neuroada_jax.adapters import on_base
+from neuroada_jax.adapters import exchange, on_base
 from neuroada_jax.adapters.native import Selection
 from neuroada_jax.core import bypass
 from neuroada_jax.data.batches import Batch
+from neuroada_jax.errors import UserError
 from neuroada_jax.generation.generate import Ending, generate
 from neuroada_jax.models import names
 from neuroada_jax.pretrained import save
@@ -108,6 +109,8 @@ def test_values_equal_those_that_pytorch_trains(name, k, tmp_path):
     )
     again = on_base.load(str(tmp_path / "adapter"), loaded)
     assert jax.tree.all(jax.tree.map(np.array_equal, (got.values, got.columns), (again.values, again.columns)))
+    with pytest.raises(UserError, match=r"--to official has (no name for .*experts|names for .*llama)"):
+        exchange.export_adapter(str(tmp_path / "adapter"), "official", str(tmp_path / "official"))
     merged = bypass.merge(loaded.params, again)
     save.save(tmp_path / "merged", loaded, merged, None)
     prompts = [[5, 6, 7, 8, 9, 10], [11, 12]]
