@@ -23,6 +23,7 @@ from neuroada_jax.generation.texts import continue_texts
 from neuroada_jax.models import dense_modules, unrolled
 from neuroada_jax.pretrained import save as checkpoint
 from neuroada_jax.pretrained.load import LoadedModel, load_with_progress, open_with_tokenizer
+from neuroada_jax.pretrained.quantization import of_adapter
 from neuroada_jax.training import config_file, unfinished
 from neuroada_jax.training.config import GenerationSection
 
@@ -250,20 +251,28 @@ class TunedModel:
 
 
 @overload
-def load(source: str | Path, dtype: str = "auto", *, adapter: None = None) -> PretrainedModel: ...
+def load(
+    source: str | Path, dtype: str = "auto", *, adapter: None = None, quantization: str | None = None
+) -> PretrainedModel: ...
 
 
 @overload
-def load(source: str | Path, dtype: str = "auto", *, adapter: str | Path) -> TunedModel: ...
+def load(
+    source: str | Path, dtype: str = "auto", *, adapter: str | Path, quantization: str | None = None
+) -> TunedModel: ...
 
 
-def load(source: str | Path, dtype: Any = "auto", *, adapter: str | Path | None = None) -> PretrainedModel | TunedModel:
+def load(
+    source: str | Path, dtype: Any = "auto", *, adapter: str | Path | None = None, quantization: str | None = None
+) -> PretrainedModel | TunedModel:
     """Load a model with its tokenizer, and an adapter of it where one is given.
 
     Args:
       source: a Hugging Face directory, a hub id, a .gguf file or "package:NAME/FILE".
       dtype: of the weights: "float32", "bfloat16" or "auto", which is the adapter's base dtype, else the checkpoint's own.
       adapter: an adapter that was trained on this model: its directory, or a hub id such as "user/name@revision".
+      quantization: of the layers' kernels: "nf4", "int8" or "fp8", "auto" as the checkpoint is, or "none"; None: as the
+        adapter's training had them, else "none" for a GGUF file and "auto" for others.
 
     Returns: a `PretrainedModel`, or with an adapter a `TunedModel` (its base model is the attribute `model`).
 
@@ -280,7 +289,8 @@ def load(source: str | Path, dtype: Any = "auto", *, adapter: str | Path | None 
     trained = None if adapter is None else hub.read(str(adapter))
     about = {} if trained is None else trained.metadata["base"]
     chosen = about.get("dtype", "auto") if dtype == "auto" else dtype
-    opened, tokenizer = open_with_tokenizer(str(source), chosen, native.labels_of(about))
+    held = quantization or of_adapter(about)
+    opened, tokenizer = open_with_tokenizer(str(source), chosen, native.labels_of(about), quantization_of=held)
     found = prompting.recorded(opened, trained, None if adapter is None else str(adapter))
     if opened.model.architecture.is_decoder:  # before the weights, which take longer
         none = prompting.Options()

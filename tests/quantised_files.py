@@ -13,7 +13,7 @@ from neuroada_jax.core.quantised_formats import NF4
 # Blocks of 64 need these widths.
 SIZES: dict[str, Any] = {
     "model_type": "llama",
-    "vocab_size": 260,
+    "vocab_size": 320,
     "hidden_size": 64,
     "intermediate_size": 128,
     "num_hidden_layers": 2,

@@ -1,5 +1,6 @@
 """Conversion of native adapters to the formats of other libraries and back, with verification of the result."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -12,12 +13,12 @@ from neuroada_jax import console, models
 from neuroada_jax.adapters import hub, native, official, on_base, peft, peft_lora, verification
 from neuroada_jax.adapters.base_model import open_base
 from neuroada_jax.adapters.native import Adapter
-from neuroada_jax.core import trees
+from neuroada_jax.core import quantised, trees
 from neuroada_jax.core.trees import Tree
 from neuroada_jax.data.prompts import PromptForm
 from neuroada_jax.errors import UserError
 from neuroada_jax.models import Labels, names
-from neuroada_jax.pretrained import prompt_form, save
+from neuroada_jax.pretrained import prompt_form, quantization, save
 from neuroada_jax.pretrained.load import LoadedModel, OpenedModel, load_with_progress, open_model, open_with_tokenizer
 
 _SPARSE = ("official", "peft-supertuning", "peft-shira")
@@ -28,7 +29,15 @@ _PEFT = {"peft-supertuning": peft.Kind.SUPERTUNING, "peft-shira": peft.Kind.SHIR
 
 
 def export_adapter(
-    source: str, to_format: str, out: str, *, model: str | None = None, dtype: str | None = None, verify: bool = False
+    source: str,
+    to_format: str,
+    out: str,
+    *,
+    model: str | None = None,
+    dtype: str | None = None,
+    verify: bool = False,
+    held: str | None = None,
+    force: bool = False,
 ) -> dict[str, Any]:
     """Write a native adapter in another library's format, and verify the export on request.
 
@@ -40,6 +49,8 @@ def export_adapter(
       dtype: "float32", "bfloat16" or "auto", the dtype of the base model (and of a merged model); by default that of
         training.
       verify: load the export in its library and compare it with our merged model, see `verification.verify`.
+      held: how the base model's kernels are held, see `quantization.resolve`; by default as in the training.
+      force: use the adapter on a base model whose weights differ from those it was trained on.
 
     Returns: `out`, `files`, `notes`, and the results of the verification.
 
@@ -52,7 +63,7 @@ def export_adapter(
         raise UserError(f"--out: {out} exists already; choose another folder or remove it")
     if verify:
         verification.require_torch()
-    adapter = hub.read(source)
+    adapter = native.without_digests(hub.read(source)) if force else hub.read(source)
     _check_format(source, adapter, to_format)
     _check_names(source, adapter, to_format)
     form = native.form_of(adapter)
@@ -60,12 +71,13 @@ def export_adapter(
     merges = verify or to_format == "huggingface"
     labels = native.labels_of(trained_on)
     chosen = dtype or trained_on.get("dtype") or "auto"
-    open_source = functools.partial(open_model, dtype=chosen, config_only=not merges, labels=labels)
+    held = held or quantization.of_adapter(trained_on)
+    open_source = functools.partial(open_model, dtype=chosen, config_only=not merges, labels=labels, quantization_of=held)
     opened = open_base(adapter, source, model, open_source)
     merged_dtype = jnp.dtype(opened.model.config.dtype)
     tokenizer = None
     if to_format == "huggingface":
-        opened, tokenizer = _open_to_merge(opened, labels, form)
+        opened, tokenizer = _open_to_merge(opened, labels, form, held)
     base_model = load_with_progress(opened, replaced=True) if merges else None
 
     # The official code and SuperTuning round the values to the dtype of the weights before the sum; SHiRA and we add in
@@ -73,34 +85,42 @@ def export_adapter(
     round_first = merged_dtype if to_format in ("official", "peft-supertuning") else jnp.dtype(jnp.float32)
     params: Tree = {}
     if base_model:
-        merged = on_base.merge(adapter, base_model, round_first)
-        params = jax.tree.map(lambda leaf: leaf.astype(merged_dtype), merged)
+        params = _cast(on_base.merge(adapter, base_model, round_first), merged_dtype)
 
-    reload: Callable[[LoadedModel], verification.Reloaded]
     if to_format == "huggingface":
         save.save(directory, opened, params, tokenizer, form=form)
         notes = [f"merged in float32, saved as {merged_dtype.name}"]
-        reload = lambda base: verification.reload_huggingface(base, directory, merged_dtype)  # noqa: E731
-    elif to_format in _PEFT:
-        notes = peft.export(adapter, directory, _PEFT[to_format], opened)
-        reload = lambda base: verification.reload_peft(base, directory)  # noqa: E731
-    elif to_format == _LORA:
-        notes = peft_lora.export(adapter, directory, opened)
-        reload = lambda base: verification.reload_peft(base, directory)  # noqa: E731
+        reload: Reload = lambda base: verification.reload_huggingface(base, directory, merged_dtype)  # noqa: E731
     else:
-        notes = official.export(adapter, directory, merged_dtype.name)
-        read = functools.partial(official.read, directory, opened.model)
-        reload = lambda base: verification.reload_official(base, read())  # noqa: E731
+        notes, reload = _write(adapter, to_format, directory, opened)
 
     result: dict[str, Any] = {"out": out, "files": _files(directory), "notes": notes}
     if not verify or base_model is None:
         return result
+    base_model, params = _dequantised(base_model), quantised.map_quantised(quantised.dequantise, params)
     dtypes = verification.Merge(round_first, merged_dtype)
     result |= verification.verify(base_model, adapter, dtypes, params, functools.partial(reload, base_model))
     if result["original"] is None:
-        notes.append("compared with this library's own reading of the GGUF file: transformers has no directory to load")
+        notes.append(
+            f"compared with this library's own reading of {_read_from(opened)}: transformers has no directory to load"
+        )
     _check_equal(out, result)
     return result
+
+
+Reload = Callable[[LoadedModel], verification.Reloaded]
+
+
+def _write(adapter: Adapter, to_format: str, directory: Path, opened: OpenedModel) -> tuple[list[str], Reload]:
+    """Write an adapter for another library; return notes, and the function that loads it there."""
+    if to_format in _PEFT:
+        notes = peft.export(adapter, directory, _PEFT[to_format], opened)
+        return notes, lambda base: verification.reload_peft(base, directory)
+    if to_format == _LORA:
+        return peft_lora.export(adapter, directory, opened), lambda base: verification.reload_peft(base, directory)
+    notes = official.export(adapter, directory, jnp.dtype(opened.model.config.dtype).name)
+    read = functools.partial(official.read, directory, opened.model)
+    return notes, lambda base: verification.reload_official(base, read())
 
 
 def _check_format(source: str, adapter: Adapter, to_format: str) -> None:
@@ -126,6 +146,22 @@ def _check_names(source: str, adapter: Adapter, to_format: str) -> None:
         )
 
 
+def _cast(params: Tree, dtype: Any) -> Tree:
+    """Return merged parameters in a dtype; quantised kernels are dequantised one by one while they are saved."""
+    cast = lambda leaf: leaf if quantised.is_quantised(leaf) else leaf.astype(dtype)  # noqa: E731
+    found: Tree = jax.tree.map(cast, params, is_leaf=quantised.is_quantised)
+    return found
+
+
+def _dequantised(base_model: LoadedModel) -> LoadedModel:
+    """Return the model with the weights that PyTorch gets: the dequantised ones."""
+    return dataclasses.replace(base_model, params=quantised.map_quantised(quantised.dequantise, base_model.params))
+
+
+def _read_from(opened: OpenedModel) -> str:
+    return "the GGUF file" if opened.path.endswith(".gguf") else "the quantised weights"
+
+
 def _check_equal(out: str, result: dict[str, Any]) -> None:
     """Raise UserError if an export was found to differ from the adapter."""
     if not (result["merged_equal"] and result["max_logit_difference"] <= result["logit_tolerance"]):
@@ -136,14 +172,18 @@ def _check_equal(out: str, result: dict[str, Any]) -> None:
         )
 
 
-def _open_to_merge(opened: OpenedModel, labels: Labels | None, form: PromptForm | None) -> tuple[OpenedModel, Any]:
+def _open_to_merge(
+    opened: OpenedModel, labels: Labels | None, form: PromptForm | None, held: str | None
+) -> tuple[OpenedModel, Any]:
     """Return the model as it is merged, and its tokenizer, which has the end tokens of the form.
 
-    Nothing is rounded before the merge: weights are loaded as bfloat16 only if they are stored in it.
+    Nothing is rounded before the merge: weights are loaded as bfloat16 only if they are stored in it. Quantised ones are
+    dequantised to the dtype of the training, in which they were trained.
     """
     stored = opened.model.hf_config.get("dtype") or opened.model.hf_config.get("torch_dtype")
     wanted = jnp.dtype(opened.model.config.dtype).name
-    found, tokenizer = open_with_tokenizer(opened.source, wanted if stored == "bfloat16" else "float32", labels)
+    exact = stored == "bfloat16" or opened.model.quantization != quantization.NONE
+    found, tokenizer = open_with_tokenizer(opened.source, wanted if exact else "float32", labels, quantization_of=held)
     if form is not None:  # before the weights, which take longer
         prompt_form.end_ids(form, tokenizer, found.source)
     return found, tokenizer

@@ -256,9 +256,10 @@ def _check_metadata(path: Path, metadata: dict[str, Any]) -> None:
     source, dtype = base_model.get("source", ""), base_model.get("dtype", "float32")
     if not isinstance(source, str) or dtype not in ("float32", "bfloat16"):
         raise UserError(f"{path}: base has source {source!r} and dtype {dtype!r}, expected text, and float32 or bfloat16")
-    for name in ("absolute", "relative"):  # absent where the base is not local, and in 0.1
+    for name in ("absolute", "relative", "quantization"):  # absent where the base is not local or quantised, and in 0.1
         if not isinstance(base_model.get(name, ""), str):
-            raise UserError(f"{path}: base.{name}: expected a path, found {base_model[name]!r}")
+            expected = "text" if name == "quantization" else "a path"
+            raise UserError(f"{path}: base.{name}: expected {expected}, found {base_model[name]!r}")
     for name, number in {"base.parameters": base_model.get("parameters", 1), **inputs}.items():
         if type(number) is not int or number < 1:
             raise UserError(f"{path}: {name} is {number!r}, expected a positive integer")
@@ -334,6 +335,12 @@ def _check_pair(path: Path, module: str, values: np.ndarray, columns: np.ndarray
         raise UserError(f"{path}: {module}.values holds NaN or infinite entries")
     if columns.min() < 0 or (np.diff(columns, axis=1) <= 0).any():
         raise UserError(f"{path}: {module}.columns must be ascending and distinct within each neuron, from 0 on")
+
+
+def without_digests(adapter: Adapter) -> Adapter:
+    """Return the adapter without the digests of its base model, so that it is used on any that it fits (--force)."""
+    base_model = {**adapter.metadata["base"], "digests": {}}
+    return adapter._replace(metadata={**adapter.metadata, "base": base_model})
 
 
 def check_base(adapter: Adapter, digests: Mapping[str, str], source: str) -> None:

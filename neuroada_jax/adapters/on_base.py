@@ -25,7 +25,7 @@ from neuroada_jax.core.trees import Tree
 from neuroada_jax.data.prompts import PromptForm
 from neuroada_jax.errors import UserError
 from neuroada_jax.models import dense_modules, names
-from neuroada_jax.pretrained import hub, prompt_form
+from neuroada_jax.pretrained import hub, prompt_form, quantization
 from neuroada_jax.pretrained.load import IdentifiedModel, LoadedModel, OpenedModel
 from neuroada_jax.pretrained.tensor_names import EMBEDDING, HEAD
 
@@ -61,6 +61,8 @@ def assemble(
         "parameters": bypass.count(base_model.model.abstract_params()),
         "digests": base_model.digests,
     }
+    if base_model.model.quantization != quantization.NONE:
+        about["quantization"] = base_model.model.quantization
     snapshot = hub.snapshot_of(base_model.path)
     if snapshot:
         about["revision"] = snapshot[1]
@@ -143,7 +145,7 @@ def stack_layers(adapter: Adapter, base_model: IdentifiedModel) -> Bypass:
     Raises:
       UserError: another base model, a module that it does not have, or entries that do not fit it.
     """
-    native.check_base(adapter, base_model.digests, base_model.source)
+    _check_base(adapter, base_model)
     _check_tied(adapter, base_model)
     values: Tree = {}
     columns: Tree = {}
@@ -176,6 +178,21 @@ def stack_layers(adapter: Adapter, base_model: IdentifiedModel) -> Bypass:
     if remaining:
         raise UserError(f"adapter: the base model has no module {min(remaining)!r}")
     return Bypass(values, columns)
+
+
+def _check_base(adapter: Adapter, base_model: IdentifiedModel) -> None:
+    """Refuse another base model; say where it is the same one in another quantisation."""
+    try:
+        native.check_base(adapter, base_model.digests, base_model.source)
+    except UserError as error:
+        then = quantization.format_of(adapter.metadata.get("base", {}).get("quantization"))
+        now = quantization.format_of(base_model.model.quantization)
+        if then == now:
+            raise
+        raise UserError(
+            f"{error}; the adapter was trained on {then} weights, and these are {now}: --quantization says how a base "
+            "model is read, and --force uses the adapter on it all the same"
+        ) from error
 
 
 def _of_all(columns: np.ndarray) -> np.ndarray:

@@ -92,8 +92,8 @@ def load_torch(model: models.Model, directory: str, dtype: Any) -> Any:
 
 
 def reads_original(base_model: OpenedModel) -> bool:
-    """Return whether transformers can load the base model itself; a GGUF file is read by this library only."""
-    return Path(base_model.path).is_dir()
+    """Return whether transformers loads the same base model; a GGUF file and quantised weights are read by this library."""
+    return Path(base_model.path).is_dir() and base_model.model.quantization == "none"
 
 
 def _torch_base(base_model: LoadedModel) -> Any:

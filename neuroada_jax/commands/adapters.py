@@ -48,10 +48,16 @@ def _merge(parsed: argparse.Namespace) -> None:
     from neuroada_jax.training import unfinished
 
     unfinished.check(parsed.adapter, parsed.model)
-    options = {"model": parsed.model, "dtype": parsed.dtype, "verify": parsed.verify}
+    options = _options(parsed)
     made = exchange.export_adapter(parsed.adapter, "huggingface", parsed.out, **options)
     content = {"model" if key == "out" else key: value for key, value in made.items() if key != "notes"}
     shared.print_json(content) if parsed.json else exchange.print_result(made)
+
+
+def _options(parsed: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of an export that the command line gives."""
+    own = {"held": parsed.quantization, "force": parsed.force}
+    return {"model": parsed.model, "dtype": parsed.dtype, "verify": parsed.verify, **own}
 
 
 def _add_export(commands: shared.Commands) -> None:
@@ -67,6 +73,7 @@ def _add_export(commands: shared.Commands) -> None:
     parser.add_argument("--out", required=True, metavar="DIRECTORY", help="directory to create")
     parser.add_argument("--model", metavar="MODEL", help="base model (default: the one that the adapter names)")
     parser.add_argument("--dtype", choices=shared.DTYPES, help="dtype of the base model (default: the adapter's)")
+    shared.add_quantization(parser)
     parser.add_argument("--verify", action="store_true", help=_VERIFY)
 
 
@@ -76,7 +83,7 @@ def _export(parsed: argparse.Namespace) -> None:
 
     shared.on_cpu()
     unfinished.check(parsed.adapter, parsed.model)
-    options = {"model": parsed.model, "dtype": parsed.dtype, "verify": parsed.verify}
+    options = _options(parsed)
     _print_result(exchange.export_adapter(parsed.adapter, parsed.to, parsed.out, **options), parsed)
 
 

@@ -11,6 +11,7 @@ from neuroada_jax.errors import UserError
 
 Commands = Any  # argparse has no public name for what `add_subparsers` returns
 DTYPES = ["float32", "bfloat16", "auto"]
+QUANTIZATIONS = ["auto", "none", "nf4", "int8", "fp8"]
 ADAPTER_HELP = "adapter directory, or hub id: USER/NAME or USER/NAME@REVISION"
 
 
@@ -48,6 +49,20 @@ def add_model(parser: argparse.ArgumentParser, *, adapter_required: bool = False
     )
     parser.add_argument("--adapter", metavar="ADAPTER", required=adapter_required, help=ADAPTER_HELP)
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: the adapter's, else auto)")
+    add_quantization(parser)
+
+
+def add_quantization(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a quantised base model."""
+    parser.add_argument(
+        "--quantization",
+        choices=QUANTIZATIONS,
+        help="how kernels are held: quantised on load, as the checkpoint is (auto) or dequantised (none) (default: the "
+        "adapter's)",
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="use the adapter on weights that differ from those it was trained on"
+    )
 
 
 def add_processes(parser: argparse.ArgumentParser) -> None:
@@ -130,6 +145,7 @@ def open_model(parsed: argparse.Namespace, *, decoder: bool = True) -> tuple[Any
       UserError: no model is named, it cannot be opened, or it is an encoder where `decoder` is set.
     """
     from neuroada_jax.adapters import base_model, hub, native
+    from neuroada_jax.pretrained import quantization
     from neuroada_jax.pretrained.load import open_with_tokenizer
     from neuroada_jax.training import unfinished
 
@@ -140,9 +156,15 @@ def open_model(parsed: argparse.Namespace, *, decoder: bool = True) -> tuple[Any
         raise UserError("give --model, or an --adapter that names its base model")
 
     def open_source(source: str) -> tuple[Any, Any]:
-        return open_with_tokenizer(source, parsed.dtype or base.get("dtype") or "auto", native.labels_of(base))
+        return open_with_tokenizer(
+            source,
+            parsed.dtype or base.get("dtype") or "auto",
+            native.labels_of(base),
+            quantization_of=parsed.quantization or quantization.of_adapter(base),
+        )
 
     if adapter:
+        adapter = native.without_digests(adapter) if parsed.force else adapter
         opened, tokenizer = base_model.open_base(adapter, parsed.adapter, parsed.model, open_source)
     else:
         opened, tokenizer = open_source(parsed.model)

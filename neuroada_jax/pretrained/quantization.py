@@ -26,6 +26,7 @@ from neuroada_jax.pretrained import bitsandbytes_tensors, gguf_header, tensor_na
 from neuroada_jax.pretrained.safetensors_directory import INDEX, SINGLE
 
 _PLAIN = {"F32", "F16", "BF16"}  # GGUF types that are no blocks
+_RECORDED = "adapter:"
 NONE, STORED = "none", "stored"
 REQUESTS = ("auto", "none", "nf4", "int8", "fp8", "nf4_nested")
 # A format for all layers of a stacked kernel, or one for each layer (None: not quantised) where they differ.
@@ -35,6 +36,19 @@ Formats = dict[ModulePath, str | tuple[str | None, ...]]
 def is_stored(model: models.Model) -> bool:
     """Return whether a model's kernels are kept as its checkpoint has them."""
     return model.quantization.startswith(STORED)
+
+
+def format_of(held: str | None) -> str:
+    """Return the format of kernels in words, from `Model.quantization`; None is that of an adapter that has none."""
+    if held in (None, NONE, STORED):  # the weights of a GGUF file are the same, packed or not
+        return "unquantised"
+    return str(held).rpartition(":")[2]
+
+
+def of_adapter(base: Mapping[str, Any]) -> str | None:
+    """Return how the base model that an adapter's metadata describe is to be read, for `resolve`."""
+    held = base.get("quantization")
+    return f"{_RECORDED}{held}" if held in quantise.MADE else None
 
 
 def needs_tensors(model: models.Model, path: str) -> bool:
@@ -82,6 +96,9 @@ def resolve(requested: str | None, path: str, hf_config: Mapping[str, Any]) -> s
     Raises:
       UserError: the checkpoint is quantised already, or in a way that is not read; or no device for fp8.
     """
+    if requested is not None and requested.startswith(_RECORDED):
+        # The kernels that an adapter was trained on were quantised on load; a checkpoint that has the codes is as good.
+        requested = None if declared(path, hf_config) else requested.removeprefix(_RECORDED)
     if requested not in (None, *REQUESTS):
         raise UserError(f"quantization: expected one of {', '.join(REQUESTS)}, found {requested!r}")
     found = declared(path, hf_config)

@@ -110,6 +110,8 @@ def run(config: RunConfig, given: Mapping[str, Any], options: Options, where: st
     store = Store(config.directory)
     store.check(config, list(checked), options.overwrite)
     model = open_with_tokenizer(config.model.path, config.model.dtype, quantization_of=config.model.held)
+    if (held := model[0].model.quantization) != "none":
+        raise UserError(f"model.quantization: a sweep trains on unquantised weights, found {held}; set it to none")
     rows = starts.prepare(members, model)
     with store.opened(config, options.overwrite):
         return _Sweep(config, own, checked, options, store, rows).run(members)

@@ -131,7 +131,7 @@ CASES = {
     "codes without scales": ({"model.norm.weight": np.zeros(64, np.uint8)}, "no scales are stored beside it"),
     "another table": ({f"{UP}.quant_map": np.zeros(16, np.float32)}, "holds other numbers than nf4's"),
     "an embedding": (
-        stored("model.embed_tokens.weight", np.ones((260, 64), np.float32), "nf4"), "is not the weight of a linear map"
+        stored("model.embed_tokens.weight", np.ones((320, 64), np.float32), "nf4"), "is not the weight of a linear map"
     ),
 }  # fmt: skip
 
