@@ -10,11 +10,12 @@ from flax import linen as nn
 
 from neuroada_jax.core.trees import ModulePath, Tree, kernels, matching
 from neuroada_jax.errors import UserError
-from neuroada_jax.models import config_fields, gemma, llama, mixtral, names, phi
+from neuroada_jax.models import config_fields, distilbert, gemma, llama, mixtral, names, phi
 from neuroada_jax.models.decoder import DecoderForCausalLM
 from neuroada_jax.models.encoder import (
     ENCODER_TARGETS,
     BertForSequenceClassification,
+    ElectraForSequenceClassification,
     EncoderConfig,
     RobertaForSequenceClassification,
 )
@@ -70,14 +71,16 @@ def _decoder(
     return Architecture(read_config, DecoderForCausalLM, ("model", "layers"), targets, transformers_class, prefix="model.")
 
 
-def _roberta(transformers_class: str) -> Architecture:
+def _roberta(
+    transformers_class: str, name: str = "roberta", module: Any = RobertaForSequenceClassification
+) -> Architecture:
     return Architecture(
         EncoderConfig.from_hf,
-        RobertaForSequenceClassification,
-        ("roberta", "encoder", "layer"),
+        module,
+        (name, "encoder", "layer"),
         ENCODER_TARGETS,
         transformers_class,
-        prefix="roberta.",
+        prefix=f"{name}.",
         classifier=(("classifier",),),
         optional=(("classifier",),),
     )
@@ -92,6 +95,17 @@ _BERT = Architecture(
     prefix="bert.",
     classifier=(("classifier",),),
     optional=(("classifier",), ("bert", "pooler")),
+)
+
+_DISTILBERT = Architecture(
+    distilbert.read_config,
+    distilbert.DistilBertForSequenceClassification,
+    ("distilbert", "transformer", "layer"),
+    distilbert.DISTILBERT_TARGETS,
+    "DistilBertForSequenceClassification",
+    prefix="distilbert.",
+    classifier=(("pre_classifier",), ("classifier",)),
+    optional=(("pre_classifier",), ("classifier",)),
 )
 
 # By the `model_type` of config.json, which is "llama" for SmolLM2 and LLaMA 1 to 3.x.
@@ -111,6 +125,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma3_text": _decoder(gemma.gemma3, "Gemma3ForCausalLM"),
     "bert": _BERT,
     "roberta": _roberta("RobertaForSequenceClassification"),
+    "electra": _roberta("ElectraForSequenceClassification", "electra", ElectraForSequenceClassification),
+    "distilbert": _DISTILBERT,
     "xlm-roberta": _roberta("XLMRobertaForSequenceClassification"),
 }
 

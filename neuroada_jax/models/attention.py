@@ -159,6 +159,21 @@ def attention_with_dropout(
     return jax.checkpoint(attend, prevent_cse=prevent_cse())(query, key, value, rng)
 
 
+def bidirectional(
+    query: Float[Array, "B T H N"],
+    key: Float[Array, "B S H N"],
+    value: Float[Array, "B S H N"],
+    *,
+    mask: Bool[Array, "B 1 T S"],
+    rate: float,
+    rng: Array | None,
+) -> Float[Array, "B T H N"]:
+    """Compute an encoder's attention, with dropout where there is a key `rng`."""
+    if rng is None:
+        return attention(query, key, value, mask=mask, causal=False)
+    return attention_with_dropout(query, key, value, mask=mask, rate=rate, rng=rng)
+
+
 def packed_mask(positions: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
     """Return the causal mask of packed rows, in which a token attends to its own example only.
 

@@ -20,7 +20,7 @@ DECODERS = (
     *("llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3", "granite", "olmo2"),
     *("phi3", "gemma2", "gemma3_text", "mixtral", "qwen3_moe"),
 )
-ENCODERS = ("bert", "roberta", "xlm-roberta")
+ENCODERS = ("bert", "roberta", "xlm-roberta", "electra", "distilbert")
 
 # Fields that no reader takes because they cannot change logits, each with the reason. A reader may take one all the same:
 # `pad_token_id` counts positions in RoBERTa, the labels are an encoder's, and so on.
@@ -74,6 +74,14 @@ HARMLESS = {
     "_sliding_window_pattern": "transformers writes it beside layer_types, and reads sliding_window_pattern",
     "mm_tokens_per_image": "images, of which a decoder reads none",
     "image_token_id": "images, of which a decoder reads none",
+    "qa_dropout": "another task",
+    "summary_type": "another task",
+    "summary_use_proj": "another task",
+    "summary_activation": "another task",
+    "summary_first_dropout": "another task",
+    "summary_last_dropout": "another task",
+    "summary_proj_to_labels": "another task",
+    "sinusoidal_pos_embds": "new weights: a checkpoint has the positions",
     "number_of_conv_states": "there are no convolutions",
     "embedding_size": "lets transformers skip a check that is made here",
 }
@@ -160,6 +168,14 @@ class Fields:
     def integer_or_none(self, name: str, default: int | None = None, least: int = 1, most: int = LARGEST) -> int | None:
         """Return an integer as `integer` does, or None where the field is null or missing without a default."""
         return None if self.get(name, default) is None else self.integer(name, default, least, most)
+
+    def integer_of(self, names: Sequence[str], default: int | None = None, most: int = LARGEST) -> int:
+        """Return the positive integer of a field that has several names; those that are there must be equal."""
+        self.read.update(names)
+        given = {name: self.integer(name, most=most) for name in names if name in self.content}
+        if len(set(given.values())) > 1:
+            raise UserError(f"{self.place}{' and '.join(given)} must be equal, found {shown(list(given.values()))}")
+        return next(iter(given.values())) if given else self.integer(names[0], _REQUIRED if default is None else default)
 
     def number(
         self, name: str, default: Any = _REQUIRED, *, least: float = 0.0, below: float = math.inf, positive: bool = False

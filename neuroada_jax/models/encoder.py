@@ -1,13 +1,13 @@
-"""BERT, RoBERTa and XLM-R in Flax Linen with stacked layers, and their sequence classifiers.
+"""BERT, RoBERTa, XLM-R and ELECTRA in Flax Linen with stacked layers, and their sequence classifiers.
 
-The three differ in how they count positions and in the classifier. As in llama.py, one scan body serves every depth and
-module names are those of the Hugging Face checkpoint without the layer number.
+They differ in how they count positions, in the width of the embeddings and in the classifier. As in decoder.py, one scan
+body serves every depth and module names are those of the Hugging Face checkpoint without the layer number.
 
 Dropout is active only where `apply` is given `rngs={"dropout": key}`.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -58,6 +58,7 @@ class EncoderConfig:
     attention_dropout: float
     classifier_dropout: float
     dtype: Any = jnp.float32
+    embedding_size: int | None = None  # None: D
 
     @property
     def max_positions(self) -> int:
@@ -66,12 +67,12 @@ class EncoderConfig:
 
     @classmethod
     def from_hf(cls, fields: Fields, dtype: Any = jnp.float32) -> "EncoderConfig":
-        """Read the config.json of a model_type bert, roberta or xlm-roberta.
+        """Read the config.json of a model_type bert, electra, roberta or xlm-roberta.
 
         Raises:
           UserError: a field is missing or has a value that is not supported.
         """
-        bert = fields.kind == "bert"
+        bert = fields.kind in ("bert", "electra")
         hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
         if hidden % heads:
             raise UserError(f"config.json: hidden_size {hidden} is no multiple of num_attention_heads {heads}")
@@ -103,6 +104,7 @@ class EncoderConfig:
             attention_dropout=fields.number("attention_probs_dropout_prob", 0.1, below=1.0),
             classifier_dropout=fields.number("classifier_dropout", below=1.0) if own_dropout else hidden_dropout,
             dtype=dtype,
+            embedding_size=fields.integer("embedding_size", 128) if fields.kind == "electra" else None,
         )
 
 
@@ -140,7 +142,7 @@ class Embeddings(nn.Module):
         c = self.config
 
         def embed(name: str, size: int, ids: Array) -> Array:
-            return Embedding(size, c.hidden_size, c.dtype, name=name)(ids)
+            return Embedding(size, c.embedding_size or c.hidden_size, c.dtype, name=name)(ids)
 
         if c.first_position:  # RoBERTa: padding has a position of its own and is not counted
             real = ids != c.pad_id
@@ -148,8 +150,9 @@ class Embeddings(nn.Module):
         else:
             positions = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
         x = embed("word_embeddings", c.vocab_size, ids) + embed("position_embeddings", c.num_positions, positions)
-        token_types = jnp.zeros_like(ids) if token_types is None else token_types
-        x = x + embed("token_type_embeddings", c.token_types, token_types)
+        if c.token_types:
+            token_types = jnp.zeros_like(ids) if token_types is None else token_types
+            x = x + embed("token_type_embeddings", c.token_types, token_types)
         return Dropout(c.hidden_dropout)(LayerNorm(c.norm_epsilon, c.dtype, name="LayerNorm")(x))
 
 
@@ -167,11 +170,8 @@ class SelfAttention(nn.Module):
             return y.reshape(*x.shape[:2], c.num_heads, c.hidden_size // c.num_heads)
 
         query, key, value = project("query"), project("key"), project("value")
-        if c.attention_dropout and self.has_rng("dropout"):
-            rng = self.make_rng("dropout")
-            y = attention.attention_with_dropout(query, key, value, mask=mask, rate=c.attention_dropout, rng=rng)
-        else:
-            y = attention.attention(query, key, value, mask=mask, causal=False)
+        rng = self.make_rng("dropout") if c.attention_dropout and self.has_rng("dropout") else None
+        y = attention.bidirectional(query, key, value, mask=mask, rate=c.attention_dropout, rng=rng)
         return kept_activation(y.reshape(x.shape))
 
 
@@ -226,10 +226,17 @@ class Layer(nn.Module):
 
 
 class Layers(nn.Module):
-    """All layers, as one scan or, where their arrays lie apart, one by one."""
+    """All layers, as one scan or, where their arrays lie apart, one by one.
+
+    Attributes:
+      config: the encoder.
+      remat: its policy.
+      layer: the module of a layer, written as the body of a scan.
+    """
 
     config: EncoderConfig
     remat: Remat = Remat.NONE
+    layer: type[nn.Module] = Layer
 
     @nn.compact
     def __call__(self, x: Array, mask: Array) -> Array:
@@ -237,12 +244,13 @@ class Layers(nn.Module):
         if each is not None:
             keys = jax.random.split(self.make_rng("dropout"), c.num_layers) if self.has_rng("dropout") else None
             with outside_scan():
-                layer = remat_module(Layer, self.remat)(c, self.remat, parent=None)
+                body: Any = remat_module(self.layer, self.remat)
+                layer = body(c, self.remat, parent=None)
                 for at, variables in enumerate(each):
                     x, _ = layer.apply(variables, x, mask, rngs={} if keys is None else {"dropout": keys[at]})
             return x
-        scanned_layers = nn.scan(
-            remat_module(Layer, self.remat),
+        scanned_layers: Any = nn.scan(
+            remat_module(self.layer, self.remat),
             variable_axes={"params": 0, **dict.fromkeys(BYPASS_COLLECTIONS, 0)},
             split_rngs={"params": True, "dropout": True},
             in_axes=nn.broadcast,
@@ -274,15 +282,23 @@ class Encoder(nn.Module):
         self.encoder = Layers(self.config, self.remat)
         if self.pooled:
             self.pooler = Pooler(self.config)
+        if self.config.embedding_size not in (None, self.config.hidden_size):
+            self.embeddings_project = BypassDense(self.config.hidden_size, True, self.config.dtype)
 
     def __call__(self, ids: Array, mask: Array | None, token_types: Array | None) -> Array:
-        mask = jnp.ones(ids.shape, bool) if mask is None else mask
-        batch, length = ids.shape
-        attended = jnp.broadcast_to(mask[:, None, None, :], (batch, 1, length, length))
-        return self.encoder(self.embeddings(ids, token_types), attended)
+        x = self.embeddings(ids, token_types)
+        if self.config.embedding_size not in (None, self.config.hidden_size):
+            x = self.embeddings_project(x)
+        return self.encoder(x, attended(ids, mask))
 
 
-class _ForSequenceClassification(nn.Module):
+def attended(ids: Array, mask: Array | None) -> Array:
+    """Return the mask (B, 1, T, T) of attention to all tokens that are no padding."""
+    mask = jnp.ones(ids.shape, bool) if mask is None else mask
+    return jnp.broadcast_to(mask[:, None, None, :], (ids.shape[0], 1, ids.shape[1], ids.shape[1]))
+
+
+class ForSequenceClassification(nn.Module):
     """Base class of the sequence classifiers; a subclass defines the encoder and the classifier."""
 
     config: EncoderConfig
@@ -308,7 +324,7 @@ class _ForSequenceClassification(nn.Module):
         return self(ids)
 
 
-class BertForSequenceClassification(_ForSequenceClassification):
+class BertForSequenceClassification(ForSequenceClassification):
     """BERT with its pooler and a linear classifier."""
 
     def setup(self) -> None:
@@ -325,12 +341,12 @@ class BertForSequenceClassification(_ForSequenceClassification):
         return self.classifier(self.dropout(self.bert.pooler(hidden)))
 
 
-class RobertaForSequenceClassification(_ForSequenceClassification):
+class RobertaForSequenceClassification(ForSequenceClassification):
     """RoBERTa with a classifier of two linear maps on the first token."""
 
     def setup(self) -> None:
         self.roberta = Encoder(self.config, self.remat)
-        self.classifier = RobertaClassifier(self.config)
+        self.classifier = TwoMaps(self.config)
 
     def hidden_states(self, ids: Array, mask: Array | None = None, token_types: Array | None = None) -> Array:
         """Compute the last layer's states (B, T, D)."""
@@ -340,14 +356,30 @@ class RobertaForSequenceClassification(_ForSequenceClassification):
         return self.classifier(hidden[:, 0])
 
 
-class RobertaClassifier(nn.Module):
-    """RoBERTa's classifier: two linear maps with tanh between them."""
+class ElectraForSequenceClassification(ForSequenceClassification):
+    """ELECTRA with a classifier of two linear maps on the first token."""
+
+    def setup(self) -> None:
+        self.electra = Encoder(self.config, self.remat)
+        self.classifier = TwoMaps(self.config, layers.ACTIVATIONS["gelu"])
+
+    def hidden_states(self, ids: Array, mask: Array | None = None, token_types: Array | None = None) -> Array:
+        """Compute the last layer's states (B, T, D)."""
+        return self.electra(ids, mask, token_types)
+
+    def _classify(self, hidden: Array) -> Array:
+        return self.classifier(hidden[:, 0])
+
+
+class TwoMaps(nn.Module):
+    """A classifier of two linear maps with an activation between them."""
 
     config: EncoderConfig
+    activation: Callable[[Array], Array] = jnp.tanh
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         c = self.config
         drop = Dropout(c.classifier_dropout)
-        x = jnp.tanh(BypassDense(c.hidden_size, True, c.dtype, name="dense")(drop(x)))
+        x = self.activation(BypassDense(c.hidden_size, True, c.dtype, name="dense")(drop(x)))
         return BypassDense(c.num_labels, True, c.dtype, name="out_proj")(drop(x))

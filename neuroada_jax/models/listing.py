@@ -41,6 +41,8 @@ FAMILIES = {
     "qwen3_moe": Family("Qwen3-MoE", "Qwen/Qwen3-30B-A3B", f"no GGUF; experts in every layer; {_EXPERTS}"),
     "bert": Family("BERT, MiniLM", "google-bert/bert-base-uncased"),
     "roberta": Family("RoBERTa", "FacebookAI/roberta-base"),
+    "electra": Family("ELECTRA", "google/electra-small-discriminator"),
+    "distilbert": Family("DistilBERT", "distilbert/distilbert-base-uncased"),
     "xlm-roberta": Family("XLM-R", "FacebookAI/xlm-roberta-base"),
 }
 

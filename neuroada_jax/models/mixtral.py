@@ -10,6 +10,7 @@ from neuroada_jax.models.rope import Rope, RopeRules
 
 MIXTRAL_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "w1", "w2", "w3")
 
+_COUNT = ("num_experts", "num_local_experts")  # two names of the number of experts
 _MIXTRAL = Defaults(131072, kv_heads=8, epsilon=1e-5, nullable=("head_dim",), rules=RopeRules(theta=1000000.0))
 _QWEN3_MOE = Defaults(32768, kv_heads=4, nullable=())
 
@@ -20,7 +21,7 @@ def mixtral(fields: Fields, dtype: Any) -> DecoderConfig:
     Raises:
       UserError: a field is missing or has a value that is not supported.
     """
-    count = _count(fields, 8)
+    count = fields.integer_of(_COUNT, 8)
     experts = Experts(
         count,
         _chosen(fields, 2, count),
@@ -38,7 +39,7 @@ def qwen3_moe(fields: Fields, dtype: Any) -> DecoderConfig:
     Raises:
       UserError: a field is missing or has a value that is not supported; layers without experts.
     """
-    count, step = _count(fields, 128), fields.integer("decoder_sparse_step", 1)
+    count, step = fields.integer_of(_COUNT, 128), fields.integer("decoder_sparse_step", 1)
     if step != 1 or fields.get("mlp_only_layers") not in (None, []):
         name = "decoder_sparse_step" if step != 1 else "mlp_only_layers"
         value = shown(fields.get(name))
@@ -50,15 +51,6 @@ def qwen3_moe(fields: Fields, dtype: Any) -> DecoderConfig:
     biased = fields.flag("attention_bias", False)
     parts = {"qkv_bias": biased, "output_bias": biased, "qk_norm": QkNorm.HEAD, "experts": experts, "dtype": dtype}
     return _decoder(fields, _QWEN3_MOE, window, **parts)
-
-
-def _count(fields: Fields, default: int) -> int:
-    """Return the number of experts, which has two names."""
-    given = {name: fields.integer(name) for name in ("num_experts", "num_local_experts") if name in fields.content}
-    fields.read.update(("num_experts", "num_local_experts"))
-    if len(set(given.values())) > 1:
-        raise UserError(f"config.json: num_experts and num_local_experts must be equal, found {shown(given)}")
-    return next(iter(given.values()), default)
 
 
 def _chosen(fields: Fields, default: int, count: int) -> int:

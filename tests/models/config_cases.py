@@ -72,6 +72,16 @@ BASES = {
     "gemma3_text": {**_GEMMA, "sliding_window_pattern": 2},
     "bert": _ENCODER,
     "roberta": _ENCODER,
+    "electra": {**_ENCODER, "embedding_size": 16},
+    "distilbert": {
+        "vocab_size": VOCABULARY,
+        "dim": 32,
+        "hidden_dim": 48,
+        "n_layers": 2,
+        "n_heads": 4,
+        "initializer_range": 0.01,
+        "max_position_embeddings": 48,
+    },
     "xlm-roberta": _ENCODER,
 }
 MISSING = object()
@@ -80,6 +90,7 @@ _DTYPES = ["bfloat16", "float16", "float64", "float8_e4m3fn", "int8"]
 # Values that only mean something to one field.
 _VALUES = {
     "hidden_act": ["relu", "gelu", "gelu_pytorch_tanh", "tanh", "quick_gelu"],
+    "activation": ["relu", "tanh"],
     "hidden_activation": ["relu", "gelu", "tanh"],
     "no_rope_layers": [[1, 1], [0, 1, 1]],
     "dtype": _DTYPES,
@@ -98,6 +109,11 @@ _VALUES = {
     "num_labels": [1],
 }
 SHAPES = {
+    "dim",
+    "hidden_dim",
+    "n_layers",
+    "n_heads",
+    "embedding_size",
     "moe_intermediate_size",
     "vocab_size",
     "hidden_size",
@@ -206,7 +222,9 @@ def values(name, hint, near):
         for part in typing.get_args(hint) if union else (hint,):
             found += _of_type(part, near)
         found += [MISSING, None, False, [3], {"other": 3}, 2.5 if isinstance(near, int) else "3"]
-    if name in SHAPES:  # the base's own value is not the default, and each one more is another program to compile
+    if (
+        name in SHAPES and near is not None
+    ):  # the base's own value is not the default, and each one more is another program to compile
         found = [value for value in found if isinstance(value, bool) or value not in (3, near + 1, 2 * near)]
     return list({repr(value): value for value in found}.values())
 

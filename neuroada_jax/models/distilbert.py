@@ -1,0 +1,129 @@
+"""DistilBERT with its sequence classifier: BERT's layers under names of its own, without token types and pooler."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array
+
+from neuroada_jax.errors import UserError
+from neuroada_jax.models import attention, encoder, layers
+from neuroada_jax.models.config_fields import LARGEST_DEPTH, Fields
+from neuroada_jax.models.encoder import EncoderConfig
+from neuroada_jax.models.layers import BypassDense, Dropout, LayerNorm
+from neuroada_jax.models.remat import Remat, kept_activation, token_wise
+
+DISTILBERT_TARGETS = ("q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2")
+
+
+def read_config(fields: Fields, dtype: Any) -> EncoderConfig:
+    """Read the config.json of a model_type distilbert.
+
+    Raises:
+      UserError: a field is missing or has a value that is not supported.
+    """
+    hidden, heads = (
+        fields.integer_of(("dim", "hidden_size")),
+        fields.integer_of(("n_heads", "num_attention_heads")),
+    )
+    if hidden % heads:
+        raise UserError(f"config.json: dim {hidden} is no multiple of n_heads {heads}")
+    fields.number("initializer_range", 0.02)  # of a new classifier
+    return EncoderConfig(
+        vocab_size=fields.integer("vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=fields.integer("hidden_dim"),
+        num_layers=fields.integer_of(("n_layers", "num_hidden_layers"), most=LARGEST_DEPTH),
+        num_heads=heads,
+        num_labels=encoder.num_labels(fields),
+        num_positions=fields.integer("max_position_embeddings", 512),
+        first_position=0,
+        token_types=0,
+        pad_id=0,
+        norm_epsilon=1e-12,
+        activation=fields.choice("activation", "gelu", list(layers.ACTIVATIONS)),
+        hidden_dropout=fields.number("dropout", 0.1, below=1.0),
+        attention_dropout=fields.number("attention_dropout", 0.1, below=1.0),
+        classifier_dropout=fields.number("seq_classif_dropout", 0.2, below=1.0),
+        dtype=dtype,
+    )
+
+
+class SelfAttention(nn.Module):
+    """Bidirectional multi-head attention with its output layer."""
+
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array) -> Array:
+        c = self.config
+
+        def project(name: str) -> Array:
+            y = BypassDense(c.hidden_size, True, c.dtype, name=name)(x)
+            return y.reshape(*x.shape[:2], c.num_heads, c.hidden_size // c.num_heads)
+
+        rng = self.make_rng("dropout") if c.attention_dropout and self.has_rng("dropout") else None
+        heads = (project("q_lin"), project("k_lin"), project("v_lin"))
+        y = attention.bidirectional(*heads, mask=mask, rate=c.attention_dropout, rng=rng)
+        return BypassDense(c.hidden_size, True, c.dtype, name="out_lin")(kept_activation(y.reshape(x.shape)))
+
+
+class FeedForward(nn.Module):
+    """Two linear maps with an activation between them, and dropout."""
+
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        c = self.config
+        x = layers.ACTIVATIONS[c.activation](BypassDense(c.intermediate_size, True, c.dtype, name="lin1")(x))
+        return Dropout(c.hidden_dropout)(BypassDense(c.hidden_size, True, c.dtype, name="lin2")(x))
+
+
+class Layer(nn.Module):
+    """One layer, written as the body of a scan."""
+
+    config: EncoderConfig
+    remat: Remat = Remat.NONE
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array) -> tuple[Array, None]:
+        c = self.config
+        x = LayerNorm(c.norm_epsilon, c.dtype, name="sa_layer_norm")(SelfAttention(c, name="attention")(x, mask) + x)
+
+        def feed_forward(_: nn.Module, x: Array) -> Array:
+            return LayerNorm(c.norm_epsilon, c.dtype, name="output_layer_norm")(FeedForward(c, name="ffn")(x) + x)
+
+        return token_wise(feed_forward, self.remat, x.shape)(self, x), None
+
+
+class DistilBert(nn.Module):
+    """Embeddings and layers."""
+
+    config: EncoderConfig
+    remat: Remat = Remat.NONE
+
+    def setup(self) -> None:
+        self.embeddings = encoder.Embeddings(self.config)
+        self.transformer = encoder.Layers(self.config, self.remat, Layer)
+
+    def __call__(self, ids: Array, mask: Array | None) -> Array:
+        return self.transformer(self.embeddings(ids, None), encoder.attended(ids, mask))
+
+
+class DistilBertForSequenceClassification(encoder.ForSequenceClassification):
+    """DistilBERT with two linear maps on the first token; token types are ignored."""
+
+    def setup(self) -> None:
+        c = self.config
+        self.distilbert = DistilBert(c, self.remat)
+        self.pre_classifier = BypassDense(c.hidden_size, True, c.dtype)
+        self.dropout = Dropout(c.classifier_dropout)
+        self.classifier = BypassDense(c.num_labels, True, c.dtype)
+
+    def hidden_states(self, ids: Array, mask: Array | None = None, token_types: Array | None = None) -> Array:
+        """Compute the last layer's states (B, T, D)."""
+        return self.distilbert(ids, mask)
+
+    def _classify(self, hidden: Array) -> Array:
+        return self.classifier(self.dropout(jnp.maximum(self.pre_classifier(hidden[:, 0]), 0)))
