@@ -1,6 +1,7 @@
-"""The methods that ours is compared with in JAX, on our own model: plain autodiff, LoRA, masks, full fine-tuning.
+"""The methods that ours is compared with in JAX, on our own model: plain autodiff, masks, full fine-tuning.
 
-Scatter and LoRA replace the formula of every adapted linear map by a Flax method interceptor, so that all else is the same.
+Scatter replaces the formula of every adapted linear map by a Flax method interceptor, so that all else is the same. LoRA is
+the library's own.
 """
 
 from collections.abc import Callable, Sequence
@@ -67,30 +68,6 @@ def scatter(k: int) -> Baseline:
 
     def formula(x: Any, kernel: Any, columns: Any, values: Any) -> Any:
         return product(x, add_entries(kernel, columns, values))
-
-    return Baseline(split, lambda module: _adapted_loss(module, formula))
-
-
-def lora(rank: int) -> Baseline:
-    """Return LoRA, y = x W^T + (x A^T) B^T, with B = 0 at the start and both factors in the kernel's dtype.
-
-    A and B stand where a bypass has columns and values.
-    """
-
-    def split(params: Tree, paths: Sequence[ModulePath]) -> tuple[Tree, Tree]:
-        down: Tree = {}
-        up: Tree = {}
-        for path in paths:
-            kernel = trees.get(params, path)["kernel"]
-            (outputs, inputs), layers = kernel[0].shape, len(kernel)  # stacked, or a tuple of layers that lie apart
-            dtype = kernel[0].dtype
-            first = jax.random.normal(jax.random.key(0), (layers, rank, inputs), dtype) * inputs**-0.5
-            down = trees.put(down, path, {"columns": first})
-            up = trees.put(up, path, {"values": jnp.zeros((layers, outputs, rank), dtype)})
-        return {"bypass": up, "columns": down}, {"params": params}
-
-    def formula(x: Any, kernel: Any, down: Any, up: Any) -> Any:
-        return product(x, kernel) + product(product(x, down), up)
 
     return Baseline(split, lambda module: _adapted_loss(module, formula))
 

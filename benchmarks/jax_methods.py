@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -24,7 +24,8 @@ from benchmarks.methods import (
     targets,
 )
 from neuroada_jax import models
-from neuroada_jax.core import bypass, trees
+from neuroada_jax.core import bypass, low_rank, trees
+from neuroada_jax.core.bypass import Bypass
 from neuroada_jax.core.trees import Tree
 from neuroada_jax.data.batches import Batch
 from neuroada_jax.models import Remat, unrolled
@@ -70,11 +71,11 @@ def methods(ks: Sequence[int], remats: Iterable[Remat]) -> list[Method]:
     ours += [(f"{OURS}, remat {remat.value}", first, remat) for remat in remats if remat is not Remat.NONE]
     found = [Method("JAX", FLOOR, None, _floor)]
     for name, k, remat in ours:
-        build = functools.partial(_ours, k=k, remat=remat)
+        build = functools.partial(_ours, build=functools.partial(bypass.build, k=k), remat=remat)
         found.append(Method("JAX", name, k, build, owns_weights=True))
-    lora = lambda base: _baseline(base, baselines.lora(lora_rank(base.model, first)))  # noqa: E731
     scatter = lambda base: _baseline(base, baselines.scatter(first))  # noqa: E731
-    return [*found, Method("JAX", "LoRA", first, lora, core=False), Method("JAX", SCATTER, first, scatter, core=False)]
+    found.append(Method("JAX", "LoRA", first, lambda base: _lora(base, first), core=False, owns_weights=True))
+    return [*found, Method("JAX", SCATTER, first, scatter, core=False)]
 
 
 def to_batch(tokens: Tokens) -> Batch:
@@ -96,10 +97,16 @@ def to_batch(tokens: Tokens) -> Batch:
     return batch
 
 
-def _ours(base: LoadedModel, k: int, remat: Remat) -> Running:
+def _lora(base: LoadedModel, k: int) -> Running:
+    """Return the step of the library's LoRA with the budget of k connections per neuron, alpha = r."""
+    build = functools.partial(low_rank.build, rank=lora_rank(base.model, k), scale=1.0, key=jax.random.key(0))
+    return _ours(base, build, Remat.NONE)
+
+
+def _ours(base: LoadedModel, build: Callable[..., Bypass], remat: Remat) -> Running:
     """Return the step of the training loop: AdamW, clipping and the resident write included."""
     transformation = optimizer.build(OptimizerSection(learning_rate=LEARNING_RATE), 1000)
-    state = step.initial_state(base.params, bypass.build(base.params, targets(base.params, base.model), k), transformation)
+    state = step.initial_state(base.params, build(base.params, targets(base.params, base.model)), transformation)
     run_step = step.make_step(base.model.module(remat), transformation)
     trained = bypass.count(state.trainable)
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from benchmarks import common
 from benchmarks.baselines import product
 from benchmarks.common import Column, Row
-from neuroada_jax.core import cuda_kernels, ops, selection
+from neuroada_jax.core import cuda_kernels, low_rank, ops, selection
 from neuroada_jax.core.entries import add_entries
 from neuroada_jax.core.value_gradient import GradientAlgorithm
 
@@ -157,7 +157,8 @@ def _scatter(x: Any, kernel: Any, dy: Any, columns: Any, values: Any) -> Any:
 
 
 def _lora(x: Any, kernel: Any, dy: Any, down: Any, up: Any) -> Any:
-    function = lambda x, down, up: product(x, kernel) + product(product(x, down), up)  # noqa: E731
+    scale = jnp.float32(1)
+    function = lambda x, down, up: product(x, kernel) + low_rank.low_rank_dense(x, down, up, scale)  # noqa: E731
     return _with_gradients(function, dy, x, down, up)
 
 

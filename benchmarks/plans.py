@@ -10,9 +10,9 @@ memory: all methods except full fine-tuning adapt the seven linear maps of every
 a step's arguments (weights, adapter, optimiser state, batch) and the compiler's own figure for temporaries.
 
     neuroada-jax         the library's step; values and moments are float32
+    LoRA                 the library's step with `method: lora`; factors and moments are float32
     autodiff scatter     the published formulation under plain autodiff; values and moments are float32
     mask-based NeuroAda  complete kernels train, gradients times a boolean mask; moments in bfloat16, as PyTorch has them
-    LoRA                 factors and moments in bfloat16, the smallest that LoRA can be
     full fine-tuning     every weight; moments in bfloat16
 
 XLA computes bfloat16 products in float32 on most CPUs: a CPU's temporaries hold float32 copies that a GPU does not need.
@@ -74,7 +74,7 @@ DEVICES_COLUMNS = (
 
 
 class Setting(NamedTuple):
-    """A training step of this library, to be planned."""
+    """A training step of this library, to be planned; with a rank, of LoRA."""
 
     model: str
     k: int
@@ -84,6 +84,7 @@ class Setting(NamedTuple):
     devices: int = 1
     fsdp: int = 1
     tensor: int = 1
+    rank: int | None = None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -121,7 +122,7 @@ def memory(settings: argparse.Namespace) -> int:
     first = settings.k[0]  # what does not depend on k appears once
     baseline_of.append((SCATTER, first, None, baselines.scatter(first)))
     baseline_of.append((MASKED, first, None, baselines.masked(first)))
-    baseline_of += [("LoRA", None, rank, baselines.lora(rank)) for rank in settings.ranks]
+    baseline_of += [("LoRA", None, rank, None) for rank in settings.ranks]
     groups = [(name, rows, remat) for name in settings.models for rows in settings.batch for remat in settings.remat]
 
     found: list[Row] = []
@@ -133,7 +134,7 @@ def memory(settings: argparse.Namespace) -> int:
                 shown.update(len(found) + len(group), total, f"{name}, {rows} rows, remat {remat}: {method}")
                 row: Row = {"method": method, "k": k, "rank": rank, "dtype": DTYPE, "model": name}
                 row |= {"shape": [rows, settings.length], "remat": remat, "compiled_for": compiler.name}
-                setting = Setting(name, k or 0, rows, settings.length, remat)
+                setting = Setting(name, k or 1, rows, settings.length, remat, rank=rank)
                 row |= _bytes_of(baseline, setting, compiler) if baseline else _ours(setting, settings.compiled_for)
                 group.append(row | {"peak_bytes": sum(row["bytes"].values())})
             found += [row | {"ratio_to_full": row["peak_bytes"] / group[0]["peak_bytes"]} for row in group]
@@ -183,7 +184,7 @@ def _plan(setting: Setting, machine: str) -> Any:
         content = {
             "name": setting.model,
             "model": {"path": model, "dtype": DTYPE},
-            "bypass": {"k": setting.k},
+            **({"bypass": {"k": setting.k}} if setting.rank is None else {"method": "lora", "lora": {"r": setting.rank}}),
             "data": {"train": "none", "max_length": setting.length},
             "optimizer": {"learning_rate": 8e-3},
             "training": {"steps": 1, "batch_size": setting.rows, "remat": setting.remat},

@@ -34,7 +34,7 @@ def build(
     A is drawn from +-1 / sqrt(I), which is PyTorch's kaiming_uniform_ with a = sqrt(5).
 
     Args:
-      params: parameter tree with kernels (*L, O, I), arrays or shapes.
+      params: parameter tree with kernels (*L, O, I), arrays or shapes; or with tuples of kernels (O, I).
       paths: paths of the linear maps.
       rank: the r of every map.
       scale: of the product B A: alpha / r.
@@ -44,7 +44,9 @@ def build(
     values: Tree = {}
     static: Tree = {}
     for number, path in enumerate(paths):
-        *stack, outputs, inputs = kernel_at(params, path).shape
+        kernel: Any = kernel_at(params, path)
+        apart = isinstance(kernel, tuple)
+        *stack, outputs, inputs = (len(kernel), *kernel[0].shape) if apart else kernel.shape
         bound = 1 / math.sqrt(inputs)
         a = jax.random.uniform(jax.random.fold_in(key, number), (*stack, rank, inputs), dtype, -bound, bound)
         values = put(values, path, {"lora_a": a, "lora_b": jnp.zeros((*stack, outputs, rank), dtype)})

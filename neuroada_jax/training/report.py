@@ -160,7 +160,8 @@ def print_next_steps(config: RunConfig) -> None:
         pair = ["--text-pair", "..."] if not isinstance(texts, str | None) and len(texts) == 2 else []
         steps.insert(0, ["classify", "--adapter", adapter, "--text", "...", *pair])
     if config.merge:
-        steps.append(["export", adapter, "--to", "peft-shira", "--out", str(runs[0] / "peft")])
+        to = "peft-lora" if config.method == "lora" else "peft-shira"
+        steps.append(["export", adapter, "--to", to, "--out", str(runs[0] / "peft")])
     else:
         steps.append(["merge", "--adapter", adapter, "--out", str(runs[0] / "merged")])
     console.say("next:")

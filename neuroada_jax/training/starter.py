@@ -156,6 +156,9 @@ def _fields(start: _Start, name: str, model: str, train: str, rate: float) -> li
         _Field(
             "model.dtype", "float32", "float32, bfloat16 (half the memory: for large models on a GPU) or auto (default)."
         ),
+        _Field(
+            "method", "neuroada", "What trains: neuroada, connections (default), or lora, low-rank factors (docs/lora.md)."
+        ),
         _Field("bypass.k", _K, "Trained connections of every neuron (default 1); more learn more and need a lower rate."),
         _Field("data.train", train, f"Rows: {start.row}"),
         _Field(

@@ -43,8 +43,10 @@ def test_every_method_has_its_bytes(tmp_path, capsys):
         assert row["peak_bytes"] == sum(row["bytes"].values())
         assert row["bytes"]["temporaries"] > 0
     assert rows[0]["ratio_to_full"] == 1 > rows[1]["ratio_to_full"]
-    assert [row["bytes"]["adapter"] for row in rows] == [0, chosen * (4 + 4 + 2), chosen * 8, MAPS, 2 * 2 * FACTORS]
-    moments = [2 * 2 * (MAPS + OTHERS), 8 * chosen, 8 * chosen, 2 * 2 * MAPS, 2 * 2 * 2 * FACTORS]
+    scales = 4 * 7 * LAYERS
+    adapters = [0, chosen * (4 + 4 + 2), chosen * 8, MAPS, 4 * 2 * FACTORS + scales]
+    assert [row["bytes"]["adapter"] for row in rows] == adapters
+    moments = [2 * 2 * (MAPS + OTHERS), 8 * chosen, 8 * chosen, 2 * 2 * MAPS, 2 * 4 * 2 * FACTORS]
     for row, expected in zip(rows, moments, strict=True):
         assert expected <= row["bytes"]["optimizer"] <= expected + 32, row["method"]  # and counters
 
