@@ -18,6 +18,7 @@ from neuroada_jax.generation import beams
 from neuroada_jax.generation.decoder import Caches, Decoder, is_end, prefill, present
 from neuroada_jax.generation.sampling import GREEDY, Decoding, choose, process
 from neuroada_jax.models import Model
+from neuroada_jax.models.rope import RopeType
 
 _STOP_EVERY = 16  # tokens between two searches for stop strings, which need the text and so a transfer to the host
 
@@ -157,6 +158,29 @@ def check_lengths(
             raise UserError(
                 f"{name(number)} has {len(prompt)} tokens; with max_new_tokens {max_new_tokens} that exceeds the "
                 f"model's {model.config.max_positions} positions"
+            )
+        for limit in (rope.original_max_positions for rope in model.config.ropes if rope.rope_type is RopeType.LONGROPE):
+            # Keys are kept as they were rotated, and beyond this length all of them would be rotated in another way.
+            if len(prompt) <= limit < len(prompt) + max_new_tokens:
+                raise UserError(
+                    f"{name(number)} has {len(prompt)} tokens; with max_new_tokens {max_new_tokens} it grows beyond the "
+                    f"original_max_position_embeddings {limit}, where longrope changes; expected at most {limit} together"
+                )
+    check_alike(model, prompts, name)
+
+
+def check_alike(model: Model, prompts: Sequence[Sequence[int]], name: Callable[[int], str]) -> None:
+    """Check that longrope rotates all prompts, which share batches, in the same way.
+
+    Raises:
+      UserError: some prompts are beyond the original length, and others are not.
+    """
+    for limit in (rope.original_max_positions for rope in model.config.ropes if rope.rope_type is RopeType.LONGROPE):
+        beyond = [len(prompt) > limit for prompt in prompts]
+        if any(beyond) and not all(beyond):
+            raise UserError(
+                f"{name(beyond.index(True))} is longer than original_max_position_embeddings {limit}, where longrope "
+                "changes, and other prompts are not; generate from them separately"
             )
 
 

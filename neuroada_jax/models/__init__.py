@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from neuroada_jax.core.trees import ModulePath, Tree, kernels, matching
 from neuroada_jax.errors import UserError
-from neuroada_jax.models import config_fields, distilbert, gemma, llama, mixtral, names, phi
+from neuroada_jax.models import config_fields, deberta, distilbert, gemma, llama, mixtral, names, phi
 from neuroada_jax.models.decoder import DecoderForCausalLM
 from neuroada_jax.models.encoder import (
     ENCODER_TARGETS,
@@ -108,6 +108,17 @@ _DISTILBERT = Architecture(
     optional=(("pre_classifier",), ("classifier",)),
 )
 
+_DEBERTA = Architecture(
+    deberta.read_config,
+    deberta.DebertaForSequenceClassification,
+    ("deberta", "encoder", "layer"),
+    deberta.DEBERTA_TARGETS,
+    "DebertaV2ForSequenceClassification",
+    prefix="deberta.",
+    classifier=(("classifier",),),
+    optional=(("classifier",), ("pooler",)),
+)
+
 # By the `model_type` of config.json, which is "llama" for SmolLM2 and LLaMA 1 to 3.x.
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": _decoder(llama.llama, "LlamaForCausalLM"),
@@ -126,6 +137,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "bert": _BERT,
     "roberta": _roberta("RobertaForSequenceClassification"),
     "electra": _roberta("ElectraForSequenceClassification", "electra", ElectraForSequenceClassification),
+    "deberta-v2": _DEBERTA,
     "distilbert": _DISTILBERT,
     "xlm-roberta": _roberta("XLMRobertaForSequenceClassification"),
 }
@@ -188,6 +200,8 @@ def from_hf_config(
     """
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
+        if kind == "gemma3":
+            raise UserError("config.json: model_type 'gemma3' reads images and is not supported; supported: 'gemma3_text'")
         supported = ", ".join(sorted(ARCHITECTURES))
         raise UserError(f"config.json: model_type {config_fields.shown(kind)} is not supported; supported: {supported}")
     if config.get("quantization_config"):

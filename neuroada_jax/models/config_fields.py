@@ -20,7 +20,7 @@ DECODERS = (
     *("llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3", "granite", "olmo2"),
     *("phi3", "gemma2", "gemma3_text", "mixtral", "qwen3_moe"),
 )
-ENCODERS = ("bert", "roberta", "xlm-roberta", "electra", "distilbert")
+ENCODERS = ("bert", "roberta", "xlm-roberta", "electra", "distilbert", "deberta-v2")
 
 # Fields that no reader takes because they cannot change logits, each with the reason. A reader may take one all the same:
 # `pad_token_id` counts positions in RoBERTa, the labels are an encoder's, and so on.
@@ -75,6 +75,10 @@ HARMLESS = {
     "mm_tokens_per_image": "images, of which a decoder reads none",
     "image_token_id": "images, of which a decoder reads none",
     "qa_dropout": "another task",
+    "legacy": "another task",
+    "z_steps": "another task",
+    "conv_act": "there is no convolution",
+    "conv_groups": "there is no convolution",
     "summary_type": "another task",
     "summary_use_proj": "another task",
     "summary_activation": "another task",

@@ -59,6 +59,7 @@ class EncoderConfig:
     classifier_dropout: float
     dtype: Any = jnp.float32
     embedding_size: int | None = None  # None: D
+    absolute_positions: bool = True
 
     @property
     def max_positions(self) -> int:
@@ -149,7 +150,9 @@ class Embeddings(nn.Module):
             positions = jnp.where(real, c.first_position - 1 + jnp.cumsum(real, axis=1, dtype=jnp.int32), c.pad_id)
         else:
             positions = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
-        x = embed("word_embeddings", c.vocab_size, ids) + embed("position_embeddings", c.num_positions, positions)
+        x = embed("word_embeddings", c.vocab_size, ids)
+        if c.absolute_positions:
+            x = x + embed("position_embeddings", c.num_positions, positions)
         if c.token_types:
             token_types = jnp.zeros_like(ids) if token_types is None else token_types
             x = x + embed("token_type_embeddings", c.token_types, token_types)
@@ -239,7 +242,10 @@ class Layers(nn.Module):
     layer: type[nn.Module] = Layer
 
     @nn.compact
-    def __call__(self, x: Array, mask: Array) -> Array:
+    def __call__(self, x: Array, mask: Any) -> Array:
+        return self._all(x, mask)
+
+    def _all(self, x: Array, mask: Any) -> Array:
         c, each = self.config, unrolled.variables_of_layers(self, "layer", self.config.num_layers)
         if each is not None:
             keys = jax.random.split(self.make_rng("dropout"), c.num_layers) if self.has_rng("dropout") else None

@@ -33,7 +33,7 @@ FAMILIES = {
     "phi3": Family(
         "Phi-3, Phi-3.5, Phi-4-mini",
         "microsoft/Phi-4-mini-instruct",
-        "no GGUF; q, k, v and gate, up are one map each; a text that grows beyond the original length keeps its short keys",
+        "no GGUF; q, k, v and gate, up are one map each; a text may not grow beyond the original length",
     ),
     "gemma2": Family("Gemma 2", "google/gemma-2-2b-it", "no GGUF; attention is not fused on a GPU, for its caps"),
     "gemma3_text": Family("Gemma 3 (text): 270M, 1B", "google/gemma-3-1b-it", "no GGUF; not `gemma3`, which reads images"),
@@ -42,6 +42,7 @@ FAMILIES = {
     "bert": Family("BERT, MiniLM", "google-bert/bert-base-uncased"),
     "roberta": Family("RoBERTa", "FacebookAI/roberta-base"),
     "electra": Family("ELECTRA", "google/electra-small-discriminator"),
+    "deberta-v2": Family("DeBERTa-v2, DeBERTa-v3", "microsoft/deberta-v3-base", "no convolution (xlarge)"),
     "distilbert": Family("DistilBERT", "distilbert/distilbert-base-uncased"),
     "xlm-roberta": Family("XLM-R", "FacebookAI/xlm-roberta-base"),
 }

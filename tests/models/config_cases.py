@@ -44,6 +44,17 @@ _LONGROPE = {
     "long_factor": [1.0, 2.0, 4.0, 8.0],
 }
 _ENCODER = {**_SIZES, "max_position_embeddings": 48}
+_DEBERTA = {
+    **_ENCODER,
+    "relative_attention": True,
+    "pos_att_type": ["p2c"],
+    "position_buckets": 8,
+    "max_relative_positions": 30,
+    "share_att_key": True,
+    "norm_rel_ebd": "layer_norm",
+    "position_biased_input": False,
+    "type_vocab_size": 2,
+}
 BASES = {
     "llama": _DECODER,
     "mistral": {**_DECODER, "head_dim": 8, "sliding_window": 5},
@@ -73,6 +84,7 @@ BASES = {
     "bert": _ENCODER,
     "roberta": _ENCODER,
     "electra": {**_ENCODER, "embedding_size": 16},
+    "deberta-v2": _DEBERTA,
     "distilbert": {
         "vocab_size": VOCABULARY,
         "dim": 32,
@@ -93,6 +105,9 @@ _VALUES = {
     "activation": ["relu", "tanh"],
     "hidden_activation": ["relu", "gelu", "tanh"],
     "no_rope_layers": [[1, 1], [0, 1, 1]],
+    "pos_att_type": [["c2p"], ["p2c", "c2p"], "p2c|c2p", "c2p", ["p2p"]],
+    "pooler_hidden_act": ["relu", "tanh"],
+    "norm_rel_ebd": ["none"],
     "dtype": _DTYPES,
     "torch_dtype": _DTYPES,
     "id2label": [{"0": "a"}, {"0": "a", "1": "b", "2": "c"}, {"1": "a", "2": "b"}, {"a": "a", "b": "b"}],

@@ -44,6 +44,7 @@ CHECKED = {
     "problem_type",
     "rope_parameters",
     "use_bidirectional_attention",
+    "relative_attention",
     *("decoder_sparse_step", "mlp_only_layers"),
 }
 # Rope type -> a scaling of this type, for a model with fewer positions than the inputs have tokens.
@@ -144,7 +145,7 @@ def test_sizes_that_no_model_has_are_refused_before_anything_is_built(kind, valu
 
 @pytest.mark.parametrize("value", [None, 3, ["llama"], {"a": 1}, "other", MISSING])
 def test_a_model_type_that_is_none(value):
-    with pytest.raises(UserError, match=r"config.json: model_type .* is not supported; supported: bert, gemma2"):
+    with pytest.raises(UserError, match=r"config.json: model_type .* is not supported; supported: bert, .*llama"):
         models.from_hf_config(content_of("llama", model_type=value))
 
 

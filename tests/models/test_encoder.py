@@ -39,7 +39,10 @@ CLASSES = {
     "xlm-roberta": "XLMRoberta",
     "electra": "Electra",
     "distilbert": "DistilBert",
+    "deberta-v2": "DebertaV2",
 }
+DEBERTA = {"relative_attention": True, "pos_att_type": "p2c|c2p", "type_vocab_size": 2}
+DEBERTA3 = {"share_att_key": True, "norm_rel_ebd": "layer_norm", "position_buckets": 6, "position_biased_input": False}
 # name -> (model_type, what differs from SIZES)
 CASES = {
     "bert": ("bert", {}),
@@ -51,6 +54,8 @@ CASES = {
     "xlm-roberta": ("xlm-roberta", {"num_labels": 3}),
     "electra": ("electra", {"embedding_size": 16}),
     "electra_same_width": ("electra", {"embedding_size": 32, "num_labels": 3}),
+    "deberta-v2": ("deberta-v2", {**DEBERTA, "max_relative_positions": 5, "num_labels": 3}),
+    "deberta-v3": ("deberta-v2", {**DEBERTA, **DEBERTA3}),
     "distilbert": ("distilbert", {"hidden_dim": 48, "num_labels": 3}),
 }
 
