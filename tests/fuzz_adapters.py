@@ -1,6 +1,7 @@
 """The formats of adapters that the fuzzer mutates, and the class of all formats."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import ClassVar
 
@@ -8,7 +9,8 @@ import fuzz_mutations as mutations
 import numpy as np
 from helpers import write_model
 
-from neuroada_jax.adapters import inspection, native, on_base, peft
+from neuroada_jax.adapters import inspection, native, on_base, peft, peft_lora
+from neuroada_jax.adapters.factors import Factors, LoraOptions
 from neuroada_jax.pretrained import load
 
 JSON = [mutations.edit_json] * 8 + [mutations.repeat_key] + mutations.BYTES
@@ -88,6 +90,45 @@ class AdaptersWithoutDigest(Adapters):
         native.write(directory, self.adapter)
         metadata = json.loads((directory / "adapter.json").read_text())
         (directory / "adapter.json").write_text(json.dumps({key: metadata[key] for key in metadata if "digest" not in key}))
+
+
+class LowRankWithoutDigest(AdaptersWithoutDigest):
+    """The native format of low-rank factors."""
+
+    def write(self, folder):
+        super().write(folder)
+        rng, shapes = np.random.default_rng(1), self.base_model.model.linear_maps()
+        normal = lambda *shape: rng.standard_normal(shape, np.float32)  # noqa: E731
+        pairs = {name: Factors(normal(2, shapes[name][1]), normal(shapes[name][0], 2)) for name in self.adapter.values}
+        selection = native.Selection(None, list(TARGETS), None, lora=LoraOptions(2, 4.0))
+        dense = self.adapter.dense_parameters
+        self.adapter = on_base.assemble(self.base_model, {}, {}, selection, dense, pairs=pairs)
+        shutil.rmtree(folder / "a")
+        self.save(folder / "a")
+        return sorted(path for path in (folder / "a").rglob("*") if path.is_file())
+
+    @staticmethod
+    def comparable(found):
+        arrays = {f"{module} {at}": leaf for module, pair in found.factors.items() for at, leaf in enumerate(pair)}
+        return {name: (leaf.shape, leaf.tobytes()) for name, leaf in (arrays | found.dense_parameters).items()}
+
+
+class PeftLora(LowRankWithoutDigest):
+    """PEFT's LoRA."""
+
+    def digested(self, folder):
+        return False
+
+    def save(self, directory):
+        if self.adapter.factors:
+            peft_lora.export(self.adapter, directory, self.base_model)
+        else:
+            super().save(directory)
+
+    def read(self, folder):
+        inspection.inspect(str(folder / "a"), 1)
+        stored = peft_lora.read(folder / "a", self.base_model.model)
+        return self.comparable(native.Adapter({}, {}, {}, stored.dense_parameters, stored.pairs)), stored.options
 
 
 class SuperTuning(Adapters):

@@ -13,7 +13,18 @@ import fuzz_mutations as mutations
 import numpy as np
 import yaml
 from data_helpers import CHAT
-from fuzz_adapters import JSON, SAFETENSORS, Adapters, AdaptersWithoutDigest, Format, Official, Shira, SuperTuning
+from fuzz_adapters import (
+    JSON,
+    SAFETENSORS,
+    Adapters,
+    AdaptersWithoutDigest,
+    Format,
+    LowRankWithoutDigest,
+    Official,
+    PeftLora,
+    Shira,
+    SuperTuning,
+)
 from helpers import run_config, write_model, write_rows, write_safetensors
 
 from neuroada_jax import files, models
@@ -302,6 +313,8 @@ FORMATS = {
     "native-0.1": AdaptersWithoutDigest,
     "supertuning": SuperTuning,
     "shira": Shira,
+    "native-lora": LowRankWithoutDigest,
+    "peft-lora": PeftLora,
     "official": Official,
     "rows": RowFiles,
     "yaml": Yaml,
