@@ -162,10 +162,11 @@ class PretrainedModel:
         self._loaded = dataclasses.replace(self._loaded, params=apart)
         if self._held.adapter is not adapter:
             new = Bypass({}, {}) if adapter is None else on_base.stack_layers(adapter, self._loaded)
+            beside = new if low_rank.is_in(new) else None
+            new = Bypass({}, {}) if beside else new
             params, entries = _swap(self._loaded.params, self._held.columns, self._held.base_entries, new)
             self._loaded = dataclasses.replace(self._loaded, params=params)
-            merged = low_rank.merge(params, new) if low_rank.is_in(new) else None
-            self._held = _Held(adapter, new.columns, entries, merged)
+            self._held = _Held(adapter, new.columns, entries, low_rank.merge(params, beside) if beside else None)
         dense = {} if adapter is None else on_base.classifier(adapter, self._loaded)
         params = self._loaded.params if self._held.low_rank is None else self._held.low_rank
         return dense_modules.join(params, dense)

@@ -292,5 +292,5 @@ def merge(adapter: Adapter, base_model: LoadedModel, round_first: Any = jnp.floa
     trained = stack_layers(adapter, base_model)
     values = jax.tree.map(lambda leaf: round_to(leaf, round_first).astype(jnp.float32), trained.values)
     rounded = Bypass(values, trained.columns)
-    merged = low_rank.merge(bypass.merge(base_model.params, rounded), rounded)
-    return dense_modules.join(merged, classifier(adapter, base_model))
+    merge = low_rank.merge if low_rank.is_in(rounded) else bypass.merge
+    return dense_modules.join(merge(base_model.params, rounded), classifier(adapter, base_model))

@@ -161,8 +161,9 @@ def merge(params: Mapping[str, Any], bypass: Bypass, *, layout: Layout = Layout.
     A quantised kernel gets the values beside its codes.
 
     Raises:
-      UserError: a quantised kernel has values of another bypass already.
+      UserError: a quantised kernel has values of another bypass already; an adapter of low rank.
     """
+    _check_has_columns(bypass)
 
     def add_to_quantised(kernel: QuantisedKernel, chosen: jax.Array, new: jax.Array) -> QuantisedKernel:
         if kernel.values is not None:
@@ -245,7 +246,9 @@ def swap(
 
     Raises:
       KeyError: `new` has a path at which the parameters hold no kernel.
+      UserError: `new` is of low rank: its product changes all of a kernel.
     """
+    _check_has_columns(new)
     original = unmerge(params, columns, base_entries, layout=layout)
     new_entries = read(original, new.columns, layout=layout)
     return with_values(make_resident(original, new, new_entries, layout=layout), new), new_entries
@@ -288,8 +291,8 @@ def interpolate(a: Bypass, b: Bypass, t: float) -> Bypass:
 
 def _weighted_sum(adapters: Sequence[Bypass], weights: Sequence[float]) -> Bypass:
     first = adapters[0]
-    for path, _ in (found for each in adapters for found in leaves(each.values, "lora_a")):
-        raise UserError(f"{'.'.join(path)}: has low-rank factors, whose mean is not that of their products; merge them")
+    for each in adapters:
+        _check_has_columns(each)
     for other in adapters[1:]:
         _check_equal_columns(first.columns, other.columns)
 
@@ -299,6 +302,12 @@ def _weighted_sum(adapters: Sequence[Bypass], weights: Sequence[float]) -> Bypas
         return jnp.asarray(total, values[0].dtype)
 
     return first._replace(values=jax.tree.map(add, *(adapter.values for adapter in adapters)))
+
+
+def _check_has_columns(bypass: Bypass) -> None:
+    """Raise UserError for low-rank factors, which are `core.low_rank`'s."""
+    for path, _ in leaves(bypass.values, "lora_a"):
+        raise UserError(f"{'.'.join(path)}: has low-rank factors (LoRA) in the place of columns; core.low_rank merges them")
 
 
 def _check_equal_columns(first: Mapping[str, Any], other: Mapping[str, Any]) -> None:

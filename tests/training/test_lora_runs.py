@@ -12,7 +12,7 @@ from helpers import run_config, write_model, write_rows
 
 import neuroada_jax as na
 from neuroada_jax import cli
-from neuroada_jax.adapters import exchange, inspection, native
+from neuroada_jax.adapters import exchange, inspection, native, on_base
 from neuroada_jax.planning import plan
 from neuroada_jax.training import config_file, run
 
@@ -87,6 +87,12 @@ def test_commands_take_the_adapter(trained, tmp_path, inputs, capfd):
     assert cli.main(["inspect", adapter]) == 0
     shown = " ".join(capfd.readouterr().out.split())
     assert "total: 288 values in 4 linear maps" in shown and "LoRA r 2, LoRA alpha 4.0" in shown
+    assert (
+        cli.main(["push", adapter, "ada/own", "--dry-run", "--base-model", "ada/m", "--out", str(tmp_path / "card")]) == 0
+    )
+    card = " ".join((tmp_path / "card" / "README.md").read_text().split())
+    assert "288 trained values (3.2787 % of the model), in low-rank factors with r = 2 and alpha = 4" in card
+    assert "--to peft-lora" in card and "k input" not in card
     exchange.export_adapter(adapter, "peft-lora", str(tmp_path / "peft"))
     found = inspection.inspect(str(tmp_path / "peft"), 1)
     assert found["values"] == TRAINED and found["lora"] == {"r": 2, "alpha": 4.0}
@@ -104,6 +110,13 @@ def test_from_python_the_weights_are_not_written_to(trained, inputs):
     again = na.TunedModel(model, native.read(str(trained / "out" / "adapter")))
     kernels = [each["model"]["layers"]["mlp"]["down_proj"]["kernel"] for each in (before, model._params(again.adapter))]
     assert np.abs(kernels[0] - kernels[1]).max() > 1e-3
+    factors = on_base.load(str(trained / "out" / "adapter"), model._loaded)
+    for call in (
+        lambda: na.merge(before, factors),
+        lambda: na.average([factors]),
+        lambda: na.swap(before, {}, {}, factors),
+    ):
+        assert "has low-rank factors (LoRA) in the place of columns" in message_of(call)
     for each in (tuned, again, model):
         each.generate(["after a,"], max_new_tokens=1)
     jax.tree.map(np.testing.assert_array_equal, model._loaded.params, before)
