@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 import torch
-from test_decoders import both
+from test_decoders import CASES, both
 from transformers import AutoModelForCausalLM
 
 from neuroada_jax import models
@@ -16,7 +16,7 @@ from neuroada_jax.adapters.native import Selection
 from neuroada_jax.core import bypass
 from neuroada_jax.data.batches import Batch
 from neuroada_jax.errors import UserError
-from neuroada_jax.generation.generate import Ending, generate
+from neuroada_jax.generation.generate import Ending, check_lengths, generate
 from neuroada_jax.models import names
 from neuroada_jax.pretrained import save
 from neuroada_jax.pretrained.load import load_model
@@ -122,3 +122,26 @@ def test_values_equal_those_that_pytorch_trains(name, k, tmp_path):
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12, eos_token_id=None, pad_token_id=0
         )
         assert found[0, len(prompt) :].tolist() == list(continuation.ids)
+
+
+def test_longrope_refuses_texts_that_grow_beyond_the_original_length():
+    content = {**CASES["phi3_longrope_long"][1], "model_type": "phi3"}  # 10 positions originally
+    model = models.from_hf_config(content)
+    check_lengths(model, [[1] * 4, [1] * 6], 4)
+    check_lengths(model, [[1] * 11, [1] * 12], 30)
+    for prompts, new, message in (
+        ([[1] * 4, [1] * 7], 4, "prompt 1 has 7 tokens; with max_new_tokens 4 it grows beyond"),
+        ([[1] * 4, [1] * 11], 4, "prompt 1 is longer than original_max_position_embeddings 10"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_lengths(model, prompts, new)
+
+
+def test_a_model_that_reads_images_is_refused_by_name():
+    with pytest.raises(UserError, match="'gemma3' reads images and is not supported; supported: 'gemma3_text'"):
+        models.from_hf_config({"model_type": "gemma3", "vision_config": {}, "text_config": {}})
+
+
+def test_code_of_a_checkpoint_is_ignored_and_said():
+    content = {**CASES["phi3"][1], "model_type": "phi3", "auto_map": {"AutoModelForCausalLM": "modeling_phi3.Phi3"}}
+    assert models.from_hf_config(content).ignored == ("auto_map",)
