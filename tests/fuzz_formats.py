@@ -26,13 +26,14 @@ from fuzz_adapters import (
     SuperTuning,
 )
 from helpers import run_config, write_model, write_rows, write_safetensors
+from quantised_files import write_bitsandbytes
 
 from neuroada_jax import files, models
 from neuroada_jax.data.chat_template import ChatTemplate
 from neuroada_jax.data.chats import Chat
 from neuroada_jax.data.readers import read_file
 from neuroada_jax.generation import texts
-from neuroada_jax.pretrained import gguf_file, load, prompt_form, source
+from neuroada_jax.pretrained import gguf_file, load, prompt_form, quantization, source
 from neuroada_jax.pretrained.safetensors_directory import SafetensorsDirectory
 from neuroada_jax.pretrained.tokenizer import load_tokenizer
 from neuroada_jax.training import checkpoint, config_file, kept_states, results, trackers
@@ -178,6 +179,24 @@ class Gguf(Format):
         return repr(model.config), read, load_tokenizer(path)("ab a")["input_ids"]
 
 
+class Quantised(Format):
+    """A directory that bitsandbytes has quantised, up to the entries of all its weights."""
+
+    mutators: ClassVar[dict[str, list]] = {".json": JSON, ".safetensors": SAFETENSORS}
+
+    def write(self, folder):
+        directory = write_bitsandbytes(folder / "m", "nf4_nested")
+        return [directory / "config.json", *[directory / "model.safetensors"] * 3]
+
+    def read(self, folder):
+        path = str(folder / "m")
+        opened = load.open_model(path, config_only=True)
+        tensors = source.open_tensors(path)
+        packs = quantization.formats(opened.model, tensors) if hasattr(tensors, "format_of") else {}
+        names = tensors.names()
+        return sorted(map(str, packs)), {name: (tensors.shape(name), tensors.read(name).tobytes()) for name in names}
+
+
 class RowFiles(Format):
     """Rows in every kind of file."""
 
@@ -309,6 +328,7 @@ FORMATS = {
     "templates": Templates,
     "safetensors": Safetensors,
     "gguf": Gguf,
+    "quantised": Quantised,
     "native": Adapters,
     "native-0.1": AdaptersWithoutDigest,
     "supertuning": SuperTuning,

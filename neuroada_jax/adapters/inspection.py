@@ -11,6 +11,7 @@ from neuroada_jax.adapters import hub, native, official, peft, peft_lora
 from neuroada_jax.adapters.base_model import located
 from neuroada_jax.adapters.factors import Factors
 from neuroada_jax.core import bypass
+from neuroada_jax.pretrained import quantization
 from neuroada_jax.pretrained.load import open_model
 
 VALUE_BYTES = 4  # float32
@@ -62,7 +63,8 @@ def inspect_model(path: str, k: int) -> dict[str, Any]:
     Raises:
       UserError: there is no model, or its architecture is not supported.
     """
-    model = open_model(path, config_only=True).model
+    opened = open_model(path, config_only=True)
+    model, (quantised_as, bits) = opened.model, quantization.stored_as(opened.path, opened.model)
     total = bypass.count(model.abstract_params())
     rows = [_row(module, outputs, inputs, min(k, inputs)) for module, (outputs, inputs) in model.linear_maps().items()]
     return {
@@ -70,6 +72,8 @@ def inspect_model(path: str, k: int) -> dict[str, Any]:
         "path": path,
         "model_type": model.hf_config["model_type"],
         "parameters": total,
+        "quantization": quantised_as,
+        "bits_per_weight": bits,
         "layers": model.config.num_layers,
         "k": k,
         **_totals(rows, total),
@@ -239,6 +243,10 @@ def _summary(content: dict[str, Any]) -> list[str]:
     about = {
         "layers": content.get("layers"),
         "parameters": content.get("parameters"),
+        "quantised": None if content.get("quantization") in (None, "none") else content["quantization"],
+        "bits per weight of a layer": None
+        if content.get("bits_per_weight") is None
+        else f"{content['bits_per_weight']:.4g}",
         "base model": content.get("base"),
         "rule": content.get("rule"),
         **{f"LoRA {name}": value for name, value in (content.get("lora") or {}).items()},

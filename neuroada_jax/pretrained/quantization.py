@@ -5,6 +5,7 @@ file, whose tensors differ); or the format of `quantise.MADE` into which the ker
 Embeddings, norms and the output layer stay in the model's dtype, unless a bitsandbytes checkpoint has quantised them.
 """
 
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +18,7 @@ from neuroada_jax import models
 from neuroada_jax.core import quantise, quantised, trees
 from neuroada_jax.core.gguf_blocks import BLOCKS
 from neuroada_jax.core.quantised import QuantisedKernel
-from neuroada_jax.core.quantised_formats import check_inputs
+from neuroada_jax.core.quantised_formats import bits, check_inputs
 from neuroada_jax.core.trees import ModulePath, Tree
 from neuroada_jax.errors import UserError
 from neuroada_jax.models import names
@@ -230,3 +231,25 @@ def digest(raw: Any) -> str:
 def node(parts: Mapping[str, Any], name: str, dtype: Any) -> QuantisedKernel:
     """Return the quantised kernel with these arrays."""
     return QuantisedKernel(dict(parts), name, np.dtype(dtype))
+
+
+def stored_as(path: str, model: models.Model) -> tuple[str, float]:
+    """Return what a checkpoint is quantised as, "none" where it is not, and the mean bits of its layers' weights.
+
+    Args:
+      path: the local directory or GGUF file.
+      model: opened from it, without a request for another quantisation.
+    """
+    if path.endswith(".gguf"):
+        tensors = gguf_header.read_header(path).tensors
+        kernels = [info for name, info in tensors.items() if name.startswith("blk.") and len(info.shape) > 1]
+        found = declared(path, {}) or NONE
+        return found, 8 * sum(info.nbytes for info in kernels) / sum(math.prod(info.shape) for info in kernels)
+    if is_stored(model):
+        of = formats(model)
+        shapes = [dict(trees.flatten(model.abstract_params()))[leaf].shape for leaf in of]
+        names_of = [str(name) for name in of.values()]
+        total = sum(bits(name, shape[-1]) * math.prod(shape) for name, shape in zip(names_of, shapes, strict=True))
+        return f"bitsandbytes {format_of(model.quantization)}", total / sum(map(math.prod, shapes))
+    declared_dtype = model.hf_config.get("dtype") or model.hf_config.get("torch_dtype")
+    return NONE, 16.0 if declared_dtype in ("bfloat16", "float16") else 32.0
