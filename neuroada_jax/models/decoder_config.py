@@ -105,6 +105,7 @@ class Defaults(NamedTuple):
       activation: the name of the field, and its default.
       nullable: the fields in which null is the same as none.
       rules: of the rope parameters.
+      divided: whether the width must be a multiple of the number of heads, whatever `head_dim` says.
     """
 
     max_positions: int
@@ -115,6 +116,7 @@ class Defaults(NamedTuple):
     activation: tuple[str, str] = ("hidden_act", "silu")
     nullable: tuple[str, ...] = ("num_key_value_heads",)
     rules: RopeRules = PLAIN_RULES
+    divided: bool = False
 
 
 def sizes(fields: Fields, defaults: Defaults) -> dict[str, Any]:
@@ -134,6 +136,8 @@ def sizes(fields: Fields, defaults: Defaults) -> dict[str, Any]:
         kv_heads = heads
     if heads % kv_heads:
         raise UserError(f"config.json: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
+    if defaults.divided and hidden % heads:
+        raise UserError(f"config.json: hidden_size {hidden} is no multiple of num_attention_heads {heads}")
     if defaults.head_dim == 0:
         head_dim = fields.integer("head_dim")
     else:
@@ -159,13 +163,6 @@ def sizes(fields: Fields, defaults: Defaults) -> dict[str, Any]:
 def depth(fields: Fields) -> int:
     """Return the number of layers, L."""
     return fields.integer("num_hidden_layers", most=LARGEST_DEPTH)
-
-
-def check_width(fields: Fields) -> None:
-    """Refuse a width that is no multiple of the number of heads, as some families' configs do."""
-    hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
-    if hidden % heads:
-        raise UserError(f"config.json: hidden_size {hidden} is no multiple of num_attention_heads {heads}")
 
 
 def sliding_window(fields: Fields, default: int | None) -> int | None:

@@ -13,7 +13,6 @@ from neuroada_jax.models.decoder_config import (
     LayerKind,
     Norms,
     QkNorm,
-    check_width,
     depth,
     sizes,
     sliding_window,
@@ -22,7 +21,7 @@ from neuroada_jax.models.decoder_config import (
 from neuroada_jax.models.rope import PLAIN_RULES, Rope
 
 _ACTIVATION = ("hidden_activation", "gelu_pytorch_tanh")
-_GEMMA2 = Defaults(8192, kv_heads=4, head_dim=256, tied=True, activation=_ACTIVATION, nullable=())
+_GEMMA2 = Defaults(8192, kv_heads=4, head_dim=256, tied=True, activation=_ACTIVATION, nullable=(), divided=True)
 _GEMMA3 = _GEMMA2._replace(max_positions=131072)
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
@@ -68,7 +67,6 @@ def gemma3(fields: Fields, dtype: Any) -> DecoderConfig:
 
 def _parts(fields: Fields, defaults: Defaults, dtype: Any) -> dict[str, Any]:
     """Return the fields of `DecoderConfig` in which the two agree."""
-    check_width(fields)
     if fields.get("use_bidirectional_attention"):
         raise UserError("config.json: use_bidirectional_attention true is not supported; supported: false")
     own, biased = sizes(fields, defaults), fields.flag("attention_bias", False)

@@ -14,7 +14,6 @@ from neuroada_jax.models.decoder_config import (
     LayerKind,
     Norms,
     QkNorm,
-    check_width,
     depth,
     sizes,
     sliding_window,
@@ -25,7 +24,7 @@ from neuroada_jax.models.rope import Rope, RopeRules
 # Every linear map of a layer, as in the published scripts.
 LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-_LLAMA = Defaults(2048, nullable=("num_key_value_heads", "head_dim"))
+_LLAMA = Defaults(2048, nullable=("num_key_value_heads", "head_dim"), divided=True)
 _MISTRAL = Defaults(131072, kv_heads=8, nullable=("head_dim",))  # null is no number of heads of Mistral's
 _MINISTRAL = Defaults(131072, kv_heads=8, head_dim=0, nullable=())
 _QWEN2 = Defaults(32768, kv_heads=32)
@@ -49,7 +48,6 @@ def _biases(fields: Fields) -> dict[str, Any]:
 
 def llama(fields: Fields, dtype: Any) -> DecoderConfig:
     """Read the config of a model_type llama."""
-    check_width(fields)
     if (window := sliding_window(fields, None)) is not None:
         raise UserError(f"config.json: sliding_window {window} is not supported for model_type 'llama'; supported: null")
     windowed = fields.windowed_layers(depth(fields)) or []
