@@ -1,0 +1,83 @@
+"""Runs on a quantised base model: trained, resumed, merged and opened again as they were trained."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from data_helpers import CHAT
+from helpers import run_config, write_model, write_rows
+from quantised_files import SIZES
+
+from neuroada_jax.adapters import exchange, native, on_base
+from neuroada_jax.core import quantised, selection, trees
+from neuroada_jax.errors import UserError
+from neuroada_jax.pretrained import quantization
+from neuroada_jax.pretrained.load import load_model
+from neuroada_jax.training import config_file, run
+
+FIELDS = {**SIZES, "dtype": "float32"}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    return write_model(folder / "model", CHAT, **FIELDS), write_rows(folder / "rows.jsonl")
+
+
+def settings(folder, inputs, held="nf4", **sections):
+    sections = {"bypass": {"targets": ["q_proj", "down_proj"], "k": 2}, **sections}
+    content = run_config(folder, *inputs, **sections)
+    content["model"]["quantization"] = held
+    return config_file.from_dict(content, "test")
+
+
+def losses(config):
+    return [json.loads(line)["loss"] for line in (config.directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_trains_resumes_and_merges(tmp_path, inputs):
+    config = settings(tmp_path, inputs, training={"save_every": 2, "log_every": 1})
+    run.train(config)
+    first, adapter = losses(config), native.read(str(config.directory / "adapter"))
+    run.train(config, resume=True)
+    assert losses(config) == first and len(first) == 3
+    assert adapter.metadata["base"]["quantization"] == "nf4"
+
+    base = load_model(str(inputs[0]), quantization_of=quantization.of_adapter(adapter.metadata["base"]))
+    merged = on_base.merge(adapter, base)
+    weights = load_model(str(inputs[0]), "float32")
+    for path, columns in trees.leaves(on_base.stack_layers(adapter, base).columns, "columns"):
+        np.testing.assert_array_equal(columns, selection.select(trees.get(weights.params, path)["kernel"], 2))
+    exchange.export_adapter(str(config.directory / "adapter"), "huggingface", str(tmp_path / "merged"))
+    written = load_model(str(tmp_path / "merged"))
+    assert not quantised.holds(written.params)
+    dense = quantised.map_quantised(quantised.dequantise, merged)
+    jax.tree.map(np.testing.assert_array_equal, written.params, dense)
+
+    with pytest.raises(UserError, match="trained on nf4 weights, and these are int8: --quantization"):
+        on_base.stack_layers(adapter, load_model(str(inputs[0]), quantization_of="int8"))
+    on_base.stack_layers(native.without_digests(adapter), load_model(str(inputs[0]), quantization_of="int8"))
+
+
+def test_devices_that_split_codes_by_neuron_train_the_same(tmp_path, inputs):
+    found = []
+    for name, parallel in (("one", {"mode": "single"}), ("two", {"mode": "jit", "devices": 2, "fsdp": 2})):
+        (tmp_path / name).mkdir()
+        config = settings(tmp_path / name, inputs, parallel=parallel, training={"log_every": 1})
+        run.train(config)
+        found.append(losses(config))
+    np.testing.assert_allclose(*found, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("held", "section", "message"),
+    [
+        ("nf4", {"score": "gradient"}, "bypass.score: 'gradient' needs dense weights"),
+        ("none", {"select_from": "original"}, "needs weights that are quantised on load"),
+        ("int8", {"select_from": "original", "score": "random"}, "needs a score of the weights alone"),
+    ],
+)
+def test_what_needs_dense_weights_is_refused(tmp_path, inputs, held, section, message):
+    with pytest.raises(UserError, match=message):
+        run.prepare(settings(tmp_path, inputs, held, bypass={"k": 1, **section}))
