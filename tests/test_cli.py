@@ -367,7 +367,7 @@ def test_usage_errors(neuroada, capsys, tmp_path):
         assert (caught.value.code, out, err.count("\n")) == (2, "", 1) and err.startswith("neuroada: error: ")
     with pytest.raises(SystemExit):
         cli.main(["export", "x", "--out", "y", "--to", "peft-shiro"])
-    known = "official, peft-supertuning, peft-shira, huggingface, found 'peft-shiro'; did you mean 'peft-shira'?"
+    known = "official, peft-supertuning, peft-shira, peft-lora, huggingface, found 'peft-shiro'; did you mean 'peft-shira'?"
     assert (
         capsys.readouterr().err == f"neuroada: error: argument --to: expected one of {known}; see neuroada export --help\n"
     )

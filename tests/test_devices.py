@@ -125,7 +125,7 @@ RUNS_ON_A_DEVICE = {
     "merge": ["merge", "--adapter", ADAPTER, "--model", MODEL, "--out", "merged"],
     "lm-eval": ["lm-eval", "--model", MODEL, "--tasks", "piqa"],
 }
-RUNS_ON_THE_CPU = {"init", "preview", "plan", "push", "inspect", "export", "import", "tasks", "schema"}
+RUNS_ON_THE_CPU = {"init", "preview", "plan", "push", "inspect", "models", "export", "import", "tasks", "schema"}
 
 
 def test_every_command_says_where_it_runs():

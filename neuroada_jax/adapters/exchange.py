@@ -159,7 +159,7 @@ def _dequantised(base_model: LoadedModel) -> LoadedModel:
 
 
 def _read_from(opened: OpenedModel) -> str:
-    return "the GGUF file" if opened.path.endswith(".gguf") else "the quantised weights"
+    return "the quantised weights" if opened.model.quantization != "none" else "the GGUF file"
 
 
 def _check_equal(out: str, result: dict[str, Any]) -> None:

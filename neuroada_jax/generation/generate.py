@@ -159,7 +159,7 @@ def check_lengths(
                 f"{name(number)} has {len(prompt)} tokens; with max_new_tokens {max_new_tokens} that exceeds the "
                 f"model's {model.config.max_positions} positions"
             )
-        for limit in (rope.original_max_positions for rope in model.config.ropes if rope.rope_type is RopeType.LONGROPE):
+        for limit in _longrope_limits(model):
             # Keys are kept as they were rotated, and beyond this length all of them would be rotated in another way.
             if len(prompt) <= limit < len(prompt) + max_new_tokens:
                 raise UserError(
@@ -169,13 +169,19 @@ def check_lengths(
     check_alike(model, prompts, name)
 
 
+def _longrope_limits(model: Model) -> list[int]:
+    """Return the original lengths of a decoder's longropes; an encoder's texts, which are scored too, have none."""
+    ropes = model.config.ropes if model.architecture.is_decoder else ()
+    return [rope.original_max_positions for rope in ropes if rope.rope_type is RopeType.LONGROPE]
+
+
 def check_alike(model: Model, prompts: Sequence[Sequence[int]], name: Callable[[int], str]) -> None:
     """Check that longrope rotates all prompts, which share batches, in the same way.
 
     Raises:
       UserError: some prompts are beyond the original length, and others are not.
     """
-    for limit in (rope.original_max_positions for rope in model.config.ropes if rope.rope_type is RopeType.LONGROPE):
+    for limit in _longrope_limits(model):
         beyond = [len(prompt) > limit for prompt in prompts]
         if any(beyond) and not all(beyond):
             raise UserError(

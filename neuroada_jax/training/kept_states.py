@@ -76,7 +76,7 @@ class KeptStates:
 
     def rank(self, line: dict[str, Any]) -> float:
         """Return a number that is the higher the better; values that are not finite rank last."""
-        value = -math.inf if line["value"] is None else line["value"]
+        value = -math.inf if line["value"] is None else float(line["value"])
         return -value if self.lower_is_better and math.isfinite(value) else value
 
     def score(self, step: int) -> float | None:

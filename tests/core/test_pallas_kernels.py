@@ -47,6 +47,8 @@ def assert_near(got, want):
     assert np.linalg.norm(np.asarray(got, np.float64) - want) <= 2e-6 * np.linalg.norm(want)
 
 
+SLOW = pytest.mark.slow
+
 cases = st.tuples(
     st.sampled_from([1, 63, 64, 65, 130, 300]),  # T; a tile has 64
     st.sampled_from([1, 31, 32, 33, 70]),  # O; a block has 32
@@ -56,7 +58,11 @@ cases = st.tuples(
 )
 
 
-@pytest.mark.parametrize("programs", [1, 2, 1024], ids=["all tiles in one program", "in two", "a program for each tile"])
+@pytest.mark.parametrize(
+    "programs",
+    [pytest.param(1, marks=SLOW), 2, pytest.param(1024, marks=SLOW)],
+    ids=["all tiles in one program", "in two", "a program for each tile"],
+)
 @settings(max_examples=12)
 @example(case=(300, 31, 5, 4, jnp.float32), seed=0)
 @given(case=cases, seed=st.integers(0, 2**31))

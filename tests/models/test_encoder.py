@@ -201,7 +201,7 @@ def test_without_rates_a_key_changes_nothing():
     np.testing.assert_allclose(dropped_logits(model, params, batch, 0), apply(model, params, batch), atol=1e-5)
 
 
-@pytest.mark.parametrize("remat", [Remat.NAMES, Remat.FULL])
+@pytest.mark.parametrize("remat", [pytest.param(Remat.NAMES, marks=pytest.mark.slow), Remat.FULL])
 def test_remat_policies_drop_the_same_entries(remat):
     model, params, batch = with_rates(0.2, 0.2, 0.2)
 

@@ -3,6 +3,7 @@
 import functools
 import json
 import random
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -50,13 +51,18 @@ def auto(kind):
 def reference(kind):
     """(config fields, tensors) of a random model, untied, with every tensor that transformers has for it."""
     more = {"num_key_value_heads": 1, "head_dim": 8} if kind in DECODERS else {}
+    more |= {"pad_token_id": 0} if kind in ("smollm3", "phi3") else {}  # whose default is beyond 64 tokens
+    more |= {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]} if kind == "deberta-v2" else {}
     config = transformers.AutoConfig.for_model(kind, **SIZES, **more, tie_word_embeddings=False)
     model, generator = auto(kind).from_config(config), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(0.0, 0.3, generator=generator)
             parameter.add_(1.0 if "norm" in name.lower() else 0.0)
-    return {**config.to_dict(), "architectures": [type(model).__name__]}, dict(model.state_dict())
+    with tempfile.TemporaryDirectory() as folder:  # experts have names of their own on disk alone
+        model.save_pretrained(folder)
+        tensors = safetensors.torch.load_file(f"{folder}/model.safetensors")
+    return {**config.to_dict(), "architectures": [type(model).__name__]}, tensors
 
 
 def write(directory, kind, tensors, **fields):
@@ -215,7 +221,8 @@ def respelled(kind, rng):
     return tensors | dict.fromkeys([*extra, *rng.sample(buffers, 1)], torch.ones(3)), extra
 
 
-@pytest.mark.parametrize("kind", models.ARCHITECTURES)
+# Of experts under other names or under one twice transformers cannot make its own tensors, and ends.
+@pytest.mark.parametrize("kind", [kind for kind in models.ARCHITECTURES if kind not in ("mixtral", "qwen3_moe")])
 @pytest.mark.parametrize("seed", range(4))
 def test_names_are_assigned_as_in_transformers(seed, kind, tmp_path, capfd):
     tensors, extra = respelled(kind, random.Random(f"{kind}{seed}"))
@@ -226,7 +233,9 @@ def test_names_are_assigned_as_in_transformers(seed, kind, tmp_path, capfd):
     found = tensor_names.assign(loaded.model, tensors)
     repeated = set(tensors) - set(found.stored.values()) - set(extra) - {each for each in tensors if "inv_freq" in each}
     repeated -= {each for each in tensors if each.endswith("position_ids")}
-    assert set(found.unused) == report["unexpected_keys"] | repeated == set(extra) | repeated
+    # Buffers of no use are never named by us; Gemma 3's have other names in transformers.
+    unexpected = {each for each in report["unexpected_keys"] if "inv_freq" not in each}
+    assert set(found.unused) == unexpected | repeated == set(extra) | repeated
     said = [each for each in capfd.readouterr().err.splitlines() if " does not use: " in each]
     assert len(said) == bool(found.unused)
     for line in said:

@@ -65,7 +65,7 @@ def same_as_a_run_of_its_own(folder, content, record):
         assert score["value"] == pytest.approx(results["after"][name]["value"], abs=1e-5)
 
 
-@pytest.mark.parametrize("turns", [True, False], ids=["in turns", "vmapped"])
+@pytest.mark.parametrize("turns", [pytest.param(True, marks=pytest.mark.slow), False], ids=["in turns", "vmapped"])
 def test_members_of_a_decoder_equal_runs_of_their_own(tmp_path, inputs, turns, monkeypatch):
     monkeypatch.setattr(stack, "in_turns", lambda: turns)
     connections = {"targets": ["q_proj", "down_proj"], "score": "random"}  # which depend on the seed

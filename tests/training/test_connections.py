@@ -99,7 +99,7 @@ def test_statistics_are_those_of_dense_float64(accumulation):
 # What trains
 
 
-@pytest.mark.parametrize("variant", ["layers", "exclude"])
+@pytest.mark.parametrize("variant", ["layers", pytest.param("exclude", marks=pytest.mark.slow)])
 def test_only_what_is_chosen_trains_and_files_say_so(variant, folder, tmp_path):
     section = VARIANTS[variant]
     model = na.load(folder / "model")

@@ -89,7 +89,7 @@ def test_a_decoder_trains_as_on_one_device(form, one_device):
 
 @pytest.mark.parametrize(
     ("form", "remat"),
-    [("shard_map", Remat.FULL), ("all axes", Remat.NAMES)],
+    [pytest.param("shard_map", Remat.FULL, marks=pytest.mark.slow), ("all axes", Remat.NAMES)],
 )
 def test_accumulation_and_remat_on_top(form, remat, one_device):
     assert_equal(train_decoder(FORMS[form], accumulation=2, remat=remat), one_device)
@@ -123,7 +123,9 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", [*("windows", "experts"), pytest.param("fused", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", ["experts", *(pytest.param(each, marks=pytest.mark.slow) for each in ("windows", "fused"))]
+)
 def test_kinds_of_decoders_train_as_on_one_device(kind):
     model = models.from_hf_config({**CONFIG, **KINDS[kind]})
     transformation = optimizer.build(OptimizerSection(learning_rate=0.02, schedule="constant", epsilon=1e-3), 100)

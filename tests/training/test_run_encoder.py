@@ -199,6 +199,7 @@ def test_regression(tmp_path, model, data):
     assert native.read(str(tmp_path / "out" / "adapter")).metadata["base"]["labels"] == ["similarity"]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("always::neuroada_jax.errors.NeuroadaWarning")
 def test_several_seeds(tmp_path, model, data, capsys):
     sections = {"training": {"epochs": None, "steps": 2}, "evaluation": {"before": False}}
