@@ -34,6 +34,7 @@ def run(folder, model, *arguments):
     return contract.read(folder, "step")
 
 
+@pytest.mark.slow
 def test_without_data_and_pytorch_the_rest_runs(model, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(common, "installed", lambda package: package not in ("torch", "peft"))
     settings, rows = run(tmp_path, model, "--data", "nowhere.jsonl")

@@ -105,6 +105,7 @@ def test_a_killed_sweep_goes_on_and_a_finished_member_does_not_run_again(config,
     assert [record["fields"][RATE] for record in read(config)["members"]] == [0.04, 0.02, 0.03, 0.01, 0.005]
 
 
+@pytest.mark.slow
 def test_another_config_or_other_rows_do_not_go_on(config, tmp_path, capsys):
     assert sweep_of(config, {RATE: [0.01]}) == 0
     assert sweep_of(config, {RATE: [0.01, 0.02]}, "training.batch_size=2") == 2
@@ -114,6 +115,7 @@ def test_another_config_or_other_rows_do_not_go_on(config, tmp_path, capsys):
     assert "holds a run" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_half_of_the_cells_are_dropped_at_a_third_of_the_steps(config):
     assert sweep_of(config, {RATE: [1e-9, 2e-9, 0.01, 0.02], "bypass.k": [2]}, "--halving") == 0
     records = read(config)["members"]

@@ -95,6 +95,7 @@ def test_accumulation_and_remat_on_top(form, remat, one_device):
     assert_equal(train_decoder(FORMS[form], accumulation=2, remat=remat), one_device)
 
 
+@pytest.mark.slow
 def test_low_rank_factors_train_as_on_one_device():
     model, transformation, _ = decoder.compiled()
     batches = [rows_of(decoder.random_batch(16, seed=number), 5 * number) for number in range(2)]
@@ -137,6 +138,7 @@ def test_kinds_of_decoders_train_as_on_one_device(kind):
     assert_equal(found, wanted)
 
 
+@pytest.mark.slow
 def test_a_bfloat16_base():
     with jax.numpy_dtype_promotion("standard"):  # JAX transposes its own attention in mixed precision
         wanted, found = (train_decoder(FORMS[form], dtype=jnp.bfloat16, steps=3) for form in ("shard_map", "fsdp"))

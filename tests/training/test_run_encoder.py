@@ -184,6 +184,7 @@ def test_a_resumed_run_is_the_whole_run(trained, tmp_path, model, data, monkeypa
     assert all(found.values[name].tobytes() == want.values[name].tobytes() for name in want.values)
 
 
+@pytest.mark.slow
 def test_regression(tmp_path, model, data):
     sections = {"task": "stsb", "training": {"epochs": None, "steps": 4}, "evaluation": {"before": False}}
     results = run.train(settings(tmp_path, model, data, **sections))
