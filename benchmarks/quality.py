@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks import common
+from benchmarks import sweep as sweeps
 from benchmarks.common import Column, Row
 from neuroada_jax import console, files
 from neuroada_jax.cli import one_line_errors
@@ -102,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Train and score, print the table and save benchmarks/results/quality.json and quality.png."""
     settings = _settings(arguments)
     kind = KINDS["encoder" if settings.encoder else "decoder"]
-    given = dict(map(_parts, settings.rates))
+    given = dict(map(sweeps.parts, settings.rates))
     content = _content(settings, kind)
     rows = []
     for method in settings.methods:
@@ -132,13 +133,6 @@ def _settings(arguments: Sequence[str] | None) -> argparse.Namespace:
     settings.encoder |= settings.task not in INSTRUCTIONS
     settings.model = settings.model or KINDS["encoder" if settings.encoder else "decoder"].model
     return settings
-
-
-def _parts(text: str) -> tuple[str, list[float]]:
-    name, equals, rates = text.partition("=")
-    if not equals:
-        raise UserError(f"--rates: found {text!r}, expected METHOD=RATE,RATE")
-    return name, [float(rate) for rate in rates.split(",")]
 
 
 def _named(method: str) -> tuple[str, int, str]:

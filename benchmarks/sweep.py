@@ -55,7 +55,7 @@ def parse(made: argparse.ArgumentParser, rates: Mapping[str, Sequence[float]], a
       UserError: if a method has no learning rate.
     """
     settings = made.parse_args(arguments)
-    settings.rates = dict(rates) | dict(map(_parts, settings.rates))
+    settings.rates = dict(rates) | dict(map(parts, settings.rates))
     unknown = [method for method in settings.methods if method not in settings.rates]
     if unknown:
         raise UserError(f"--rates: no learning rate for {unknown[0]}; give --rates {unknown[0]}=1e-3")
@@ -64,7 +64,8 @@ def parse(made: argparse.ArgumentParser, rates: Mapping[str, Sequence[float]], a
     return settings
 
 
-def _parts(text: str) -> tuple[str, list[float]]:
+def parts(text: str) -> tuple[str, list[float]]:
+    """Return a method and its learning rates, from METHOD=RATE,RATE."""
     name, equals, rates = text.partition("=")
     if not equals:
         raise UserError(f"--rates: found {text!r}, expected METHOD=RATE,RATE")

@@ -7,11 +7,11 @@ from flax import linen as nn
 from jaxtyping import Array
 
 from neuroada_jax.errors import UserError
-from neuroada_jax.models import attention, encoder, layers
+from neuroada_jax.models import encoder, layers
 from neuroada_jax.models.config_fields import LARGEST_DEPTH, Fields
-from neuroada_jax.models.encoder import EncoderConfig
+from neuroada_jax.models.encoder import EncoderConfig, self_attended
 from neuroada_jax.models.layers import BypassDense, Dropout, LayerNorm
-from neuroada_jax.models.remat import Remat, kept_activation, token_wise
+from neuroada_jax.models.remat import Remat, token_wise
 
 DISTILBERT_TARGETS = ("q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2")
 
@@ -57,15 +57,8 @@ class SelfAttention(nn.Module):
     @nn.compact
     def __call__(self, x: Array, mask: Array) -> Array:
         c = self.config
-
-        def project(name: str) -> Array:
-            y = BypassDense(c.hidden_size, True, c.dtype, name=name)(x)
-            return y.reshape(*x.shape[:2], c.num_heads, c.hidden_size // c.num_heads)
-
-        rng = self.make_rng("dropout") if c.attention_dropout and self.has_rng("dropout") else None
-        heads = (project("q_lin"), project("k_lin"), project("v_lin"))
-        y = attention.bidirectional(*heads, mask=mask, rate=c.attention_dropout, rng=rng)
-        return BypassDense(c.hidden_size, True, c.dtype, name="out_lin")(kept_activation(y.reshape(x.shape)))
+        y = self_attended(self, x, mask, ("q_lin", "k_lin", "v_lin"))
+        return BypassDense(c.hidden_size, True, c.dtype, name="out_lin")(y)
 
 
 class FeedForward(nn.Module):

@@ -159,6 +159,20 @@ class Embeddings(nn.Module):
         return Dropout(c.hidden_dropout)(LayerNorm(c.norm_epsilon, c.dtype, name="LayerNorm")(x))
 
 
+def self_attended(module: Any, x: Array, mask: Array, names: tuple[str, str, str]) -> Array:
+    """Attend in the compact method of a module, whose maps for queries, keys and values have these names."""
+    c: EncoderConfig = module.config
+
+    def project(name: str) -> Array:
+        y = BypassDense(c.hidden_size, True, c.dtype, name=name)(x)
+        return y.reshape(*x.shape[:2], c.num_heads, c.hidden_size // c.num_heads)
+
+    query, key, value = map(project, names)
+    rng = module.make_rng("dropout") if c.attention_dropout and module.has_rng("dropout") else None
+    y = attention.bidirectional(query, key, value, mask=mask, rate=c.attention_dropout, rng=rng)
+    return kept_activation(y.reshape(x.shape))
+
+
 class SelfAttention(nn.Module):
     """Bidirectional multi-head attention, without its output layer."""
 
@@ -166,16 +180,7 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, mask: Array) -> Array:
-        c = self.config
-
-        def project(name: str) -> Array:
-            y = BypassDense(c.hidden_size, True, c.dtype, name=name)(x)
-            return y.reshape(*x.shape[:2], c.num_heads, c.hidden_size // c.num_heads)
-
-        query, key, value = project("query"), project("key"), project("value")
-        rng = self.make_rng("dropout") if c.attention_dropout and self.has_rng("dropout") else None
-        y = attention.bidirectional(query, key, value, mask=mask, rate=c.attention_dropout, rng=rng)
-        return kept_activation(y.reshape(x.shape))
+        return self_attended(self, x, mask, ("query", "key", "value"))
 
 
 class Output(nn.Module):
