@@ -31,7 +31,7 @@ PYTHONS = $(if $(filter-out file default,$(origin PYTHON)),$(PYTHON),python3.14 
 NEWEST_TESTS ?= tests
 
 .PHONY: help install quickstart test test-slow soak fuzz lint format clean ptx \
-	test-newest bench-ops bench-step bench-rows bench-memory bench-devices bench-glue bench-instruct bench-quality check-gpu
+	test-newest bench-ops bench-step bench-rows bench-memory bench-devices bench-quality check-gpu
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
@@ -98,12 +98,6 @@ bench-memory: $(VENV)/.installed-core  ## memory of a step of LLaMA-7B and 8B by
 
 bench-devices: $(GPU)/.installed  ## memory and traffic of LLaMA-7B to 70B on 1, 8 and 64 H100s, no GPU needed (installs 2.8 GB)
 	$(GPU)/bin/python -m benchmarks.plans devices
-
-bench-glue: $(VENV)/.installed-test  ## quality of MiniLM on GLUE against LoRA and full fine-tuning; needs data/glue (hours)
-	$(RUN) -m benchmarks.glue
-
-bench-instruct: $(VENV)/.installed-test  ## quality of SmolLM2-135M on SST-2 and commonsense against LoRA (hours)
-	$(RUN) -m benchmarks.instruct
 
 bench-quality: $(VENV)/.installed-test  ## quality by method, each at the rate that validation chooses; needs data/glue (hours)
 	$(RUN) -m benchmarks.quality --task sst2 --steps 400

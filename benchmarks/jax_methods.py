@@ -29,9 +29,14 @@ from neuroada_jax.core.bypass import Bypass
 from neuroada_jax.core.trees import Tree
 from neuroada_jax.data.batches import Batch
 from neuroada_jax.models import Remat, unrolled
+from neuroada_jax.models.losses import label_losses
 from neuroada_jax.pretrained.load import LoadedModel, load_model
-from neuroada_jax.training import optimizer, step
+from neuroada_jax.sweeping import stack
+from neuroada_jax.training import config_file, optimizer, step
 from neuroada_jax.training.config import OptimizerSection
+
+MEMBERS = 4  # of a sweep
+STEPS = 1000  # of the schedule
 
 
 def load(source: str, dtype: str) -> LoadedModel:
@@ -74,6 +79,8 @@ def methods(ks: Sequence[int], remats: Iterable[Remat]) -> list[Method]:
         build = functools.partial(_ours, build=functools.partial(bypass.build, k=k), remat=remat)
         found.append(Method("JAX", name, k, build, owns_weights=True))
     scatter = lambda base: _baseline(base, baselines.scatter(first))  # noqa: E731
+    sweep = lambda base: _members(base, first)  # noqa: E731
+    found.append(Method("JAX", f"{OURS}, one of {MEMBERS} in a sweep", first, sweep, core=False, owns_weights=True))
     found.append(Method("JAX", "LoRA", first, lambda base: _lora(base, first), core=False, owns_weights=True))
     return [*found, Method("JAX", SCATTER, first, scatter, core=False)]
 
@@ -105,7 +112,7 @@ def _lora(base: LoadedModel, k: int) -> Running:
 
 def _ours(base: LoadedModel, build: Callable[..., Bypass], remat: Remat) -> Running:
     """Return the step of the training loop: AdamW, clipping and the resident write included."""
-    transformation = optimizer.build(OptimizerSection(learning_rate=LEARNING_RATE), 1000)
+    transformation = optimizer.build(OptimizerSection(learning_rate=LEARNING_RATE), STEPS)
     state = step.initial_state(base.params, build(base.params, targets(base.params, base.model)), transformation)
     run_step = step.make_step(base.model.module(remat), transformation)
     trained = bypass.count(state.trainable)
@@ -116,6 +123,30 @@ def _ours(base: LoadedModel, build: Callable[..., Bypass], remat: Remat) -> Runn
         return float(jax.block_until_ready((state, metrics))[1].loss)
 
     return Running(run, trained)
+
+
+def _members(base: LoadedModel, k: int) -> Running:
+    """Return the step of a sweep over the seed, all of whose members get the same batch."""
+    own = config_file.from_dict(
+        {"name": "sweep", "model": {"path": base.source}, "data": {"train": "none"}, "training": {"steps": STEPS}}
+        | {"optimizer": {"learning_rate": LEARNING_RATE}},
+        "benchmark",
+    )
+    state = step.initial_state(
+        base.params, bypass.build(base.params, targets(base.params, base.model), k=k), optimizer.build(own.optimizer, STEPS)
+    )
+    params, count = state.params, bypass.count(state.trainable)
+    members = stack.stacked([state] * MEMBERS, [dataclasses.replace(own, seed=seed) for seed in range(MEMBERS)], STEPS)
+    run_step = stack.make_step(base.model.module(), own, label_losses, dropout=False)
+
+    def run(tokens: Tokens) -> float:
+        nonlocal params, members
+        batch = to_batch(tokens)
+        batches = jax.tree.map(lambda leaf: np.stack([leaf] * MEMBERS), batch)
+        params, members, metrics = run_step(params, members, batches)
+        return float(jax.block_until_ready((params, metrics))[1].loss[0])
+
+    return Running(run, count, MEMBERS)
 
 
 def _floor(base: LoadedModel) -> Running:

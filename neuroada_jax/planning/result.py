@@ -14,7 +14,7 @@ class Footprint:
 
     Attributes:
       weights: the resident kernels and everything else that is frozen.
-      bypass: values, columns and base entries.
+      bypass: values, columns and base entries; or the low-rank factors.
       optimizer: the optimiser's state.
       batch: the examples of this device.
       temporaries: activations, gradients and buffers, from the compiled step.
@@ -52,6 +52,7 @@ class Changes(NamedTuple):
 
 
 NO_CHANGES = Changes()
+TRAINED = {"neuroada": "bypass: values, columns, base entries", "lora": "low-rank factors A and B"}  # by method
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Plan:
     Attributes:
       name: of the run.
       model: its path.
+      method: "neuroada" or "lora".
       machine: the GPU or CPU that each device is.
       devices: how many share a batch.
       mode: form of the step, as in the config's section `parallel`; pmap is planned as shard_map.
@@ -90,6 +92,7 @@ class Plan:
 
     name: str
     model: str
+    method: str
     machine: Machine
     devices: int
     mode: str
@@ -135,6 +138,7 @@ class Plan:
         return {
             "name": self.name,
             "model": self.model,
+            "method": self.method,
             "target": self.machine.name,
             "devices": self.devices,
             "mode": self.mode,
@@ -180,7 +184,7 @@ class Plan:
             (f"batch{per}", batch),
             ("labels, assumed", f"{self.labels} per example"),
             (f"weights, {self.dtype}", size(memory.weights)),
-            ("bypass: values, columns, base entries", size(memory.bypass)),
+            (TRAINED[self.method], size(memory.bypass)),
             ("optimiser", size(memory.optimizer)),
             ("batch", size(memory.batch)),
             (f"activations and temporaries, remat {self.remat}", size(memory.temporaries)),

@@ -9,6 +9,7 @@ from data_helpers import write_lines
 from helpers import write_model
 
 from benchmarks import quality
+from neuroada_jax.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore::neuroada_jax.errors.NeuroadaWarning")
 
@@ -57,10 +58,21 @@ def test_differences_are_seed_by_seed():
 
 @pytest.mark.parametrize("method", ["lora", "lora-1-reverse", "neuroada-x", "neuroada-1-nearest"])
 def test_unknown_methods_are_one_line(method):
-    from neuroada_jax.errors import UserError
-
     with pytest.raises(UserError, match="--methods: found"):
         quality._named(method)
+
+
+@pytest.mark.parametrize("given", ["lora-1", "lora-1=", "lora-1=1e-3,fast"])
+def test_grids_of_other_forms_are_one_line(given):
+    with pytest.raises(UserError, match="--rates: found"):
+        quality._grid(given)
+
+
+def test_a_method_is_a_section_of_the_config():
+    assert quality._grid("lora-1=1e-3,3e-3") == ("lora-1", (1e-3, 3e-3))
+    assert quality._changes("lora-4") == {"method": "lora", "lora": {"r": 4, "alpha": 8}}
+    assert quality._changes("neuroada-2-random") == {"bypass": {"k": 2, "score": "random"}}
+    assert quality._changes("neuroada-2-shared") == {"bypass": {"k": 2, "shared_columns": True}}
 
 
 def test_training_rows_that_choose_are_kept_apart(arguments, tmp_path):

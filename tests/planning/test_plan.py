@@ -256,6 +256,7 @@ def fake_plan(changes, memory, dtype="float32", remat="none"):
     return Plan(
         name="run",
         model="model",
+        method="neuroada",
         machine=cpu(memory),
         devices=8,
         mode="shard_map",
