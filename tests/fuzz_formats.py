@@ -33,7 +33,7 @@ from neuroada_jax.data.chat_template import ChatTemplate
 from neuroada_jax.data.chats import Chat
 from neuroada_jax.data.readers import read_file
 from neuroada_jax.generation import texts
-from neuroada_jax.pretrained import gguf_file, load, prompt_form, quantization, source
+from neuroada_jax.pretrained import gguf_config, gguf_file, load, prompt_form, quantization, source
 from neuroada_jax.pretrained.safetensors_directory import SafetensorsDirectory
 from neuroada_jax.pretrained.tokenizer import load_tokenizer
 from neuroada_jax.training import checkpoint, config_file, kept_states, results, trackers
@@ -172,7 +172,7 @@ class Gguf(Format):
 
     def read(self, folder):
         path = str(folder / "m.gguf")
-        config = gguf_file.read_config(path)
+        config = gguf_config.read_config(path)
         model = models.from_hf_config(config)
         tensors = gguf_file.GGUFTensors(path)
         read = {name: (tensors.shape(name), tensors.read(name).tobytes()) for name in tensors.names()}

@@ -11,7 +11,7 @@ import numpy as np
 
 from neuroada_jax.errors import UserError
 from neuroada_jax.files import read_json
-from neuroada_jax.pretrained import gguf_file, hub
+from neuroada_jax.pretrained import gguf_config, gguf_file, hub
 from neuroada_jax.pretrained.bitsandbytes_tensors import BitsandbytesTensors
 from neuroada_jax.pretrained.safetensors_directory import SafetensorsDirectory
 
@@ -84,7 +84,7 @@ def _in_package(source: str) -> str:
 def read_config(path: str) -> dict[str, Any]:
     """Read the Hugging Face config of a local model directory or GGUF file."""
     if path.endswith(".gguf"):
-        return gguf_file.read_config(path)
+        return gguf_config.read_config(path)
     if not os.path.isdir(path):
         raise UserError(f"{path}: expected a model directory or a .gguf file")
     return read_json(FilePath(path) / "config.json")

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from neuroada_jax.errors import UserError
@@ -31,12 +31,18 @@ _TEKKEN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_GPT4O = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _GPT2 = None  # the rule built into the ByteLevel pre-tokenizer
 
 # tokenizer.ggml.pre -> the rule that splits text before merging, equal to that of transformers 5.23. It differs from
 # llama.cpp's or from the model's tokenizer.json in these cases:
 #   smollm   tokenizer.json also isolates every digit, so that whitespace before a digit stays one piece: "\n\n2" is "\n\n"
 #            "2" there and "\n" "\n" "2" here. Digits give the same tokens, since no merge contains one.
+#   refact   Granite's; as smollm.
 #   llama3, tekken  tokenizer.json leaves a piece that is itself a token unmerged (ignore_merges).
 #   qwen2    tokenizer.json composes Unicode (NFC) first; neither this module nor llama.cpp does.
 #   default  llama.cpp splits off punctuation first, and numbers into groups of three digits.
@@ -44,10 +50,14 @@ _SPLITS = {
     "default": _GPT2,
     "gpt-2": _GPT2,
     "smollm": _GPT2,
+    "refact": _GPT2,
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
     "llama-bpe": _LLAMA3,
     "falcon3": _LLAMA3,
+    "dbrx": _LLAMA3,
+    "smaug-bpe": _LLAMA3,
+    "gpt-4o": _GPT4O,
     "qwen2": _QWEN2,
     "deepseek-r1-qwen": _QWEN2,
     "megrez": _QWEN2,
@@ -160,14 +170,23 @@ def _from_gguf(path: str) -> PreTrainedTokenizerFast:
         backend = _byte_level(path, tokens, types, get("merges"), _SPLITS[pre])
         add_bos = get("add_bos_token", pre in _BOS_BY_DEFAULT)
     elif kind == "llama":
-        backend = _sentencepiece(path, tokens, get("scores"), get("merges"), get("add_space_prefix", True))
+        family = str(meta.get("general.architecture"))
+        if family.startswith("gemma"):
+            backend = _gemma(path, tokens, get("merges"))
+        else:
+            prefix_space = get("add_space_prefix", True)
+            backend = _sentencepiece(
+                path, tokens, get("scores"), get("merges"), prefix_space, by_metaspace=family != "phi3"
+            )
         add_bos = get("add_bos_token", True)
     else:
         raise UserError(
             f"{path}: tokenizer.ggml.model is {kind!r}, expected gpt2 (byte-level BPE) or llama (SentencePiece)"
         )
+    vocabulary = backend.get_vocab()
     for token_type, special in ((_CONTROL, True), (_USER_DEFINED, False)):
-        added = [AddedToken(tokens[i], normalized=False, special=special) for i in np.flatnonzero(types == token_type)]
+        texts = [tokens[index] for index in np.flatnonzero(types == token_type)]
+        added = [AddedToken(text, normalized=False, special=special) for text in texts if text in vocabulary]
         (backend.add_special_tokens if special else backend.add_tokens)(added)
 
     names = {}
@@ -243,18 +262,44 @@ def byte_spelling() -> list[str]:
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
-def _sentencepiece(path: str, tokens: list[str], scores, merges: list[str] | None, prefix_space: bool) -> Tokenizer:
-    """Build SentencePiece BPE with byte fallback, as in LLaMA 1, LLaMA 2 and Mistral."""
+def _sentencepiece(
+    path: str, tokens: list[str], scores, merges: list[str] | None, prefix_space: bool, by_metaspace: bool
+) -> Tokenizer:
+    """Build SentencePiece BPE with byte fallback, as in LLaMA 1, LLaMA 2 and Mistral.
+
+    Not `by_metaspace`, as in Phi-3, the space before a text comes also before one that begins with a space.
+    """
     if merges is None and not (isinstance(scores, np.ndarray) and scores.shape == (len(tokens),)):
         found = "no" if scores is None else np.size(scores)
         raise UserError(f"{path}: {found} tokenizer.ggml.scores and no merges, expected a score for {len(tokens)} tokens")
     vocab = {token: index for index, token in enumerate(tokens)}
     pairs = _pairs(merges) if merges is not None else _merges_from_scores(vocab, scores)
     backend = _bpe(path, vocab, pairs, fuse_unk=True, byte_fallback=True)
-    scheme = "first" if prefix_space else "never"
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=False)
+    if by_metaspace:
+        scheme = "first" if prefix_space else "never"
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=False)
+    else:
+        replaced = normalizers.Replace(" ", "▁")
+        backend.normalizer = normalizers.Sequence([*[normalizers.Prepend("▁")] * prefix_space, replaced])
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     backend.decoder = decoders.Sequence(steps + [decoders.Strip(content=" ", left=1)] * prefix_space)
+    return backend
+
+
+def _gemma(path: str, tokens: list[str], merges: list[str] | None) -> Tokenizer:
+    """Build Gemma's SentencePiece BPE: its merges have the order of the tokens, and runs of spaces are spelled as such."""
+    spelled = ["▁" * len(token) if token and not token.strip(" ") else token for token in tokens]
+    vocab = {token: index for index, token in enumerate(spelled)}
+    order = -np.arange(len(tokens), dtype=np.float64)
+    backend = _bpe(
+        path,
+        vocab,
+        _pairs(merges) if merges is not None else _merges_from_scores(vocab, order),
+        fuse_unk=True,
+        byte_fallback=True,
+    )
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     return backend
 
 

@@ -23,7 +23,7 @@ from neuroada_jax.pretrained.load import load_model
 from neuroada_jax.training import step
 
 # A kind of layers each; the rest computes with the same parts.
-FAMILIES = ["granite", "smollm3_windows", "olmo2", "phi3", "gemma2", "gemma3_ropes", "mixtral", "qwen3_moe"]
+FAMILIES = ["granite_multipliers", "smollm3_windows", "olmo2", "phi3", "gemma2", "gemma3_ropes", "mixtral", "qwen3_moe"]
 STEPS, ROWS, TIME, RATE = 3, 4, 14, 0.02
 
 

@@ -23,7 +23,7 @@ from neuroada_jax.core import bypass, trees
 from neuroada_jax.errors import UserError
 from neuroada_jax.models import Remat, attention
 from neuroada_jax.models.decoder import empty_cache
-from neuroada_jax.pretrained import gguf_file
+from neuroada_jax.pretrained import gguf_config, gguf_file
 from neuroada_jax.pretrained.load import load_model, load_params
 
 logging.disable_progress_bar()
@@ -411,7 +411,7 @@ def test_smollm2_logits_equal_transformers(smollm2_gguf):
     path = str(smollm2_gguf)
     loaded, tensors = load_model(path), gguf_file.GGUFTensors(path)
     with torch.device("meta"):
-        reference = LlamaForCausalLM(LlamaConfig(**gguf_file.read_config(path))).eval()
+        reference = LlamaForCausalLM(LlamaConfig(**gguf_config.read_config(path))).eval()
     state = {name: torch.tensor(tensors.read(name)) for name in tensors.names()}
     state["lm_head.weight"] = state["model.embed_tokens.weight"]  # tied
     reference.load_state_dict(state, assign=True)

