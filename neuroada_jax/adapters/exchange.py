@@ -20,6 +20,7 @@ from neuroada_jax.errors import UserError
 from neuroada_jax.models import Labels, names
 from neuroada_jax.pretrained import prompt_form, quantization, save
 from neuroada_jax.pretrained.load import LoadedModel, OpenedModel, load_with_progress, open_model, open_with_tokenizer
+from neuroada_jax.pretrained.source import has_other_parts
 
 _SPARSE = ("official", "peft-supertuning", "peft-shira")
 _LORA = "peft-lora"
@@ -113,6 +114,8 @@ Reload = Callable[[LoadedModel], verification.Reloaded]
 
 def _write(adapter: Adapter, to_format: str, directory: Path, opened: OpenedModel) -> tuple[list[str], Reload]:
     """Write an adapter for another library; return notes, and the function that loads it there."""
+    if to_format in (*_PEFT, _LORA) and has_other_parts(opened.path):
+        raise UserError(f"--to {to_format}: PEFT would load {opened.source} with what reads images; use huggingface")
     if to_format in _PEFT:
         notes = peft.export(adapter, directory, _PEFT[to_format], opened)
         return notes, lambda base: verification.reload_peft(base, directory)
@@ -159,6 +162,8 @@ def _dequantised(base_model: LoadedModel) -> LoadedModel:
 
 
 def _read_from(opened: OpenedModel) -> str:
+    if has_other_parts(opened.path):
+        return "the text part"
     return "the quantised weights" if opened.model.quantization != "none" else "the GGUF file"
 
 

@@ -28,6 +28,7 @@ from neuroada_jax.errors import UserError, install_line
 from neuroada_jax.models import names
 from neuroada_jax.pretrained import save
 from neuroada_jax.pretrained.load import LoadedModel, OpenedModel
+from neuroada_jax.pretrained.source import has_other_parts
 
 TOLERANCE = 1e-4  # of logits, relative to the largest one, or to 1 where all are smaller
 _TOKENS = (2, 64)  # batch size and least length of the compared tokens
@@ -92,8 +93,9 @@ def load_torch(model: models.Model, directory: str, dtype: Any) -> Any:
 
 
 def reads_original(base_model: OpenedModel) -> bool:
-    """Return whether transformers loads the same base model; a GGUF file and quantised weights are read by this library."""
-    return Path(base_model.path).is_dir() and base_model.model.quantization == "none"
+    """Return whether transformers loads the same base model, rather than a GGUF file, quantised weights or a text part."""
+    path = base_model.path
+    return Path(path).is_dir() and base_model.model.quantization == "none" and not has_other_parts(path)
 
 
 def _torch_base(base_model: LoadedModel) -> Any:

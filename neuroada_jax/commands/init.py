@@ -8,6 +8,7 @@ from pathlib import Path
 from neuroada_jax import console, files
 from neuroada_jax.commands import shared
 from neuroada_jax.errors import UserError
+from neuroada_jax.pretrained.source import read_config
 
 
 def add(commands: shared.Commands) -> None:
@@ -51,5 +52,5 @@ def run(parsed: argparse.Namespace) -> None:
 def _width(model: str | None) -> int | None:
     """Return the width of a model that is a local directory, which the starting learning rate depends on."""
     path = Path(model or "") / "config.json"
-    width = files.read_json(path).get("hidden_size") if model and path.is_file() else None
+    width = read_config(str(path.parent)).get("hidden_size") if model and path.is_file() else None
     return width if type(width) is int and width > 0 else None

@@ -201,7 +201,7 @@ def from_hf_config(
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
         if kind == "gemma3":
-            raise UserError("config.json: model_type 'gemma3' reads images and is not supported; supported: 'gemma3_text'")
+            raise UserError("config.json: model_type 'gemma3' reads images; expected its text_config, 'gemma3_text'")
         supported = ", ".join(sorted(ARCHITECTURES))
         raise UserError(f"config.json: model_type {config_fields.shown(kind)} is not supported; supported: {supported}")
     if config.get("quantization_config"):

@@ -36,7 +36,11 @@ FAMILIES = {
         "q, k, v and gate, up are one map each; a text may not grow beyond the original length",
     ),
     "gemma2": Family("Gemma 2", "google/gemma-2-2b-it", "attention is not fused on a GPU, for its caps"),
-    "gemma3_text": Family("Gemma 3 (text): 270M, 1B", "google/gemma-3-1b-it", "not `gemma3`, which reads images"),
+    "gemma3_text": Family(
+        "Gemma 3: 270M, 1B, and the text part of larger ones",
+        "google/gemma-3-1b-it",
+        "`gemma3` is read and saved without images",
+    ),
     "mixtral": Family("Mixtral", "mistralai/Mixtral-8x7B-Instruct-v0.1", _EXPERTS),
     "qwen3_moe": Family("Qwen3-MoE", "Qwen/Qwen3-30B-A3B", f"experts in every layer; {_EXPERTS}"),
     "bert": Family("BERT, MiniLM", "google-bert/bert-base-uncased"),

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -104,6 +105,17 @@ class SafetensorsDirectory:
             for name, entry in entries.items()
             for begin, end in [entry["data_offsets"]]
         }
+
+    def rename(self, own: Callable[[str], str | None]) -> None:
+        """Give the tensors other names, and leave out those without one; a line of `notes` counts these."""
+        named = [(own(name), stored) for name, stored in self._tensors.items()]
+        kept = {name: stored for name, stored in named if name is not None}
+        left = [stored for name, stored in named if name is None]
+        self.notes.append(
+            f"{self.directory}: the text part alone is used and saved, without the {len(left)} tensors that read images "
+            f"({sum(stored.nbytes for stored in left) / 1e6:,.1f} MB)"
+        )
+        self._tensors = kept
 
     def names(self) -> list[str]:
         """Return the names of all tensors."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from neuroada_jax.errors import UserError
 from neuroada_jax.files import read_json
-from neuroada_jax.pretrained import gguf_config, gguf_file, hub
+from neuroada_jax.pretrained import gguf_config, gguf_file, hub, text_parts
 from neuroada_jax.pretrained.bitsandbytes_tensors import BitsandbytesTensors
 from neuroada_jax.pretrained.safetensors_directory import SafetensorsDirectory
 
@@ -82,12 +82,18 @@ def _in_package(source: str) -> str:
 
 
 def read_config(path: str) -> dict[str, Any]:
-    """Read the Hugging Face config of a local model directory or GGUF file."""
+    """Read the Hugging Face config of a local model directory, or of its text part alone, or of a GGUF file."""
     if path.endswith(".gguf"):
         return gguf_config.read_config(path)
     if not os.path.isdir(path):
         raise UserError(f"{path}: expected a model directory or a .gguf file")
-    return read_json(FilePath(path) / "config.json")
+    config = read_json(FilePath(path) / "config.json")
+    return text_parts.config_of(config, path) if text_parts.has_other_parts(config) else config
+
+
+def has_other_parts(path: str) -> bool:
+    """Return whether only the text part of a local model directory is used."""
+    return os.path.isdir(path) and text_parts.has_other_parts(read_json(FilePath(path) / "config.json"))
 
 
 def open_tensors(path: str) -> TensorSource:
@@ -104,6 +110,8 @@ def open_directory(path: str) -> SafetensorsDirectory | BitsandbytesTensors:
             f"{path}/config.json: transformers_weights: expected a .safetensors file or its index, found {file!r}"
         )
     directory = SafetensorsDirectory(path, file)
+    if has_other_parts(path):
+        directory.rename(text_parts.name_of)
     return BitsandbytesTensors(directory) if config.get("quantization_config") else directory
 
 

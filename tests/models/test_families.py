@@ -138,7 +138,7 @@ def test_longrope_refuses_texts_that_grow_beyond_the_original_length():
 
 
 def test_a_model_that_reads_images_is_refused_by_name():
-    with pytest.raises(UserError, match="'gemma3' reads images and is not supported; supported: 'gemma3_text'"):
+    with pytest.raises(UserError, match="'gemma3' reads images; expected its text_config, 'gemma3_text'"):
         models.from_hf_config({"model_type": "gemma3", "vision_config": {}, "text_config": {}})
 
 
