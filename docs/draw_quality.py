@@ -1,45 +1,77 @@
-"""Draw docs/quality.png: accuracy over the learning rate after 400 steps, NeuroAda and LoRA at two budgets.
+"""Draw docs/quality.png: accuracy over the learning rate after 400 steps, NeuroAda and LoRA at two budgets, on two models.
 
-Usage: python docs/draw_quality.py [FILE.png]. Needs the extra `plots`. Reads benchmarks/results/sst2-400-steps.json.
+Usage: python docs/draw_quality.py [FILE.png]. Needs the extra `plots`. Reads sst2-400-steps.json and quality.json of
+benchmarks/results.
 """
 
 import json
 import sys
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from matplotlib import pyplot as plt
 
-RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "sst2-400-steps.json"
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 COLOURS = {"NeuroAda": "#d9480f", "LoRA": "#2b6cb0"}
+METHODS = {
+    "neuroada-1": "NeuroAda, k = 1",
+    "lora-1": "LoRA, r = 1",
+    "neuroada-20": "NeuroAda, k = 20",
+    "lora-10": "LoRA, r = 10",
+}
+
+
+class Point(NamedTuple):
+    """A method at a rate: mean and deviation over three seeds, in %."""
+
+    method: str
+    trained: int
+    rate: float
+    mean: float
+    deviation: float
 
 
 def main(target: Path) -> None:
-    """Draw a line for each method, solid for the large budget."""
-    rows = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]
-    figure, axes = plt.subplots(figsize=(7.2, 3.8), layout="constrained")
-    for method in dict.fromkeys(row["method"] for row in rows):
-        own = [row for row in rows if row["method"] == method]
-        values = own[0]["trained"]
-        rates, means = [row["learning_rate"] for row in own], [row["accuracy_mean"] for row in own]
-        axes.errorbar(
-            rates,
-            means,
-            yerr=[row["accuracy_deviation"] for row in own],
-            color=COLOURS[method.split(",")[0]],
-            linestyle="-" if values > 1e6 else "--",
-            marker="o",
-            capsize=3,
-            label=f"{method}: {values:,} values",
-        )
-    axes.set_xscale("log")
-    axes.set_xlabel("peak learning rate")
-    axes.set_ylabel("accuracy in %, n = 872")
-    axes.set_title(
-        "SmolLM2-135M, SST-2 as an instruction, 400 steps of 16 rows; mean and deviation, 3 seeds", fontsize="small"
-    )
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize="small", loc="lower left")
-    figure.savefig(target, dpi=120)
+    """Draw a panel for each model and in it a line for each method, solid for the large budget."""
+    panels = {
+        "SmolLM2-135M, SST-2 as an instruction": [
+            Point(row["method"], row["trained"], row["learning_rate"], row["accuracy_mean"], row["accuracy_deviation"])
+            for row in _rows("sst2-400-steps.json")
+        ],
+        "MiniLM, SST-2 with a classifier": [
+            Point(METHODS[row["method"]], row["trained"], row["rate"], row["mean"], row["deviation"])
+            for row in _rows("quality.json")
+            if row["method"] in METHODS and row["task"] == "sst2-encoder" and row["mean"] > 60  # the others: chance
+        ],
+    }
+    figure, both = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    free = ("lower left", "upper right")  # of lines
+    for axes, corner, (title, points) in zip(both, free, panels.items(), strict=True):
+        most = max(point.trained for point in points)
+        for method in METHODS.values():
+            own = sorted((point for point in points if point.method == method), key=lambda point: point.rate)
+            axes.errorbar(
+                [point.rate for point in own],
+                [point.mean for point in own],
+                yerr=[point.deviation for point in own],
+                color=COLOURS[method.split(",")[0]],
+                linestyle="-" if own[0].trained > most / 2 else "--",
+                marker="o",
+                capsize=3,
+                label=f"{method}: {own[0].trained:,} values",
+            )
+        axes.set_xscale("log")
+        axes.set_xlabel("peak learning rate")
+        axes.set_ylabel("accuracy in %, n = 872")
+        axes.set_title(f"{title}, 400 steps of 16 rows", fontsize="medium")
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False, fontsize="small", loc=corner)
+    figure.savefig(target, dpi=110)
+
+
+def _rows(name: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((RESULTS / name).read_text(encoding="utf-8"))["rows"]
+    return found
 
 
 if __name__ == "__main__":
