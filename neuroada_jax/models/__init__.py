@@ -10,15 +10,21 @@ from flax import linen as nn
 
 from neuroada_jax.core.trees import ModulePath, Tree, kernels, matching
 from neuroada_jax.errors import UserError
-from neuroada_jax.models import config_fields, deberta, distilbert, gemma, llama, mixtral, names, phi
-from neuroada_jax.models.decoder import DecoderForCausalLM
-from neuroada_jax.models.encoder import (
-    ENCODER_TARGETS,
-    BertForSequenceClassification,
-    ElectraForSequenceClassification,
-    EncoderConfig,
-    RobertaForSequenceClassification,
+from neuroada_jax.models import (
+    config_fields,
+    deberta,
+    distilbert,
+    encoder,
+    gemma,
+    llama,
+    mixtral,
+    modernbert,
+    mpnet,
+    names,
+    phi,
 )
+from neuroada_jax.models.decoder import DecoderForCausalLM
+from neuroada_jax.models.encoder import ENCODER_TARGETS
 from neuroada_jax.models.labels import Labels
 from neuroada_jax.models.llama import LLAMA_TARGETS
 from neuroada_jax.models.remat import Remat
@@ -71,53 +77,21 @@ def _decoder(
     return Architecture(read_config, DecoderForCausalLM, ("model", "layers"), targets, transformers_class, prefix="model.")
 
 
-def _roberta(
-    transformers_class: str, name: str = "roberta", module: Any = RobertaForSequenceClassification
+def _encoder(
+    name: str,
+    transformers_class: str,
+    read_config: Callable[..., Any] = encoder.read_config,
+    module: Any = encoder.RobertaForSequenceClassification,
+    targets: tuple[str, ...] = ENCODER_TARGETS,
+    *,
+    layers: tuple[str, ...] = ("encoder", "layer"),
+    classifier: tuple[ModulePath, ...] = (("classifier",),),
+    pooler: tuple[ModulePath, ...] = (),
 ) -> Architecture:
-    return Architecture(
-        EncoderConfig.from_hf,
-        module,
-        (name, "encoder", "layer"),
-        ENCODER_TARGETS,
-        transformers_class,
-        prefix=f"{name}.",
-        classifier=(("classifier",),),
-        optional=(("classifier",),),
-    )
+    """Return the architecture of an encoder below `name`; `pooler`: modules of its own that a bare model may lack."""
+    optional = (*classifier, *pooler)
+    return Architecture(read_config, module, (name, *layers), targets, transformers_class, f"{name}.", classifier, optional)
 
-
-_BERT = Architecture(
-    EncoderConfig.from_hf,
-    BertForSequenceClassification,
-    ("bert", "encoder", "layer"),
-    ENCODER_TARGETS,
-    "BertForSequenceClassification",
-    prefix="bert.",
-    classifier=(("classifier",),),
-    optional=(("classifier",), ("bert", "pooler")),
-)
-
-_DISTILBERT = Architecture(
-    distilbert.read_config,
-    distilbert.DistilBertForSequenceClassification,
-    ("distilbert", "transformer", "layer"),
-    distilbert.DISTILBERT_TARGETS,
-    "DistilBertForSequenceClassification",
-    prefix="distilbert.",
-    classifier=(("pre_classifier",), ("classifier",)),
-    optional=(("pre_classifier",), ("classifier",)),
-)
-
-_DEBERTA = Architecture(
-    deberta.read_config,
-    deberta.DebertaForSequenceClassification,
-    ("deberta", "encoder", "layer"),
-    deberta.DEBERTA_TARGETS,
-    "DebertaV2ForSequenceClassification",
-    prefix="deberta.",
-    classifier=(("classifier",),),
-    optional=(("classifier",), ("pooler",)),
-)
 
 # By the `model_type` of config.json, which is "llama" for SmolLM2 and LLaMA 1 to 3.x.
 ARCHITECTURES: dict[str, Architecture] = {
@@ -134,12 +108,48 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3_moe": _decoder(mixtral.qwen3_moe, "Qwen3MoeForCausalLM"),
     "gemma2": _decoder(gemma.gemma2, "Gemma2ForCausalLM"),
     "gemma3_text": _decoder(gemma.gemma3, "Gemma3ForCausalLM"),
-    "bert": _BERT,
-    "roberta": _roberta("RobertaForSequenceClassification"),
-    "electra": _roberta("ElectraForSequenceClassification", "electra", ElectraForSequenceClassification),
-    "deberta-v2": _DEBERTA,
-    "distilbert": _DISTILBERT,
-    "xlm-roberta": _roberta("XLMRobertaForSequenceClassification"),
+    "bert": _encoder(
+        "bert",
+        "BertForSequenceClassification",
+        module=encoder.BertForSequenceClassification,
+        pooler=(("bert", "pooler"),),
+    ),
+    "roberta": _encoder("roberta", "RobertaForSequenceClassification"),
+    "electra": _encoder("electra", "ElectraForSequenceClassification", module=encoder.ElectraForSequenceClassification),
+    "deberta-v2": _encoder(
+        "deberta",
+        "DebertaV2ForSequenceClassification",
+        deberta.read_config,
+        deberta.DebertaForSequenceClassification,
+        deberta.DEBERTA_TARGETS,
+        pooler=(("pooler",),),
+    ),
+    "distilbert": _encoder(
+        "distilbert",
+        "DistilBertForSequenceClassification",
+        distilbert.read_config,
+        distilbert.DistilBertForSequenceClassification,
+        distilbert.DISTILBERT_TARGETS,
+        layers=("transformer", "layer"),
+        classifier=(("pre_classifier",), ("classifier",)),
+    ),
+    "modernbert": _encoder(
+        "model",
+        "ModernBertForSequenceClassification",
+        modernbert.read_config,
+        modernbert.ModernBertForSequenceClassification,
+        modernbert.MODERNBERT_TARGETS,
+        layers=("layers",),
+        classifier=(("head",), ("classifier",)),
+    ),
+    "mpnet": _encoder(
+        "mpnet",
+        "MPNetForSequenceClassification",
+        mpnet.read_config,
+        mpnet.MPNetForSequenceClassification,
+        mpnet.MPNET_TARGETS,
+    ),
+    "xlm-roberta": _encoder("roberta", "XLMRobertaForSequenceClassification"),
 }
 
 

@@ -145,18 +145,36 @@ def attention_with_dropout(
     *,
     mask: Bool[Array, "B 1 T S"],
     rate: float,
-    rng: Array,
+    rng: Array | None,
+    bias: Float[Array, "1 H T S"] | None = None,
 ) -> Float[Array, "B T H N"]:
-    """Compute `attention` with dropout of rate `rate` on the probabilities, from the key `rng`."""
+    """Compute `attention` with dropout of rate `rate` on the probabilities where there is a key `rng`.
 
-    def attend(query: Array, key: Array, value: Array, rng: Array) -> Array:
-        wide = wide_dtype(query.dtype)
-        logits = jnp.einsum("bthn,bshn->bhts", query, key).astype(wide) * query.shape[-1] ** -0.5
-        logits = jnp.where(mask, logits, jnp.finfo(wide).min)
-        probabilities = dropout(jax.nn.softmax(logits, axis=-1).astype(query.dtype), rate, rng)
-        return jnp.einsum("bhts,bshn->bthn", probabilities, value)
+    Args:
+      query: queries of T tokens.
+      key: keys of S tokens.
+      value: values of the same tokens.
+      mask: the tokens that each query attends to.
+      rate: of the dropout.
+      rng: its key.
+      bias: added to the logits, in every example.
+    """
 
-    return jax.checkpoint(attend, prevent_cse=prevent_cse())(query, key, value, rng)
+    def attend(query: Array, key: Array, value: Array, bias: Array | None, rng: Array | None) -> Array:
+        logits = jnp.einsum("bthn,bshn->bhts", query, key).astype(wide_dtype(query.dtype)) * query.shape[-1] ** -0.5
+        logits = logits if bias is None else logits + jnp.broadcast_to(bias.astype(logits.dtype), logits.shape)
+        return attended_values(logits, value, mask, rate, rng)
+
+    return jax.checkpoint(attend, prevent_cse=prevent_cse())(query, key, value, bias, rng)
+
+
+def attended_values(logits: Array, value: Array, mask: Array, rate: float, rng: Array | None) -> Array:
+    """Return the values (B, S, H, N) in the mean that their logits (B, H, T, S) give, with dropout as above."""
+    logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
+    probabilities = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
+    if rng is not None:
+        probabilities = dropout(probabilities, rate, rng)
+    return jnp.einsum("bhts,bshn->bthn", probabilities, value)
 
 
 def bidirectional(
@@ -167,11 +185,12 @@ def bidirectional(
     mask: Bool[Array, "B 1 T S"],
     rate: float,
     rng: Array | None,
+    bias: Float[Array, "1 H T S"] | None = None,
 ) -> Float[Array, "B T H N"]:
-    """Compute an encoder's attention, with dropout where there is a key `rng`."""
-    if rng is None:
+    """Compute an encoder's attention, with dropout where there is a key `rng`; arguments of `attention_with_dropout`."""
+    if rng is None and bias is None:
         return attention(query, key, value, mask=mask, causal=False)
-    return attention_with_dropout(query, key, value, mask=mask, rate=rate, rng=rng)
+    return attention_with_dropout(query, key, value, mask=mask, rate=rate, rng=rng, bias=bias)
 
 
 def packed_mask(positions: Int[Array, "B T"]) -> Bool[Array, "B T T"]:

@@ -20,7 +20,7 @@ DECODERS = (
     *("llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3", "granite", "olmo2"),
     *("phi3", "gemma2", "gemma3_text", "mixtral", "qwen3_moe"),
 )
-ENCODERS = ("bert", "roberta", "xlm-roberta", "electra", "distilbert", "deberta-v2")
+ENCODERS = ("bert", "roberta", "xlm-roberta", "electra", "distilbert", "deberta-v2", "modernbert", "mpnet")
 
 # Fields that no reader takes because they cannot change logits, each with the reason. A reader may take one all the same:
 # `pad_token_id` counts positions in RoBERTa, the labels are an encoder's, and so on.
@@ -35,6 +35,7 @@ HARMLESS = {
     "use_cache": "speed of generation",
     "attn_implementation": "which kernel computes the attention",
     "_attn_implementation": "which kernel computes the attention",
+    "deterministic_flash_attn": "which kernel computes the attention",
     "_experts_implementation": "which kernel computes experts, of which there are none",
     "output_attentions": "what a call returns beside the logits",
     "output_hidden_states": "what a call returns beside the logits",
@@ -51,6 +52,7 @@ HARMLESS = {
     "initializer_range": "new weights",
     "initializer_factor": "new weights",
     "init_std": "new weights",
+    "initializer_cutoff_factor": "new weights",
     "pretraining_tp": "how the model was trained; transformers no longer reads it",
     "base_model_tp_plan": "where weights lie on several devices",
     "base_model_pp_plan": "where weights lie on several devices",
@@ -62,19 +64,23 @@ HARMLESS = {
     "eos_token_id": "tokens: of texts and generation",
     "pad_token_id": "tokens: padding is masked",
     "sep_token_id": "tokens: of texts and generation",
+    "cls_token_id": "tokens: of texts",
     "id2label": "a decoder has no classifier",
     "label2id": "names of an encoder's labels; id2label counts them",
     "num_labels": "a decoder has no classifier",
     "problem_type": "a decoder has no classifier",
     "tie_word_embeddings": "an encoder's classifier has no output embedding",
-    "layer_types": "an encoder attends everywhere",
-    "sliding_window": "an encoder attends everywhere",
-    "rope_parameters": "an encoder has no rotary embedding",
+    "layer_types": "an encoder that does not read it attends everywhere",
+    "sliding_window": "as layer_types; ModernBERT has local_attention",
+    "rope_parameters": "an encoder that does not read it has no rotary embedding",
     "head_dim": "an encoder's heads divide its width",
     "_sliding_window_pattern": "transformers writes it beside layer_types, and reads sliding_window_pattern",
     "mm_tokens_per_image": "images, of which a decoder reads none",
     "image_token_id": "images, of which a decoder reads none",
     "qa_dropout": "another task",
+    "decoder_bias": "another task",
+    "sparse_prediction": "another task",
+    "sparse_pred_ignore_index": "another task",
     "legacy": "another task",
     "z_steps": "another task",
     "conv_act": "there is no convolution",

@@ -10,10 +10,18 @@ from flax import linen as nn
 from jaxtyping import Array
 
 from neuroada_jax.core.entries import wide_dtype
-from neuroada_jax.errors import UserError
-from neuroada_jax.models import encoder, layers
-from neuroada_jax.models.config_fields import LARGEST_DEPTH, Fields
-from neuroada_jax.models.encoder import EncoderConfig
+from neuroada_jax.models import attention, layers
+from neuroada_jax.models.config_fields import Fields
+from neuroada_jax.models.encoder_parts import (
+    Embeddings,
+    EncoderConfig,
+    ForSequenceClassification,
+    Intermediate,
+    Output,
+    applied_layers,
+    attended,
+    sizes,
+)
 from neuroada_jax.models.layers import BypassDense, Dropout, Embedding, LayerNorm
 from neuroada_jax.models.remat import Remat, kept_activation, prevent_cse, token_wise
 
@@ -22,7 +30,7 @@ DEBERTA_TARGETS = ("query_proj", "key_proj", "value_proj", "attention.output.den
 _TYPES = ("c2p", "p2c")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DebertaConfig(EncoderConfig):
     """Static description of a DeBERTa-v2 or v3.
 
@@ -56,13 +64,11 @@ def read_config(fields: Fields, dtype: Any) -> DebertaConfig:
     Raises:
       UserError: a field is missing or has a value that is not supported.
     """
-    hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
-    if hidden % heads:
-        raise UserError(f"config.json: hidden_size {hidden} is no multiple of num_attention_heads {heads}")
+    own = sizes(fields)
     for name, only in (
-        ("attention_head_size", hidden // heads),
-        ("embedding_size", hidden),
-        ("pooler_hidden_size", hidden),
+        ("attention_head_size", own["hidden_size"] // own["num_heads"]),
+        ("embedding_size", own["hidden_size"]),
+        ("pooler_hidden_size", own["hidden_size"]),
     ):
         if fields.integer(name, only) != only:
             raise fields.wrong(name, str(only))
@@ -76,20 +82,12 @@ def read_config(fields: Fields, dtype: Any) -> DebertaConfig:
         raise fields.wrong("pos_att_type", "one or both of 'c2p' and 'p2c'")
     positions = fields.integer("max_position_embeddings", 512)
     largest = fields.integer("max_relative_positions", -1, least=-1)
-    fields.number("initializer_range", 0.02)  # of a new classifier
     hidden_dropout = fields.number("hidden_dropout_prob", 0.1, below=1.0)
     own_dropout = fields.get("cls_dropout") is not None
     return DebertaConfig(
-        vocab_size=fields.integer("vocab_size"),
-        hidden_size=hidden,
-        intermediate_size=fields.integer("intermediate_size"),
-        num_layers=fields.integer("num_hidden_layers", most=LARGEST_DEPTH),
-        num_heads=heads,
-        num_labels=encoder.num_labels(fields),
+        **own,
         num_positions=positions,
-        first_position=0,
         token_types=fields.integer("type_vocab_size", 0, least=0),
-        pad_id=0,
         norm_epsilon=fields.number("layer_norm_eps", 1e-7),
         activation=fields.choice("hidden_act", "gelu", list(layers.ACTIVATIONS)),
         hidden_dropout=hidden_dropout,
@@ -159,12 +157,8 @@ class SelfAttention(nn.Module):
             at = jnp.asarray(np.clip(span - distance, 0, 2 * span - 1))[None, None]
             found = jnp.einsum("bshn,rhn->bhsr", key, positions["p2c"])
             logits = logits + jnp.swapaxes(jnp.take_along_axis(found, at, axis=-1, mode="clip"), -1, -2)
-        logits = logits.astype(wide) * (query.shape[-1] * (1 + len(positions))) ** -0.5
-        logits = jnp.where(mask, logits, jnp.finfo(wide).min)
-        probabilities = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
-        if rng is not None:
-            probabilities = layers.dropout(probabilities, c.attention_dropout, rng)
-        return jnp.einsum("bhts,bshn->bthn", probabilities, value)
+        factor = (query.shape[-1] * (1 + len(positions))) ** -0.5
+        return attention.attended_values(logits.astype(wide) * factor, value, mask, c.attention_dropout, rng)
 
 
 class Attention(nn.Module):
@@ -175,7 +169,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: Array, mask: Array, relative: Array) -> Array:
         y = SelfAttention(self.config, name="self")(x, mask, relative)
-        return encoder.Output(self.config, name="output")(y, x)
+        return Output(self.config, name="output")(y, x)
 
 
 class Layer(nn.Module):
@@ -190,21 +184,24 @@ class Layer(nn.Module):
         x = Attention(c, name="attention")(x, *around)
 
         def feed_forward(_: nn.Module, x: Array) -> Array:
-            return encoder.Output(c, name="output")(encoder.Intermediate(c, name="intermediate")(x), x)
+            return Output(c, name="output")(Intermediate(c, name="intermediate")(x), x)
 
         return token_wise(feed_forward, self.remat, x.shape)(self, x), None
 
 
-class Layers(encoder.Layers):
+class Layers(nn.Module):
     """All layers, and the embeddings of relative positions, which they share."""
 
+    config: DebertaConfig
+    remat: Remat = Remat.NONE
+
     @nn.compact
-    def __call__(self, x: Array, mask: Any) -> Array:
-        c: Any = self.config
+    def __call__(self, x: Array, mask: Array) -> Array:
+        c = self.config
         relative = Embedding(2 * c.span, c.hidden_size, c.dtype, name="rel_embeddings")(jnp.arange(2 * c.span))
         if c.normed:
             relative = LayerNorm(c.norm_epsilon, c.dtype, name="LayerNorm")(relative)
-        return self._all(x, (mask, relative))
+        return applied_layers(self, "layer", Layer, x, (mask, relative))
 
 
 class Deberta(nn.Module):
@@ -214,11 +211,11 @@ class Deberta(nn.Module):
     remat: Remat = Remat.NONE
 
     def setup(self) -> None:
-        self.embeddings = encoder.Embeddings(self.config)
-        self.encoder = Layers(self.config, self.remat, Layer)
+        self.embeddings = Embeddings(self.config)
+        self.encoder = Layers(self.config, self.remat)
 
     def __call__(self, ids: Array, mask: Array | None, token_types: Array | None) -> Array:
-        return self.encoder(self.embeddings(ids, token_types), encoder.attended(ids, mask))
+        return self.encoder(self.embeddings(ids, token_types), attended(ids, mask))
 
 
 class ContextPooler(nn.Module):
@@ -233,10 +230,10 @@ class ContextPooler(nn.Module):
         return layers.ACTIVATIONS[c.pooler_activation](y)
 
 
-class DebertaForSequenceClassification(encoder.ForSequenceClassification):
+class DebertaForSequenceClassification(ForSequenceClassification):
     """DeBERTa with its pooler and a linear classifier."""
 
-    config: DebertaConfig
+    encoder_name = "deberta"
 
     def setup(self) -> None:
         c = self.config
@@ -245,9 +242,5 @@ class DebertaForSequenceClassification(encoder.ForSequenceClassification):
         self.dropout = Dropout(c.classifier_dropout)
         self.classifier = BypassDense(c.num_labels, True, c.dtype)
 
-    def hidden_states(self, ids: Array, mask: Array | None = None, token_types: Array | None = None) -> Array:
-        """Compute the last layer's states (B, T, D)."""
-        return self.deberta(ids, mask, token_types)
-
-    def _classify(self, hidden: Array) -> Array:
+    def _classify(self, hidden: Array, mask: Array | None) -> Array:
         return self.classifier(self.dropout(self.pooler(hidden)))

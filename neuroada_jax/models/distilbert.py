@@ -6,10 +6,17 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array
 
-from neuroada_jax.errors import UserError
-from neuroada_jax.models import encoder, layers
-from neuroada_jax.models.config_fields import LARGEST_DEPTH, Fields
-from neuroada_jax.models.encoder import EncoderConfig, self_attended
+from neuroada_jax.models import layers
+from neuroada_jax.models.config_fields import Fields
+from neuroada_jax.models.encoder_parts import (
+    Embeddings,
+    EncoderConfig,
+    ForSequenceClassification,
+    Layers,
+    attended,
+    self_attended,
+    sizes,
+)
 from neuroada_jax.models.layers import BypassDense, Dropout, LayerNorm
 from neuroada_jax.models.remat import Remat, token_wise
 
@@ -22,25 +29,16 @@ def read_config(fields: Fields, dtype: Any) -> EncoderConfig:
     Raises:
       UserError: a field is missing or has a value that is not supported.
     """
-    hidden, heads = (
-        fields.integer_of(("dim", "hidden_size")),
-        fields.integer_of(("n_heads", "num_attention_heads")),
+    own = sizes(
+        fields,
+        hidden_size=["dim", "hidden_size"],
+        num_heads=["n_heads", "num_attention_heads"],
+        num_layers=["n_layers", "num_hidden_layers"],
+        intermediate_size=["hidden_dim"],
     )
-    if hidden % heads:
-        raise UserError(f"config.json: dim {hidden} is no multiple of n_heads {heads}")
-    fields.number("initializer_range", 0.02)  # of a new classifier
     return EncoderConfig(
-        vocab_size=fields.integer("vocab_size"),
-        hidden_size=hidden,
-        intermediate_size=fields.integer("hidden_dim"),
-        num_layers=fields.integer_of(("n_layers", "num_hidden_layers"), most=LARGEST_DEPTH),
-        num_heads=heads,
-        num_labels=encoder.num_labels(fields),
+        **own,
         num_positions=fields.integer("max_position_embeddings", 512),
-        first_position=0,
-        token_types=0,
-        pad_id=0,
-        norm_epsilon=1e-12,
         activation=fields.choice("activation", "gelu", list(layers.ACTIVATIONS)),
         hidden_dropout=fields.number("dropout", 0.1, below=1.0),
         attention_dropout=fields.number("attention_dropout", 0.1, below=1.0),
@@ -97,15 +95,17 @@ class DistilBert(nn.Module):
     remat: Remat = Remat.NONE
 
     def setup(self) -> None:
-        self.embeddings = encoder.Embeddings(self.config)
-        self.transformer = encoder.Layers(self.config, self.remat, Layer)
+        self.embeddings = Embeddings(self.config)
+        self.transformer = Layers(self.config, Layer, self.remat)
 
-    def __call__(self, ids: Array, mask: Array | None) -> Array:
-        return self.transformer(self.embeddings(ids, None), encoder.attended(ids, mask))
+    def __call__(self, ids: Array, mask: Array | None, token_types: Array | None) -> Array:
+        return self.transformer(self.embeddings(ids, None), attended(ids, mask))
 
 
-class DistilBertForSequenceClassification(encoder.ForSequenceClassification):
+class DistilBertForSequenceClassification(ForSequenceClassification):
     """DistilBERT with two linear maps on the first token; token types are ignored."""
+
+    encoder_name = "distilbert"
 
     def setup(self) -> None:
         c = self.config
@@ -114,9 +114,5 @@ class DistilBertForSequenceClassification(encoder.ForSequenceClassification):
         self.dropout = Dropout(c.classifier_dropout)
         self.classifier = BypassDense(c.num_labels, True, c.dtype)
 
-    def hidden_states(self, ids: Array, mask: Array | None = None, token_types: Array | None = None) -> Array:
-        """Compute the last layer's states (B, T, D)."""
-        return self.distilbert(ids, mask)
-
-    def _classify(self, hidden: Array) -> Array:
+    def _classify(self, hidden: Array, mask: Array | None) -> Array:
         return self.classifier(self.dropout(jnp.maximum(self.pre_classifier(hidden[:, 0]), 0)))

@@ -131,25 +131,27 @@ def scaled(x: Float[Array, "*B D"], factor: float) -> Float[Array, "*B D"]:
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation over the last axis, in float32; parameters scale (D,) and bias (D,)."""
+    """Layer normalisation over the last axis, in float32; parameters scale (D,) and, if `use_bias`, bias (D,)."""
 
     epsilon: float
     dtype: Any = jnp.float32
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.dtype)
-        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), self.dtype)
+        parameters = [self.param("scale", nn.initializers.ones, (x.shape[-1],), self.dtype)]
+        if self.use_bias:
+            parameters.append(self.param("bias", nn.initializers.zeros, (x.shape[-1],), self.dtype))
 
-        def normalise(x: Array, scale: Array, bias: Array) -> Array:
+        def normalise(x: Array, *parameters: Array) -> Array:
             wide = x.astype(wide_dtype(x.dtype))
             centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
             variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-            scale, bias = (jnp.broadcast_to(leaf.astype(wide.dtype), wide.shape) for leaf in (scale, bias))
-            return (centred * lax.rsqrt(variance + self.epsilon) * scale + bias).astype(x.dtype)
+            scale, *bias = (jnp.broadcast_to(leaf.astype(wide.dtype), wide.shape) for leaf in parameters)
+            return sum(bias, centred * lax.rsqrt(variance + self.epsilon) * scale).astype(x.dtype)
 
         # As in RMSNorm: without this checkpoint the backward pass keeps x in float32.
-        return jax.checkpoint(normalise, prevent_cse=remat.prevent_cse())(x, scale, bias)
+        return jax.checkpoint(normalise, prevent_cse=remat.prevent_cse())(x, *parameters)
 
 
 class Dropout(nn.Module):

@@ -48,6 +48,8 @@ FAMILIES = {
     "electra": Family("ELECTRA", "google/electra-small-discriminator"),
     "deberta-v2": Family("DeBERTa-v2, DeBERTa-v3", "microsoft/deberta-v3-base", "no convolution (xlarge)"),
     "distilbert": Family("DistilBERT", "distilbert/distilbert-base-uncased"),
+    "modernbert": Family("ModernBERT", "answerdotai/ModernBERT-base", "q, k, v are one map, and so are gate and up"),
+    "mpnet": Family("MPNet, all-mpnet", "sentence-transformers/all-mpnet-base-v2"),
     "xlm-roberta": Family("XLM-R", "FacebookAI/xlm-roberta-base"),
 }
 

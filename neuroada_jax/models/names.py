@@ -20,7 +20,14 @@ EXPERTS = "experts"  # the module whose maps are stacked by expert, too: (L, E, 
 
 
 class Slot(NamedTuple):
-    """Place of a checkpoint tensor in the tree: its (stacked) leaf, its layer and its expert, None if it is not stacked."""
+    """Place of a checkpoint tensor in the tree.
+
+    Attributes:
+      path: of its (stacked) leaf.
+      layer: its place among the layers of the leaf, which is the layer's number where all layers have one; None if it is
+        not stacked.
+      expert: its expert, None if it is not stacked by them.
+    """
 
     path: ModulePath
     layer: int | None
@@ -63,15 +70,17 @@ def checkpoint_names(params: Mapping[str, Any], layers_path: ModulePath) -> dict
 
     Args:
       params: nested dict of arrays or shapes; leaves below `layers_path` have a leading layer axis, or are
-        tuples with an array for each layer.
+        tuples with an array for each layer. A leaf with fewer entries than the others belongs to the last layers.
       layers_path: path of the layer scan, such as ("model", "layers").
     """
     names = {}
+    depth = max((len(leaf) for path, leaf in flatten(params) if is_stacked(path, layers_path)), default=0)
     for path, leaf in flatten(params):
         *module, name = path
         suffix = "weight" if name in _LEAVES_OF_WEIGHT else name
         for layer, expert in _places(path, leaf, layers_path):
-            own = module_name(tuple(module), layer, layers_path, expert)
+            number = None if layer is None else layer + depth - len(leaf)
+            own = module_name(tuple(module), number, layers_path, expert)
             names[f"{own}.{suffix}"] = Slot(path, layer, expert)
     return names
 

@@ -7,7 +7,7 @@ host in float32, as in transformers, so that angles agree to the last bits at lo
 import dataclasses
 import enum
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -125,6 +125,41 @@ class Rope:
         else:
             factor = rope.number("factor", positive=True)
         return cls(kind, theta, factor, original, max_positions, fraction=fraction, **given)
+
+
+def by_attention(
+    fields: Fields, head_dim: int, max_positions: int, thetas: Mapping[str, tuple[str, float]], scaled: Collection[str]
+) -> list[Rope]:
+    """Read the ropes of a model whose `rope_parameters` have an object for each kind of attention.
+
+    Args:
+      fields: of the config.json.
+      head_dim: the width of a head.
+      max_positions: the config's `max_position_embeddings`.
+      thetas: kind of attention -> (the field that counts where its object has no `rope_theta`, its default).
+      scaled: the kinds that the older `rope_scaling` changes.
+
+    Raises:
+      UserError: see `Rope.from_hf`; or a rope_scaling beside rope_parameters that lack such a kind.
+    """
+    nested, scaling = fields.get("rope_parameters"), fields.get("rope_scaling")
+    for name, found in (("rope_parameters", nested), ("rope_scaling", scaling)):
+        if found is not None and not isinstance(found, Mapping):
+            raise fields.wrong(name, "an object")
+    given, ropes = dict(nested or {}), []
+    for name, (base, theta) in thetas.items():
+        own = given.get(name) or {}
+        if not isinstance(own, Mapping):
+            raise UserError(f"config.json: rope_parameters.{name} must be an object, found {shown(own)}")
+        if scaling is not None and name in scaled:
+            if nested is not None and not own:
+                raise UserError(f"config.json: rope_scaling beside rope_parameters without {name} is not supported")
+            own = {**own, **scaling}
+        default = fields.number(base, theta, positive=True)
+        place = Fields(own, f"config.json: rope_parameters.{name}.")
+        # No field of the config itself counts for one of several ropes.
+        ropes.append(Rope.read(place, Fields({}), head_dim, max_positions, PLAIN_RULES._replace(theta=default)))
+    return ropes
 
 
 _NEEDED = {

@@ -38,7 +38,7 @@ def apart(params: Mapping[str, Any], layers_path: ModulePath) -> Tree:
       layers_path: the path of the layers.
     """
     stack = trees.get(params, layers_path)
-    if is_apart(stack) or not preferred(len(jax.tree.leaves(stack)[0])):
+    if is_apart(stack) or not preferred(max(map(len, jax.tree.leaves(stack)))):
         return dict(params)
 
     def take(leaf: Any) -> Any:
@@ -71,10 +71,15 @@ def stacked(params: Mapping[str, Any]) -> Tree:
 
 
 def layers_of(tree: Any, depth: int) -> list[Any]:
-    """Return the tree of each layer of a tree whose leaves are stacked or, as tuples, apart."""
+    """Return the tree of each layer of a tree whose leaves are stacked or, as tuples, apart.
+
+    Of a leaf that only the last layers have, the others get that of the first one that has it.
+    """
     nodes, structure = jax.tree.flatten(tree, is_leaf=_is_tuple)
     each = [node if isinstance(node, tuple) else _split(node) for node in nodes]
-    return [jax.tree.unflatten(structure, [layers[at] for layers in each]) for at in range(depth)]
+    return [
+        jax.tree.unflatten(structure, [layers[max(at - depth + len(layers), 0)] for layers in each]) for at in range(depth)
+    ]
 
 
 def variables_of_layers(module: nn.Module, name: str, depth: int) -> list[dict[str, Any]] | None:

@@ -8,6 +8,7 @@ import optax
 
 from neuroada_jax.core.trees import Tree
 from neuroada_jax.data.batches import Batch, ClassificationBatch
+from neuroada_jax.errors import UserError
 from neuroada_jax.pretrained.load import OpenedModel, open_model
 from neuroada_jax.tasks import ClassificationTask
 from neuroada_jax.training import connections, modules, objectives, optimizer, step
@@ -47,11 +48,20 @@ def abstract_run(config: RunConfig) -> AbstractRun:
 
     def initial_state(params: Tree) -> step.TrainState:
         built = connections.of_equal_shapes(config, opened.model, params, paths)
-        return step.initial_state(params, built, transformation, classifier)
+        return step.initial_state(params, built, transformation, dense)
 
-    # Whether a checkpoint lacks more than the classifier (BERT's pooler) is only known from its weights.
-    classifier = opened.model.architecture.classifier if config.classifier.train else ()
+    dense = modules.dense_paths(config, opened, _missing(opened), paths)
     return AbstractRun(opened, transformation, jax.eval_shape(initial_state, opened.abstract_params()), objective)
+
+
+def _missing(opened: OpenedModel) -> list[str]:
+    """Return the tensors that the checkpoint lacks (BERT's pooler), none where its weights are not on this machine."""
+    if opened.model.architecture.is_decoder:
+        return []
+    try:
+        return opened.missing()
+    except UserError:
+        return []
 
 
 def longest_batch(config: RunConfig, examples: int, task: ClassificationTask | None = None) -> AnyBatch:

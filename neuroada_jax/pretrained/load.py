@@ -132,9 +132,11 @@ def _is_below(path: ModulePath, modules: tuple[ModulePath, ...]) -> bool:
 
 
 def _initial_tensor(name: str, shape: tuple[int, ...], stddev: float, seed: int) -> np.ndarray:
-    """Initialise a float32 tensor as transformers does: a normal weight or a zero bias."""
+    """Initialise a float32 tensor as transformers does: a normal weight, a norm's weight of ones or a zero bias."""
     if name.endswith(".bias"):
         return np.zeros(shape, np.float32)
+    if len(shape) == 1:
+        return np.ones(shape, np.float32)
     # A generator of its own, so that a tensor does not depend on which others are initialised.
     random = np.random.default_rng([seed, xxhash.xxh32_intdigest(name.encode())])
     return stddev * random.standard_normal(shape, np.float32)

@@ -97,7 +97,7 @@ def begin(members: Sequence[Member], rows: dict[str, PreparedRows], loaded: Load
       loaded: the model with its weights, which the result takes over.
     """
     first = rows[rows_key(members[0].config)]
-    paths = modules.dense_paths(first.config, loaded, first.target_paths)
+    paths = modules.dense_paths(first.config, loaded, loaded.initialised, first.target_paths)
     params, _ = dense_modules.split(loaded.params, paths)
     starts = []
 

@@ -7,7 +7,7 @@ from neuroada_jax import console, models
 from neuroada_jax.core import low_rank, quantise, trees
 from neuroada_jax.errors import UserError
 from neuroada_jax.models import names
-from neuroada_jax.pretrained.load import IdentifiedModel
+from neuroada_jax.pretrained.load import OpenedModel
 from neuroada_jax.tasks import ENCODER_TASKS, OWN, TASKS
 from neuroada_jax.training.config import ClassifierSection, GenerationSection, RunConfig
 
@@ -101,21 +101,23 @@ def say_unused(config: RunConfig) -> None:
         console.say(f"method: {config.method} does not use {listed}; the section {section_name(config)} counts")
 
 
-def dense_paths(config: RunConfig, base_model: IdentifiedModel, targets: list[trees.ModulePath]) -> list[trees.ModulePath]:
+def dense_paths(
+    config: RunConfig, base_model: OpenedModel, initialised: list[str], targets: list[trees.ModulePath]
+) -> list[trees.ModulePath]:
     """Return the paths of the modules that train densely: an encoder's classifier and modules missing in the checkpoint.
 
     A decoder has none.
 
     Args:
       config: the run.
-      base_model: the loaded model, which names the tensors that its checkpoint lacks.
+      base_model: the model.
+      initialised: the Hugging Face names of the tensors that its checkpoint lacks.
       targets: the linear maps that carry a bypass.
 
     Raises:
       UserError: `classifier.train` is false, and the checkpoint lacks the classifier; or a target is part of it.
     """
     architecture = base_model.model.architecture
-    initialised = base_model.initialised
     if initialised and not config.classifier.train:
         raise UserError(f"classifier.train: {base_model.source} has no {initialised[0]}: the classifier must be trained")
     parameters = {tuple(name.split(".")) for name in initialised}

@@ -169,7 +169,7 @@ def _start(prepared: Prepared, loaded: LoadedModel | None, locked: contextlib.Ex
     config, devices, objective = prepared.config, prepared.devices, prepared.objective
     loaded, original = weights.load(prepared, loaded)
     one_job.check_weights(loaded.digests)
-    classifier = modules.dense_paths(config, loaded, prepared.target_paths)
+    classifier = modules.dense_paths(config, loaded, loaded.initialised, prepared.target_paths)
     built = _connections(prepared, loaded)
     built = built if original is None else original.put_into(built)
     lock = locked.enter_context(run_directory.start(config, prepared.seen, resumed=bool(prepared.resumed_from)))

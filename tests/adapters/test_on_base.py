@@ -146,18 +146,22 @@ def test_which_modules_train_densely(bare, tmp_path):
     assert modules.resolved(config, base_model.model).bypass.targets == list(models.ENCODER_TARGETS)
     targets = modules.target_paths(config, base_model.model)
     assert len(targets) == 6
-    paths = modules.dense_paths(config, base_model, targets)
+    paths = modules.dense_paths(config, base_model, base_model.initialised, targets)
     assert jax.tree.structure(dense_modules.split(base_model.params, paths)[1]) == jax.tree.structure(classifier)
     message = message_of(
-        modules.dense_paths, run(tmp_path, base_model.source, classifier={"train": False}), base_model, targets
+        modules.dense_paths,
+        run(tmp_path, base_model.source, classifier={"train": False}),
+        base_model,
+        base_model.initialised,
+        targets,
     )
     assert message.startswith(f"classifier.train: {base_model.source} has no ")
-    message = message_of(modules.dense_paths, config, base_model, [("classifier",)])
+    message = message_of(modules.dense_paths, config, base_model, base_model.initialised, [("classifier",)])
     assert message == "bypass.targets: classifier belongs to the classifier, which trains densely; remove it"
 
     whole = load_model(str(write_encoder(tmp_path / "whole", "bert")))
-    assert whole.initialised == [] and modules.dense_paths(config, whole, targets) == [("classifier",)]
-    assert modules.dense_paths(run(tmp_path, base_model.source, classifier={"train": False}), whole, targets) == []
+    assert whole.initialised == [] and modules.dense_paths(config, whole, [], targets) == [("classifier",)]
+    assert modules.dense_paths(run(tmp_path, base_model.source, classifier={"train": False}), whole, [], targets) == []
 
 
 def test_the_command_line_on_an_encoder(bare, tmp_path, capsys):

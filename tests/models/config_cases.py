@@ -94,6 +94,13 @@ BASES = {
         "initializer_range": 0.01,
         "max_position_embeddings": 48,
     },
+    "modernbert": {
+        **_ENCODER,
+        "global_attn_every_n_layers": 2,
+        "local_attention": 8,
+        "pad_token_id": 0,
+    },
+    "mpnet": _ENCODER,
     "xlm-roberta": _ENCODER,
 }
 MISSING = object()
@@ -103,6 +110,8 @@ _DTYPES = ["bfloat16", "float16", "float64", "float8_e4m3fn", "int8"]
 _VALUES = {
     "hidden_act": ["relu", "gelu", "gelu_pytorch_tanh", "tanh", "quick_gelu"],
     "activation": ["relu", "tanh"],
+    "classifier_activation": ["relu", "tanh"],
+    "classifier_pooling": ["mean"],
     "hidden_activation": ["relu", "gelu", "tanh"],
     "no_rope_layers": [[1, 1], [0, 1, 1]],
     "pos_att_type": [["c2p"], ["p2c", "c2p"], "p2c|c2p", "c2p", ["p2p"]],

@@ -1,4 +1,4 @@
-"""BERT, RoBERTa and XLM-R against transformers' PyTorch models, dropout, and what a checkpoint may lack."""
+"""All encoders against transformers' PyTorch models, dropout, and what a checkpoint may lack."""
 
 import argparse
 import functools
@@ -40,9 +40,12 @@ CLASSES = {
     "electra": "Electra",
     "distilbert": "DistilBert",
     "deberta-v2": "DebertaV2",
+    "modernbert": "ModernBert",
+    "mpnet": "MPNet",
 }
 DEBERTA = {"relative_attention": True, "pos_att_type": "p2c|c2p", "type_vocab_size": 2}
 DEBERTA3 = {"share_att_key": True, "norm_rel_ebd": "layer_norm", "position_buckets": 6, "position_biased_input": False}
+BIASES = {"norm_bias": True, "attention_bias": True, "mlp_bias": True, "classifier_bias": True}
 # name -> (model_type, what differs from SIZES)
 CASES = {
     "bert": ("bert", {}),
@@ -57,6 +60,9 @@ CASES = {
     "deberta-v2": ("deberta-v2", {**DEBERTA, "max_relative_positions": 5, "num_labels": 3}),
     "deberta-v3": ("deberta-v2", {**DEBERTA, **DEBERTA3}),
     "distilbert": ("distilbert", {"hidden_dim": 48, "num_labels": 3}),
+    "modernbert": ("modernbert", {"local_attention": 6, "num_labels": 3, "pad_token_id": 1}),
+    "modernbert_mean": ("modernbert", {"local_attention": 6, "classifier_pooling": "mean", **BIASES, "pad_token_id": 1}),
+    "mpnet": ("mpnet", {"num_labels": 3}),
 }
 
 
@@ -110,7 +116,7 @@ def test_same_logits_and_hidden_states_as_transformers(case):
     batch = random_batch(reference.config)
     with torch.no_grad():
         inputs = torch_inputs(*batch)
-        if kind == "distilbert":  # which has no token types
+        if kind in ("distilbert", "modernbert", "mpnet"):  # which have no token types
             del inputs["token_type_ids"]
         want = reference(**inputs, output_hidden_states=True)
     found = apply(model, params, batch)

@@ -291,8 +291,8 @@ def test_class_weights():
         (["evaluation.sets=[{name: x, data: other.csv}]"], "other.csv:2: label 'refunds', expected one of billing"),
         (
             ["model.path=llama"],
-            "data.task: 'classification' needs an encoder (bert, roberta, electra, deberta-v2, distilbert, xlm-roberta), "
-            "and llama is a decoder",
+            "data.task: 'classification' needs an encoder (bert, roberta, electra, deberta-v2, distilbert, modernbert, "
+            "mpnet, xlm-roberta), and llama is a decoder",
         ),
     ],
 )
