@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,9 @@ from neuroada_jax.data.prompts import PromptForm
 from neuroada_jax.errors import UserError
 from neuroada_jax.models import Labels, names
 from neuroada_jax.pretrained import prompt_form, quantization, save
+from neuroada_jax.pretrained import requantise as requantising
 from neuroada_jax.pretrained.load import LoadedModel, OpenedModel, load_with_progress, open_model, open_with_tokenizer
+from neuroada_jax.pretrained.requantise import Requantiser
 from neuroada_jax.pretrained.source import has_other_parts
 
 _SPARSE = ("official", "peft-supertuning", "peft-shira")
@@ -29,16 +31,30 @@ _OFFICIAL = ("llama", "mistral", "qwen2", "qwen3", "bert", "roberta", "xlm-rober
 _PEFT = {"peft-supertuning": peft.Kind.SUPERTUNING, "peft-shira": peft.Kind.SHIRA}
 
 
+class Base(NamedTuple):
+    """The base model of an export, and how it is read.
+
+    Attributes:
+      model: directory, hub id or GGUF file; None: the one that the adapter names.
+      dtype: "float32", "bfloat16" or "auto", of the base model and of a merged one; None: that of the training.
+      held: how its kernels are held, see `quantization.resolve`; None: as in the training.
+      force: use the adapter on a base model whose weights differ from those it was trained on.
+    """
+
+    model: str | None = None
+    dtype: str | None = None
+    held: str | None = None
+    force: bool = False
+
+
 def export_adapter(
     source: str,
     to_format: str,
     out: str,
+    base: Base = Base(),  # noqa: B008
     *,
-    model: str | None = None,
-    dtype: str | None = None,
     verify: bool = False,
-    held: str | None = None,
-    force: bool = False,
+    requantise: str | None = None,
 ) -> dict[str, Any]:
     """Write a native adapter in another library's format, and verify the export on request.
 
@@ -46,14 +62,11 @@ def export_adapter(
       source: directory or hub id of a native adapter.
       to_format: "official", "peft-supertuning", "peft-shira", "peft-lora", or "huggingface" for the merged model.
       out: the directory to create.
-      model: the base model; by default the one that the adapter names.
-      dtype: "float32", "bfloat16" or "auto", the dtype of the base model (and of a merged model); by default that of
-        training.
+      base: the base model.
       verify: load the export in its library and compare it with our merged model, see `verification.verify`.
-      held: how the base model's kernels are held, see `quantization.resolve`; by default as in the training.
-      force: use the adapter on a base model whose weights differ from those it was trained on.
+      requantise: of the merged model: "nf4" or "int8", as bitsandbytes stores them; None: not quantised.
 
-    Returns: `out`, `files`, `notes`, and the results of the verification.
+    Returns: `out`, `files`, `notes`, and the results of the verification; with `requantise` also what it loses.
 
     Raises:
       UserError: a file that cannot be read or written, an adapter that the format cannot hold, or an export that differs
@@ -62,23 +75,28 @@ def export_adapter(
     directory = Path(out)
     if directory.exists():
         raise UserError(f"--out: {out} exists already; choose another folder or remove it")
+    if verify and requantise:
+        raise UserError(
+            "--verify: compares with the merged weights, from which requantised ones differ; leave it or --requantise out"
+        )
     if verify:
         verification.require_torch()
-    adapter = native.without_digests(hub.read(source)) if force else hub.read(source)
+    adapter = native.without_digests(hub.read(source)) if base.force else hub.read(source)
     _check_format(source, adapter, to_format)
     _check_names(source, adapter, to_format)
-    form = native.form_of(adapter)
     trained_on = adapter.metadata["base"]
     merges = verify or to_format == "huggingface"
     labels = native.labels_of(trained_on)
-    chosen = dtype or trained_on.get("dtype") or "auto"
-    held = held or quantization.of_adapter(trained_on)
+    chosen = base.dtype or trained_on.get("dtype") or "auto"
+    held = base.held or quantization.of_adapter(trained_on)
     open_source = functools.partial(open_model, dtype=chosen, config_only=not merges, labels=labels, quantization_of=held)
-    opened = open_base(adapter, source, model, open_source)
+    opened = open_base(adapter, source, base.model, open_source)
     merged_dtype = jnp.dtype(opened.model.config.dtype)
+    if requantise:
+        requantising.check(requantise, opened.model)
     tokenizer = None
     if to_format == "huggingface":
-        opened, tokenizer = _open_to_merge(opened, labels, form, held)
+        opened, tokenizer = _open_to_merge(opened, labels, native.form_of(adapter), held)
     base_model = load_with_progress(opened, replaced=True) if merges else None
 
     # The official code and SuperTuning round the values to the dtype of the weights before the sum; SHiRA and we add in
@@ -88,25 +106,38 @@ def export_adapter(
     if base_model:
         params = _cast(on_base.merge(adapter, base_model, round_first), merged_dtype)
 
+    requantiser = None
     if to_format == "huggingface":
-        save.save(directory, opened, params, tokenizer, form=form)
+        if requantise and base_model:
+            requantiser = Requantiser(requantise, opened.model, base_model.params, params, merged_dtype)
+        save.save(directory, opened, params, tokenizer, form=native.form_of(adapter), requantiser=requantiser)
         notes = [f"merged in float32, saved as {merged_dtype.name}"]
         reload: Reload = lambda base: verification.reload_huggingface(base, directory, merged_dtype)  # noqa: E731
     else:
         notes, reload = _write(adapter, to_format, directory, opened)
 
     result: dict[str, Any] = {"out": out, "files": _files(directory), "notes": notes}
+    if requantiser is not None:
+        result["requantised"] = requantiser.report()
+        notes.append(requantising.line(result["requantised"]))
     if not verify or base_model is None:
         return result
-    base_model, params = _dequantised(base_model), quantised.map_quantised(quantised.dequantise, params)
     dtypes = verification.Merge(round_first, merged_dtype)
-    result |= verification.verify(base_model, adapter, dtypes, params, functools.partial(reload, base_model))
-    if result["original"] is None:
-        notes.append(
-            f"compared with this library's own reading of {_read_from(opened)}: transformers has no directory to load"
+    return _verified(adapter, base_model, params, dtypes, reload, result)
+
+
+def _verified(
+    adapter: Adapter, base_model: LoadedModel, params: Tree, dtypes: Any, reload: "Reload", result: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the result of an export with that of its verification; one that differs is an error."""
+    base_model, params = _dequantised(base_model), quantised.map_quantised(quantised.dequantise, params)
+    found = result | verification.verify(base_model, adapter, dtypes, params, functools.partial(reload, base_model))
+    if found["original"] is None:
+        found["notes"].append(
+            f"compared with this library's own reading of {_read_from(base_model)}: transformers has no directory to load"
         )
-    _check_equal(out, result)
-    return result
+    _check_equal(result["out"], found)
+    return found
 
 
 Reload = Callable[[LoadedModel], verification.Reloaded]

@@ -41,6 +41,11 @@ def _add_merge(commands: shared.Commands) -> None:
     shared.add_model(parser, adapter_required=True)
     parser.add_argument("--out", required=True, metavar="DIRECTORY", help="directory to create")
     parser.add_argument("--verify", action="store_true", help=_VERIFY)
+    parser.add_argument(
+        "--requantise",
+        choices=["nf4", "int8"],
+        help="quantise the layers' weights as bitsandbytes does, and say what is lost (default: not quantised)",
+    )
 
 
 def _merge(parsed: argparse.Namespace) -> None:
@@ -48,16 +53,17 @@ def _merge(parsed: argparse.Namespace) -> None:
     from neuroada_jax.training import unfinished
 
     unfinished.check(parsed.adapter, parsed.model)
-    options = _options(parsed)
-    made = exchange.export_adapter(parsed.adapter, "huggingface", parsed.out, **options)
+    options = {"verify": parsed.verify, "requantise": parsed.requantise}
+    made = exchange.export_adapter(parsed.adapter, "huggingface", parsed.out, _base(parsed), **options)
     content = {"model" if key == "out" else key: value for key, value in made.items() if key != "notes"}
     shared.print_json(content) if parsed.json else exchange.print_result(made)
 
 
-def _options(parsed: argparse.Namespace) -> dict[str, Any]:
-    """Return the options of an export that the command line gives."""
-    own = {"held": parsed.quantization, "force": parsed.force}
-    return {"model": parsed.model, "dtype": parsed.dtype, "verify": parsed.verify, **own}
+def _base(parsed: argparse.Namespace) -> Any:
+    """Return the base model that the command line names."""
+    from neuroada_jax.adapters.exchange import Base
+
+    return Base(parsed.model, parsed.dtype, parsed.quantization, parsed.force)
 
 
 def _add_export(commands: shared.Commands) -> None:
@@ -83,8 +89,8 @@ def _export(parsed: argparse.Namespace) -> None:
 
     shared.on_cpu()
     unfinished.check(parsed.adapter, parsed.model)
-    options = _options(parsed)
-    _print_result(exchange.export_adapter(parsed.adapter, parsed.to, parsed.out, **options), parsed)
+    made = exchange.export_adapter(parsed.adapter, parsed.to, parsed.out, _base(parsed), verify=parsed.verify)
+    _print_result(made, parsed)
 
 
 def _add_import(commands: shared.Commands) -> None:

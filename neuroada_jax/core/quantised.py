@@ -106,6 +106,14 @@ def dense(kernel: Any) -> Array:
     return dequantise(kernel) if is_quantised(kernel) else kernel
 
 
+@jax.jit
+def dense_stack(kernel: Any) -> Array:
+    """Return a kernel (*L, O, I), whose layers may lie apart and be quantised, as one array."""
+    if isinstance(kernel, tuple):
+        return jnp.stack([dense(layer) for layer in kernel])
+    return by_layer(dequantise, kernel) if is_quantised(kernel) else kernel
+
+
 def by_layer(function: Callable[..., Any], kernel: QuantisedKernel, *others: Any) -> Any:
     """Return function(kernel (O, I), *others) of every layer, of which one is dequantised at a time."""
     if kernel.ndim == 2:

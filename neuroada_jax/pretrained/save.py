@@ -21,6 +21,7 @@ from neuroada_jax.data.prompts import PromptForm
 from neuroada_jax.models import config_fields, names
 from neuroada_jax.pretrained import prompt_form
 from neuroada_jax.pretrained.load import OpenedModel
+from neuroada_jax.pretrained.requantise import Requantiser
 
 SHARD_BYTES = 5 * 10**9
 
@@ -33,6 +34,7 @@ def save(
     *,
     form: PromptForm | None = None,
     replace: bool = False,
+    requantiser: Requantiser | None = None,
 ) -> None:
     """Write `params` atomically as a checkpoint that transformers loads.
 
@@ -44,6 +46,7 @@ def save(
       form: of the prompts that the weights were trained on, with its template's complete text: it is saved too, its
         template as the tokenizer's, and its end tokens end transformers' generations. None if unknown.
       replace: overwrite an existing directory.
+      requantiser: quantises the kernels of the layers; None: they are written as they are.
 
     Raises:
       UserError: the directory exists or cannot be written, or an end token is not one token of the tokenizer.
@@ -53,11 +56,16 @@ def save(
     slots = names.checkpoint_names(params, base_model.model.layers_path)
     dtype = np.dtype(next(leaf for leaf in leaves.values() if not isinstance(leaf, tuple)).dtype)
 
-    def tensor(name: str) -> np.ndarray:
-        return np.asarray(quantised.dense(slots[name].of(leaves[slots[name].path])))
+    def tensors(name: str) -> dict[str, np.ndarray]:
+        if requantiser is not None and requantiser.takes(slots[name]):
+            return requantiser.tensors(name, slots[name])
+        return {name: np.asarray(quantised.dense(slots[name].of(leaves[slots[name].path])))}
 
     def size(slot: names.Slot) -> int:
-        return math.prod(quantised.shape(leaves[slot.path])[len(slot.place) :]) * dtype.itemsize
+        shape = quantised.shape(leaves[slot.path])[len(slot.place) :]
+        if requantiser is not None and requantiser.takes(slot):
+            return requantiser.nbytes(shape)
+        return math.prod(shape) * dtype.itemsize
 
     plan = huggingface_hub.split_state_dict_into_shards_factory(
         slots,  # in place of the tensors, so that only one shard at a time is on the host
@@ -66,13 +74,15 @@ def save(
         max_shard_size=SHARD_BYTES,
     )
     with files.new_directory(directory, replace=replace) as temporary:
+        weight_map: dict[str, str] = {}
         for file, members in plan.filename_to_tensors.items():
-            shard = {name: tensor(name) for name in members}
+            shard = {stored: tensor for name in members for stored, tensor in tensors(name).items()}
+            weight_map |= dict.fromkeys(shard, file)
             safetensors.numpy.save_file(shard, str(temporary / file), metadata={"format": "pt"})
         if plan.is_sharded:
-            index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-            _write_json(temporary / "model.safetensors.index.json", index)
-        _write_json(temporary / "config.json", _config(base_model, dtype))
+            _write_json(temporary / "model.safetensors.index.json", {"metadata": plan.metadata, "weight_map": weight_map})
+        section = {} if requantiser is None else {"quantization_config": requantiser.section}
+        _write_json(temporary / "config.json", {**_config(base_model, dtype), **section})
         if base_model.model.architecture.is_decoder:
             _copy_generation_config(base_model, temporary, end_ids)
         if tokenizer is not None:

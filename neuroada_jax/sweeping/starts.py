@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import optax
@@ -12,13 +12,14 @@ from neuroada_jax import console
 from neuroada_jax.core.trees import Tree
 from neuroada_jax.errors import UserError
 from neuroada_jax.models import dense_modules, unrolled
-from neuroada_jax.pretrained.load import IdentifiedModel, LoadedModel, OpenedModel, with_params
+from neuroada_jax.pretrained.load import IdentifiedModel, LoadedModel, OpenedModel, load_with_progress, with_params
 from neuroada_jax.sweeping.grid import Member
 from neuroada_jax.sweeping.group import Start
-from neuroada_jax.training import config_file, connections, modules, resuming, step
+from neuroada_jax.training import config_file, connections, modules, resuming, step, weights
 from neuroada_jax.training.config import RunConfig
 from neuroada_jax.training.preparation import PreparedRows, prepare_rows
 from neuroada_jax.training.step import TrainState
+from neuroada_jax.training.weights import OriginalColumns
 
 FEW_ROWS = 20  # validation rows, below which the choice is a matter of luck
 
@@ -88,13 +89,40 @@ class Weights:
     classifier: list[tuple[str, ...]]
 
 
-def begin(members: Sequence[Member], rows: dict[str, PreparedRows], loaded: LoadedModel) -> tuple[Weights, list[Start]]:
+def load(members: Sequence[Member], rows: dict[str, PreparedRows]) -> tuple[LoadedModel, dict[str, OriginalColumns]]:
+    """Read the weights of a sweep; return them, and the columns of members that select from weights as they are read."""
+    first, originals = rows[rows_key(members[0].config)], {}
+    for member in members:
+        own = with_rows(member, rows[rows_key(member.config)])
+        found = weights.original_columns(own.config, own.opened, own.target_paths)
+        if found is not None and _trained_key(own) not in originals:
+            originals[_trained_key(own)] = found
+
+    def on_kernel(*kernel: Any) -> None:
+        for each in originals.values():
+            each.add(*kernel)
+
+    return load_with_progress(first.opened, members[0].seed, on_kernel=on_kernel if originals else None), originals
+
+
+def _trained_key(own: PreparedRows) -> str:
+    """Return what the connections and the initial state of a member depend on."""
+    return digest({"trains": own.config.trained, "rows": rows_key(own.config)})
+
+
+def begin(
+    members: Sequence[Member],
+    rows: dict[str, PreparedRows],
+    loaded: LoadedModel,
+    originals: Mapping[str, OriginalColumns] | None = None,
+) -> tuple[Weights, list[Start]]:
     """Choose the connections of every member and initialise its state.
 
     Args:
       members: that have to be trained.
       rows: from `prepare`.
       loaded: the model with its weights, which the result takes over.
+      originals: from `load`; None: connections are chosen from `loaded`.
     """
     first = rows[rows_key(members[0].config)]
     paths = modules.dense_paths(first.config, loaded, loaded.initialised, first.target_paths)
@@ -108,7 +136,7 @@ def begin(members: Sequence[Member], rows: dict[str, PreparedRows], loaded: Load
     states: dict[str, TrainState] = {}
     for member in members:
         own = with_rows(member, rows[rows_key(member.config)])
-        key = digest({"trains": own.config.trained, "rows": rows_key(member.config)})
+        key = _trained_key(own)
         if key not in states:
             complete = with_classifier(member.seed).params
             built = connections.choose(
@@ -119,6 +147,7 @@ def begin(members: Sequence[Member], rows: dict[str, PreparedRows], loaded: Load
                 (own.batches.batch(0, index) for index in range(own.batches.steps_per_epoch)),
                 own.objective.losses,
             )
+            built = originals[key].put_into(built) if originals and key in originals else built
             skip = own.config.watchdog.nonfinite == "skip"
             state = step.initial_state(complete, built, optax.identity(), paths, skip)
             states[key] = state._replace(params={})

@@ -15,7 +15,7 @@ from neuroada_jax.core.bypass import Bypass
 from neuroada_jax.core.trees import Tree
 from neuroada_jax.errors import UserError
 from neuroada_jax.models import dense_modules
-from neuroada_jax.pretrained.load import load_with_progress, open_with_tokenizer
+from neuroada_jax.pretrained.load import open_with_tokenizer
 from neuroada_jax.sweeping import capacity, choice, report, starts
 from neuroada_jax.sweeping import grid as grids
 from neuroada_jax.sweeping.choice import DIVERGED, DROPPED, FINISHED, Cell
@@ -110,8 +110,6 @@ def run(config: RunConfig, given: Mapping[str, Any], options: Options, where: st
     store = Store(config.directory)
     store.check(config, list(checked), options.overwrite)
     model = open_with_tokenizer(config.model.path, config.model.dtype, quantization_of=config.model.held)
-    if (held := model[0].model.quantization) != "none":
-        raise UserError(f"model.quantization: a sweep trains on unquantised weights, found {held}; set it to none")
     rows = starts.prepare(members, model)
     with store.opened(config, options.overwrite):
         return _Sweep(config, own, checked, options, store, rows).run(members)
@@ -192,14 +190,14 @@ class _Sweep:
         Those of finished members are kept for rates beyond the grid, which may follow from any of them.
         """
         if self._weights is None:
-            first = self._rows[starts.rows_key(waiting[0].config)]
-            loaded = load_with_progress(first.opened, waiting[0].seed)
+            members = [*waiting, *finished]
+            loaded, originals = starts.load(members, self._rows)
             self._base = starts.digest(dict(loaded.digests))
             if other := [name for name, record in self._records.items() if record["base"] != self._base]:
                 raise UserError(
                     f"{self._store.directory} holds a sweep on another base model ({other[0]}); --overwrite replaces it"
                 )
-            self._weights, self._starts = starts.begin([*waiting, *finished], self._rows, loaded)
+            self._weights, self._starts = starts.begin(members, self._rows, loaded, originals)
             return self._starts[: len(waiting)]
         known = {(start.member.seed, _but_rate(start.member)): start for start in self._starts}
         return [starts.at_rate(known[member.seed, _but_rate(member)], member) for member in waiting]
@@ -288,7 +286,8 @@ class _Sweep:
         weights, state = self._trained_on, start.state
         own = Bypass(trained["bypass"], state.columns)
         params = _put_in(weights.params, own, state.base_entries)
-        merged = dense_modules.join(low_rank.merge(params, own), trained.get("classifier", {}))
+        merged = low_rank.merge(bypass.with_values(params, own), own)
+        merged = dense_modules.join(merged, trained.get("classifier", {}))
         found = {}
         for name, scorer in start.rows.scorers.items():
             with console.bar(f"evaluating {name}") as bar:

@@ -175,14 +175,13 @@ class _Statistics:
             case Needs.FACTORS:
                 rank = self._config.bypass.rank
                 factors = jax.jit(scores.factors, static_argnums=1)
-                return lambda number, path: factors(self._kernel(path), rank, self._key_of(number))
+                return lambda number, path: factors(quantised.dense_stack(self._kernel(path)), rank, self._key_of(number))
             case Needs.SEEDS:
-                return lambda number, path: scores.seeds(self._key_of(number), self._kernel(path).shape[:-1])
+                return lambda number, path: scores.seeds(self._key_of(number), quantised.shape(self._kernel(path))[:-1])
         return lambda *_: None
 
-    def _kernel(self, path: ModulePath) -> jax.Array:
-        kernel: jax.Array = trees.get(self._params, path)["kernel"]
-        return kernel
+    def _kernel(self, path: ModulePath) -> Any:
+        return trees.get(self._params, path)["kernel"]
 
     def _key_of(self, number: int) -> jax.Array:
         return jax.random.fold_in(self._key, number)
@@ -207,7 +206,8 @@ def gradient_sums(
 
     The published code sums in the same way (one mean loss for each batch), but in the base dtype; here it is float32. The
     cost is a forward and a backward pass of full fine-tuning for each batch. In memory it takes a float32 array of the
-    shape of every target kernel, and during a batch one more in the kernel's dtype.
+    shape of every target kernel, and during a batch one more in the kernel's dtype; targets that are quantised are
+    dequantised meanwhile.
 
     Args:
       module: the model, with its remat policy.
@@ -222,7 +222,7 @@ def gradient_sums(
     """
     chosen: Tree = {}
     for path in paths:
-        chosen = trees.put(chosen, path, {"kernel": trees.get(params, path)["kernel"]})
+        chosen = trees.put(chosen, path, {"kernel": quantised.dense_stack(trees.get(params, path)["kernel"])})
 
     def variables(kernels: Tree, params: Tree) -> Tree:
         for path in paths:
@@ -251,7 +251,7 @@ def input_squares(
     """
     zeros: Tree = {}
     for path in paths:
-        *leading, _, inputs = trees.get(params, path)["kernel"].shape
+        *leading, _, inputs = quantised.shape(trees.get(params, path)["kernel"])
         zeros = trees.put(zeros, path, {"squares": jnp.zeros((*leading, inputs), jnp.float32)})
     variables = lambda squares, params: {"params": params, "observed": squares}  # noqa: E731
     return _sums(module, params, zeros, variables, batches, accumulation, losses, mean=False)

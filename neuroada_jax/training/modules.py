@@ -235,7 +235,6 @@ def count_trained(config: RunConfig, model: models.Model, values: trees.Tree) ->
 
 
 OF_WEIGHTS_ALONE = ("magnitude", "reverse")  # scores that need nothing but the weights
-_OF_DENSE_WEIGHTS = ("gradient", "gradient_over_magnitude", "lowrank")
 
 
 def check_quantised(config: RunConfig, model: models.Model) -> None:
@@ -247,11 +246,6 @@ def check_quantised(config: RunConfig, model: models.Model) -> None:
     section, on_load = config.bypass, model.quantization in quantise.MADE
     if config.method != "neuroada":
         return
-    if model.quantization != "none" and section.score in _OF_DENSE_WEIGHTS:
-        raise UserError(
-            f"bypass.score: {section.score!r} needs dense weights, and this base model is quantised; expected one of "
-            "magnitude, reverse, activation, random, or model.quantization none"
-        )
     if section.select_from == "original" and not on_load:
         raise UserError(
             "bypass.select_from: 'original' needs weights that are quantised on load (model.quantization nf4, int8, fp8); "

@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from neuroada_jax.core import quantised
 from neuroada_jax.core.trees import Tree
 
 DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
@@ -92,15 +93,16 @@ def on_first_process(params: Tree, mesh: Mesh) -> Tree:
     All processes have to call it. No device holds more than a layer of one kernel besides its own part.
     """
     replicated, is_first = NamedSharding(mesh, PartitionSpec()), jax.process_index() == 0
-    one = jax.jit(lambda leaf, at: lax.dynamic_index_in_dim(leaf, at, keepdims=False), out_shardings=replicated)
+    of_layer = lambda leaf, at: lax.dynamic_index_in_dim(leaf, at, keepdims=False)  # noqa: E731
+    one = jax.jit(lambda node, at: jax.tree.map(lambda leaf: of_layer(leaf, at), node), out_shardings=replicated)
 
-    def gather(leaf: jax.Array) -> Any:
-        stacked = leaf.ndim > 2
-        parts = (one(leaf, np.int32(at)) for at in range(len(leaf))) if stacked else (complete_on(mesh)(leaf),)
-        here = tuple(np.asarray(part) if is_first else None for part in parts)
+    def gather(node: Any) -> Any:
+        stacked = node.ndim > 2
+        parts = (one(node, np.int32(at)) for at in range(len(node))) if stacked else (complete_on(mesh)(node),)
+        here = tuple(jax.tree.map(np.asarray, part) if is_first else None for part in parts)
         return here if stacked else here[0]
 
-    gathered: Tree = jax.tree.map(gather, params)
+    gathered: Tree = jax.tree.map(gather, params, is_leaf=quantised.is_quantised)
     return gathered if is_first else {}
 
 

@@ -10,7 +10,7 @@ from neuroada_jax.core.bypass import Bypass
 from neuroada_jax.core.scores import RULES
 from neuroada_jax.core.trees import ModulePath, Tree
 from neuroada_jax.errors import UserError
-from neuroada_jax.pretrained.load import LoadedModel, load_with_progress, with_params
+from neuroada_jax.pretrained.load import LoadedModel, OpenedModel, load_with_progress, with_params
 from neuroada_jax.training import modules
 from neuroada_jax.training.config import RunConfig
 from neuroada_jax.training.preparation import Prepared
@@ -42,6 +42,15 @@ class OriginalColumns:
         return Bypass(built.values, columns)
 
 
+def original_columns(config: RunConfig, opened: OpenedModel, paths: list[ModulePath]) -> OriginalColumns | None:
+    """Return what selects a run's columns from the original weights, None where they are not selected from these."""
+    section = config.bypass
+    wanted = (
+        config.method == "neuroada" and section.score in modules.OF_WEIGHTS_ALONE and section.select_from != "quantised"
+    )
+    return OriginalColumns(config, paths) if wanted and opened.model.quantization in quantise.MADE else None
+
+
 def load(prepared: Prepared, loaded: LoadedModel | None) -> tuple[LoadedModel, OriginalColumns | None]:
     """Return the weights of a run, and the columns of its original weights where it selects from these.
 
@@ -58,9 +67,6 @@ def load(prepared: Prepared, loaded: LoadedModel | None) -> tuple[LoadedModel, O
             raise UserError("bypass.select_from: 'original' needs weights that are read, found a model in memory")
         return with_params(opened, loaded, config.seed), None
     shardings = prepared.devices.weight_shardings(opened.abstract_params())
-    section, original = config.bypass, None
-    is_new = config.method == "neuroada" and not prepared.resumed_from
-    if is_new and opened.model.quantization in quantise.MADE and section.select_from != "quantised":
-        original = OriginalColumns(config, prepared.target_paths) if section.score in modules.OF_WEIGHTS_ALONE else None
+    original = None if prepared.resumed_from else original_columns(config, opened, prepared.target_paths)
     on_kernel: Any = None if original is None else original.add
     return load_with_progress(opened, config.seed, shardings, on_kernel=on_kernel), original

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from data_helpers import write_lines
 from helpers import equations, run_config, write_bert, write_model
+from quantised_files import SIZES
 
 from neuroada_jax.adapters import native
 from neuroada_jax.pretrained.load import open_with_tokenizer
@@ -94,6 +95,21 @@ def test_members_of_lora_equal_runs_of_their_own(tmp_path, inputs, turns, monkey
     found = sweep.sweep(content, {"lora.alpha": [2.0, 8.0], "seed": [1, 2]})
     assert [need["members"] for need in found["plan"]] == [4]
     same_as_a_run_of_its_own(tmp_path, json.loads(json.dumps(content)), found["members"][-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("turns", [True, False], ids=["in turns", "vmapped"])
+def test_members_on_a_quantised_base_equal_runs_of_their_own(tmp_path, inputs, turns, monkeypatch):
+    monkeypatch.setattr(stack, "in_turns", lambda: turns)
+    model = write_model(tmp_path / "model", **{**SIZES, "dtype": "float32"})
+    sets = {"before": False, "sets": [{"name": "same", "data": str(inputs[1]), "max_new_tokens": 2}]}
+    content = settings(tmp_path, (model, inputs[1]), training={"steps": 4}, evaluation=sets)
+    content["model"]["quantization"] = "nf4"
+    content["data"]["buckets"] = [40]
+    found = sweep.sweep(content, {"bypass.score": ["magnitude", "random"], RATE: [0.02, 0.3]})
+    assert [need["members"] for need in found["plan"]] == [4]
+    for record in (found["members"][1], found["members"][2]):
+        same_as_a_run_of_its_own(tmp_path, json.loads(json.dumps(content)), record)
 
 
 def test_both_methods_are_one_field(tmp_path, inputs):

@@ -10,7 +10,7 @@ from helpers import run_config, write_model, write_rows
 from quantised_files import SIZES
 
 from neuroada_jax.adapters import exchange, native, on_base
-from neuroada_jax.core import quantised, selection, trees
+from neuroada_jax.core import quantise, quantised, selection, trees
 from neuroada_jax.errors import UserError
 from neuroada_jax.pretrained import quantization
 from neuroada_jax.pretrained.load import load_model
@@ -55,6 +55,18 @@ def test_a_run_trains_resumes_and_merges(tmp_path, inputs):
     dense = quantised.map_quantised(quantised.dequantise, merged)
     jax.tree.map(np.testing.assert_array_equal, written.params, dense)
 
+    for form, least in (("nf4", 0.5), ("int8", 0.9)):
+        out = str(tmp_path / form)
+        made = exchange.export_adapter(str(config.directory / "adapter"), "huggingface", out, requantise=form)
+        stored = load_model(out)
+        assert stored.model.quantization == f"stored:{form}" and made["requantised"]["format"] == form
+        for path, kernel in trees.kernels(stored.params):
+            if quantised.is_quantised(kernel):
+                wanted = [quantise.quantise(layer, form) for layer in trees.get(written.params, path)["kernel"]]
+                jax.tree.map(np.testing.assert_array_equal, kernel.parts, jax.tree.map(lambda *own: np.stack(own), *wanted))
+        found, error = made["requantised"], made["requantised"]["relative_error"]
+        assert found["change_kept"] > least and found["unchanged"] < 1 and 0 < error < {"nf4": 0.1, "int8": 0.02}[form]
+
     with pytest.raises(UserError, match="trained on nf4 weights, and these are int8: --quantization"):
         on_base.stack_layers(adapter, load_model(str(inputs[0]), quantization_of="int8"))
     on_base.stack_layers(native.without_digests(adapter), load_model(str(inputs[0]), quantization_of="int8"))
@@ -73,11 +85,10 @@ def test_devices_that_split_codes_by_neuron_train_the_same(tmp_path, inputs):
 @pytest.mark.parametrize(
     ("held", "section", "message"),
     [
-        ("nf4", {"score": "gradient"}, "bypass.score: 'gradient' needs dense weights"),
         ("none", {"select_from": "original"}, "needs weights that are quantised on load"),
         ("int8", {"select_from": "original", "score": "random"}, "needs a score of the weights alone"),
     ],
 )
-def test_what_needs_dense_weights_is_refused(tmp_path, inputs, held, section, message):
+def test_original_weights_that_there_are_not_are_refused(tmp_path, inputs, held, section, message):
     with pytest.raises(UserError, match=message):
         run.prepare(settings(tmp_path, inputs, held, bypass={"k": 1, **section}))
