@@ -15,6 +15,7 @@ both are done again in the backward pass, so that the codes and scales are all t
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -22,11 +23,15 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from neuroada_jax.core import quantised
+from neuroada_jax.core import platform, quantised
 from neuroada_jax.core.batching import share_examples
-from neuroada_jax.core.entries import Layout, add_entries, are_shared, check_layout
+from neuroada_jax.core.entries import Layout, add_entries, are_shared, check_layout, wide_dtype
 from neuroada_jax.core.quantised import QuantisedKernel
 from neuroada_jax.core.value_gradient import GradientAlgorithm, choose_algorithm, value_gradient
+
+_FEW_ROWS = 4  # for which a quantised kernel is not dequantised as a whole, on a GPU
+_FEW_VALUES = 20  # of a neuron, merged into such a kernel
+_CHUNK = 1 << 22  # entries of a vocabulary's kernel that are dequantised at a time
 
 
 def _product(x: Array, kernel: Array, layout: Layout) -> Array:
@@ -186,13 +191,69 @@ def _input_gradient(dy: Array, kernel: Any) -> Array:
     return lax.dot_general(dy, quantised.dense(kernel).astype(dy.dtype), (((dy.ndim - 1,), (0,)), ((), ())))
 
 
+def _are_few(x: Array, kernel: QuantisedKernel) -> bool:
+    """Return whether it takes fewer bytes to read the codes for every row of x than to write a dense kernel and read it.
+
+    By the compiled programs, in which that is so for a sum in place of a product (`quantised.row_product`). XLA's CPU
+    backend does not vectorise such a sum.
+    """
+    merged = 0 if kernel.values is None else kernel.values.shape[-1]
+    return platform.name() == "gpu" and math.prod(x.shape[:-1]) <= _FEW_ROWS and merged <= _FEW_VALUES
+
+
+def _by_row(x: Array, kernel: QuantisedKernel) -> Array:
+    rows = x.reshape(-1, x.shape[-1])
+    if len(rows) == 1:  # a loop of one round is a loop to XLA, too
+        return quantised.row_product(rows[0], kernel).reshape(*x.shape[:-1], -1)
+    return lax.map(lambda row: quantised.row_product(row, kernel), rows).reshape(*x.shape[:-1], -1)
+
+
 @jax.custom_vjp
 def quantised_dense(x: Float[Array, "*B I"], kernel: QuantisedKernel) -> Float[Array, "*B O"]:
     """Return x @ W^T for a frozen quantised kernel, of which the backward pass keeps codes and scales alone."""
     kernel, x = quantised.when(kernel, x)
+    if _are_few(x, kernel):
+        return _by_row(x, kernel)
     return _product(x, quantised.dense(kernel), Layout.OI)
 
 
 quantised_dense.defvjp(
     lambda x, kernel: (quantised_dense(x, kernel), kernel), lambda kernel, dy: (_input_gradient(dy, kernel), None)
 )
+
+
+def _chunks(outputs: int, inputs: int) -> int:
+    """Return into how many equal parts a kernel is taken, each of at most `_CHUNK` entries; 1 where none divides it."""
+    least = -(-outputs * inputs // _CHUNK)
+    return next((parts for parts in range(least, min(64 * least, outputs) + 1) if outputs % parts == 0), 1)
+
+
+@jax.custom_vjp
+def vocabulary_dense(x: Float[Array, "*B I"], kernel: QuantisedKernel) -> Float[Array, "*B O"]:
+    """Return `quantised_dense` of a kernel with many neurons, of which a part is dequantised at a time."""
+    kernel, x = quantised.when(kernel, x)
+    if _are_few(x, kernel):
+        return _by_row(x, kernel)
+    parts, whole = quantised.in_chunks(kernel, _chunks(*kernel.shape))
+    each = lax.map(lambda part: _product(x, quantised.dequantise(whole(part)), Layout.OI), parts)
+    return jnp.moveaxis(each, 0, -2).reshape(*x.shape[:-1], kernel.shape[0])
+
+
+def _vocabulary_bwd(kernel, dy):
+    kernel, dy = quantised.when(kernel, dy)
+    chunks = _chunks(*kernel.shape)
+    parts, whole = quantised.in_chunks(kernel, chunks)
+    split = jnp.moveaxis(dy.reshape(*dy.shape[:-1], chunks, -1), -2, 0)
+
+    def add(total: Array, part: tuple[dict[str, Array], Array]) -> tuple[Array, None]:
+        dense = quantised.dequantise(whole(part[0])).astype(dy.dtype)
+        product = lax.dot_general(
+            part[1], dense, (((dy.ndim - 1,), (0,)), ((), ())), preferred_element_type=wide_dtype(dy.dtype)
+        )
+        return total + product, None
+
+    zeros = jnp.zeros((*dy.shape[:-1], kernel.shape[1]), wide_dtype(dy.dtype))
+    return lax.scan(add, zeros, (parts, split))[0].astype(dy.dtype), None
+
+
+vocabulary_dense.defvjp(lambda x, kernel: (vocabulary_dense(x, kernel), kernel), _vocabulary_bwd)

@@ -94,6 +94,23 @@ def dequantise(kernel: QuantisedKernel, dtype: Any = None) -> Float[Array, "*L O
     return dense if dtype is None else dense.astype(dtype)
 
 
+def row_product(x: Float[Array, "I"], kernel: QuantisedKernel) -> Float[Array, "O"]:
+    """Return x W^T in the dtype of x as elementwise work and one sum, which XLA's GPU compiler makes one kernel.
+
+    It reads the codes and writes the result. A product would read a dense kernel, which has to be written first: for nf4
+    nine times the bytes in all. A merged bypass is put in by comparisons, since a scatter would write a dense kernel, too.
+    """
+    dense = round_to(FORMATS[kernel.format].decode(kernel.parts), kernel.dtype).astype(jnp.float32)
+    if kernel.values is not None:
+        own = lax.broadcasted_iota(jnp.int32, dense.shape, dense.ndim - 1)
+        columns = jnp.broadcast_to(kernel.columns, kernel.values.shape)
+        each = (
+            jnp.where(own == columns[:, at, None], kernel.values[:, at, None], 0) for at in range(kernel.values.shape[-1])
+        )
+        dense = round_to(dense + functools.reduce(jnp.add, each).astype(jnp.float32), kernel.dtype).astype(jnp.float32)
+    return jnp.sum(x.astype(jnp.float32)[None] * dense, axis=-1).astype(x.dtype)
+
+
 def shape(kernel: Any) -> tuple[int, ...]:
     """Return the shape (*L, O, I) of a kernel, quantised or not, whose layers may lie apart."""
     if isinstance(kernel, tuple):
@@ -125,6 +142,27 @@ def by_layer(function: Callable[..., Any], kernel: QuantisedKernel, *others: Any
 def read_entries(kernel: QuantisedKernel, columns: Int[Array, "*L _ k"]) -> Float[Array, "*L O k"]:
     """Return the dense kernel's entries at the columns, in its dtype."""
     return by_layer(lambda own, chosen: entries.read_entries(dequantise(own), chosen), kernel, columns)
+
+
+def read_rows(kernel: QuantisedKernel, rows: Int[Array, "*B"]) -> Float[Array, "*B I"]:
+    """Return rows of the dense kernel (O, I); no others are dequantised."""
+    own, with_shared = _apart(kernel)
+    chosen = {name: jnp.take(part, rows.reshape(-1), axis=0, mode="clip") for name, part in own.items()}
+    return dequantise(with_shared(chosen)).reshape(*rows.shape, kernel.shape[-1])
+
+
+def in_chunks(kernel: QuantisedKernel, chunks: int) -> tuple[dict[str, Array], Callable[..., QuantisedKernel]]:
+    """Return the arrays of a kernel (O, I) as (chunks, O / chunks, width), and what makes a kernel of one chunk of each."""
+    own, with_shared = _apart(kernel)
+    return {name: part.reshape(chunks, -1, part.shape[-1]) for name, part in own.items()}, with_shared
+
+
+def _apart(kernel: QuantisedKernel) -> tuple[dict[str, Any], Callable[..., QuantisedKernel]]:
+    """Return the arrays that neurons do not share, and what makes a kernel of some neurons' part of these."""
+    specs = FORMATS[kernel.format].parts
+    shared = {name: part for name, part in kernel.parts.items() if specs[name].shared}
+    own = {name: part for name, part in kernel.parts.items() if name not in shared}
+    return own, lambda parts: QuantisedKernel({**parts, **shared}, kernel.format, kernel.dtype)
 
 
 def with_bypass(kernel: QuantisedKernel, columns: Any, values: Any) -> QuantisedKernel:

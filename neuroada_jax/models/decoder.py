@@ -316,7 +316,7 @@ class DecoderForCausalLM(nn.Module):
         c = self.config
         self.model = DecoderModel(c, self.remat)
         if not c.tied:
-            self.lm_head = BypassDense(c.vocab_size, False, c.dtype)
+            self.lm_head = BypassDense(c.vocab_size, False, c.dtype, vocabulary=True)
 
     def __call__(
         self,

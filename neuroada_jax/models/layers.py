@@ -35,6 +35,7 @@ class BypassDense(nn.Module):
     features: int
     use_bias: bool = False
     dtype: Any = jnp.float32
+    vocabulary: bool = False  # whether it is an output layer, whose quantised kernel is dequantised in parts
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
@@ -60,7 +61,7 @@ class BypassDense(nn.Module):
         elif self.has_variable("observed", "squares"):
             y = ops.observed_dense(x, kernel, self.get_variable("observed", "squares"))
         else:
-            y = ops.quantised_dense(x, kernel) if quantised.is_quantised(kernel) else _product(x, kernel)
+            y = _frozen(x, kernel, in_parts=self.vocabulary)
         form = next((name for name in ("bypass", "resident") if self.has_variable(name, "lora_a")), None)
         if form is not None:
             a, b = (cast(Array, self.get_variable(form, name)) for name in low_rank.LEAVES)
@@ -69,6 +70,14 @@ class BypassDense(nn.Module):
             bias = self.param("bias", nn.initializers.zeros, (self.features,), self.dtype)
             y = y + jnp.broadcast_to(bias, y.shape)
         return remat.kept_activation(y)
+
+
+def _frozen(x: Array, kernel: Any, *, in_parts: bool) -> Array:
+    """Return x W^T for a frozen kernel, quantised or not; `in_parts` dequantises a part of it at a time."""
+    if not quantised.is_quantised(kernel):
+        return _product(x, kernel)
+    # Devices that split the neurons would exchange parts.
+    return ops.vocabulary_dense(x, kernel) if in_parts and remat.placement() is None else ops.quantised_dense(x, kernel)
 
 
 def _product(x: Any, kernel: Any) -> Array:
@@ -187,14 +196,18 @@ class Embedding(nn.Module):
     dtype: Any = jnp.float32
 
     def setup(self) -> None:
-        shape = (self.vocabulary, self.features)
-        self.embedding = self.param("embedding", nn.initializers.normal(0.02), shape, self.dtype)
+        own: Any = self.get_variable("params", "embedding")  # a quantised one has no array of this shape
+        if not quantised.is_quantised(own):
+            own = self.param("embedding", nn.initializers.normal(0.02), (self.vocabulary, self.features), self.dtype)
+        self.embedding = own
 
     def __call__(self, ids: Array) -> Array:
+        if quantised.is_quantised(self.embedding):
+            return quantised.read_rows(self.embedding, ids)
         return jnp.take(self.embedding, ids, axis=0, mode="clip")
 
     def attend(self, x: Array) -> Array:
-        return _product(x, self.embedding)
+        return _frozen(x, self.embedding, in_parts=True)
 
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {

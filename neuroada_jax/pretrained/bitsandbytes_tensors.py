@@ -89,7 +89,7 @@ class BitsandbytesTensors:
                 f"{shown(state.get('nested_offset'))}, expected {NESTED_BLOCK} and a number",
             )
         form = "nf4_nested" if nested else "nf4"
-        check_inputs(form, shape[1], weight)
+        check_inputs(form, shape[1], f"{self._directory.directory}: tensor {weight!r}")
         self._check_beside(weight, math.prod(shape), nested)
         return _Packed(form, tuple(shape), state)
 

@@ -62,6 +62,10 @@ class GGUFTensors:
         """Return the stored bytes, read-only: still quantised, q and k still in llama.cpp's order of neurons."""
         return self._header.raw(self._info(name))
 
+    def release(self, name: str) -> None:
+        """Let the system take back the memory of a tensor that has been read."""
+        self._header.release(self._info(name))
+
     def read(self, name: str, raw: memoryview | None = None) -> np.ndarray:
         """Read one tensor in Hugging Face layout: f32, f16, bf16 as stored (maybe a read-only view), blocks as f32.
 

@@ -6,6 +6,7 @@ tenth of that time, and its errors name the field at which the file ends.
 """
 
 import math
+import mmap
 import struct
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,6 +55,13 @@ class Header(NamedTuple):
     def raw(self, info: TensorInfo) -> memoryview:
         """Return the stored bytes of one tensor, a read-only view of the file."""
         return self.data[info.start : info.start + info.nbytes].data
+
+    def release(self, info: TensorInfo) -> None:
+        """Let the system take back the memory of a tensor's part of the file; it is read again where it is needed."""
+        mapped = getattr(self.data, "_mmap", None)
+        if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+            first = info.start // mmap.PAGESIZE * mmap.PAGESIZE
+            mapped.madvise(mmap.MADV_DONTNEED, first, info.start + info.nbytes - first)
 
 
 def read_header(path: str | Path) -> Header:

@@ -55,8 +55,11 @@ class OpenedModel:
 
     def abstract_params(self) -> Tree:
         """Return the shapes of the parameters as `load` returns them, from the headers alone."""
-        tensors = open_tensors(self.path) if quantization.needs_tensors(self.model, self.path) else None
-        return quantization.abstract_params(self.model, quantization.formats(self.model, tensors))
+        try:
+            tensors = open_tensors(self.path) if quantization.needs_tensors(self.model, self.path) else None
+            return quantization.abstract_params(self.model, quantization.formats(self.model, tensors))
+        except UserError as error:
+            raise _at(self.path, error) from error
 
     def missing(self) -> list[str]:
         """Return the Hugging Face names of the optional tensors that the checkpoint lacks, from its headers alone."""
@@ -80,7 +83,7 @@ class OpenedModel:
             source = tensors or open_tensors(self.path)
             params, digests = load_params(self.model, source, on_progress, seed, shardings, on_kernel)
         except UserError as error:
-            raise UserError(str(error) if self.path in str(error) else f"{self.path}: {error}") from error
+            raise _at(self.path, error) from error
         return LoadedModel(self.model, self.path, self.source, digests, params)
 
 
@@ -113,6 +116,11 @@ class LoadedModel(IdentifiedModel):
     def without_params(self) -> IdentifiedModel:
         """Return the model without parameters, for a caller that hands them to a training state, which donates them."""
         return IdentifiedModel(self.model, self.path, self.source, self.digests)
+
+
+def _at(path: str, error: UserError) -> UserError:
+    """Return an error that names the model's path."""
+    return UserError(str(error) if path in str(error) else f"{path}: {error}")
 
 
 _OTHER_LABELS = (
@@ -194,6 +202,8 @@ def load_params(
             tensor = quantization.node(tensor, form, flat[slot.path].dtype)
         placing.place(filled, slot, held[slot.path], leaf_shardings[slot.path], tensor)
         del tensor
+        if name in found and hasattr(tensors, "release"):
+            tensors.release(found[name])
         if on_progress:
             on_progress(done + 1, len(slots))
     return trees.unflatten(filled), digests
@@ -239,7 +249,7 @@ def open_model(
             hf_config = {**hf_config, "tie_word_embeddings": False}
             model = models.from_hf_config(hf_config, model.config.dtype)
     except UserError as error:
-        raise UserError(str(error) if path in str(error) else f"{path}: {error}") from error
+        raise _at(path, error) from error
     model = model._replace(quantization=held)
     if model.ignored:
         names = ", ".join(model.ignored)

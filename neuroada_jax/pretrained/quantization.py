@@ -2,7 +2,8 @@
 
 `Model.quantization` is "none"; "stored:FORMAT", where codes are kept as the checkpoint has them ("stored" alone for a GGUF
 file, whose tensors differ); or the format of `quantise.MADE` into which the kernels of the layers are quantised on load.
-Embeddings, norms and the output layer stay in the model's dtype, unless a bitsandbytes checkpoint has quantised them.
+Embeddings, norms and the output layer stay in the model's dtype, unless a bitsandbytes checkpoint has quantised them; with
+"+embeddings" at the end, the embedding and the output layer of a decoder are held like the kernels.
 """
 
 import math
@@ -28,10 +29,16 @@ from neuroada_jax.pretrained.safetensors_directory import INDEX, SINGLE
 
 _PLAIN = {"F32", "F16", "BF16"}  # GGUF types that are no blocks
 _RECORDED = "adapter:"
-NONE, STORED = "none", "stored"
+NONE, STORED, EMBEDDINGS = "none", "stored", "+embeddings"
 REQUESTS = ("auto", "none", "nf4", "int8", "fp8", "nf4_nested")
 # A format for all layers of a stacked kernel, or one for each layer (None: not quantised) where they differ.
 Formats = dict[ModulePath, str | tuple[str | None, ...]]
+
+
+def made(model: models.Model) -> str | None:
+    """Return the format in which a model's kernels are quantised on load, None where they are not."""
+    name = model.quantization.removesuffix(EMBEDDINGS)
+    return name if name in quantise.MADE else None
 
 
 def is_stored(model: models.Model) -> bool:
@@ -41,7 +48,7 @@ def is_stored(model: models.Model) -> bool:
 
 def format_of(held: str | None) -> str:
     """Return the format of kernels in words, from `Model.quantization`; None is that of an adapter that has none."""
-    if held in (None, NONE, STORED):  # the weights of a GGUF file are the same, packed or not
+    if held in (None, NONE, STORED, STORED + EMBEDDINGS):  # the weights of a GGUF file are the same, packed or not
         return "unquantised"
     return str(held).rpartition(":")[2]
 
@@ -49,7 +56,7 @@ def format_of(held: str | None) -> str:
 def of_adapter(base: Mapping[str, Any]) -> str | None:
     """Return how the base model that an adapter's metadata describe is to be read, for `resolve`."""
     held = base.get("quantization")
-    return f"{_RECORDED}{held}" if held in quantise.MADE else None
+    return f"{_RECORDED}{held}" if str(held).removesuffix(EMBEDDINGS) in quantise.MADE else None
 
 
 def needs_tensors(model: models.Model, path: str) -> bool:
@@ -100,6 +107,12 @@ def resolve(requested: str | None, path: str, hf_config: Mapping[str, Any]) -> s
     if requested is not None and requested.startswith(_RECORDED):
         # The kernels that an adapter was trained on were quantised on load; a checkpoint that has the codes is as good.
         requested = None if declared(path, hf_config) else requested.removeprefix(_RECORDED)
+    if requested is not None and requested.endswith(EMBEDDINGS):
+        held = resolve(requested.removesuffix(EMBEDDINGS), path, hf_config)
+        if held == NONE or held.startswith(f"{STORED}:"):
+            where = "is not quantised" if held == NONE else "has no quantised embedding"
+            raise UserError(f"model.quantize_embeddings: the checkpoint {where}; expected false")
+        return held + EMBEDDINGS
     if requested not in (None, *REQUESTS):
         raise UserError(f"quantization: expected one of {', '.join(REQUESTS)}, found {requested!r}")
     found = declared(path, hf_config)
@@ -128,7 +141,7 @@ def check_device(quantization: str) -> None:
     Raises:
       UserError: a GPU without fp8.
     """
-    if quantization != "fp8":
+    if quantization.removesuffix(EMBEDDINGS) != "fp8":
         return
     for device in jax.devices():
         capability = getattr(device, "compute_capability", None)
@@ -158,24 +171,41 @@ def formats(model: models.Model, tensors: Any = None) -> Formats:
     kernels = {
         (*path, "kernel"): kernel for path, kernel in trees.kernels(abstract) if names.is_stacked(path, model.layers_path)
     }
+    if model.quantization.endswith(EMBEDDINGS):
+        kernels |= _vocabulary(model, abstract)
     if not is_stored(model) or tensors is None:
-        name = model.quantization.partition(":")[2] or model.quantization
+        held = model.quantization.removesuffix(EMBEDDINGS)
+        name = held.partition(":")[2] or held
         for path, kernel in kernels.items():
             check_inputs(name, kernel.shape[-1], ".".join(path[:-1]))
         return dict.fromkeys(kernels, name)
     return _stored_formats(model, tensors, abstract)
 
 
+def _vocabulary(model: models.Model, abstract: Tree) -> dict[ModulePath, Any]:
+    """Return the shapes of a decoder's embedding and output layer.
+
+    Raises:
+      UserError: an encoder.
+    """
+    if not model.architecture.is_decoder:
+        raise UserError(f"model.quantize_embeddings: {model.hf_config['model_type']} is an encoder; expected false")
+    slots, leaves = names.checkpoint_names(abstract, model.layers_path), dict(trees.flatten(abstract))
+    held = [slots[name].path for name in (tensor_names.EMBEDDING, tensor_names.HEAD) if name in slots]
+    return {path: leaves[path] for path in held}
+
+
 def _stored_formats(model: models.Model, tensors: Any, abstract: Tree) -> Formats:
     """Return the formats in which a checkpoint stores the kernels."""
     stored = tensor_names.assign(model, tensors.names()).stored
     found: dict[ModulePath, list[str | None]] = {}
+    vocabulary = _vocabulary(model, abstract) if model.quantization.endswith(EMBEDDINGS) else {}
     packs_layers_only = getattr(tensors, "packs_layers_only", False)
     for name, slot in names.checkpoint_names(abstract, model.layers_path).items():
         own = tensors.format_of(stored[name]) if name in stored else None
-        if packs_layers_only and slot.layer is None:
+        if packs_layers_only and slot.layer is None and slot.path not in vocabulary:
             own = None
-        if own is not None and slot.path[-1] != "kernel":
+        if own is not None and slot.path[-1] != "kernel" and slot.path not in vocabulary:
             raise UserError(f"tensor {stored[name]!r} is quantised ({own}), and is not the weight of a linear map")
         found.setdefault(slot.path, []).append(own)
     merged: Formats = {}

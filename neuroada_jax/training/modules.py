@@ -4,9 +4,10 @@ import dataclasses
 from typing import Any
 
 from neuroada_jax import console, models
-from neuroada_jax.core import low_rank, quantise, trees
+from neuroada_jax.core import low_rank, trees
 from neuroada_jax.errors import UserError
 from neuroada_jax.models import names
+from neuroada_jax.pretrained import quantization
 from neuroada_jax.pretrained.load import OpenedModel
 from neuroada_jax.tasks import ENCODER_TASKS, OWN, TASKS
 from neuroada_jax.training.config import ClassifierSection, GenerationSection, RunConfig
@@ -243,7 +244,7 @@ def check_quantised(config: RunConfig, model: models.Model) -> None:
     Raises:
       UserError: they cannot.
     """
-    section, on_load = config.bypass, model.quantization in quantise.MADE
+    section, on_load = config.bypass, quantization.made(model) is not None
     if config.method != "neuroada":
         return
     if section.select_from == "original" and not on_load:

@@ -25,6 +25,7 @@ RULES = (
     ("*[nN]orm*", PartitionSpec()),
     ("*/kernel", PartitionSpec(NEURON_AXES, None)),
     ("*/kernel/*parts/*", PartitionSpec(NEURON_AXES, None)),  # codes and scales of a quantised kernel
+    ("*/embedding/*parts/*", PartitionSpec(NEURON_AXES, None)),
     ("*/embedding", PartitionSpec(NEURON_AXES, None)),
     ("*/bias", PartitionSpec(NEURON_AXES)),
     ("*/values", PartitionSpec(NEURON_AXES, None)),

@@ -5,11 +5,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from neuroada_jax.core import quantise, selection, trees
+from neuroada_jax.core import selection, trees
 from neuroada_jax.core.bypass import Bypass
 from neuroada_jax.core.scores import RULES
 from neuroada_jax.core.trees import ModulePath, Tree
 from neuroada_jax.errors import UserError
+from neuroada_jax.pretrained import quantization
 from neuroada_jax.pretrained.load import LoadedModel, OpenedModel, load_with_progress, with_params
 from neuroada_jax.training import modules
 from neuroada_jax.training.config import RunConfig
@@ -38,7 +39,9 @@ class OriginalColumns:
         """Return the bypass with these columns in the place of those that were selected from quantised kernels."""
         columns: Tree = built.columns
         for path, chosen in self._chosen.items():
-            columns = trees.put(columns, path, {**trees.get(columns, path), "columns": jnp.asarray(np.stack(chosen))})
+            stacked = trees.get(columns, path)["columns"].ndim > 2
+            of_all = jnp.asarray(np.stack(chosen) if stacked else chosen[0])
+            columns = trees.put(columns, path, {**trees.get(columns, path), "columns": of_all})
         return Bypass(built.values, columns)
 
 
@@ -48,7 +51,7 @@ def original_columns(config: RunConfig, opened: OpenedModel, paths: list[ModuleP
     wanted = (
         config.method == "neuroada" and section.score in modules.OF_WEIGHTS_ALONE and section.select_from != "quantised"
     )
-    return OriginalColumns(config, paths) if wanted and opened.model.quantization in quantise.MADE else None
+    return OriginalColumns(config, paths) if wanted and quantization.made(opened.model) is not None else None
 
 
 def load(prepared: Prepared, loaded: LoadedModel | None) -> tuple[LoadedModel, OriginalColumns | None]:

@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gguf.quants import dequantize
+from helpers import equations
 
-from neuroada_jax.core import bypass, gguf_blocks, ops, quantise, quantised, selection
+from neuroada_jax.core import bypass, gguf_blocks, ops, platform, quantise, quantised, selection
 from neuroada_jax.core.bypass import Bypass
 from neuroada_jax.core.quantised import QuantisedKernel
 from neuroada_jax.core.quantised_formats import FORMATS, NF4, bits, check_inputs
@@ -118,6 +119,37 @@ def test_the_op_is_that_of_the_dequantised_kernel(name: str) -> None:
     frozen, pullback = jax.vjp(lambda x: ops.quantised_dense(x, kernel), x)
     np.testing.assert_allclose(frozen, x @ dense.T, rtol=2e-5, atol=2e-5 * np.abs(frozen).max())
     np.testing.assert_allclose(pullback(dy)[0], dy @ dense, rtol=2e-5, atol=2e-5 * np.abs(dy @ dense).max())
+
+
+@pytest.mark.parametrize("name", ["nf4_nested", "int8", "Q4_1", "Q6_K"])
+def test_rows_and_products_of_a_vocabulary_in_parts(name: str, monkeypatch) -> None:
+    monkeypatch.setattr(ops, "_CHUNK", 2 * INPUTS)
+    kernel = _kernel(name)
+    dense = np.asarray(quantised.dequantise(kernel))
+    ids = jnp.array([[5, 0], [2, 2]], jnp.int32)
+    np.testing.assert_array_equal(quantised.read_rows(kernel, ids), dense[np.asarray(ids)])
+    x, dy = (jax.random.normal(jax.random.key(size), (1, 2, size)) for size in (INPUTS, OUTPUTS))
+    y, pullback = jax.vjp(lambda x: ops.vocabulary_dense(x, kernel), x)
+    for found, expected in ((y, x @ dense.T), (pullback(dy)[0], dy @ dense)):
+        np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5 * np.abs(expected).max())
+    made = [out.aval for each in equations(jax.make_jaxpr(pullback)(dy).jaxpr) for out in each.outvars]
+    assert max(aval.size for aval in made if jnp.issubdtype(aval.dtype, jnp.floating)) < dense.size
+    assert [ops._chunks(*shape) for shape in ((7, 512), (12, 512), (1, 8))] == [7, 12, 1]
+
+
+@pytest.mark.parametrize("name", ["nf4_nested", "Q6_K"])
+def test_a_few_rows_on_a_gpu_are_the_product(name: str) -> None:
+    kernel = _kernel(name, jnp.bfloat16)
+    columns, values = selection.select(kernel, K), jax.random.normal(jax.random.key(0), (OUTPUTS, K))
+    for own in (kernel, quantised.with_bypass(kernel, columns, values), quantised.with_bypass(kernel, columns[:1], values)):
+        dense = np.asarray(quantised.dequantise(own), np.float32)
+        for rows in ((), (1,), (2, 2), (5,)):
+            x = jax.random.normal(jax.random.key(1), (*rows, INPUTS))
+            with platform.tracing_for("gpu", flash_attention=False):
+                traced = jax.make_jaxpr(lambda x, own=own: ops.quantised_dense(x, own))(x)
+            assert any(each.primitive.name == "dot_general" for each in equations(traced.jaxpr)) is (rows == (5,))
+            found = jax.core.eval_jaxpr(traced.jaxpr, traced.consts, x)[0]
+            np.testing.assert_allclose(found, np.asarray(x) @ dense.T, rtol=2e-5, atol=1e-4)
 
 
 def _kept(function, *arguments) -> list:
