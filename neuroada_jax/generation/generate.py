@@ -159,35 +159,11 @@ def check_lengths(
                 f"{name(number)} has {len(prompt)} tokens; with max_new_tokens {max_new_tokens} that exceeds the "
                 f"model's {model.config.max_positions} positions"
             )
-        for limit in _longrope_limits(model):
-            # Keys are kept as they were rotated, and beyond this length all of them would be rotated in another way.
-            if len(prompt) <= limit < len(prompt) + max_new_tokens:
-                raise UserError(
-                    f"{name(number)} has {len(prompt)} tokens; with max_new_tokens {max_new_tokens} it grows beyond the "
-                    f"original_max_position_embeddings {limit}, where longrope changes; expected at most {limit} together"
-                )
-    check_alike(model, prompts, name)
 
 
-def _longrope_limits(model: Model) -> list[int]:
-    """Return the original lengths of a decoder's longropes; an encoder's texts, which are scored too, have none."""
-    ropes = model.config.ropes if model.architecture.is_decoder else ()
-    return [rope.original_max_positions for rope in ropes if rope.rope_type is RopeType.LONGROPE]
-
-
-def check_alike(model: Model, prompts: Sequence[Sequence[int]], name: Callable[[int], str]) -> None:
-    """Check that longrope rotates all prompts, which share batches, in the same way.
-
-    Raises:
-      UserError: some prompts are beyond the original length, and others are not.
-    """
-    for limit in _longrope_limits(model):
-        beyond = [len(prompt) > limit for prompt in prompts]
-        if any(beyond) and not all(beyond):
-            raise UserError(
-                f"{name(beyond.index(True))} is longer than original_max_position_embeddings {limit}, where longrope "
-                "changes, and other prompts are not; generate from them separately"
-            )
+def _borders(model: Model) -> list[int]:
+    """Return the lengths beyond which a decoder's longropes rotate all tokens of a text in another way."""
+    return [rope.original_max_positions for rope in model.config.ropes if rope.rope_type is RopeType.LONGROPE]
 
 
 def generate(
@@ -230,19 +206,51 @@ def generate(
     check_lengths(model, prompts, max_new_tokens)
     stops = _Stops(decoding.stop, ending.decode, frozenset(ending.eos_ids))
     batch_size = max(1, min(batch_size, len(prompts)))
-    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+    texts: dict[int, Sequence[int]] = dict(enumerate(prompts))
     results: dict[int, Generation] = {}
-    for first in range(0, len(order), batch_size):
-        chosen = order[first : first + batch_size]
-        out = _decode(model, params, _batch(prompts, chosen, batch_size), max_new_tokens, decoding, stops)
-        for place, number in enumerate(chosen):
-            results[number] = stops.ended(out[place])
-        if on_progress:
-            on_progress(min(first + batch_size, len(order)), len(order))
+    while texts:
+        new, ends, numbers = _alike(texts, prompts, max_new_tokens, _borders(model))
+        if decoding.beams > 1 and not ends:
+            raise UserError(
+                f"beams: prompt {numbers[0]} has {len(prompts[numbers[0]])} tokens; with max_new_tokens {max_new_tokens} "
+                "it grows beyond original_max_position_embeddings, where longrope changes; expected 1 beam"
+            )
+        order = sorted(numbers, key=lambda number: len(texts[number]))
+        for first in range(0, len(order), batch_size):
+            chosen = order[first : first + batch_size]
+            out = _decode(model, params, _batch(texts, chosen, batch_size), new, decoding, stops)
+            for place, number in enumerate(chosen):
+                before = texts[number][len(prompts[number]) :]
+                found = stops.ended(np.concatenate([np.asarray(before, np.int32), out[place]]))
+                if ends or found.stopped != "length":
+                    results[number] = found
+                    del texts[number]
+                else:
+                    texts[number] = [*prompts[number], *found.ids]
+            if on_progress:
+                on_progress(len(results), len(prompts))
     return [results[number] for number in range(len(prompts))]
 
 
-def _batch(prompts: Sequence[Sequence[int]], chosen: Sequence[int], batch_size: int) -> Prompts:
+def _alike(
+    texts: dict[int, Sequence[int]], prompts: Sequence[Sequence[int]], limit: int, borders: Sequence[int]
+) -> tuple[int, bool, list[int]]:
+    """Return texts that go on together: by how many tokens, whether to their ends, and which texts.
+
+    At a border the text so far is processed again, as transformers does for Phi-3: its tokens are rotated in another way.
+    Without borders these are all texts.
+    """
+    groups: dict[tuple[int, bool, int], list[int]] = {}
+    for number, text in texts.items():
+        left = limit - (len(text) - len(prompts[number]))
+        room = [border + 1 - len(text) for border in borders if border >= len(text)]
+        new = min([left, *room])
+        groups.setdefault((new, new == left, len(room)), []).append(number)
+    (new, ends, _), numbers = next(iter(groups.items()))
+    return new, ends, numbers
+
+
+def _batch(prompts: dict[int, Sequence[int]], chosen: Sequence[int], batch_size: int) -> Prompts:
     """Return the chosen prompts as a batch of `batch_size` sequences, padded to one of few lengths."""
     width = bucket(max(len(prompts[number]) for number in chosen))
     ids = np.zeros((batch_size, width), np.int32)

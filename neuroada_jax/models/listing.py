@@ -33,7 +33,7 @@ FAMILIES = {
     "phi3": Family(
         "Phi-3, Phi-3.5, Phi-4-mini",
         "microsoft/Phi-4-mini-instruct",
-        "q, k, v and gate, up are one map each; a text may not grow beyond the original length",
+        "q, k, v and gate, up are one map each; beam search does not cross longrope's original length",
     ),
     "gemma2": Family("Gemma 2", "google/gemma-2-2b-it", "attention is not fused on a GPU, for its caps"),
     "gemma3_text": Family(

@@ -16,7 +16,8 @@ from neuroada_jax.adapters.native import Selection
 from neuroada_jax.core import bypass
 from neuroada_jax.data.batches import Batch
 from neuroada_jax.errors import UserError
-from neuroada_jax.generation.generate import Ending, check_lengths, generate
+from neuroada_jax.generation.generate import Ending, generate
+from neuroada_jax.generation.sampling import Decoding
 from neuroada_jax.models import names
 from neuroada_jax.pretrained import save
 from neuroada_jax.pretrained.load import load_model
@@ -124,17 +125,25 @@ def test_values_equal_those_that_pytorch_trains(name, k, tmp_path):
         assert found[0, len(prompt) :].tolist() == list(continuation.ids)
 
 
-def test_longrope_refuses_texts_that_grow_beyond_the_original_length():
-    content = {**CASES["phi3_longrope_long"][1], "model_type": "phi3"}  # 10 positions originally
-    model = models.from_hf_config(content)
-    check_lengths(model, [[1] * 4, [1] * 6], 4)
-    check_lengths(model, [[1] * 11, [1] * 12], 30)
-    for prompts, new, message in (
-        ([[1] * 4, [1] * 7], 4, "prompt 1 has 7 tokens; with max_new_tokens 4 it grows beyond"),
-        ([[1] * 4, [1] * 11], 4, "prompt 1 is longer than original_max_position_embeddings 10"),
-    ):
-        with pytest.raises(UserError, match=message):
-            check_lengths(model, prompts, new)
+def test_longrope_continues_across_the_original_length_as_transformers_does(tmp_path):
+    """Texts within, across and beyond the original 10 positions, in one call; there the whole text is processed again."""
+    reference, model, params = both("phi3_longrope_long", tmp_path)
+    prompts = [[5, 6, 7, 8, 9, 10], [11, 12], [3] * 9 + [4, 7], list(range(20, 29)), list(range(30, 40))]
+    ours = generate(model, params, prompts, Ending(), max_new_tokens=8, batch_size=3)
+    for prompt, continuation in zip(prompts, ours, strict=True):
+        ids = torch.tensor([prompt])
+        found = reference.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8, eos_token_id=None, pad_token_id=0
+        )
+        assert found[0, len(prompt) :].tolist() == continuation.ids and continuation.stopped == "length"
+    end = ours[0].ids[6]  # behind the border, and a stop string across it
+    assert generate(model, params, prompts, Ending((end,)), max_new_tokens=8)[0].stopped == "end"
+    text = lambda ids: "".join(f"<{token}>" for token in ids)  # noqa: E731
+    stop = text(ours[0].ids[3:6])
+    stopped = generate(model, params, prompts[:1], Ending((), text), max_new_tokens=8, decoding=Decoding(stop=(stop,)))[0]
+    assert stopped.stopped == "stop" and text(stopped.ids).endswith(stop)
+    with pytest.raises(UserError, match="beams: prompt 0 has 6 tokens; with max_new_tokens 8 it grows beyond"):
+        generate(model, params, prompts, Ending(), max_new_tokens=8, decoding=Decoding(beams=2))
 
 
 def test_a_model_that_reads_images_is_refused_by_name():
