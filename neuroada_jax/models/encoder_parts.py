@@ -224,7 +224,7 @@ def applied_layers(
             body: Any = remat_module(layer, module.remat)
             one = body(c, module.remat, parent=None)
             for at, variables in enumerate(each):
-                own = () if scanned is None else (jax.tree.map(lambda leaf, at=at: leaf[at], scanned),)
+                own = () if scanned is None else (jax.tree.map(lambda leaf, at=at: jnp.asarray(leaf[at]), scanned),)
                 x, _ = one.apply(variables, x, around, *own, rngs={} if keys is None else {"dropout": keys[at]})
         return x
     all_layers: Any = nn.scan(

@@ -14,6 +14,13 @@ from neuroada_jax.models import Remat, unrolled
 from neuroada_jax.models.attention import packed_mask
 
 ENCODER = {**CONFIG, "model_type": "bert", "hidden_act": "gelu"}
+MODERNBERT = {  # whose first layer lacks a norm
+    **{name: value for name, value in CONFIG.items() if name not in ("model_type", "rope_parameters")},
+    "model_type": "modernbert",
+    "num_hidden_layers": 3,
+    "global_attn_every_n_layers": 2,
+    "local_attention": 4,
+}
 
 
 def random_tree(shapes, seed=0):
@@ -106,7 +113,7 @@ def test_the_bypass_of_kernels_that_lie_apart(preferred):
 
 
 @pytest.mark.parametrize(
-    ("config", "remat"), [*((CONFIG, remat) for remat in Remat), (ENCODER, Remat.NONE), (ENCODER, Remat.FULL)]
+    ("config", "remat"), [*((CONFIG, remat) for remat in Remat), (ENCODER, Remat.FULL), (MODERNBERT, Remat.NAMES)]
 )
 def test_loss_and_gradient_equal_those_of_the_scan(preferred, config, remat):
     model, params, built = random_model(config)
@@ -142,7 +149,7 @@ def test_nothing_lets_xla_merge_a_recomputation_with_the_forward_pass(preferred,
 
 
 def test_dropout_of_an_encoder_follows_its_key(preferred):
-    model, params, _ = random_model(ENCODER)
+    model, params, _ = random_model({**MODERNBERT, "mlp_dropout": 0.1})
     params, ids = apart_of(model, params), random_ids(2, 7)
     run = lambda seed: model.module().apply({"params": params}, ids, rngs={"dropout": jax.random.key(seed)})  # noqa: E731
     assert not np.array_equal(run(0), run(1))

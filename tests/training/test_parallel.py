@@ -159,17 +159,28 @@ def test_another_algorithm_of_the_op(one_device, monkeypatch):
     assert_equal(train_decoder(FORMS["fsdp"], remat=Remat.FULL), one_device)
 
 
-def train_encoder(form, dropout, rows=16, seed=7):
-    model, transformation, make_state = encoder.setup("bert", dropout=dropout)
+def train_encoder(form, dropout, rows=16, seed=7, kind="bert"):
+    model, transformation, make_state = encoder.setup(kind, dropout=dropout)
     batches = [rows_of(encoder.random_batch(rows, seed=number % 3), 3 * (number % 3 == 2)) for number in range(4)]
     seed = seed if dropout else None
     return train(form, make_state, model.module(), transformation, batches, classification_losses, seed)
 
 
-def test_an_encoder_with_its_head_trains_as_on_one_device():
-    alone = train_encoder(SINGLE, 0.0)
-    for form in ("shard_map", "all axes"):
-        assert_equal(train_encoder(FORMS[form], 0.0), alone)
+@pytest.mark.parametrize(
+    ("kind", "forms"),
+    [
+        ("bert", ["shard_map"]),
+        ("modernbert", ["all axes"]),
+        *(
+            pytest.param(kind, ["shard_map", "fsdp", "all axes"], marks=pytest.mark.slow)
+            for kind in ("bert", "modernbert", "electra", "distilbert", "deberta-v2", "mpnet")
+        ),
+    ],
+)
+def test_an_encoder_with_its_head_trains_as_on_one_device(kind, forms):
+    alone = train_encoder(SINGLE, 0.0, kind=kind)
+    for form in forms:
+        assert_equal(train_encoder(FORMS[form], 0.0, kind=kind), alone)
 
 
 def test_with_dropout_the_forms_on_eight_devices_agree():

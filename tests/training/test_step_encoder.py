@@ -31,14 +31,29 @@ HEAD = [("classifier",)]
 SOME = ["query", "intermediate.dense"]  # fewer targets compile faster
 
 
+# model_type -> (fields of its config, its targets, its dense modules), where they are not those of BERT
+KINDS = {
+    "electra": ({"embedding_size": 8}, SOME, HEAD),
+    "distilbert": ({"hidden_dim": 24}, ["q_lin", "lin1"], [("pre_classifier",), ("classifier",)]),
+    "deberta-v2": (
+        {"relative_attention": True, "pos_att_type": "p2c|c2p", "position_buckets": 6, "norm_rel_ebd": "layer_norm"},
+        ["query_proj", "intermediate.dense"],
+        [("classifier",), ("pooler",)],
+    ),
+    "modernbert": ({"local_attention": 6}, ["Wqkv", "mlp.Wo"], [("head",), ("classifier",)]),
+    "mpnet": ({}, ["q", "intermediate.dense"], HEAD),
+}
+
+
 def setup(kind="roberta", labels=("a", "b", "c"), dropout=0.0, dtype=jnp.float32, classifier=None, targets=SOME, **section):
     """(model, transformation, make_state) of a random encoder; every state starts from the same numbers."""
     rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
-    model = models.from_hf_config({"model_type": kind, **SIZES, **rates}, dtype, labels)
+    fields, targets, dense = KINDS.get(kind, ({}, targets, HEAD))
+    model = models.from_hf_config({"model_type": kind, **SIZES, **rates, **fields}, dtype, labels)
     section = OptimizerSection(**{"learning_rate": 0.02, "schedule": "constant", **section})
     transformation = optimizer.build(section, 100, classifier)
 
-    def make_state(paths=HEAD):
+    def make_state(paths=dense):
         rng = np.random.default_rng(0)
         params = jax.tree.map(
             lambda leaf: jnp.asarray(0.3 * rng.standard_normal(leaf.shape), leaf.dtype), model.abstract_params()
