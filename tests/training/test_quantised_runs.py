@@ -76,7 +76,8 @@ def test_devices_that_split_codes_by_neuron_train_the_same(tmp_path, inputs):
     found = []
     for name, parallel in (("one", {"mode": "single"}), ("two", {"mode": "jit", "devices": 2, "fsdp": 2})):
         (tmp_path / name).mkdir()
-        config = settings(tmp_path / name, inputs, parallel=parallel, training={"log_every": 1})
+        model = {"path": str(inputs[0]), "quantize_embeddings": True}
+        config = settings(tmp_path / name, inputs, model=model, parallel=parallel, training={"log_every": 1})
         run.train(config)
         found.append(losses(config))
     np.testing.assert_allclose(*found, rtol=1e-5)
