@@ -19,7 +19,7 @@ import numpy as np
 import transformers
 
 from neuroada_jax import models
-from neuroada_jax.adapters import factors
+from neuroada_jax.adapters import factors, torch_weights
 from neuroada_jax.adapters.foreign import Imported
 from neuroada_jax.adapters.native import Adapter
 from neuroada_jax.core import trees
@@ -116,18 +116,19 @@ def _original_with(base_model: LoadedModel, adapter: Adapter, merge: Merge) -> A
         return tensor.to(getattr(torch, jnp.dtype(dtype).name)).float()
 
     model = _torch_base(base_model).float()
+    weights = torch_weights.by_name(model.state_dict(), base_model.model)
     with torch.no_grad():
         for module, columns in adapter.columns.items():
-            weight, rows = model.get_submodule(module).weight, torch.arange(len(columns))[:, None]
+            weight, rows = weights[f"{module}.weight"], torch.arange(len(columns))[:, None]
             weight[rows, torch.from_numpy(columns).long()] += rounded(
                 torch.from_numpy(adapter.values[module]), merge.values
             )
         lora = factors.options_of(adapter.metadata)
         for module, (a, b) in adapter.factors.items():
             assert lora is not None
-            model.get_submodule(module).weight += lora.scale * (torch.from_numpy(b) @ torch.from_numpy(a))
+            weights[f"{module}.weight"] += lora.scale * (torch.from_numpy(b) @ torch.from_numpy(a))
         for name, array in adapter.dense_parameters.items():
-            model.get_parameter(name).copy_(torch.from_numpy(array))
+            weights[name].copy_(torch.from_numpy(array))
         for parameter in model.parameters():
             parameter.copy_(rounded(parameter, merge.result))
     return model
@@ -248,7 +249,7 @@ def _differing(
     base_model: OpenedModel, state: Mapping[str, Any], params: Tree, same: Callable[[Any, jax.Array], bool]
 ) -> str | None:
     """Return the name of a tensor that is not the same in PyTorch and here, None where there is none."""
-    leaves = dict(trees.flatten(params))
+    leaves, state = dict(trees.flatten(params)), torch_weights.by_name(state, base_model.model)
     for name, slot in names.checkpoint_names(params, base_model.model.layers_path).items():
         ours = slot.of(leaves[slot.path])
         if name not in state or not same(state[name], ours):

@@ -11,7 +11,7 @@ from test_decoders import CASES, both
 from transformers import AutoModelForCausalLM
 
 from neuroada_jax import models
-from neuroada_jax.adapters import exchange, on_base
+from neuroada_jax.adapters import exchange, native, on_base, verification
 from neuroada_jax.adapters.native import Selection
 from neuroada_jax.core import bypass
 from neuroada_jax.data.batches import Batch
@@ -114,6 +114,10 @@ def test_values_equal_those_that_pytorch_trains(name, k, tmp_path):
         exchange.export_adapter(str(tmp_path / "adapter"), "official", str(tmp_path / "official"))
     merged = bypass.merge(loaded.params, again)
     save.save(tmp_path / "merged", loaded, merged, None)
+    float32 = verification.Merge(np.dtype("float32"), np.dtype("float32"))
+    reload = functools.partial(verification.reload_huggingface, loaded, tmp_path / "merged", np.dtype("float32"))
+    adapter = native.read(str(tmp_path / "adapter"))
+    assert verification.verify(loaded, adapter, float32, merged, reload)["merged_bit_equal"]
     prompts = [[5, 6, 7, 8, 9, 10], [11, 12]]
     ours = generate(model, merged, prompts, Ending(), max_new_tokens=12)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
