@@ -192,11 +192,14 @@ def format_of_config(section: Mapping[str, Any]) -> str:
     Raises:
       UserError: one that is not read.
     """
-    if section.get("load_in_4bit") or section.get("_load_in_4bit"):
+    in_4, in_8 = (section.get(f"load_in_{bits}bit") or section.get(f"_load_in_{bits}bit") for bits in (4, 8))
+    if in_4 and in_8:
+        raise UserError("config.json: quantization_config of bitsandbytes has both load_in_4bit and load_in_8bit")
+    if in_4:
         kind = section.get("bnb_4bit_quant_type", "fp4")
         if kind != "nf4":
             raise UserError(f"config.json: quantization_config: bnb_4bit_quant_type {shown(kind)} is not read, only nf4")
         return "nf4_nested" if section.get("bnb_4bit_use_double_quant") else "nf4"
-    if section.get("load_in_8bit") or section.get("_load_in_8bit"):
+    if in_8:
         return "int8"
     raise UserError("config.json: quantization_config of bitsandbytes has neither load_in_4bit nor load_in_8bit")

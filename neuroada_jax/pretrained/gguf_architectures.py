@@ -95,6 +95,7 @@ _WITH_EXPERTS = {
 }
 # Keys that change no result: sizes that the tensors have, and what llama.cpp does not read.
 _WITHOUT_EFFECT = {"vocab_size", "tensor_data_layout", "attention.layer_norm_epsilon", "rope.scaling.finetuned"}
+_NEUTRAL = {"attention.causal": (True,)}  # what says nothing, where that is not zero, no or none
 
 _LAYER_NAME = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 _TABLE = re.compile(r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd\.weight")
@@ -158,13 +159,17 @@ class GGUFModel:
 
     def unread(self) -> dict[str, Any]:
         """Return the keys of the architecture that nobody has asked for, without those that say nothing."""
-        start, neutral = f"{self.arch}.", (0, False, "", "none")
+        start = f"{self.arch}."
+
+        def says_nothing(key: str, value: Any) -> bool:
+            return isinstance(value, int | float | str) and value in _NEUTRAL.get(key, (0, False, "", "none"))
+
         return {
             key: value
             for key, value in self.header.metadata.items()
             if key.startswith(start)
             and key.removeprefix(start) not in self._read | _WITHOUT_EFFECT
-            and not (isinstance(value, int | float | str) and value in neutral)
+            and not says_nothing(key.removeprefix(start), value)
         }
 
     def _value(self, key: str, default: Any, kind: type) -> Any:

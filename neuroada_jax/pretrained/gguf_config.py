@@ -130,6 +130,8 @@ def _smollm3(model: GGUFModel, config: Config) -> Config:
 
 
 def _granite(model: GGUFModel, config: Config) -> Config:
+    if not model.number("rope.scaling.finetuned", True, bool):  # only for Granite, llama.cpp then has no rope
+        raise UserError(f"{model.path}: metadata granite.rope.scaling.finetuned False is not supported (no positions)")
     scale = model.decimal("attention.scale", 0.0)
     return {
         "attention_multiplier": scale or config["head_dim"] ** -0.5,
@@ -140,7 +142,10 @@ def _granite(model: GGUFModel, config: Config) -> Config:
 
 
 def _phi3(model: GGUFModel, config: Config) -> Config:
-    window, rotary = model.required("attention.sliding_window"), model.number("rope.dimension_count", None)
+    # Files from before August 2024, Microsoft's own among them, leave out the window of the models for 4,096 tokens.
+    is_old = config["num_hidden_layers"] in (32, 40) and config["max_position_embeddings"] == 4096
+    window = model.number("attention.sliding_window", 2047 if is_old else 0)
+    rotary = model.number("rope.dimension_count", None)
     head_dim, original = config["head_dim"], model.number("rope.scaling.original_context_length", None)
     fraction = (rotary or head_dim) / head_dim
     if int(head_dim * fraction) < (rotary or head_dim):  # as the product is rounded down

@@ -189,7 +189,8 @@ def test_what_a_file_says_and_is_not_read_is_refused_by_name(tmp_path):
         ("olmo2", {"sliding_window": 5}, r"olmo2\.attention\.sliding_window 5 is not supported"),  # OLMo 3
         ("smollm3", {"sliding_window": 5}, r"smollm3\.attention\.sliding_window 5"),
         ("granite", {"expert_shared_count": 2}, r"granite\.expert_shared_count 2"),
-        ("gemma3", {"causal_attention": True}, r"gemma3\.attention\.causal True"),
+        ("granite", {"rope_scaling_finetuned": False}, r"granite\.rope\.scaling\.finetuned False"),  # no rope
+        ("olmo2", {"causal_attention": False}, r"olmo2\.attention\.causal False is not supported"),
         ("mixtral", {"expert_feed_forward_length": 3}, r"llama\.expert_feed_forward_length 3"),
         ("phi3", {"value_length": 12}, r"phi3\.attention\.value_length is 12, expected 8"),
         ("phi3_short", {"rope_scaling_yarn_ext_factor": 0.5}, r"phi3\.rope\.scaling\.yarn_ext_factor is not supported"),
@@ -198,6 +199,17 @@ def test_what_a_file_says_and_is_not_read_is_refused_by_name(tmp_path):
         write(path, name, **extra)
         with pytest.raises(UserError, match=message):
             read_config(path)
+
+
+def test_a_file_of_phi3_without_its_window_has_that_of_the_published_models(tmp_path, monkeypatch):
+    path = tmp_path / "model.gguf"
+    arch, kind, fields = CASES["phi3"]
+    monkeypatch.setattr(GGUFWriter, "add_sliding_window", lambda *_: None)
+    for layers, context, want in ((32, 4096, 2047), (32, 64, None), (2, 4096, None)):
+        own = {**fields, "num_hidden_layers": layers, "max_position_embeddings": context, "sliding_window": None}
+        monkeypatch.setitem(CASES, "phi3", (arch, kind, own))
+        write(path, "phi3", causal_attention=True)  # which says nothing
+        assert read_config(path).get("sliding_window") == want
 
 
 @pytest.mark.parametrize(("name", "largest"), [("gemma2", 46), ("gemma3", 62)])

@@ -154,6 +154,7 @@ def test_damaged_bitsandbytes_checkpoints_are_refused_in_one_line(tmp_path, case
         (["nf4"], "checkpoints of None are not read"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bnb_4bit_quant_type 'fp4' is not read"),
         ({"quant_method": "bitsandbytes"}, "has neither load_in_4bit nor load_in_8bit"),
+        ({"load_in_4bit": True, "_load_in_8bit": True, "bnb_4bit_quant_type": "nf4"}, "both load_in_4bit and load_in_8bit"),
     ],
 )
 def test_other_methods_are_refused_by_name(tmp_path, section, expected):
