@@ -30,7 +30,7 @@ from neuroada_jax.pretrained.source import (
     read_config,
     resolve,
 )
-from neuroada_jax.pretrained.tokenizer import load_tokenizer
+from neuroada_jax.pretrained.tokenizer import load_tokenizer, without_image_token
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -305,7 +305,7 @@ def open_with_tokenizer(
         model has embeddings.
     """
     opened = open_model(source, dtype, labels=labels, config_only=config_only, quantization_of=quantization_of)
-    tokenizer = load_tokenizer(opened.path)
+    tokenizer = without_image_token(load_tokenizer(opened.path), opened.model.config.vocab_size)
     if len(tokenizer) > opened.model.config.vocab_size:
         raise UserError(
             f"{source}: the tokenizer has {len(tokenizer)} tokens, more than the {opened.model.config.vocab_size} "

