@@ -46,7 +46,11 @@ FAMILIES = {
     "bert": Family("BERT, MiniLM", "google-bert/bert-base-uncased"),
     "roberta": Family("RoBERTa", "FacebookAI/roberta-base"),
     "electra": Family("ELECTRA", "google/electra-small-discriminator"),
-    "deberta-v2": Family("DeBERTa-v2, DeBERTa-v3", "microsoft/deberta-v3-base", "no convolution (xlarge)"),
+    "deberta-v2": Family(
+        "DeBERTa-v2, DeBERTa-v3",
+        "microsoft/deberta-v3-base",
+        "no convolution (xlarge); Microsoft's are no safetensors: save model and tokenizer with transformers first",
+    ),
     "distilbert": Family("DistilBERT", "distilbert/distilbert-base-uncased"),
     "modernbert": Family("ModernBERT", "answerdotai/ModernBERT-base", "q, k, v are one map, and so are gate and up"),
     "mpnet": Family("MPNet, all-mpnet", "sentence-transformers/all-mpnet-base-v2"),

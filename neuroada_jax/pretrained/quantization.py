@@ -214,6 +214,8 @@ def _stored_formats(model: models.Model, tensors: Any, abstract: Tree) -> Format
             merged[path] = each[0]
         elif any(each):
             merged[path] = tuple(each)
+    if vocabulary and not vocabulary.keys() & merged.keys():
+        raise UserError("model.quantize_embeddings: the checkpoint has no quantised embedding; expected false")
     return merged
 
 

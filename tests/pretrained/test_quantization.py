@@ -56,7 +56,7 @@ GGUF_NAMES = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_
               }  # fmt: skip
 
 
-def write_gguf(path, type_of):
+def write_gguf(path, type_of, vocabulary="Q8_0"):
     """A GGUF file of SIZES whose kernels have the types that type_of(layer, name) gives."""
     writer = GGUFWriter(str(path), "llama")
     writer.add_embedding_length(64)
@@ -70,7 +70,7 @@ def write_gguf(path, type_of):
         _, _, *rest = name.split(".")
         if not name.startswith("model.layers."):
             top = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
-            own, kind = top.get(name, "output.weight"), "Q8_0" if weight.ndim == 2 else "F32"
+            own, kind = top.get(name, "output.weight"), vocabulary if weight.ndim == 2 else "F32"
         else:
             own = f"blk.{rest[0]}.{GGUF_NAMES['.'.join(rest[1:-1])]}.weight"
             kind = type_of(int(rest[0]), rest[-2]) if weight.ndim == 2 else "F32"
@@ -102,6 +102,16 @@ def test_packed_blocks_are_the_weights_of_the_dequantised_file(tmp_path, mixed):
         hidden, _ = module.apply({"params": loaded.params}, ids)
         logits.append(module.apply({"params": loaded.params}, hidden, method="unembed"))
     np.testing.assert_allclose(*logits, rtol=1e-5, atol=1e-4)
+
+
+def test_embeddings_that_a_file_does_not_quantise_are_not_held_quantised(tmp_path):
+    path = write_gguf(tmp_path / "model.gguf", lambda layer, name: "Q4_1")
+    assert quantised.is_quantised(
+        load_model(path, quantization_of="auto+embeddings").params["model"]["embed_tokens"]["embedding"]
+    )
+    path = write_gguf(tmp_path / "plain.gguf", lambda layer, name: "Q4_1", vocabulary="F16")
+    found = message(load_model, path, quantization_of="auto+embeddings")
+    assert found == f"{path}: model.quantize_embeddings: the checkpoint has no quantised embedding; expected false"
 
 
 def message(call, *arguments, **options):
