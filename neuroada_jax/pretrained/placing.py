@@ -35,7 +35,11 @@ def read(
     """Return a tensor, or the arrays of a quantised one, and its digest."""
     raw = tensors.raw(name)  # read once
     if form is not None and quantization.is_stored(model):
-        return tensors.packed(name, raw), quantization.digest(raw)
+        parts = tensors.packed(name, raw)
+        for scales in parts.values():
+            if np.issubdtype(scales.dtype, np.floating):
+                tensor_checks.check_finite(name, scales)
+        return parts, quantization.digest(raw)
     tensor = tensors.read(name, raw)
     tensor_checks.check_finite(name, tensor)
     if form is None:

@@ -13,6 +13,7 @@ from quantised_files import SECTIONS, SIZES, stored, write_bitsandbytes
 
 from neuroada_jax.core import bypass, quantised, trees
 from neuroada_jax.errors import UserError
+from neuroada_jax.pretrained.gguf_header import read_header
 from neuroada_jax.pretrained.load import load_model, open_model
 
 DENSE = jax.jit(quantised.dense)
@@ -112,6 +113,18 @@ def test_embeddings_that_a_file_does_not_quantise_are_not_held_quantised(tmp_pat
     path = write_gguf(tmp_path / "plain.gguf", lambda layer, name: "Q4_1", vocabulary="F16")
     found = message(load_model, path, quantization_of="auto+embeddings")
     assert found == f"{path}: model.quantize_embeddings: the checkpoint has no quantised embedding; expected false"
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_1"])
+def test_blocks_with_a_scale_that_is_nan_are_refused_packed_or_not(tmp_path, kind):
+    path = write_gguf(tmp_path / "model.gguf", lambda layer, name: kind)
+    first = read_header(path).tensors["blk.1.ffn_up.weight"].start
+    content = bytearray((tmp_path / "model.gguf").read_bytes())
+    content[first : first + 2] = np.float16(np.nan).tobytes()  # the scale
+    (tmp_path / "model.gguf").write_bytes(content)
+    for held in ("none", "auto"):
+        found = message(load_model, path, quantization_of=held)
+        assert found.startswith(f"{path}: tensor 'model.layers.1.mlp.up_proj.weight' holds ") and " NaN in " in found
 
 
 def message(call, *arguments, **options):
