@@ -5,9 +5,10 @@
 
 A decoder (SmolLM2-135M) learns SST-2, QNLI or MNLI as an instruction, an encoder (MiniLM) GLUE's classification tasks. All
 methods see the same training rows; every seed draws their order, as in any run. 400 of them are kept apart and choose the
-rate by their loss, in a grid that goes on outwards while its best rate is at its edge (`neuroada sweep --extend`). The dev
-set, all of its rows, is only reported. AdamW without decay, linear schedule with warm-up 0.06, clipping at 1, the model's
-own dropout; LoRA has alpha = 2 r and adapts the same linear maps.
+rate by their loss, in a grid that goes on outwards while its best rate is at its edge (`neuroada sweep --extend`); a single
+rate of `--rates` is taken as it is, to compare bases at equal rates. The dev set, all of its rows, is only reported. AdamW
+without decay, linear schedule with warm-up 0.06, clipping at 1, the model's own dropout; LoRA has alpha = 2 r and adapts
+the same linear maps.
 
 A method is neuroada-K, neuroada-K-SCORE or neuroada-K-shared (docs/connections.md), or lora-R. Members that have
 finished do not run again, so that a call that was interrupted goes on. It writes benchmarks/results/quality.json and
@@ -29,7 +30,7 @@ from benchmarks import common
 from benchmarks.common import Column, Row
 from neuroada_jax import console, files
 from neuroada_jax.cli import one_line_errors
-from neuroada_jax.core.scores import RULES
+from neuroada_jax.core.scores import RULES, Needs
 from neuroada_jax.data.rows import load_rows
 from neuroada_jax.errors import UserError
 from neuroada_jax.sweeping.choice import spread
@@ -41,6 +42,8 @@ INSTRUCTIONS = ("sst2", "qnli", "mnli")
 CHOOSING = 400  # training rows that choose the rate
 RATE = "optimizer.learning_rate"
 SHARED = "shared"  # in place of a score: columns shared by the neurons of a map, by magnitude
+BATCHES = 64  # from which a score takes gradients; an epoch of SST-2 would cost more than the training
+SAME = ("task", "dtype", "quantization", "model", "steps")  # fields of rows that can be compared
 
 
 class Kind(NamedTuple):
@@ -86,6 +89,7 @@ KINDS = {
 COLUMNS = (
     Column("task", "task"),
     Column("method", "method"),
+    Column("base", "base"),
     Column("trained", "trained", "{:,}".format),
     Column("rate", "rate", "{:g}".format),
     Column("validation loss", "validation", "{:.4f}".format),
@@ -126,6 +130,7 @@ def _settings(arguments: Sequence[str] | None) -> argparse.Namespace:
     made.add_argument("--steps", type=int, default=400)
     made.add_argument("--model", help="a decoder, or an encoder: directory, hub id, package:NAME/FILE")
     made.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the base")
+    made.add_argument("--quantization", choices=("none", "nf4", "int8", "fp8"), default="none", help="of the base")
     made.add_argument("--data", default="data/glue", help="folder that has a folder for each task")
     made.add_argument("--limit", type=int, help="rows of the dev set, for a trial")
     made.add_argument("--work", type=Path, default=Path("runs/quality"), help="folder of the sweeps")
@@ -175,7 +180,10 @@ def _changes(method: str) -> dict[str, Any]:
     family, number, score = _named(method)
     if family == "lora":
         return {"method": "lora", "lora": {"r": number, "alpha": 2 * number}}
-    return {"bypass": {"k": number, "shared_columns": True} if score == SHARED else {"k": number, "score": score}}
+    if score == SHARED:
+        return {"bypass": {"k": number, "shared_columns": True}}
+    batches = {"statistic_batches": BATCHES} if RULES[score].needs is Needs.GRADIENT else {}
+    return {"bypass": {"k": number, "score": score, **batches}}
 
 
 def _task(settings: argparse.Namespace) -> str:
@@ -199,7 +207,7 @@ def _content(settings: argparse.Namespace, kind: Kind) -> dict[str, Any]:
     if not settings.encoder:
         scored |= {"task": settings.task, "method": "choices"}
     return {
-        "model": {"path": settings.model, "dtype": settings.dtype},
+        "model": {"path": settings.model, "dtype": settings.dtype, "quantization": settings.quantization},
         "data": {
             "train": str(parts["train"]),
             "validation": str(parts["validation"]),
@@ -226,8 +234,9 @@ def _sources(folder: Path) -> tuple[Path, Path]:
 
 def _measured(method: str, rates: Sequence[float], content: Mapping[str, Any], settings: argparse.Namespace) -> list[Row]:
     """Sweep a method over its rates and seeds; return a row for each rate."""
-    name = f"{_task(settings)}-{method}-{settings.dtype}-{settings.steps}"
-    console.say(f"{settings.task}, {method}")
+    base = settings.dtype if settings.quantization == "none" else settings.quantization
+    name = f"{_task(settings)}-{method}-{base}-{settings.steps}"
+    console.say(f"{settings.task}, {method}, {base}")
     config = {"name": name, "output": str(settings.work / name), **content, **_changes(method)}
     began = time.perf_counter()
     found = sweep(config, {RATE: list(rates), "seed": list(settings.seeds)}, extend=True)
@@ -247,6 +256,8 @@ def _measured(method: str, rates: Sequence[float], content: Mapping[str, Any], s
                 "method": method,
                 "k": _named(method)[1],
                 "dtype": settings.dtype,
+                "quantization": settings.quantization,
+                "base": base,
                 "model": settings.model,
                 "steps": settings.steps,
                 "shape": [content["training"]["batch_size"], content["data"]["max_length"]],
@@ -273,7 +284,7 @@ def _keep(rows: Sequence[Row], settings: argparse.Namespace) -> list[Row]:
     """Save the rows with those of other calls, and the picture; return all of them."""
     path = settings.out / "quality.json"
     before = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
-    key = lambda row: tuple(row[name] for name in ("task", "method", "dtype", "model", "steps"))  # noqa: E731
+    key = lambda row: tuple(row[name] for name in ("method", *SAME))  # noqa: E731
     new = {key(row) for row in rows}
     kept = [*(row for row in before if key(row) not in new), *rows]
     for row in kept:
@@ -285,7 +296,7 @@ def _keep(rows: Sequence[Row], settings: argparse.Namespace) -> list[Row]:
 
 def _difference(row: Row, rows: Sequence[Row]) -> list[float] | None:
     """Return mean and 95 % interval of the difference to LoRA of rank 1, seed by seed, each at its chosen rate."""
-    same = ("task", "dtype", "model", "steps", "seeds")
+    same = (*SAME, "seeds")
     found = [one for one in rows if one["chosen"] and one["method"] == "lora-1" and all(one[n] == row[n] for n in same)]
     if not found or not row["chosen"] or row["method"] == "lora-1":
         return None
@@ -302,12 +313,14 @@ def _draw(path: Path, rows: Sequence[Row]) -> None:
     figure = figures.Figure(figsize=(5 * len(tasks), 4), layout="constrained")
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         own = [row for row in rows if row["task"] == task]
-        for number, method in enumerate(dict.fromkeys(row["method"] for row in own)):
-            points = sorted((row for row in own if row["method"] == method), key=lambda row: row["rate"])
+        for number, (method, base) in enumerate(dict.fromkeys((row["method"], row["base"]) for row in own)):
+            points = [row for row in own if (row["method"], row["base"]) == (method, base)]
+            points.sort(key=lambda row: row["rate"])
             rates, means = [row["rate"] for row in points], [row["mean"] for row in points]
             errors = [row["deviation"] or 0.0 for row in points]
             dashes, colour = "--" if method.startswith("lora") else "-", f"C{number % 10}"
-            axes.errorbar(rates, means, yerr=errors, color=colour, marker="o", linestyle=dashes, capsize=3, label=method)
+            look: dict[str, Any] = {"color": colour, "linestyle": dashes, "marker": "o", "capsize": 3}
+            axes.errorbar(rates, means, yerr=errors, label=f"{method}, {base}", **look)
             stars = [row for row in points if row["chosen"]]
             axes.plot([row["rate"] for row in stars], [row["mean"] for row in stars], "*", color=colour, markersize=14)
         axes.set_xscale("log")

@@ -48,7 +48,8 @@ def test_each_method_at_its_chosen_rate(arguments, tmp_path, capsys):
 
 
 def test_differences_are_seed_by_seed():
-    row = {"task": "t", "dtype": "float32", "model": "m", "steps": 1, "seeds": [1, 2, 3], "chosen": True}
+    row = {"task": "t", "dtype": "float32", "quantization": "none", "model": "m", "steps": 1, "seeds": [1, 2, 3]}
+    row["chosen"] = True
     theirs = {**row, "method": "lora-1", "values": [80.0, 81.0, 82.0]}
     ours = {**row, "method": "neuroada-1", "values": [81.0, 82.0, 83.0]}
     assert quality._difference(ours, [ours, theirs]) == [1.0, 1.0, 1.0]
