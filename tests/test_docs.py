@@ -48,6 +48,7 @@ def own_models(tmp_path_factory):
     return {**run_page("docs/own-models.md", folder), "loaded": load_model(str(folder / "model"))}
 
 
+@pytest.mark.slow  # the page in full, half a minute
 @pytest.mark.parametrize("losses", ["losses", "vit_losses", "nnx_losses", "equinox_losses"])
 def test_the_own_models_learn(own_models, losses):
     assert own_models[losses][-1] < 0.7 * own_models[losses][0]
@@ -57,10 +58,12 @@ def test_a_score_of_ones_own_selects(tmp_path):
     assert run_page("docs/connections.md", tmp_path)["columns"].shape == (4, 2)
 
 
+@pytest.mark.slow
 def test_the_swapped_model_is_the_original_again(own_models):
     jax.tree.map(np.testing.assert_array_equal, own_models["params"], own_models["loaded"].params)
 
 
+@pytest.mark.slow
 def test_the_mixed_adapter_was_written(own_models):
     mixed = on_base.load(str(own_models["folder"] / "adapters" / "mixed"), own_models["loaded"])
     assert all((leaf == 1.25).all() for leaf in jax.tree.leaves(mixed.values))

@@ -100,7 +100,14 @@ CASES = [("llama", name) for name in (*BEAMS, *GREEDY)] + [
 ]
 
 
-@pytest.mark.parametrize(("family", "name"), CASES, indirect=["family"], ids=[f"{a}-{b}" for a, b in CASES])
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        pytest.param(family, name, id=f"{family}-{name}", marks=pytest.mark.slow if family in ("qwen2", "qwen3") else ())
+        for family, name in CASES
+    ],
+    indirect=["family"],
+)
 def test_equals_transformers(family, name):
     settings = BEAMS[name] if name in BEAMS else GREEDY[name]
     if name in BEAMS:
