@@ -11,7 +11,7 @@ from neuroada_jax.core.trees import ModulePath, kernels
 from neuroada_jax.data.examples import encode
 from neuroada_jax.data.rows import load_rows
 from neuroada_jax.errors import UserError
-from neuroada_jax.models import LLAMA_TARGETS, Model
+from neuroada_jax.models import Model
 from neuroada_jax.tasks import TASKS
 
 LEARNING_RATE = 1e-4
@@ -44,7 +44,23 @@ LLAMA_3_8B = LLAMA_7B | {
     "max_position_embeddings": 8192,
     "rope_theta": 500000.0,
 }
+# A decoder of each kind, as wide as SmolLM2-135M and six layers deep.
+SMALL = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "max_position_embeddings": 2048,
+    "pad_token_id": 0,
+}
 MODELS: dict[str, dict[str, Any]] = {
+    "small-llama": SMALL | {"model_type": "llama"},
+    "small-gemma2": SMALL | {"model_type": "gemma2", "sliding_window": 64, "query_pre_attn_scalar": 64},
+    "small-phi3": SMALL | {"model_type": "phi3"},
+    "small-mixtral": SMALL | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
     "llama-7b": LLAMA_7B,
     "llama-13b": LLAMA_7B
     | {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
@@ -106,8 +122,8 @@ def label_of(framework: str, name: str, k: int | None) -> str:
 
 
 def targets(params: Mapping[str, Any], model: Model) -> list[ModulePath]:
-    """Return the paths of the linear maps that every method adapts: q k v o gate up down."""
-    return models.match_targets(params, list(LLAMA_TARGETS), model.layers_path)
+    """Return the paths of the linear maps that every method adapts: those of a layer, in LLaMA q k v o gate up down."""
+    return models.match_targets(params, list(model.architecture.targets), model.layers_path)
 
 
 def target_shapes(model: Model) -> Iterator[tuple[int, int, int]]:

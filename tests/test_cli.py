@@ -530,7 +530,7 @@ def test_weights_that_are_missing_or_not_whole(tmp_path, inputs, neuroada):
     assert bad_run(neuroada, tmp_path, path).startswith(f"{weights}: not a complete safetensors file")
     weights.unlink()
     message = bad_run(neuroada, tmp_path, path)
-    assert message == f"{model}: found neither model.safetensors nor model.safetensors.index.json"
+    assert message.startswith(f"{model}: found neither model.safetensors nor model.safetensors.index.json (where ")
     index = {"weight_map": dict.fromkeys(random_tensors(CONFIG), "model-00001-of-00002.safetensors")}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
     message = bad_run(neuroada, tmp_path, path)

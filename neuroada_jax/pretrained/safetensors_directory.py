@@ -42,6 +42,7 @@ class _Stored(NamedTuple):
 
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_SAVED = "save_pretrained of transformers writes model.safetensors"
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack", ".ckpt")  # of any library
 _LONGEST_NAME = 255  # bytes, of file systems
 _CHUNK = 2**22  # elements that are compared at a time
@@ -219,7 +220,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 def _others(directory: Path) -> str:
     """Return the end of the message that there are no weights: the weights of other kinds that are there."""
     found = sorted(path.name for path in directory.glob("*") if path.suffix in _WEIGHTS)
-    if not found:
-        return ""
+    if not found:  # also after a download, which leaves other kinds out
+        return f" (where a repository has other weights alone, {_SAVED})"
     names = ", ".join(found[:4] + ["..."] * (len(found) > 4))
-    return f", only {names} (save_pretrained of transformers writes model.safetensors)"
+    return f", only {names} ({_SAVED})"

@@ -110,6 +110,6 @@ def test_the_table_of_models():
     parameters = {
         name: sum(leaf.size for leaf in jax.tree.leaves(models.from_hf_config(config).abstract_params()))
         for name, config in plans.MODELS.items()
-        if name not in ("llama-7b", "tiny")  # the second is of gpu.py
+        if name not in ("llama-7b", "tiny") and not name.startswith("small-")  # the second is of gpu.py
     }
     assert parameters == {"llama-13b": 13_015_864_320, "llama-3-8b": 8_030_261_248, "llama-3-70b": 70_553_706_496}

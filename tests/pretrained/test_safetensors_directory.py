@@ -154,8 +154,8 @@ def test_missing_weights(tmp_path):
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "config.json").write_text("{}")
     nothing = f"{tmp_path}: found neither model.safetensors nor model.safetensors.index.json"
-    assert error_of(tmp_path) == nothing
     hint = "(save_pretrained of transformers writes model.safetensors)"
+    assert error_of(tmp_path) == f"{nothing} {hint.replace('(', '(where a repository has other weights alone, ')}"
     (tmp_path / "pytorch_model.bin").touch()
     assert error_of(tmp_path) == f"{nothing}, only pytorch_model.bin {hint}"
     for name in ("model.fp16.safetensors", "tf_model.h5", "model-q8.gguf", "a.pt"):
