@@ -1,12 +1,11 @@
 """Configs of Gemma 2 and Gemma 3 (text): norms around the blocks, scaled embeddings, capped logits, windows by layer."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 
 from neuroada_jax.errors import UserError
-from neuroada_jax.models.config_fields import Fields, shown
+from neuroada_jax.models.config_fields import Fields
 from neuroada_jax.models.decoder_config import (
     DecoderConfig,
     Defaults,
@@ -18,7 +17,7 @@ from neuroada_jax.models.decoder_config import (
     sliding_window,
     windows_of,
 )
-from neuroada_jax.models.rope import PLAIN_RULES, Rope
+from neuroada_jax.models.rope import Rope, by_attention
 
 _ACTIVATION = ("hidden_activation", "gelu_pytorch_tanh")
 _GEMMA2 = Defaults(8192, kv_heads=4, head_dim=256, tied=True, activation=_ACTIVATION, nullable=(), divided=True)
@@ -59,7 +58,8 @@ def gemma3(fields: Fields, dtype: Any) -> DecoderConfig:
     own = _parts(fields, _GEMMA3, dtype)
     windows = windows_of(sliding_window(fields, 4096), windowed)
     kinds = tuple(LayerKind(window, int(each)) for window, each in zip(windows, windowed, strict=True))
-    ropes = _ropes(fields, own["head_dim"], own["max_positions"])
+    bases = {_FULL: ("rope_theta", 1000000.0), _SLIDING: ("rope_local_base_freq", 10000.0)}
+    ropes = tuple(by_attention(fields, own["head_dim"], own["max_positions"], bases, {_FULL}))
     return DecoderConfig(
         **own, logit_cap=_cap(fields, "final_logit_softcapping", None), qk_norm=QkNorm.HEAD, ropes=ropes, kinds=kinds
     )
@@ -85,28 +85,3 @@ def _parts(fields: Fields, defaults: Defaults, dtype: Any) -> dict[str, Any]:
 
 def _cap(fields: Fields, name: str, default: float | None) -> float | None:
     return None if fields.get(name, default) is None else fields.number(name, default, positive=True)
-
-
-def _ropes(fields: Fields, head_dim: int, max_positions: int) -> tuple[Rope, Rope]:
-    """Return the ropes of layers without and with a window, from the config's new fields or its older ones."""
-    nested = fields.get("rope_parameters")
-    scaling = fields.get("rope_scaling")
-    for name, found in (("rope_parameters", nested), ("rope_scaling", scaling)):
-        if found is not None and not isinstance(found, Mapping):
-            raise fields.wrong(name, "an object")
-    found = {} if nested is None else dict(nested)
-    for name in (_FULL, _SLIDING):
-        if not isinstance(found.get(name, {}), Mapping | None):
-            raise UserError(f"config.json: rope_parameters.{name} must be an object, found {shown(found[name])}")
-    if scaling is not None:
-        if nested is not None and not found.get(_FULL):
-            raise UserError("config.json: rope_scaling beside rope_parameters without full_attention is not supported")
-        found[_FULL] = {**(found.get(_FULL) or {}), **scaling}
-    bases = {_FULL: ("rope_theta", 1000000.0), _SLIDING: ("rope_local_base_freq", 10000.0)}
-    ropes = []
-    for name, (base, theta) in bases.items():
-        own = Fields(found.get(name) or {}, f"config.json: rope_parameters.{name}.")
-        default = fields.number(base, theta, positive=True)
-        # No field of the config itself counts for one of two ropes.
-        ropes.append(Rope.read(own, Fields({}), head_dim, max_positions, PLAIN_RULES._replace(theta=default)))
-    return ropes[0], ropes[1]
