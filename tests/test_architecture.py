@@ -68,6 +68,14 @@ def test_the_core_needs_neither_flax_nor_transformers():
     assert result.stdout.strip() == "[]"
 
 
+def test_commands_import_what_they_need_when_they_run():
+    """transformers alone takes seconds, and warns where there is no PyTorch unless cli.py has been imported before."""
+    others = ("flax", "transformers", "optax", "datasets", "matplotlib")
+    script = f"import sys, neuroada_jax.cli; print([name for name in {others} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
 @pytest.mark.parametrize("folder", ["neuroada_jax", "benchmarks", "train", "docs"])
 def test_files_and_functions_can_be_read_in_one_sitting(folder):
     for path in (PACKAGE.parent / folder).rglob("*.py"):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from neuroada_jax.core.trees import ModulePath, Tree, kernels, matching
-from neuroada_jax.errors import UserError
+from neuroada_jax.errors import UserError, shown
 from neuroada_jax.models import (
     config_fields,
     deberta,
@@ -213,7 +213,7 @@ def from_hf_config(
         if kind == "gemma3":
             raise UserError("config.json: model_type 'gemma3' reads images; expected its text_config, 'gemma3_text'")
         supported = ", ".join(sorted(ARCHITECTURES))
-        raise UserError(f"config.json: model_type {config_fields.shown(kind)} is not supported; supported: {supported}")
+        raise UserError(f"config.json: model_type {shown(kind)} is not supported; supported: {supported}")
     if config.get("quantization_config"):
         raise UserError(
             "config.json: quantization_config is set; only unquantised checkpoints (or GGUF files) are supported"

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from neuroada_jax.errors import UserError
+from neuroada_jax.errors import UserError, shown
 
 LARGEST = 2**24  # of a size; far above any model, and small enough that nothing overflows
 LARGEST_DEPTH = 10_000  # of a number of layers: some descriptions have an entry for each
@@ -221,12 +221,6 @@ class Fields:
         if len(names) != layers or any(name not in ("full_attention", "sliding_attention") for name in names):
             raise self.wrong("layer_types", f"null or {layers} times 'full_attention' or 'sliding_attention'")
         return [name == "sliding_attention" for name in names]
-
-
-def shown(value: Any) -> str:
-    """Return a value as messages show it: short, on one line."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def token_ids(content: Mapping[str, Any], place: str) -> dict[str, list[int]]:

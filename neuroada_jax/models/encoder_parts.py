@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from neuroada_jax.errors import UserError
+from neuroada_jax.errors import UserError, shown
 from neuroada_jax.models import attention, labels, layers, unrolled
-from neuroada_jax.models.config_fields import LARGEST_DEPTH, Fields, shown
+from neuroada_jax.models.config_fields import LARGEST_DEPTH, Fields
 from neuroada_jax.models.layers import BypassDense, Dropout, Embedding, LayerNorm
 from neuroada_jax.models.remat import (
     BYPASS_COLLECTIONS,

@@ -6,8 +6,8 @@ missing or has a value that is not supported.
 
 from typing import Any
 
-from neuroada_jax.errors import UserError
-from neuroada_jax.models.config_fields import Fields, shown
+from neuroada_jax.errors import UserError, shown
+from neuroada_jax.models.config_fields import Fields
 from neuroada_jax.models.decoder_config import (
     DecoderConfig,
     Defaults,

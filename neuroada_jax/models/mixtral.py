@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from neuroada_jax.errors import UserError
-from neuroada_jax.models.config_fields import Fields, shown
+from neuroada_jax.errors import UserError, shown
+from neuroada_jax.models.config_fields import Fields
 from neuroada_jax.models.decoder_config import DecoderConfig, Defaults, LayerKind, QkNorm, depth, sizes, sliding_window
 from neuroada_jax.models.experts import Experts
 from neuroada_jax.models.rope import Rope, RopeRules

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from neuroada_jax.errors import UserError
-from neuroada_jax.models.config_fields import LARGEST_POSITION, Fields, shown
+from neuroada_jax.errors import UserError, shown
+from neuroada_jax.models.config_fields import LARGEST_POSITION, Fields
 
 
 class RopeType(enum.StrEnum):

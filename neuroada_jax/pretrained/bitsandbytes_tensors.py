@@ -16,8 +16,7 @@ import numpy as np
 
 from neuroada_jax.core import quantise
 from neuroada_jax.core.quantised_formats import FORMATS, NESTED_BLOCK, NF4, NF4_BLOCK, check_inputs
-from neuroada_jax.errors import UserError
-from neuroada_jax.models.config_fields import shown
+from neuroada_jax.errors import UserError, shown
 from neuroada_jax.pretrained.safetensors_directory import SafetensorsDirectory
 
 _STATE, _NF4 = ".quant_state.bitsandbytes__", ".quant_state.bitsandbytes__nf4"

@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from neuroada_jax.errors import UserError
-from neuroada_jax.models.config_fields import shown
+from neuroada_jax.errors import UserError, shown
 from neuroada_jax.pretrained.gguf_header import read_header
 
 _TOP = {

@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from neuroada_jax.errors import UserError
-from neuroada_jax.models.config_fields import shown
+from neuroada_jax.errors import UserError, shown
 from neuroada_jax.pretrained.gguf_architectures import LONGROPE_TABLES, GGUFModel
 from neuroada_jax.pretrained.gguf_file import decode
 

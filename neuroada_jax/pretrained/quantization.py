@@ -21,9 +21,8 @@ from neuroada_jax.core.gguf_blocks import BLOCKS
 from neuroada_jax.core.quantised import QuantisedKernel
 from neuroada_jax.core.quantised_formats import bits, check_inputs
 from neuroada_jax.core.trees import ModulePath, Tree
-from neuroada_jax.errors import UserError
+from neuroada_jax.errors import UserError, shown
 from neuroada_jax.models import names
-from neuroada_jax.models.config_fields import shown
 from neuroada_jax.pretrained import bitsandbytes_tensors, gguf_header, tensor_names
 from neuroada_jax.pretrained.safetensors_directory import INDEX, SINGLE
 

@@ -4,10 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import CONFIG_MAPPING
-
-from neuroada_jax.errors import UserError
-from neuroada_jax.models.config_fields import shown
+from neuroada_jax.errors import UserError, shown
 
 # model_type of the checkpoint -> that of its text part
 TEXT_PARTS = {"gemma3": "gemma3_text"}
@@ -48,7 +45,9 @@ def config_of(config: Mapping[str, Any], path: str) -> dict[str, Any]:
         raise UserError(f"{path}/config.json: text_config must be an object of model_type {kind!r}, found {shown(own)}")
     if config.get("quantization_config"):
         raise UserError(f"{path}/config.json: quantization_config is not supported where a model reads images, too")
-    defaults = CONFIG_MAPPING[kind]()
+    import transformers  # for few checkpoints alone: it takes seconds
+
+    defaults = transformers.CONFIG_MAPPING[kind]()
     return {
         **{name: getattr(defaults, name) for name in _SIZES},
         **{name: config[name] for name in _SHARED if name in config},
