@@ -41,12 +41,12 @@ def main(target: Path) -> None:
         "MiniLM, SST-2 with a classifier": [
             Point(METHODS[row["method"]], row["trained"], row["rate"], row["mean"], row["deviation"])
             for row in _rows("quality.json")
-            if row["method"] in METHODS and (row["task"], row["base"]) == ("sst2-encoder", "float32") and row["mean"] > 60  # else chance
+            if row["method"] in METHODS and (row["task"], row["base"]) == ("sst2-encoder", "float32")
+            if row["mean"] > 60  # the others: chance
         ],
     }
-    figure, both = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    free = ("lower left", "upper right")  # of lines
-    for axes, corner, (title, points) in zip(both, free, panels.items(), strict=True):
+    figure, both = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    for axes, (title, points) in zip(both, panels.items(), strict=True):
         most = max(point.trained for point in points)
         for method in METHODS.values():
             own = sorted((point for point in points if point.method == method), key=lambda point: point.rate)
@@ -65,7 +65,7 @@ def main(target: Path) -> None:
         axes.set_ylabel("accuracy in %, n = 872")
         axes.set_title(f"{title}, 400 steps of 16 rows", fontsize="medium")
         axes.grid(alpha=0.3)
-        axes.legend(frameon=False, fontsize="small", loc=corner)
+        axes.legend(frameon=False, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=2)
     figure.savefig(target, dpi=110)
 
 
