@@ -13,17 +13,17 @@ from neuroada_jax.core.entries import wide_dtype
 from neuroada_jax.models import attention, layers
 from neuroada_jax.models.config_fields import Fields
 from neuroada_jax.models.encoder_parts import (
+    BertLayer,
     Embeddings,
     EncoderConfig,
     ForSequenceClassification,
-    Intermediate,
     Output,
     applied_layers,
     attended,
     sizes,
 )
 from neuroada_jax.models.layers import BypassDense, Dropout, Embedding, LayerNorm
-from neuroada_jax.models.remat import Remat, kept_activation, prevent_cse, token_wise
+from neuroada_jax.models.remat import Remat, kept_activation, prevent_cse
 
 DEBERTA_TARGETS = ("query_proj", "key_proj", "value_proj", "attention.output.dense", "intermediate.dense", "output.dense")
 
@@ -172,21 +172,10 @@ class Attention(nn.Module):
         return Output(self.config, name="output")(y, x)
 
 
-class Layer(nn.Module):
-    """One layer, written as the body of a scan."""
+class Layer(BertLayer):
+    """BERT's layer with this attention."""
 
-    config: DebertaConfig
-    remat: Remat = Remat.NONE
-
-    @nn.compact
-    def __call__(self, x: Array, around: tuple[Array, Array]) -> tuple[Array, None]:
-        c = self.config
-        x = Attention(c, name="attention")(x, *around)
-
-        def feed_forward(_: nn.Module, x: Array) -> Array:
-            return Output(c, name="output")(Intermediate(c, name="intermediate")(x), x)
-
-        return token_wise(feed_forward, self.remat, x.shape)(self, x), None
+    attention = Attention
 
 
 class Layers(nn.Module):

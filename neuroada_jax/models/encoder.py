@@ -12,10 +12,10 @@ from jaxtyping import Array
 from neuroada_jax.models import layers
 from neuroada_jax.models.config_fields import Fields
 from neuroada_jax.models.encoder_parts import (
+    BertLayer,
     Embeddings,
     EncoderConfig,
     ForSequenceClassification,
-    Intermediate,
     Layers,
     Output,
     TwoMaps,
@@ -24,7 +24,7 @@ from neuroada_jax.models.encoder_parts import (
     sizes,
 )
 from neuroada_jax.models.layers import BypassDense, Dropout
-from neuroada_jax.models.remat import Remat, token_wise
+from neuroada_jax.models.remat import Remat
 
 # Every linear map of a layer, as in the published scripts.
 ENCODER_TARGETS = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
@@ -83,21 +83,10 @@ class Attention(nn.Module):
         return Output(self.config, name="output")(SelfAttention(self.config, name="self")(x, mask), x)
 
 
-class Layer(nn.Module):
-    """One encoder layer, written as the body of a scan."""
+class Layer(BertLayer):
+    """BERT's layer with this attention."""
 
-    config: EncoderConfig
-    remat: Remat = Remat.NONE
-
-    @nn.compact
-    def __call__(self, x: Array, mask: Array) -> tuple[Array, None]:
-        c = self.config
-        x = Attention(c, name="attention")(x, mask)
-
-        def feed_forward(_: nn.Module, x: Array) -> Array:
-            return Output(c, name="output")(Intermediate(c, name="intermediate")(x), x)
-
-        return token_wise(feed_forward, self.remat, x.shape)(self, x), None
+    attention = Attention
 
 
 class Pooler(nn.Module):
@@ -130,7 +119,7 @@ class Encoder(nn.Module):
         x = self.embeddings(ids, token_types)
         if self.config.embedding_size not in (None, self.config.hidden_size):
             x = self.embeddings_project(x)
-        return self.encoder(x, attended(ids, mask))
+        return self.encoder(x, (attended(ids, mask),))
 
 
 class BertForSequenceClassification(ForSequenceClassification):

@@ -6,7 +6,7 @@ Dropout is active only where `apply` is given `rngs={"dropout": key}`.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from neuroada_jax.models.remat import (
     kept_activation,
     outside_scan,
     remat_module,
+    token_wise,
 )
 
 LARGEST_LABELS = 2**20
@@ -176,6 +177,28 @@ class Intermediate(nn.Module):
     def __call__(self, x: Array) -> Array:
         c = self.config
         return layers.ACTIVATIONS[c.activation](BypassDense(c.intermediate_size, True, c.dtype, name="dense")(x))
+
+
+class BertLayer(nn.Module):
+    """One layer with norms behind its blocks, written as the body of a scan.
+
+    Attributes:
+      attention: the family's module, (x, *around) -> the states behind its norm.
+    """
+
+    config: Any
+    remat: Remat = Remat.NONE
+    attention: ClassVar[type[nn.Module]]
+
+    @nn.compact
+    def __call__(self, x: Array, around: tuple[Array, ...]) -> tuple[Array, None]:
+        c = self.config
+        x = self.attention(c, name="attention")(x, *around)
+
+        def feed_forward(_: nn.Module, x: Array) -> Array:
+            return Output(c, name="output")(Intermediate(c, name="intermediate")(x), x)
+
+        return token_wise(feed_forward, self.remat, x.shape)(self, x), None
 
 
 class Layers(nn.Module):

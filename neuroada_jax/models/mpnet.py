@@ -11,11 +11,10 @@ from jaxtyping import Array
 from neuroada_jax.models import layers
 from neuroada_jax.models.config_fields import Fields
 from neuroada_jax.models.encoder_parts import (
+    BertLayer,
     Embeddings,
     EncoderConfig,
     ForSequenceClassification,
-    Intermediate,
-    Output,
     TwoMaps,
     applied_layers,
     attended,
@@ -23,7 +22,7 @@ from neuroada_jax.models.encoder_parts import (
     sizes,
 )
 from neuroada_jax.models.layers import BypassDense, Dropout, Embedding, LayerNorm
-from neuroada_jax.models.remat import Remat, token_wise
+from neuroada_jax.models.remat import Remat
 
 MPNET_TARGETS = ("q", "k", "v", "o", "intermediate.dense", "output.dense")
 
@@ -100,21 +99,10 @@ class Attention(nn.Module):
         return LayerNorm(c.norm_epsilon, c.dtype, name="LayerNorm")(x + y)
 
 
-class Layer(nn.Module):
-    """One layer, written as the body of a scan."""
+class Layer(BertLayer):
+    """BERT's layer with this attention."""
 
-    config: MPNetConfig
-    remat: Remat = Remat.NONE
-
-    @nn.compact
-    def __call__(self, x: Array, around: tuple[Array, Array]) -> tuple[Array, None]:
-        c = self.config
-        x = Attention(c, name="attention")(x, *around)
-
-        def feed_forward(_: nn.Module, x: Array) -> Array:
-            return Output(c, name="output")(Intermediate(c, name="intermediate")(x), x)
-
-        return token_wise(feed_forward, self.remat, x.shape)(self, x), None
+    attention = Attention
 
 
 class Layers(nn.Module):
