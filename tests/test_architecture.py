@@ -1,6 +1,7 @@
 """Import directions: the rooms of the package stand in one order without circles, and the core is arrays and trees only."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -31,6 +32,7 @@ ORDER = [
 ]
 
 
+@functools.cache
 def rooms() -> dict[str, set[str]]:
     """What every room (a folder, or a file beside the folders) imports of the other rooms."""
     names = {path.name.removesuffix(".py") for path in PACKAGE.iterdir() if path.is_dir() or path.suffix == ".py"}

@@ -78,6 +78,7 @@ def start(tmp_path):
         with socket.create_server(("127.0.0.1", 0)) as free:
             address = f"127.0.0.1:{free.getsockname()[1]}"
         flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+        flags += " --xla_cpu_use_fusion_emitters=false"
         for index in range(count):
             words = [*arguments, "--coordinator", address, "--processes", str(count), "--process", str(index)]
             log = tmp_path / f"{index}.log"
