@@ -8,12 +8,15 @@ import pytest
 import yaml
 from data_helpers import BYTES, CHAT
 from helpers import write_bert, write_model
+from quantised_files import SIZES
 
 import neuroada_jax.evaluation
-from neuroada_jax import cli
+from neuroada_jax import cli, models
+from neuroada_jax.core import quantised
 from neuroada_jax.data.prompts import PromptForm, PromptStyle
 from neuroada_jax.errors import UserError
 from neuroada_jax.generation.generate import Generation
+from neuroada_jax.pretrained import save
 from neuroada_jax.pretrained.load import load_with_progress, open_with_tokenizer
 
 WORDS = [*"abcdehinostu", "the", "day", "night", "answer", "question", "option1", "please choose", "correct"]
@@ -111,6 +114,52 @@ def test_tables_and_answers_equal_those_of_the_hf_model(harness, pair, tasks):
         else:
             numbers = [np.array(each, np.float64) for each in answers]  # is_greedy as 0 and 1
             np.testing.assert_allclose(*numbers, rtol=1e-5, atol=1e-4)
+
+
+def compared(harness, opened, params, tokenizer, directory, tasks):
+    """Our answers to choices and generations, and those of the HF model of the directory."""
+    from lm_eval.models.huggingface import HFLM
+
+    ours = harness.NeuroAdaLM(opened, params, tokenizer, batch_size=4)
+    theirs = HFLM(pretrained=str(directory), device="cpu", dtype="float32", batch_size=4)
+    names, options = ["tiny_choice", "tiny_generation"], {"bootstrap_iters": 0, "apply_chat_template": False}
+    found = harness.find_tasks(names, str(tasks))
+    samples = [harness.evaluate(lm, found, num_fewshot=1, **options)["samples"] for lm in (ours, theirs)]
+    return [[[row["filtered_resps"] for row in each[name]] for name in names] for each in samples]
+
+
+@pytest.mark.parametrize("kind", [kind for kind, each in models.ARCHITECTURES.items() if each.is_decoder])
+def test_every_family_answers_as_the_hf_model(harness, kind, tasks, tmp_path):
+    import torch
+    import transformers
+
+    sizes = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128}
+    sizes |= {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 16} if kind == "qwen3_moe" else {}
+    torch.manual_seed(0)
+    tokens = {"pad_token_id": 0, "eos_token_id": CHAT.eos_token_id, "bos_token_id": None}
+    config = transformers.AutoConfig.for_model(kind, **sizes, **tokens, initializer_range=0.4)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    CHAT.save_pretrained(tmp_path)
+    opened, tokenizer = open_with_tokenizer(str(tmp_path), "float32")
+    params = load_with_progress(opened).params
+    (choices, texts), (want, same) = compared(harness, opened, params, tokenizer, tmp_path, tasks)
+    np.testing.assert_allclose(np.array(choices, np.float64), np.array(want, np.float64), rtol=1e-5, atol=1e-3)
+    assert texts == same and len({text for (text,) in texts}) > 3
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8", "fp8"])
+def test_a_quantised_base_answers_as_the_hf_model_of_its_dequantised_weights(harness, quantization, tasks, tmp_path):
+    directory = write_model(tmp_path / "model", seed=3, **{**SIZES, "dtype": "float32"})
+    opened, tokenizer = open_with_tokenizer(str(directory), "float32", quantization_of=quantization)
+    loaded = load_with_progress(opened)
+    assert quantised.holds(loaded.params)
+    save.save(tmp_path / "dense", loaded, quantised.map_quantised(quantised.dequantise, loaded.params), tokenizer)
+    (choices, texts), (want, same) = compared(harness, opened, loaded.params, tokenizer, tmp_path / "dense", tasks)
+    np.testing.assert_allclose(np.array(choices, np.float64), np.array(want, np.float64), rtol=1e-5, atol=1e-3)
+    assert texts == same and len({text for (text,) in texts}) > 3
+    unquantised = compared(harness, opened, loaded.params, tokenizer, directory, tasks)[1]
+    assert np.abs(np.array(unquantised[0], np.float64) - np.array(want, np.float64)).max() > 1e-2  # else it says little
 
 
 def test_single_requests_equal_those_of_the_hf_model(pair):
