@@ -14,6 +14,7 @@ program smaller lowers its bound. What does not depend on the depth is read in `
     gradient     calls of the GPU kernel for the gradient of the values
     attention    calls of cuDNN's fused attention
     bytes        a step's arguments and temporaries
+    temporaries  while decoding from nf4 codes: less than a tenth of a dequantised kernel of the smallest map
     sent         what eight GPUs send to each other in a step
     compile      processor seconds of tracing and compiling a step in full depth, here
 """
@@ -43,6 +44,7 @@ from neuroada_jax.models import unrolled
 from neuroada_jax.planning import plan, shapes
 from neuroada_jax.planning.collectives import Traffic, collectives
 from neuroada_jax.planning.machines import Compiler, compiler_for, find, temporaries
+from neuroada_jax.pretrained import quantization
 from neuroada_jax.training import config_file, parallel
 from neuroada_jax.training.config import ParallelSection, RunConfig
 
@@ -70,9 +72,10 @@ class Setting(NamedTuple):
     devices: int = 1
     fsdp: int = 1
     tensor: int = 1
+    held: str = "none"  # of the base model: model.quantization
 
     def __str__(self) -> str:
-        shape = f"k = {self.k}, remat {self.remat}, {self.rows} x {LENGTH}"
+        shape = f"k = {self.k}, remat {self.remat}, {self.rows} x {LENGTH}" + f", {self.held}" * (self.held != "none")
         shared = "".join(f", {name} {size}" for name, size in (("fsdp", self.fsdp), ("tensor", self.tensor)) if size > 1)
         mode = f", {self.devices} devices{shared or ', shard_map'}" if self.devices > 1 else ""
         return f"{shape}{mode}" + (f", {self.layers} layers" if self.layers != LAYERS else "")
@@ -92,6 +95,7 @@ BYTES = {
     Setting(20, "full"): 2.55e9,
     Setting(1, "full", 4, layers=FULL_DEPTH): 14.5e9,
     Setting(1, "full", 16, layers=FULL_DEPTH): 17.0e9,
+    Setting(1, "full", layers=FULL_DEPTH, held="nf4"): 4.9e9,
     Setting(1, "full", devices=8): 2.55e9,
     Setting(1, "full", devices=8, fsdp=8): 0.95e9,
     Setting(1, "full", devices=8, tensor=8): 0.71e9,
@@ -183,10 +187,11 @@ def _facts(machine: str, compiler: Compiler) -> Iterator[Fact]:
             yield Fact(f"bytes: {setting}", program.bytes, BYTES[setting])
         if setting in SENT:
             yield from sent_facts(setting, program.text, SENT[setting])
-        if setting.layers == FULL_DEPTH:
+        if setting.layers == FULL_DEPTH and setting.held == "none":
             yield Fact(f"compile: {setting}", round(program.seconds), COMPILE_SECONDS)
     for rows in DECODE:
         yield from decode_facts(rows, compiler)
+    yield codes_fact("nf4", compiler)
     # Compiled ahead of time, XLA takes products of its own; a card may choose cuBLAS, which reads no slice in place.
     compiler = compiler._replace(options={**(compiler.options or {}), "xla_gpu_enable_triton_gemm": False})
     yield from decode_facts(DECODE[0], compiler, ", cuBLAS")
@@ -221,23 +226,37 @@ def cuda_kernel_fact(compiler: Compiler) -> Fact:
 
 def decode_facts(rows: int, compiler: Compiler, products: str = "") -> Iterator[Fact]:
     """Yield what the compiled decoding of `rows` sequences says."""
-    prompt, slots = 128, 256
-    model = models.from_hf_config(MODELS["llama-7b"] | {"num_hidden_layers": LAYERS}, DTYPE)
-    config, module = model.config, model.module()
+    slots = 256
+    config, compiled = _decoding(rows, slots, compiler)
+    text = compiled.as_text()
+    cache = rows * config.num_kv_heads * slots * config.head_dim
+    yield _none(f"copies: decoding, batch {rows}{products}", hlo.copies(text, min(WEIGHT, cache)))
+    yield _none(f"dots: decoding, batch {rows}{products}", hlo.wide_dots(text, WEIGHT))
+
+
+def codes_fact(held: str, compiler: Compiler) -> Fact:
+    """Return the temporaries of decoding one sequence from codes."""
+    _, compiled = _decoding(1, 256, compiler, held)
+    return Fact(f"temporaries: decoding, batch 1, {held}", temporaries(compiled), WEIGHT * 2 // 10)
+
+
+def _decoding(rows: int, slots: int, compiler: Compiler, held: str = "none") -> tuple[Any, Any]:
+    """Return the config of `LAYERS` layers, and the compiled decoding of `rows` sequences with it."""
+    prompt = 128
+    model = models.from_hf_config(MODELS["llama-7b"] | {"num_hidden_layers": LAYERS}, DTYPE)._replace(quantization=held)
+    module = model.module()
     integer: Any = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     options: dict[str, Any] = {"decoding": GREEDY, "eos_ids": ()}
     prompts = generate.Prompts(integer((rows, prompt)), integer((rows,)), integer((rows,)))
     with platform.tracing_for(compiler.platform, flash_attention=compiler.flash_attention):
-        params = unrolled.apart(model.abstract_params(), model.layers_path)
+        params = quantization.abstract_params(model, quantization.formats(model))
+        params = unrolled.apart(params, model.layers_path)
         start = functools.partial(generate._start, module, slots=slots, **options)
         state = jax.eval_shape(start, params, prompts, jax.ShapeDtypeStruct((), jnp.uint32))
     run = jax.jit(
         lambda params, state, until: generate._continue(module, params, state, until, **options), donate_argnums=1
     )
-    text = compiler.compile(compiler.trace(run, params, state, integer(()))).as_text()
-    cache = rows * config.num_kv_heads * slots * config.head_dim
-    yield _none(f"copies: decoding, batch {rows}{products}", hlo.copies(text, min(WEIGHT, cache)))
-    yield _none(f"dots: decoding, batch {rows}{products}", hlo.wide_dots(text, WEIGHT))
+    return model.config, compiler.compile(compiler.trace(run, params, state, integer(())))
 
 
 def sent_facts(setting: Setting, text: str, bounds: dict[str, Traffic]) -> Iterator[Fact]:
@@ -273,7 +292,7 @@ def compiled_step(setting: Setting, machine: str, compiler: Compiler | None = No
 def _config(setting: Setting, folder: str) -> RunConfig:
     content = {
         "name": "check",
-        "model": {"path": folder, "dtype": DTYPE},
+        "model": {"path": folder, "dtype": DTYPE, "quantization": setting.held},
         "bypass": {"k": setting.k},
         "data": {"train": "none", "max_length": LENGTH},
         "optimizer": {"learning_rate": 8e-3},
