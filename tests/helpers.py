@@ -53,8 +53,7 @@ def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarra
     rng = np.random.default_rng(seed)
     tensors = {}
     for name, slot in names.checkpoint_names(params, model.layers_path).items():
-        shape = flat[slot.path].shape
-        shape = shape if slot.layer is None else shape[1:]
+        shape = flat[slot.path].shape[len(slot.place) :]
         tensors[name] = 0.3 * rng.standard_normal(shape, np.float32) + ("norm" in name)
     return tensors
 

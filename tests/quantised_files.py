@@ -53,11 +53,13 @@ def stored(name: str, weight: np.ndarray, form: str) -> dict[str, np.ndarray]:
     return tensors
 
 
-def write_bitsandbytes(directory: Path, form: str, tokenizer: Any = None, **changes: np.ndarray | None) -> Path:
+def write_bitsandbytes(
+    directory: Path, form: str, tokenizer: Any = None, sizes: dict[str, Any] = SIZES, **changes: np.ndarray | None
+) -> Path:
     """A directory whose layers are quantised; `changes` replaces stored tensors by name, None removes one."""
     tensors = {}
-    for name, weight in random_tensors(SIZES).items():
-        is_kernel = name.endswith("_proj.weight")
+    for name, weight in random_tensors(sizes).items():
+        is_kernel = name.endswith("_proj.weight") or ".experts." in name
         tensors |= stored(name, weight, form) if is_kernel else {name: weight}
     for name, tensor in changes.items():
         if tensor is None:
@@ -65,7 +67,7 @@ def write_bitsandbytes(directory: Path, form: str, tokenizer: Any = None, **chan
         else:
             tensors[name] = tensor
     write_safetensors(directory, tensors)
-    (directory / "config.json").write_text(json.dumps({**SIZES, "quantization_config": SECTIONS[form]}))
+    (directory / "config.json").write_text(json.dumps({**sizes, "quantization_config": SECTIONS[form]}))
     if tokenizer is not None:
         tokenizer.save_pretrained(str(directory))
     return directory

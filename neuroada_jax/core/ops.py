@@ -176,7 +176,7 @@ def _observed_fwd(x, kernel, squares):
 
 def _observed_bwd(residuals, dy):
     x, kernel, squares = residuals
-    dx = _input_gradient(dy, kernel)
+    dx = input_gradient(dy, kernel)
     counts = jnp.any(dy != 0, axis=-1, keepdims=True)
     observed = jnp.where(counts, jnp.square(x.astype(squares.dtype)), 0)
     return dx, None, jnp.sum(observed.reshape(-1, x.shape[-1]), axis=0)
@@ -185,7 +185,7 @@ def _observed_bwd(residuals, dy):
 observed_dense.defvjp(_observed_fwd, _observed_bwd)
 
 
-def _input_gradient(dy: Array, kernel: Any) -> Array:
+def input_gradient(dy: Array, kernel: Any) -> Array:
     """Return dx, (*B, I), for a kernel (O, I) that may be quantised."""
     kernel, dy = quantised.when(kernel, dy)
     return lax.dot_general(dy, quantised.dense(kernel).astype(dy.dtype), (((dy.ndim - 1,), (0,)), ((), ())))
@@ -218,7 +218,7 @@ def quantised_dense(x: Float[Array, "*B I"], kernel: QuantisedKernel) -> Float[A
 
 
 quantised_dense.defvjp(
-    lambda x, kernel: (quantised_dense(x, kernel), kernel), lambda kernel, dy: (_input_gradient(dy, kernel), None)
+    lambda x, kernel: (quantised_dense(x, kernel), kernel), lambda kernel, dy: (input_gradient(dy, kernel), None)
 )
 
 

@@ -132,10 +132,10 @@ def dense_stack(kernel: Any) -> Array:
 
 
 def by_layer(function: Callable[..., Any], kernel: QuantisedKernel, *others: Any) -> Any:
-    """Return function(kernel (O, I), *others) of every layer, of which one is dequantised at a time."""
+    """Return function(kernel (O, I), *others) of every layer and expert, of which one is dequantised at a time."""
     if kernel.ndim == 2:
         return function(kernel, *others)
-    return lax.map(lambda own: function(*own), (kernel, *others))
+    return lax.map(lambda own: by_layer(function, *own), (kernel, *others))
 
 
 @jax.jit

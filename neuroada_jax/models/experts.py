@@ -9,7 +9,7 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Float
 
-from neuroada_jax.core import experts
+from neuroada_jax.core import experts, quantised
 from neuroada_jax.core.entries import wide_dtype
 from neuroada_jax.models import remat
 from neuroada_jax.models.layers import ACTIVATIONS, BypassDense
@@ -48,7 +48,9 @@ class ExpertMap(nn.Module):
         placement = remat.placement()
         x = x if placement is None else placement.inputs(x)
         shape = (self.count, self.features, x.shape[-1])
-        kernel = self.param("kernel", nn.initializers.normal(0.02), shape, self.dtype)
+        kernel: Any = self.get_variable("params", "kernel")  # a quantised one has no array of the kernel's shape
+        if not quantised.is_quantised(kernel):
+            kernel = self.param("kernel", nn.initializers.normal(0.02), shape, self.dtype)
         form = next((name for name in ("bypass", "resident") if self.has_variable(name, "values")), None)
         if form is None:
             return remat.kept_activation(experts.plain(x, kernel, of_blocks))
@@ -69,8 +71,9 @@ class ExpertMaps(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "R D"], chosen: Array) -> Float[Array, "R D"]:
         c = self.config
-        blocks = experts.blocks_of(chosen, c.count)
         gate_name, up_name, down_name = c.maps
+        held: Any = [self.get_variable("params", name) for name in c.maps]
+        blocks = experts.blocks_of(chosen, c.count, dequantised=quantised.holds(held))
         rows = experts.into_blocks(x, blocks)
         gate = ExpertMap(c.count, c.width, self.dtype, name=gate_name)(rows, blocks.experts)
         up = ExpertMap(c.count, c.width, self.dtype, name=up_name)(rows, blocks.experts)

@@ -60,6 +60,11 @@ def is_stacked(path: ModulePath, layers_path: ModulePath) -> bool:
     return path[: len(layers_path)] == layers_path
 
 
+def is_router(params: Mapping[str, Any], path: ModulePath) -> bool:
+    """Return whether a linear map chooses the experts that lie beside it."""
+    return EXPERTS not in path and EXPERTS in functools.reduce(lambda node, key: node[key], path[:-1], params)
+
+
 def within_layer(path: ModulePath, layers_path: ModulePath) -> str:
     """Return a module's path below its layer, such as "self_attn.q_proj"; outside the layers, its complete path."""
     return ".".join(path[len(layers_path) :] if is_stacked(path, layers_path) else path)

@@ -53,6 +53,11 @@ def work(jaxpr: Any, frozen: Sequence[bool]) -> Work:
       jaxpr: as `jax.jit(f).trace(...)` or `jax.make_jaxpr` return it. A loop without a fixed length counts once.
       frozen: whether each flat argument is a frozen weight.
     """
+    return _count(jaxpr, frozen)[0]
+
+
+def _count(jaxpr: Any, frozen: Sequence[bool]) -> tuple[Work, list[bool]]:
+    """Return the work of a jaxpr, and whether each of its results is a part of a frozen weight; arguments as in `work`."""
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     weights = {variable for variable, is_weight in zip(jaxpr.invars, frozen, strict=True) if is_weight}
     total = Work()
@@ -80,8 +85,11 @@ def work(jaxpr: Any, frozen: Sequence[bool]) -> Work:
             for inner in _jaxprs(equation.params.values()):
                 # A while loop's condition and body take some of its operands only: weights are not tracked into them.
                 same = len(inner.invars) == len(read)
-                total += work(inner, read if same else [False] * len(inner.invars))
-    return total
+                own, parts = _count(inner, read if same else [False] * len(inner.invars))
+                total += own
+                if len(parts) == len(equation.outvars):  # jnp's and lax's own functions of a weight are jitted
+                    weights.update(result for result, is_part in zip(equation.outvars, parts, strict=True) if is_part)
+    return total, [isinstance(result, core.Var) and result in weights for result in jaxpr.outvars]
 
 
 def _dot_flops(equation: Any) -> int:

@@ -57,15 +57,38 @@ def place(filled: dict[tuple[str, ...], Any], slot: names.Slot, held: Any, shard
     like = held[slot.layer or 0] if apart else held
     shapes, structure = jax.tree.flatten(like)
     where = jax.tree.leaves(sharding) if quantised.is_quantised(sharding) else [sharding] * len(shapes)
-    if slot.layer is None or apart:
+    if apart and slot.expert is not None:
+        _place_expert(filled, slot, (structure, shapes, where), tensor)
+    elif slot.layer is None or apart:
         parts = zip(jax.tree.leaves(tensor), shapes, where, strict=True)
         placed = [jax.device_put(jnp.asarray(part).astype(shape.dtype), device) for part, shape, device in parts]
         own = jax.tree.unflatten(structure, placed)
         filled[slot.path] = (*filled.get(slot.path, ()), own) if apart else own
     else:
         if slot.path not in filled:
-            each = zip(shapes, where, strict=True)
-            zeros = [jnp.zeros(shape.shape, shape.dtype, device=device) for shape, device in each]
-            filled[slot.path] = jax.tree.unflatten(structure, zeros)
-        written = _write_part(filled[slot.path], jax.tree.map(np.asarray, tensor), tuple(map(np.int32, slot.place)))
-        filled[slot.path] = jax.block_until_ready(written)  # without it tensors queue up in host memory
+            filled[slot.path] = jax.tree.unflatten(structure, _zeros(shapes, where))
+        filled[slot.path] = _written(filled[slot.path], tensor, slot.place)
+
+
+def _place_expert(
+    filled: dict[tuple[str, ...], Any], slot: names.Slot, like: tuple[Any, list[Any], list[Any]], tensor: Any
+) -> None:
+    """Put the kernel of an expert into its place of a layer that lies apart; `like` is the structure of the layer's leaf.
+
+    Layers come in their order, and so do the experts of each.
+    """
+    layers = filled.get(slot.path, ())
+    if slot.expert == 0:
+        structure, shapes, where = like
+        layers = (*layers, jax.tree.unflatten(structure, _zeros(shapes, where)))
+    assert slot.expert is not None
+    filled[slot.path] = (*layers[:-1], _written(layers[-1], tensor, (slot.expert,)))
+
+
+def _zeros(shapes: list[Any], where: list[Any]) -> list[jax.Array]:
+    return [jnp.zeros(shape.shape, shape.dtype, device=device) for shape, device in zip(shapes, where, strict=True)]
+
+
+def _written(buffer: Any, tensor: Any, place: tuple[int, ...]) -> Any:
+    written = _write_part(buffer, jax.tree.map(np.asarray, tensor), tuple(map(np.int32, place)))
+    return jax.block_until_ready(written)  # without it tensors queue up in host memory

@@ -2,8 +2,8 @@
 
 `Model.quantization` is "none"; "stored:FORMAT", where codes are kept as the checkpoint has them ("stored" alone for a GGUF
 file, whose tensors differ); or the format of `quantise.MADE` into which the kernels of the layers are quantised on load.
-Embeddings, norms and the output layer stay in the model's dtype, unless a bitsandbytes checkpoint has quantised them; with
-"+embeddings" at the end, the embedding and the output layer of a decoder are held like the kernels.
+Embeddings, norms, routers and the output layer stay in the model's dtype, unless a bitsandbytes checkpoint has quantised
+them; with "+embeddings" at the end, the embedding and the output layer of a decoder are held like the kernels.
 """
 
 import math
@@ -165,10 +165,10 @@ def formats(model: models.Model, tensors: Any = None) -> Formats:
     if model.quantization == NONE:
         return {}
     abstract = model.abstract_params()
-    if any(names.EXPERTS in path for path, _ in trees.kernels(abstract)):
-        raise UserError("model.quantization: the kernels of experts are not quantised; expected none")
     kernels = {
-        (*path, "kernel"): kernel for path, kernel in trees.kernels(abstract) if names.is_stacked(path, model.layers_path)
+        (*path, "kernel"): kernel
+        for path, kernel in trees.kernels(abstract)
+        if names.is_stacked(path, model.layers_path) and not names.is_router(abstract, path)
     }
     if model.quantization.endswith(EMBEDDINGS):
         kernels |= _vocabulary(model, abstract)
@@ -197,7 +197,7 @@ def _vocabulary(model: models.Model, abstract: Tree) -> dict[ModulePath, Any]:
 def _stored_formats(model: models.Model, tensors: Any, abstract: Tree) -> Formats:
     """Return the formats in which a checkpoint stores the kernels."""
     stored = tensor_names.assign(model, tensors.names()).stored
-    found: dict[ModulePath, list[str | None]] = {}
+    found: dict[ModulePath, dict[int | None, str | None]] = {}
     vocabulary = _vocabulary(model, abstract) if model.quantization.endswith(EMBEDDINGS) else {}
     packs_layers_only = getattr(tensors, "packs_layers_only", False)
     for name, slot in names.checkpoint_names(abstract, model.layers_path).items():
@@ -206,13 +206,19 @@ def _stored_formats(model: models.Model, tensors: Any, abstract: Tree) -> Format
             own = None
         if own is not None and slot.path[-1] != "kernel" and slot.path not in vocabulary:
             raise UserError(f"tensor {stored[name]!r} is quantised ({own}), and is not the weight of a linear map")
-        found.setdefault(slot.path, []).append(own)
+        of_layers = found.setdefault(slot.path, {})
+        if of_layers.setdefault(slot.layer, own) != own:
+            other = of_layers[slot.layer] or "unquantised"
+            raise UserError(
+                f"tensor {stored[name]!r} is {own or 'unquantised'}, and other experts of its layer are {other}"
+            )
     merged: Formats = {}
-    for path, each in found.items():
+    for path, of_layers in found.items():
+        each = tuple(of_layers.values())
         if each[0] is not None and len(set(each)) == 1:
             merged[path] = each[0]
         elif any(each):
-            merged[path] = tuple(each)
+            merged[path] = each
     if vocabulary and not vocabulary.keys() & merged.keys():
         raise UserError("model.quantize_embeddings: the checkpoint has no quantised embedding; expected false")
     return merged

@@ -52,7 +52,10 @@ def check(form: str, model: models.Model) -> None:
     """
     for path, kernel in trees.kernels(model.abstract_params()):
         if names.EXPERTS in path:
-            raise UserError("--requantise: the kernels of experts are not quantised")
+            raise UserError(
+                "--requantise: transformers stacks the kernels of experts, and bitsandbytes quantises single maps; "
+                "leave it out"
+            )
         if names.is_stacked(path, model.layers_path):
             check_inputs(form, kernel.shape[-1], f"--requantise: {'.'.join(path)}")
 

@@ -26,7 +26,7 @@ class OriginalColumns:
         self._chosen: dict[ModulePath, list[np.ndarray]] = {}
 
     def add(self, path: ModulePath, layer: int | None, kernel: np.ndarray) -> None:
-        """Select the columns of one layer's kernel; the layers come in their order."""
+        """Select the columns of one kernel of a layer; the layers, and the experts of each, come in their order."""
         if path not in self._paths:
             return
         section, name = self._config, f"{'.'.join(path)} of layer {layer}"
@@ -39,9 +39,9 @@ class OriginalColumns:
         """Return the bypass with these columns in the place of those that were selected from quantised kernels."""
         columns: Tree = built.columns
         for path, chosen in self._chosen.items():
-            stacked = trees.get(columns, path)["columns"].ndim > 2
-            of_all = jnp.asarray(np.stack(chosen) if stacked else chosen[0])
-            columns = trees.put(columns, path, {**trees.get(columns, path), "columns": of_all})
+            built_of = trees.get(columns, path)
+            of_all = jnp.asarray(np.stack(chosen).reshape(built_of["columns"].shape))
+            columns = trees.put(columns, path, {**built_of, "columns": of_all})
         return Bypass(built.values, columns)
 
 

@@ -14,6 +14,7 @@ from test_decoders import GEMMA, HALF, MANY, MOE, SMALL, torch_model
 from test_llama import jax_logits, random_ids, rope, torch_logits
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+from neuroada_jax.core.quantised import is_quantised
 from neuroada_jax.errors import UserError
 from neuroada_jax.pretrained.gguf_config import read_config
 from neuroada_jax.pretrained.load import load_model
@@ -135,8 +136,8 @@ def add_phi(writer, c):
             writer.add_tensor(f"rope_factors_{name}.weight", np.asarray(rope[f"{name}_factor"], np.float32))
 
 
-def write(path, name, block=None, **extra):
-    """Write a case as a GGUF file, its kernels in blocks; `extra` are further methods of the writer."""
+def write(path, name, block=lambda tensor: None, **extra):
+    """Write a case as a GGUF file, kernels in the blocks that `block` names; `extra` are further methods of the writer."""
     arch, kind, fields = CASES[name]
     reference = torch_model(kind, fields)
     writer = GGUFWriter(path, arch)
@@ -144,7 +145,7 @@ def write(path, name, block=None, **extra):
     for method, value in extra.items():
         getattr(writer, f"add_{method}")(value)
     for tensor, array in stored(reference, arch):
-        packed = block if tensor.startswith("blk.") and array.ndim > 1 and array.shape[-1] % 32 == 0 else None
+        packed = block(tensor) if tensor.startswith("blk.") and array.ndim > 1 and array.shape[-1] % 32 == 0 else None
         writer.add_tensor(tensor, array if packed is None else quantize(array, packed), raw_dtype=packed)
     for method in ("write_header_to_file", "write_kv_data_to_file", "write_tensors_to_file", "close"):
         getattr(writer, method)()
@@ -173,11 +174,20 @@ def test_logits_equal_those_of_the_hugging_face_model(name, tmp_path):
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
 
 
-def test_packed_blocks_of_fused_maps_equal_dequantised_ones(tmp_path):
+@pytest.mark.parametrize("name", ["phi3", "mixtral"])
+def test_packed_blocks_of_fused_maps_and_experts_equal_dequantised_ones(name, tmp_path, monkeypatch):
     path = str(tmp_path / "model.gguf")
-    write(path, "phi3", block=GGMLQuantizationType.Q8_0)
+    arch, kind, fields = CASES[name]
+    monkeypatch.setitem(CASES, name, (arch, kind, {**fields, "intermediate_size": 64, "num_hidden_layers": 2}))
+    other = {"blk.1.ffn_gate_exps.weight": GGMLQuantizationType.Q4_0, "blk.0.ffn_up_exps.weight": None}
+    write(path, name, block=lambda tensor: other.get(tensor, GGMLQuantizationType.Q8_0))
     loaded = [load_model(path, quantization_of=held) for held in ("auto", "none")]
     assert [each.model.quantization for each in loaded] == ["stored", "none"]
+    assert loaded[0].digests == loaded[1].digests
+    if name == "mixtral":
+        maps = loaded[0].params["model"]["layers"]["block_sparse_moe"]["experts"]
+        each = {own: [is_quantised(layer) and layer.format for layer in maps[own]["kernel"]] for own in maps}
+        assert each == {"w1": ["Q8_0", "Q4_0"], "w2": ["Q8_0", "Q8_0"], "w3": [False, "Q8_0"]}
     ids = random_ids((1, 12))
     packed, plain = (jax_logits(each.model, each.params, ids, jit) for each in loaded)
     np.testing.assert_allclose(packed, plain, rtol=0, atol=1e-4)

@@ -29,7 +29,8 @@ def dense(params):
     return flat
 
 
-@pytest.mark.parametrize("form", SECTIONS)
+# nf4 is that of experts, too.
+@pytest.mark.parametrize("form", [pytest.param(form, marks=pytest.mark.slow if form == "nf4" else ()) for form in SECTIONS])
 def test_bitsandbytes_checkpoints_are_what_is_quantised_on_load(tmp_path, form):
     read = load_model(str(write_bitsandbytes(tmp_path / "stored", form)))
     assert read.model.quantization == f"stored:{form}"
@@ -49,6 +50,29 @@ def test_bitsandbytes_checkpoints_are_what_is_quantised_on_load(tmp_path, form):
     pairs = zip(jax.tree.leaves(shapes), jax.tree.leaves(read.params), strict=True)
     assert all((one.shape, one.dtype) == (other.shape, other.dtype) for one, other in pairs)
     assert bypass.count(read.params) == bypass.count(unpacked.params)
+
+
+EXPERTS = {**SIZES, "model_type": "mixtral", "num_local_experts": 3, "num_experts_per_tok": 2}
+
+
+def test_experts_of_bitsandbytes_checkpoints_are_single_maps(tmp_path):
+    read = load_model(str(write_bitsandbytes(tmp_path / "stored", "nf4", sizes=EXPERTS)))
+    weights = random_tensors(EXPERTS)
+    made = load_model(
+        str(write_model(tmp_path / "plain", None, weights=weights, **{**EXPERTS, "dtype": "float32"})),
+        "bfloat16",
+        quantization_of="nf4",
+    )
+    jax.tree.map(np.testing.assert_array_equal, read.params, made.params)
+    moe = made.params["model"]["layers"]["block_sparse_moe"]
+    assert moe["experts"]["w2"]["kernel"].shape == (2, 3, 64, 128) and not quantised.is_quantised(moe["gate"]["kernel"])
+    own = np.asarray(moe["experts"]["w2"]["kernel"].parts["codes"][1, 2])
+    name = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
+    np.testing.assert_array_equal(own.reshape(-1, 1), stored(name, weights[name], "nf4")[name])
+    other = stored(name, weights[name], "int8")
+    changes = dict.fromkeys(stored(name, weights[name], "nf4")) | other
+    mixed = write_bitsandbytes(tmp_path / "mixed", "nf4", sizes=EXPERTS, **changes)
+    assert f"tensor {name!r} is int8, and other experts of its layer are nf4" in message(load_model, str(mixed))
 
 
 GGUF_NAMES = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",

@@ -12,7 +12,8 @@ from data_helpers import message_of
 from helpers import CONFIG, write_model
 
 from neuroada_jax import models
-from neuroada_jax.core import bypass, low_rank, ops, trees
+from neuroada_jax.core import bypass, low_rank, ops, quantise, trees
+from neuroada_jax.core.quantised import QuantisedKernel
 from neuroada_jax.models import Remat
 from neuroada_jax.models.losses import classification_losses, label_losses
 from neuroada_jax.planning.collectives import Traffic, collectives
@@ -82,7 +83,8 @@ def one_device():
     return train_decoder(SINGLE)
 
 
-@pytest.mark.parametrize("form", FORMS)
+# "all axes" has a tensor axis, too.
+@pytest.mark.parametrize("form", [pytest.param(form, marks=pytest.mark.slow if form == "tensor" else ()) for form in FORMS])
 def test_a_decoder_trains_as_on_one_device(form, one_device):
     assert_equal(train_decoder(FORMS[form]), one_device)
 
@@ -124,14 +126,29 @@ KINDS = {
 }
 
 
+def quantised_experts(params):
+    """The parameters with the kernels of experts in int8."""
+    for path, kernel in list(trees.kernels(params)):
+        if kernel.ndim == 4:
+            parts = jax.vmap(jax.vmap(lambda own: quantise.quantise(own, "int8")))(kernel)
+            params = trees.put(params, (*path, "kernel"), QuantisedKernel(parts, "int8", kernel.dtype))
+    return params
+
+
 @pytest.mark.parametrize(
-    "kind", ["experts", *(pytest.param(each, marks=pytest.mark.slow) for each in ("windows", "fused"))]
+    "kind", ["int8", *(pytest.param(each, marks=pytest.mark.slow) for each in ("experts", "windows", "fused"))]
 )
 def test_kinds_of_decoders_train_as_on_one_device(kind):
-    model = models.from_hf_config({**CONFIG, **KINDS[kind]})
+    model = models.from_hf_config({**CONFIG, **KINDS["experts" if kind == "int8" else kind]})
     transformation = optimizer.build(OptimizerSection(learning_rate=0.02, schedule="constant", epsilon=1e-3), 100)
-    batches = [decoder.random_batch(16, seed=number) for number in range(3)]
-    make_state = lambda: decoder.fresh(model, transformation, model.architecture.targets, 3)[1]  # noqa: E731
+    batches = [decoder.random_batch(16, seed=number) for number in range(2)]
+
+    def make_state():
+        params = decoder.random_params(model)
+        params = quantised_experts(params) if kind == "int8" else params
+        paths = models.match_targets(params, list(model.architecture.targets), model.layers_path)
+        return step.initial_state(params, bypass.build(params, paths, 3), transformation)
+
     found, wanted = (
         train(form, make_state, model.module(), transformation, batches) for form in (FORMS["all axes"], SINGLE)
     )

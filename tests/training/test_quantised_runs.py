@@ -11,6 +11,7 @@ from quantised_files import SIZES
 
 from neuroada_jax.adapters import exchange, native, on_base
 from neuroada_jax.core import quantise, quantised, selection, trees
+from neuroada_jax.core.bypass import merge
 from neuroada_jax.errors import UserError
 from neuroada_jax.pretrained import quantization
 from neuroada_jax.pretrained.load import load_model
@@ -81,6 +82,23 @@ def test_devices_that_split_codes_by_neuron_train_the_same(tmp_path, inputs):
         run.train(config)
         found.append(losses(config))
     np.testing.assert_allclose(*found, rtol=1e-5)
+
+
+def test_experts_are_trained_and_merged(tmp_path, inputs):
+    sizes = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    model = str(write_model(tmp_path / "experts", CHAT, **{**FIELDS, **sizes, "num_hidden_layers": 1}))
+    config = settings(tmp_path, inputs, model={"path": model}, bypass={"targets": ["up_proj", "down_proj"], "k": 2})
+    run.train(config)
+    adapter = native.read(str(config.directory / "adapter"))
+    base = load_model(model, quantization_of=quantization.of_adapter(adapter.metadata["base"]))
+    trained, weights = on_base.stack_layers(adapter, base), load_model(model, "float32")
+    for path, columns in trees.leaves(trained.columns, "columns"):
+        np.testing.assert_array_equal(columns, selection.select(trees.get(weights.params, path)["kernel"], 2))
+    exchange.export_adapter(str(config.directory / "adapter"), "huggingface", str(tmp_path / "merged"))
+    dense = quantised.map_quantised(quantised.dequantise, base.params)
+    jax.tree.map(np.testing.assert_array_equal, load_model(str(tmp_path / "merged")).params, merge(dense, trained))
+    with pytest.raises(UserError, match="--requantise: transformers stacks the kernels of experts"):
+        exchange.export_adapter(str(config.directory / "adapter"), "huggingface", str(tmp_path / "again"), requantise="nf4")
 
 
 @pytest.mark.parametrize(
