@@ -139,6 +139,16 @@ def _with(kernel: Any, columns: Array | None, values: Array | None) -> Any:
     return add_entries(kernel, columns, values)
 
 
+def observed(
+    x: Float[Array, "N b I"],
+    kernel: Float[Array, "E O I"] | QuantisedKernel,
+    experts: Int[Array, "N"],
+    squares: Float[Array, "E I"],
+) -> Float[Array, "N b O"]:
+    """Return `plain`; the "gradient" of `squares` is as in `ops.observed_dense`, of every expert over its own rows."""
+    return _walk(ops.observed_dense, x, (kernel, squares), experts)
+
+
 def bypass_experts(
     x: Float[Array, "N b I"],
     kernel: Float[Array, "E O I"] | QuantisedKernel,

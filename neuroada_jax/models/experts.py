@@ -52,6 +52,9 @@ class ExpertMap(nn.Module):
         if not quantised.is_quantised(kernel):
             kernel = self.param("kernel", nn.initializers.normal(0.02), shape, self.dtype)
         form = next((name for name in ("bypass", "resident") if self.has_variable(name, "values")), None)
+        if self.has_variable("observed", "squares"):
+            squares: Array = self.get_variable("observed", "squares")
+            return remat.kept_activation(experts.observed(x, kernel, of_blocks, squares))
         if form is None:
             return remat.kept_activation(experts.plain(x, kernel, of_blocks))
         columns: Array = self.get_variable("columns", "columns")

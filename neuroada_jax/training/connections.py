@@ -171,11 +171,10 @@ class _Statistics:
                 return lambda _, path: trees.get(sums, path)
             case Needs.INPUTS:
                 squares = input_squares(*self._pass_over(INPUT_BATCHES), self._config.training.accumulation, self._losses)
-                return lambda _, path: {"for_all": jnp.sqrt(trees.get(squares, path)["squares"])}
+                return lambda _, path: {"for_all": _norms(trees.get(squares, path)["squares"])}
             case Needs.FACTORS:
                 rank = self._config.bypass.rank
-                factors = jax.jit(scores.factors, static_argnums=1)
-                return lambda number, path: factors(quantised.dense_stack(self._kernel(path)), rank, self._key_of(number))
+                return lambda number, path: _factors_of(self._kernel(path), rank, self._key_of(number))
             case Needs.SEEDS:
                 return lambda number, path: scores.seeds(self._key_of(number), quantised.shape(self._kernel(path))[:-1])
         return lambda *_: None
@@ -192,6 +191,21 @@ class _Statistics:
         limit = self._config.bypass.statistic_batches or default
         module = self._model.module(self._config.training.remat_policy)
         return module, self._params, self._paths, itertools.islice(self._batches, limit)
+
+
+def _norms(squares: jax.Array) -> jax.Array:
+    """Return the norms of inputs (*L, I); 1 for an expert that no row was routed to, whose score is then |W|."""
+    return jnp.where(jnp.any(squares > 0, axis=-1, keepdims=True), jnp.sqrt(squares), 1)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _factors_of(kernel: Any, rank: int, key: jax.Array) -> Tree:
+    """Return `scores.factors` of a kernel whose layers may lie apart and be quantised; one of these is dense at a time."""
+    if isinstance(kernel, tuple):
+        return jax.tree.map(lambda *each: jnp.stack(each), *(_factors_of(layer, rank, key) for layer in kernel))
+    if quantised.is_quantised(kernel):
+        return quantised.by_layer(lambda own: scores.factors(quantised.dequantise(own), rank, key), kernel)
+    return scores.factors(kernel, rank, key)
 
 
 def gradient_sums(

@@ -171,8 +171,10 @@ def target_paths(config: RunConfig, model: models.Model) -> list[trees.ModulePat
     if config.method == "neuroada" and config.bypass.score == "lowrank":
         rank = {"bypass.rank": config.bypass.rank}
     for path in paths:
-        if names.EXPERTS in path:
-            _check_experts(config, path)
+        if names.EXPERTS in path and config.method == "lora":
+            raise UserError(
+                f"lora.targets: {'.'.join(path)} belongs to experts, which only method neuroada trains; name others"
+            )
         outputs, inputs = trees.get(shapes, path)["kernel"].shape[-2:]
         for field in (field for field, value in rank.items() if value > min(outputs, inputs)):
             raise UserError(
@@ -183,19 +185,6 @@ def target_paths(config: RunConfig, model: models.Model) -> list[trees.ModulePat
         if config.method == "neuroada" and k > inputs:
             console.warn(f"bypass.k: {k} is more than the {inputs} inputs of {'.'.join(path)}; all {inputs} are used there")
     return paths
-
-
-def _check_experts(config: RunConfig, path: trees.ModulePath) -> None:
-    """Refuse what the maps of experts, which are stacked, do not support."""
-    target = ".".join(path)
-    if config.method == "lora":
-        raise UserError(f"lora.targets: {target} belongs to experts, which only method neuroada trains; name others")
-    if config.bypass.score in ("activation", "lowrank") or config.bypass.shared_columns:
-        field = "shared_columns" if config.bypass.shared_columns else "score"
-        value = getattr(config.bypass, field)
-        raise UserError(
-            f"bypass.{field}: {value} is not supported for {target}, which belongs to experts; name other targets"
-        )
 
 
 def trained_layers(config: RunConfig, model: models.Model) -> list[int]:

@@ -47,10 +47,11 @@ def test_products_equal_dense_ones_in_few_blocks(rows, count):
         assert np.unique(blocks.slots).size == rows
 
 
-@pytest.mark.parametrize("resident", [False, True])
-def test_the_bypass_has_the_gradient_of_merging(resident):
+@pytest.mark.parametrize(("resident", "shared"), [(False, True), (True, False)])
+def test_the_bypass_has_the_gradient_of_merging(resident, shared):
     with jax.enable_x64(True):
         x, kernel, chosen, columns, values = problem(60, 4)
+        columns = selection.select(kernel, 2, shared=shared)
         held = add_entries(kernel, columns, values) if resident else kernel
 
         def ours(x, values):

@@ -11,10 +11,11 @@ from helpers import NEURONS, run_config, write_model, write_rows
 
 import neuroada_jax as na
 from neuroada_jax.adapters import exchange, inspection, native, on_base
-from neuroada_jax.core import bypass, scores, trees
+from neuroada_jax.core import bypass, experts, quantise, quantised, scores, selection, trees
 from neuroada_jax.core.scores import RULES, Needs
 from neuroada_jax.errors import UserError
 from neuroada_jax.models import match_targets
+from neuroada_jax.models.experts import ExpertMap
 from neuroada_jax.models.layers import BypassDense
 from neuroada_jax.planning.shapes import abstract_run
 from neuroada_jax.pretrained.load import load_model
@@ -94,6 +95,37 @@ def test_statistics_are_those_of_dense_float64(accumulation):
     for name in want:
         np.testing.assert_allclose(squares[name]["squares"], want[name], rtol=1e-5)
         np.testing.assert_allclose(sums[name]["kernel"], dense[name], rtol=1e-4, atol=1e-5)
+
+
+class Routed(nn.Module):
+    @nn.compact
+    def __call__(self, x, chosen):
+        blocks = experts.blocks_of(chosen, 3)
+        return experts.out_of_blocks(ExpertMap(3, 5, name="map")(experts.into_blocks(x, blocks), blocks.experts), blocks)
+
+
+def test_experts_have_statistics_of_their_own_rows():
+    rng = np.random.default_rng(0)
+    kernel, chosen = rng.normal(size=(3, 5, 64)).astype(np.float32), np.int32([2, 0, 0, 2, 2, 0, 2])  # expert 1 has no row
+    batch = Tokens(rng.normal(size=(7, 64)).astype(np.float32), np.float32([1, 1, 0, 1, 1, 1, 1]))
+    outputs = lambda module, variables, batch: (  # noqa: E731
+        jnp.sum(jnp.square(module.apply(variables, batch.inputs, jnp.asarray(chosen))), axis=-1) * batch.label_mask
+    )
+    parts = jax.vmap(lambda own: quantise.quantise(own, "nf4"))(kernel)
+    held = quantised.QuantisedKernel(parts, "nf4", jnp.dtype("float32"))
+    for own in (jnp.asarray(kernel), held):
+        arguments = (Routed(), {"map": {"kernel": own}}, [("map",)], [batch])
+        squares = connections.input_squares(*arguments, losses=outputs)["map"]["squares"]
+        counts = batch.label_mask[:, None] * (chosen[:, None] == np.arange(3))
+        np.testing.assert_allclose(squares, counts.T @ np.square(batch.inputs), rtol=1e-5)
+    norms = connections._norms(squares)
+    assert (norms[1] == 1).all() and np.allclose(norms[0], np.sqrt(squares[0]))
+    found, want = (connections._factors_of(own, 2, jax.random.key(0)) for own in (held, quantised.dense_stack(held)))
+    products = [each["by_neuron"] @ each["for_all"] for each in (found, want)]
+    np.testing.assert_allclose(*products, atol=1e-4)
+    assert [leaf.shape for leaf in jax.tree.leaves(found)] == [(3, 5, 2), (3, 2, 64)]
+    columns = selection.search(held, 2, scores.lowrank, found)[0]
+    np.testing.assert_array_equal(columns, selection.select(quantised.dense_stack(held), 2, scores.lowrank, found))
 
 
 # What trains
