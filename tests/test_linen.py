@@ -157,7 +157,7 @@ def test_layers_in_another_dtype_than_their_parameters_compute_what_the_merged_o
         got = outputs(model, params, built, x)
         want = jit(model.apply)({"params": na.merge(params, built, layout=Layout.IO)}, x)
     assert got.dtype == dtype
-    np.testing.assert_array_equal(got, want)
+    np.testing.assert_allclose(np.float32(got), np.float32(want), rtol=1e-5, atol=1e-6)  # a bfloat16 step is 4e-3
 
 
 def test_no_dense_gradient_is_formed():

@@ -100,10 +100,19 @@ CASES = [("llama", name) for name in (*BEAMS, *GREEDY)] + [
 ]
 
 
+# "both" and "no_repetition" have these rules, too.
+REPEATED = [("llama", name) for name in ("long", "penalty", "unigram")] + [("mistral", "early")]
+
+
 @pytest.mark.parametrize(
     ("family", "name"),
     [
-        pytest.param(family, name, id=f"{family}-{name}", marks=pytest.mark.slow if family in ("qwen2", "qwen3") else ())
+        pytest.param(
+            family,
+            name,
+            id=f"{family}-{name}",
+            marks=pytest.mark.slow if family in ("qwen2", "qwen3") or (family, name) in REPEATED else (),
+        )
         for family, name in CASES
     ],
     indirect=["family"],
@@ -130,7 +139,8 @@ def test_stacked_layers_equal_transformers(family, settings, monkeypatch):
 def test_the_settings_matter(family):
     """Else the comparisons above would prove little."""
     for settings, ends in ((BEAMS, family[3]), (GREEDY, [])):
-        assert len({str(ours(family, each, ends)) for each in settings.values()}) >= 3
+        made = [each for name, each in settings.items() if ("llama", name) not in REPEATED]
+        assert len({str(ours(family, each, ends)) for each in made}) >= 3
 
 
 @pytest.mark.parametrize("family", ["llama"], indirect=True)

@@ -1,5 +1,6 @@
 """Training an encoder: the head beside the bypass, dropout keys, regression, and parity with the official PyTorch code."""
 
+import functools
 import json
 
 import jax
@@ -187,8 +188,9 @@ def test_rates_and_decay_of_the_head_are_its_own():
         before = jax.tree.map(np.array, make_state().trainable)
         state, _ = make_step(model, transformation)(make_state(), batch)
         trained[name] = jax.tree.map(lambda new, old: np.asarray(new) - old, state.trainable, before)
-    jax.tree.map(np.testing.assert_array_equal, trained["same"]["bypass"], trained["slow"]["bypass"])
-    jax.tree.map(np.testing.assert_array_equal, trained["same"]["bypass"], trained["decay"]["bypass"])
+    for other in ("slow", "decay"):  # two programs, which XLA may round differently
+        same = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-8)
+        jax.tree.map(same, trained["same"]["bypass"], trained[other]["bypass"])
     same, slow, decay = (trained[name]["classifier"]["classifier"]["dense"] for name in ("same", "slow", "decay"))
     np.testing.assert_allclose(slow["kernel"], 0.1 * same["kernel"], rtol=1e-3, atol=1e-6)
     kernel = before["classifier"]["classifier"]["dense"]["kernel"]
