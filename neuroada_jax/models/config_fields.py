@@ -83,8 +83,6 @@ HARMLESS = {
     "sparse_pred_ignore_index": "another task",
     "legacy": "another task",
     "z_steps": "another task",
-    "conv_act": "there is no convolution",
-    "conv_groups": "there is no convolution",
     "summary_type": "another task",
     "summary_use_proj": "another task",
     "summary_activation": "another task",

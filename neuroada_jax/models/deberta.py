@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax import lax
 from jaxtyping import Array
 
 from neuroada_jax.core.entries import wide_dtype
@@ -27,6 +28,8 @@ from neuroada_jax.models.remat import Remat, kept_activation, prevent_cse
 
 DEBERTA_TARGETS = ("query_proj", "key_proj", "value_proj", "attention.output.dense", "intermediate.dense", "output.dense")
 
+LARGEST_CONVOLUTION = 2**10
+
 _TYPES = ("c2p", "p2c")
 
 
@@ -42,6 +45,9 @@ class DebertaConfig(EncoderConfig):
       normed: whether the embeddings of relative positions are normalised.
       pooler_dropout: before the pooler.
       pooler_activation: behind it.
+      convolved: tokens that the convolution beside the first layer joins; 0: there is none.
+      convolution_groups: of its channels.
+      convolution_activation: behind it.
     """
 
     relative: tuple[str, ...] = _TYPES
@@ -51,6 +57,9 @@ class DebertaConfig(EncoderConfig):
     normed: bool = False
     pooler_dropout: float = 0.0
     pooler_activation: str = "gelu"
+    convolved: int = 0
+    convolution_groups: int = 1
+    convolution_activation: str = "tanh"
 
     @property
     def span(self) -> int:
@@ -74,8 +83,12 @@ def read_config(fields: Fields, dtype: Any) -> DebertaConfig:
             raise fields.wrong(name, str(only))
     if not fields.flag("relative_attention", False):
         raise fields.wrong("relative_attention", "true")
-    if fields.integer("conv_kernel_size", 0, least=0):
-        raise fields.wrong("conv_kernel_size", "0 (no convolution)")
+    convolved = fields.integer("conv_kernel_size", 0, least=0, most=LARGEST_CONVOLUTION)
+    if convolved and convolved % 2 == 0:
+        raise fields.wrong("conv_kernel_size", "an odd number, or 0 for no convolution")
+    groups = fields.integer("conv_groups", 1)
+    if own["hidden_size"] % groups:
+        raise fields.wrong("conv_groups", f"a divisor of hidden_size {own['hidden_size']}")
     relative = fields.get("pos_att_type")
     relative = [part.strip() for part in relative.lower().split("|")] if isinstance(relative, str) else relative
     if not isinstance(relative, list) or not relative or any(each not in _TYPES for each in relative):
@@ -102,6 +115,9 @@ def read_config(fields: Fields, dtype: Any) -> DebertaConfig:
         normed=fields.choice("norm_rel_ebd", "none", ["none", "layer_norm"]) == "layer_norm",
         pooler_dropout=fields.number("pooler_dropout", 0.0, below=1.0),
         pooler_activation=fields.choice("pooler_hidden_act", "gelu", list(layers.ACTIVATIONS)),
+        convolved=convolved,
+        convolution_groups=groups,
+        convolution_activation=fields.choice("conv_act", "tanh", list(layers.ACTIVATIONS)),
     )
 
 
@@ -172,10 +188,57 @@ class Attention(nn.Module):
         return Output(self.config, name="output")(y, x)
 
 
+class Convolution(nn.Module):
+    """A convolution over neighbouring tokens; parameters weight (D, D / groups, K) and bias (D,)."""
+
+    config: DebertaConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        c, size = self.config, self.config.convolved
+        shape = (c.hidden_size, c.hidden_size // c.convolution_groups, size)
+        weight = self.param("weight", nn.initializers.normal(0.02), shape, c.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (c.hidden_size,), c.dtype)
+        y = lax.conv_general_dilated(
+            x,
+            weight.astype(x.dtype),
+            window_strides=(1,),
+            padding=[(size // 2, size // 2)],
+            dimension_numbers=("NTC", "OIT", "NTC"),
+            feature_group_count=c.convolution_groups,
+        )
+        return y + jnp.broadcast_to(bias.astype(x.dtype), y.shape)
+
+
+class Joined(nn.Module):
+    """What the embedded tokens add to the first layer's output, (B, T, D), and the parameters of the norm behind it."""
+
+    config: DebertaConfig
+
+    @nn.compact
+    def __call__(self, x: Array, real: Array) -> tuple[Array, Any]:
+        c = self.config
+        y = jnp.where(real, Convolution(c, name="conv")(jnp.where(real, x, 0)), 0)
+        y = layers.ACTIVATIONS[c.convolution_activation](Dropout(c.hidden_dropout)(y))
+        if self.is_initializing():
+            LayerNorm(c.norm_epsilon, c.dtype, name="LayerNorm")(y)
+        return y, self.get_variable("params", "LayerNorm")
+
+
 class Layer(BertLayer):
-    """BERT's layer with this attention."""
+    """BERT's layer with this attention, and with the convolution behind the first layer."""
 
     attention = Attention
+
+    def __call__(self, x: Array, around: tuple[Any, ...], first: Array | None = None) -> tuple[Array, None]:
+        *own, joined = around
+        y, _ = super().__call__(x, tuple(own))
+        if first is None:
+            return y, None
+        added, norm, real = joined
+        norm_of = LayerNorm(self.config.norm_epsilon, self.config.dtype, parent=None)
+        normed: Any = norm_of.apply({"params": norm}, y + added)
+        return jnp.where(first, jnp.where(real, normed, 0), y), None
 
 
 class Layers(nn.Module):
@@ -185,12 +248,15 @@ class Layers(nn.Module):
     remat: Remat = Remat.NONE
 
     @nn.compact
-    def __call__(self, x: Array, mask: Array) -> Array:
+    def __call__(self, x: Array, mask: Array, real: Array) -> Array:
         c = self.config
         relative = Embedding(2 * c.span, c.hidden_size, c.dtype, name="rel_embeddings")(jnp.arange(2 * c.span))
         if c.normed:
             relative = LayerNorm(c.norm_epsilon, c.dtype, name="LayerNorm")(relative)
-        return applied_layers(self, "layer", Layer, x, (mask, relative))
+        if not c.convolved:
+            return applied_layers(self, "layer", Layer, x, (mask, relative, ()))
+        joined = (*Joined(c, name="conv")(x, real), real)
+        return applied_layers(self, "layer", Layer, x, (mask, relative, joined), np.arange(c.num_layers) == 0)
 
 
 class Deberta(nn.Module):
@@ -204,7 +270,8 @@ class Deberta(nn.Module):
         self.encoder = Layers(self.config, self.remat)
 
     def __call__(self, ids: Array, mask: Array | None, token_types: Array | None) -> Array:
-        return self.encoder(self.embeddings(ids, token_types), attended(ids, mask))
+        real = jnp.ones(ids.shape, bool) if mask is None else mask
+        return self.encoder(self.embeddings(ids, token_types), attended(ids, mask), real[:, :, None])
 
 
 class ContextPooler(nn.Module):

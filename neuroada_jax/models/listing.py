@@ -49,7 +49,7 @@ FAMILIES = {
     "deberta-v2": Family(
         "DeBERTa-v2, DeBERTa-v3",
         "microsoft/deberta-v3-base",
-        "no convolution (xlarge); Microsoft's are no safetensors: save model and tokenizer with transformers first",
+        "Microsoft's are no safetensors: save model and tokenizer with transformers first",
     ),
     "distilbert": Family("DistilBERT", "distilbert/distilbert-base-uncased"),
     "modernbert": Family("ModernBERT", "answerdotai/ModernBERT-base", "q, k, v are one map, and so are gate and up"),

@@ -54,6 +54,8 @@ _DEBERTA = {
     "norm_rel_ebd": "layer_norm",
     "position_biased_input": False,
     "type_vocab_size": 2,
+    "conv_kernel_size": 3,
+    "conv_groups": 2,
 }
 BASES = {
     "llama": _DECODER,
@@ -116,6 +118,9 @@ _VALUES = {
     "no_rope_layers": [[1, 1], [0, 1, 1]],
     "pos_att_type": [["c2p"], ["p2c", "c2p"], "p2c|c2p", "c2p", ["p2p"]],
     "pooler_hidden_act": ["relu", "tanh"],
+    "conv_act": ["relu", "gelu"],
+    "conv_groups": [1, 4, 3],
+    "conv_kernel_size": [1, 5, 0, 2, 10**9],
     "norm_rel_ebd": ["none"],
     "dtype": _DTYPES,
     "torch_dtype": _DTYPES,

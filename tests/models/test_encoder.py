@@ -45,6 +45,7 @@ CLASSES = {
 }
 DEBERTA = {"relative_attention": True, "pos_att_type": "p2c|c2p", "type_vocab_size": 2}
 DEBERTA3 = {"share_att_key": True, "norm_rel_ebd": "layer_norm", "position_buckets": 6, "position_biased_input": False}
+CONVOLUTION = {"conv_kernel_size": 3, "conv_act": "gelu"}  # as in DebertaV2's own xlarge and xxlarge
 BIASES = {"norm_bias": True, "attention_bias": True, "mlp_bias": True, "classifier_bias": True}
 # name -> (model_type, what differs from SIZES)
 CASES = {
@@ -57,7 +58,7 @@ CASES = {
     "xlm-roberta": ("xlm-roberta", {"num_labels": 3}),
     "electra": ("electra", {"embedding_size": 16}),
     "electra_same_width": ("electra", {"embedding_size": 32, "num_labels": 3}),
-    "deberta-v2": ("deberta-v2", {**DEBERTA, "max_relative_positions": 5, "num_labels": 3}),
+    "deberta-v2": ("deberta-v2", {**DEBERTA, **CONVOLUTION, "max_relative_positions": 5, "num_labels": 3}),
     "deberta-v3": ("deberta-v2", {**DEBERTA, **DEBERTA3}),
     "distilbert": ("distilbert", {"hidden_dim": 48, "num_labels": 3}),
     "modernbert": ("modernbert", {"local_attention": 6, "num_labels": 3, "pad_token_id": 1}),

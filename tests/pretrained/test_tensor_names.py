@@ -53,7 +53,8 @@ def reference(kind):
     """(config fields, tensors) of a random model, untied, with every tensor that transformers has for it."""
     more = {"num_key_value_heads": 1, "head_dim": 8} if kind in DECODERS else {}
     more |= {"pad_token_id": 0} if kind in ("smollm3", "phi3", "modernbert") else {}  # whose default is beyond 64 tokens
-    more |= {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]} if kind == "deberta-v2" else {}
+    deberta = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "conv_kernel_size": 3}
+    more |= deberta if kind == "deberta-v2" else {}
     more |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8} if kind == "qwen3_moe" else {}
     config = transformers.AutoConfig.for_model(kind, **SIZES, **more, tie_word_embeddings=False)
     model, generator = auto(kind).from_config(config), torch.Generator().manual_seed(0)

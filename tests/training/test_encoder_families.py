@@ -33,7 +33,12 @@ BUCKETS = {"position_buckets": 8, "share_att_key": True, "norm_rel_ebd": "layer_
 FAMILIES = {
     "electra": ("electra", {"embedding_size": 8}, "bert", ["query", "intermediate.dense"]),
     "distilbert": ("distilbert", {"hidden_dim": 64}, "roberta", ["q_lin", "lin1"]),
-    "deberta-v2": ("deberta-v2", {**DEBERTA, "type_vocab_size": 2}, "bert", ["query_proj", "intermediate.dense"]),
+    "deberta-v2": (
+        "deberta-v2",
+        {**DEBERTA, "type_vocab_size": 2, "conv_kernel_size": 3},
+        "bert",
+        ["query_proj", "intermediate.dense"],
+    ),
     "deberta-v3": ("deberta-v2", {**DEBERTA, **BUCKETS}, "bert", ["query_proj", "intermediate.dense"]),
     "modernbert": ("modernbert", {"local_attention": 6}, "roberta", ["Wqkv", "mlp.Wo"]),
     "mpnet": ("mpnet", {}, "roberta", ["q", "intermediate.dense"]),

@@ -37,7 +37,13 @@ KINDS = {
     "electra": ({"embedding_size": 8}, SOME, HEAD),
     "distilbert": ({"hidden_dim": 24}, ["q_lin", "lin1"], [("pre_classifier",), ("classifier",)]),
     "deberta-v2": (
-        {"relative_attention": True, "pos_att_type": "p2c|c2p", "position_buckets": 6, "norm_rel_ebd": "layer_norm"},
+        {
+            "relative_attention": True,
+            "pos_att_type": "p2c|c2p",
+            "position_buckets": 6,
+            "norm_rel_ebd": "layer_norm",
+            "conv_kernel_size": 3,
+        },
         ["query_proj", "intermediate.dense"],
         [("classifier",), ("pooler",)],
     ),
