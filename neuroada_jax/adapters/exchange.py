@@ -172,7 +172,10 @@ def _check_names(source: str, adapter: Adapter, to_format: str) -> None:
     if to_format == "huggingface":
         return
     if expert := next((module for module in adapter.modules if f".{names.EXPERTS}." in module), None):
-        raise UserError(f"{source}: --to {to_format} has no name for {expert}, which belongs to experts; use huggingface")
+        raise UserError(
+            f"{source}: --to {to_format} has no name for {expert}, which belongs to experts (transformers stacks them); "
+            "use huggingface"
+        )
     kind = adapter.metadata["base"].get("model_type")
     if to_format == "official" and kind in models.ARCHITECTURES and kind not in _OFFICIAL:
         raise UserError(

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
-from neuroada_jax.core import ops, quantised
+from neuroada_jax.core import low_rank, ops, quantised
 from neuroada_jax.core.entries import add_entries, wide_dtype
 from neuroada_jax.core.quantised import QuantisedKernel
 
@@ -94,11 +95,53 @@ into_blocks.defvjp(lambda x, at: (into_blocks(x, at), at), lambda at, dy: (out_o
 out_of_blocks.defvjp(lambda y, at: (out_of_blocks(y, at), at), lambda at, dy: (into_blocks(dy, at), None))
 
 
+@jax.custom_vjp
 def plain(
     x: Float[Array, "N b I"], kernel: Float[Array, "E O I"] | QuantisedKernel, experts: Int[Array, "N"]
 ) -> Float[Array, "N b O"]:
-    """Return the product of each block with the kernel of its expert, y = x W^T."""
+    """Return the product of each block with the kernel of its expert, y = x W^T; a quantised kernel is frozen."""
     return _walk(_product, x, (kernel,), experts)
+
+
+def _plain_fwd(*arguments: Any) -> Any:
+    x, kernel, experts = jax.tree.map(lambda primal: primal.value, arguments)
+    trains = not quantised.is_quantised(kernel) and arguments[1].perturbed  # for the gradients of scores
+    return plain(x, kernel, experts), (kernel, experts, x if trains else None)
+
+
+def _plain_bwd(residuals: Any, dy: Any) -> Any:
+    kernel, experts, x = residuals
+    if isinstance(dy, SymbolicZero):
+        return None, None, None
+    dx = _walk(_input_gradient, dy, (kernel,), experts)
+    return dx, None if x is None else _sums(lambda x, dy: dy.T @ x, (x, dy), (), experts, kernel), None
+
+
+plain.defvjp(_plain_fwd, _plain_bwd, symbolic_zeros=True)
+
+
+def _sums(
+    of_block: Callable[..., Array], rows: tuple[Array, ...], of_experts: tuple[Any, ...], experts: Array, like: Array
+) -> Array:
+    """Return sums like `like` over the blocks of each expert of of_block(rows of a block, what its expert has)."""
+    wide = wide_dtype(like.dtype)
+
+    def add(total: Array, block: tuple[Array, ...]) -> tuple[Array, None]:
+        *own, expert = block
+        return total.at[expert].add(of_block(*own, *_of(of_experts, expert)).astype(wide)), None
+
+    return lax.scan(add, jnp.zeros(like.shape, wide), (*rows, experts))[0].astype(like.dtype)
+
+
+def _filled(rows: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    """Return an array that a loop writes all of; XLA would make zeros for the loops of all layers at once."""
+    return jnp.broadcast_to(lax.stop_gradient(rows[0, 0, 0]).astype(dtype), shape)
+
+
+def _of(of_experts: tuple[Any, ...], expert: Array) -> tuple[Any, ...]:
+    """Return what one expert has."""
+    found: tuple[Any, ...] = jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, expert, keepdims=False), of_experts)
+    return found
 
 
 def _walk(product: Callable[..., Array], rows: Array, of_experts: tuple[Any, ...], experts: Array) -> Array:
@@ -106,15 +149,14 @@ def _walk(product: Callable[..., Array], rows: Array, of_experts: tuple[Any, ...
 
     @functools.partial(jax.checkpoint, prevent_cse=False)  # otherwise the kernel of each block would be kept
     def of_block(of_experts: tuple[Any, ...], own: Array, expert: Array) -> Array:
-        return product(own, *jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, expert, keepdims=False), of_experts))
+        return product(own, *_of(of_experts, expert))
 
     def step(filled: Array, block: tuple[Array, Array, Array]) -> tuple[Array, None]:
         number, own, expert = block
         return lax.dynamic_update_index_in_dim(filled, of_block(of_experts, own, expert), number, 0), None
 
     one = jax.eval_shape(of_block, of_experts, rows[0], experts[0])
-    # All of it is written. The loop begins with an entry of the rows, since XLA would make zeros for all layers at once.
-    start = jnp.broadcast_to(lax.stop_gradient(rows[0, 0, 0]).astype(one.dtype), (rows.shape[0], *one.shape))
+    start = _filled(rows, (rows.shape[0], *one.shape), one.dtype)
     numbers = jnp.arange(rows.shape[0], dtype=jnp.int32)
     return lax.scan(step, start, (numbers, rows, experts))[0]
 
@@ -176,15 +218,47 @@ def _bypassed_bwd(resident: bool, residuals: Any, dy: Array) -> Any:
     dx = _walk(_input_gradient, dy, (kernel,) if resident else (kernel, columns, values), experts)
     wide = wide_dtype(values.dtype)
 
-    def add(total: Array, block: tuple[Array, Array, Array]) -> tuple[Array, None]:
-        x, dy, expert = block
-        own = lax.dynamic_index_in_dim(columns, expert, keepdims=False)
-        inputs = jnp.take(x.T, own, axis=0, mode="clip").astype(wide)  # (O, k, b)
-        found = jnp.sum(inputs * dy.T[:, None, :].astype(wide), axis=2)
-        return total.at[expert].add(found), None
+    def of_block(x: Array, dy: Array, columns: Array) -> Array:
+        inputs = jnp.take(x.T, columns, axis=0, mode="clip").astype(wide)  # (O, k, b)
+        return jnp.sum(inputs * dy.T[:, None, :].astype(wide), axis=2)
 
-    dvalues, _ = lax.scan(add, jnp.zeros(values.shape, wide), (x, dy, experts))
-    return dx, None, None, None, dvalues.astype(values.dtype)
+    return dx, None, None, None, _sums(of_block, (x, dy), (columns,), experts, values)
 
 
 _bypassed.defvjp(_bypassed_fwd, _bypassed_bwd)
+
+
+@jax.custom_vjp
+def low_rank_experts(
+    x: Float[Array, "N b I"],
+    experts: Int[Array, "N"],
+    a: Float[Array, "E r I"],
+    b: Float[Array, "E O r"],
+    scale: Float[Array, "E"],
+) -> Float[Array, "N b O"]:
+    """Return `low_rank.low_rank_dense` of each block with the factors of its expert, differentiable in x, A and B."""
+    return _walk(low_rank.low_rank_dense, x, (a, b, scale), experts)
+
+
+def _low_rank_fwd(x: Array, experts: Array, a: Array, b: Array, scale: Array) -> Any:
+    return low_rank_experts(x, experts, a, b, scale), (x, experts, a, b, scale)
+
+
+def _low_rank_bwd(residuals: Any, dy: Array) -> Any:
+    x, experts, *factors = residuals
+
+    def of_block(carry: tuple[Array, ...], block: tuple[Array, ...]) -> tuple[tuple[Array, ...], None]:
+        number, x, dy, expert = block
+        dx, *totals = carry
+        a, b, scale = _of(tuple(factors), expert)
+        found, *gradients = jax.vjp(lambda *own: low_rank.low_rank_dense(*own, scale), x, a, b)[1](dy)
+        totals = [total.at[expert].add(each) for total, each in zip(totals, gradients, strict=True)]
+        return (lax.dynamic_update_index_in_dim(dx, found, number, 0), *totals), None
+
+    numbers = jnp.arange(x.shape[0], dtype=jnp.int32)
+    start = (_filled(dy, x.shape, x.dtype), *(jnp.zeros_like(leaf) for leaf in factors[:2]))
+    (dx, da, db), _ = lax.scan(of_block, start, (numbers, x, dy, experts))
+    return dx, None, da, db, None
+
+
+low_rank_experts.defvjp(_low_rank_fwd, _low_rank_bwd)

@@ -95,7 +95,7 @@ low_rank_dense.defvjp(_low_rank_dense_fwd, _low_rank_dense_bwd)
 
 @jax.jit
 def _sum(kernel: Any, a: Array, b: Array, scale: Array) -> Array:
-    """Return W + scale B A, summed in float32 and rounded once; of stacked kernels one layer at a time."""
+    """Return W + scale B A, summed in float32 and rounded once; of stacked kernels one at a time."""
 
     def one(parts: tuple[Any, Array, Array, Array]) -> Array:
         kernel, a, b, scale = quantised.dense(parts[0]), *parts[1:]
@@ -104,7 +104,7 @@ def _sum(kernel: Any, a: Array, b: Array, scale: Array) -> Array:
         return (kernel.astype(wide) + scale.astype(wide) * product).astype(kernel.dtype)
 
     parts = (kernel, a, b, scale)
-    return one(parts) if kernel.ndim == 2 else lax.map(one, parts)
+    return one(parts) if kernel.ndim == 2 else lax.map(lambda own: _sum(*own), parts)
 
 
 def is_in(adapter: Bypass) -> bool:

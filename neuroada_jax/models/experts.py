@@ -1,7 +1,7 @@
 """The feed-forward block of a mixture of experts: a router chooses the experts of every token, whose outputs are summed."""
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Float
 
-from neuroada_jax.core import experts, quantised
+from neuroada_jax.core import experts, low_rank, quantised
 from neuroada_jax.core.entries import wide_dtype
 from neuroada_jax.models import remat
 from neuroada_jax.models.layers import ACTIVATIONS, BypassDense
@@ -52,14 +52,18 @@ class ExpertMap(nn.Module):
         if not quantised.is_quantised(kernel):
             kernel = self.param("kernel", nn.initializers.normal(0.02), shape, self.dtype)
         form = next((name for name in ("bypass", "resident") if self.has_variable(name, "values")), None)
-        if self.has_variable("observed", "squares"):
-            squares: Array = self.get_variable("observed", "squares")
-            return remat.kept_activation(experts.observed(x, kernel, of_blocks, squares))
-        if form is None:
-            return remat.kept_activation(experts.plain(x, kernel, of_blocks))
-        columns: Array = self.get_variable("columns", "columns")
-        values: Array = self.get_variable(form, "values")
-        y = experts.bypass_experts(x, kernel, of_blocks, columns, values, resident=form == "resident")
+        if form is not None:
+            columns: Array = self.get_variable("columns", "columns")
+            values: Array = self.get_variable(form, "values")
+            y = experts.bypass_experts(x, kernel, of_blocks, columns, values, resident=form == "resident")
+        elif self.has_variable("observed", "squares"):
+            y = experts.observed(x, kernel, of_blocks, cast(Array, self.get_variable("observed", "squares")))
+        else:
+            y = experts.plain(x, kernel, of_blocks)
+        form = next((name for name in ("bypass", "resident") if self.has_variable(name, "lora_a")), None)
+        if form is not None:
+            a, b = (cast(Array, self.get_variable(form, name)) for name in low_rank.LEAVES)
+            y = y + experts.low_rank_experts(x, of_blocks, a, b, self.get_variable("columns", "scale"))
         return remat.kept_activation(y)
 
 

@@ -1,6 +1,7 @@
 """The modules of a model that a config trains, and whether a config suits a model; almost everything before the weights."""
 
 import dataclasses
+import math
 from typing import Any
 
 from neuroada_jax import console, models
@@ -171,10 +172,6 @@ def target_paths(config: RunConfig, model: models.Model) -> list[trees.ModulePat
     if config.method == "neuroada" and config.bypass.score == "lowrank":
         rank = {"bypass.rank": config.bypass.rank}
     for path in paths:
-        if names.EXPERTS in path and config.method == "lora":
-            raise UserError(
-                f"lora.targets: {'.'.join(path)} belongs to experts, which only method neuroada trains; name others"
-            )
         outputs, inputs = trees.get(shapes, path)["kernel"].shape[-2:]
         for field in (field for field, value in rank.items() if value > min(outputs, inputs)):
             raise UserError(
@@ -218,9 +215,10 @@ def count_trained(config: RunConfig, model: models.Model, values: trees.Tree) ->
     """Return how many entries of the values and low-rank factors (arrays or shapes) train."""
     total = sum(leaf.size for name in low_rank.LEAVES for _, leaf in trees.leaves(values, name))
     for path, leaf in trees.leaves(values, "values"):
-        *_, neurons, k = leaf.shape
-        depth = len(trained_layers(config, model)) if names.is_stacked(path, model.layers_path) else 1
-        total += depth * trained_neurons(config, neurons) * k
+        *stack, neurons, k = leaf.shape
+        if names.is_stacked(path, model.layers_path):
+            stack[0] = len(trained_layers(config, model))
+        total += math.prod(stack) * trained_neurons(config, neurons) * k
     return total
 
 

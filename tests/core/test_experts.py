@@ -7,7 +7,8 @@ import pytest
 from helpers import equations
 from quick import jit
 
-from neuroada_jax.core import experts, quantise, quantised, selection
+from neuroada_jax.core import experts, low_rank, quantise, quantised, selection
+from neuroada_jax.core.bypass import Bypass
 from neuroada_jax.core.entries import add_entries
 from neuroada_jax.core.quantised import QuantisedKernel
 from neuroada_jax.planning import roofline
@@ -63,6 +64,38 @@ def test_the_bypass_has_the_gradient_of_merging(resident, shared):
         found, wanted = (jit(jax.value_and_grad(each, argnums=(0, 1)))(x, values) for each in (ours, theirs))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-10), found, wanted)
     assert not np.asarray(found[1][1])[np.setdiff1d(np.arange(4), chosen)].any()
+
+
+def test_factors_and_kernels_of_experts_have_the_gradients_of_dense_products():
+    with jax.enable_x64(True):
+        x, kernel, chosen, *_ = problem(60, 4)
+        rng = np.random.default_rng(1)
+        factors = [jnp.asarray(rng.normal(size=shape)) for shape in ((4, 3, I), (4, O, 3), (4,))]
+
+        def ours(x, kernel, a, b):
+            blocks = experts.blocks_of(jnp.asarray(chosen), 4)
+            rows = experts.into_blocks(x, blocks)
+            y = experts.plain(rows, kernel, blocks.experts)
+            y = y + experts.low_rank_experts(rows, blocks.experts, a, b, factors[2])
+            return jnp.sum(jnp.sin(experts.out_of_blocks(y, blocks)))
+
+        def theirs(x, kernel, a, b):
+            change = factors[2][:, None, None] * jnp.einsum("eor,eri->eoi", b, a)
+            return jnp.sum(jnp.sin(dense(x, kernel + change, chosen)))
+
+        given = (x, kernel, *factors[:2])
+        found, wanted = (jit(jax.value_and_grad(each, argnums=(0, 1, 2, 3)))(*given) for each in (ours, theirs))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-10), found, wanted)
+        for of, is_formed in (((0, 2, 3), False), ((0, 1), True)):  # no gradient of a kernel that is frozen
+            jaxpr = jax.make_jaxpr(jax.grad(ours, argnums=of))(*given).jaxpr
+            assert any(out.aval.shape == kernel.shape for each in equations(jaxpr) for out in each.outvars) == is_formed
+        adapter = low_rank.build({"map": {"kernel": kernel[None]}}, [("map",)], 3, 0.5, jax.random.key(0), jnp.float64)
+        assert jax.tree.map(jnp.shape, adapter.values["map"]) == {"lora_a": (1, 4, 3, I), "lora_b": (1, 4, O, 3)}
+        node = {"lora_a": factors[0][None], "lora_b": factors[1][None]}
+        trained = Bypass({"map": node}, {"map": {"scale": factors[2][None]}})
+        merged = low_rank.merge({"map": {"kernel": kernel[None]}}, trained)["map"]["kernel"]
+        change = factors[2][:, None, None] * jnp.einsum("eor,eri->eoi", factors[1], factors[0])
+        np.testing.assert_allclose(merged[0], kernel + change, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("rows", [8, 4096])

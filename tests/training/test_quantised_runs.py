@@ -88,7 +88,7 @@ def test_experts_are_trained_and_merged(tmp_path, inputs):
     sizes = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
     model = str(write_model(tmp_path / "experts", CHAT, **{**FIELDS, **sizes, "num_hidden_layers": 1}))
     config = settings(tmp_path, inputs, model={"path": model}, bypass={"targets": ["up_proj", "down_proj"], "k": 2})
-    run.train(config)
+    assert run.train(config)["trainable"] == 2 * 4 * (64 + 64)
     adapter = native.read(str(config.directory / "adapter"))
     base = load_model(model, quantization_of=quantization.of_adapter(adapter.metadata["base"]))
     trained, weights = on_base.stack_layers(adapter, base), load_model(model, "float32")
