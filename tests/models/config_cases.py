@@ -312,22 +312,31 @@ def our_logits(kind, folder):
     opened = open_model(str(folder), "float32")
     key = opened.model.config
     if key not in _OURS:
-        params, module = opened.load().params, opened.model.module()
-        ids, mask = (jnp.asarray(array) for array in _inputs(kind, key.vocab_size))
-        ids = ids.astype(jnp.int32)
-
-        def forward(params):
-            if not is_decoder(kind):
-                return module.apply({"params": params}, ids, mask)
-            hidden = module.apply({"params": params}, ids)[0]
-            return module.apply({"params": params}, hidden, method="unembed")
-
-        # Types are checked elsewhere; most operations are compiled already, for another config.
-        jaxtyping.config.update("jaxtyping_disable", True)
-        with jax.disable_jit(getattr(key, "experts", None) is None):  # a loop over blocks of rows takes long without
-            _OURS[key] = np.asarray(jax.jit(forward)(params))
-        jaxtyping.config.update("jaxtyping_disable", False)
+        _OURS[key] = forward(kind, opened.model, opened.load().params)
     return _OURS[key]
+
+
+def forward(kind, model, params, adapter=None):
+    """The logits of a model's parameters, and of an adapter that is not merged."""
+    module = model.module()
+    ids, mask = (jnp.asarray(array) for array in _inputs(kind, model.config.vocab_size))
+    ids = ids.astype(jnp.int32)
+
+    def run(params, adapter):
+        variables = {"params": params}
+        if adapter is not None:
+            variables |= {"bypass": adapter.values, "columns": adapter.columns}
+        if not is_decoder(kind):
+            return module.apply(variables, ids, mask)
+        hidden = module.apply(variables, ids)[0]
+        return module.apply({"params": params}, hidden, method="unembed")
+
+    # Types are checked elsewhere; most operations are compiled already, for another config.
+    jaxtyping.config.update("jaxtyping_disable", True)
+    with jax.disable_jit(getattr(model.config, "experts", None) is None):  # a loop over blocks of rows takes long without
+        logits = np.asarray(jax.jit(run)(params, adapter))
+    jaxtyping.config.update("jaxtyping_disable", False)
+    return logits
 
 
 def outcome(kind, folder, edit, names):
