@@ -73,12 +73,14 @@ class Setting(NamedTuple):
     fsdp: int = 1
     tensor: int = 1
     held: str = "none"  # of the base model: model.quantization
+    model: str = "llama-7b"
 
     def __str__(self) -> str:
         shape = f"k = {self.k}, remat {self.remat}, {self.rows} x {LENGTH}" + f", {self.held}" * (self.held != "none")
         shared = "".join(f", {name} {size}" for name, size in (("fsdp", self.fsdp), ("tensor", self.tensor)) if size > 1)
         mode = f", {self.devices} devices{shared or ', shard_map'}" if self.devices > 1 else ""
-        return f"{shape}{mode}" + (f", {self.layers} layers" if self.layers != LAYERS else "")
+        model = f", {self.model}" if self.model != "llama-7b" else ""
+        return f"{shape}{mode}{model}" + (f", {self.layers} layers" if self.layers != LAYERS else "")
 
 
 TRAIN = {
@@ -96,6 +98,7 @@ BYTES = {
     Setting(1, "full", 4, layers=FULL_DEPTH): 14.5e9,
     Setting(1, "full", 16, layers=FULL_DEPTH): 17.0e9,
     Setting(1, "full", layers=FULL_DEPTH, held="nf4"): 4.9e9,
+    Setting(1, "full", held="nf4", model="qwen3-30b-a3b"): 3.2e9,  # the rows of experts of one layer at a time
     Setting(1, "full", devices=8): 2.55e9,
     Setting(1, "full", devices=8, fsdp=8): 0.95e9,
     Setting(1, "full", devices=8, tensor=8): 0.71e9,
@@ -277,7 +280,7 @@ def compiled_step(setting: Setting, machine: str, compiler: Compiler | None = No
     """Compile a run's step as `neuroada plan` does, by default with the machine's compiler."""
     compiler = compiler or compiler_for(find(machine, DTYPE), setting.devices)
     with tempfile.TemporaryDirectory() as folder:
-        content = MODELS["llama-7b"] | {"num_hidden_layers": setting.layers}
+        content = MODELS[setting.model] | {"num_hidden_layers": setting.layers}
         (Path(folder) / "config.json").write_text(json.dumps(content))
         config = _config(setting, folder)
         began = time.process_time()

@@ -56,6 +56,23 @@ SMALL = {
     "max_position_embeddings": 2048,
     "pad_token_id": 0,
 }
+QWEN3_30B_A3B = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "vocab_size": 151936,
+}
 MODELS: dict[str, dict[str, Any]] = {
     "small-llama": SMALL | {"model_type": "llama"},
     "small-gemma2": SMALL | {"model_type": "gemma2", "sliding_window": 64, "query_pre_attn_scalar": 64},
@@ -67,6 +84,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama-3-8b": LLAMA_3_8B,
     "llama-3-70b": LLAMA_3_8B
     | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
+    "qwen3-30b-a3b": QWEN3_30B_A3B,
 }
 
 
