@@ -9,6 +9,7 @@ Letters: R rows (tokens times the experts of a token), E experts, N blocks of b 
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,11 +19,13 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
-from neuroada_jax.core import low_rank, ops, quantised
+from neuroada_jax.core import low_rank, ops, platform, quantised
 from neuroada_jax.core.entries import add_entries, wide_dtype
 from neuroada_jax.core.quantised import QuantisedKernel
 
 _LARGEST_BLOCK = 256
+_MOST_AT_ONCE = 16  # blocks, on a GPU
+_ENTRIES_AT_ONCE = 2**25  # of their kernels, 64 MiB in bfloat16
 
 
 class Blocks(NamedTuple):
@@ -126,11 +129,39 @@ def _sums(
     """Return sums like `like` over the blocks of each expert of of_block(rows of a block, what its expert has)."""
     wide = wide_dtype(like.dtype)
 
-    def add(total: Array, block: tuple[Array, ...]) -> tuple[Array, None]:
-        *own, expert = block
-        return total.at[expert].add(of_block(*own, *_of(of_experts, expert)).astype(wide)), None
+    def one(expert: Array, *own: Array) -> Array:
+        return of_block(*own, *_of(of_experts, expert)).astype(wide)
 
-    return lax.scan(add, jnp.zeros(like.shape, wide), (*rows, experts))[0].astype(like.dtype)
+    def add(total: Array, blocks: tuple[Array, ...]) -> tuple[Array, None]:
+        *own, some = blocks
+        return total.at[some].add(_each(one, some, *own)), None
+
+    at_once = _at_once(experts.shape[0], like[0].size * rows[0].shape[1])
+    return lax.scan(add, jnp.zeros(like.shape, wide), _in_turns(at_once, *rows, experts))[0].astype(like.dtype)
+
+
+def _at_once(blocks: int, entries: int) -> int:
+    """Return how many blocks, each with a temporary of so many entries, a step of a loop takes.
+
+    On a GPU a block is a few launches of small kernels, which take longer to start than to run; a CPU starts nothing.
+    """
+    if platform.name() != "gpu":
+        return 1
+    fitting = max(min(_ENTRIES_AT_ONCE // entries, _MOST_AT_ONCE), 1)
+    return math.gcd(blocks, 1 << (fitting.bit_length() - 1))
+
+
+def _each(of_block: Callable[..., Any], *blocks: Array) -> Any:
+    """Return of_block of every block of a turn."""
+    if blocks[0].shape[0] > 1:
+        return jax.vmap(of_block)(*blocks)
+    alone = of_block(*(block[0] for block in blocks))  # its kernel is then a slice, which a product can read in place
+    return jax.tree.map(lambda found: found[None], alone)
+
+
+def _in_turns(at_once: int, *arrays: Array) -> tuple[Array, ...]:
+    """Return arrays over the blocks as arrays over turns of so many."""
+    return tuple(array.reshape(-1, at_once, *array.shape[1:]) for array in arrays)
 
 
 def _filled(rows: Array, shape: tuple[int, ...], dtype: Any) -> Array:
@@ -151,14 +182,16 @@ def _walk(product: Callable[..., Array], rows: Array, of_experts: tuple[Any, ...
     def of_block(of_experts: tuple[Any, ...], own: Array, expert: Array) -> Array:
         return product(own, *_of(of_experts, expert))
 
-    def step(filled: Array, block: tuple[Array, Array, Array]) -> tuple[Array, None]:
-        number, own, expert = block
-        return lax.dynamic_update_index_in_dim(filled, of_block(of_experts, own, expert), number, 0), None
+    def step(filled: Array, blocks: tuple[Array, ...]) -> tuple[Array, None]:
+        number, *turn = blocks
+        found = _each(functools.partial(of_block, of_experts), *turn)
+        return lax.dynamic_update_slice_in_dim(filled, found, number, 0), None
 
-    one = jax.eval_shape(of_block, of_experts, rows[0], experts[0])
-    start = _filled(rows, (rows.shape[0], *one.shape), one.dtype)
-    numbers = jnp.arange(rows.shape[0], dtype=jnp.int32)
-    return lax.scan(step, start, (numbers, rows, experts))[0]
+    count, one = rows.shape[0], jax.eval_shape(of_block, of_experts, rows[0], experts[0])
+    at_once = _at_once(count, one.shape[-1] * rows.shape[-1])
+    numbers = jnp.arange(0, count, at_once, dtype=jnp.int32)
+    turns = _in_turns(at_once, rows, experts)
+    return lax.scan(step, _filled(rows, (count, *one.shape), one.dtype), (numbers, *turns))[0]
 
 
 def _product(x: Array, kernel: Any, columns: Array | None = None, values: Array | None = None) -> Array:
@@ -247,17 +280,22 @@ def _low_rank_fwd(x: Array, experts: Array, a: Array, b: Array, scale: Array) ->
 def _low_rank_bwd(residuals: Any, dy: Array) -> Any:
     x, experts, *factors = residuals
 
-    def of_block(carry: tuple[Array, ...], block: tuple[Array, ...]) -> tuple[tuple[Array, ...], None]:
-        number, x, dy, expert = block
-        dx, *totals = carry
+    def of_block(x: Array, dy: Array, expert: Array) -> tuple[Array, ...]:
         a, b, scale = _of(tuple(factors), expert)
-        found, *gradients = jax.vjp(lambda *own: low_rank.low_rank_dense(*own, scale), x, a, b)[1](dy)
-        totals = [total.at[expert].add(each) for total, each in zip(totals, gradients, strict=True)]
-        return (lax.dynamic_update_index_in_dim(dx, found, number, 0), *totals), None
+        gradients: tuple[Array, ...] = jax.vjp(lambda *own: low_rank.low_rank_dense(*own, scale), x, a, b)[1](dy)
+        return gradients
 
-    numbers = jnp.arange(x.shape[0], dtype=jnp.int32)
+    def step(carry: tuple[Array, ...], blocks: tuple[Array, ...]) -> tuple[tuple[Array, ...], None]:
+        number, *turn = blocks
+        dx, *totals = carry
+        found, *gradients = _each(of_block, *turn)
+        totals = [total.at[turn[-1]].add(each) for total, each in zip(totals, gradients, strict=True)]
+        return (lax.dynamic_update_slice_in_dim(dx, found, number, 0), *totals), None
+
+    at_once = _at_once(x.shape[0], sum(leaf[0].size for leaf in factors[:2]))
+    numbers = jnp.arange(0, x.shape[0], at_once, dtype=jnp.int32)
     start = (_filled(dy, x.shape, x.dtype), *(jnp.zeros_like(leaf) for leaf in factors[:2]))
-    (dx, da, db), _ = lax.scan(of_block, start, (numbers, x, dy, experts))
+    (dx, da, db), _ = lax.scan(step, start, (numbers, *_in_turns(at_once, x, dy, experts)))
     return dx, None, da, db, None
 
 

@@ -71,7 +71,7 @@ def _count(jaxpr: Any, frozen: Sequence[bool]) -> tuple[Work, list[bool]]:
         elif name == "optimization_barrier":  # before a quantised kernel is dequantised: its codes are read here
             of_weights = [each for each, is_weight in zip(equation.invars, read, strict=True) if is_weight]
             total += Work(weight_bytes=sum(nbytes(each.aval) for each in of_weights))
-        elif name in _VIEWS and read[0]:
+        elif read and read[0] and (name in _VIEWS or (name == "gather" and _takes_of_stack(equation))):
             weights.add(equation.outvars[0])
         elif name == "scan":
             body = equation.params["jaxpr"]
@@ -90,6 +90,11 @@ def _count(jaxpr: Any, frozen: Sequence[bool]) -> tuple[Work, list[bool]]:
                 if len(parts) == len(equation.outvars):  # jnp's and lax's own functions of a weight are jitted
                     weights.update(result for result, is_part in zip(equation.outvars, parts, strict=True) if is_part)
     return total, [isinstance(result, core.Var) and result in weights for result in jaxpr.outvars]
+
+
+def _takes_of_stack(equation: Any) -> bool:
+    """Return whether a gather takes whole entries of the first axis, as of the kernels of experts."""
+    return bool(equation.outvars[0].aval.shape[1:] == equation.invars[0].aval.shape[1:])
 
 
 def _dot_flops(equation: Any) -> int:

@@ -1,5 +1,7 @@
 """Products with the kernels of experts, quantised or not, against dense ones, and what is not formed for them."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from helpers import equations
 from quick import jit
 
-from neuroada_jax.core import experts, low_rank, quantise, quantised, selection
+from neuroada_jax.core import experts, low_rank, platform, quantise, quantised, selection
 from neuroada_jax.core.bypass import Bypass
 from neuroada_jax.core.entries import add_entries
 from neuroada_jax.core.quantised import QuantisedKernel
@@ -48,10 +50,16 @@ def test_products_equal_dense_ones_in_few_blocks(rows, count):
         assert np.unique(blocks.slots).size == rows
 
 
+@pytest.fixture(params=[1, 2], ids=["one by one", "two at once"])
+def at_once(request, monkeypatch):
+    """The blocks of a step, of which a GPU takes several."""
+    monkeypatch.setattr(experts, "_at_once", lambda blocks, entries: math.gcd(blocks, request.param))
+
+
 @pytest.mark.parametrize(("resident", "shared"), [(False, True), (True, False)])
-def test_the_bypass_has_the_gradient_of_merging(resident, shared):
+def test_the_bypass_has_the_gradient_of_merging(resident, shared, at_once):
     with jax.enable_x64(True):
-        x, kernel, chosen, columns, values = problem(60, 4)
+        x, kernel, chosen, columns, values = problem(64, 4)
         columns = selection.select(kernel, 2, shared=shared)
         held = add_entries(kernel, columns, values) if resident else kernel
 
@@ -66,9 +74,9 @@ def test_the_bypass_has_the_gradient_of_merging(resident, shared):
     assert not np.asarray(found[1][1])[np.setdiff1d(np.arange(4), chosen)].any()
 
 
-def test_factors_and_kernels_of_experts_have_the_gradients_of_dense_products():
+def test_factors_and_kernels_of_experts_have_the_gradients_of_dense_products(at_once):
     with jax.enable_x64(True):
-        x, kernel, chosen, *_ = problem(60, 4)
+        x, kernel, chosen, *_ = problem(64, 4)
         rng = np.random.default_rng(1)
         factors = [jnp.asarray(rng.normal(size=shape)) for shape in ((4, 3, I), (4, O, 3), (4,))]
 
@@ -121,7 +129,7 @@ def floats(jaxpr):
 
 
 @pytest.mark.parametrize("form", [None, "nf4_nested", "int8"])
-def test_one_expert_at_a_time_is_dequantised_and_gets_its_values(form):
+def test_few_experts_at_a_time_are_dequantised_and_get_their_values(form, at_once):
     count, rows = 16, 40
     x, dense_kernel, chosen, columns, values = problem(rows, count, dtype=np.float32, inputs=64)
     kernel = dense_kernel
@@ -162,3 +170,13 @@ def test_one_expert_at_a_time_is_dequantised_and_gets_its_values(form):
         held = quantised.with_bypass(kernel, columns, values)
         np.testing.assert_array_equal(quantised.dense_stack(held), merged)
         np.testing.assert_array_equal(jit(product)(x, held, chosen), jit(trained)(x, values))
+
+
+def test_a_gpu_takes_several_small_blocks_at_once():
+    assert experts._at_once(256, 768 * 2048) == 1  # each launch costs nothing on a CPU
+    with platform.tracing_for("gpu", flash_attention=False):
+        assert [experts._at_once(blocks, 768 * 2048) for blocks in (256, 24, 9, 1)] == [16, 8, 1, 1]
+        assert experts._at_once(256, 14336 * 4096) == 1  # of 117 MB each
+        assert experts._at_once(256, 2**23) == 4
+        jaxpr = jax.make_jaxpr(product)(*problem(4096, 32, dtype=np.float32)[:3]).jaxpr
+    assert {each.params["length"] for each in equations(jaxpr) if each.primitive.name == "scan"} == {96 // 16}
