@@ -11,7 +11,6 @@ from neuroada_jax.adapters import hub, native, official, peft, peft_lora
 from neuroada_jax.adapters.base_model import located
 from neuroada_jax.adapters.factors import Factors
 from neuroada_jax.core import bypass
-from neuroada_jax.pretrained import quantization
 from neuroada_jax.pretrained.load import open_model
 
 VALUE_BYTES = 4  # float32
@@ -58,13 +57,13 @@ def inspect(path: str, k: int) -> dict[str, Any]:
 
 
 def inspect_model(path: str, k: int) -> dict[str, Any]:
-    """Return the report on a bypass of `k` connections on every linear map of a model; reads only its config.
+    """Return the report on a bypass of `k` connections on every linear map of a model, without its weights.
 
     Raises:
       UserError: there is no model, or its architecture is not supported.
     """
     opened = open_model(path, config_only=True)
-    model, (quantised_as, bits) = opened.model, quantization.stored_as(opened.path, opened.model)
+    model, (quantised_as, bits) = opened.model, opened.stored_as()
     total = bypass.count(model.abstract_params())
     rows = [_row(module, outputs, inputs, min(k, inputs)) for module, (outputs, inputs) in model.linear_maps().items()]
     return {

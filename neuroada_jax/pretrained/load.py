@@ -61,6 +61,14 @@ class OpenedModel:
         except UserError as error:
             raise _at(self.path, error) from error
 
+    def stored_as(self) -> tuple[str, float]:
+        """Return `quantization.stored_as`, from the headers of the tensors where these say more than the config."""
+        try:
+            tensors = open_tensors(self.path) if quantization.needs_tensors(self.model, self.path) else None
+            return quantization.stored_as(self.path, self.model, tensors)
+        except UserError as error:
+            raise _at(self.path, error) from error
+
     def missing(self) -> list[str]:
         """Return the Hugging Face names of the optional tensors that the checkpoint lacks, from its headers alone."""
         stored = tensor_names.assign(self.model, open_tensors(self.path).names()).stored

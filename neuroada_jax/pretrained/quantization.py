@@ -199,8 +199,12 @@ def _stored_formats(model: models.Model, tensors: Any, abstract: Tree) -> Format
     stored = tensor_names.assign(model, tensors.names()).stored
     found: dict[ModulePath, dict[int | None, str | None]] = {}
     vocabulary = _vocabulary(model, abstract) if model.quantization.endswith(EMBEDDINGS) else {}
+    leaves = dict(trees.flatten(abstract))
     packs_layers_only = getattr(tensors, "packs_layers_only", False)
     for name, slot in names.checkpoint_names(abstract, model.layers_path).items():
+        if name not in stored and slot.layer is not None and slot.path[-1] == "kernel":
+            shape = list(leaves[slot.path].shape[len(slot.place) :])
+            raise UserError(f"tensor {name!r} is missing from the checkpoint; expected shape {shape}")
         own = tensors.format_of(stored[name]) if name in stored else None
         if packs_layers_only and slot.layer is None and slot.path not in vocabulary:
             own = None
@@ -221,6 +225,11 @@ def _stored_formats(model: models.Model, tensors: Any, abstract: Tree) -> Format
             merged[path] = each
     if vocabulary and not vocabulary.keys() & merged.keys():
         raise UserError("model.quantize_embeddings: the checkpoint has no quantised embedding; expected false")
+    if not merged and model.quantization.startswith(f"{STORED}:"):
+        raise UserError(
+            "config.json: quantization_config: bitsandbytes, but no tensor is quantised; expected codes, or a config.json "
+            "without quantization_config"
+        )
     return merged
 
 
@@ -270,23 +279,29 @@ def node(parts: Mapping[str, Any], name: str, dtype: Any) -> QuantisedKernel:
     return QuantisedKernel(dict(parts), name, np.dtype(dtype))
 
 
-def stored_as(path: str, model: models.Model) -> tuple[str, float]:
+def stored_as(path: str, model: models.Model, tensors: Any = None) -> tuple[str, float]:
     """Return what a checkpoint is quantised as, "none" where it is not, and the mean bits of its layers' weights.
 
     Args:
       path: the local directory or GGUF file.
       model: opened from it, without a request for another quantisation.
+      tensors: the checkpoint, in which some maps may not be quantised; None: there is a config alone.
     """
     if path.endswith(".gguf"):
-        tensors = gguf_header.read_header(path).tensors
-        kernels = [info for name, info in tensors.items() if name.startswith("blk.") and len(info.shape) > 1]
+        infos = gguf_header.read_header(path).tensors
+        kernels = [info for name, info in infos.items() if name.startswith("blk.") and len(info.shape) > 1]
         found = declared(path, {}) or NONE
         return found, 8 * sum(info.nbytes for info in kernels) / sum(math.prod(info.shape) for info in kernels)
-    if is_stored(model):
-        of = formats(model)
-        shapes = [dict(trees.flatten(model.abstract_params()))[leaf].shape for leaf in of]
-        names_of = [str(name) for name in of.values()]
-        total = sum(bits(name, shape[-1]) * math.prod(shape) for name, shape in zip(names_of, shapes, strict=True))
-        return f"bitsandbytes {format_of(model.quantization)}", total / sum(map(math.prod, shapes))
     declared_dtype = model.hf_config.get("dtype") or model.hf_config.get("torch_dtype")
-    return NONE, 16.0 if declared_dtype in ("bfloat16", "float16") else 32.0
+    plain = 16.0 if declared_dtype in ("bfloat16", "float16") else 32.0
+    if not is_stored(model):
+        return NONE, plain
+    of, entries, total = formats(model, tensors), 0, 0.0
+    for path_of, kernel in trees.kernels(model.abstract_params()):
+        if not names.is_stacked(path_of, model.layers_path):
+            continue
+        own = of.get((*path_of, "kernel"))
+        each = own if isinstance(own, tuple) else (own,)
+        mean = sum(plain if name is None else bits(name, kernel.shape[-1]) for name in each) / len(each)
+        entries, total = entries + math.prod(kernel.shape), total + mean * math.prod(kernel.shape)
+    return f"bitsandbytes {format_of(model.quantization)}", total / entries

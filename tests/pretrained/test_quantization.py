@@ -1,6 +1,7 @@
 """Quantised checkpoints and checkpoints that are quantised on load: equal weights, digests, and errors in one line."""
 
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from gguf.quants import quantize
 from helpers import random_tensors, write_model
 from quantised_files import SECTIONS, SIZES, stored, write_bitsandbytes
 
+from neuroada_jax.adapters.inspection import inspect_model
 from neuroada_jax.core import bypass, quantised, trees
 from neuroada_jax.errors import UserError
 from neuroada_jax.pretrained.gguf_header import read_header
@@ -73,6 +75,32 @@ def test_experts_of_bitsandbytes_checkpoints_are_single_maps(tmp_path):
     changes = dict.fromkeys(stored(name, weights[name], "nf4")) | other
     mixed = write_bitsandbytes(tmp_path / "mixed", "nf4", sizes=EXPERTS, **changes)
     assert f"tensor {name!r} is int8, and other experts of its layer are nf4" in message(load_model, str(mixed))
+
+
+@pytest.mark.parametrize("expert", [0, 2])
+def test_a_bitsandbytes_checkpoint_that_lacks_an_expert_is_refused_by_name(tmp_path, expert):
+    name = f"model.layers.1.block_sparse_moe.experts.{expert}.w2.weight"
+    without = dict.fromkeys(stored(name, random_tensors(EXPERTS)[name], "nf4"))
+    path = str(write_bitsandbytes(tmp_path / "lacking", "nf4", sizes=EXPERTS, **without))
+    lacking = f"{path}: tensor {name!r} is missing from the checkpoint; expected shape [64, 128]"
+    assert message(load_model, path) == message(open_model(path).abstract_params) == lacking
+
+
+def test_inspection_counts_the_bits_of_what_a_checkpoint_quantises(tmp_path):
+    everything = inspect_model(str(write_bitsandbytes(tmp_path / "all", "nf4", sizes=EXPERTS)), 1)
+    assert everything["quantization"] == "bitsandbytes nf4" and 4.5 < everything["bits_per_weight"] < 4.6  # the routers'
+    dense_experts: dict[str, Any] = {}
+    for name, weight in random_tensors(EXPERTS).items():
+        if ".experts." in name:
+            dense_experts |= dict.fromkeys(stored(name, weight, "nf4")) | {name: weight}
+    part = inspect_model(str(write_bitsandbytes(tmp_path / "part", "nf4", sizes=EXPERTS, **dense_experts)), 1)
+    entries = {"attention": 2 * (2 * 64 + 2 * 32) * 64, "others": 2 * 3 * (64 * (3 * 128 + 1))}
+    expected = (4.5 * entries["attention"] + 16 * entries["others"]) / sum(entries.values())
+    np.testing.assert_allclose(part["bits_per_weight"], expected)
+    nothing = write_model(tmp_path / "none", None, **EXPERTS)
+    (nothing / "config.json").write_text(json.dumps({**EXPERTS, "quantization_config": SECTIONS["nf4"]}))
+    for read in (load_model, lambda path: inspect_model(path, 1)):
+        assert "quantization_config: bitsandbytes, but no tensor is quantised" in message(read, str(nothing))
 
 
 GGUF_NAMES = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
