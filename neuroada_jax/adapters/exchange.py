@@ -159,7 +159,14 @@ def _write(adapter: Adapter, to_format: str, directory: Path, opened: OpenedMode
 
 def _check_format(source: str, adapter: Adapter, to_format: str) -> None:
     """Raise UserError if a format cannot hold an adapter of its kind."""
-    if to_format == "huggingface" or bool(adapter.factors) == (to_format == _LORA):
+    if to_format == "huggingface":
+        return
+    if expert := next((module for module in adapter.modules if f".{names.EXPERTS}." in module), None):
+        raise UserError(
+            f"{source}: --to {to_format} has no name for {expert}, which belongs to experts (transformers stacks them); "
+            "use huggingface"
+        )
+    if bool(adapter.factors) == (to_format == _LORA):
         return
     if adapter.factors:
         raise UserError(f"{source}: --to {to_format} has no low-rank factors, which LoRA adapters are made of; use {_LORA}")
@@ -171,11 +178,6 @@ def _check_names(source: str, adapter: Adapter, to_format: str) -> None:
     """Raise UserError if the modules of an adapter have no names in a format."""
     if to_format == "huggingface":
         return
-    if expert := next((module for module in adapter.modules if f".{names.EXPERTS}." in module), None):
-        raise UserError(
-            f"{source}: --to {to_format} has no name for {expert}, which belongs to experts (transformers stacks them); "
-            "use huggingface"
-        )
     kind = adapter.metadata["base"].get("model_type")
     if to_format == "official" and kind in models.ARCHITECTURES and kind not in _OFFICIAL:
         raise UserError(

@@ -212,3 +212,14 @@ def test_there_is_no_consent_to_pickles(capsys):
     with pytest.raises(SystemExit, match="2"):
         run(capsys, "import", "x", "--from", "official", "--base", "m", "--out", "y", "--allow-pickle")
     assert "unrecognized arguments: --allow-pickle" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["official", "peft-supertuning", "peft-shira", "peft-lora"])
+def test_experts_have_no_names_in_other_libraries(adapters, form, tmp_path, capsys):
+    adapter = native.read(str(adapters["float32"]))
+    expert = "model.layers.0.mlp.experts.3.down_proj"
+    module = "model.layers.0.mlp.down_proj"
+    of = lambda tree: {expert if name == module else name: leaf for name, leaf in tree.items()}  # noqa: E731
+    native.write(tmp_path / "experts", adapter._replace(values=of(adapter.values), columns=of(adapter.columns)))
+    said = failed(capsys, "export", tmp_path / "experts", "--to", form, "--out", tmp_path / "out")
+    assert f"--to {form} has no name for {expert}, which belongs to experts" in said and said.endswith("use huggingface")

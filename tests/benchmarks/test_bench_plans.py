@@ -112,4 +112,9 @@ def test_the_table_of_models():
         for name, config in plans.MODELS.items()
         if name not in ("llama-7b", "tiny") and not name.startswith("small-")  # the second is of gpu.py
     }
-    assert parameters == {"llama-13b": 13_015_864_320, "llama-3-8b": 8_030_261_248, "llama-3-70b": 70_553_706_496}
+    assert parameters == {
+        "llama-13b": 13_015_864_320,
+        "llama-3-8b": 8_030_261_248,
+        "llama-3-70b": 70_553_706_496,
+        "qwen3-30b-a3b": 30_532_122_624,
+    }
