@@ -176,8 +176,6 @@ def _check_format(source: str, adapter: Adapter, to_format: str) -> None:
 
 def _check_names(source: str, adapter: Adapter, to_format: str) -> None:
     """Raise UserError if the modules of an adapter have no names in a format."""
-    if to_format == "huggingface":
-        return
     kind = adapter.metadata["base"].get("model_type")
     if to_format == "official" and kind in models.ARCHITECTURES and kind not in _OFFICIAL:
         raise UserError(
