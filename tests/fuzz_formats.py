@@ -26,6 +26,7 @@ from fuzz_adapters import (
     SuperTuning,
 )
 from helpers import run_config, write_model, write_rows, write_safetensors
+from published_files import write_published
 from quantised_files import write_bitsandbytes
 
 from neuroada_jax import files, models
@@ -197,6 +198,16 @@ class Quantised(Format):
         return sorted(map(str, packs)), {name: (tensors.shape(name), tensors.read(name).tobytes()) for name in names}
 
 
+class PublishedFp8(Quantised):
+    """A directory whose weights are fp8 with scales by block."""
+
+    form = "fp8 blocks"
+
+    def write(self, folder):
+        directory = write_published(folder / "m", self.form)
+        return [directory / "config.json", *[directory / "model.safetensors"] * 3]
+
+
 class RowFiles(Format):
     """Rows in every kind of file."""
 
@@ -339,4 +350,5 @@ FORMATS = {
     "rows": RowFiles,
     "yaml": Yaml,
     "run": RunFiles,
+    "fp8": PublishedFp8,
 }

@@ -22,7 +22,7 @@ from neuroada_jax.pretrained import prompt_form, quantization, save
 from neuroada_jax.pretrained import requantise as requantising
 from neuroada_jax.pretrained.load import LoadedModel, OpenedModel, load_with_progress, open_model, open_with_tokenizer
 from neuroada_jax.pretrained.requantise import Requantiser
-from neuroada_jax.pretrained.source import has_other_parts
+from neuroada_jax.pretrained.source import has_other_parts, read_config
 
 _SPARSE = ("official", "peft-supertuning", "peft-shira")
 _LORA = "peft-lora"
@@ -91,6 +91,7 @@ def export_adapter(
     held = base.held or quantization.of_adapter(trained_on)
     open_source = functools.partial(open_model, dtype=chosen, config_only=not merges, labels=labels, quantization_of=held)
     opened = open_base(adapter, source, base.model, open_source)
+    _check_method(to_format, opened)
     merged_dtype = jnp.dtype(opened.model.config.dtype)
     if requantise:
         requantising.check(requantise, opened.model)
@@ -180,6 +181,21 @@ def _check_names(source: str, adapter: Adapter, to_format: str) -> None:
     if to_format == "official" and kind in models.ARCHITECTURES and kind not in _OFFICIAL:
         raise UserError(
             f"{source}: --to official has names for {', '.join(_OFFICIAL)}, found model_type {kind!r}; use huggingface"
+        )
+
+
+def _check_method(to_format: str, opened: OpenedModel) -> None:
+    """Raise UserError where another library would add sparse values to codes in a way that has not been verified.
+
+    PEFT's LoRA is added to the output of a map, whatever its weight is.
+    """
+    if to_format in ("huggingface", _LORA) or not quantization.is_stored(opened.model):
+        return
+    method, _, _ = (quantization.declared(opened.path, read_config(opened.path)) or "").partition(" ")
+    if method not in ("GGUF", "bitsandbytes"):
+        raise UserError(
+            f"--to {to_format}: not verified on the weights of a {method} checkpoint; use huggingface, or an unquantised "
+            "base model with --model and --force"
         )
 
 

@@ -8,64 +8,47 @@ int8: beside `weight` stands `SCB`, the scale of every row.
 import json
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from neuroada_jax.core import quantise
-from neuroada_jax.core.quantised_formats import FORMATS, NESTED_BLOCK, NF4, NF4_BLOCK, check_inputs
+from neuroada_jax.core.quantised_formats import NESTED_BLOCK, NF4, NF4_BLOCK, check_inputs
 from neuroada_jax.errors import UserError, shown
-from neuroada_jax.pretrained.safetensors_directory import SafetensorsDirectory
+from neuroada_jax.pretrained.packed_tensors import Packed, PackedTensors
 
 _STATE, _NF4 = ".quant_state.bitsandbytes__", ".quant_state.bitsandbytes__nf4"
 _BESIDE = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", _NF4)
 _LONGEST_STATE = 2**16  # bytes of JSON
 
 
-class _Packed(NamedTuple):
-    """A quantised tensor: its format, the shape of its kernel, and its state from the JSON beside it."""
-
-    format: str
-    shape: tuple[int, ...]
-    state: dict[str, Any]
-
-
-class BitsandbytesTensors:
-    """The tensors of a directory, of which some are quantised; reads them one by one.
+class BitsandbytesTensors(PackedTensors):
+    """The tensors of a directory, of which some are nf4 or int8.
 
     Raises:
       UserError: arrays beside a weight that are missing or do not fit it, or another type than nf4 and int8.
     """
 
-    def __init__(self, directory: SafetensorsDirectory) -> None:
-        self._directory = directory
-        self.notes = directory.notes
-        stored = set(directory.names())
-        self._packed: dict[str, _Packed] = {}
+    def _find(self, section: Mapping[str, Any]) -> tuple[dict[str, Packed], set[str]]:
+        del section  # the tensors say it all
+        packed: dict[str, Packed] = {}
         beside = set()
-        for name in directory.names():
+        for name in self._directory.names():
             weight = name.partition(_STATE)[0]
             if _STATE in name:
-                self._packed[weight] = self._of_state(weight, name)
+                packed[weight] = self._of_state(weight, name)
                 beside |= {weight + end for end in _BESIDE}
             elif name.endswith(".SCB"):
                 weight = f"{name.removesuffix('SCB')}weight"
-                self._packed[weight] = self._of_rows(weight, name, stored)
+                packed[weight] = self._of_rows(weight, name)
                 beside |= {name, f"{weight}_format"}
-        self._names = [name for name in directory.names() if name not in beside]
-        for weight in self._packed:
-            if weight not in stored:
+        for weight in packed:
+            if weight not in self._stored:
                 raise self._error(weight, "is missing, though arrays beside it say that it is quantised")
-        for name in self._names:
-            if name not in self._packed and directory.dtype(name) in ("U8", "I8"):
-                raise self._error(name, f"holds {directory.dtype(name)} codes, and no scales are stored beside it")
+        return packed, beside
 
-    def _error(self, name: str, problem: str) -> UserError:
-        return UserError(f"{self._directory.directory}: tensor {name!r} {problem}")
-
-    def _of_state(self, weight: str, name: str) -> _Packed:
+    def _of_state(self, weight: str, name: str) -> Packed:
         """Return what the JSON of a 4-bit weight says of it."""
         kind = name.partition(_STATE)[2]
         raw = bytes(self._directory.raw(name)) if math.prod(self._directory.shape(name)) < _LONGEST_STATE else b""
@@ -90,7 +73,7 @@ class BitsandbytesTensors:
         form = "nf4_nested" if nested else "nf4"
         check_inputs(form, shape[1], f"{self._directory.directory}: tensor {weight!r}")
         self._check_beside(weight, math.prod(shape), nested)
-        return _Packed(form, tuple(shape), state)
+        return Packed(form, tuple(shape), state)
 
     def _check_beside(self, weight: str, entries: int, nested: bool) -> None:
         """Check the bytes and shapes of the arrays of a 4-bit weight."""
@@ -104,16 +87,16 @@ class BitsandbytesTensors:
             expected[f"{weight}.nested_absmax"] = ("F32", -(-scales // NESTED_BLOCK))
             expected[f"{weight}.nested_quant_map"] = ("F32", 256)
         for name, (dtype, size) in expected.items():
-            if name not in self._directory.names():
+            if name not in self._stored:
                 raise self._error(name, "is missing")
             count = self._directory.nbytes(name) if dtype is None else math.prod(self._directory.shape(name))
             if count != size or dtype not in (None, self._directory.dtype(name)):
                 found = f"{self._directory.dtype(name)} {list(self._directory.shape(name))}"
                 raise self._error(name, f"is {found}, expected {size} {'bytes' if dtype is None else dtype}")
 
-    def _of_rows(self, weight: str, name: str, stored: set[str]) -> _Packed:
+    def _of_rows(self, weight: str, name: str) -> Packed:
         """Return the format of an int8 weight."""
-        if weight not in stored:
+        if weight not in self._stored:
             raise self._error(weight, "is missing, though arrays beside it say that it is quantised")
         shape = self._directory.shape(weight)
         if self._directory.dtype(weight) != "I8" or len(shape) != 2:
@@ -121,46 +104,7 @@ class BitsandbytesTensors:
         if self._directory.dtype(name) != "F32" or math.prod(self._directory.shape(name)) != shape[0]:
             found = f"{self._directory.dtype(name)} {list(self._directory.shape(name))}"
             raise self._error(name, f"is {found}, expected F32 of {shape[0]} rows")
-        return _Packed("int8", shape, {})
-
-    def names(self) -> list[str]:
-        """Return the names of all tensors, without the arrays beside quantised ones."""
-        return self._names
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a tensor; of a quantised one, that of the kernel."""
-        return self._packed[name].shape if name in self._packed else self._directory.shape(name)
-
-    def format_of(self, name: str) -> str | None:
-        """Return the format of a quantised tensor, None for others."""
-        return self._packed[name].format if name in self._packed else None
-
-    def raw(self, name: str) -> Any:
-        """Return the stored bytes of a tensor; of a quantised one, its arrays by name."""
-        return self._arrays(name) if name in self._packed else self._directory.raw(name)
-
-    def packed(self, name: str, raw: Any = None) -> dict[str, np.ndarray]:
-        """Return the arrays of a quantised tensor; `raw` is what `raw` returned."""
-        return self._arrays(name) if raw is None else raw
-
-    def read(self, name: str, raw: Any = None) -> np.ndarray:
-        """Read a tensor; a quantised one is dequantised to float32."""
-        if name not in self._packed:
-            return self._directory.read(name, raw)
-        return np.asarray(jax.jit(FORMATS[self._packed[name].format].decode)(self.packed(name, raw)))
-
-    def same_values(self, first: str, second: str) -> bool:
-        """Return whether two tensors have the same shape and values."""
-        if first in self._packed or second in self._packed:
-            return self.shape(first) == self.shape(second) and np.array_equal(self.read(first), self.read(second))
-        return self._directory.same_values(first, second)
-
-    def _floats(self, name: str, *, signed: bool = False) -> np.ndarray:
-        """Return a float32 array; scales have no sign."""
-        found = np.asarray(self._directory.raw(name)).view(np.float32)
-        if not np.isfinite(found).all() or (not signed and (found < 0).any()):
-            raise self._error(name, f"holds {'NaN or infinities' if signed else 'NaN, infinities or negative scales'}")
-        return found
+        return Packed("int8", shape, {})
 
     def _arrays(self, name: str) -> dict[str, np.ndarray]:
         form, (outputs, inputs), state = self._packed[name]

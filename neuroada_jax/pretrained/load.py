@@ -65,7 +65,7 @@ class OpenedModel:
         """Return `quantization.stored_as`, from the headers of the tensors where these say more than the config."""
         try:
             tensors = open_tensors(self.path) if quantization.needs_tensors(self.model, self.path) else None
-            return quantization.stored_as(self.path, self.model, tensors)
+            return quantization.stored_as(self.path, self.model, read_config(self.path), tensors)
         except UserError as error:
             raise _at(self.path, error) from error
 

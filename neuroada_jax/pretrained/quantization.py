@@ -2,8 +2,8 @@
 
 `Model.quantization` is "none"; "stored:FORMAT", where codes are kept as the checkpoint has them ("stored" alone for a GGUF
 file, whose tensors differ); or the format of `quantise.MADE` into which the kernels of the layers are quantised on load.
-Embeddings, norms, routers and the output layer stay in the model's dtype, unless a bitsandbytes checkpoint has quantised
-them; with "+embeddings" at the end, the embedding and the output layer of a decoder are held like the kernels.
+Embeddings, norms, routers and the output layer stay in the model's dtype, unless a checkpoint has a quantised output layer;
+with "+embeddings" at the end, the embedding and the output layer of a decoder are held like the kernels.
 """
 
 import math
@@ -21,9 +21,9 @@ from neuroada_jax.core.gguf_blocks import BLOCKS
 from neuroada_jax.core.quantised import QuantisedKernel
 from neuroada_jax.core.quantised_formats import bits, check_inputs
 from neuroada_jax.core.trees import ModulePath, Tree
-from neuroada_jax.errors import UserError, shown
+from neuroada_jax.errors import UserError
 from neuroada_jax.models import names
-from neuroada_jax.pretrained import bitsandbytes_tensors, gguf_header, tensor_names
+from neuroada_jax.pretrained import gguf_header, quantised_checkpoints, tensor_names
 from neuroada_jax.pretrained.safetensors_directory import INDEX, SINGLE
 
 _PLAIN = {"F32", "F16", "BF16"}  # GGUF types that are no blocks
@@ -67,10 +67,10 @@ def needs_tensors(model: models.Model, path: str) -> bool:
 
 
 def declared(path: str, hf_config: Mapping[str, Any]) -> str | None:
-    """Return what a checkpoint is quantised as, None where it is not.
+    """Return what a checkpoint is quantised as, None where it is not: its method and its format, or a GGUF file's blocks.
 
     Raises:
-      UserError: a method that is not read, such as GPTQ and AWQ.
+      UserError: a method that is not read.
     """
     if path.endswith(".gguf"):
         stored = {
@@ -79,24 +79,14 @@ def declared(path: str, hf_config: Mapping[str, Any]) -> str | None:
         packed = sorted(stored - _PLAIN)
         return f"GGUF {', '.join(packed)}" if packed else None
     section = hf_config.get("quantization_config")
-    if not section:
-        return None
-    method = section.get("quant_method") if isinstance(section, Mapping) else None
-    if method is None and isinstance(section, Mapping) and any("load_in_" in key for key in section):
-        method = "bitsandbytes"
-    if method != "bitsandbytes":
-        raise UserError(
-            f"config.json: quantization_config: checkpoints of {shown(method)} are not read; expected bitsandbytes (nf4, "
-            "int8), a GGUF file, or an unquantised checkpoint with model.quantization"
-        )
-    return f"bitsandbytes {bitsandbytes_tensors.format_of_config(section)}"
+    return " ".join(quantised_checkpoints.declared(section)) if section else None
 
 
 def resolve(requested: str | None, path: str, hf_config: Mapping[str, Any]) -> str:
     """Return `Model.quantization` for what was asked for.
 
     Args:
-      requested: one of `REQUESTS`; None: bitsandbytes checkpoints as they are, and GGUF files dequantised.
+      requested: one of `REQUESTS`; None: quantised checkpoints as they are, and GGUF files dequantised.
       path: the local directory or GGUF file.
       hf_config: its config.
 
@@ -140,14 +130,16 @@ def check_device(quantization: str) -> None:
     Raises:
       UserError: a GPU without fp8.
     """
-    if quantization.removesuffix(EMBEDDINGS) != "fp8":
+    held = format_of(quantization.removesuffix(EMBEDDINGS))
+    if not held.startswith("fp8"):
         return
+    others = "none" if quantization.startswith(STORED) else "nf4 or int8"
     for device in jax.devices():
         capability = getattr(device, "compute_capability", None)
         if device.platform == "gpu" and capability is not None and float(capability) < 8.9:
             raise UserError(
                 f"model.quantization: fp8 needs a GPU of compute capability 8.9 or higher, found {device.device_kind} "
-                f"({capability}); expected nf4 or int8"
+                f"({capability}); expected {others}"
             )
 
 
@@ -156,7 +148,7 @@ def formats(model: models.Model, tensors: Any = None) -> Formats:
 
     Args:
       model: its `quantization` says which.
-      tensors: the checkpoint, for "stored"; None: as the config of a bitsandbytes checkpoint says.
+      tensors: the checkpoint, for "stored"; None: all kernels as its config says.
 
     Raises:
       UserError: a format whose blocks do not divide a map's inputs, codes for what is no kernel, or blocks of a GGUF file
@@ -227,8 +219,8 @@ def _stored_formats(model: models.Model, tensors: Any, abstract: Tree) -> Format
         raise UserError("model.quantize_embeddings: the checkpoint has no quantised embedding; expected false")
     if not merged and model.quantization.startswith(f"{STORED}:"):
         raise UserError(
-            "config.json: quantization_config: bitsandbytes, but no tensor is quantised; expected codes, or a config.json "
-            "without quantization_config"
+            f"config.json: quantization_config: {tensors.method}, but no tensor is quantised; expected codes, or a "
+            "config.json without quantization_config"
         )
     return merged
 
@@ -279,18 +271,19 @@ def node(parts: Mapping[str, Any], name: str, dtype: Any) -> QuantisedKernel:
     return QuantisedKernel(dict(parts), name, np.dtype(dtype))
 
 
-def stored_as(path: str, model: models.Model, tensors: Any = None) -> tuple[str, float]:
+def stored_as(path: str, model: models.Model, hf_config: Mapping[str, Any], tensors: Any = None) -> tuple[str, float]:
     """Return what a checkpoint is quantised as, "none" where it is not, and the mean bits of its layers' weights.
 
     Args:
       path: the local directory or GGUF file.
       model: opened from it, without a request for another quantisation.
+      hf_config: its config, with `quantization_config`.
       tensors: the checkpoint, in which some maps may not be quantised; None: there is a config alone.
     """
     if path.endswith(".gguf"):
         infos = gguf_header.read_header(path).tensors
         kernels = [info for name, info in infos.items() if name.startswith("blk.") and len(info.shape) > 1]
-        found = declared(path, {}) or NONE
+        found = declared(path, hf_config) or NONE
         return found, 8 * sum(info.nbytes for info in kernels) / sum(math.prod(info.shape) for info in kernels)
     declared_dtype = model.hf_config.get("dtype") or model.hf_config.get("torch_dtype")
     plain = 16.0 if declared_dtype in ("bfloat16", "float16") else 32.0
@@ -304,4 +297,4 @@ def stored_as(path: str, model: models.Model, tensors: Any = None) -> tuple[str,
         each = own if isinstance(own, tuple) else (own,)
         mean = sum(plain if name is None else bits(name, kernel.shape[-1]) for name in each) / len(each)
         entries, total = entries + math.prod(kernel.shape), total + mean * math.prod(kernel.shape)
-    return f"bitsandbytes {format_of(model.quantization)}", total / entries
+    return declared(path, hf_config) or NONE, total / entries

@@ -11,8 +11,8 @@ import numpy as np
 
 from neuroada_jax.errors import UserError
 from neuroada_jax.files import read_json
-from neuroada_jax.pretrained import gguf_config, gguf_file, hub, text_parts
-from neuroada_jax.pretrained.bitsandbytes_tensors import BitsandbytesTensors
+from neuroada_jax.pretrained import gguf_config, gguf_file, hub, quantised_checkpoints, text_parts
+from neuroada_jax.pretrained.packed_tensors import PackedTensors
 from neuroada_jax.pretrained.safetensors_directory import SafetensorsDirectory
 
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
@@ -101,7 +101,7 @@ def open_tensors(path: str) -> TensorSource:
     return gguf_file.GGUFTensors(path) if path.endswith(".gguf") else open_directory(path)
 
 
-def open_directory(path: str) -> SafetensorsDirectory | BitsandbytesTensors:
+def open_directory(path: str) -> SafetensorsDirectory | PackedTensors:
     """Open the tensors of a local model directory: those that transformers would load."""
     config = read_config(path)
     file = config.get("transformers_weights")
@@ -112,7 +112,8 @@ def open_directory(path: str) -> SafetensorsDirectory | BitsandbytesTensors:
     directory = SafetensorsDirectory(path, file)
     if has_other_parts(path):
         directory.rename(text_parts.name_of)
-    return BitsandbytesTensors(directory) if config.get("quantization_config") else directory
+    section = config.get("quantization_config")
+    return quantised_checkpoints.open_packed(directory, section) if section else directory
 
 
 def config_dtype(name: str, hf_config: dict[str, Any]) -> Any:
