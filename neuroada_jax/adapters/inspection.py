@@ -93,6 +93,10 @@ def inspect_adapter(path: str) -> dict[str, Any]:
         _row(module, len(values), inputs.get(module), values.shape[1], _trained(module, len(values), options))
         for module, values in adapter.values.items()
     ]
+    if options.random_over != "neuron":  # the arrays are wider than what was drawn
+        for row, values in zip(rows, adapter.values.values(), strict=True):
+            row["values"] = int(np.count_nonzero(values))
+            row["percent"] = None if row["inputs"] is None else 100 * row["values"] / (row["neurons"] * row["inputs"])
     rows += [_low_rank_row(module, pair) for module, pair in adapter.factors.items()]
     about = {key: adapter.metadata.get(key) for key in ("version", "k", "targets", "rule", "seed", "created", "versions")}
     return {
@@ -230,6 +234,8 @@ def _selection(options: dict[str, Any]) -> dict[str, Any]:
     differs = {name: value for name, value in options.items() if value != native.SelectionOptions._field_defaults[name]}
     if differs.pop("shared_columns", False):
         differs["columns"] = "shared by all neurons of a map"
+    if "random_over" in differs:
+        differs["positions random over"] = f"the {differs.pop('random_over')}"
     if "layers" in differs:
         differs["layers trained"] = " ".join(map(str, differs.pop("layers")))
     if "neurons" in differs:

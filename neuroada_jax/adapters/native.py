@@ -75,12 +75,15 @@ class SelectionOptions(NamedTuple):
       neurons: the share of the neurons of each map that was trained. The others have zeros.
       layers: the numbers of the layers that were trained; None: all. The others have zeros.
       rank: of the approximation by which the columns were selected; None: they were not.
+      random_over: what random positions were drawn from: "neuron", "map", "block" or "model". But for "neuron" k is their
+        mean number in a neuron, and the file has zeros beyond a neuron's own.
     """
 
     shared_columns: bool = False
     neurons: float = 1.0
     layers: list[int] | None = None
     rank: int | None = None
+    random_over: str = "neuron"
 
 
 class Selection(NamedTuple):
@@ -287,6 +290,7 @@ _FITS: dict[str, Callable[[Any], bool]] = {
     "neurons": lambda value: isinstance(value, float | int) and not isinstance(value, bool) and 0 < value <= 1,
     "layers": lambda value: isinstance(value, list) and all(type(each) is int and each >= 0 for each in value),
     "rank": lambda value: type(value) is int and value > 0,
+    "random_over": lambda value: value in ("neuron", "map", "block", "model"),
 }
 
 

@@ -11,6 +11,8 @@ Statistics are dicts of arrays with the axes *L of stacked layers in front. Thei
     Needs.INPUTS    {"for_all": (I,)}                                the norm of every input over tokens
     Needs.FACTORS   {"by_neuron": (O, r), "for_all": (r, I)}         of `factors`: a rank-r approximation of the kernel
     Needs.SEEDS     {"by_neuron": uint32 (O, 1)}                     of `seeds`: a seed for every neuron
+
+`positions` is no rule: it selects columns that were drawn elsewhere.
 """
 
 import enum
@@ -85,6 +87,12 @@ def random(kernel: Float[Array, "O I"], statistic: Statistic) -> Float[Array, "O
     inputs = kernel.shape[1]
     draw = lambda seed: jax.random.uniform(jax.random.key(seed), (inputs,), kernel.dtype)  # noqa: E731
     return jax.vmap(draw)(statistic["by_neuron"][:, 0])
+
+
+def positions(kernel: Float[Array, "O I"], statistic: Statistic) -> Float[Array, "O I"]:
+    """Return 1 at the columns {"by_neuron": int32 (O, k)} of every neuron, those from I on for none; else 0."""
+    neurons = jnp.arange(kernel.shape[0], dtype=jnp.int32)[:, None]
+    return jnp.zeros_like(kernel).at[neurons, statistic["by_neuron"]].set(1, mode="drop")
 
 
 RULES: dict[str, Rule] = {

@@ -24,6 +24,9 @@ class BypassSection:
       targets: names of linear maps, as in `neuroada inspect MODEL`. None (the default): every linear map of a layer.
       shared_columns: whether all neurons of a map train the same k columns, those that most of them would select. Default
         false. The gradient is then one dense product, which is cheap at large k.
+      random_over: for the score "random", what its positions are drawn from: the inputs of every neuron ("neuron", the
+        default, k of each), or all entries of a map ("map"), of a layer's targets ("block") or of all targets ("model"), as
+        many as k a neuron, so that neurons differ in their number of connections.
       neurons: share of the neurons of each map that train, chosen at random by the seed, from 0 to 1. Default 1.
       layers: numbers of the layers that train, from 0. None (the default): all.
       exclude_layers: numbers of the layers that do not train, in place of `layers`. None (the default): none.
@@ -40,6 +43,7 @@ class BypassSection:
     ] = "magnitude"
     targets: list[str] | None = pydantic.Field(default=None, min_length=1)
     shared_columns: bool = False
+    random_over: Literal["neuron", "map", "block", "model"] = "neuron"
     neurons: float = pydantic.Field(default=1.0, gt=0, le=1)
     layers: list[Layer] | None = pydantic.Field(default=None, min_length=1)
     exclude_layers: list[Layer] | None = pydantic.Field(default=None, min_length=1)
@@ -50,6 +54,12 @@ class BypassSection:
     def __post_init__(self) -> None:
         if self.layers is not None and self.exclude_layers is not None:
             raise ValueError("give either layers or exclude_layers, found both")
+        others = {"score": "random", "shared_columns": False, "neurons": 1}
+        for field, value in others.items():
+            if self.random_over != "neuron" and getattr(self, field) != value:
+                raise ValueError(
+                    f"random_over: {self.random_over!r} needs {field} {str(value).lower()}, found {getattr(self, field)}"
+                )
 
 
 @dataclass(frozen=True, config=STRICT)

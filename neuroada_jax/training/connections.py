@@ -2,18 +2,20 @@
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import lax
 
 from neuroada_jax import models
 from neuroada_jax.adapters import native
 from neuroada_jax.adapters.factors import LoraOptions
-from neuroada_jax.core import bypass, low_rank, quantised, scores, selection, trees
+from neuroada_jax.core import bypass, low_rank, quantised, random_positions, scores, selection, trees
 from neuroada_jax.core.bypass import Bypass
 from neuroada_jax.core.scores import RULES, Needs, Rule, Score
 from neuroada_jax.core.trees import ModulePath, Tree
@@ -64,17 +66,21 @@ def choose(
         return _factors(config, params, paths)
     section, dtype = config.bypass, value_dtype(config, model)
     rule = Rule(score) if score is not None else RULES[section.score]
+    widths, drawn = _widths(config, model, params, paths), {}
+    if widths:
+        rule = Rule(scores.positions)
+        drawn = _random_positions(config, model, params, paths, widths)
     statistics = _Statistics(config, model, params, paths, batches, losses).of(rule.needs)
     values: Tree = {}
     columns: Tree = {}
     for number, path in enumerate(paths):
         kernel, name = trees.get(params, path)["kernel"], ".".join(path)
 
-        def search(tree: Tree, name: str = name) -> Tree:
-            chosen, finite = _search(tree["kernel"], section.k, rule.score, tree.get("statistic"), name)
+        def search(tree: Tree, name: str = name, k: int = widths.get(path, section.k)) -> Tree:
+            chosen, finite = _search(tree["kernel"], k, rule.score, tree.get("statistic"), name)
             return {"columns": chosen} if finite is None else {"columns": chosen, "finite": finite}
 
-        statistic = statistics(number, path)
+        statistic = {"by_neuron": drawn[path]} if path in drawn else statistics(number, path)
         found = by_neuron(search)({"kernel": kernel} | ({} if statistic is None else {"statistic": statistic}))
         selection.check_finite(found.get("finite"), name)
         chosen = found["columns"]
@@ -83,6 +89,8 @@ def choose(
             chosen = selection.most_selected(chosen, inputs)
         key = jax.random.fold_in(jax.random.key(config.seed), number)
         trained = _trained(config, model, path, tuple(neurons), key)
+        if path in drawn:
+            trained = random_positions.trained(chosen, drawn[path])
         columns = trees.put(columns, path, {"columns": chosen} | ({} if trained is None else {"trained": trained}))
         values = trees.put(values, path, {"values": jnp.zeros((*neurons, chosen.shape[-1]), dtype)})
     return Bypass(values, columns)
@@ -102,8 +110,60 @@ def of_equal_shapes(config: RunConfig, model: models.Model, params: Tree, paths:
     """Return a bypass with the shapes of the one that `choose` returns, for `jax.eval_shape`."""
     if config.method == "lora":
         return _factors(config, params, paths)
-    section = config.bypass
-    return bypass.build(params, paths, section.k, dtype=value_dtype(config, model), shared=section.shared_columns)
+    section, dtype = config.bypass, value_dtype(config, model)
+    widths = _widths(config, model, params, paths)
+    built = bypass.build(params, paths, section.k, dtype=dtype, shared=section.shared_columns)
+    values, columns = built
+    for path, width in widths.items():
+        shape = (*quantised.shape(trees.get(params, path)["kernel"])[:-1], width)
+        values = trees.put(values, path, {"values": jnp.zeros(shape, dtype)})
+        columns = trees.put(columns, path, {"columns": jnp.zeros(shape, jnp.int32), "trained": jnp.zeros(shape, bool)})
+    return Bypass(values, columns)
+
+
+def _matrices(
+    config: RunConfig, model: models.Model, params: Tree, paths: list[ModulePath]
+) -> list[list[tuple[random_positions.Place, random_positions.Matrix]]]:
+    """Return the matrices that random positions are drawn from together, by `bypass.random_over`; none for "neuron"."""
+    section, shapes = config.bypass, {path: quantised.shape(trees.get(params, path)["kernel"]) for path in paths}
+    layers = modules.trained_layers(config, model)
+
+    def matrix(path: ModulePath, place: tuple[int, ...]) -> random_positions.Matrix:
+        *_, outputs, inputs = shapes[path]
+        idle = names.is_stacked(path, model.layers_path) and place[0] not in layers
+        return random_positions.Matrix(outputs, inputs, 0 if idle else outputs * min(section.k, inputs))
+
+    if section.random_over == "neuron":
+        return []
+    scopes = random_positions.scopes(section.random_over, {path: shape[:-2] for path, shape in shapes.items()})
+    each = [[(place, matrix(*place)) for place in scope] for scope in scopes]
+    trained = [[(place, one) for place, one in scope if one.positions] for scope in each]
+    return [scope for scope in trained if scope]
+
+
+def _widths(config: RunConfig, model: models.Model, params: Tree, paths: list[ModulePath]) -> dict[ModulePath, int]:
+    """Return the k of a map's arrays where random positions are over more than a neuron; else none."""
+    found: dict[ModulePath, int] = {}
+    for scope in _matrices(config, model, params, paths):
+        matrices = [matrix for _, matrix in scope]
+        for path, inputs in {path: matrix.inputs for (path, _), matrix in scope}.items():
+            neurons = math.prod(quantised.shape(trees.get(params, path)["kernel"])[:-1])
+            found[path] = max(found.get(path, 1), random_positions.width(matrices, inputs, neurons))
+    return found
+
+
+def _random_positions(
+    config: RunConfig, model: models.Model, params: Tree, paths: list[ModulePath], widths: dict[ModulePath, int]
+) -> dict[ModulePath, np.ndarray]:
+    """Return the columns of random positions, int32 (*L, O, k) by map; I where there is none."""
+    shapes = {path: quantised.shape(trees.get(params, path)["kernel"]) for path in paths}
+    drawn = {path: np.full((*shape[:-1], widths[path]), shape[-1], np.int32) for path, shape in shapes.items()}
+    for number, scope in enumerate(_matrices(config, model, params, paths)):
+        places, matrices = zip(*scope, strict=True)
+        found = random_positions.draw(matrices, [widths[path] for path, _ in places], [config.seed, number])
+        for (path, place), own in zip(places, found, strict=True):
+            drawn[path][place] = own
+    return drawn
 
 
 def _factors(config: RunConfig, params: Tree, paths: list[ModulePath]) -> Bypass:
@@ -141,6 +201,7 @@ def selection_of(config: RunConfig, model: models.Model, score: Score | None) ->
         neurons=section.neurons,
         layers=layers if len(layers) < model.config.num_layers else None,
         rank=section.rank if section.score == "lowrank" else None,
+        random_over=section.random_over,
     )
     return native.Selection(section.k, section.targets or [], rule, config.seed, options)
 

@@ -214,8 +214,11 @@ def trained_neurons(config: RunConfig, neurons: int) -> int:
 def count_trained(config: RunConfig, model: models.Model, values: trees.Tree) -> int:
     """Return how many entries of the values and low-rank factors (arrays or shapes) train."""
     total = sum(leaf.size for name in low_rank.LEAVES for _, leaf in trees.leaves(values, name))
+    shapes = model.abstract_params()
     for path, leaf in trees.leaves(values, "values"):
         *stack, neurons, k = leaf.shape
+        if config.bypass.random_over != "neuron":  # of which arrays are wider than the mean
+            k = min(config.bypass.k, trees.get(shapes, path)["kernel"].shape[-1])
         if names.is_stacked(path, model.layers_path):
             stack[0] = len(trained_layers(config, model))
         total += math.prod(stack) * trained_neurons(config, neurons) * k

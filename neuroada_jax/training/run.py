@@ -201,7 +201,8 @@ def _start(prepared: Prepared, loaded: LoadedModel | None, locked: contextlib.Ex
 def _connections(prepared: Prepared, loaded: LoadedModel) -> Bypass:
     """Choose the connections of a new run; for a resumed one, placeholders of the right shapes."""
     config, batches, devices = prepared.config, prepared.batches, prepared.devices
-    if prepared.resumed_from:  # the columns of its checkpoint will take the place of these
+    # The columns of a checkpoint will take the place of these; those of random positions need nothing and have own shapes.
+    if prepared.resumed_from and config.bypass.random_over == "neuron":
         config = dataclasses.replace(config, bypass=dataclasses.replace(config.bypass, score="magnitude"))
     return connections.choose(
         config,

@@ -11,7 +11,7 @@ from helpers import NEURONS, run_config, write_model, write_rows
 
 import neuroada_jax as na
 from neuroada_jax.adapters import exchange, inspection, native, on_base
-from neuroada_jax.core import bypass, experts, quantise, quantised, scores, selection, trees
+from neuroada_jax.core import bypass, experts, quantise, quantised, random_positions, scores, selection, trees
 from neuroada_jax.core.scores import RULES, Needs
 from neuroada_jax.errors import UserError
 from neuroada_jax.models import match_targets
@@ -166,6 +166,65 @@ def test_only_what_is_chosen_trains_and_files_say_so(variant, folder, tmp_path):
     assert again.generate(prompts, max_new_tokens=4) == answer
 
 
+@pytest.mark.parametrize("over", ["map", "block", "model"])
+def test_random_positions_are_as_many_as_k_a_neuron_in_their_scope(over, folder, base):
+    section = {"score": "random", "random_over": over, "exclude_layers": [1] if over == "model" else None}
+    config, built = chosen(folder, base, **section)
+    shapes, counts = {path: kernel.shape for path, kernel in trees.kernels(base.params)}, {}
+    of_shapes = connections.of_equal_shapes(config, base.model, base.params, list(shapes))
+    for path, mask in trees.leaves(built.columns, "trained"):
+        columns = np.asarray(trees.get(built.columns, path)["columns"])
+        *_, outputs, inputs = shapes[path]
+        assert (np.diff(columns, axis=-1) > 0).all() and columns.min() >= 0 and columns.max() < inputs
+        assert columns.shape == mask.shape == trees.get(of_shapes.values, path)["values"].shape
+        for layer, own in enumerate(np.asarray(mask)):
+            key = {"map": (path, layer), "block": layer, "model": None}[over]
+            found, wanted = counts.get(key, (0, 0))
+            idle = over == "model" and layer == 1
+            assert not (idle and own.any())
+            counts[key] = (found + own.sum(), wanted + (0 if idle else 2 * outputs))
+    assert all(found == wanted for found, wanted in counts.values())
+    assert len(counts) == {"map": 7 * DEPTH, "block": DEPTH, "model": 1}[over]
+    assert modules.count_trained(config, base.model, built.values) == sum(found for found, _ in counts.values())
+    jax.tree.map(np.testing.assert_array_equal, built.columns, chosen(folder, base, **section)[1].columns)
+
+
+def test_random_positions_are_uniform_without_repetition():
+    matrices = [random_positions.Matrix(3, 4, 3), random_positions.Matrix(2, 6, 2)]  # 24 entries, of which 5
+    hits, widths = np.zeros(24), [random_positions.width(matrices, inputs, 5) for inputs in (4, 6)]
+    for seed in range(2000):
+        first, second = random_positions.draw(matrices, widths, [seed])
+        flat = [4 * neuron + column for neuron, own in enumerate(first) for column in own if column < 4]
+        flat += [12 + 6 * neuron + column for neuron, own in enumerate(second) for column in own if column < 6]
+        assert len(set(flat)) == 5
+        hits[flat] += 1
+    assert abs(hits - 2000 * 5 / 24).max() < 4.5 * np.sqrt(2000 * 5 / 24 * 19 / 24)
+    everything = random_positions.draw([random_positions.Matrix(2, 3, 6)], [3], [0])[0]
+    np.testing.assert_array_equal(everything, [[0, 1, 2]] * 2)
+    for k in (1, 20):  # 32 layers of LLaMA's widest map: no draw is repeated in practice, and the arrays stay narrow
+        widest = random_positions.width([random_positions.Matrix(11008, 4096, 11008 * k)], 4096, 32 * 11008)
+        counts = np.random.default_rng(k).binomial(11008 * k, 1 / 11008, (32, 11008))
+        assert counts.max() < widest < {1: 16, 20: 60}[k]
+
+
+def test_training_moves_random_positions_alone(folder, tmp_path):
+    section = {"score": "random", "random_over": "block", "k": 1}
+    rows = [{"prompt": "after a,", "completion": "b"}] * 4
+    options = {"steps": 3, "batch_size": 2, "max_length": 32, "learning_rate": 0.02, "output": str(tmp_path / "run")}
+    tuned = na.fine_tune(na.load(folder / "model"), rows, **options, **section)
+    adapter = native.read(str(tmp_path / "run" / "adapter"))
+    assert native.options_of(adapter.metadata).random_over == "block" and adapter.metadata["k"] == 1
+    moved = sum(int((values != 0).sum()) for values in adapter.values.values())
+    assert 0 < moved <= tuned.results["trainable"] == NEURONS * DEPTH
+    assert max(int((values != 0).sum(axis=1).max()) for values in adapter.values.values()) > 1
+    report = inspection.inspect(str(tmp_path / "run" / "adapter"), 1)
+    assert report["values"] == moved and report["selection"]["random_over"] == "block"
+    for form in ("peft-supertuning", "official"):
+        exchange.export_adapter(
+            str(tmp_path / "run" / "adapter"), form, str(tmp_path / form), verify=form == "peft-supertuning"
+        )
+
+
 def test_neurons_are_drawn_by_the_seed_for_every_layer(folder, base):
     masks = [
         dict(trees.leaves(chosen(folder, base, neurons=0.5, targets=["q_proj"], **more)[1].columns, "trained"))
@@ -223,7 +282,16 @@ def test_every_score_goes_through_every_format(name, shared, folder, base, tmp_p
 
 @pytest.mark.parametrize(
     "selection",
-    [{"neurons": 2}, {"layers": ["a"]}, {"shared_columns": 1}, {"rank": 0}, {"other": 1}, [], {"neurons": True}],
+    [
+        {"neurons": 2},
+        {"layers": ["a"]},
+        {"shared_columns": 1},
+        {"rank": 0},
+        {"other": 1},
+        [],
+        {"neurons": True},
+        {"random_over": 1},
+    ],
 )
 def test_a_selection_that_no_run_writes_is_refused(selection):
     with pytest.raises(UserError, match=r"adapter.json: selection is"):
@@ -247,6 +315,12 @@ def test_a_selection_that_no_run_writes_is_refused(selection):
         ({"layers": [0], "exclude_layers": [1]}, "bypass: give either layers or exclude_layers, found both"),
         ({"neurons": 0}, "bypass.neurons"),
         ({"neurons": 1.5}, "bypass.neurons"),
+        ({"random_over": "map"}, "bypass: random_over: 'map' needs score random, found magnitude"),
+        (
+            {"random_over": "model", "score": "random", "neurons": 0.5},
+            "bypass: random_over: 'model' needs neurons 1, found 0.5",
+        ),
+        ({"random_over": "layer", "score": "random"}, "bypass.random_over"),
         ({"statistic_batches": 0}, "bypass.statistic_batches"),
     ],
 )
