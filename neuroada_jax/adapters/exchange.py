@@ -162,7 +162,8 @@ def _check_format(source: str, adapter: Adapter, to_format: str) -> None:
     """Raise UserError if a format cannot hold an adapter of its kind."""
     if to_format == "huggingface":
         return
-    if expert := next((module for module in adapter.modules if f".{names.EXPERTS}." in module), None):
+    expert = next((module for module in adapter.modules if f".{names.EXPERTS}." in module), None)
+    if expert and not (adapter.factors and to_format == _LORA):
         raise UserError(
             f"{source}: --to {to_format} has no name for {expert}, which belongs to experts (transformers stacks them); "
             "use huggingface"

@@ -10,6 +10,7 @@ and the weight is W + lora_alpha / r B A. Dense modules (a classifier) are in `m
 
 import json
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from neuroada_jax.adapters.factors import Factors, LoraOptions
 from neuroada_jax.adapters.native import Adapter
 from neuroada_jax.adapters.on_base import dense_slots
 from neuroada_jax.errors import UserError
+from neuroada_jax.models import names
 from neuroada_jax.pretrained.load import OpenedModel
 
 TYPE = "LORA"
@@ -65,6 +67,7 @@ def export(adapter: Adapter, directory: Path, base_model: OpenedModel) -> list[s
     options = factors.options_of(adapter.metadata)
     assert options is not None
     _check_fit("adapter", base_model.model, adapter.factors)
+    _check_experts(base_model.model, adapter.factors)
     tensors = {f"{peft.PREFIX}{name}": leaf for name, leaf in adapter.dense_parameters.items()}
     for module, pair in adapter.factors.items():
         tensors |= {f"{peft.PREFIX}{module}.{_A}": pair.a, f"{peft.PREFIX}{module}.{_B}": pair.b}
@@ -90,6 +93,21 @@ def _check_fit(where: str, model: models.Model, pairs: Any) -> None:
         if pair.a.shape[1] != inputs or pair.b.shape[0] != outputs:
             found = f"{pair.a.shape} and {pair.b.shape}"
             raise UserError(f"{where}: {module} has factors {found}, which do not fit ({outputs}, {inputs})")
+
+
+def _check_experts(model: models.Model, pairs: Collection[str]) -> None:
+    """Refuse factors of one of the two maps of experts that transformers stacks as one, which PEFT cannot load."""
+    experts = model.config.experts if model.architecture.is_decoder else None
+    if experts is None:
+        return
+    adapted = {module.rpartition(".")[2] for module in pairs if f".{names.EXPERTS}." in module}
+    gate, up, _ = experts.maps
+    if len({gate, up} & adapted) == 1:
+        have, lack = (gate, up) if gate in adapted else (up, gate)
+        raise UserError(
+            f"adapter: the experts' {have} has factors and their {lack} none; PEFT loads both or neither, since "
+            "transformers stacks them; use huggingface"
+        )
 
 
 def is_lora(directory: str | Path) -> bool:

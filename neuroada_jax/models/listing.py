@@ -19,7 +19,7 @@ class Family(NamedTuple):
     notes: str = ""
 
 
-_EXPERTS = "of experts no exports to other libraries"
+_EXPERTS = "of experts no exports to other libraries but of LoRA to PEFT"
 
 FAMILIES = {
     "llama": Family("LLaMA 1 to 3.x, SmolLM2", "HuggingFaceTB/SmolLM2-135M-Instruct"),

@@ -1,5 +1,6 @@
 """Low-rank factors against PEFT, from the same start: training, merging, and adapters that PEFT loads."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ from neuroada_jax.adapters import exchange, native, on_base
 from neuroada_jax.adapters.verification import load_torch
 from neuroada_jax.core import trees
 from neuroada_jax.data.batches import Batch, ClassificationBatch
+from neuroada_jax.errors import UserError
 from neuroada_jax.models import dense_modules
 from neuroada_jax.models.losses import classification_losses, label_losses
 from neuroada_jax.pretrained.load import LoadedModel, load_model
@@ -21,6 +23,11 @@ from neuroada_jax.training import config_file, connections, modules, optimizer, 
 
 STEPS, RATE, CLIP = 3, 0.02, 0.5
 CLASSIFIER = [("classifier",)]
+ROUTED = {"num_experts": 4, "num_experts_per_tok": 2}
+FIELDS: dict[str, dict[str, Any]] = {
+    "mixtral": {"model_type": "mixtral", **ROUTED},
+    "qwen3_moe": {"model_type": "qwen3_moe", "moe_intermediate_size": 16, **ROUTED},
+}
 
 
 class Case(NamedTuple):
@@ -34,7 +41,7 @@ class Case(NamedTuple):
 
 
 def case(kind, folder) -> Case:
-    directory = write_bert(folder / "model") if kind == "bert" else write_model(folder / "model")
+    directory = write_bert(folder / "model") if kind == "bert" else write_model(folder / "model", **FIELDS.get(kind, {}))
     loaded = load_model(str(directory), labels=["a", "b", "c"] if kind == "bert" else None, seed=3)
     rng, ones = np.random.default_rng(0), np.ones((2, 8), np.float32)
     ids, lengths = rng.integers(8, 250, (2, 9), np.int32), np.array([8, 8], np.int32)
@@ -118,7 +125,7 @@ def test_training_is_that_of_peft(kind, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, state.params, dense_modules.split(params, dense)[0])
 
 
-@pytest.mark.parametrize("kind", ["llama", "bert"])
+@pytest.mark.parametrize("kind", ["llama", "bert", *FIELDS])
 def test_peft_loads_an_export_and_an_import_gives_it_back(kind, tmp_path):
     made = case(kind, tmp_path)
     built = connections.choose(made.config, made.loaded.model, made.loaded.params, made.paths)
@@ -136,3 +143,14 @@ def test_peft_loads_an_export_and_an_import_gives_it_back(kind, tmp_path):
     assert after.metadata["lora"] == {"r": 4, "alpha": 6.0} and after.factors.keys() == before.factors.keys()
     jax.tree.map(np.testing.assert_array_equal, after.factors, before.factors)
     assert after.metadata["base"]["digests"] == before.metadata["base"]["digests"]
+
+
+def test_factors_of_one_of_two_stacked_maps_of_experts_are_refused(tmp_path):
+    made = case("mixtral", tmp_path)
+    half = dataclasses.replace(made.config, lora=dataclasses.replace(made.config.lora, targets=["q_proj", "w1", "w2"]))
+    made = made._replace(config=half, paths=modules.target_paths(half, made.loaded.model))
+    built = connections.choose(made.config, made.loaded.model, made.loaded.params, made.paths)
+    own = save(tmp_path / "own", made, built, {})
+    with pytest.raises(UserError, match="the experts' w1 has factors and their w3 none; PEFT loads both or neither"):
+        exchange.export_adapter(own, "peft-lora", str(tmp_path / "peft"))
+    assert not (tmp_path / "peft").exists()
