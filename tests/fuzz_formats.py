@@ -26,7 +26,7 @@ from fuzz_adapters import (
     SuperTuning,
 )
 from helpers import run_config, write_model, write_rows, write_safetensors
-from published_files import write_published
+from published_files import WIDE, write_published
 from quantised_files import write_bitsandbytes
 
 from neuroada_jax import files, models
@@ -204,8 +204,20 @@ class PublishedFp8(Quantised):
     form = "fp8 blocks"
 
     def write(self, folder):
-        directory = write_published(folder / "m", self.form)
+        directory = write_published(folder / "m", self.form, sizes={**WIDE, "num_hidden_layers": 1})
         return [directory / "config.json", *[directory / "model.safetensors"] * 3]
+
+
+class PublishedGptq(PublishedFp8):
+    """A directory that GPTQ has quantised, with the group of each input."""
+
+    form = "gptq with desc_act"
+
+
+class PublishedAwq(PublishedFp8):
+    """A directory that AWQ has quantised."""
+
+    form = "awq"
 
 
 class RowFiles(Format):
@@ -351,4 +363,6 @@ FORMATS = {
     "yaml": Yaml,
     "run": RunFiles,
     "fp8": PublishedFp8,
+    "gptq": PublishedGptq,
+    "awq": PublishedAwq,
 }

@@ -74,6 +74,96 @@ def fp8(of_scale: str, rows: int | None, columns: int | None, dtype: Any = np.fl
     return {"pack": pack, "formula": formula}
 
 
+def _shifts(bits: int) -> np.ndarray:
+    return np.arange(0, 32, bits, dtype=np.int32)
+
+
+def _packed(codes: np.ndarray, bits: int, axis: int) -> np.ndarray:
+    """Codes in int32, from the low bits up, along an axis."""
+    rows = np.moveaxis(codes, axis, 0).astype(np.uint32)
+    words = np.zeros((rows.shape[0] * bits // 32, *rows.shape[1:]), np.uint32)
+    for place, shift in enumerate(_shifts(bits).astype(np.uint32)):
+        words |= rows[place :: 32 // bits] << shift
+    return np.ascontiguousarray(np.moveaxis(words.view(np.int32), 0, axis))
+
+
+def _integers(weight: np.ndarray, bits: int, g_idx: np.ndarray, middle: bool) -> tuple[np.ndarray, ...]:
+    """Codes (inputs, outputs), float16 scales and zero points (groups, outputs) of a weight."""
+    largest, columns = 2**bits - 1, weight.T
+    codes = np.zeros(columns.shape, np.int64)
+    scales, zeros = [], []
+    for group in range(g_idx.max() + 1):
+        own = columns[g_idx == group]
+        low, high = own.min(0), own.max(0)
+        scale = ((2 * np.abs(own).max(0) if middle else high - low) / largest).astype(np.float16)
+        scale[1] = -scale[1]  # a sign is no fault
+        zero = np.full(low.shape, (largest + 1) // 2) if middle else np.clip(np.round(-low / scale), 0, largest)
+        zero[0] = zero[0] if middle else 0  # which the first format of GPTQ stores as the largest code
+        codes[g_idx == group] = np.clip(np.round(own / scale.astype(np.float32)) + zero, 0, largest)
+        scales, zeros = [*scales, scale], [*zeros, zero.astype(np.int64)]
+    return codes, np.stack(scales), np.stack(zeros)
+
+
+def gptq(bits: int, group: int, sym: bool = False, desc_act: bool = False, version: str = "gptq") -> Published:
+    """The form that AutoGPTQ and GPTQModel write."""
+    offset, mask = int(version == "gptq"), 2**bits - 1
+
+    def pack(name: str, weight: np.ndarray) -> Tensors:
+        inputs = weight.shape[1]
+        g_idx = np.arange(inputs, dtype=np.int32) // (inputs if group == -1 else group)
+        if desc_act:
+            g_idx = np.random.default_rng(0).permutation(g_idx)
+        codes, scales, zeros = _integers(weight, bits, g_idx, sym)
+        stem = name.removesuffix(".weight")
+        return {
+            f"{stem}.qweight": _packed(codes, bits, 0),
+            f"{stem}.qzeros": _packed((zeros - offset) & mask, bits, 1),
+            f"{stem}.scales": scales,
+            f"{stem}.g_idx": g_idx,
+        }
+
+    def formula(name: str, tensors: Tensors) -> np.ndarray:
+        qweight, qzeros, scales, g_idx = (
+            tensors[f"{name.removesuffix('.weight')}.{end}"] for end in ("qweight", "qzeros", "scales", "g_idx")
+        )
+        codes = ((qweight[:, None, :] >> _shifts(bits)[None, :, None]) & mask).reshape(-1, qweight.shape[1])
+        zeros = (((qzeros[:, :, None] >> _shifts(bits)) + offset) & mask).reshape(qzeros.shape[0], -1)
+        return (scales.astype(np.float32)[g_idx] * (codes - zeros[g_idx])).T.astype(np.float32)
+
+    section = {"quant_method": "gptq", "bits": bits, "group_size": group, "sym": sym, "desc_act": desc_act}
+    form = f"int{bits}_{'row' if group == -1 else group}{'_any_order' if desc_act else ''}"
+    return Published({**section, "checkpoint_format": version, "damp_percent": 0.1}, form, pack, formula)
+
+
+def awq(group: int) -> Published:
+    """The form "gemm" that AutoAWQ writes."""
+    order, back = [0, 2, 4, 6, 1, 3, 5, 7], [0, 4, 1, 5, 2, 6, 3, 7]
+
+    def reordered(codes: np.ndarray, places: list[int]) -> np.ndarray:
+        return codes.reshape(codes.shape[0], -1, 8)[:, :, places].reshape(codes.shape)
+
+    def pack(name: str, weight: np.ndarray) -> Tensors:
+        codes, scales, zeros = _integers(weight, 4, np.arange(weight.shape[1]) // group, False)
+        stem = name.removesuffix(".weight")
+        return {
+            f"{stem}.qweight": _packed(reordered(codes, order), 4, 1),
+            f"{stem}.qzeros": _packed(reordered(zeros, order), 4, 1),
+            f"{stem}.scales": scales,
+        }
+
+    def formula(name: str, tensors: Tensors) -> np.ndarray:
+        stem = name.removesuffix(".weight")
+        codes, zeros = (
+            reordered(((words[:, :, None] >> _shifts(4)) & 15).reshape(words.shape[0], -1), back)
+            for words in (tensors[f"{stem}.qweight"], tensors[f"{stem}.qzeros"])
+        )
+        scales = tensors[f"{stem}.scales"].astype(np.float32)
+        return ((codes - np.repeat(zeros, group, 0)) * np.repeat(scales, group, 0)).T.astype(np.float32)
+
+    section = {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True, "version": "gemm"}
+    return Published({**section, "modules_to_not_convert": None}, f"int4_{group}", pack, formula)
+
+
 def groups(strategy: str, **weights: Any) -> dict[str, Any]:
     """A `quantization_config` of compressed-tensors."""
     scheme = {"num_bits": 8, "type": "float", "strategy": strategy, "symmetric": True, "dynamic": False, **weights}
@@ -95,6 +185,14 @@ FORMS = {
     "compressed-tensors blocks": Published(
         groups("block", block_structure=[128, 128]), "fp8_blocks", **fp8("weight_scale", 128, 128)
     ),
+    "gptq": gptq(4, 128, sym=True),
+    "gptq of 32": gptq(4, 32),
+    "gptq of 64, version 2": gptq(4, 64, version="gptq_v2"),
+    "gptq by row": gptq(4, -1, sym=True),
+    "gptq with desc_act": gptq(4, 32, desc_act=True),
+    "gptq of 8 bits": gptq(8, 128),
+    "awq": awq(128),
+    "awq of 32": awq(32),
 }
 
 

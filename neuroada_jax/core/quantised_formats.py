@@ -11,10 +11,14 @@ kernel with many inputs takes, besides its codes,
                 with a row: a row has the scales that it touches, and `phase`, the place of its first scale among 256
     int8        an integer for each entry, a float32 scale for the row (bitsandbytes' CB and SCB: entry = code scale / 127)
     fp8         a float8_e4m3fn for each entry; a float32 scale for the row, or for every 128 entries
+    int4_128, ...  an integer of 4 or 8 bits for each entry, two of 4 bits in a byte as in nf4; for every 32, 64 or 128
+                entries, or for the row, a float16 scale and an integer as the zero point: entry = (code - zero) scale, as
+                GPTQ and AWQ have it. With "_any_order" neurons share a list of the group of each input
     Q4_1, ...   GGUF's blocks (core/gguf_blocks.py)
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -31,6 +35,8 @@ from neuroada_jax.errors import UserError
 NF4_BLOCK = 64  # entries of a scale
 NESTED_BLOCK = 256  # scales of a scale of scales
 FP8_BLOCK = 128
+GROUPS = (32, 64, 128)  # entries of a scale of an integer format; or those of a row
+ANY_ORDER = "_any_order"
 _INT8_STEP = 7.874015718698502e-3  # 1 / 127, as bitsandbytes has it
 
 # The quantiles of a normal distribution that QLoRA (arXiv 2305.14314) defines as NF4.
@@ -105,9 +111,13 @@ def _rounded(product: Array) -> Array:
     return lax.clamp(-largest, product, largest)
 
 
+def _halves(codes: Array) -> Array:
+    """Return two codes of 4 bits for each byte, the one in the high half first, as (..., 2)."""
+    return jnp.stack([codes >> jnp.uint8(4), codes & jnp.uint8(15)], axis=-1)
+
+
 def _nf4_entries(codes: Array, absmax: Array) -> Array:
-    halves = jnp.stack([codes >> jnp.uint8(4), codes & jnp.uint8(15)], axis=-1)
-    numbers = jnp.take(jnp.asarray(NF4), halves, mode="clip")
+    numbers = jnp.take(jnp.asarray(NF4), _halves(codes), mode="clip")
     return (numbers.reshape(*absmax.shape, -1) * absmax[..., None]).reshape(*codes.shape[:-1], -1)
 
 
@@ -137,6 +147,44 @@ def _fp8(parts: Parts) -> Array:
     codes, scale = parts["codes"], parts["scale"]
     blocks = codes.astype(jnp.float32).reshape(*scale.shape, -1)
     return (blocks * scale[..., None]).reshape(codes.shape)
+
+
+def _of_integers(parts: Parts, width: int) -> Array:
+    """Return the entries of integers of which a byte holds `width`."""
+    codes = parts["codes"]
+    numbers = (_halves(codes) if width == 2 else codes).reshape(*codes.shape[:-1], -1).astype(jnp.float32)
+    scale, zero = (parts[name].astype(jnp.float32) for name in ("scale", "zero"))
+    if "group" in parts:
+        own = [jnp.take_along_axis(each, parts["group"], axis=-1, mode="clip") for each in (scale, zero)]
+        return (numbers - own[1]) * own[0]
+    groups = numbers.reshape(*scale.shape, -1)
+    return ((groups - zero[..., None]) * scale[..., None]).reshape(numbers.shape)
+
+
+def integers(bits: int, group: int | None, *, any_order: bool = False) -> str:
+    """Return the name of the format of integers with a scale and a zero point for each group of entries; None: the row."""
+    return f"int{bits}_{group or 'row'}{ANY_ORDER if any_order else ''}"
+
+
+def _integer_format(bits: int, group: int | None, any_order: bool) -> Format:
+    width = 8 // bits
+    of_groups = lambda inputs: inputs // group if group else 1  # noqa: E731
+    parts = {
+        "codes": Part(jnp.uint8, lambda inputs: inputs // width),
+        "scale": Part(jnp.float16, of_groups),
+        "zero": Part(jnp.uint8, of_groups),
+    }
+    if any_order:
+        parts["group"] = Part(jnp.int32, lambda inputs: inputs, shared=True)
+    return Format(group or width, parts, functools.partial(_of_integers, width=width))
+
+
+# By name: bits, entries of a group (None: those of a row), whether the inputs of a group are anywhere in the row.
+_INTEGERS = {
+    integers(bits, group, any_order=any_order): (bits, group, any_order)
+    for bits in (4, 8)
+    for group, any_order in ((None, False), *itertools.product(GROUPS, (False, True)))
+}
 
 
 def _of_blocks(name: str) -> Format:
@@ -175,6 +223,7 @@ FORMATS: dict[str, Format] = {
         },
         _fp8,
     ),
+    **{name: _integer_format(*fields) for name, fields in _INTEGERS.items()},
     **{name: _of_blocks(name) for name in BLOCKS},
 }
 # By the name of the array that has as many numbers as a format's inputs, or a fixed part of them: (array, inputs of each).
@@ -184,6 +233,7 @@ _INPUTS = {
     "int8": ("codes", 1),
     "fp8": ("codes", 1),
     "fp8_blocks": ("codes", 1),
+    **{name: ("codes", 8 // bits) for name, (bits, _, _) in _INTEGERS.items()},
     **{name: ("scale", block.entries) for name, block in BLOCKS.items()},
 }
 

@@ -4,9 +4,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from neuroada_jax.errors import UserError, shown
-from neuroada_jax.pretrained import bitsandbytes_tensors, fp8_tensors
+from neuroada_jax.pretrained import bitsandbytes_tensors, fp8_tensors, integer_tensors
 from neuroada_jax.pretrained.bitsandbytes_tensors import BitsandbytesTensors
 from neuroada_jax.pretrained.fp8_tensors import Fp8Tensors
+from neuroada_jax.pretrained.integer_tensors import AwqTensors, GptqTensors
 from neuroada_jax.pretrained.packed_tensors import PackedTensors
 from neuroada_jax.pretrained.safetensors_directory import SafetensorsDirectory
 
@@ -27,6 +28,8 @@ METHODS = {
     "bitsandbytes": Method(bitsandbytes_tensors.format_of_config, BitsandbytesTensors),
     "fp8": Method(fp8_tensors.format_of_config, Fp8Tensors),
     "compressed-tensors": Method(fp8_tensors.format_of_config, Fp8Tensors),
+    "gptq": Method(integer_tensors.format_of_config, GptqTensors),
+    "awq": Method(integer_tensors.format_of_config, AwqTensors),
 }
 
 

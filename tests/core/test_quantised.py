@@ -15,6 +15,11 @@ from neuroada_jax.core.quantised_formats import FORMATS, NF4, bits, check_inputs
 from neuroada_jax.errors import UserError
 
 INPUTS, OUTPUTS, LAYERS, K = 256, 6, 3, 2
+INTEGERS = [name for name in FORMATS if name.startswith(("int4_", "int8_"))]
+_QUICK = ("int4_128", "int4_32_any_order", "int8_row")  # of these; all of them have one decoder
+EVERY_FORMAT = [
+    pytest.param(name, marks=pytest.mark.slow if name in INTEGERS and name not in _QUICK else ()) for name in FORMATS
+]
 
 
 def _stored(name: str, rows: int, inputs: int) -> np.ndarray:
@@ -32,6 +37,19 @@ def _stored(name: str, rows: int, inputs: int) -> np.ndarray:
     return raw.reshape(rows, -1)
 
 
+def _integers(name: str, seed: int) -> dict[str, np.ndarray]:
+    """Return random integers with scales and zero points in a format."""
+    random, made = np.random.default_rng(seed), {}
+    for part, (dtype, width, shared) in FORMATS[name].parts.items():
+        shape = (1 if shared else OUTPUTS, width(INPUTS))
+        if dtype == jnp.float16:
+            made[part] = random.standard_normal(shape).astype(np.float16)
+        else:  # the zero points of 4 bits are below 16, and the groups of inputs are as many as there are scales
+            largest = {"group": FORMATS[name].parts["scale"].width(INPUTS), "zero": 16}.get(part, 256)
+            made[part] = random.integers(0, largest, shape).astype(np.dtype(dtype))
+    return made
+
+
 def _kernel(name: str, dtype=jnp.float32, leading: tuple[int, ...] = ()) -> QuantisedKernel:
     """Return a quantised kernel of random entries, the layers stacked if `leading` asks for it."""
     layers = []
@@ -39,6 +57,8 @@ def _kernel(name: str, dtype=jnp.float32, leading: tuple[int, ...] = ()) -> Quan
         if name in gguf_blocks.BLOCKS:
             parts = gguf_blocks.split_fields(_stored(name, OUTPUTS, INPUTS), gguf_blocks.BLOCKS[name])
             parts = {field: np.roll(part, number, 0) for field, part in parts.items()}
+        elif name in INTEGERS:
+            parts = _integers(name, number)
         elif name == "fp8_blocks":
             made = quantise.quantise(jax.random.normal(jax.random.key(number), (OUTPUTS, INPUTS)), "fp8")
             parts = {"codes": made["codes"], "scale": jnp.repeat(made["scale"], INPUTS // 128, axis=1)}
@@ -104,7 +124,7 @@ def _oracle(dense: np.ndarray, x: np.ndarray, columns: np.ndarray, values: np.nd
     return x @ merged.T, dy @ merged, np.einsum("to,tok->ok", dy.astype(np.float64), gathered)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", EVERY_FORMAT)
 def test_the_op_is_that_of_the_dequantised_kernel(name: str) -> None:
     kernel = _kernel(name)
     dense = np.asarray(quantised.dequantise(kernel))
@@ -213,7 +233,7 @@ def test_what_is_trained_is_what_is_merged(name: str, dtype) -> None:
         bypass.merge(merged, Bypass(values, built.columns))
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", EVERY_FORMAT)
 def test_shapes_are_known_before_there_are_arrays(name: str) -> None:
     kernel = _kernel(name, jnp.bfloat16, (LAYERS,))
     dense = jax.ShapeDtypeStruct((LAYERS, OUTPUTS, INPUTS), jnp.bfloat16)
@@ -226,6 +246,26 @@ def test_shapes_are_known_before_there_are_arrays(name: str) -> None:
     assert jax.eval_shape(quantised.dequantise, abstract) == dense
 
 
+@pytest.mark.parametrize("name", INTEGERS)
+def test_integers_are_code_less_zero_point_times_scale(name: str) -> None:
+    kernel = _kernel(name)
+    codes, scale, zero = (np.asarray(kernel.parts[part]) for part in ("codes", "scale", "zero"))
+    if name.startswith("int4"):
+        codes = np.array([[half for byte in row for half in (byte // 16, byte % 16)] for row in codes])
+    group = (
+        np.asarray(kernel.parts["group"][0]) if "group" in kernel.parts else np.arange(INPUTS) * scale.shape[1] // INPUTS
+    )
+    expected = (codes.astype(np.float32) - zero[:, group]) * scale.astype(np.float32)[:, group]
+    np.testing.assert_array_equal(jax.jit(quantised.dequantise)(kernel), expected)
+    np.testing.assert_array_equal(quantised.read_rows(kernel, jnp.array([5, 0])), expected[[5, 0]])
+    x = np.linspace(-1, 1, INPUTS, dtype=np.float32)
+    found = quantised.row_product(jnp.asarray(x), kernel)
+    np.testing.assert_allclose(found, expected @ x, rtol=2e-5, atol=2e-5 * np.abs(expected @ x).max())
+    assert bits(name, INPUTS) == (4 if name.startswith("int4") else 8) + 24 * scale.shape[1] / INPUTS
+
+
 def test_blocks_divide_the_inputs() -> None:
     with pytest.raises(UserError, match="up_proj: nf4 has blocks of 64 inputs, which do not divide its 96 inputs"):
         check_inputs("nf4", 96, "up_proj")
+    with pytest.raises(UserError, match="up_proj: int4_128 has blocks of 128 inputs, which do not divide its 192 inputs"):
+        check_inputs("int4_128", 192, "up_proj")

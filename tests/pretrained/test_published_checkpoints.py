@@ -1,4 +1,4 @@
-"""Checkpoints of fp8 from the hub: weights by the published formulas, to the last bit, and errors in one line."""
+"""Checkpoints of fp8, GPTQ and AWQ from the hub: weights by the published formulas, and errors in one line."""
 
 import json
 
@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from data_helpers import CHAT, message_of
-from helpers import run_config, write_rows
+from helpers import random_tensors, run_config, write_rows
 from published_files import EXPERTS, FORMS, WIDE, groups, is_kernel, published_tensors, write_published
 
 from neuroada_jax.adapters import exchange, native
@@ -34,7 +34,7 @@ def by_name(loaded):
 @pytest.mark.parametrize("form", FORMS)
 def test_weights_are_those_of_the_published_formula(tmp_path, form):
     tensors, published = published_tensors(form), FORMS[form]
-    kernels = {name: published.formula(name, tensors) for name in by_name_of(WIDE) if is_kernel(name)}
+    kernels = {name: published.formula(name, tensors) for name in random_tensors(WIDE) if is_kernel(name)}
     path = str(write_published(tmp_path / "stored", form))
     kept, plain = load_model(path), load_model(path, quantization_of="none")
     assert kept.model.quantization == f"stored:{published.format}" and plain.model.quantization == "none"
@@ -54,12 +54,7 @@ def test_weights_are_those_of_the_published_formula(tmp_path, form):
                      shapes, kept.params)  # fmt: skip
 
 
-def by_name_of(sizes):
-    """The names of the tensors of a model."""
-    return published_tensors("fp8 tensors", sizes)
-
-
-@pytest.mark.parametrize("form", ["fp8 blocks"])
+@pytest.mark.parametrize("form", ["fp8 blocks", "gptq with desc_act", "awq"])
 def test_experts_and_what_inspect_says_of_them(tmp_path, form):
     path, tensors = str(write_published(tmp_path / "stored", form, sizes=EXPERTS)), published_tensors(form, EXPERTS)
     loaded = load_model(path)
@@ -69,8 +64,8 @@ def test_experts_and_what_inspect_says_of_them(tmp_path, form):
     gate = loaded.params["model"]["layers"]["block_sparse_moe"]["gate"]["kernel"]
     assert not quantised.is_quantised(gate)
     about = inspect_model(path, 1)
-    assert about["quantization"] == f"fp8 {FORMS[form].format}"
-    assert bits(FORMS[form].format, 128) < about["bits_per_weight"] < 8.3  # the routers have 16
+    assert about["quantization"] == f"{FORMS[form].section['quant_method']} {FORMS[form].format}"
+    assert 0 < about["bits_per_weight"] - bits(FORMS[form].format, 128) < 0.1  # the routers have 16
 
 
 def trained(folder, model, **sections):
@@ -82,7 +77,10 @@ def trained(folder, model, **sections):
     return config.directory, [json.loads(line)["loss"] for line in lines]
 
 
-@pytest.mark.parametrize("form", ["fp8 blocks"])
+RUNS = ["gptq with desc_act", *(pytest.param(form, marks=pytest.mark.slow) for form in ("fp8 blocks", "awq"))]
+
+
+@pytest.mark.parametrize("form", RUNS)
 def test_a_run_trains_on_it_and_merges(tmp_path, form):
     model = write_published(tmp_path / "model", form, CHAT)
     directory, losses = trained(tmp_path, model)
@@ -100,7 +98,7 @@ def test_a_run_trains_on_it_and_merges(tmp_path, form):
 
 
 @pytest.mark.slow  # as that of nf4 in test_quantised_runs.py
-@pytest.mark.parametrize("form", ["fp8 blocks"])
+@pytest.mark.parametrize("form", ["fp8 blocks", "gptq with desc_act"])
 def test_devices_that_split_its_codes_by_neuron_train_the_same(tmp_path, form):
     model = write_published(tmp_path / "model", form, CHAT)
     found = []
@@ -145,6 +143,55 @@ CASES = {
 }  # fmt: skip
 
 
+QWEIGHT, QZEROS, SCALES, G_IDX = (f"{UP}.{end}" for end in ("qweight", "qzeros", "scales", "g_idx"))
+INTEGERS = {
+    "codes missing": ("awq", {QWEIGHT: None}, f"'{QWEIGHT}' is missing, though '{QZEROS}' says that there are codes"),
+    "scales missing": ("awq", {SCALES: None}, f"'{SCALES}' is missing; expected F16 or BF16 or F32 [1, 256]"),
+    "zero points missing": ("gptq", {QZEROS: None}, f"'{QZEROS}' is missing; expected I32 [1, 32]"),
+    "groups missing": ("gptq with desc_act", {G_IDX: None}, f"'{G_IDX}' is missing; expected I32 [128]"),
+    "codes and the weight": (
+        "gptq", {f"{UP}.weight": np.zeros((256, 128), np.float32)}, "is stored beside its codes in qweight"
+    ),
+    "codes of bytes": ("gptq", {QWEIGHT: np.zeros((64, 256), np.uint8)}, "is U8 [64, 256], expected I32 codes of a matrix"),
+    "codes of one axis": ("awq", {QWEIGHT: np.zeros(4096, np.int32)}, "is I32 [4096], expected I32 codes of a matrix"),
+    "codes of other inputs": ("awq", {QWEIGHT: np.zeros((96, 32), np.int32)}, "which do not divide its 96 inputs"),
+    "codes of other outputs": ("gptq", {QWEIGHT: np.zeros((16, 250), np.int32)}, "has 250 outputs, expected a multiple"),
+    "codes of more inputs": ("gptq", {QWEIGHT: np.zeros((32, 256), np.int32)}, "is F16 [1, 256], expected F16 or"),
+    "no codes": ("gptq by row", {QWEIGHT: np.zeros((0, 256), np.int32)}, "is I32 [128], expected I32 [0]"),
+    "zero points of AWQ's shape": ("gptq", {QZEROS: np.zeros((32, 1), np.int32)}, "is I32 [32, 1], expected I32 [1, 32]"),
+    "other zero points": ("gptq", {QZEROS: np.full((1, 32), 0x12345678, np.int32)}, "has the zero point 9, and sym"),
+    "scales of integers": ("gptq", {SCALES: np.ones((1, 256), np.int32)}, "is I32 [1, 256], expected F16 or BF16 or F32"),
+    "scales that are NaN": ("awq", {SCALES: np.full((1, 256), np.nan, np.float16)}, "holds NaN or infinities"),
+    "large scales": ("awq", {SCALES: np.full((1, 256), 1e5, np.float32)}, "holds numbers that float16 does not have"),
+    "groups in another order": ("gptq of 32", {G_IDX: np.arange(128, dtype=np.int32)[::-1] // 32}, "and desc_act"),
+    "groups beyond": ("gptq with desc_act", {G_IDX: np.full(128, 4, np.int32)}, "has groups 4 to 4, expected 0 to 3"),
+    "negative groups": ("gptq with desc_act", {G_IDX: np.full(128, -1, np.int32)}, "has groups -1 to -1, expected 0 to 3"),
+    "an embedding": (
+        "gptq of 32",
+        {f"model.embed_tokens.{end}": array for end, array in {
+            "qweight": np.zeros((16, 320), np.int32), "qzeros": np.zeros((4, 40), np.int32),
+            "scales": np.ones((4, 320), np.float16)}.items()} | {"model.embed_tokens.weight": None},
+        "'model.embed_tokens.weight' is quantised (int4_32), and is not the weight of a linear map"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", INTEGERS)
+def test_damaged_integers_are_refused_in_one_line(tmp_path, case):
+    form, changes, expected = INTEGERS[case]
+    directory = str(write_published(tmp_path / "stored", form, **changes))
+    for held in (None, "none"):
+        if (case, held) != ("an embedding", "none"):
+            found = message_of(load_model, directory, quantization_of=held)
+            assert expected in found and directory in found
+
+
+def test_scales_of_another_dtype_that_float16_has_are_read(tmp_path):
+    scales = published_tensors("awq")[SCALES]
+    half = load_model(str(write_published(tmp_path / "half", "awq")))
+    wide = load_model(str(write_published(tmp_path / "wide", "awq", **{SCALES: scales.astype(np.float32)})))
+    jax.tree.map(np.testing.assert_array_equal, half.params, wide.params)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_damaged_tensors_are_refused_in_one_line(tmp_path, case):
     changes, expected = CASES[case]
@@ -155,8 +202,25 @@ def test_damaged_tensors_are_refused_in_one_line(tmp_path, case):
             assert expected in found and "\n" not in found and directory in found
 
 
-BLOCKS = FORMS["fp8 blocks"].section
+BLOCKS, GPTQ, AWQ = (FORMS[form].section for form in ("fp8 blocks", "gptq", "awq"))
 SECTIONS = [
+    ({**GPTQ, "bits": 3}, "of gptq: bits 3 is not read, only 4 or 8"),
+    ({**GPTQ, "bits": True}, "of gptq: bits True is not read"),
+    ({"quant_method": "gptq"}, "of gptq: bits None is not read"),
+    ({**GPTQ, "group_size": 96}, "of gptq: group_size 96 is not read, only 32 or 64 or 128 or -1"),
+    ({**GPTQ, "group_size": None}, "of gptq: group_size None is not read"),
+    ({**GPTQ, "checkpoint_format": "marlin"}, "of gptq: checkpoint_format 'marlin' is not read, only gptq or gptq_v2"),
+    ({**GPTQ, "checkpoint_format": None, "format": "bitblas"}, "of gptq: format 'bitblas' is not read"),
+    ({**GPTQ, "is_marlin_format": True}, "of gptq: is_marlin_format True is not read"),
+    ({**GPTQ, "pack_dtype": "int8"}, "of gptq: pack_dtype 'int8' is not read"),
+    ({**GPTQ, "desc_act": 1}, "of gptq: desc_act 1 is not read, only False or True"),
+    ({**GPTQ, "sym": "yes"}, "of gptq: sym 'yes' is not read"),
+    ({**GPTQ, "dynamic": {"+:.*down.*": {"bits": 8}}}, "of gptq: dynamic {'+:.*down.*': {'bits': 8}} is not read"),
+    ({**AWQ, "bits": 8}, "of awq: bits 8 is not read, only 4"),
+    ({**AWQ, "version": "gemv"}, "of awq: version 'gemv' is not read, only gemm"),
+    ({**AWQ, "version": ["gemm"]}, "of awq: version ['gemm'] is not read"),
+    ({**AWQ, "zero_point": False}, "of awq: zero_point False is not read, only True"),
+    ({**AWQ, "group_size": 64.0}, "of awq: group_size 64.0 is not read"),
     ({**BLOCKS, "weight_block_size": [64, 64]}, "weight_block_size: blocks of [64, 64] are not read, only [rows, 128]"),
     ({**BLOCKS, "weight_block_size": 128}, "blocks of 128 are not read"),
     ({**BLOCKS, "weight_block_size": [True, 128]}, "blocks of [True, 128] are not read"),

@@ -223,8 +223,7 @@ def test_damaged_bitsandbytes_checkpoints_are_refused_in_one_line(tmp_path, case
 @pytest.mark.parametrize(
     ("section", "expected"),
     [
-        ({"quant_method": "gptq", "bits": 4}, "checkpoints of 'gptq' are not read"),
-        ({"quant_method": "awq"}, "checkpoints of 'awq' are not read"),
+        ({"quant_method": "hqq", "bits": 4}, "checkpoints of 'hqq' are not read"),
         ({"quant_method": ["fp8"]}, "checkpoints of ['fp8'] are not read"),
         (["nf4"], "checkpoints of None are not read"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bnb_4bit_quant_type 'fp4' is not read"),
