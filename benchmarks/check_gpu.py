@@ -14,7 +14,7 @@ program smaller lowers its bound. What does not depend on the depth is read in `
     gradient     calls of the GPU kernel for the gradient of the values
     attention    calls of cuDNN's fused attention
     bytes        a step's arguments and temporaries
-    temporaries  while decoding from nf4 codes: less than a tenth of a dequantised kernel of the smallest map
+    temporaries  while decoding from codes of nf4 and of GPTQ and AWQ: less than a tenth of a dequantised kernel of the smallest map
     sent         what eight GPUs send to each other in a step
     compile      processor seconds of tracing and compiling a step in full depth, here
 """
@@ -194,7 +194,8 @@ def _facts(machine: str, compiler: Compiler) -> Iterator[Fact]:
             yield Fact(f"compile: {setting}", round(program.seconds), COMPILE_SECONDS)
     for rows in DECODE:
         yield from decode_facts(rows, compiler)
-    yield codes_fact("nf4", compiler)
+    for held in ("nf4", "stored:int4_128"):
+        yield codes_fact(held, compiler)
     # Compiled ahead of time, XLA takes products of its own; a card may choose cuBLAS, which reads no slice in place.
     compiler = compiler._replace(options={**(compiler.options or {}), "xla_gpu_enable_triton_gemm": False})
     yield from decode_facts(DECODE[0], compiler, ", cuBLAS")
