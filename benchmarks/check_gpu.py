@@ -14,7 +14,7 @@ program smaller lowers its bound. What does not depend on the depth is read in `
     gradient     calls of the GPU kernel for the gradient of the values
     attention    calls of cuDNN's fused attention
     bytes        a step's arguments and temporaries
-    temporaries  while decoding from codes of nf4 and of GPTQ and AWQ: less than a tenth of a dequantised kernel of the smallest map
+    temporaries  while decoding from codes of nf4 and GPTQ: less than a tenth of a dequantised kernel of the smallest map
     sent         what eight GPUs send to each other in a step
     compile      processor seconds of tracing and compiling a step in full depth, here
 """
