@@ -18,6 +18,7 @@ _SHARED = (
     "torch_dtype",
     "tie_word_embeddings",
     "transformers_weights",
+    "quantization_config",
 )
 # As saved before transformers 4.52, and since.
 _PREFIX = re.compile(r"language_model\.(?=model\.|lm_head\.)|model\.language_model\.")
@@ -38,13 +39,11 @@ def config_of(config: Mapping[str, Any], path: str) -> dict[str, Any]:
       path: its directory, for messages.
 
     Raises:
-      UserError: it has no `text_config` of the text part, or is quantised.
+      UserError: it has no `text_config` of the text part.
     """
     own, kind = config.get("text_config"), TEXT_PARTS[config["model_type"]]
     if not isinstance(own, Mapping) or own.get("model_type", kind) != kind:
         raise UserError(f"{path}/config.json: text_config must be an object of model_type {kind!r}, found {shown(own)}")
-    if config.get("quantization_config"):
-        raise UserError(f"{path}/config.json: quantization_config is not supported where a model reads images, too")
     import transformers  # for few checkpoints alone: it takes seconds
 
     defaults = transformers.CONFIG_MAPPING[kind]()

@@ -2,15 +2,18 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
 import torch
 import transformers
+from quantised_files import SECTIONS, stored
 from quick import jit
 
 from neuroada_jax.adapters import exchange, native, on_base
+from neuroada_jax.core import quantised
 from neuroada_jax.errors import UserError
 from neuroada_jax.pretrained import save
 from neuroada_jax.pretrained.load import load_model, load_with_progress, open_model
@@ -29,7 +32,7 @@ TEXT = {
     "rope_scaling": {"rope_type": "linear", "factor": 3.0},
 }  # without the number of heads, which the hub's configs leave to the class
 VISION = {
-    "hidden_size": 8,
+    "hidden_size": 16,
     "intermediate_size": 8,
     "num_hidden_layers": 1,
     "num_attention_heads": 1,
@@ -38,9 +41,9 @@ VISION = {
 }
 
 
-def saved(directory, spelling):
+def saved(directory, spelling, text=TEXT):
     """A random Gemma 3 with its tower, under the names of transformers since 4.52, or of the hub's files before."""
-    config = transformers.Gemma3Config(text_config=dict(TEXT), vision_config=dict(VISION), mm_tokens_per_image=1)
+    config = transformers.Gemma3Config(text_config=dict(text), vision_config=dict(VISION), mm_tokens_per_image=1)
     reference = transformers.Gemma3ForConditionalGeneration._from_config(config).float().eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -52,7 +55,7 @@ def saved(directory, spelling):
         tensors = {names[name].removeprefix("model."): tensor for name, tensor in tensors.items()}
     directory.mkdir()
     safetensors.numpy.save_file(tensors, directory / "model.safetensors")
-    content = {**config.to_dict(), "text_config": {**TEXT, "model_type": "gemma3_text"}, "eos_token_id": [1, 3]}
+    content = {**config.to_dict(), "text_config": {**text, "model_type": "gemma3_text"}, "eos_token_id": [1, 3]}
     (directory / "config.json").write_text(json.dumps(content))
     return reference
 
@@ -91,6 +94,27 @@ def test_the_text_part_is_read_and_saved_by_itself(spelling, tmp_path, capsys):
     assert not (tmp_path / "peft").exists()
 
 
+@pytest.mark.parametrize("spelling", ["transformers", "hub"])
+@pytest.mark.parametrize("form", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
+def test_quantised_kernels_of_the_text_part_are_read_and_those_of_the_tower_are_not(form, spelling, tmp_path):
+    saved(tmp_path / "both", spelling, {**TEXT, "hidden_size": 64, "intermediate_size": 64, "head_dim": 16})
+    tensors = safetensors.numpy.load_file(tmp_path / "both" / "model.safetensors")
+    kernels = [name for name in tensors if "language_model" in name and name.endswith("_proj.weight")]
+    of_tower = [name for name in tensors if "vision_tower" in name and name.endswith("fc2.weight")]
+    assert len(kernels) == 7 * 3 and len(of_tower) == 2
+    for name in kernels + (of_tower if form == "int8" else []):
+        tensors |= stored(name, tensors.pop(name), form)
+    safetensors.numpy.save_file(tensors, tmp_path / "both" / "model.safetensors")
+    file = tmp_path / "both" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": SECTIONS[form]}))
+    opened = open_model(str(tmp_path / "both"))
+    assert opened.model.quantization == f"stored:{form}" and "quantization_config" not in opened.model.hf_config
+    held = opened.load().params
+    assert quantised.holds(held)
+    plain = open_model(str(tmp_path / "both"), quantization_of="none").load().params
+    jax.tree.map(np.testing.assert_array_equal, quantised.map_quantised(quantised.dequantise, held), plain)
+
+
 def test_what_is_no_text_part_is_refused_by_name(tmp_path):
     saved(tmp_path / "both", "hub")
     file = tmp_path / "both" / "config.json"
@@ -98,7 +122,7 @@ def test_what_is_no_text_part_is_refused_by_name(tmp_path):
     for edit, message in (
         ({"text_config": None}, "text_config must be an object of model_type 'gemma3_text', found None"),
         ({"text_config": {"model_type": "llama"}}, "text_config must be an object of model_type 'gemma3_text'"),
-        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantization_config is not supported where a model"),
+        ({"quantization_config": {"quant_method": "other"}}, "quantization_config: checkpoints of 'other' are not read"),
         ({"model_type": "llava"}, "model_type 'llava' is not supported"),
     ):
         file.write_text(json.dumps({**content, **edit}))
