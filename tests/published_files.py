@@ -10,8 +10,9 @@ import numpy as np
 from helpers import random_tensors
 from quantised_files import SIZES
 
-# Blocks of 128 need these widths; the 64 outputs of k_proj and v_proj are half a block.
-WIDE: dict[str, Any] = {**SIZES, "hidden_size": 128, "intermediate_size": 256}
+# Blocks of 128 need these widths; the 192 outputs of k_proj and v_proj are a block and a half.
+WIDE: dict[str, Any] = {**SIZES, "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 8, "head_dim": 48}
+WIDE |= {"num_key_value_heads": 4}
 EXPERTS: dict[str, Any] = {**WIDE, "model_type": "mixtral", "num_local_experts": 3, "num_experts_per_tok": 2}
 _DTYPES = {
     "float32": "F32",
@@ -62,7 +63,10 @@ def fp8(of_scale: str, rows: int | None, columns: int | None, dtype: Any = np.fl
         scale = (blocks.max((1, 3)) / 448).astype(dtype)
         codes = weight / _over_blocks(scale.astype(np.float32), height, width, weight.shape)
         codes = np.clip(codes, -448, 448).astype(ml_dtypes.float8_e4m3fn)
-        return {name: codes, f"{name.removesuffix('weight')}{of_scale}": scale.reshape(shape or scale.shape)}
+        return {
+            name: codes,
+            f"{name.removesuffix('weight')}{of_scale}": scale.reshape(scale.shape if shape is None else shape),
+        }
 
     def formula(name: str, tensors: Tensors) -> np.ndarray:
         codes = tensors[name]

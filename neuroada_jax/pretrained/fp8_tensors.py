@@ -32,12 +32,11 @@ class Fp8Tensors(PackedTensors):
 
     def _find(self, section: Mapping[str, Any]) -> tuple[dict[str, Packed], set[str]]:
         rows = _rows(section)
-        scales = {
-            f"{name.removesuffix(end)}weight": name
-            for name in self._directory.names()
-            for end in _SCALES
-            if name.endswith(f".{end}")
-        }
+        scales = dict[str, str]()
+        for name in self._directory.names():
+            stem, _, end = name.rpartition(".")
+            if end in _SCALES and scales.setdefault(f"{stem}.weight", name) != name:
+                raise self._error(name, f"is stored beside {scales[f'{stem}.weight']!r}; expected one of the two")
         packed = {weight: self._of_scale(weight, name, rows) for weight, name in scales.items()}
         unused = [name for name in self._directory.names() if name.rpartition(".")[2] in _OF_ACTIVATIONS]
         if unused:

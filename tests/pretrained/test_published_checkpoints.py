@@ -134,6 +134,9 @@ CASES = {
     "scales of integers": ({SCALE: np.ones((2, 1), np.int32)}, "is I32 [2, 1], expected F32 or BF16 or F16 [2, 1]"),
     "scales that are NaN": ({SCALE: np.full((2, 1), np.nan, np.float32)}, "NaN, infinities or negative scales"),
     "negative scales": ({SCALE: np.full((2, 1), -1, np.float32)}, "NaN, infinities or negative scales"),
+    "two scales": (
+        {f"{UP}.weight_scale": np.ones((2, 1), np.float32)}, f"'{UP}.weight_scale' is stored beside '{SCALE}'; expected one"
+    ),
     "large scales": ({SCALE: np.full((2, 1), 1e38, np.float32)}, "holds scales above 7.57e+35"),
     "codes that are NaN": ({f"{UP}.weight": NAN}, "holds 32768 NaN in 32768, expected finite numbers"),
     "an embedding": (
