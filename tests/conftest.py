@@ -8,12 +8,13 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from xla_flags import UNOPTIMISED
+
 # What is set in the environment already wins for the platform, so that `JAX_PLATFORMS=cuda` runs the tests on a GPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 flags = ["--xla_force_host_platform_device_count=8"]
 if os.environ["JAX_PLATFORMS"] == "cpu" and "optimization_level" not in os.environ.get("XLA_FLAGS", ""):
-    # Tiny models: without optimisation a training step compiles in half the time, without MLIR for fusions in a quarter.
-    flags += ["--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false"]
+    flags += UNOPTIMISED
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags]).strip()
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch's threads and JAX's eight devices slow each other down 30-fold
 os.environ["HF_HUB_OFFLINE"] = "1"

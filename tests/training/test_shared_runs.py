@@ -14,6 +14,7 @@ import pytest
 import safetensors.numpy
 from helpers import run_config, write_config, write_model, write_rows
 from test_parallel_runs import assert_equal
+from xla_flags import UNOPTIMISED
 
 from neuroada_jax import cli
 
@@ -77,8 +78,7 @@ def start(tmp_path):
     def run(arguments, count, devices, script=None):
         with socket.create_server(("127.0.0.1", 0)) as free:
             address = f"127.0.0.1:{free.getsockname()[1]}"
-        flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-        flags += " --xla_cpu_use_fusion_emitters=false"
+        flags = " ".join([f"--xla_force_host_platform_device_count={devices}", *UNOPTIMISED])
         for index in range(count):
             words = [*arguments, "--coordinator", address, "--processes", str(count), "--process", str(index)]
             log = tmp_path / f"{index}.log"
