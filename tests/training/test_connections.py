@@ -219,6 +219,7 @@ def test_training_moves_random_positions_alone(folder, tmp_path):
     assert max(int((values != 0).sum(axis=1).max()) for values in adapter.values.values()) > 1
     report = inspection.inspect(str(tmp_path / "run" / "adapter"), 1)
     assert report["values"] == moved and report["selection"]["random_over"] == "block"
+    pytest.importorskip("torch")
     for form in ("peft-supertuning", "official"):
         exchange.export_adapter(
             str(tmp_path / "run" / "adapter"), form, str(tmp_path / form), verify=form == "peft-supertuning"
@@ -263,6 +264,7 @@ def built_by(name, base, rng, **options):
 @pytest.mark.parametrize(("name", "shared"), [*((name, False) for name in RULES), ("magnitude", True)])
 def test_every_score_goes_through_every_format(name, shared, folder, base, tmp_path):
     """Values and columns come back from the native format; merged weights are the same, bit for bit, after all others."""
+    pytest.importorskip("torch")
     trained = built_by(name, base, np.random.default_rng(5), shared=shared)
     options = native.SelectionOptions(shared_columns=shared, rank=4 if name == "lowrank" else None)
     on_base.save(tmp_path / "own", trained, base, native.Selection(2, ["q_proj", "down_proj"], name, 0, options))
