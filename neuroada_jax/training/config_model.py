@@ -16,7 +16,8 @@ class ModelSection:
       path: a Hugging Face directory, a hub id, a .gguf file or package:NAME/FILE.
       dtype: of the weights; "auto" (the default) is the checkpoint's own, bfloat16 for a float16 checkpoint.
       quantization: of the layers' kernels (docs/quantised.md): "nf4", "int8" or "fp8", made while the weights are read;
-        "auto", as the checkpoint is; "none", dequantised. None (the default): "none" for a GGUF file, else "auto".
+        "auto", as the checkpoint is: codes of bitsandbytes, fp8, GPTQ, AWQ or a GGUF file; "none", dequantised. None (the
+        default): "none" for a GGUF file, else "auto".
       double_quantization: quantise the scales of nf4, too. Default false.
       quantize_embeddings: of a decoder, hold the embedding and the output layer quantised, too: in the blocks of a GGUF
         file, or in the format of `quantization`. Default false.
