@@ -15,6 +15,8 @@ CASES = 250
 
 @pytest.mark.parametrize("name", fuzz_formats.FORMATS)
 def test_mutations(name, tmp_path, monkeypatch):
+    if name == "official":
+        pytest.importorskip("torch")
     monkeypatch.setattr(sandbox, "SECONDS", 0.3)  # less than `make fuzz` has, for templates that take all of it
     faults = []
     counts = fuzz.fuzz(name, tmp_path / "x", CASES if name != "loaded" else 60, 20, faults.append)

@@ -51,7 +51,7 @@ def test_defaults_are_those_of_the_published_runs():
         ("optimizer.learningrate", "here: optimizer.learningrate: unknown field; did you mean 'learning_rate'?"),
         (
             "bypass.K",
-            "here: bypass.K: unknown field; known: k, score, targets, shared_columns, neurons, layers, exclude_layers, "
+            "here: bypass.K: unknown field; known: k, score, targets, shared_columns, random_over, neurons, layers, "
             "rank, statistic_batches, select_from",
         ),
         ("model.paths", "here: model.paths: unknown field; did you mean 'path'?"),
