@@ -52,7 +52,7 @@ def test_defaults_are_those_of_the_published_runs():
         (
             "bypass.K",
             "here: bypass.K: unknown field; known: k, score, targets, shared_columns, random_over, neurons, layers, "
-            "rank, statistic_batches, select_from",
+            "exclude_layers, rank, statistic_batches, select_from",
         ),
         ("model.paths", "here: model.paths: unknown field; did you mean 'path'?"),
     ],
