@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import shutil
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -124,7 +125,11 @@ def export_adapter(
     if not verify or base_model is None:
         return result
     dtypes = verification.Merge(round_first, merged_dtype)
-    return _verified(adapter, base_model, params, dtypes, reload, result)
+    try:
+        return _verified(adapter, base_model, params, dtypes, reload, result)
+    except BaseException:  # what is wrong, or was not compared to its end, does not look like an export
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
 
 
 def _verified(
@@ -219,7 +224,7 @@ def _read_from(opened: OpenedModel) -> str:
 
 
 def _check_equal(out: str, result: dict[str, Any]) -> None:
-    """Raise UserError if an export was found to differ from the adapter."""
+    """Raise UserError if an export was found to differ from the adapter; it is then removed."""
     if not (result["merged_equal"] and result["max_logit_difference"] <= result["logit_tolerance"]):
         raise UserError(
             f"{out} differs from the adapter: logits differ by up to {result['max_logit_difference']:.3g} "

@@ -18,8 +18,8 @@ INDEX_BYTES = 4  # int32
 
 
 def _row(module: str, neurons: int, inputs: int | None, k: int, trained: int | None = None) -> dict[str, Any]:
-    """Return the report on a map of whose neurons `trained` were trained, None for all; a file has the others' zeros."""
-    values = (neurons if trained is None else trained) * k
+    """Return the report on a map of whose values `trained` were trained, None for all; a file has the others' zeros."""
+    values = neurons * k if trained is None else trained
     row = {"module": module, "neurons": neurons, "inputs": inputs, "k": k, "values": values}
     row["percent"] = None if inputs is None else 100 * values / (neurons * inputs)
     return row | {"bytes": neurons * k * (VALUE_BYTES + INDEX_BYTES)}
@@ -30,14 +30,6 @@ def _low_rank_row(module: str, pair: Factors) -> dict[str, Any]:
     (rank, inputs), outputs, values = pair.a.shape, len(pair.b), pair.a.size + pair.b.size
     row = {"module": module, "neurons": outputs, "inputs": inputs, "k": None, "r": rank, "values": values}
     return row | {"percent": 100 * values / (outputs * inputs), "bytes": values * VALUE_BYTES}
-
-
-def _trained(module: str, neurons: int, options: native.SelectionOptions) -> int:
-    """Return how many neurons of a module were trained."""
-    layer = re.search(r"\.(\d+)(?=\.|$)", module)
-    if options.layers is not None and layer and int(layer[1]) not in options.layers:
-        return 0
-    return max(1, round(options.neurons * neurons))
 
 
 def inspect(path: str, k: int) -> dict[str, Any]:
@@ -90,13 +82,9 @@ def inspect_adapter(path: str) -> dict[str, Any]:
     base_model, inputs = adapter.metadata.get("base", {}), adapter.metadata.get("inputs", {})
     options = native.options_of(adapter.metadata)
     rows = [
-        _row(module, len(values), inputs.get(module), values.shape[1], _trained(module, len(values), options))
+        _row(module, len(values), inputs.get(module), values.shape[1], adapter.trained(module))
         for module, values in adapter.values.items()
     ]
-    if options.random_over != "neuron":  # the arrays are wider than what was drawn
-        for row, values in zip(rows, adapter.values.values(), strict=True):
-            row["values"] = int(np.count_nonzero(values))
-            row["percent"] = None if row["inputs"] is None else 100 * row["values"] / (row["neurons"] * row["inputs"])
     rows += [_low_rank_row(module, pair) for module, pair in adapter.factors.items()]
     about = {key: adapter.metadata.get(key) for key in ("version", "k", "targets", "rule", "seed", "created", "versions")}
     return {
@@ -235,7 +223,7 @@ def _selection(options: dict[str, Any]) -> dict[str, Any]:
     if differs.pop("shared_columns", False):
         differs["columns"] = "shared by all neurons of a map"
     if "random_over" in differs:
-        differs["positions random over"] = f"the {differs.pop('random_over')}"
+        differs["positions random over"] = f"a {differs.pop('random_over')}"
     if "layers" in differs:
         differs["layers trained"] = " ".join(map(str, differs.pop("layers")))
     if "neurons" in differs:
@@ -265,6 +253,8 @@ def _summary(content: dict[str, Any]) -> list[str]:
     kind = f"{content['model_type']} model" if content["kind"] == "model" else content["kind"]
     ks = sorted({row["k"] for row in content["modules"]}, key=str)
     k = f" (k = {' or '.join(map(str, ks))})" if None not in ks else ""
+    if (content.get("selection") or {}).get("random_over", "neuron") != "neuron":
+        k = f" (k = {content['k']} on average, in arrays for up to {ks[-1]})"
     share = "" if content["percent"] is None else f", {content['percent']:.4f} % of the parameters"
     total = f"total: {content['values']:,} values{k} in {len(content['modules'])} linear maps{share}"
     lines = [f"{total}, {console.size(content['bytes'])}", ", ".join([f"{kind} {content['path']}", *known])]

@@ -14,6 +14,7 @@ import functools
 import importlib.metadata
 import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,8 +64,18 @@ class Adapter(NamedTuple):
 
     @property
     def size(self) -> int:
-        """The number of values and entries of factors; without dense parameters."""
-        return sum(leaf.size for leaf in self.values.values()) + sum(a.size + b.size for a, b in self.factors.values())
+        """The number of trained values and entries of factors; without dense parameters."""
+        return sum(map(self.trained, self.values)) + sum(a.size + b.size for a, b in self.factors.values())
+
+    def trained(self, module: str) -> int:
+        """Return how many values of a linear map were trained: of random positions over more, those that are not zero."""
+        values, options = self.values[module], options_of(self.metadata)
+        if options.random_over != "neuron":
+            return int(np.count_nonzero(values))
+        layer = re.search(r"\.(\d+)(?=\.|$)", module)
+        if options.layers is not None and layer and int(layer[1]) not in options.layers:
+            return 0
+        return max(1, round(options.neurons * len(values))) * int(values.shape[1])
 
 
 class SelectionOptions(NamedTuple):

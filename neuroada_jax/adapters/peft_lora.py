@@ -96,17 +96,21 @@ def _check_fit(where: str, model: models.Model, pairs: Any) -> None:
 
 
 def _check_experts(model: models.Model, pairs: Collection[str]) -> None:
-    """Refuse factors of one of the two maps of experts that transformers stacks as one, which PEFT cannot load."""
+    """Refuse factors of some of the maps of experts where PEFT cannot load them: gate or up without the two others.
+
+    transformers stacks gate and up as one, and PEFT 0.21 names the factors of that one as if down had some, too.
+    """
     experts = model.config.experts if model.architecture.is_decoder else None
     if experts is None:
         return
     adapted = {module.rpartition(".")[2] for module in pairs if f".{names.EXPERTS}." in module}
     gate, up, _ = experts.maps
-    if len({gate, up} & adapted) == 1:
-        have, lack = (gate, up) if gate in adapted else (up, gate)
+    lacking = [name for name in experts.maps if name not in adapted]
+    if lacking and {gate, up} & adapted:
+        have = " and ".join(name for name in experts.maps if name in adapted)
         raise UserError(
-            f"adapter: the experts' {have} has factors and their {lack} none; PEFT loads both or neither, since "
-            "transformers stacks them; use huggingface"
+            f"adapter: of the experts {have} have factors and {' and '.join(lacking)} none; PEFT loads those of {gate} and "
+            f"{up} with those of all three maps alone, since transformers stacks them; use huggingface"
         )
 
 

@@ -38,11 +38,15 @@ class Fp8Tensors(PackedTensors):
             if end in _SCALES and scales.setdefault(f"{stem}.weight", name) != name:
                 raise self._error(name, f"is stored beside {scales[f'{stem}.weight']!r}; expected one of the two")
         packed = {weight: self._of_scale(weight, name, rows) for weight, name in scales.items()}
+        if section.get("kv_cache_scheme"):
+            self.notes.append(
+                f"{self._directory.directory}: kv_cache_scheme is not used: keys and values are not quantised"
+            )
         unused = [name for name in self._directory.names() if name.rpartition(".")[2] in _OF_ACTIVATIONS]
         if unused:
-            more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
+            more = f" and {len(unused) - 1} more are" if len(unused) > 1 else " is"
             self.notes.append(
-                f"{self._directory.directory}: {unused[0]!r}{more} are not used: activations stay in the model's dtype"
+                f"{self._directory.directory}: {unused[0]!r}{more} not used: activations stay in the model's dtype"
             )
         return packed, {*scales.values(), *unused}
 
@@ -91,9 +95,9 @@ def _rows(section: Mapping[str, Any]) -> int | None:
 
 
 def _rows_of_sizes(section: Mapping[str, Any], of: str) -> int | None:
-    for field, expected in (("fmt", "e4m3"), ("expert_dtype", "fp8")):
-        if section.get(field, expected) != expected:
-            raise UserError(f"{of}: {field} {shown(section[field])} is not read, only {expected!r}")
+    for field, *expected in (("fmt", "e4m3"), ("expert_dtype", "fp8"), ("activation_scheme", "dynamic", "static")):
+        if section.get(field, expected[0]) not in expected:
+            raise UserError(f"{of}: {field} {shown(section[field])} is not read, only {' and '.join(map(repr, expected))}")
     block = section.get("weight_block_size")
     return None if block is None else _rows_of_block(block, f"{of}: weight_block_size")
 
@@ -104,6 +108,8 @@ def _rows_of_groups(section: Mapping[str, Any], of: str) -> int | None:
         raise UserError(f"{of}: format {shown(form)} is not read, only 'float-quantized'")
     if sparsity and (not isinstance(sparsity, Mapping) or sparsity.get("format") != "dense"):
         raise UserError(f"{of}: sparsity_config {shown(sparsity)} is not read, only the format 'dense'")
+    if section.get("transform_config"):
+        raise UserError(f"{of}: transform_config {shown(section['transform_config'])} is not read, only none")
     each = list(groups.values()) if isinstance(groups, Mapping) else []
     weights = [group.get("weights") if isinstance(group, Mapping) else None for group in each]
     if not weights:

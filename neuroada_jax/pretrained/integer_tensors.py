@@ -53,6 +53,8 @@ class IntegerTensors(PackedTensors):
             stem, _, end = name.rpartition(".")
             if end in ("qzeros", "g_idx") and f"{stem}.qweight" not in self._stored:
                 raise self._error(f"{stem}.qweight", f"is missing, though {name!r} says that there are codes")
+            if end == "g_idx" and self.method == "awq":
+                raise self._error(name, "is of GPTQ, and quantization_config is of awq")
         packed = {f"{stem}.weight": self._of_stem(stem) for stem in stems}
         for name in packed.keys() & self._stored:
             raise self._error(name, "is stored beside its codes in qweight; expected one of the two")
@@ -128,6 +130,10 @@ class IntegerTensors(PackedTensors):
             return {}
         if (found < 0).any() or (found > in_order.max(initial=0)).any():
             raise self._error(name, f"has groups {found.min()} to {found.max()}, expected 0 to {in_order.max()}")
+        counts = np.bincount(found, minlength=int(in_order.max(initial=0)) + 1)
+        if (counts != self._scheme.group).any():
+            other = int(np.argmax(counts != self._scheme.group))
+            raise self._error(name, f"has {counts[other]} inputs in group {other}, expected {self._scheme.group} in each")
         return {"group": found.reshape(1, inputs)}
 
 
@@ -221,4 +227,10 @@ def _awq(section: Mapping[str, Any]) -> _Scheme:
     lower = {**section, "version": version.lower() if isinstance(version, str) else version}
     _one_of(lower, "version", "gemm", ("gemm",))
     _one_of(section, "zero_point", True, (True,))
+    for own, other, default in (("w_bit", "bits", 4), ("q_group_size", "group_size", 128)):  # in AutoAWQ's own file
+        found, expected = section.get(own), section.get(other, default)
+        if found not in (None, expected):
+            raise UserError(
+                f"config.json: quantization_config of awq: {own} is {shown(found)}, and {other} is {shown(expected)}"
+            )
     return _Scheme(_one_of(section, "bits", 4, (4,)), _group(section), False, 0, False)

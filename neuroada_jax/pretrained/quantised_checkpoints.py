@@ -39,8 +39,10 @@ def declared(section: Any) -> tuple[str, str]:
     Raises:
       UserError: one that is not read.
     """
-    method = section.get("quant_method") if isinstance(section, Mapping) else None
-    if method is None and isinstance(section, Mapping) and any("load_in_" in key for key in section):
+    if not isinstance(section, Mapping):
+        raise UserError(f"config.json: quantization_config is {shown(section)}, expected an object")
+    method = section.get("quant_method")
+    if method is None and any("load_in_" in key for key in section):
         method = "bitsandbytes"
     if not isinstance(method, str) or method not in METHODS:
         raise UserError(

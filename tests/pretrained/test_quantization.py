@@ -225,7 +225,7 @@ def test_damaged_bitsandbytes_checkpoints_are_refused_in_one_line(tmp_path, case
     [
         ({"quant_method": "hqq", "bits": 4}, "checkpoints of 'hqq' are not read"),
         ({"quant_method": ["fp8"]}, "checkpoints of ['fp8'] are not read"),
-        (["nf4"], "checkpoints of None are not read"),
+        (["nf4"], "quantization_config is ['nf4'], expected an object"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bnb_4bit_quant_type 'fp4' is not read"),
         ({"quant_method": "bitsandbytes"}, "has neither load_in_4bit nor load_in_8bit"),
         ({"load_in_4bit": True, "_load_in_8bit": True, "bnb_4bit_quant_type": "nf4"}, "both load_in_4bit and load_in_8bit"),

@@ -1,6 +1,7 @@
 """Low-rank factors against PEFT, from the same start: training, merging, and adapters that PEFT loads."""
 
 import dataclasses
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -145,12 +146,19 @@ def test_peft_loads_an_export_and_an_import_gives_it_back(kind, tmp_path):
     assert after.metadata["base"]["digests"] == before.metadata["base"]["digests"]
 
 
-def test_factors_of_one_of_two_stacked_maps_of_experts_are_refused(tmp_path):
-    made = case("mixtral", tmp_path)
-    half = dataclasses.replace(made.config, lora=dataclasses.replace(made.config.lora, targets=["q_proj", "w1", "w2"]))
-    made = made._replace(config=half, paths=modules.target_paths(half, made.loaded.model))
-    built = connections.choose(made.config, made.loaded.model, made.loaded.params, made.paths)
-    own = save(tmp_path / "own", made, built, {})
-    with pytest.raises(UserError, match="the experts' w1 has factors and their w3 none; PEFT loads both or neither"):
-        exchange.export_adapter(own, "peft-lora", str(tmp_path / "peft"))
-    assert not (tmp_path / "peft").exists()
+@pytest.mark.parametrize("kind", [pytest.param("mixtral", marks=pytest.mark.slow), "qwen3_moe"])
+def test_peft_loads_factors_of_some_maps_of_experts_or_they_are_refused(kind, tmp_path):
+    made = case(kind, tmp_path)
+    maps = made.loaded.model.config.experts.maps
+    for number, chosen in enumerate(each for count in (1, 2, 3) for each in itertools.combinations(maps, count)):
+        some = dataclasses.replace(made.config, lora=dataclasses.replace(made.config.lora, targets=["q_proj", *chosen]))
+        own = made._replace(config=some, paths=modules.target_paths(some, made.loaded.model))
+        built = connections.choose(own.config, own.loaded.model, own.loaded.params, own.paths)
+        values = jax.tree.map(lambda leaf: leaf + 0.1, built.values)
+        source, out = save(tmp_path / f"own-{number}", own, built._replace(values=values), {}), tmp_path / f"peft-{number}"
+        if chosen in (maps, maps[2:]):
+            assert exchange.export_adapter(source, "peft-lora", str(out), verify=True)["merged_equal"]
+            continue
+        with pytest.raises(UserError, match=f"of the experts {' and '.join(chosen)} have factors and .* none; PEFT loads"):
+            exchange.export_adapter(source, "peft-lora", str(out))
+        assert not out.exists()
