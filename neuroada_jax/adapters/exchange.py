@@ -125,24 +125,24 @@ def export_adapter(
     if not verify or base_model is None:
         return result
     dtypes = verification.Merge(round_first, merged_dtype)
-    try:
-        return _verified(adapter, base_model, params, dtypes, reload, result)
-    except BaseException:  # what is wrong, or was not compared to its end, does not look like an export
-        shutil.rmtree(directory, ignore_errors=True)
-        raise
+    return _verified(adapter, base_model, params, dtypes, reload, result)
 
 
 def _verified(
     adapter: Adapter, base_model: LoadedModel, params: Tree, dtypes: Any, reload: "Reload", result: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the result of an export with that of its verification; one that differs is an error."""
+    """Return the result of an export with that of its verification; one that differs is an error, and is removed."""
     base_model, params = _dequantised(base_model), quantised.map_quantised(quantised.dequantise, params)
-    found = result | verification.verify(base_model, adapter, dtypes, params, functools.partial(reload, base_model))
+    try:
+        found = result | verification.verify(base_model, adapter, dtypes, params, functools.partial(reload, base_model))
+        _check_equal(result["out"], found)
+    except BaseException:  # what was not compared to its end does not look like an export
+        shutil.rmtree(result["out"], ignore_errors=True)
+        raise
     if found["original"] is None:
         found["notes"].append(
             f"compared with this library's own reading of {_read_from(base_model)}: transformers has no directory to load"
         )
-    _check_equal(result["out"], found)
     return found
 
 
@@ -224,7 +224,7 @@ def _read_from(opened: OpenedModel) -> str:
 
 
 def _check_equal(out: str, result: dict[str, Any]) -> None:
-    """Raise UserError if an export was found to differ from the adapter; it is then removed."""
+    """Raise UserError if an export was found to differ from the adapter."""
     if not (result["merged_equal"] and result["max_logit_difference"] <= result["logit_tolerance"]):
         raise UserError(
             f"{out} differs from the adapter: logits differ by up to {result['max_logit_difference']:.3g} "
