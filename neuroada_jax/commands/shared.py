@@ -12,6 +12,7 @@ from neuroada_jax.errors import UserError
 Commands = Any  # argparse has no public name for what `add_subparsers` returns
 DTYPES = ["float32", "bfloat16", "auto"]
 QUANTIZATIONS = ["auto", "none", "nf4", "int8", "fp8"]
+STOPPED = 75  # exit code, EX_TEMPFAIL of sysexits.h: try again later
 ADAPTER_HELP = "adapter directory, or hub id: USER/NAME or USER/NAME@REVISION"
 
 

@@ -1,6 +1,8 @@
 """`neuroada sweep`: train a config at several rates, seeds and connections, and choose by validation."""
 
 import argparse
+import shlex
+import sys
 
 from neuroada_jax.commands import shared
 
@@ -9,8 +11,9 @@ def add(commands: shared.Commands) -> None:
     """Add the command."""
     parser = shared.add_command(commands, "sweep", run, "train at several rates, seeds or k, and choose by validation")
     parser.epilog = (
-        "Leaves sweep.json, sweep.png, members/, best/adapter and best/config.yaml in the config's output directory. A "
-        "sweep that was ended goes on with the same command."
+        "Leaves sweep.json, sweep.png, members/, best/adapter and best/config.yaml in the config's output directory. "
+        f"Ctrl-C or SIGTERM stops a sweep with the steps of its members saved (exit code {shared.STOPPED}); the last line "
+        "is then the command that goes on. One that was killed goes on from the last saved steps (training.save_every)."
     )
     shared.add_config(parser)
     parser.add_argument(
@@ -26,17 +29,36 @@ def add(commands: shared.Commands) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace a sweep that is in the output directory")
 
 
-def run(parsed: argparse.Namespace) -> None:
-    """Do the sweep and print its table."""
+def run(parsed: argparse.Namespace) -> int:
+    """Do the sweep, print its table or how to go on, and return the exit code."""
     from neuroada_jax.sweeping import grid, report, sweep
-    from neuroada_jax.training import config_file
+    from neuroada_jax.training import config_file, signals
 
     shared.check_minimum(parsed, at_once=1)
     given = grid.parse(parsed.grid)
     config = config_file.load(parsed.config, parsed.overrides)
     options = sweep.Options(parsed.extend, parsed.halving, parsed.at_once, parsed.overwrite)
-    content, cells = sweep.run(config, given, options, "--grid")
+    stopped = None
+    with signals.listening() as stop:
+        try:
+            content, cells = sweep.run(config, given, options, "--grid", stop)
+        except signals.Stopped as request:
+            stopped = request
+    if stopped is not None:  # after the listener's own line, which another thread writes
+        saved = "" if stopped.step is None else f", step {stopped.step} of the members in work is saved"
+        sys.stderr.write(f"neuroada: stopped{saved}; go on with: {_again(parsed)}\n")
+        return shared.STOPPED
     if parsed.json:
         shared.print_json(content)
     else:
         report.print_table(content, cells)
+    return 0
+
+
+def _again(parsed: argparse.Namespace) -> str:
+    """Return the command that goes on."""
+    flags = {"--extend": parsed.extend, "--halving": parsed.halving, "--json": parsed.json}
+    words = ["neuroada", "sweep", parsed.config, *parsed.overrides]
+    words += [word for axis in parsed.grid for word in ("--grid", axis)]
+    words += ["--at-once", str(parsed.at_once)] if parsed.at_once else []
+    return shlex.join([*words, *(name for name, given in flags.items() if given)])

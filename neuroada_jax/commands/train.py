@@ -12,15 +12,13 @@ from neuroada_jax.errors import UserError
 if TYPE_CHECKING:
     from neuroada_jax.training.peers import Peers
 
-STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
-
 
 def add(commands: shared.Commands) -> None:
     """Add the command."""
     parser = shared.add_command(commands, "train", run, "fine-tune a model as a config says")
     parser.epilog = (
-        f"Exit code: 0 for a finished run, 2 for an error, {STOPPED} where Ctrl-C or SIGTERM stopped the run with its last "
-        "step saved; the last line is then the command that resumes it."
+        f"Exit code: 0 for a finished run, 2 for an error, {shared.STOPPED} where Ctrl-C or SIGTERM stopped the run with "
+        "its last step saved; the last line is then the command that resumes it."
     )
     shared.add_config(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace a run that is already in the output directory")
@@ -46,8 +44,8 @@ def run(parsed: argparse.Namespace) -> int:
     arguments = (parsed.coordinator, parsed.processes, parsed.process, parsed.join_timeout)
     with processes.joined(*arguments) as together:
         code = _run(parsed, together)
-        if code == STOPPED and together.count > 1:
-            together.stopped(STOPPED)
+        if code == shared.STOPPED and together.count > 1:
+            together.stopped(shared.STOPPED)
     return code
 
 
@@ -90,7 +88,7 @@ def _run(parsed: argparse.Namespace, together: "Peers") -> int:
         saved = "nothing new to save" if stopped.step is None else f"step {stopped.step} is saved"
         how = f"stopped, {saved}; go on with" if begun else "stopped before the run had begun; start it with"
         sys.stderr.write(f"neuroada: {how}: {_again(parsed, begun, stopped.step is not None)}\n")
-    return STOPPED
+    return shared.STOPPED
 
 
 def _again(parsed: argparse.Namespace, begun: bool, saved: bool) -> str:

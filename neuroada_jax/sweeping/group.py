@@ -4,8 +4,8 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from neuroada_jax.sweeping.grid import Member, describe
 from neuroada_jax.sweeping.stack import Stack
 from neuroada_jax.training import modules
 from neuroada_jax.training.preparation import PreparedRows
+from neuroada_jax.training.signals import Stop, Stopped
 from neuroada_jax.training.step import AnyBatch, StepMetrics, TrainState
 from neuroada_jax.training.watchdog import IN_A_ROW, in_background
 
@@ -35,11 +36,18 @@ class Start:
       member: its fields and config.
       rows: of its seed, prepared.
       state: its initial train state, without parameters and moments; members of equal connections share its arrays.
+      progress: what an earlier process has done of its steps; None: nothing.
     """
 
     member: Member
     rows: PreparedRows
     state: TrainState
+    progress: "Progress | None" = None
+
+    @property
+    def step(self) -> int:
+        """The updates that are done already."""
+        return self.progress.step if self.progress else 0
 
     @property
     def trained(self) -> int:
@@ -82,6 +90,22 @@ class Course:
         return self.stalled or self.diverged is not None
 
 
+class Progress(NamedTuple):
+    """A member between two of its steps.
+
+    Attributes:
+      step: its updates.
+      course: what it has gone through.
+      state: its train state, with moments and without parameters.
+      best: trained values, and the classifier, of its best validation.
+    """
+
+    step: int
+    course: Course
+    state: TrainState
+    best: Tree
+
+
 class Programs:
     """The step and the validation of members with equal shapes, compiled once for each number of members and shape."""
 
@@ -105,16 +129,18 @@ class Group:
     """Members of equal shapes, from their first step to their last; between two calls of `advance` the host keeps them."""
 
     def __init__(self, starts: Sequence[Start], programs: Programs) -> None:
-        """Take members of equal `grid.group_key` and equal steps, and their programs."""
-        self.starts, self.step = list(starts), 0
-        self.courses = [Course() for _ in starts]
+        """Take members of equal `grid.group_key`, equal steps and equal steps done, and their programs."""
         first = starts[0]
+        self.starts, self.step = list(starts), first.step
+        self.courses = [start.progress.course if start.progress else Course() for start in starts]
         self.config, self._programs = first.member.config, programs
         self.total, self._per_epoch = first.rows.total_steps, first.rows.batches.steps_per_epoch
-        self.stack = stacks.stacked(
-            [start.state for start in starts], [start.member.config for start in starts], self.total
-        )
-        self._best = jax.tree.map(jnp.copy, self.stack.state.trainable)  # the step donates the stack
+        states = [
+            start.progress.state if start.progress else stacks.fresh(start.state, start.member.config) for start in starts
+        ]
+        best = [start.progress.best if start.progress else start.state.trainable for start in starts]
+        self.stack = stacks.stacked(states, [start.member.config for start in starts], self.total)
+        self._best = jax.tree.map(lambda *leaves: jnp.stack(leaves), *best)
 
     @property
     def finished(self) -> bool:
@@ -124,6 +150,11 @@ class Group:
     def best_of(self, member: int) -> Tree:
         """Return the trained values, and the classifier, of a member's best validation."""
         return jax.tree.map(lambda leaf: leaf[member], self._best)
+
+    def progress(self, member: int) -> Progress:
+        """Return a member as it stands."""
+        state: TrainState = jax.tree.map(lambda leaf: leaf[member], self.stack.state)
+        return Progress(self.step, self.courses[member], state, self.best_of(member))
 
     def keep(self, members: Sequence[int]) -> None:
         """Go on with some of the members alone."""
@@ -153,13 +184,23 @@ class Group:
     def _longest_batches(self) -> AnyBatch:
         return self._stacked([start.rows.batches for start in self.starts], 0, 0, self.longest())
 
-    def advance(self, params: Tree, until: int) -> Tree:
-        """Take the steps up to `until`, validating where a run of its own would; return the weights, which are donated."""
+    def advance(self, params: Tree, until: int, stop: Stop, save: Callable[["Group"], None]) -> Tree:
+        """Take the steps up to `until`, validating where a run of its own would; return the weights, which are donated.
+
+        Args:
+          params: the frozen weights.
+          until: the step to end with.
+          stop: asked after every step.
+          save: called every `training.save_every` steps, and where the sweep is to stop.
+
+        Raises:
+          Stopped: on request, once the members are saved.
+        """
         training = self.config.training
         self.stack, self._best = jax.tree.map(jnp.array, (self.stack, self._best))
         pending: list[StepMetrics] = []
         start, began = self.step, time.perf_counter()
-        with console.bar(f"training {len(self.starts)} members", until) as bar:
+        with console.bar(f"training {len(self.starts)} members", until) as bar, stop.held():
             ahead = in_background(functools.partial(self._batch, start)) if start < until else None
             while self.step < until and not self.finished:
                 assert ahead is not None
@@ -171,7 +212,8 @@ class Group:
                 self.step += 1
                 pending.append(metrics)
                 due = self.step == self.total or self.step % (training.validate_every or self._per_epoch) == 0
-                if not due and self.step < until and self.step % training.log_every:
+                saving = training.save_every is not None and self.step % training.save_every == 0
+                if not (due or saving or stop.reached(self.step)) and self.step < until and self.step % training.log_every:
                     continue
                 loss = self._look(pending)
                 pending = []
@@ -184,6 +226,11 @@ class Group:
                         f"step {self.step} of {until} of {len(self.starts)} members: lowest loss {loss:.4f}, "
                         f"{each * (until - self.step):.0f} s left"
                     )
+                stopping = stop.reached(self.step)
+                if saving or stopping:
+                    save(self)
+                if stopping:
+                    raise Stopped(self.step)
         return params
 
     def losses(self, params: Tree) -> tuple[Tree, list[float]]:

@@ -39,21 +39,28 @@ class Stack(NamedTuple):
     seeds: UInt32[Array, "members"]
 
 
-def stacked(states: Sequence[TrainState], configs: Sequence[RunConfig], total_steps: int) -> Stack:
-    """Return the stack of members' initial states.
+def fresh(state: TrainState, config: RunConfig) -> TrainState:
+    """Return a member's state before its first step, with the moments of its optimiser.
 
     Args:
-      states: from `step.initial_state`; their `params` and `opt_state` are not used.
+      state: from `step.initial_state`; its `params` and `opt_state` are not used.
+      config: of the member.
+    """
+    moments = optimizer.build(config.optimizer, 1, config.classifier).init(state.trainable)
+    return state._replace(params={}, opt_state=moments)
+
+
+def stacked(states: Sequence[TrainState], configs: Sequence[RunConfig], total_steps: int) -> Stack:
+    """Return the stack of members' states.
+
+    Args:
+      states: from `fresh`, or what has become of it.
       configs: of the members.
       total_steps: of each of them.
     """
-    alone = [
-        state._replace(params={}, opt_state=optimizer.build(config.optimizer, 1, config.classifier).init(state.trainable))
-        for state, config in zip(states, configs, strict=True)
-    ]
     rates = [_rates(config, total_steps) for config in configs]
     return Stack(
-        jax.tree.map(lambda *leaves: jnp.stack(leaves), *alone),
+        jax.tree.map(lambda *leaves: jnp.stack(leaves), *states),
         {name: jnp.stack([own[name] for own in rates]) for name in optimizer.TRAINED},
         jnp.asarray(np.array([config.seed for config in configs], np.uint32)),
     )

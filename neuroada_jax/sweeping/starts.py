@@ -16,11 +16,16 @@ from neuroada_jax.pretrained.load import IdentifiedModel, LoadedModel, OpenedMod
 from neuroada_jax.sweeping.grid import Member
 from neuroada_jax.sweeping.group import Start
 from neuroada_jax.training import config_file, connections, modules, resuming, step, weights
-from neuroada_jax.training.config import RunConfig
+from neuroada_jax.training.config import RunConfig, TrainingSection
+from neuroada_jax.training.config_execution import ParallelSection, WatchdogSection
 from neuroada_jax.training.preparation import PreparedRows, prepare_rows
 from neuroada_jax.training.step import TrainState
 from neuroada_jax.training.weights import OriginalColumns
 
+_LEFT = (
+    *("training.keep_last", "training.keep_best", "training.validation_samples"),
+    *("watchdog.spike", "watchdog.stall_warn", "watchdog.stall_stop", "parallel.", "tracking", "merge"),
+)
 FEW_ROWS = 20  # validation rows, below which the choice is a matter of luck
 
 
@@ -182,3 +187,11 @@ def check_validation(config: RunConfig) -> None:
     section = config.parallel
     if section.fsdp * section.tensor > 1 or (section.devices or 1) > 1:
         raise UserError("parallel: a sweep runs on one device; remove devices, fsdp and tensor")
+
+
+def left_out(config: RunConfig) -> list[str]:
+    """Return the fields of a config that are not as usual and have no effect on a sweep, but on a run of its choice."""
+    sections: Any = {"training": TrainingSection(steps=1), "watchdog": WatchdogSection(), "parallel": ParallelSection()}
+    flat = config_file.flatten_config(config)
+    usual = config_file.flatten_config(dataclasses.replace(config, tracking=[], merge=False, **sections))
+    return [name for name in flat if name.startswith(_LEFT) and flat[name] != usual[name]]

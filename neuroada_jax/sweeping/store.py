@@ -9,13 +9,16 @@ from typing import Any
 from neuroada_jax import console, files
 from neuroada_jax.errors import UserError
 from neuroada_jax.locks import Lock, check_unlocked
+from neuroada_jax.sweeping import progress
 from neuroada_jax.sweeping.choice import DIVERGED, DROPPED, FINISHED
 from neuroada_jax.sweeping.grid import Member, describe
+from neuroada_jax.sweeping.group import Group, Progress, Start
 from neuroada_jax.training import config_file, resuming
 from neuroada_jax.training.config import RunConfig
 from neuroada_jax.training.run_directory import LOCK
 
 BASE = "sweep.yaml"  # the config that the grid is laid over
+_PROGRESS = "progress.safetensors"  # of a member that has not ended
 _RESULTS = ("sweep.json", "sweep.png", "members", "best", BASE)
 
 
@@ -108,8 +111,18 @@ class Store:
         return content
 
     def write(self, member: Member, record: dict[str, Any]) -> None:
-        """Write the record of a member; its adapter, if any, is there already."""
+        """Write the record of a member, which has no progress any more; its adapter, if any, is there already."""
         files.write_text(self.folder(member) / "member.json", files.to_json(record, indent=1) + "\n")
+        (self.folder(member) / _PROGRESS).unlink(missing_ok=True)
+
+    def progress(self, start: Start) -> tuple[Progress, dict[str, Any]] | None:
+        """Return the progress of a member that has not ended, and what it was trained on; None where there is none."""
+        path = self.folder(start.member) / _PROGRESS
+        return progress.read(path, start) if path.exists() else None
+
+    def write_progress(self, group: Group, member: int, about: dict[str, Any]) -> None:
+        """Write the progress of a group's member; arguments as in `progress.write`."""
+        progress.write(self.folder(group.starts[member].member) / _PROGRESS, group, member, about)
 
     def write_best(self, adapter: Path, config: RunConfig) -> None:
         """Copy the chosen adapter to best/adapter and write best/config.yaml."""

@@ -2,31 +2,28 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
 from neuroada_jax import console, files
-from neuroada_jax.adapters import native, on_base
-from neuroada_jax.core import bypass, low_rank
-from neuroada_jax.core.bypass import Bypass
-from neuroada_jax.core.trees import Tree
+from neuroada_jax.adapters import native
 from neuroada_jax.errors import UserError
-from neuroada_jax.models import dense_modules
 from neuroada_jax.pretrained.load import open_with_tokenizer
-from neuroada_jax.sweeping import capacity, choice, report, starts
+from neuroada_jax.sweeping import capacity, choice, report, scoring, starts
 from neuroada_jax.sweeping import grid as grids
 from neuroada_jax.sweeping.choice import DIVERGED, DROPPED, FINISHED, Cell
 from neuroada_jax.sweeping.grid import RATE, Grid, Member
 from neuroada_jax.sweeping.group import Course, Group, Programs, Start
 from neuroada_jax.sweeping.starts import Weights
 from neuroada_jax.sweeping.store import Store
-from neuroada_jax.training import config_file, connections
+from neuroada_jax.training import config_file
 from neuroada_jax.training.config import RunConfig
 from neuroada_jax.training.config_execution import ParallelSection
 from neuroada_jax.training.preparation import PreparedRows
+from neuroada_jax.training.signals import Stop
 
 MOST_EXTENSIONS = 4  # times that `extend` goes on outwards
 
@@ -89,7 +86,9 @@ def sweep(
     return content
 
 
-def run(config: RunConfig, given: Mapping[str, Any], options: Options, where: str) -> tuple[dict[str, Any], list[Cell]]:
+def run(
+    config: RunConfig, given: Mapping[str, Any], options: Options, where: str, stop: Stop | None = None
+) -> tuple[dict[str, Any], list[Cell]]:
     """Do a sweep; return the content of sweep.json, and the cells.
 
     Args:
@@ -97,9 +96,11 @@ def run(config: RunConfig, given: Mapping[str, Any], options: Options, where: st
       given: field -> values.
       options: see `Options`.
       where: what the grid was given as, for messages.
+      stop: asked between steps; None: nobody will.
 
     Raises:
       UserError: see `sweep`.
+      Stopped: on request; what the members have done is saved.
     """
     starts.check_validation(config)
     checked = grids.check(given, where)
@@ -107,12 +108,14 @@ def run(config: RunConfig, given: Mapping[str, Any], options: Options, where: st
     members = grids.members(own, checked, where)
     if any(member.config.method == "neuroada" and member.config.bypass.score == "custom" for member in members):
         raise UserError("bypass.score: 'custom' stands for a Python function, which a sweep does not take; choose another")
+    if left := starts.left_out(config):
+        console.say(f"a sweep leaves {', '.join(left)} to a run of its best/config.yaml")
     store = Store(config.directory)
     store.check(config, list(checked), options.overwrite)
     model = open_with_tokenizer(config.model.path, config.model.dtype, quantization_of=config.model.held)
     rows = starts.prepare(members, model)
     with store.opened(config, options.overwrite):
-        return _Sweep(config, own, checked, options, store, rows).run(members)
+        return _Sweep(config, own, checked, options, store, rows, stop or Stop()).run(members)
 
 
 class _Sweep:
@@ -126,9 +129,10 @@ class _Sweep:
         options: Options,
         store: Store,
         rows: dict[str, PreparedRows],
+        stop: Stop,
     ) -> None:
-        """Take the user's config, that of the members before the grid, the grid, and what was prepared."""
-        self._config, self._own, self._grid, self._options = config, own, checked, options
+        """Take the user's config, that of the members before the grid, the grid, what was prepared, and who may stop it."""
+        self._config, self._own, self._grid, self._options, self._stop = config, own, checked, options, stop
         self._store, self._rows = store, rows
         self._records: dict[str, dict[str, Any]] = {}  # by the name of the member
         self._order: list[str] = []  # of these names, as the grid has them
@@ -168,7 +172,7 @@ class _Sweep:
             if record is None or (record["status"] == DROPPED and not self._options.halving):
                 waiting.append(member)
                 continue
-            self._check_rows(member, record)
+            self._check_rows(member, record["examples"])
             self._records[member.name] = record
         if len(waiting) < len(members):
             console.say(f"{len(members) - len(waiting)} of {len(members)} members have finished before")
@@ -178,6 +182,9 @@ class _Sweep:
         groups = self._groups(self._begin(waiting, finished))
         if halving and any(record["status"] == DROPPED for record in self._records.values()):
             halving = False  # a sweep that goes on has dropped its half
+        if halving and any(group.step > _third(group) for group in groups):
+            console.say("some members have taken more than a third of their steps before: no cell is dropped")
+            halving = False
         if halving:
             self._halve(groups)
         for group in (group for group in groups if group.starts):  # not those whose members were all dropped
@@ -193,14 +200,38 @@ class _Sweep:
             members = [*waiting, *finished]
             loaded, originals = starts.load(members, self._rows)
             self._base = starts.digest(dict(loaded.digests))
-            if other := [name for name, record in self._records.items() if record["base"] != self._base]:
-                raise UserError(
-                    f"{self._store.directory} holds a sweep on another base model ({other[0]}); --overwrite replaces it"
-                )
+            for name, record in self._records.items():
+                self._check_base(name, record["base"])
             self._weights, self._starts = starts.begin(members, self._rows, loaded, originals)
-            return self._starts[: len(waiting)]
-        known = {(start.member.seed, _but_rate(start.member)): start for start in self._starts}
-        return [starts.at_rate(known[member.seed, _but_rate(member)], member) for member in waiting]
+            begun = self._starts[: len(waiting)]
+        else:
+            known = {(start.member.seed, _but_rate(start.member)): start for start in self._starts}
+            begun = [starts.at_rate(known[member.seed, _but_rate(member)], member) for member in waiting]
+        begun = [self._continued(start) for start in begun]
+        for step in sorted({start.step for start in begun if start.progress}):
+            console.say(f"{sum(start.step == step for start in begun)} members go on from step {step}")
+        return begun
+
+    def _continued(self, start: Start) -> Start:
+        """Return a member with what an earlier process has done of its steps."""
+        found = self._store.progress(start)
+        if found is None:
+            return start
+        progress, about = found
+        self._check_rows(start.member, about["examples"])
+        self._check_base(start.member.name, about["base"])
+        chosen = start.state._replace(columns=progress.state.columns, base_entries=progress.state.base_entries)
+        return dataclasses.replace(start, state=chosen, progress=progress)
+
+    def _check_base(self, name: str, base: str) -> None:
+        """Check that a member was trained on the base model of today.
+
+        Raises:
+          UserError: it was not.
+        """
+        if base != self._base:
+            where = self._store.directory
+            raise UserError(f"{where} holds a sweep on another base model ({name}); --overwrite replaces it")
 
     @property
     def _trained_on(self) -> Weights:
@@ -216,7 +247,8 @@ class _Sweep:
             alone = len(batches.shapes) > 1 and (dropout or batches.group_by_length)
             key = (grids.group_key(start.member), start.rows.total_steps, batches.steps_per_epoch)
             shapes = tuple(leaf.shape for leaf in jax.tree.leaves(start.state))
-            kinds.setdefault(((*key, shapes), start.member.seed if alone else None), []).append(start)
+            apart = (start.member.seed if alone else None, start.step)
+            kinds.setdefault(((*key, shapes), apart), []).append(start)
         weights, machine = self._trained_on, capacity.machine_here(self._trained_on.base_model.model.config.dtype)
         groups = []
         for (kind, _), own in kinds.items():
@@ -234,14 +266,23 @@ class _Sweep:
 
     def _advance(self, group: Group, until: int) -> None:
         weights = self._trained_on
-        weights.params = group.advance(weights.params, until)
+        weights.params = group.advance(weights.params, until, self._stop, self._keep)
+
+    def _keep(self, group: Group) -> None:
+        """Write the progress of a group's members, from which a sweep that was ended goes on."""
+        for i, start in enumerate(group.starts):
+            self._store.write_progress(group, i, self._trained_with(start))
+
+    def _trained_with(self, start: Start) -> dict[str, str]:
+        return {"examples": starts.digest_of_rows(start.rows), "base": self._base}
 
     def _halve(self, groups: Sequence[Group]) -> None:
         """Take every member to a third of its steps, and drop the worse half of the cells."""
         losses: dict[str, list[float | None]] = {}
         found: dict[str, float | None] = {}
         for group in groups:
-            self._advance(group, max(1, group.total // 3))
+            self._advance(group, _third(group))
+            self._keep(group)
             self._trained_on.params, values = group.losses(self._trained_on.params)
             for start, course, value in zip(group.starts, group.courses, values, strict=True):
                 found[start.member.name] = value if course.diverged is None else None
@@ -258,44 +299,15 @@ class _Sweep:
 
     def _end(self, group: Group) -> None:
         """Save and score the members of a trained group."""
+        if any(start.rows.scorers for start in group.starts):
+            self._keep(group)  # scoring may take long, too
         for i, (start, course) in enumerate(zip(group.starts, group.courses, strict=True)):
             if course.validation is None:
                 self._write(start, course, DIVERGED, {}, None)
                 continue
             trained = group.best_of(i)
-            self._save(start, trained)
-            self._write(start, course, FINISHED, self._scores(start, trained), course.validation)
-
-    def _save(self, start: Start, trained: Tree) -> None:
-        """Write the adapter of a member."""
-        config, weights = start.rows.config, self._trained_on
-        on_base.save(
-            self._store.adapter(start.member),
-            Bypass(trained["bypass"], start.state.columns),
-            weights.base_model,
-            connections.selection_of(config, weights.base_model.model, None),
-            classifier=trained.get("classifier"),
-            form=start.rows.objective.form,
-            replace=True,
-        )
-
-    def _scores(self, start: Start, trained: Tree) -> dict[str, Any]:
-        """Score a member on the evaluation sets: its values are in the weights meanwhile."""
-        if not start.rows.scorers:
-            return {}
-        weights, state = self._trained_on, start.state
-        own = Bypass(trained["bypass"], state.columns)
-        params = _put_in(weights.params, own, state.base_entries)
-        merged = low_rank.merge(bypass.with_values(params, own), own)
-        merged = dense_modules.join(merged, trained.get("classifier", {}))
-        found = {}
-        for name, scorer in start.rows.scorers.items():
-            with console.bar(f"evaluating {name}") as bar:
-                rows = range(len(scorer.rows))
-                predictions = scorer.predict(weights.base_model, merged, rows, console.reporter(bar))
-            found[name] = scorer.judge(predictions).to_json()
-        weights.params = _take_out(params, state.columns, state.base_entries)
-        return found
+            scoring.save(self._store.adapter(start.member), start, trained, self._trained_on)
+            self._write(start, course, FINISHED, scoring.scores(start, trained, self._trained_on), course.validation)
 
     def _write(self, start: Start, course: Course, status: str, scores: dict[str, Any], validation: float | None) -> None:
         """Write the record of a member that has ended."""
@@ -311,20 +323,19 @@ class _Sweep:
             "best_step": best and best["step"],
             "diverged_at": course.diverged,
             "steps": course.lines,
-            "examples": starts.digest_of_rows(start.rows),
-            "base": self._base,
+            **self._trained_with(start),
         }
         self._store.write(member, files.finite(record))
         self._records[member.name] = files.finite(record)
 
-    def _check_rows(self, member: Member, record: Mapping[str, Any]) -> None:
-        """Check that a finished member was trained on the rows of today.
+    def _check_rows(self, member: Member, examples: str) -> None:
+        """Check that a member was trained on the rows of today.
 
         Raises:
           UserError: it was not.
         """
         rows = self._rows[starts.rows_key(member.config)]
-        if record["examples"] != starts.digest_of_rows(rows):
+        if examples != starts.digest_of_rows(rows):
             raise UserError(
                 f"{self._store.directory} holds a sweep over other rows than those of today; --overwrite replaces it, or "
                 "give another folder with output=FOLDER"
@@ -377,9 +388,10 @@ def _run_config(config: RunConfig, target: Path) -> RunConfig:
     return dataclasses.replace(config, name=f"{config.name}-best", output=str(target / "run"))
 
 
+def _third(group: Group) -> int:
+    """Return the step at which halving drops."""
+    return max(1, group.total // 3)
+
+
 def _but_rate(member: Member) -> str:
     return starts.digest({name: value for name, value in member.fields.items() if name != RATE})
-
-
-_put_in: Callable[..., Tree] = jax.jit(bypass.make_resident, donate_argnums=0)
-_take_out: Callable[..., Tree] = jax.jit(bypass.unmerge, donate_argnums=0)

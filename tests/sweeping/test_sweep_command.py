@@ -10,7 +10,7 @@ import neuroada_jax as na
 from neuroada_jax import cli, files
 from neuroada_jax.adapters import native
 from neuroada_jax.errors import NeuroadaWarning, UserError
-from neuroada_jax.sweeping import choice, group, sweep
+from neuroada_jax.sweeping import choice, group, starts, sweep
 from neuroada_jax.training import config_file
 
 RATE = "optimizer.learning_rate"
@@ -87,11 +87,11 @@ def test_what_a_sweep_prints_and_leaves(config, capsys):
 def test_a_killed_sweep_goes_on_and_a_finished_member_does_not_run_again(config, monkeypatch):
     advance, ran = group.Group.advance, []
 
-    def dying(self, params, until):
+    def dying(self, params, until, *rest):
         if len(ran) == 2:
             raise KeyboardInterrupt
         ran.extend(start.member.fields[RATE] for start in self.starts)
-        return advance(self, params, until)
+        return advance(self, params, until, *rest)
 
     monkeypatch.setattr(group.Group, "advance", dying)
     grid = {RATE: [0.01, 0.02, 0.03, 0.04]}
@@ -216,3 +216,45 @@ def test_from_python(content, tmp_path):
     few = {**made, "data": {**made["data"], "validation": 0.2}, "output": str(tmp_path / "few")}
     with pytest.warns(NeuroadaWarning, match="5 examples choose among 1 members"):
         sweep.sweep(few, {"seed": [42]})
+
+
+# Every field of a config: what a sweep does with it. A new field has to be put into one of the groups.
+LEFT = {
+    "training.keep_last": 3,
+    "training.keep_best": 1,
+    "training.validation_samples": 1,
+    "watchdog.spike": 5.0,
+    "watchdog.stall_warn": 5.0,
+    "watchdog.stall_stop": 5.0,
+    "parallel.mode": "single",
+    "parallel.devices": 1,
+    "tracking": ["tensorboard"],
+    "merge": True,
+}
+USED = (
+    *("name", "output", "seed", "method", "fidelity", "model.", "data.", "optimizer.", "bypass.", "lora.", "classifier."),
+    *("training.epochs", "training.steps", "training.batch_size", "training.accumulation", "training.remat"),
+    *("training.log_every", "training.save_every", "training.validate_every", "training.early_stopping"),
+    *("watchdog.nonfinite", "watchdog.max_skips", "evaluation.sets", "evaluation.batch_size"),
+)
+REFUSED = ("seeds", "evaluation.best_epoch", "parallel.fsdp", "parallel.tensor")
+OF_RUNS_ALONE = ("evaluation.before",)  # on by default; docs/sweep.md says that the base model is not scored
+
+
+def test_a_sweep_says_which_fields_it_leaves(content):
+    made = config_file.from_dict(content, "sweep")
+    flat = config_file.flatten_config(made)
+    assert not starts.left_out(made)
+    groups = [[name for name in flat if name in LEFT or name.startswith(group)] for group in (USED, REFUSED, OF_RUNS_ALONE)]
+    assert {name for group in groups for name in group} == flat.keys()
+    for name, value in LEFT.items():
+        other = json.loads(json.dumps(content))
+        config_file.apply_override(other, f"{name}={json.dumps(value)}")
+        assert starts.left_out(config_file.from_dict(other, "sweep")) == [name]
+
+
+def test_what_it_leaves_is_said(config, capsys):
+    assert sweep_of(config, {RATE: [0.01]}, "merge=true", "training.keep_best=1") == 0
+    said = capsys.readouterr().err
+    assert "a sweep leaves training.keep_best, merge to a run of its best/config.yaml" in said
+    assert config_file.load(str(config[1] / "best" / "config.yaml")).merge

@@ -1,0 +1,278 @@
+"""A sweep that was stopped or killed goes on to the values of one that was not, wherever it ended."""
+
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+from data_helpers import write_lines
+from helpers import run_config, write_bert, write_config, write_model, write_rows
+from test_sweep_command import RATE, read, sweep_of
+
+from neuroada_jax.commands import shared
+from neuroada_jax.sweeping import group, scoring
+
+pytestmark = pytest.mark.filterwarnings("always::neuroada_jax.errors.NeuroadaWarning")
+GRID = {RATE: [1e-9, 0.01, 0.02, 2e-9], "seed": [42, 43]}
+TOTAL, THIRD = 6, 2
+
+
+@pytest.fixture(scope="module")
+def content(tmp_path_factory):
+    """A config whose members validate every step and are scored."""
+    folder = tmp_path_factory.mktemp("inputs")
+    model, rows = write_model(folder / "model"), write_rows(folder / "rows.jsonl", 24)
+    return run_config(
+        folder,
+        model,
+        rows,
+        bypass={"targets": ["q_proj"], "k": 1},
+        data={"validation": str(write_rows(folder / "held_back.jsonl", 22))},
+        optimizer={"learning_rate": 1e-3, "schedule": "cosine", "warmup_ratio": 0.3},
+        training={"steps": TOTAL, "validate_every": 1, "log_every": 1},
+        evaluation={"sets": [{"name": "seen", "data": str(rows), "limit": 2, "max_new_tokens": 2}]},
+    )
+
+
+def made(folder, content):
+    folder.mkdir()
+    return write_config(folder / "run.yaml", content), folder / "out"
+
+
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory, content):
+    """What sweeps leave that nothing ended, without halving and with it."""
+    left = {}
+    for flags in ((), ("--halving",)):
+        config = made(tmp_path_factory.mktemp("complete") / "sweep", content)
+        assert sweep_of(config, GRID, *flags) == 0
+        left[flags] = results(config)
+    return left
+
+
+def results(config):
+    """Return the records, and the arrays of the adapters, of all members."""
+    arrays = {
+        path.parents[1].name: safetensors.numpy.load_file(path)
+        for path in sorted(config[1].glob("members/*/adapter/adapter.safetensors"))
+    }
+    assert not list(config[1].glob("members/*/progress*"))
+    return read(config)["members"], arrays
+
+
+def assert_equal(found, expected):
+    """Check that two sweeps left the same; other groups pad to other lengths, which may round otherwise."""
+    for one, other in zip(found[0], expected[0], strict=True):
+        assert [line["step"] for line in one["steps"]] == [line["step"] for line in other["steps"]]
+        losses = [[line["value"] for line in record["steps"]] for record in (one, other)]
+        np.testing.assert_allclose(*losses, rtol=1e-6)
+        same = [{**record, "steps": None, "validation": None, "best_step": None} for record in (one, other)]
+        assert same[0] == same[1]
+    assert found[1].keys() == expected[1].keys()
+    for name, arrays in expected[1].items():
+        for key, array in arrays.items():
+            np.testing.assert_allclose(found[1][name][key], array, atol=1e-6, err_msg=f"{name} {key}")
+
+
+def ended_at(monkeypatch, step, how, nth=1):
+    """End the process's sweep where a group is at a step, for the n-th time: by SIGTERM, or as `kill -9` would."""
+    look, seen = group.Group._look, []
+
+    def ending(self, pending):
+        loss = look(self, pending)
+        seen.append(self.step)
+        if seen.count(step) == nth and self.step == step:
+            os.kill(os.getpid(), signal.SIGTERM) if how == "stop" else killed()
+        return loss
+
+    monkeypatch.setattr(group.Group, "_look", ending)
+
+
+def killed():
+    raise SystemExit(137)
+
+
+# (flags, flags of the second call, step, how, n-th time): with --at-once 3 there are three groups.
+ENDS = [
+    pytest.param((), (), 1, "stop", 1, marks=pytest.mark.slow),
+    ((), (), 4, "stop", 1),
+    pytest.param(("--at-once", "3"), (), TOTAL, "stop", 2, marks=pytest.mark.slow),
+    pytest.param(("--at-once", "3"), ("--at-once", "2"), 3, "stop", 3, marks=pytest.mark.slow),
+    (("training.save_every=2",), (), 5, "kill", 1),
+    pytest.param(("training.save_every=2",), ("training.save_every=1",), 4, "kill", 1, marks=pytest.mark.slow),
+    pytest.param(("--halving",), ("--halving",), 1, "stop", 1, marks=pytest.mark.slow),
+    pytest.param(
+        ("--halving", "--at-once", "3"), ("--halving", "--at-once", "3"), THIRD, "stop", 2, marks=pytest.mark.slow
+    ),
+    (("--halving",), ("--halving",), 4, "stop", 1),
+    pytest.param(("--halving",), ("--halving",), 3, "kill", 1, marks=pytest.mark.slow),
+    pytest.param(("--halving", "--at-once", "2"), ("--halving",), 5, "kill", 2, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("first, second, step, how, nth", ENDS)
+def test_an_ended_sweep_goes_on(tmp_path, content, complete, monkeypatch, capsys, first, second, step, how, nth):
+    config = made(tmp_path / "sweep", content)
+    with monkeypatch.context() as patch:
+        ended_at(patch, step, how, nth)
+        if how == "kill":
+            with pytest.raises(SystemExit, match="137"):
+                sweep_of(config, GRID, *first)
+        else:
+            assert sweep_of(config, GRID, *first) == shared.STOPPED
+            said = capsys.readouterr().err
+            assert f"stopped, step {step} of the members in work is saved; go on with: neuroada sweep" in said
+    assert not (config[1] / "sweep.json").exists()
+    steps = []
+    advance = group.Group.advance
+
+    def counting(self, params, until, *rest):
+        steps.append((len(self.starts), until - self.step))
+        return advance(self, params, until, *rest)
+
+    monkeypatch.setattr(group.Group, "advance", counting)
+    assert sweep_of(config, GRID, *second) == 0
+    assert_equal(results(config), complete[("--halving",) if "--halving" in first else ()])
+    whole = 8 * TOTAL if "--halving" not in first else 8 * THIRD + 4 * (TOTAL - THIRD)
+    assert sum(members * left for members, left in steps) < whole  # what was saved is not done again
+
+
+def test_scoring_that_is_interrupted_is_all_that_is_done_again(tmp_path, content, complete, monkeypatch):
+    config = made(tmp_path / "sweep", content)
+    scores, scored = scoring.scores, []
+
+    def ending(start, *rest):
+        scored.append(start.member.name)
+        if len(scored) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return scores(start, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scoring, "scores", ending)
+        assert sweep_of(config, GRID) == shared.STOPPED
+    monkeypatch.setattr(group.Group, "_look", lambda *_: pytest.fail("a step was taken again"))
+    assert sweep_of(config, GRID) == 0
+    assert_equal(results(config), complete[()])
+
+
+def test_a_rate_beyond_the_grid_goes_on_too(tmp_path, content, monkeypatch):
+    grid = {RATE: [1e-4, 2e-4]}
+    whole, config = made(tmp_path / "whole", content), made(tmp_path / "sweep", content)
+    assert sweep_of(whole, grid, "--extend") == 0
+    with monkeypatch.context() as patch:
+        ended_at(patch, 4, "stop", 2)  # the first member beyond
+        assert sweep_of(config, grid, "--extend") == shared.STOPPED
+    assert len(list(config[1].glob("members/*/progress.safetensors"))) == 1
+    assert sweep_of(config, grid, "--extend") == 0
+    assert_equal(results(config), results(whole))
+
+
+# Every form of a member's state: factors, bfloat16 values, moments of other optimisers, skipped steps, a classifier.
+KINDS = {
+    "lora": {"method": "lora", "lora": {"r": 2, "targets": ["q_proj"]}},
+    "official": {"fidelity": "official", "model": {"dtype": "bfloat16"}},
+    "shared columns": {"bypass": {"shared_columns": True, "targets": ["q_proj"]}},
+    "some neurons": {"bypass": {"neurons": 0.5, "targets": ["q_proj"]}},
+    "gradient": {"bypass": {"score": "gradient", "targets": ["q_proj"]}},
+    "random over the model": {"bypass": {"score": "random", "random_over": "model", "targets": ["q_proj"]}},
+    "skipping": {"watchdog": {"nonfinite": "skip"}},
+    "stalled": {"training": {"early_stopping": 1}},
+    "encoder": {},
+}
+
+
+@pytest.fixture
+def usual_promotion():
+    """JAX's own promotion of dtypes, since its attention mixes bfloat16 and float32 where a step is differentiated."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("usual_promotion")
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_member_goes_on(tmp_path, content, monkeypatch, kind):
+    changed = {**content, "evaluation": {"sets": [], "before": False}}
+    for section, fields in KINDS[kind].items():
+        changed[section] = {**changed.get(section, {}), **fields} if isinstance(fields, dict) else fields
+    if kind == "encoder":
+        rows = [{"sentence1": "abcdef"[i % 6] * (1 + i % 9), "sentence2": "b", "label": i % 2, "idx": 0} for i in range(40)]
+        data = {"task": "mrpc", "validation": str(write_lines(tmp_path / "dev.jsonl", rows[20:])), "max_length": 40}
+        changed["data"] = {**data, "train": str(write_lines(tmp_path / "train.jsonl", rows[:20]))}
+        changed["model"] = {"path": str(write_bert(tmp_path / "bert")), "dtype": "float32"}
+        changed["bypass"] = {"k": 2, "targets": ["query"]}
+    grid, whole, config = {RATE: [0.02, 0.05]}, made(tmp_path / "whole", changed), made(tmp_path / "sweep", changed)
+    assert sweep_of(whole, grid) == 0
+    with monkeypatch.context() as patch:
+        ended_at(patch, 2, "stop")
+        assert sweep_of(config, grid) == shared.STOPPED
+    assert len(list(config[1].glob("members/*/progress.safetensors"))) == 2
+    assert sweep_of(config, grid) == 0
+    assert_equal(results(config), results(whole))
+
+
+def stopped_sweep(folder, content, monkeypatch):
+    config = made(folder, content)
+    with monkeypatch.context() as patch:
+        ended_at(patch, 4, "stop")
+        assert sweep_of(config, {RATE: [0.01, 0.02]}) == shared.STOPPED
+    return config, sorted(config[1].glob("members/*/progress.safetensors"))
+
+
+def flipped(path):
+    path.write_bytes(path.read_bytes()[:-9] + b"\x00\x55" + path.read_bytes()[-7:])
+
+
+def other_format(path):
+    tensors = safetensors.numpy.load_file(path)
+    safetensors.numpy.save_file(tensors, path, {"neuroada_progress": '{"format": 2}'})
+
+
+DAMAGES = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-100]),
+    "empty": lambda path: path.write_bytes(b""),
+    "a flipped byte": flipped,
+    "not one": lambda path: path.write_bytes(b"{}" * 50),
+    "other format": other_format,
+    "no metadata": lambda path: safetensors.numpy.save_file(safetensors.numpy.load_file(path), path),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_starts_its_member_again(tmp_path, content, monkeypatch, capsys, damage):
+    config, (one, _) = stopped_sweep(tmp_path / "sweep", content, monkeypatch)
+    DAMAGES[damage](one)
+    assert sweep_of(config, {RATE: [0.01, 0.02]}) == 0
+    said = capsys.readouterr().err
+    assert f"{one}: damaged" in said and "starts again" in said and "1 members go on from step 4" in said
+    steps = [[line["step"] for line in record["steps"]] for record in read(config)["members"]]
+    assert steps == [list(range(1, TOTAL + 1))] * 2
+
+
+def test_other_rows_do_not_go_on(tmp_path, content, monkeypatch, capsys):
+    rows = write_rows(tmp_path / "rows.jsonl", 24)
+    config, _ = stopped_sweep(tmp_path / "sweep", content | {"data": content["data"] | {"train": str(rows)}}, monkeypatch)
+    before = {path: path.read_bytes() for path in config[1].rglob("*") if path.is_file()}
+    rows.write_text(rows.read_text().replace("a", "b"))
+    assert sweep_of(config, {RATE: [0.01, 0.02]}) == 2
+    assert "a sweep over other rows than those of today" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_another_base_does_not_go_on(tmp_path, content, monkeypatch, capsys):
+    model = write_model(tmp_path / "model")
+    config, _ = stopped_sweep(tmp_path / "sweep", content | {"model": content["model"] | {"path": str(model)}}, monkeypatch)
+    weights = model / "model.safetensors"
+    tensors = safetensors.numpy.load_file(weights)
+    safetensors.numpy.save_file({name: array * 1.5 for name, array in tensors.items()}, weights, {"format": "pt"})
+    assert sweep_of(config, {RATE: [0.01, 0.02]}) == 2
+    assert "a sweep on another base model" in capsys.readouterr().err
+
+
+def test_overwriting_starts_again(tmp_path, content, monkeypatch, capsys):
+    config, _ = stopped_sweep(tmp_path / "sweep", content, monkeypatch)
+    capsys.readouterr()
+    assert sweep_of(config, {RATE: [0.01, 0.02]}, "--overwrite") == 0
+    assert "go on from" not in capsys.readouterr().err
