@@ -18,6 +18,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from neuroada_jax.errors import UserError
 from neuroada_jax.locks import lock_file
 
@@ -230,6 +232,11 @@ def to_json(content: Any, indent: int | None = None) -> str:
         return json.dumps(content, ensure_ascii=False, allow_nan=False, indent=indent)
     except ValueError:
         return json.dumps(finite(content), ensure_ascii=False, allow_nan=False, indent=indent)
+
+
+def digest(content: Mapping[str, Any]) -> str:
+    """Return the digest of the fields of a JSON object, in any order."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 
 def finite(content: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import fuzz_mutations as mutations
 import numpy as np
+import optax
 import yaml
 from data_helpers import CHAT
 from fuzz_adapters import (
@@ -30,6 +31,7 @@ from published_files import WIDE, write_published
 from quantised_files import write_bitsandbytes
 
 from neuroada_jax import files, models
+from neuroada_jax.core.bypass import Bypass
 from neuroada_jax.data.chat_template import ChatTemplate
 from neuroada_jax.data.chats import Chat
 from neuroada_jax.data.readers import read_file
@@ -37,7 +39,8 @@ from neuroada_jax.generation import texts
 from neuroada_jax.pretrained import gguf_config, gguf_file, load, prompt_form, quantization, source
 from neuroada_jax.pretrained.safetensors_directory import SafetensorsDirectory
 from neuroada_jax.pretrained.tokenizer import load_tokenizer
-from neuroada_jax.training import checkpoint, config_file, kept_states, results, trackers
+from neuroada_jax.sweeping import choice, grid, group, stack, store
+from neuroada_jax.training import checkpoint, config_file, kept_states, results, step, trackers
 
 
 class Config(Format):
@@ -344,6 +347,49 @@ class RunFiles(Format):
         return log.lines, kept.lines, best, files.to_json(history.losses), repr(scores), files.to_json(found)
 
 
+class SweepFiles(Format):
+    """What a sweep reads of its own files when it goes on: records of members, and how far the others have come."""
+
+    mutators: ClassVar[dict[str, list]] = {".json": JSON, ".safetensors": SAFETENSORS}
+
+    def write(self, folder):
+        content = run_config(folder, folder / "m", folder / "rows.jsonl", output=str(folder / "out"))
+        config = config_file.from_dict(content, "sweep")
+        self.store, members = store.Store(config.directory), grid.members(config, {grid.RATE: [0.1, 0.2]}, "grid")
+        self.ended, self.begun = members
+        values = {"model": {"map": {"values": np.ones((3, 2), np.float32)}}}
+        columns = {"model": {"map": {"columns": np.array([[0, 1]] * 3, np.int32)}}}
+        self.fresh = stack.fresh(step.initial_state({}, Bypass(values, {}), optax.identity()), config)
+        self.fresh = self.fresh._replace(columns=columns)
+        course = group.Course([{"step": 1, "value": 0.5}])
+        done = group.Progress(2, course, self.fresh, self.fresh.trainable)
+        self.store.write_progress(self.begun, done, {"examples": "x", "base": "y"})
+        fields = {"fields": self.ended.fields, "cell": self.ended.cell, "seed": self.ended.seed}
+        self.store.write(self.ended, RECORD | fields)
+        self.store.adapter(self.ended).mkdir()
+        return sorted((folder / "out" / "members").glob("*/*.*"))
+
+    def read(self, folder):
+        record, found = self.store.record(self.ended), self.store.progress(self.begun, self.fresh)
+        cells = choice.cells([record])
+        best = choice.best(cells)
+        return found, best and choice.best_record(best)
+
+    def digested(self, folder):
+        return self.changed != [] and self.changed[0].name == "member.json"
+
+
+RECORD = {
+    "validation": 0.5,
+    "scores": {"s": {"value": 0.5, "n": 4, "interval": [0.1, 0.9], "metric": "accuracy", "beside": {}}},
+    "trained": 6,
+    "status": "finished",
+    "best_step": 1,
+    "diverged_at": None,
+    "steps": [{"step": 1, "value": 0.5}],
+    "examples": "x",
+    "base": "y",
+}
 FORMATS = {
     "config": Config,
     "loaded": Loaded,
@@ -365,4 +411,5 @@ FORMATS = {
     "fp8": PublishedFp8,
     "gptq": PublishedGptq,
     "awq": PublishedAwq,
+    "sweep": SweepFiles,
 }

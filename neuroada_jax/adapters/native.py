@@ -194,8 +194,7 @@ def _digest(path: Path) -> str:
 
 def _digest_of_fields(metadata: Mapping[str, Any]) -> str:
     """Return the digest of all other fields of an adapter.json, in any order."""
-    fields = {name: value for name, value in metadata.items() if name != _FIELDS_DIGEST}
-    return xxhash.xxh3_128_hexdigest(json.dumps(fields, sort_keys=True).encode())
+    return files.digest({name: value for name, value in metadata.items() if name != _FIELDS_DIGEST})
 
 
 @functools.cache

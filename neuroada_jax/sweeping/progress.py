@@ -16,54 +16,48 @@ import safetensors.numpy
 
 from neuroada_jax import console, files
 from neuroada_jax.core.trees import Tree
-from neuroada_jax.sweeping import stack
-from neuroada_jax.sweeping.group import Course, Group, Progress, Start
+from neuroada_jax.sweeping.group import Course, Progress
 from neuroada_jax.training import resuming
+from neuroada_jax.training.step import TrainState
 
 FORMAT = 1
 _ABOUT = "neuroada_progress"
 
 
-def write(path: Path, group: Group, member: int, about: dict[str, Any]) -> None:
+def write(path: Path, progress: Progress, about: dict[str, Any]) -> None:
     """Write the progress of a member, completely or not at all.
 
     Args:
       path: of the file.
-      group: that trains the member.
-      member: its number in the group.
-      about: what the member was trained on, as JSON.
+      progress: of the member.
+      about: what it was trained on, as JSON.
 
     Raises:
       UserError: the file cannot be written.
     """
-    found = group.progress(member)
-    tensors = _named(found.state._asdict(), found.best)
-    content = {
-        "format": FORMAT,
-        "step": found.step,
-        "course": dataclasses.asdict(found.course),
-        "digest": resuming.digest_of_arrays(tensors),
-        **about,
-    }
+    tensors = _named(progress.state._asdict(), progress.best)
+    content = {"format": FORMAT, "step": progress.step, "course": dataclasses.asdict(progress.course), **about}
+    content["digest"] = _digest(content, tensors)
     files.write_bytes(path, safetensors.numpy.save(tensors, {_ABOUT: files.to_json(content)}))
 
 
-def read(path: Path, start: Start) -> tuple[Progress, dict[str, Any]] | None:
+def read(path: Path, fresh: TrainState) -> tuple[Progress, dict[str, Any]] | None:
     """Return the progress of a member and what it was trained on; None, with a warning, where its file is damaged.
 
     Args:
       path: of the file, which exists.
-      start: the member before its first step, whose arrays have the same names, shapes and dtypes.
+      fresh: the state of the member before its first step, whose arrays have the same names, shapes and dtypes.
     """
-    fresh = stack.fresh(start.state, start.member.config)
     expected = _named(jax.eval_shape(lambda: fresh)._asdict(), jax.eval_shape(lambda: fresh.trainable))
     try:
         with safetensors.safe_open(str(path), framework="numpy") as handle:
             content = json.loads((handle.metadata() or {})[_ABOUT])
             tensors = {name: handle.get_tensor(name) for name in expected}
         other = [name for name, array in tensors.items() if _kind(array) != _kind(expected[name])]
-        if other or content["format"] != FORMAT or content["digest"] != resuming.digest_of_arrays(tensors):
-            raise ValueError(f"{other[0]} has another shape" if other else "its arrays are not what was written")
+        if other or content.pop("digest") != _digest(content, tensors):
+            raise ValueError(f"{other[0]} has another shape" if other else "it is not what was written")
+        if content["format"] != FORMAT:
+            raise ValueError(f"expected format {FORMAT}, found {content['format']}")
         progress = Progress(
             step=int(content["step"]),
             course=Course(**content["course"]),
@@ -74,6 +68,11 @@ def read(path: Path, start: Start) -> tuple[Progress, dict[str, Any]] | None:
         console.warn(f"{path}: damaged ({error}), its member starts again")
         return None
     return progress, content
+
+
+def _digest(content: dict[str, Any], tensors: dict[str, np.ndarray]) -> str:
+    """Return the digest of all that a file says."""
+    return files.digest({**content, "arrays": resuming.digest_of_arrays(tensors)})
 
 
 def _named(state: Tree, best: Tree) -> dict[str, Any]:

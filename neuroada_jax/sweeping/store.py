@@ -10,12 +10,13 @@ from neuroada_jax import console, files
 from neuroada_jax.errors import UserError
 from neuroada_jax.locks import Lock, check_unlocked
 from neuroada_jax.sweeping import progress
-from neuroada_jax.sweeping.choice import DIVERGED, DROPPED, FINISHED
+from neuroada_jax.sweeping.choice import FINISHED
 from neuroada_jax.sweeping.grid import Member, describe
-from neuroada_jax.sweeping.group import Group, Progress, Start
+from neuroada_jax.sweeping.group import Progress
 from neuroada_jax.training import config_file, resuming
 from neuroada_jax.training.config import RunConfig
 from neuroada_jax.training.run_directory import LOCK
+from neuroada_jax.training.step import TrainState
 
 BASE = "sweep.yaml"  # the config that the grid is laid over
 _PROGRESS = "progress.safetensors"  # of a member that has not ended
@@ -101,9 +102,7 @@ class Store:
         if not path.exists():
             return None
         content = files.read_json(path)
-        statuses = (FINISHED, DIVERGED, DROPPED)
-        expected = {"fields", "validation", "scores", "trained", "status", "examples", "base", "cell", "seed"}
-        if not expected <= content.keys() or content["status"] not in statuses or not isinstance(content["scores"], dict):
+        if content.pop("digest", None) != files.digest(content):
             raise UserError(f"{path}: damaged, expected the record of a member; remove its folder to run the member again")
         if content["status"] == FINISHED and not self.adapter(member).exists():
             console.warn(f"{path.parent} has no adapter any more: {describe(member.fields)} runs again")
@@ -112,17 +111,18 @@ class Store:
 
     def write(self, member: Member, record: dict[str, Any]) -> None:
         """Write the record of a member, which has no progress any more; its adapter, if any, is there already."""
-        files.write_text(self.folder(member) / "member.json", files.to_json(record, indent=1) + "\n")
+        content = {**record, "digest": files.digest(record)}
+        files.write_text(self.folder(member) / "member.json", files.to_json(content, indent=1) + "\n")
         (self.folder(member) / _PROGRESS).unlink(missing_ok=True)
 
-    def progress(self, start: Start) -> tuple[Progress, dict[str, Any]] | None:
+    def progress(self, member: Member, fresh: TrainState) -> tuple[Progress, dict[str, Any]] | None:
         """Return the progress of a member that has not ended, and what it was trained on; None where there is none."""
-        path = self.folder(start.member) / _PROGRESS
-        return progress.read(path, start) if path.exists() else None
+        path = self.folder(member) / _PROGRESS
+        return progress.read(path, fresh) if path.exists() else None
 
-    def write_progress(self, group: Group, member: int, about: dict[str, Any]) -> None:
-        """Write the progress of a group's member; arguments as in `progress.write`."""
-        progress.write(self.folder(group.starts[member].member) / _PROGRESS, group, member, about)
+    def write_progress(self, member: Member, done: Progress, about: dict[str, Any]) -> None:
+        """Write the progress of a member; arguments as in `progress.write`."""
+        progress.write(self.folder(member) / _PROGRESS, done, about)
 
     def write_best(self, adapter: Path, config: RunConfig) -> None:
         """Copy the chosen adapter to best/adapter and write best/config.yaml."""

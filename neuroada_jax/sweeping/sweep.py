@@ -17,6 +17,7 @@ from neuroada_jax.sweeping import grid as grids
 from neuroada_jax.sweeping.choice import DIVERGED, DROPPED, FINISHED, Cell
 from neuroada_jax.sweeping.grid import RATE, Grid, Member
 from neuroada_jax.sweeping.group import Course, Group, Programs, Start
+from neuroada_jax.sweeping.stack import fresh
 from neuroada_jax.sweeping.starts import Weights
 from neuroada_jax.sweeping.store import Store
 from neuroada_jax.training import config_file
@@ -214,7 +215,7 @@ class _Sweep:
 
     def _continued(self, start: Start) -> Start:
         """Return a member with what an earlier process has done of its steps."""
-        found = self._store.progress(start)
+        found = self._store.progress(start.member, fresh(start.state, start.member.config))
         if found is None:
             return start
         progress, about = found
@@ -271,7 +272,7 @@ class _Sweep:
     def _keep(self, group: Group) -> None:
         """Write the progress of a group's members, from which a sweep that was ended goes on."""
         for i, start in enumerate(group.starts):
-            self._store.write_progress(group, i, self._trained_with(start))
+            self._store.write_progress(start.member, group.progress(i), self._trained_with(start))
 
     def _trained_with(self, start: Start) -> dict[str, str]:
         return {"examples": starts.digest_of_rows(start.rows), "base": self._base}
