@@ -19,7 +19,7 @@ from neuroada_jax.core import bypass
 from neuroada_jax.errors import NeuroadaWarning, UserError
 from neuroada_jax.models import names
 from neuroada_jax.pretrained.load import load_model
-from neuroada_jax.training import checkpoint, config_file, connections, run, step
+from neuroada_jax.training import checkpoint, config_file, run, statistics, step
 from neuroada_jax.training.checkpoint import Checkpoints
 
 SETTINGS = {"targets": ["q_proj"], "k": 2}
@@ -99,7 +99,7 @@ def test_resuming_keeps_the_connections_that_were_chosen(tmp_path, inputs, monke
     chosen = config_file.from_dict(content, "test")
     train_until(4, chosen, monkeypatch)
     with monkeypatch.context() as patch:
-        patch.setattr(connections, "gradient_sums", None)
+        patch.setattr(statistics, "gradient_sums", None)
         run.train(chosen, resume=True)
     resumed = native.read(str(tmp_path / "out" / "adapter"))
     results = run.train(chosen, overwrite=True)

@@ -19,7 +19,7 @@ from neuroada_jax.models.experts import ExpertMap
 from neuroada_jax.models.layers import BypassDense
 from neuroada_jax.planning.shapes import abstract_run
 from neuroada_jax.pretrained.load import load_model
-from neuroada_jax.training import config_file, connections, modules
+from neuroada_jax.training import config_file, connections, modules, statistics
 from neuroada_jax.training.config import BypassSection
 
 DEPTH = 2
@@ -81,8 +81,8 @@ def test_statistics_are_those_of_dense_float64(accumulation):
     params = {"first": {"kernel": normal(6, 4)}, "last": {"kernel": normal(5, 6)}}
     batches = [Tokens(normal(2, 3, 4), np.float32([[1, 1, 0], [1, 0, 0]])) for _ in range(2)]
     arguments = (TwoMaps(), jax.tree.map(jnp.asarray, params), [("first",), ("last",)], batches, accumulation)
-    squares = connections.input_squares(*arguments, squared_outputs)
-    sums = connections.gradient_sums(*arguments, squared_outputs)
+    squares = statistics.input_squares(*arguments, squared_outputs)
+    sums = statistics.gradient_sums(*arguments, squared_outputs)
     want = {"first": np.zeros(4), "last": np.zeros(6)}
     dense = {"first": np.zeros((6, 4)), "last": np.zeros((5, 6))}
     for batch in batches:
@@ -115,12 +115,12 @@ def test_experts_have_statistics_of_their_own_rows():
     held = quantised.QuantisedKernel(parts, "nf4", jnp.dtype("float32"))
     for own in (jnp.asarray(kernel), held):
         arguments = (Routed(), {"map": {"kernel": own}}, [("map",)], [batch])
-        squares = connections.input_squares(*arguments, losses=outputs)["map"]["squares"]
+        squares = statistics.input_squares(*arguments, losses=outputs)["map"]["squares"]
         counts = batch.label_mask[:, None] * (chosen[:, None] == np.arange(3))
         np.testing.assert_allclose(squares, counts.T @ np.square(batch.inputs), rtol=1e-5)
-    norms = connections._norms(squares)
+    norms = statistics._norms(squares)
     assert (norms[1] == 1).all() and np.allclose(norms[0], np.sqrt(squares[0]))
-    found, want = (connections._factors_of(own, 2, jax.random.key(0)) for own in (held, quantised.dense_stack(held)))
+    found, want = (statistics._factors_of(own, 2, jax.random.key(0)) for own in (held, quantised.dense_stack(held)))
     products = [each["by_neuron"] @ each["for_all"] for each in (found, want)]
     np.testing.assert_allclose(*products, atol=1e-4)
     assert [leaf.shape for leaf in jax.tree.leaves(found)] == [(3, 5, 2), (3, 2, 64)]
