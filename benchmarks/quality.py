@@ -42,6 +42,9 @@ INSTRUCTIONS = ("sst2", "qnli", "mnli")
 CHOOSING = 400  # training rows that choose the rate
 RATE = "optimizer.learning_rate"
 SHARED = "shared"  # in place of a score: columns shared by the neurons of a map, by magnitude
+OVER = {
+    f"random_{scope}": scope for scope in ("map", "block", "model")
+}  # the same: positions drawn from more than a neuron
 BATCHES = 64  # from which a score takes gradients; an epoch of SST-2 would cost more than the training
 SAME = ("task", "dtype", "quantization", "model", "steps")  # fields of rows that can be compared
 
@@ -160,10 +163,11 @@ def _named(method: str) -> tuple[str, int, str]:
     """Return (neuroada or lora, k or r, score) of a method's name."""
     family, _, rest = method.partition("-")
     number, _, score = rest.partition("-")
-    known = ("", *RULES, SHARED) if family == "neuroada" else ("",)
+    scores = (*RULES, SHARED, *OVER)
+    known = ("", *scores) if family == "neuroada" else ("",)
     if family not in ("neuroada", "lora") or not number.isdigit() or score not in known:
         raise UserError(
-            f"--methods: found {method!r}, expected neuroada-K, neuroada-K-SCORE ({', '.join((*RULES, SHARED))}) or lora-R"
+            f"--methods: found {method!r}, expected neuroada-K, neuroada-K-SCORE ({', '.join(scores)}) or lora-R"
         )
     return family, int(number), score or "magnitude"
 
@@ -182,6 +186,8 @@ def _changes(method: str) -> dict[str, Any]:
         return {"method": "lora", "lora": {"r": number, "alpha": 2 * number}}
     if score == SHARED:
         return {"bypass": {"k": number, "shared_columns": True}}
+    if score in OVER:
+        return {"bypass": {"k": number, "score": "random", "random_over": OVER[score]}}
     batches = {"statistic_batches": BATCHES} if RULES[score].needs is Needs.GRADIENT else {}
     return {"bypass": {"k": number, "score": score, **batches}}
 

@@ -73,6 +73,8 @@ def test_a_method_is_a_section_of_the_config():
     assert quality._grid("lora-1=1e-3,3e-3") == ("lora-1", (1e-3, 3e-3))
     assert quality._changes("lora-4") == {"method": "lora", "lora": {"r": 4, "alpha": 8}}
     assert quality._changes("neuroada-2-random") == {"bypass": {"k": 2, "score": "random"}}
+    over_a_map = {"bypass": {"k": 1, "score": "random", "random_over": "map"}}
+    assert quality._changes("neuroada-1-random_map") == over_a_map
     assert quality._changes("neuroada-2-shared") == {"bypass": {"k": 2, "shared_columns": True}}
 
 
