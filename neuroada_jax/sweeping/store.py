@@ -113,7 +113,9 @@ class Store:
         """Write the record of a member, which has no progress any more; its adapter, if any, is there already."""
         content = {**record, "digest": files.digest(record)}
         files.write_text(self.folder(member) / "member.json", files.to_json(content, indent=1) + "\n")
-        (self.folder(member) / _PROGRESS).unlink(missing_ok=True)
+        path = self.folder(member) / _PROGRESS
+        files.sweep(path)  # what a process that was killed left beside it
+        path.unlink(missing_ok=True)
 
     def progress(self, member: Member, fresh: TrainState) -> tuple[Progress, dict[str, Any]] | None:
         """Return the progress of a member that has not ended, and what it was trained on; None where there is none."""

@@ -271,6 +271,14 @@ def test_another_base_does_not_go_on(tmp_path, content, monkeypatch, capsys):
     assert "a sweep on another base model" in capsys.readouterr().err
 
 
+def test_what_a_killed_writer_left_is_removed(tmp_path, content, monkeypatch):
+    config, (one, _) = stopped_sweep(tmp_path / "sweep", content, monkeypatch)
+    left = one.with_name(f".{one.name}.0123456789abcdef.neuroada-tmp")
+    left.write_bytes(b"half")
+    assert sweep_of(config, {RATE: [0.01, 0.02]}) == 0
+    assert not left.exists()
+
+
 def test_overwriting_starts_again(tmp_path, content, monkeypatch, capsys):
     config, _ = stopped_sweep(tmp_path / "sweep", content, monkeypatch)
     capsys.readouterr()
