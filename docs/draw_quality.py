@@ -19,16 +19,17 @@ METHODS = {
     "neuroada-20": "NeuroAda, k = 20",
     "lora-10": "LoRA, r = 10",
 }
+ON_CPU = "on a CPU"
 
 
 class Point(NamedTuple):
-    """A method at a rate: mean and deviation over three seeds, in %."""
+    """A method at a rate: mean and deviation over three seeds, in %; the deviation of a single seed is None."""
 
     method: str
     trained: int
     rate: float
     mean: float
-    deviation: float
+    deviation: float | None
 
 
 def main(target: Path) -> None:
@@ -37,6 +38,11 @@ def main(target: Path) -> None:
         "SmolLM2-135M, SST-2 as an instruction": [
             Point(row["method"], row["trained"], row["learning_rate"], row["accuracy_mean"], row["accuracy_deviation"])
             for row in _rows("sst2-400-steps.json")
+        ]
+        + [
+            Point(f"{METHODS[row['method']]}, {ON_CPU}", row["trained"], row["rate"], row["mean"], row["deviation"])
+            for row in _rows("quality.json")
+            if (row["task"], row["base"]) == ("sst2", "float32")
         ],
         "MiniLM, SST-2 with a classifier": [
             Point(METHODS[row["method"]], row["trained"], row["rate"], row["mean"], row["deviation"])
@@ -48,15 +54,16 @@ def main(target: Path) -> None:
     figure, both = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     for axes, (title, points) in zip(both, panels.items(), strict=True):
         most = max(point.trained for point in points)
-        for method in METHODS.values():
+        for method in dict.fromkeys(point.method for point in points):
             own = sorted((point for point in points if point.method == method), key=lambda point: point.rate)
             axes.errorbar(
                 [point.rate for point in own],
                 [point.mean for point in own],
-                yerr=[point.deviation for point in own],
+                yerr=[point.deviation or 0.0 for point in own],
                 color=COLOURS[method.split(",")[0]],
                 linestyle="-" if own[0].trained > most / 2 else "--",
-                marker="o",
+                marker="s" if method.endswith(ON_CPU) else "o",
+                markerfacecolor="white" if method.endswith(ON_CPU) else None,
                 capsize=3,
                 label=f"{method}: {own[0].trained:,} values",
             )

@@ -143,7 +143,7 @@ def sweep(destination: Path) -> None:
                 if kind == OLD and not os.path.lexists(destination):
                     path.rename(destination)
                 else:
-                    _remove(path)
+                    remove(path)
             except OSError:  # someone is writing it, or this file system has no locks
                 continue
             finally:
@@ -183,7 +183,7 @@ def _swap(temporary: Path, destination: Path) -> None:
         except OSError:
             old.rename(destination)
             raise
-        _remove(old)
+        remove(old)
     finally:
         os.close(descriptor)
 
@@ -204,7 +204,8 @@ def _set_modes(directory: Path) -> None:
             path.chmod(mode if path.is_dir() else mode & 0o666)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file, a folder with all in it, or a link; nothing where there is none."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -60,7 +60,7 @@ class Lock:
 
 def check_unlocked(path: Path, what: str) -> None:
     """Raise the UserError of `Lock.acquire` if another process holds the lock; create nothing."""
-    with contextlib.suppress(FileNotFoundError, PermissionError):
+    with contextlib.suppress(OSError):  # `Lock.acquire` says what is wrong
         descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
         try:
             if not lock_file(descriptor):

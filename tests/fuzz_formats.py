@@ -364,19 +364,20 @@ class SweepFiles(Format):
         course = group.Course([{"step": 1, "value": 0.5}])
         done = group.Progress(2, course, self.fresh, self.fresh.trainable)
         self.store.write_progress(self.begun, done, {"examples": "x", "base": "y"})
+        self.store.write_halving({self.ended.digest: {"kept": True, "validation": 0.5}})
         fields = {"fields": self.ended.fields, "cell": self.ended.cell, "seed": self.ended.seed}
+        self.store.adapter(self.ended).mkdir(parents=True)
         self.store.write(self.ended, RECORD | fields)
-        self.store.adapter(self.ended).mkdir()
-        return sorted((folder / "out" / "members").glob("*/*.*"))
+        return [folder / "out" / "halving.json", *sorted((folder / "out" / "members").glob("*/*.*"))]
 
     def read(self, folder):
         record, found = self.store.record(self.ended), self.store.progress(self.begun, self.fresh)
         cells = choice.cells([record])
         best = choice.best(cells)
-        return found, best and choice.best_record(best)
+        return found, best and choice.best_record(best), self.store.halving()
 
     def digested(self, folder):
-        return self.changed != [] and self.changed[0].name == "member.json"
+        return self.changed != [] and self.changed[0].suffix == ".json"
 
 
 RECORD = {

@@ -15,7 +15,9 @@ from neuroada_jax.core.trees import Tree
 from neuroada_jax.errors import UserError
 from neuroada_jax.planning import machines, roofline
 from neuroada_jax.planning.machines import Machine
+from neuroada_jax.sweeping import grid as grids
 from neuroada_jax.sweeping.group import Group, Programs, Start
+from neuroada_jax.sweeping.starts import Weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +70,45 @@ def machine_here(dtype: Any) -> tuple[Machine | None, int]:
         return machine, machine.memory
     limit = (device.memory_stats() or {}).get("bytes_limit", 0)
     return machines.of_kind(device.device_kind), int(limit)
+
+
+def grouped(
+    waiting: Sequence[Start], programs: dict[Any, Programs], weights: Weights, most: int | None
+) -> tuple[list[Group], list[Need]]:
+    """Return members in groups of equal shapes and steps that fit into memory, and the need of each kind, which is stated.
+
+    Args:
+      waiting: the members.
+      programs: of the kinds met so far; those of further ones are added.
+      weights: of the sweep.
+      most: members at a time; None: as many as fit.
+
+    Raises:
+      UserError: not even one member fits.
+    """
+    kinds: dict[Any, list[Start]] = {}
+    for start in waiting:
+        batches, dropout = start.rows.batches, start.rows.objective.dropout_seed is not None
+        # A dropout mask depends on the padded length, and batches of similar lengths differ from seed to seed.
+        alone = len(batches.shapes) > 1 and (dropout or batches.group_by_length)
+        key = (grids.group_key(start.member), start.rows.total_steps, batches.steps_per_epoch)
+        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(start.state))
+        apart = (start.member.seed if alone else None, start.step)
+        kinds.setdefault(((*key, shapes), apart), []).append(start)
+    machine = machine_here(weights.base_model.model.config.dtype)
+    groups, needs = [], []
+    for (kind, _), own in kinds.items():
+        left = own
+        if kind not in programs:
+            programs[kind] = Programs(own[0], weights.base_model.model)
+        while left:
+            group, need = fitting(left, programs[kind], weights.params, machine, most)
+            if left is own:
+                need.say(len(own))
+                needs.append(need)
+            groups.append(group)
+            left = left[need.members :]
+    return groups, needs
 
 
 def fitting(

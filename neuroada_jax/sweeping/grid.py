@@ -10,8 +10,9 @@ from typing import Any
 
 import xxhash
 
+from neuroada_jax.core.scores import RULES, Needs
 from neuroada_jax.errors import UserError
-from neuroada_jax.training import config_file
+from neuroada_jax.training import config_file, resuming
 from neuroada_jax.training.config import RunConfig
 
 Grid = dict[str, list[Any]]
@@ -56,11 +57,41 @@ class Member:
     @property
     def name(self) -> str:
         """The member's folder."""
-        text = ",".join(f"{name}={shown(value)}" for name, value in self.fields.items())
+        text = ",".join(f"{name}={shown(value)}" for name, value in sorted(self.fields.items()))
         plain = re.sub(r"[^\w.=,+-]", "_", text)
         if plain == text and len(text) <= 120:
             return text
         return f"{plain[:100]}-{xxhash.xxh3_64_hexdigest(text.encode())[:8]}"
+
+    @property
+    def digest(self) -> str:
+        """The digest of all that the member's result depends on: two members with the same one are the same run."""
+        flat = config_file.flatten_config(self.config)
+        idle = (
+            *resuming.FREE,
+            "parallel.",
+            "tracking",
+            "evaluation.before",
+            "training.validation_samples",
+            *_idle(self.config),
+        )
+        content = {name: value for name, value in flat.items() if not name.startswith(idle)}
+        if self.config.method == "lora":
+            content["lora.alpha"] = self.config.lora.resolved_alpha
+        return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True, default=str).encode())
+
+
+def _idle(config: RunConfig) -> list[str]:
+    """Return the fields that have no effect beside the others."""
+    if config.method == "lora":
+        return ["bypass."]
+    rule = RULES.get(config.bypass.score)
+    needs = Needs.NOTHING if rule is None else rule.needs
+    idle = {
+        "bypass.rank": needs is not Needs.FACTORS,
+        "bypass.statistic_batches": needs not in (Needs.GRADIENT, Needs.INPUTS),
+    }
+    return ["lora.", *(name for name, alone in idle.items() if alone)]
 
 
 def shown(value: Any) -> str:
@@ -161,10 +192,13 @@ def members(config: RunConfig, grid: Grid, where: str) -> list[Member]:
             member(config, {field: value}, where)
     combinations = (dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values()))
     found = [member(config, fields, where) for fields in combinations]
-    names = [each.name for each in found]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise UserError(f"{where}: two members are the same run, {twice[0]}")
+    seen: dict[str, Member] = {}
+    for each in found:
+        same = seen.setdefault(each.digest, each)
+        if same is not each:
+            raise UserError(
+                f"{where}: {describe(same.fields)} and {describe(each.fields)} are the same run: what differs has no effect"
+            )
     return found
 
 

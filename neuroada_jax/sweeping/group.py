@@ -126,7 +126,7 @@ class Programs:
 
 
 class Group:
-    """Members of equal shapes, from their first step to their last; between two calls of `advance` the host keeps them."""
+    """Members of equal shapes, from their first step, or from what is done of them (`Start.progress`), to their last."""
 
     def __init__(self, starts: Sequence[Start], programs: Programs) -> None:
         """Take members of equal `grid.group_key`, equal steps and equal steps done, and their programs."""
@@ -152,21 +152,9 @@ class Group:
         return jax.tree.map(lambda leaf: leaf[member], self._best)
 
     def progress(self, member: int) -> Progress:
-        """Return a member as it stands."""
-        state: TrainState = jax.tree.map(lambda leaf: leaf[member], self.stack.state)
-        return Progress(self.step, self.courses[member], state, self.best_of(member))
-
-    def keep(self, members: Sequence[int]) -> None:
-        """Go on with some of the members alone."""
-        at = np.array(members, np.int32)
-        self.starts = [self.starts[i] for i in members]
-        self.courses = [self.courses[i] for i in members]
-        self.stack = stacks.part(self.stack, members)
-        self._best = jax.tree.map(lambda leaf: leaf[at], self._best)
-
-    def to_host(self) -> None:
-        """Take the members off the device."""
-        self.stack, self._best = jax.tree.map(np.array, (self.stack, self._best))
+        """Return a member as it stands, off the device."""
+        state: TrainState = jax.tree.map(lambda leaf: np.asarray(leaf[member]), self.stack.state)
+        return Progress(self.step, self.courses[member], state, jax.tree.map(np.asarray, self.best_of(member)))
 
     def longest(self) -> Shape:
         """Return the shape of the longest batch that can occur."""
@@ -197,7 +185,6 @@ class Group:
           Stopped: on request, once the members are saved.
         """
         training = self.config.training
-        self.stack, self._best = jax.tree.map(jnp.array, (self.stack, self._best))
         pending: list[StepMetrics] = []
         start, began = self.step, time.perf_counter()
         with console.bar(f"training {len(self.starts)} members", until) as bar, stop.held():
@@ -226,10 +213,9 @@ class Group:
                         f"step {self.step} of {until} of {len(self.starts)} members: lowest loss {loss:.4f}, "
                         f"{each * (until - self.step):.0f} s left"
                     )
-                stopping = stop.reached(self.step)
-                if saving or stopping:
+                if saving or stop.reached(self.step):
                     save(self)
-                if stopping:
+                if stop.reached(self.step):  # perhaps while it was saved
                     raise Stopped(self.step)
         return params
 

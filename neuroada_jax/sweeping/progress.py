@@ -30,7 +30,7 @@ def write(path: Path, progress: Progress, about: dict[str, Any]) -> None:
     Args:
       path: of the file.
       progress: of the member.
-      about: what it was trained on, as JSON.
+      about: what it was trained on, as JSON, and "member", its digest.
 
     Raises:
       UserError: the file cannot be written.
@@ -41,12 +41,13 @@ def write(path: Path, progress: Progress, about: dict[str, Any]) -> None:
     files.write_bytes(path, safetensors.numpy.save(tensors, {_ABOUT: files.to_json(content)}))
 
 
-def read(path: Path, fresh: TrainState) -> tuple[Progress, dict[str, Any]] | None:
+def read(path: Path, fresh: TrainState, member: str) -> tuple[Progress, dict[str, Any]] | None:
     """Return the progress of a member and what it was trained on; None, with a warning, where its file is damaged.
 
     Args:
       path: of the file, which exists.
       fresh: the state of the member before its first step, whose arrays have the same names, shapes and dtypes.
+      member: its digest; the progress of another one is as good as damaged.
     """
     expected = _named(jax.eval_shape(lambda: fresh)._asdict(), jax.eval_shape(lambda: fresh.trainable))
     try:
@@ -58,6 +59,8 @@ def read(path: Path, fresh: TrainState) -> tuple[Progress, dict[str, Any]] | Non
             raise ValueError(f"{other[0]} has another shape" if other else "it is not what was written")
         if content["format"] != FORMAT:
             raise ValueError(f"expected format {FORMAT}, found {content['format']}")
+        if content["member"] != member:
+            raise ValueError("it is of another member or config")
         progress = Progress(
             step=int(content["step"]),
             course=Course(**content["course"]),
@@ -65,7 +68,7 @@ def read(path: Path, fresh: TrainState) -> tuple[Progress, dict[str, Any]] | Non
             best=_filled("best", fresh.trainable, tensors),
         )
     except (OSError, safetensors.SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
-        console.warn(f"{path}: damaged ({error}), its member starts again")
+        console.warn(f"{path}: damaged ({error}); its member starts again")
         return None
     return progress, content
 

@@ -77,12 +77,6 @@ def _rates(config: RunConfig, total_steps: int) -> dict[str, Float[Array, "steps
         }
 
 
-def part(stack: Stack, members: Sequence[int]) -> Stack:
-    """Return some of the members."""
-    at = np.array(members, np.int32)
-    return jax.tree.map(lambda leaf: leaf[at], stack)
-
-
 Step = Callable[[Tree, Stack, AnyBatch], tuple[Tree, Stack, StepMetrics]]
 Validate = Callable[[Tree, Stack, AnyBatch], tuple[Tree, tuple[Array, Array]]]
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from neuroada_jax import console, files
 from neuroada_jax.errors import UserError
 from neuroada_jax.locks import Lock, check_unlocked
@@ -20,7 +22,9 @@ from neuroada_jax.training.step import TrainState
 
 BASE = "sweep.yaml"  # the config that the grid is laid over
 _PROGRESS = "progress.safetensors"  # of a member that has not ended
-_RESULTS = ("sweep.json", "sweep.png", "members", "best", BASE)
+_HALVING = "halving.json"  # which members a halving has kept and dropped
+_BEST = ("best/adapter", "best/config.yaml")  # best/run is a run of the user's
+_RESULTS = ("sweep.json", "sweep.png", "members", _HALVING, *_BEST, BASE)
 
 
 class Store:
@@ -42,7 +46,8 @@ class Store:
           UserError: the folder holds a run, or a sweep of another config, or is in use.
         """
         check_unlocked(self.directory / LOCK, str(self.directory))
-        files.check_writable(self.directory / BASE)
+        for name in (BASE, "sweep.json", "sweep.png", "members/x", "best/config.yaml"):
+            files.check_writable(self.directory / name)
         if (self.directory / "config.yaml").exists() or any(self.directory.glob("seed-*/config.yaml")):
             raise UserError(f"{self.directory} holds a run; give the sweep another folder with output=FOLDER")
         written = self.directory / BASE
@@ -79,8 +84,7 @@ class Store:
             for name in _RESULTS:
                 files.sweep(self.directory / name)
             for name in _RESULTS if overwrite else ():
-                path = self.directory / name
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+                files.remove(self.directory / name)
             files.write_text(self.directory / BASE, config_file.to_yaml(config))
             yield
 
@@ -104,27 +108,55 @@ class Store:
         content = files.read_json(path)
         if content.pop("digest", None) != files.digest(content):
             raise UserError(f"{path}: damaged, expected the record of a member; remove its folder to run the member again")
-        if content["status"] == FINISHED and not self.adapter(member).exists():
-            console.warn(f"{path.parent} has no adapter any more: {describe(member.fields)} runs again")
+        if content["member"] != member.digest:
+            console.warn(f"{path} is of a run with another config than that of {describe(member.fields)}, which runs again")
+            return None
+        if content["status"] == FINISHED and content["adapter"] != _digest_of_files(self.adapter(member)):
+            console.warn(f"{path.parent} no longer has the adapter that was written: {describe(member.fields)} runs again")
             return None
         return content
 
     def write(self, member: Member, record: dict[str, Any]) -> None:
         """Write the record of a member, which has no progress any more; its adapter, if any, is there already."""
-        content = {**record, "digest": files.digest(record)}
-        files.write_text(self.folder(member) / "member.json", files.to_json(content, indent=1) + "\n")
+        content = {**record, "member": member.digest, "adapter": _digest_of_files(self.adapter(member))}
+        text = files.to_json({**content, "digest": files.digest(content)}, indent=1)
+        files.write_text(self.folder(member) / "member.json", text + "\n")
         path = self.folder(member) / _PROGRESS
         files.sweep(path)  # what a process that was killed left beside it
-        path.unlink(missing_ok=True)
+        files.remove(path)
 
     def progress(self, member: Member, fresh: TrainState) -> tuple[Progress, dict[str, Any]] | None:
         """Return the progress of a member that has not ended, and what it was trained on; None where there is none."""
         path = self.folder(member) / _PROGRESS
-        return progress.read(path, fresh) if path.exists() else None
+        return progress.read(path, fresh, member.digest) if path.exists() else None
 
     def write_progress(self, member: Member, done: Progress, about: dict[str, Any]) -> None:
         """Write the progress of a member; arguments as in `progress.write`."""
-        progress.write(self.folder(member) / _PROGRESS, done, about)
+        progress.write(self.folder(member) / _PROGRESS, done, {**about, "member": member.digest})
+
+    def halving(self) -> dict[str, dict[str, Any]]:
+        """Return what a halving has decided, by the digest of a member: whether it is "kept", and its "validation" loss.
+
+        Raises:
+          UserError: a damaged file.
+        """
+        path = self.directory / _HALVING
+        if not path.exists():
+            return {}
+        content = files.read_json(path)
+        if content.pop("digest", None) != files.digest(content):
+            raise UserError(f"{path}: damaged, expected the members that a halving has kept; remove it to decide again")
+        return content
+
+    def write_halving(self, decided: dict[str, dict[str, Any]]) -> None:
+        """Write what a halving has decided, at once, before any member is dropped."""
+        content = files.finite(decided)
+        files.write_text(self.directory / _HALVING, files.to_json({**content, "digest": files.digest(content)}) + "\n")
+
+    def remove_best(self) -> None:
+        """Remove what an earlier choice has left."""
+        for name in _BEST:
+            files.remove(self.directory / name)
 
     def write_best(self, adapter: Path, config: RunConfig) -> None:
         """Copy the chosen adapter to best/adapter and write best/config.yaml."""
@@ -133,3 +165,13 @@ class Store:
             for path in adapter.iterdir():
                 shutil.copyfile(path, new / path.name)
         files.write_text(best / "config.yaml", config_file.to_yaml(config))
+
+
+def _digest_of_files(directory: Path) -> str | None:
+    """Return the digest of a directory's files; None where there is no such directory."""
+    if not directory.is_dir():
+        return None
+    content = {}
+    for path in sorted(directory.rglob("*")):
+        content[path.name] = xxhash.xxh3_128_hexdigest(path.read_bytes()) if path.is_file() else "no file"
+    return files.digest(content)

@@ -1,12 +1,11 @@
 """A sweep from config and grid to the chosen adapter: members in groups, the choice, and the files it leaves."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import jax
 
 from neuroada_jax import console, files
 from neuroada_jax.adapters import native
@@ -20,12 +19,13 @@ from neuroada_jax.sweeping.group import Course, Group, Programs, Start
 from neuroada_jax.sweeping.stack import fresh
 from neuroada_jax.sweeping.starts import Weights
 from neuroada_jax.sweeping.store import Store
-from neuroada_jax.training import config_file
+from neuroada_jax.training import config_file, signals
 from neuroada_jax.training.config import RunConfig
 from neuroada_jax.training.config_execution import ParallelSection
 from neuroada_jax.training.preparation import PreparedRows
 from neuroada_jax.training.signals import Stop
 
+_OF_FILES = ("examples", "base", "member", "adapter")  # in a record, to check a member's files by
 MOST_EXTENSIONS = 4  # times that `extend` goes on outwards
 
 
@@ -72,6 +72,7 @@ def sweep(
 
     Raises:
       UserError: in one line: a grid, config, model or rows that do not fit; no member without a diverging loss.
+      Stopped: a KeyboardInterrupt, on Ctrl-C or SIGTERM in the main thread: what the members have done is saved.
     """
     if isinstance(config, RunConfig):
         made = config
@@ -83,7 +84,8 @@ def sweep(
         raise UserError(f"sweep: grid: expected a dict of fields and their values, found {type(grid).__name__}")
     if at_once is not None and at_once < 1:
         raise UserError(f"sweep: at_once: expected at least 1, found {at_once}")
-    content, _ = run(made, dict(grid), Options(extend, halving, at_once, overwrite), "sweep: grid:")
+    with signals.listening() as stop:
+        content, _ = run(made, dict(grid), Options(extend, halving, at_once, overwrite), "sweep: grid:", stop)
     return content
 
 
@@ -180,15 +182,8 @@ class _Sweep:
         if not waiting:
             return
         finished = [member for member in members if member not in waiting] if self._options.extend else []
-        groups = self._groups(self._begin(waiting, finished))
-        if halving and any(record["status"] == DROPPED for record in self._records.values()):
-            halving = False  # a sweep that goes on has dropped its half
-        if halving and any(group.step > _third(group) for group in groups):
-            console.say("some members have taken more than a third of their steps before: no cell is dropped")
-            halving = False
-        if halving:
-            self._halve(groups)
-        for group in (group for group in groups if group.starts):  # not those whose members were all dropped
+        begun = self._begin(waiting, finished)
+        for group in self._groups(self._halved(begun) if halving else begun):
             self._advance(group, group.total)
             self._end(group)
 
@@ -241,28 +236,8 @@ class _Sweep:
 
     def _groups(self, waiting: Sequence[Start]) -> list[Group]:
         """Return the members in groups of equal shapes that fit into memory; state what each needs."""
-        kinds: dict[Any, list[Start]] = {}
-        for start in waiting:
-            batches, dropout = start.rows.batches, start.rows.objective.dropout_seed is not None
-            # A dropout mask depends on the padded length, and batches of similar lengths differ from seed to seed.
-            alone = len(batches.shapes) > 1 and (dropout or batches.group_by_length)
-            key = (grids.group_key(start.member), start.rows.total_steps, batches.steps_per_epoch)
-            shapes = tuple(leaf.shape for leaf in jax.tree.leaves(start.state))
-            apart = (start.member.seed if alone else None, start.step)
-            kinds.setdefault(((*key, shapes), apart), []).append(start)
-        weights, machine = self._trained_on, capacity.machine_here(self._trained_on.base_model.model.config.dtype)
-        groups = []
-        for (kind, _), own in kinds.items():
-            left = own
-            if kind not in self._programs:
-                self._programs[kind] = Programs(own[0], weights.base_model.model)
-            while left:
-                group, need = capacity.fitting(left, self._programs[kind], weights.params, machine, self._options.at_once)
-                if left is own:
-                    need.say(len(own))
-                    self._plans.append(need.to_json())
-                groups.append(group)
-                left = left[need.members :]
+        groups, needs = capacity.grouped(waiting, self._programs, self._trained_on, self._options.at_once)
+        self._plans += [need.to_json() for need in needs]
         return groups
 
     def _advance(self, group: Group, until: int) -> None:
@@ -277,26 +252,43 @@ class _Sweep:
     def _trained_with(self, start: Start) -> dict[str, str]:
         return {"examples": starts.digest_of_rows(start.rows), "base": self._base}
 
-    def _halve(self, groups: Sequence[Group]) -> None:
-        """Take every member to a third of its steps, and drop the worse half of the cells."""
+    def _halved(self, begun: Sequence[Start]) -> list[Start]:
+        """Take members to a third of their steps, and drop the worse half of the cells; return the members that go on.
+
+        What an earlier process has decided stands; the others are compared with one another.
+        """
+        decided = self._store.halving()
+        known = [start for start in begun if start.member.digest in decided]
+        undecided = [start for start in begun if start.member.digest not in decided]
+        if any(start.step > _third(start) for start in undecided):
+            console.say("some members have taken more than a third of their steps before: no further cell is dropped")
+            known, undecided = list(begun), []
         losses: dict[str, list[float | None]] = {}
-        found: dict[str, float | None] = {}
-        for group in groups:
-            self._advance(group, _third(group))
+        reached = []
+        for group in self._groups(undecided):
+            self._advance(group, _third(group.starts[0]))
             self._keep(group)
             self._trained_on.params, values = group.losses(self._trained_on.params)
-            for start, course, value in zip(group.starts, group.courses, values, strict=True):
-                found[start.member.name] = value if course.diverged is None else None
-                losses.setdefault(start.member.cell, []).append(found[start.member.name])
-            group.to_host()
-        kept = choice.survivors(losses)
-        for group in groups:
-            for start, course in zip(group.starts, group.courses, strict=True):
-                if start.member.cell not in kept:
-                    last = found[start.member.name]
-                    self._write(start, course, DIVERGED if last is None else DROPPED, {}, last)
-            group.keep([i for i, start in enumerate(group.starts) if start.member.cell in kept])
-        console.say(f"at a third of the steps {len(losses) - len(kept)} of {len(losses)} cells are dropped")
+            for i, (start, course, value) in enumerate(zip(group.starts, group.courses, values, strict=True)):
+                found = value if course.diverged is None and math.isfinite(value) else None
+                losses.setdefault(start.member.cell, []).append(found)
+                decided[start.member.digest] = {"validation": found}
+                reached.append(dataclasses.replace(start, progress=group.progress(i)))
+        if reached:
+            kept = choice.survivors(losses)
+            for start in reached:
+                decided[start.member.digest]["kept"] = start.member.cell in kept
+            self._store.write_halving(decided)
+            console.say(f"at a third of the steps {len(losses) - len(kept)} of {len(losses)} cells are dropped")
+        going_on = []
+        for start in [*known, *reached]:
+            decision = decided.get(start.member.digest, {"kept": True})
+            if decision["kept"]:
+                going_on.append(start)
+                continue
+            course, last = start.progress.course if start.progress else Course(), decision["validation"]
+            self._write(start, course, DIVERGED if last is None else DROPPED, {}, last)
+        return going_on
 
     def _end(self, group: Group) -> None:
         """Save and score the members of a trained group."""
@@ -353,7 +345,7 @@ class _Sweep:
             "name": self._config.name,
             "directory": str(directory),
             "grid": self._grid,
-            "members": [{key: value for key, value in each.items() if key not in ("examples", "base")} for each in records],
+            "members": [{key: value for key, value in each.items() if key not in _OF_FILES} for each in records],
             "best": None,
             "at_edge": edge is not None,
             "cells": [cell.to_json() for cell in found],
@@ -375,6 +367,7 @@ class _Sweep:
         files.write_text(directory / "sweep.json", files.to_json(content, indent=1) + "\n")
         report.draw(directory / "sweep.png", found, best, self._config.name)
         if best is None:
+            self._store.remove_best()
             raise UserError(f"{directory}: no member is left, each loss became NaN or infinite; try lower values of {RATE}")
         if edge is not None:
             console.warn(
@@ -389,9 +382,9 @@ def _run_config(config: RunConfig, target: Path) -> RunConfig:
     return dataclasses.replace(config, name=f"{config.name}-best", output=str(target / "run"))
 
 
-def _third(group: Group) -> int:
+def _third(start: Start) -> int:
     """Return the step at which halving drops."""
-    return max(1, group.total // 3)
+    return max(1, start.rows.total_steps // 3)
 
 
 def _but_rate(member: Member) -> str:

@@ -194,6 +194,12 @@ BAD = [
     ("--grid seed=1 bypass.score=custom", "a sweep does not take"),
     ("--grid seed=1 seeds=[1,2]", "--grid seed=1,2"),
     ("--grid seed=1 parallel.fsdp=2", "one device"),
+    ("--grid bypass.k=1,2 method=lora lora.r=2 lora.targets=[q_proj]", "what differs has no effect"),
+    ("--grid lora.r=1,2", "what differs has no effect"),
+    ("--grid lora.alpha=null,2 method=lora lora.r=1 lora.targets=[q_proj]", "what differs has no effect"),
+    ("--grid method=neuroada,lora --grid bypass.k=1,2 lora.targets=[q_proj]", "what differs has no effect"),
+    ("--grid bypass.rank=4,8", "what differs has no effect"),
+    ("--grid bypass.statistic_batches=1,2", "what differs has no effect"),
 ]
 
 

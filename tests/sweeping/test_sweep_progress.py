@@ -1,6 +1,7 @@
 """A sweep that was stopped or killed goes on to the values of one that was not, wherever it ended."""
 
 import os
+import shutil
 import signal
 
 import jax
@@ -11,8 +12,10 @@ from data_helpers import write_lines
 from helpers import run_config, write_bert, write_config, write_model, write_rows
 from test_sweep_command import RATE, read, sweep_of
 
+import neuroada_jax as na
+from neuroada_jax import files
 from neuroada_jax.commands import shared
-from neuroada_jax.sweeping import group, scoring
+from neuroada_jax.sweeping import group, scoring, store
 
 pytestmark = pytest.mark.filterwarnings("always::neuroada_jax.errors.NeuroadaWarning")
 GRID = {RATE: [1e-9, 0.01, 0.02, 2e-9], "seed": [42, 43]}
@@ -284,3 +287,155 @@ def test_overwriting_starts_again(tmp_path, content, monkeypatch, capsys):
     capsys.readouterr()
     assert sweep_of(config, {RATE: [0.01, 0.02]}, "--overwrite") == 0
     assert "go on from" not in capsys.readouterr().err
+
+
+def rate_of(path):
+    return float(path.parent.name.partition("=")[2].partition(",")[0])
+
+
+def test_files_of_another_member_are_not_taken_for_its_own(tmp_path, content, monkeypatch, capsys):
+    whole = made(tmp_path / "whole", content)
+    assert sweep_of(whole, {RATE: [0.01, 0.02]}) == 0
+    config, (one, other) = stopped_sweep(tmp_path / "sweep", content, monkeypatch)
+    one.write_bytes(other.read_bytes())
+    capsys.readouterr()
+    assert sweep_of(config, {RATE: [0.01, 0.02]}) == 0
+    assert f"{one}: damaged (it is of another member or config)" in capsys.readouterr().err
+    assert_equal(results(config), results(whole))
+    for name in ("member.json", "adapter"):
+        source, target = other.parent / name, one.parent / name
+        files.remove(target)
+        shutil.copytree(source, target) if source.is_dir() else shutil.copyfile(source, target)
+        assert sweep_of(config, {RATE: [0.01, 0.02]}) == 0
+        assert "runs again" in capsys.readouterr().err
+        assert_equal(results(config), results(whole))
+
+
+def cut(adapter):
+    path = adapter / "adapter.safetensors"
+    path.write_bytes(path.read_bytes()[:200])
+
+
+def emptied(adapter):
+    files.remove(adapter)
+    adapter.mkdir()
+
+
+def a_file(adapter):
+    files.remove(adapter)
+    adapter.write_text("no folder")
+
+
+@pytest.mark.parametrize("damage", [cut, emptied, a_file, files.remove, lambda adapter: (adapter / "more").mkdir()])
+def test_an_adapter_that_is_not_what_was_written_is_made_again(tmp_path, content, capsys, damage):
+    config = made(tmp_path / "sweep", content | {"evaluation": {"sets": [], "before": False}})
+    assert sweep_of(config, {RATE: [0.01, 0.02]}) == 0
+    before = results(config)
+    (best,) = [path for path in config[1].glob("members/*/adapter") if rate_of(path) == 0.02]
+    damage(best)
+    assert sweep_of(config, {RATE: [0.01, 0.02]}) == 0
+    assert "no longer has the adapter that was written" in capsys.readouterr().err
+    assert_equal(results(config), before)
+    assert (config[1] / "best" / "adapter" / "adapter.safetensors").read_bytes() == (
+        best / "adapter.safetensors"
+    ).read_bytes()
+
+
+def test_members_of_another_config_run_again(tmp_path, content):
+    """The fields of a grid may differ from call to call; what a member was trained with may not."""
+    config = made(tmp_path / "sweep", content | {"evaluation": {"sets": [], "before": False}})
+    assert sweep_of(config, {"seed": [42]}, f"{RATE}=1e-9") == 0
+    slow = read(config)["members"][0]["validation"]
+    assert sweep_of(config, {"seed": [42], RATE: [0.05]}, f"{RATE}=0.05") == 0
+    assert sweep_of(config, {"seed": [42]}, f"{RATE}=0.05") == 0
+    assert read(config)["members"][0]["validation"] < slow - 0.01
+
+
+def test_the_order_of_the_grid_does_not_matter(tmp_path, content, capsys):
+    config = made(tmp_path / "sweep", content | {"evaluation": {"sets": [], "before": False}})
+    assert sweep_of(config, {RATE: [0.01], "seed": [1, 2]}) == 0
+    assert sweep_of(config, {"seed": [2, 1], RATE: [0.01]}) == 0
+    assert "2 of 2 members have finished before" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "grid, flags, statuses",
+    [
+        ({RATE: [1e-9, 2e-9, 3e-9, 0.01, 0.02, 0.03]}, (), ["dropped"] * 3 + ["finished"] * 3),
+        ({RATE: [1e38, 2e38, 3e38, 1e-9, 0.01, 0.02]}, (), ["diverged"] * 3 + ["finished"] * 3),
+        (
+            {RATE: [1e38, 2e38, 0.01, 0.02]},
+            ("watchdog.nonfinite=skip", "watchdog.max_skips=100"),
+            ["diverged"] * 2 + ["finished"] * 2,
+        ),
+    ],
+)
+def test_a_halving_that_is_ended_while_it_drops_has_decided(tmp_path, content, monkeypatch, grid, flags, statuses):
+    config = made(tmp_path / "sweep", content | {"evaluation": {"sets": [], "before": False}})
+    write, written = store.Store.write, []
+
+    def ending(self, member, record):
+        write(self, member, record)
+        written.append(member)
+        raise SystemExit(137)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.Store, "write", ending)
+        with pytest.raises(SystemExit, match="137"):
+            sweep_of(config, grid, "--halving", *flags)
+    assert len(written) == 1
+    assert sweep_of(config, grid, "--halving", *flags) == 0
+    assert [record["status"] for record in read(config)["members"]] == statuses
+    # Further members are compared with one another; what was decided stands.
+    assert sweep_of(config, {RATE: [*grid[RATE], 4e-9, 0.04]}, "--halving", *flags) == 0
+    assert [record["status"] for record in read(config)["members"]] == [*statuses, "dropped", "finished"]
+
+
+def test_a_signal_while_the_last_step_is_saved_is_heard(tmp_path, content, monkeypatch):
+    config, write, sent = made(tmp_path / "sweep", content), store.Store.write_progress, []
+
+    def ending(self, member, done, about):
+        if done.step == TOTAL and not sent:
+            sent.append(member)
+            os.kill(os.getpid(), signal.SIGTERM)
+        write(self, member, done, about)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.Store, "write_progress", ending)
+        patch.setattr(scoring, "scores", lambda *_: pytest.fail("scored after the signal"))
+        assert sweep_of(config, {RATE: [0.01, 0.02]}, f"training.save_every={TOTAL}") == shared.STOPPED
+    assert sweep_of(config, {RATE: [0.01, 0.02]}) == 0
+
+
+def test_ctrl_c_in_python_saves(tmp_path, content, monkeypatch):
+    config = made(tmp_path / "sweep", content)
+    settings = content | {"output": str(config[1])}
+    with monkeypatch.context() as patch:
+        ended_at(patch, 4, "stop")
+        with pytest.raises(KeyboardInterrupt):
+            na.sweep(settings, {RATE: [0.01, 0.02]})
+    assert len(list(config[1].glob("members/*/progress.safetensors"))) == 2
+
+
+def test_what_stands_in_the_way_is_said_before_the_training(tmp_path, content, capsys):
+    for name, folder in (("members", False), ("best", False), ("sweep.json", True), ("sweep.png", True)):
+        config = made(tmp_path / name, content)
+        config[1].mkdir()
+        (config[1] / name).mkdir() if folder else (config[1] / name).write_text("")
+        assert sweep_of(config, {RATE: [0.01]}) == 2
+        said = capsys.readouterr().err
+        assert name in said and "cannot be written" in said and "step 1" not in said
+
+
+def test_overwriting_keeps_the_run_of_the_chosen_config(tmp_path, content, capsys):
+    config = made(tmp_path / "sweep", content | {"evaluation": {"sets": [], "before": False}})
+    assert sweep_of(config, {RATE: [0.01]}) == 0
+    mine = config[1] / "best" / "run" / "mine"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    elsewhere = tmp_path / "elsewhere"
+    (config[1] / "members").rename(elsewhere)
+    (config[1] / "members").symlink_to(elsewhere)
+    assert sweep_of(config, {RATE: [1e38]}, "--overwrite") == 2
+    assert mine.read_text() == "mine" and [path.name for path in mine.parents[1].iterdir()] == ["run"]
+    assert list(elsewhere.iterdir())  # a link is removed, not what it leads to
