@@ -5,7 +5,7 @@ from neuroada_jax.models import Model
 from neuroada_jax.training.config import RunConfig
 
 # Of k = 1 at the width of SmolLM2-135M; the powers are those that fit the chosen rates of docs/choosing.md, each within a
-# factor of 3.
+# factor of 4.
 _RATE, _WIDTH = 0.02, 576
 _BY_K, _BY_WIDTH = 0.7, 0.4
 _FAR = 10.0  # a factor beyond which no rate of these runs lay
