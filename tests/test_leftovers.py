@@ -23,7 +23,7 @@ elif kind == "directory":
     work = files.new_directory(path, replace=True)
     (work.__enter__() / "half").write_text("x")
 elif kind == "swap":  # killed while no directory has the name
-    files._remove = lambda old: (path.rename(path.with_name("moved")), print("ready", flush=True), time.sleep(60))
+    files.remove = lambda old: (path.rename(path.with_name("moved")), print("ready", flush=True), time.sleep(60))
     with files.new_directory(path, replace=True) as folder:
         (folder / "new").write_text("x")
 print("ready", flush=True)
