@@ -243,7 +243,9 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize(
+    "damage", [each if each == "a flipped byte" else pytest.param(each, marks=pytest.mark.slow) for each in DAMAGES]
+)
 def test_a_damaged_file_starts_its_member_again(tmp_path, content, monkeypatch, capsys, damage):
     config, (one, _) = stopped_sweep(tmp_path / "sweep", content, monkeypatch)
     DAMAGES[damage](one)
@@ -326,7 +328,13 @@ def a_file(adapter):
     adapter.write_text("no folder")
 
 
-@pytest.mark.parametrize("damage", [cut, emptied, a_file, files.remove, lambda adapter: (adapter / "more").mkdir()])
+def with_more(adapter):
+    (adapter / "more").mkdir()
+
+
+@pytest.mark.parametrize(
+    "damage", [cut, *(pytest.param(each, marks=pytest.mark.slow) for each in (emptied, a_file, files.remove, with_more))]
+)
 def test_an_adapter_that_is_not_what_was_written_is_made_again(tmp_path, content, capsys, damage):
     config = made(tmp_path / "sweep", content | {"evaluation": {"sets": [], "before": False}})
     assert sweep_of(config, {RATE: [0.01, 0.02]}) == 0
@@ -362,11 +370,14 @@ def test_the_order_of_the_grid_does_not_matter(tmp_path, content, capsys):
     "grid, flags, statuses",
     [
         ({RATE: [1e-9, 2e-9, 3e-9, 0.01, 0.02, 0.03]}, (), ["dropped"] * 3 + ["finished"] * 3),
-        ({RATE: [1e38, 2e38, 3e38, 1e-9, 0.01, 0.02]}, (), ["diverged"] * 3 + ["finished"] * 3),
-        (
+        pytest.param(
+            *({RATE: [1e38, 2e38, 3e38, 1e-9, 0.01, 0.02]}, (), ["diverged"] * 3 + ["finished"] * 3), marks=pytest.mark.slow
+        ),
+        pytest.param(
             {RATE: [1e38, 2e38, 0.01, 0.02]},
             ("watchdog.nonfinite=skip", "watchdog.max_skips=100"),
             ["diverged"] * 2 + ["finished"] * 2,
+            marks=pytest.mark.slow,
         ),
     ],
 )
