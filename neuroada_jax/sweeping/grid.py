@@ -29,6 +29,8 @@ _IN_TURNS = (
     *("method", "bypass.", "lora.", "optimizer.", "classifier."),
     *("training.epochs", "training.steps", "training.batch_size", "fidelity"),
 )
+# Fields that change nothing of a member's result.
+FREE = (*resuming.FREE, "parallel.", "tracking", "evaluation.before", "training.validation_samples")
 MOST_MEMBERS = 1000
 
 
@@ -67,15 +69,8 @@ class Member:
     def digest(self) -> str:
         """The digest of all that the member's result depends on: two members with the same one are the same run."""
         flat = config_file.flatten_config(self.config)
-        idle = (
-            *resuming.FREE,
-            "parallel.",
-            "tracking",
-            "evaluation.before",
-            "training.validation_samples",
-            *_idle(self.config),
-        )
-        content = {name: value for name, value in flat.items() if not name.startswith(idle)}
+        without = (*FREE, *_idle(self.config))
+        content = {name: value for name, value in flat.items() if not name.startswith(without)}
         if self.config.method == "lora":
             content["lora.alpha"] = self.config.lora.resolved_alpha
         return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True, default=str).encode())

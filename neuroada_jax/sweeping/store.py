@@ -11,11 +11,11 @@ import xxhash
 from neuroada_jax import console, files
 from neuroada_jax.errors import UserError
 from neuroada_jax.locks import Lock, check_unlocked
-from neuroada_jax.sweeping import progress
+from neuroada_jax.sweeping import grid, progress
 from neuroada_jax.sweeping.choice import FINISHED
 from neuroada_jax.sweeping.grid import Member, describe
 from neuroada_jax.sweeping.group import Progress
-from neuroada_jax.training import config_file, resuming
+from neuroada_jax.training import config_file
 from neuroada_jax.training.config import RunConfig
 from neuroada_jax.training.run_directory import LOCK
 from neuroada_jax.training.step import TrainState
@@ -55,13 +55,10 @@ class Store:
             return
         old = config_file.flatten_config(config_file.load(str(written)))
         new = config_file.flatten_config(config)
-        free = (*resuming.FREE, *swept, "seeds", "training.validation_samples")
         changed = [
             f"{name} ({old.get(name)} then, {new.get(name)} now)"
             for name in new
-            if old.get(name) != new.get(name)
-            and name not in free
-            and not name.startswith(("parallel.", "tracking", "evaluation.before"))
+            if old.get(name) != new.get(name) and name not in (*swept, "seeds") and not name.startswith(grid.FREE)
         ]
         if changed:
             raise UserError(
