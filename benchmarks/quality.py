@@ -12,7 +12,7 @@ the same linear maps.
 
 A method is neuroada-K, neuroada-K-SCORE or neuroada-K-shared (docs/connections.md), or lora-R. Members that have
 finished do not run again, so that a call that was interrupted goes on. It writes benchmarks/results/quality.json and
-quality.png, with what other calls have measured.
+quality.png, with what other calls have measured: `--rates METHOD=RATE --seeds 45 46` adds seeds to a rate that was chosen.
 """
 
 import argparse
@@ -112,12 +112,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     kind = KINDS["encoder" if settings.encoder else "decoder"]
     given = dict(map(_grid, settings.rates))
     content = _content(settings, kind)
-    rows = []
+    kept: list[Row] = []
     for method in settings.methods:
         rates = given.get(method) or _rates(method, kind)
-        rows += _measured(method, rates, content, settings)
-        _keep(rows, settings)  # in case the rest is interrupted
-    shown = [row for row in _keep(rows, settings) if row["chosen"] and row["task"] == _task(settings)]
+        kept = _keep(_measured(method, rates, content, settings), settings)  # at once: the rest may be interrupted
+    shown = [row for row in kept if row["chosen"] and row["task"] == _task(settings)]
     title = f"{settings.task}: mean over seeds of what validation chose, in %, {settings.steps} steps"
     common.table(title, COLUMNS, shown)
     console.say(f"written to {settings.out / 'quality.json'}")
@@ -287,12 +286,10 @@ def _measured(method: str, rates: Sequence[float], content: Mapping[str, Any], s
 
 
 def _keep(rows: Sequence[Row], settings: argparse.Namespace) -> list[Row]:
-    """Save the rows with those of other calls, and the picture; return all of them."""
+    """Save the rows of a method with those of other calls, and the picture; return all of them."""
     path = settings.out / "quality.json"
     before = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
-    key = lambda row: tuple(row[name] for name in ("method", *SAME))  # noqa: E731
-    new = {key(row) for row in rows}
-    kept = [*(row for row in before if key(row) not in new), *rows]
+    kept = _joined(before, rows)
     for row in kept:
         row["difference"] = _difference(row, kept)
     common.save("quality", kept, argparse.Namespace(**vars(settings) | {"work": str(settings.work)}))
@@ -300,13 +297,42 @@ def _keep(rows: Sequence[Row], settings: argparse.Namespace) -> list[Row]:
     return kept
 
 
+def _joined(before: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
+    """Return the stored rows with those of a method in the place of its old ones, or, with other seeds, added to them.
+
+    Seeds that are added choose nothing: which rate is chosen, and its validation loss, remain those of the grid.
+    """
+    key = lambda row: tuple(row[name] for name in ("method", *SAME))  # noqa: E731
+    new = {(*key(row), row["rate"]): row for row in rows}
+    old = [row for row in before if key(row) in {key(row) for row in rows}]
+    others = [row for row in before if row not in old]
+    if all(set(row["seeds"]) <= set(rows[0]["seeds"]) for row in old):
+        return [*others, *rows]
+    added = [_with_seeds(row, new.pop((*key(row), row["rate"]), None)) for row in old]
+    return [*others, *added, *({**row, "chosen": False} for row in new.values())]
+
+
+def _with_seeds(row: Row, more: Row | None) -> Row:
+    """Return a row with the seeds of another one of the same rate, which has the last word on those of both."""
+    if more is None:
+        return row
+    by_seed = dict(zip(row["seeds"], row["values"], strict=True)) | dict(zip(more["seeds"], more["values"], strict=True))
+    seeds = sorted(by_seed)
+    values = [by_seed[seed] for seed in seeds]
+    mean = spread(values)
+    seconds = row["seconds"] and row["seconds"] + more["seconds"]
+    figures = {"mean": mean.mean, "deviation": mean.deviation, "interval": mean.interval, "seconds": seconds}
+    return {**row, "seeds": seeds, "values": values, **figures}
+
+
 def _difference(row: Row, rows: Sequence[Row]) -> list[float] | None:
     """Return mean and 95 % interval of the difference to LoRA of rank 1, seed by seed, each at its chosen rate."""
-    same = (*SAME, "seeds")
-    found = [one for one in rows if one["chosen"] and one["method"] == "lora-1" and all(one[n] == row[n] for n in same)]
-    if not found or not row["chosen"] or row["method"] == "lora-1":
+    same = [one for one in rows if one["chosen"] and one["method"] == "lora-1" and all(one[n] == row[n] for n in SAME)]
+    if not same or not row["chosen"] or row["method"] == "lora-1":
         return None
-    of = spread([a - b for a, b in zip(row["values"], found[0]["values"], strict=True)])
+    theirs = dict(zip(same[0]["seeds"], same[0]["values"], strict=True))
+    ours = dict(zip(row["seeds"], row["values"], strict=True))
+    of = spread([ours[seed] - theirs[seed] for seed in ours if seed in theirs])
     return None if of.mean is None or of.interval is None else [of.mean, *of.interval]
 
 

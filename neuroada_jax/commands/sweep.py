@@ -52,6 +52,7 @@ def run(parsed: argparse.Namespace) -> int:
         shared.print_json(content)
     else:
         report.print_table(content, cells)
+    sweep.check_chosen(content)
     return 0
 
 

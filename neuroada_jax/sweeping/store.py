@@ -33,6 +33,7 @@ class Store:
     def __init__(self, directory: Path) -> None:
         """Take the folder; `opened` creates and locks it."""
         self.directory = directory
+        self._finished: dict[str, Path] = {}  # folders by the digests of the members whose records they hold
 
     def check(self, config: RunConfig, swept: list[str], overwrite: bool) -> None:
         """Check that the folder is free, or holds a sweep of the same config; writes nothing.
@@ -83,11 +84,21 @@ class Store:
             for name in _RESULTS if overwrite else ():
                 files.remove(self.directory / name)
             files.write_text(self.directory / BASE, config_file.to_yaml(config))
+            self._finished = self._records_by_digest()
             yield
 
     def folder(self, member: Member) -> Path:
-        """Return the folder of a member."""
-        return self.directory / "members" / member.name
+        """Return the folder of a member; of one that has finished in a grid of other fields, that of then."""
+        own = self.directory / "members" / member.name
+        return own if own.exists() else self._finished.get(member.digest, own)
+
+    def _records_by_digest(self) -> dict[str, Path]:
+        found: dict[str, Path] = {}
+        for path in sorted(self.directory.glob("members/*/member.json")):
+            with contextlib.suppress(UserError):  # a damaged one is named when its member is asked for
+                content = files.read_json(path)
+                found[str(content.get("member"))] = path.parent
+        return found
 
     def adapter(self, member: Member) -> Path:
         """Return where the adapter of a member is."""
@@ -111,7 +122,7 @@ class Store:
         if content["status"] == FINISHED and content["adapter"] != _digest_of_files(self.adapter(member)):
             console.warn(f"{path.parent} no longer has the adapter that was written: {describe(member.fields)} runs again")
             return None
-        return content
+        return {**content, "fields": member.fields, "cell": member.cell}  # as this grid has them
 
     def write(self, member: Member, record: dict[str, Any]) -> None:
         """Write the record of a member, which has no progress any more; its adapter, if any, is there already."""

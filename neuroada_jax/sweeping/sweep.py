@@ -86,13 +86,25 @@ def sweep(
         raise UserError(f"sweep: at_once: expected at least 1, found {at_once}")
     with signals.listening() as stop:
         content, _ = run(made, dict(grid), Options(extend, halving, at_once, overwrite), "sweep: grid:", stop)
+    check_chosen(content)
     return content
+
+
+def check_chosen(content: Mapping[str, Any]) -> None:
+    """Check that a sweep has chosen a member.
+
+    Raises:
+      UserError: every one diverged.
+    """
+    if content["best"] is None:
+        where = content["directory"]
+        raise UserError(f"{where}: no member is left, each loss became NaN or infinite; try lower values of {RATE}")
 
 
 def run(
     config: RunConfig, given: Mapping[str, Any], options: Options, where: str, stop: Stop | None = None
 ) -> tuple[dict[str, Any], list[Cell]]:
-    """Do a sweep; return the content of sweep.json, and the cells.
+    """Do a sweep; return the content of sweep.json, and the cells; `check_chosen` says whether a member is left.
 
     Args:
       config: that the grid is laid over.
@@ -335,11 +347,7 @@ class _Sweep:
             )
 
     def _finish(self, found: list[Cell], best: Cell | None, edge: str | None) -> dict[str, Any]:
-        """Write what the sweep leaves; return the content of sweep.json.
-
-        Raises:
-          UserError: every member diverged.
-        """
+        """Write what the sweep leaves; return the content of sweep.json, whose best is None where every member diverged."""
         directory, records = self._store.directory, [self._records[name] for name in self._order]
         content: dict[str, Any] = {
             "name": self._config.name,
@@ -368,8 +376,7 @@ class _Sweep:
         report.draw(directory / "sweep.png", found, best, self._config.name)
         if best is None:
             self._store.remove_best()
-            raise UserError(f"{directory}: no member is left, each loss became NaN or infinite; try lower values of {RATE}")
-        if edge is not None:
+        elif edge is not None:
             console.warn(
                 f"the best rate {best.fields[RATE]:g} is the {edge} of those tried, so that the best may lie beyond: add "
                 "rates to the grid, or --extend goes on outwards"

@@ -55,6 +55,30 @@ def test_differences_are_seed_by_seed():
     assert quality._difference(ours, [ours, theirs]) == [1.0, 1.0, 1.0]
     assert quality._difference(theirs, [ours, theirs]) is None
     assert quality._difference({**ours, "steps": 2}, [ours, theirs]) is None
+    more = {**ours, "seeds": [3, 1, 5], "values": [85.0, 81.0, 0.0]}
+    assert quality._difference(more, [more, theirs])[0] == 2.0  # of the seeds that both have
+
+
+def _stored(rate, seeds, values, chosen=False, method="lora-1"):
+    same = {"task": "t", "dtype": "float32", "quantization": "none", "model": "m", "steps": 1}
+    figures = {"mean": None, "deviation": None, "interval": None, "validation": rate, "seconds": 1.0}
+    return {**same, "method": method, "rate": rate, "seeds": seeds, "values": values, "chosen": chosen, **figures}
+
+
+def test_other_seeds_are_added_and_choose_nothing():
+    other = _stored(0.1, [1, 2], [1.0, 2.0], chosen=True, method="lora-10")
+    before = [other, _stored(0.1, [1, 2], [50.0, 60.0]), _stored(0.2, [1, 2], [70.0, 80.0], chosen=True)]
+    for _ in range(2):  # a second time changes nothing
+        more = [_stored(0.2, [3, 4], [72.0, 82.0], chosen=True), _stored(0.4, [3, 4], [9.0, 9.0], chosen=True)]
+        before = quality._joined(before, more)
+        found = {row["rate"]: row for row in before if row["method"] == "lora-1"}
+        assert other in before
+        assert (found[0.2]["seeds"], found[0.2]["values"]) == ([1, 2, 3, 4], [70.0, 80.0, 72.0, 82.0])
+        assert (found[0.2]["mean"], found[0.2]["validation"]) == (76.0, 0.2)
+        assert [rate for rate, row in found.items() if row["chosen"]] == [0.2]
+        assert found[0.1]["seeds"] == [1, 2]
+    again = [_stored(0.3, [1, 2, 3, 4], [1.0] * 4, chosen=True)]
+    assert quality._joined(before, again) == [other, *again]  # no seed is lost: they take the place of the old ones
 
 
 @pytest.mark.parametrize("method", ["lora", "lora-1-reverse", "neuroada-x", "neuroada-1-nearest"])

@@ -135,8 +135,12 @@ def test_a_member_that_diverges_is_shown_and_left_out(config, capsys):
     sound, lost = read(config)["members"]
     assert (sound["status"], lost["status"], lost["validation"], lost["scores"]) == ("finished", "diverged", None, {})
     assert read(config)["best"]["fields"] == {RATE: 0.01}
-    assert sweep_of(config, {RATE: [1e38]}, "--overwrite") == 2
-    assert "no member is left" in capsys.readouterr().err
+    capsys.readouterr()
+    assert sweep_of(config, {RATE: [1e38]}, "--overwrite", "--json") == 2
+    printed = capsys.readouterr()
+    assert "no member is left" in printed.err
+    assert json.loads(printed.out) == read(config)
+    assert read(config)["best"] is None
 
 
 def test_a_best_rate_at_the_edge_warns_and_extend_goes_on_outwards(config, capsys):

@@ -366,6 +366,26 @@ def test_the_order_of_the_grid_does_not_matter(tmp_path, content, capsys):
     assert "2 of 2 members have finished before" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("axis, added", [("bypass.k", 2), ("seed", 43), ("optimizer.schedule", "linear")])
+def test_a_further_field_trains_only_what_is_new(tmp_path, content, capsys, axis, added):
+    """Members of the first grid have other folders, and fields, than those of the second."""
+    config = made(tmp_path / "sweep", content)
+    assert sweep_of(config, {RATE: [0.01, 0.02]}) == 0
+    before = {record["fields"][RATE]: record for record in read(config)["members"]}
+    old = {"bypass.k": 1, "seed": 42, "optimizer.schedule": "cosine"}[axis]
+    assert sweep_of(config, {RATE: [0.01, 0.02], axis: [old, added]}) == 0
+    assert "2 of 4 members have finished before" in capsys.readouterr().err
+    found = read(config)
+    assert [record["fields"] for record in found["members"]] == [
+        {RATE: rate, axis: value} for rate in (0.01, 0.02) for value in (old, added)
+    ]
+    for record in found["members"]:
+        if record["fields"][axis] == old:
+            assert record["validation"] == before[record["fields"][RATE]]["validation"]
+    assert len(found["cells"]) == (2 if axis == "seed" else 4)
+    assert found["best"]["fields"].keys() == {RATE, axis}
+
+
 @pytest.mark.parametrize(
     "grid, flags, statuses",
     [
