@@ -20,6 +20,7 @@ from neuroada_jax.sweeping import stack as stacks
 from neuroada_jax.sweeping.grid import Member, describe
 from neuroada_jax.sweeping.stack import Stack
 from neuroada_jax.training import modules
+from neuroada_jax.training.loop import AHEAD
 from neuroada_jax.training.preparation import PreparedRows
 from neuroada_jax.training.signals import Stop, Stopped
 from neuroada_jax.training.step import AnyBatch, StepMetrics, TrainState
@@ -178,7 +179,7 @@ class Group:
         Args:
           params: the frozen weights.
           until: the step to end with.
-          stop: asked after every step.
+          stop: asked after every step, and between the batches of a validation, which then is made when the members go on.
           save: called every `training.save_every` steps, and where the sweep is to stop.
 
         Raises:
@@ -188,6 +189,8 @@ class Group:
         pending: list[StepMetrics] = []
         start, began = self.step, time.perf_counter()
         with console.bar(f"training {len(self.starts)} members", until) as bar, stop.held():
+            if self._due and not all(course.over or self._has_line(course) for course in self.courses):
+                params = self._validate(params, stop, save)
             ahead = in_background(functools.partial(self._batch, start)) if start < until else None
             while self.step < until and not self.finished:
                 assert ahead is not None
@@ -198,14 +201,16 @@ class Group:
                 params, self.stack, metrics = program(params, self.stack, batches)
                 self.step += 1
                 pending.append(metrics)
-                due = self.step == self.total or self.step % (training.validate_every or self._per_epoch) == 0
+                if len(pending) > AHEAD:
+                    jax.block_until_ready(pending[-1 - AHEAD].loss)
+                due = self._due
                 saving = training.save_every is not None and self.step % training.save_every == 0
                 if not (due or saving or stop.reached(self.step)) and self.step < until and self.step % training.log_every:
                     continue
                 loss = self._look(pending)
                 pending = []
                 if due:
-                    params = self._validate(params)
+                    params = self._validate(params, stop, save)
                 each = (time.perf_counter() - began) / (self.step - start)
                 bar.update(self.step, until, f"lowest loss {loss:.4f}")
                 if not console.is_terminal():
@@ -219,8 +224,21 @@ class Group:
                     raise Stopped(self.step)
         return params
 
-    def losses(self, params: Tree) -> tuple[Tree, list[float]]:
-        """Return the weights, and the validation loss of every member as it stands."""
+    @property
+    def _due(self) -> bool:
+        """Whether the step that was taken is one after which a run of its own validates."""
+        every = self.config.training.validate_every or self._per_epoch
+        return self.step > 0 and (self.step == self.total or self.step % every == 0)
+
+    def _has_line(self, course: Course) -> bool:
+        return bool(course.lines) and course.lines[-1]["step"] == self.step
+
+    def losses(self, params: Tree, stop: Stop) -> tuple[Tree, list[float]]:
+        """Return the weights, and the validation loss of every member as it stands.
+
+        Raises:
+          Stopped: on request, between two batches.
+        """
         batches = [start.rows.validation.batches for start in self.starts if start.rows.validation is not None]
         losses, labels = np.zeros(len(batches)), np.zeros(len(batches))
         for index in range(max(each.steps_per_epoch for each in batches)):
@@ -229,11 +247,21 @@ class Group:
             own = np.array([index < each.steps_per_epoch for each in batches])
             losses += np.where(own, np.asarray(found[0], np.float64), 0.0)
             labels += np.where(own, np.asarray(found[1], np.float64), 0.0)
+            if stop.reached(self.step):
+                raise Stopped(self.step)
         return params, [float(loss) for loss in losses / labels]
 
-    def _validate(self, params: Tree) -> Tree:
-        """Validate every member, and keep the states that are better than all before; return the weights."""
-        params, values = self.losses(params)
+    def _validate(self, params: Tree, stop: Stop, save: Callable[["Group"], None]) -> Tree:
+        """Validate every member, and keep the states that are better than all before; return the weights.
+
+        Raises:
+          Stopped: on request, once the members are saved as they were before.
+        """
+        try:
+            params, values = self.losses(params, stop)
+        except Stopped:
+            save(self)
+            raise
         at = jnp.asarray([self._note(course, value) for course, value in zip(self.courses, values, strict=True)])
         self._best = jax.tree.map(
             lambda old, new: jnp.where(at.reshape(-1, *[1] * (new.ndim - 1)), new, old),

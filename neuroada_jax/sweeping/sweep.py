@@ -280,7 +280,7 @@ class _Sweep:
         for group in self._groups(undecided):
             self._advance(group, _third(group.starts[0]))
             self._keep(group)
-            self._trained_on.params, values = group.losses(self._trained_on.params)
+            self._trained_on.params, values = group.losses(self._trained_on.params, self._stop)
             for i, (start, course, value) in enumerate(zip(group.starts, group.courses, values, strict=True)):
                 found = value if course.diverged is None and math.isfinite(value) else None
                 losses.setdefault(start.member.cell, []).append(found)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 import optax
 
@@ -16,6 +17,9 @@ from neuroada_jax.training.step import AnyBatch, StepMetrics, TrainState
 from neuroada_jax.training.trackers import Line
 from neuroada_jax.training.validation import Evaluations
 from neuroada_jax.training.watchdog import Failed, Watchdog, in_background
+
+# Steps that may wait for the device. JAX would let 32 of them wait, and a request to stop for all: minutes of slow steps.
+AHEAD = 2
 
 
 @dataclasses.dataclass
@@ -113,7 +117,8 @@ def run(
 ) -> TrainState:
     """Take the steps from `state.step` up to `settings.total_steps`.
 
-    The host waits for the device only at log and save steps and at the end of an epoch; the next batch is built meanwhile.
+    The host waits for the device at log and save steps and at the end of an epoch, and where it is more than `AHEAD` steps
+    ahead; the next batch is built meanwhile.
 
     Args:
       state: where to start; donated.
@@ -154,6 +159,8 @@ def run(
             with watchdog.compiling(done, expected=_announce(batch, compiled, len(batches.shapes))):
                 state, metrics = run_step(state, batch)
             pending.append(_Step(number, metrics, int(batch.lengths.sum())))
+            if len(pending) > AHEAD:
+                jax.block_until_ready(pending[-1 - AHEAD].metrics.loss)
             scoring, stopping, every = evaluations.due(done), stop.reached(done, 0), settings.save_every
             saving = every is not None and (done % every == 0 or done == total or scoring)
             if done % settings.log_every and not (done == total or saving or scoring or stopping):
