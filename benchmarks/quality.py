@@ -12,7 +12,7 @@ the same linear maps.
 
 A method is neuroada-K, neuroada-K-SCORE or neuroada-K-shared (docs/connections.md), or lora-R. Members that have
 finished do not run again, so that a call that was interrupted goes on. It writes benchmarks/results/quality.json and
-quality.png, with what other calls have measured: `--rates METHOD=RATE --seeds 45 46` adds seeds to a rate that was chosen.
+quality.png, with what other calls have measured: `--rates METHOD=RATE --seeds 45 46` adds seeds to a rate.
 """
 
 import argparse
@@ -300,29 +300,47 @@ def _keep(rows: Sequence[Row], settings: argparse.Namespace) -> list[Row]:
 def _joined(before: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
     """Return the stored rows with those of a method in the place of its old ones, or, with other seeds, added to them.
 
-    Seeds that are added choose nothing: which rate is chosen, and its validation loss, remain those of the grid.
+    Its rate is then chosen anew, by the validation loss over the seeds that each rate has.
+
+    Raises:
+      UserError: some of the seeds are stored and others are not.
     """
     key = lambda row: tuple(row[name] for name in ("method", *SAME))  # noqa: E731
-    new = {(*key(row), row["rate"]): row for row in rows}
-    old = [row for row in before if key(row) in {key(row) for row in rows}]
-    others = [row for row in before if row not in old]
+    old = [row for row in before if key(row) == key(rows[0])]
+    others = [row for row in before if key(row) != key(rows[0])]
     if all(set(row["seeds"]) <= set(rows[0]["seeds"]) for row in old):
         return [*others, *rows]
-    added = [_with_seeds(row, new.pop((*key(row), row["rate"]), None)) for row in old]
-    return [*others, *added, *({**row, "chosen": False} for row in new.values())]
+    by_rate = {row["rate"]: row for row in old}
+    for row in rows:
+        by_rate[row["rate"]] = _with_seeds(by_rate[row["rate"]], row) if row["rate"] in by_rate else row
+    rates = sorted(by_rate)
+    best = min(rates, key=lambda rate: by_rate[rate]["validation"])
+    edge = len(rates) > 1 and best in (rates[0], rates[-1])
+    return [*others, *({**by_rate[rate], "chosen": rate == best, "at_edge": edge} for rate in rates)]
 
 
-def _with_seeds(row: Row, more: Row | None) -> Row:
-    """Return a row with the seeds of another one of the same rate, which has the last word on those of both."""
-    if more is None:
+def _with_seeds(row: Row, more: Row) -> Row:
+    """Return a row with the seeds of another one of the same rate.
+
+    Raises:
+      UserError: it has some of them, but not all.
+    """
+    known = set(row["seeds"]) & set(more["seeds"])
+    if known == set(more["seeds"]):
         return row
-    by_seed = dict(zip(row["seeds"], row["values"], strict=True)) | dict(zip(more["seeds"], more["values"], strict=True))
+    if known:
+        raise UserError(
+            f"--seeds: {sorted(known)} are stored for {more['method']} at {more['rate']:g}; give others, or all"
+        )
+    by_seed = dict(zip([*row["seeds"], *more["seeds"]], [*row["values"], *more["values"]], strict=True))
     seeds = sorted(by_seed)
     values = [by_seed[seed] for seed in seeds]
     mean = spread(values)
+    counts = len(row["seeds"]), len(more["seeds"])
+    validation = (counts[0] * row["validation"] + counts[1] * more["validation"]) / sum(counts)
+    figures = {"mean": mean.mean, "deviation": mean.deviation, "interval": mean.interval, "validation": validation}
     seconds = row["seconds"] and row["seconds"] + more["seconds"]
-    figures = {"mean": mean.mean, "deviation": mean.deviation, "interval": mean.interval, "seconds": seconds}
-    return {**row, "seeds": seeds, "values": values, **figures}
+    return {**row, "seeds": seeds, "values": values, **figures, "seconds": seconds}
 
 
 def _difference(row: Row, rows: Sequence[Row]) -> list[float] | None:

@@ -65,19 +65,23 @@ def _stored(rate, seeds, values, chosen=False, method="lora-1"):
     return {**same, "method": method, "rate": rate, "seeds": seeds, "values": values, "chosen": chosen, **figures}
 
 
-def test_other_seeds_are_added_and_choose_nothing():
+def test_other_seeds_are_added_and_choose_anew():
     other = _stored(0.1, [1, 2], [1.0, 2.0], chosen=True, method="lora-10")
-    before = [other, _stored(0.1, [1, 2], [50.0, 60.0]), _stored(0.2, [1, 2], [70.0, 80.0], chosen=True)]
+    before = [other, *(_stored(rate, [1, 2], [70.0, 80.0], chosen=rate == 0.1) for rate in (0.1, 0.2, 0.3))]
+    more = [{**_stored(0.1, [0, 4, 5], [9.0, 72.0, 82.0]), "validation": 0.3}]
     for _ in range(2):  # a second time changes nothing
-        more = [_stored(0.2, [3, 4], [72.0, 82.0], chosen=True), _stored(0.4, [3, 4], [9.0, 9.0], chosen=True)]
         before = quality._joined(before, more)
         found = {row["rate"]: row for row in before if row["method"] == "lora-1"}
         assert other in before
-        assert (found[0.2]["seeds"], found[0.2]["values"]) == ([1, 2, 3, 4], [70.0, 80.0, 72.0, 82.0])
-        assert (found[0.2]["mean"], found[0.2]["validation"]) == (76.0, 0.2)
+        assert (found[0.1]["seeds"], found[0.1]["values"]) == ([0, 1, 2, 4, 5], [9.0, 70.0, 80.0, 72.0, 82.0])
+        assert (found[0.1]["mean"], found[0.1]["validation"]) == (62.6, pytest.approx((2 * 0.1 + 3 * 0.3) / 5))
         assert [rate for rate, row in found.items() if row["chosen"]] == [0.2]
-        assert found[0.1]["seeds"] == [1, 2]
-    again = [_stored(0.3, [1, 2, 3, 4], [1.0] * 4, chosen=True)]
+        assert not any(row["at_edge"] for row in found.values())
+        assert found[0.2]["seeds"] == [1, 2]
+    assert quality._joined(before, [_stored(0.05, [7], [1.0])])[1]["chosen"]  # a further rate takes part
+    with pytest.raises(UserError, match=r"--seeds: \[2\] are stored for lora-1 at 0.2"):
+        quality._joined(before, [_stored(0.2, [2, 3], [1.0, 1.0])])
+    again = [_stored(0.3, [0, 1, 2, 4, 5], [1.0] * 5, chosen=True)]
     assert quality._joined(before, again) == [other, *again]  # no seed is lost: they take the place of the old ones
 
 
