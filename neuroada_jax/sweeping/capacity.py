@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -47,14 +47,34 @@ class Need:
         """Return the figures as JSON has them."""
         return {**dataclasses.asdict(self), "total_bytes": self.total}
 
-    def say(self, count: int) -> None:
-        """State the figures before the training of `count` members."""
+    def __str__(self) -> str:
+        """Return the bytes as they are stated."""
         size = console.size
-        at_least = "" if self.seconds is None else f"; at least {_duration(self.seconds * count / self.members)}"
-        console.say(
-            f"{self.members} of {count} members at a time: {size(self.total)}, of which {size(self.weights)} are weights, "
-            f"{size(self.states)} states and {size(self.temporaries)} activations and buffers{at_least}"
+        return (
+            f"{size(self.total)}, of which {size(self.weights)} are weights, {size(self.states)} states and "
+            f"{size(self.temporaries)} activations and buffers"
         )
+
+
+def _say(needs: Sequence[tuple[Need, int, float | None]]) -> None:
+    """State what the members need before their training, those that need the same in one line.
+
+    Args:
+      needs: of the members of each kind: what those at a time need, how many there are, and the least time of all.
+    """
+    alike: dict[tuple[int, str], list[tuple[int, float | None]]] = {}
+    for need, count, seconds in needs:
+        alike.setdefault((need.members, str(need)), []).append((count, seconds))
+    for (at_once, text), same in alike.items():
+        count = sum(count for count, _ in same)
+        console.say(f"{count} members, {at_once} at a time: {text}{_at_least([seconds for _, seconds in same])}")
+    if len(alike) > 1:
+        console.say(f"in all {sum(count for _, count, _ in needs)} members{_at_least([seconds for *_, seconds in needs])}")
+
+
+def _at_least(times: Sequence[float | None]) -> str:
+    known = [seconds for seconds in times if seconds is not None]
+    return f"; at least {_duration(sum(known))}" if known else ""
 
 
 def _duration(seconds: float) -> str:
@@ -73,7 +93,11 @@ def machine_here(dtype: Any) -> tuple[Machine | None, int]:
 
 
 def grouped(
-    waiting: Sequence[Start], programs: dict[Any, Programs], weights: Weights, most: int | None
+    waiting: Sequence[Start],
+    programs: dict[Any, Programs],
+    weights: Weights,
+    most: int | None,
+    until: Callable[[Start], int],
 ) -> tuple[list[Group], list[Need]]:
     """Return members in groups of equal shapes and steps that fit into memory, and the need of each kind, which is stated.
 
@@ -82,6 +106,7 @@ def grouped(
       programs: of the kinds met so far; those of further ones are added.
       weights: of the sweep.
       most: members at a time; None: as many as fit.
+      until: the step that a member is trained to.
 
     Raises:
       UserError: not even one member fits.
@@ -104,11 +129,15 @@ def grouped(
         while left:
             group, need = fitting(left, programs[kind], weights.params, machine, most)
             if left is own:
-                need.say(len(own))
-                needs.append(need)
+                share = (until(own[0]) - own[0].step) / group.total
+                seconds = None if need.seconds is None else need.seconds * share * len(own) / need.members
+                needs.append((need, len(own), seconds))
             groups.append(group)
             left = left[need.members :]
-    return groups, needs
+    _say(needs)
+    for number, group in enumerate(groups, 1):
+        group.place = f", group {number} of {len(groups)}" if len(groups) > 1 else ""
+    return groups, [need for need, *_ in needs]
 
 
 def fitting(

@@ -132,7 +132,7 @@ class Group:
     def __init__(self, starts: Sequence[Start], programs: Programs) -> None:
         """Take members of equal `grid.group_key`, equal steps and equal steps done, and their programs."""
         first = starts[0]
-        self.starts, self.step = list(starts), first.step
+        self.starts, self.step, self.place = list(starts), first.step, ""  # among the groups, as progress shows it
         self.courses = [start.progress.course if start.progress else Course() for start in starts]
         self.config, self._programs = first.member.config, programs
         self.total, self._per_epoch = first.rows.total_steps, first.rows.batches.steps_per_epoch
@@ -188,7 +188,8 @@ class Group:
         training = self.config.training
         pending: list[StepMetrics] = []
         start, began = self.step, time.perf_counter()
-        with console.bar(f"training {len(self.starts)} members", until) as bar, stop.held():
+        members = f"{len(self.starts)} {'member' if len(self.starts) == 1 else 'members'}{self.place}"
+        with console.bar(f"training {members}", until) as bar, stop.held():
             if self._due and not all(course.over or self._has_line(course) for course in self.courses):
                 params = self._validate(params, stop, save)
             ahead = in_background(functools.partial(self._batch, start)) if start < until else None
@@ -215,7 +216,7 @@ class Group:
                 bar.update(self.step, until, f"lowest loss {loss:.4f}")
                 if not console.is_terminal():
                     console.say(
-                        f"step {self.step} of {until} of {len(self.starts)} members: lowest loss {loss:.4f}, "
+                        f"step {self.step} of {until} of {members}: lowest loss {loss:.4f}, "
                         f"{each * (until - self.step):.0f} s left"
                     )
                 if saving or stop.reached(self.step):

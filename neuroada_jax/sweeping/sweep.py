@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -195,7 +195,8 @@ class _Sweep:
             return
         finished = [member for member in members if member not in waiting] if self._options.extend else []
         begun = self._begin(waiting, finished)
-        for group in self._groups(self._halved(begun) if halving else begun):
+        going_on = self._halved(begun) if halving else begun
+        for group in self._groups(going_on, lambda start: start.rows.total_steps):
             self._advance(group, group.total)
             self._end(group)
 
@@ -246,9 +247,9 @@ class _Sweep:
         assert self._weights is not None
         return self._weights
 
-    def _groups(self, waiting: Sequence[Start]) -> list[Group]:
-        """Return the members in groups of equal shapes that fit into memory; state what each needs."""
-        groups, needs = capacity.grouped(waiting, self._programs, self._trained_on, self._options.at_once)
+    def _groups(self, waiting: Sequence[Start], until: Callable[[Start], int]) -> list[Group]:
+        """Return the members in groups of equal shapes that fit into memory; state what they need until a step."""
+        groups, needs = capacity.grouped(waiting, self._programs, self._trained_on, self._options.at_once, until)
         self._plans += [need.to_json() for need in needs]
         return groups
 
@@ -277,7 +278,7 @@ class _Sweep:
             known, undecided = list(begun), []
         losses: dict[str, list[float | None]] = {}
         reached = []
-        for group in self._groups(undecided):
+        for group in self._groups(undecided, _third):
             self._advance(group, _third(group.starts[0]))
             self._keep(group)
             self._trained_on.params, values = group.losses(self._trained_on.params, self._stop)
