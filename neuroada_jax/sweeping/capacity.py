@@ -16,6 +16,7 @@ from neuroada_jax.errors import UserError
 from neuroada_jax.planning import machines, roofline
 from neuroada_jax.planning.machines import Machine
 from neuroada_jax.sweeping import grid as grids
+from neuroada_jax.sweeping.grid import counted
 from neuroada_jax.sweeping.group import Group, Programs, Start
 from neuroada_jax.sweeping.starts import Weights
 
@@ -66,8 +67,8 @@ def _say(needs: Sequence[tuple[Need, int, float | None]]) -> None:
     for need, count, seconds in needs:
         alike.setdefault((need.members, str(need)), []).append((count, seconds))
     for (at_once, text), same in alike.items():
-        count = sum(count for count, _ in same)
-        console.say(f"{count} members, {at_once} at a time: {text}{_at_least([seconds for _, seconds in same])}")
+        members = counted(sum(count for count, _ in same))
+        console.say(f"{members}, {at_once} at a time: {text}{_at_least([seconds for _, seconds in same])}")
     if len(alike) > 1:
         console.say(f"in all {sum(count for _, count, _ in needs)} members{_at_least([seconds for *_, seconds in needs])}")
 

@@ -99,6 +99,11 @@ def describe(fields: Mapping[str, Any]) -> str:
     return ", ".join(f"{name.rpartition('.')[2]} {shown(value)}" for name, value in fields.items()) or "the config"
 
 
+def counted(members: int) -> str:
+    """Return a number of members as it is shown."""
+    return "1 member" if members == 1 else f"{members} members"
+
+
 def parse(options: Sequence[str]) -> Grid:
     """Return the grid of `--grid FIELD=V,V` options.
 

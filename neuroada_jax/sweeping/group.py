@@ -17,7 +17,7 @@ from neuroada_jax.core.trees import Tree
 from neuroada_jax.data.batches import AnyBatches
 from neuroada_jax.models import Model
 from neuroada_jax.sweeping import stack as stacks
-from neuroada_jax.sweeping.grid import Member, describe
+from neuroada_jax.sweeping.grid import Member, counted, describe
 from neuroada_jax.sweeping.stack import Stack
 from neuroada_jax.training import modules
 from neuroada_jax.training.loop import AHEAD
@@ -188,7 +188,7 @@ class Group:
         training = self.config.training
         pending: list[StepMetrics] = []
         start, began = self.step, time.perf_counter()
-        members = f"{len(self.starts)} {'member' if len(self.starts) == 1 else 'members'}{self.place}"
+        members = counted(len(self.starts)) + self.place
         with console.bar(f"training {members}", until) as bar, stop.held():
             if self._due and not all(course.over or self._has_line(course) for course in self.courses):
                 params = self._validate(params, stop, save)

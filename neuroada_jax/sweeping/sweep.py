@@ -14,7 +14,7 @@ from neuroada_jax.pretrained.load import open_with_tokenizer
 from neuroada_jax.sweeping import capacity, choice, report, scoring, starts
 from neuroada_jax.sweeping import grid as grids
 from neuroada_jax.sweeping.choice import DIVERGED, DROPPED, FINISHED, Cell
-from neuroada_jax.sweeping.grid import RATE, Grid, Member
+from neuroada_jax.sweeping.grid import RATE, Grid, Member, counted
 from neuroada_jax.sweeping.group import Course, Group, Programs, Start
 from neuroada_jax.sweeping.stack import fresh
 from neuroada_jax.sweeping.starts import Weights
@@ -218,7 +218,7 @@ class _Sweep:
             begun = [starts.at_rate(known[member.seed, _but_rate(member)], member) for member in waiting]
         begun = [self._continued(start) for start in begun]
         for step in sorted({start.step for start in begun if start.progress}):
-            console.say(f"{sum(start.step == step for start in begun)} members go on from step {step}")
+            console.say(f"going on from step {step}: {counted(sum(start.step == step for start in begun))}")
         return begun
 
     def _continued(self, start: Start) -> Start:

@@ -251,7 +251,7 @@ def test_a_damaged_file_starts_its_member_again(tmp_path, content, monkeypatch, 
     DAMAGES[damage](one)
     assert sweep_of(config, {RATE: [0.01, 0.02]}) == 0
     said = capsys.readouterr().err
-    assert f"{one}: damaged" in said and "starts again" in said and "1 members go on from step 4" in said
+    assert f"{one}: damaged" in said and "starts again" in said and "going on from step 4: 1 member" in said
     steps = [[line["step"] for line in record["steps"]] for record in read(config)["members"]]
     assert steps == [list(range(1, TOTAL + 1))] * 2
 
