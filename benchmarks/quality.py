@@ -298,7 +298,7 @@ def _keep(rows: Sequence[Row], settings: argparse.Namespace) -> list[Row]:
 
 
 def _joined(before: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
-    """Return the stored rows with those of a method in the place of its old ones, or, with other seeds, added to them.
+    """Return the stored rows with further ones of a method: at a stored rate more seeds, or all of its seeds once more.
 
     Its rate is then chosen anew, by the validation loss over the seeds that each rate has.
 
@@ -308,8 +308,6 @@ def _joined(before: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
     key = lambda row: tuple(row[name] for name in ("method", *SAME))  # noqa: E731
     old = [row for row in before if key(row) == key(rows[0])]
     others = [row for row in before if key(row) != key(rows[0])]
-    if all(set(row["seeds"]) <= set(rows[0]["seeds"]) for row in old):
-        return [*others, *rows]
     by_rate = {row["rate"]: row for row in old}
     for row in rows:
         by_rate[row["rate"]] = _with_seeds(by_rate[row["rate"]], row) if row["rate"] in by_rate else row
@@ -320,12 +318,14 @@ def _joined(before: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
 
 
 def _with_seeds(row: Row, more: Row) -> Row:
-    """Return a row with the seeds of another one of the same rate.
+    """Return a row with the seeds of another one of the same rate; one that has all seeds takes its place.
 
     Raises:
       UserError: it has some of them, but not all.
     """
     known = set(row["seeds"]) & set(more["seeds"])
+    if known == set(row["seeds"]):
+        return more
     if known == set(more["seeds"]):
         return row
     if known:
