@@ -307,6 +307,10 @@ def test_inspect(trained, inputs, neuroada):
         ("mlp.down_proj", 2),
         ("self_attn.q_proj", 2),
     ]
+    for content in (model, adapter):
+        for kind in content["kinds"]:
+            weights = kind["modules"] * kind["neurons"] * kind["inputs"]
+            assert kind["percent"] == pytest.approx(100 * kind["values"] / weights)
     for path, values in ((inputs[0], f"{2 * NEURONS}"), (trained / "adapter", "128")):
         code, out, _ = neuroada("inspect", path)
         assert code == 0 and out.startswith(f"total: {values} values (k = ")

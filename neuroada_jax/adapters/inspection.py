@@ -185,6 +185,8 @@ def _kinds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         kind = kinds.setdefault(key, {**row, "module": name, "modules": 0, "values": 0, "bytes": 0})
         for field, more in (("modules", 1), ("values", row["values"]), ("bytes", row["bytes"])):
             kind[field] += more
+        if row["percent"] is not None:
+            kind["percent"] = 100 * kind["values"] / (kind["modules"] * row["neurons"] * row["inputs"])
     fields = ("module", "modules", "neurons", "inputs", "k", "values", "percent", "bytes")
     return [{field: kind[field] for field in fields} for kind in kinds.values()]
 

@@ -31,34 +31,36 @@ def add(commands: shared.Commands) -> None:
 
 def run(parsed: argparse.Namespace) -> int:
     """Do the sweep, print its table or how to go on, and return the exit code."""
-    from neuroada_jax.sweeping import grid, report, sweep
+    from neuroada_jax.sweeping import choice, grid, report, store, sweep
     from neuroada_jax.training import config_file, signals
 
     shared.check_minimum(parsed, at_once=1)
     given = grid.parse(parsed.grid)
     config = config_file.load(parsed.config, parsed.overrides)
     options = sweep.Options(parsed.extend, parsed.halving, parsed.at_once, parsed.overwrite)
-    stopped = None
+    stopped, before = None, store.written(config.directory)
     with signals.listening() as stop:
         try:
             content, cells = sweep.run(config, given, options, "--grid", stop)
         except signals.Stopped as request:
             stopped = request
     if stopped is not None:  # after the listener's own line, which another thread writes
+        again = _again(parsed, begun=store.written(config.directory) != before)
         saved = "" if stopped.step is None else f", step {stopped.step} of the members in work is saved"
-        sys.stderr.write(f"neuroada: stopped{saved}; go on with: {_again(parsed)}\n")
+        sys.stderr.write(f"neuroada: stopped{saved}; go on with: {again}\n")
         return shared.STOPPED
     if parsed.json:
         shared.print_json(content)
     else:
         report.print_table(content, cells)
-    sweep.check_chosen(content)
+    choice.check_chosen(content)
     return 0
 
 
-def _again(parsed: argparse.Namespace) -> str:
-    """Return the command that goes on."""
+def _again(parsed: argparse.Namespace, begun: bool) -> str:
+    """Return the command that goes on, or begins where nothing was written."""
     flags = {"--extend": parsed.extend, "--halving": parsed.halving, "--json": parsed.json}
+    flags["--overwrite"] = parsed.overwrite and not begun
     words = ["neuroada", "sweep", parsed.config, *parsed.overrides]
     words += [word for axis in parsed.grid for word in ("--grid", axis)]
     words += ["--at-once", str(parsed.at_once)] if parsed.at_once else []

@@ -20,12 +20,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from neuroada_jax.core import quantised
 from neuroada_jax.core.entries import Layout, wide_dtype
-from neuroada_jax.core.scores import Score, magnitude, reverse
+from neuroada_jax.core.scores import Score, magnitude
 from neuroada_jax.errors import UserError
 
 _BLOCK = 8  # entries of a match: the most whose maximum XLA computes in one vectorised pass on a CPU
 _FINAL = 16  # the largest width of the last round
-_ELEMENTWISE = (magnitude, reverse)  # finite, and computed on parts of a kernel: a layer's scores are never in memory
 
 
 def select(
@@ -61,6 +60,8 @@ def select(
       ValueError: k < 1.
       UserError: scores of another shape, or NaN or infinite ones (not noticed while `select` is traced by jit).
     """
+    if not callable(score):
+        raise UserError(f"score: expected a function (kernel) -> scores, such as scores.magnitude, found {score!r}")
     columns, finite = search(kernel, k, score, statistic, layout=layout, name=name)
     check_finite(finite, name)
     inputs = kernel.shape[-1 if Layout(layout) is Layout.OI else -2]
@@ -89,7 +90,7 @@ def search(
     layout: Layout = Layout.OI,
     name: str = "kernel",
 ) -> tuple[Int[Array, "*L O k"], Bool[Array, "*L O"] | None]:
-    """Return the columns of the best k scores of every neuron, and whether all of its scores are finite (None: they are).
+    """Return the columns of the best k scores of every neuron, and whether all are finite (None: none was computed).
 
     Arguments and errors as in `select`, which this function is without its check of the scores.
     """
@@ -102,7 +103,7 @@ def search(
     if k >= inputs:
         return jnp.broadcast_to(jnp.arange(inputs, dtype=jnp.int32), (*leading, outputs, inputs)), None
     rows = kernel.reshape(-1, kernel.shape[-1])
-    elementwise = statistic is None and score in _ELEMENTWISE
+    in_parts = statistic is None and score is magnitude  # a layer's scores are never in memory
     per_layer = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[len(leading) :]), statistic)
 
     def matrix_of(layer: Array) -> Array:
@@ -112,16 +113,16 @@ def search(
 
     def select_layer(of_layer: tuple[Array, Any]) -> tuple[Array, Array | None]:
         layer, own = of_layer
-        if elementwise:
+        if in_parts:
             if Layout(layout) is Layout.OI:
-                return _select(rows, layer * outputs, outputs, k, score), None
-            return _select(matrix_of(layer), jnp.int32(0), outputs, k, score), None
+                return _select(rows, layer * outputs, outputs, k, score)
+            return _select(matrix_of(layer), jnp.int32(0), outputs, k, score)
         matrix = matrix_of(layer).astype(wide_dtype(kernel.dtype))
-        scores = jnp.asarray(score(matrix) if statistic is None else score(matrix, own))
+        scores = _scores(score, (matrix,) if statistic is None else (matrix, own), name)
         if scores.shape != matrix.shape or not jnp.issubdtype(scores.dtype, jnp.floating):
             expected = f"{matrix.dtype} {matrix.shape}"
             raise UserError(f"score: {name} has scores {scores.dtype} {scores.shape}, expected {expected} (O, I)")
-        found = _select(_padded(scores.astype(matrix.dtype)), jnp.int32(0), outputs, k, lambda each: each)
+        found, _ = _select(_padded(scores.astype(matrix.dtype)), jnp.int32(0), outputs, k, lambda each: each)
         return found, jnp.all(jnp.isfinite(scores), axis=1)
 
     layers = jnp.arange(math.prod(leading), dtype=jnp.int32)
@@ -141,8 +142,25 @@ def most_selected(columns: Int[Array, "*L O k"], inputs: int) -> Int[Array, "*L 
     return lax.map(of_layer, columns.reshape(-1, outputs, k)).reshape(*leading, 1, k)
 
 
-def _select(rows: Float[Array, "R I"], first: Int[Array, ""], count: int, k: int, score: Score) -> Int[Array, "O k"]:
-    """Return the columns (count, k) of the best entries in rows `first` to `first + count`."""
+def _scores(score: Score, arguments: tuple[Any, ...], name: str) -> Array:
+    """Return what a score returns for a layer of a map.
+
+    Raises:
+      UserError: it returns no array, or is a function that JAX cannot trace.
+    """
+    try:
+        found = score(*arguments)
+    except jax.errors.TracerArrayConversionError as error:
+        raise UserError(f"score: the function needs the numbers of {name} in NumPy; write it with jax.numpy") from error
+    if not hasattr(found, "shape") or not hasattr(found, "dtype"):
+        raise UserError(f"score: {name} has scores {type(found).__name__}, expected an array of the kernel's shape")
+    return jnp.asarray(found)
+
+
+def _select(
+    rows: Float[Array, "R I"], first: Int[Array, ""], count: int, k: int, score: Score
+) -> tuple[Int[Array, "O k"], Bool[Array, "O"]]:
+    """Return the columns of the best entries in `count` rows from `first` on, and whether a row has no NaN and no inf."""
     inputs = rows.shape[1]
     wide = wide_dtype(rows.dtype)
 
@@ -188,8 +206,9 @@ def _select(rows: Float[Array, "R I"], first: Int[Array, ""], count: int, k: int
         column = matches[-1][0] * _BLOCK + place
         return (replayed, jnp.max(matches[-1][2], axis=1), column), column
 
+    finite = jnp.all(jnp.isfinite(rounds[-1]), axis=1)  # a maximum passes NaN and inf on
     start = (rounds, jnp.full(count, jnp.inf, wide), jnp.full(count, -1, jnp.int32))
-    return jnp.sort(lax.scan(next_best, start, length=k)[1].T, axis=1)
+    return jnp.sort(lax.scan(next_best, start, length=k)[1].T, axis=1), finite
 
 
 def _winners(scores_of: Callable[[int, int], Array], width: int) -> Array:

@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from neuroada_jax.errors import UserError
 from neuroada_jax.sweeping.grid import RATE, SEED
 
 FINISHED, DIVERGED, DROPPED = "finished", "diverged", "dropped"  # a member's "status"
@@ -139,6 +140,17 @@ def beyond(found: Sequence[Cell], chosen: Cell) -> float:
     low = edge(found, chosen) == "lowest"
     factor = rates[0] / rates[1] if low else rates[-1] / rates[-2]
     return float(f"{(rates[0] if low else rates[-1]) * factor:.4g}")
+
+
+def check_chosen(content: Mapping[str, Any]) -> None:
+    """Check that a sweep has chosen a member.
+
+    Raises:
+      UserError: every one diverged.
+    """
+    if content["best"] is None:
+        where = content["directory"]
+        raise UserError(f"{where}: no member is left, each loss became NaN or infinite; try lower values of {RATE}")
 
 
 def survivors(losses: Mapping[str, Sequence[float | None]]) -> set[str]:

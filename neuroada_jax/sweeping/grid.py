@@ -23,10 +23,10 @@ SHARED = (
     *(RATE, "optimizer.schedule", "optimizer.warmup_ratio", "classifier.learning_rate", SEED),
     *("bypass.score", "lora.alpha"),
 )
-# Members that differ in others of these are trained in turns. Any further field changes the rows, so that the losses of
-# two members would not be comparable, or nothing of the result.
+# Members that differ in others of these are trained in turns. Any further field changes the rows or the loss, so that two
+# members would not be comparable, the frozen weights, or nothing of the result.
 _IN_TURNS = (
-    *("method", "bypass.", "lora.", "optimizer.", "classifier."),
+    *("method", "bypass.", "lora.", "optimizer.", "classifier.weight_decay"),
     *("training.epochs", "training.steps", "training.batch_size", "fidelity"),
 )
 # Fields that change nothing of a member's result.
@@ -145,9 +145,10 @@ def check(grid: Mapping[str, Any], where: str) -> Grid:
             raise UserError(f"{where} {field}: unknown field{hint}")
         if field not in SHARED and not field.startswith(_IN_TURNS):
             raise UserError(f"{where} {field}: {_why_not(field)}")
-        if isinstance(values, str | bytes | Mapping) or not hasattr(values, "__iter__"):
+        scalar = not hasattr(values, "__iter__") or getattr(values, "ndim", 1) == 0
+        if scalar or isinstance(values, str | bytes | Mapping):
             raise UserError(f"{where} {field}: expected a list of values, found {values!r}")
-        listed = list(values)
+        listed = [value.tolist() if hasattr(value, "tolist") else value for value in values]  # NumPy's as plain ones
         if not listed:
             raise UserError(f"{where} {field}: no values, expected at least one")
         twice = [value for number, value in enumerate(listed) if value in listed[:number]]
@@ -168,9 +169,11 @@ def _fields(kind: Any, prefix: str = "") -> list[str]:
 
 def _why_not(field: str) -> str:
     section = field.partition(".")[0]
-    swept = f"a sweep goes over {', '.join(SHARED)}, and in turns over further fields of bypass, optimizer and training"
+    swept = f"a sweep goes over {', '.join(SHARED)}, and in turns over {', '.join(name.rstrip('.') for name in _IN_TURNS)}"
     if section == "seeds":
         return f"give the values to {SEED}"
+    if field == "classifier.class_weights":
+        return f"it changes the loss, so that validation losses are not comparable; {swept}"
     if section in ("model", "data"):
         return f"it changes the shapes or the rows of {section}, so that validation losses are not comparable; {swept}"
     return f"it cannot be swept; {swept}"
@@ -187,11 +190,10 @@ def members(config: RunConfig, grid: Grid, where: str) -> list[Member]:
         count *= len(values)
     if count > MOST_MEMBERS:
         raise UserError(f"{where}: {count:,} members, expected at most {MOST_MEMBERS:,}")
-    for field, values in grid.items():  # each value by itself first, so that the message names it
-        for value in values:
-            member(config, {field: value}, where)
+    if {"training.steps", "training.epochs"} <= grid.keys():
+        raise UserError(f"{where}: training.steps and training.epochs exclude each other; give one of them")
     combinations = (dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values()))
-    found = [member(config, fields, where) for fields in combinations]
+    found = [_blamed(config, fields, where) for fields in combinations]
     seen: dict[str, Member] = {}
     for each in found:
         same = seen.setdefault(each.digest, each)
@@ -200,6 +202,16 @@ def members(config: RunConfig, grid: Grid, where: str) -> list[Member]:
                 f"{where}: {describe(same.fields)} and {describe(each.fields)} are the same run: what differs has no effect"
             )
     return found
+
+
+def _blamed(config: RunConfig, fields: Mapping[str, Any], where: str) -> Member:
+    """Return the member with these values; an error that one of them brings about by itself names that one alone."""
+    try:
+        return member(config, fields, where)
+    except UserError:
+        for field, value in fields.items():
+            member(config, {field: value}, where)
+        raise
 
 
 def member(config: RunConfig, fields: Mapping[str, Any], where: str) -> Member:

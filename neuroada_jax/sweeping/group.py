@@ -296,6 +296,7 @@ class Group:
                 course.in_a_row = 0 if sound else course.in_a_row + 1
                 course.skipped += not sound
                 ended = course.skipped > section.max_skips or course.in_a_row >= IN_A_ROW
+                ended |= number == self.total == course.skipped  # every step of the run
                 if not (sound or course.over) and (section.nonfinite == "stop" or ended):
                     course.diverged = number
                     name = describe(start.member.fields)

@@ -11,7 +11,7 @@ import xxhash
 from neuroada_jax import console
 from neuroada_jax.core.trees import Tree
 from neuroada_jax.errors import UserError
-from neuroada_jax.models import dense_modules, unrolled
+from neuroada_jax.models import Model, dense_modules, unrolled
 from neuroada_jax.pretrained.load import IdentifiedModel, LoadedModel, OpenedModel, load_with_progress, with_params
 from neuroada_jax.sweeping.grid import Member
 from neuroada_jax.sweeping.group import Start
@@ -41,6 +41,7 @@ def prepare(members: Sequence[Member], model: tuple[OpenedModel, Any]) -> dict[s
     Raises:
       UserError: see `preparation.prepare_rows`.
     """
+    _check_trained(members, model[0].model)
     found: dict[str, PreparedRows] = {}
     for member in members:
         key = rows_key(member.config)
@@ -59,6 +60,16 @@ def prepare(members: Sequence[Member], model: tuple[OpenedModel, Any]) -> dict[s
                 f"at least {FEW_ROWS}, better some hundreds"
             )
     return found
+
+
+def _check_trained(members: Sequence[Member], model: Model) -> None:
+    """Check that what every member trains suits the model; the first one's is checked with its rows."""
+    checked = [(members[0].config.trained, members[0].config.classifier)]
+    for config in (member.config for member in members):
+        if (config.trained, config.classifier) not in checked:
+            checked.append((config.trained, config.classifier))
+            modules.check_kind(config, model)
+            modules.checked_targets(config, model)
 
 
 def rows_key(config: RunConfig) -> str:
@@ -99,9 +110,9 @@ def load(members: Sequence[Member], rows: dict[str, PreparedRows]) -> tuple[Load
     first, originals = rows[rows_key(members[0].config)], {}
     for member in members:
         own = with_rows(member, rows[rows_key(member.config)])
-        found = weights.original_columns(own.config, own.opened, own.target_paths)
-        if found is not None and _trained_key(own) not in originals:
-            originals[_trained_key(own)] = found
+        key, found = _trained_key(own), weights.original_columns(own.config, own.opened, own.target_paths)
+        if found is not None and key not in originals:
+            originals[key] = found
 
     def on_kernel(*kernel: Any) -> None:
         for each in originals.values():

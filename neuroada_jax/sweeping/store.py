@@ -27,6 +27,12 @@ _BEST = ("best/adapter", "best/config.yaml")  # best/run is a run of the user's
 _RESULTS = ("sweep.json", "sweep.png", "members", _HALVING, *_BEST, BASE)
 
 
+def written(directory: Path) -> int | None:
+    """Return when a sweep last began or went on in a folder, in ns; None where none has."""
+    path = directory / BASE
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
 class Store:
     """The files of a sweep; every one is written completely or not at all."""
 

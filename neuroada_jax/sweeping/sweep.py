@@ -82,29 +82,18 @@ def sweep(
         made = config_file.load(os.fspath(config))
     if not isinstance(grid, Mapping):
         raise UserError(f"sweep: grid: expected a dict of fields and their values, found {type(grid).__name__}")
-    if at_once is not None and at_once < 1:
-        raise UserError(f"sweep: at_once: expected at least 1, found {at_once}")
+    if at_once is not None and (type(at_once) is not int or at_once < 1):
+        raise UserError(f"sweep: at_once: expected an integer from 1, found {at_once!r}")
     with signals.listening() as stop:
         content, _ = run(made, dict(grid), Options(extend, halving, at_once, overwrite), "sweep: grid:", stop)
-    check_chosen(content)
+    choice.check_chosen(content)
     return content
-
-
-def check_chosen(content: Mapping[str, Any]) -> None:
-    """Check that a sweep has chosen a member.
-
-    Raises:
-      UserError: every one diverged.
-    """
-    if content["best"] is None:
-        where = content["directory"]
-        raise UserError(f"{where}: no member is left, each loss became NaN or infinite; try lower values of {RATE}")
 
 
 def run(
     config: RunConfig, given: Mapping[str, Any], options: Options, where: str, stop: Stop | None = None
 ) -> tuple[dict[str, Any], list[Cell]]:
-    """Do a sweep; return the content of sweep.json, and the cells; `check_chosen` says whether a member is left.
+    """Do a sweep; return the content of sweep.json, and the cells; `choice.check_chosen` says whether a member is left.
 
     Args:
       config: that the grid is laid over.
@@ -169,6 +158,8 @@ class _Sweep:
                 break
             extensions += 1
             rate = choice.beyond(found, best)
+            if rate in self._grid[RATE]:
+                break  # rates so close to one another that the next one is one of them
             console.say(f"the best rate {best.fields[RATE]:g} is the {edge} one: going on with {rate:g}")
             more = [self._at_rate(record, rate) for record in best.records]
             self._grid[RATE] = sorted([*self._grid[RATE], rate])
@@ -311,6 +302,9 @@ class _Sweep:
             if course.validation is None:
                 self._write(start, course, DIVERGED, {}, None)
                 continue
+            if course.skipped:
+                name = grids.describe(start.member.fields)
+                console.warn(f"{name}: {course.skipped} of {group.step} steps had a NaN or infinite loss and were skipped")
             trained = group.best_of(i)
             scoring.save(self._store.adapter(start.member), start, trained, self._trained_on)
             self._write(start, course, FINISHED, scoring.scores(start, trained, self._trained_on), course.validation)

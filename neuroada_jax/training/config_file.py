@@ -21,9 +21,9 @@ from neuroada_jax.training.config import EvaluationSet, RunConfig
 Section = TypeVar("Section")
 
 
-LARGEST_YAML = 2**20  # characters; a config has a few thousand, with a chat template in it some ten thousand
 LARGEST_YAML = 2**22  # bytes; a config has a few thousand
 DEEPEST_YAML = 32  # lists and sections inside one another; a config has four
+_LARGEST_FLOAT = 3.4028234663852886e38  # of float32
 MOST_NODES = 100_000  # values of the content once aliases are replaced by what they stand for
 
 
@@ -155,7 +155,7 @@ def _message(error: pydantic.ValidationError) -> str:
     if kind == "value_error":
         return reason if not path or re.match(r"\w+(\.\w+)+: ", reason) else f"{path}: {reason}"
     reason = _REASONS.get(kind, reason)
-    return f"{path}: {reason[0].lower()}{reason[1:]}, found {first['input']!r}"
+    return f"{path}: {reason[0].lower()}{reason[1:]}, found {_short(repr(first['input']))}"
 
 
 def paths_of_field(name: str) -> list[str]:
@@ -212,12 +212,32 @@ def from_dict(content: Any, where: str) -> RunConfig:
         raise UserError(f"{where}: expected a mapping of sections, found {type(content).__name__}")
     config = decode(RunConfig, _without_suites(_with_current_names(content, where), where), where)
     for name, value in flatten_config(config).items():
+        _check_size(value, f"{where}: {name}")
         if credentials.is_in(json.dumps(value, default=str, ensure_ascii=False)):
             raise UserError(
                 f"{where}: {name}: holds a token or password, and a config is copied into the run's folder; expected it in "
                 "the environment (HF_TOKEN, WANDB_API_KEY), or none"
             )
     return config
+
+
+def _check_size(value: Any, where: str) -> None:
+    """Check that numbers of a field fit into 32 bits, as they are on a device.
+
+    Raises:
+      UserError: a larger one.
+    """
+    if isinstance(value, list):
+        for each in value:
+            _check_size(each, where)
+    elif isinstance(value, int) and abs(value) >= 2**32:
+        raise UserError(f"{where}: found {_short(str(value))}, expected an integer below 2^32")
+    elif isinstance(value, float) and abs(value) > _LARGEST_FLOAT:
+        raise UserError(f"{where}: found {value:g}, expected at most {_LARGEST_FLOAT:.5g}, the largest float32")
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:100]}... ({len(text)} characters)"
 
 
 def decode(kind: type[Section], content: dict[str, Any], where: str) -> Section:

@@ -93,6 +93,17 @@ def size_of(config: RunConfig) -> str:
     return f"LoRA r = {config.lora.r}" if config.method == "lora" else f"k = {config.bypass.k}"
 
 
+def checked_targets(config: RunConfig, model: models.Model) -> list[trees.ModulePath]:
+    """Check that a run's connections or factors suit a model of its kind, and return the paths of its targets.
+
+    Raises:
+      UserError: see `target_paths` and `check_quantised`.
+    """
+    paths = target_paths(config, model)
+    check_quantised(config, model)
+    return paths
+
+
 def say_unused(config: RunConfig) -> None:
     """Say which fields of the other method's section are set, and have no effect."""
     name, other = ("bypass", config.bypass) if config.method == "lora" else ("lora", config.lora)

@@ -232,8 +232,7 @@ def prepare_rows(
     modules.check_length(config, opened.model)
     modules.say_dropout(opened.model)
     modules.say_unused(config)
-    target_paths = modules.target_paths(config, opened.model)
-    modules.check_quantised(config, opened.model)
+    target_paths = modules.checked_targets(config, opened.model)
     sets, chooser = {each.name: each for each in config.evaluation.sets}, config.evaluation.best_epoch
     held_out = {name: objective.evaluation_rows(each) for name, each in sets.items()}
     rows = objective.training_rows(held_out, rows)

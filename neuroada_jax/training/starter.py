@@ -144,6 +144,11 @@ def default_train(kind: Kind) -> str:
     return _STARTS[kind].train
 
 
+def default_width(kind: Kind) -> int:
+    """Return the width that the learning rate of a starter config is for without another."""
+    return _STARTS[kind].width
+
+
 def row_format(kind: Kind) -> str:
     """Return what rows of this kind look like."""
     return _STARTS[kind].row

@@ -1,5 +1,6 @@
 """selection.select against a stable argsort in numpy."""
 
+import inspect
 import subprocess
 import sys
 
@@ -10,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from neuroada_jax.core import selection
+from neuroada_jax.core import scores, selection
 from neuroada_jax.core.entries import Layout
+from neuroada_jax.errors import UserError
 
 
 def oracle(kernel, k):
@@ -104,6 +106,44 @@ def test_k_below_one_is_an_error(k):
 def test_another_score_selects_by_that_score():
     kernel = jnp.asarray([[-5.0, 3.0, 4.0], [1.0, -9.0, 0.0]])
     np.testing.assert_array_equal(selection.select(kernel, 2, lambda kernel: kernel), [[1, 2], [0, 2]])
+
+
+@pytest.mark.parametrize("score", [scores.magnitude, scores.reverse])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("shape", [(3, 7), (3, 64), (2, 3, 328), (2, 3, 1729)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_weights_that_are_not_finite_are_named(score, value, shape, dtype):
+    """Wherever they are, in both layouts; the last row is sound."""
+    kernel = np.random.default_rng(0).normal(size=shape)
+    for column in (0, shape[-1] // 2, shape[-1] - 1):
+        spoiled = kernel.copy()
+        spoiled[..., 1, column] = value
+        spoiled = jnp.asarray(spoiled, dtype)
+        where = r"first at neuron \(0, 1\)" if len(shape) == 3 else r"first at neuron \(1,\)"
+        with pytest.raises(UserError, match=f"NaN or infinite scores, {where}"):
+            selection.select(spoiled, 2, score)
+        with pytest.raises(UserError, match=where):
+            selection.select(spoiled.swapaxes(-1, -2), 2, score, layout=Layout.IO)
+    selection.select(jnp.asarray(kernel, dtype), 2, score)
+
+
+@pytest.mark.parametrize(
+    "score, expected",
+    [
+        (lambda kernel: np.abs(kernel), "write it with jax.numpy"),
+        (lambda kernel: np.asarray(kernel), "write it with jax.numpy"),
+        (lambda kernel: None, "has scores NoneType, expected an array"),
+        (lambda kernel: [kernel], "has scores list, expected an array"),
+        (lambda kernel: kernel[0], "expected float32"),
+        (lambda kernel: kernel > 0, "expected float32"),
+        (lambda kernel: kernel / 0, "NaN or infinite"),
+    ],
+)
+def test_what_is_no_score_is_one_line(score, expected):
+    with pytest.raises(UserError, match=expected):
+        selection.select(jnp.ones((4, 16)), 2, score)
+    with pytest.raises(UserError, match=r"expected a function .* found 'random'"):
+        inspect.unwrap(selection.select)(jnp.ones((4, 16)), 2, "random")  # without the types that tests check
 
 
 def test_abstract_shapes_are_enough():

@@ -1,8 +1,10 @@
 """`neuroada sweep`: what it leaves, what chooses, going on after an end, halving, rates beyond the grid, and bad input."""
 
 import json
+import math
 import shlex
 
+import numpy as np
 import pytest
 from helpers import run_config, write_config, write_model, write_rows
 
@@ -10,7 +12,7 @@ import neuroada_jax as na
 from neuroada_jax import cli, files
 from neuroada_jax.adapters import native
 from neuroada_jax.errors import NeuroadaWarning, UserError
-from neuroada_jax.sweeping import choice, group, starts, sweep
+from neuroada_jax.sweeping import choice, grid, group, starts, sweep
 from neuroada_jax.training import config_file
 
 RATE = "optimizer.learning_rate"
@@ -196,6 +198,19 @@ BAD = [
     ("--grid seed=1 --at-once 0", "--at-once: expected at least 1"),
     ("--grid seed=1 data.validation=null training.validate_every=null", "never on what is reported"),
     ("--grid seed=1 bypass.score=custom", "a sweep does not take"),
+    ("--grid classifier.train=true,false", "cannot be swept"),
+    ("--grid classifier.class_weights=none,balanced", "it changes the loss"),
+    ("--grid classifier.learning_rate=null,0.01", "llama is a decoder, which has no classifier"),
+    ("--grid bypass.score=magnitude,lowrank", "bypass.rank: 32 is more than the rank of"),
+    ("--grid lora.r=2,64 method=lora lora.targets=[q_proj]", "lora.r: 64 is more than the rank of"),
+    (
+        "--grid bypass.score=magnitude,gradient model.quantization=int8 bypass.select_from=original",
+        "'original' needs a score of the weights alone",
+    ),
+    ("--grid training.steps=2,3 --grid training.epochs=1", "training.steps and training.epochs exclude each other"),
+    ("--grid training.accumulation=1,2", "in turns over method, bypass, lora, optimizer, classifier.weight_decay"),
+    ("--grid optimizer.learning_rate=1e39", "expected at most 3.4028e+38"),
+    ("--grid training.steps=1180591620717411303424", "expected an integer below 2^32"),
     ("--grid seed=1 seeds=[1,2]", "--grid seed=1,2"),
     ("--grid seed=1 parallel.fsdp=2", "one device"),
     ("--grid bypass.k=1,2 method=lora lora.r=2 lora.targets=[q_proj]", "what differs has no effect"),
@@ -215,14 +230,63 @@ def test_bad_input_is_one_line_and_writes_nothing(config, capsys, words, expecte
     assert not config[1].exists()
 
 
+@pytest.mark.parametrize(
+    "axes, base",
+    [
+        ({"bypass.score": ["random"], "bypass.random_over": ["neuron", "map"]}, {}),
+        ({"bypass.layers": [None], "bypass.exclude_layers": [[0], [1]]}, {"bypass.layers": [0]}),
+        ({"fidelity": ["official"], "optimizer.beta2": [0.999]}, {"optimizer.beta2": 0.95}),
+    ],
+)
+def test_values_that_go_together_alone_are_a_grid(content, axes, base):
+    content = json.loads(json.dumps(content))
+    for name, value in base.items():
+        config_file.apply_override(content, f"{name}={json.dumps(value)}")
+    found = grid.members(config_file.from_dict(content, "sweep"), grid.check(axes, "--grid"), "--grid")
+    assert len(found) == math.prod(map(len, axes.values()))
+
+
+def test_skipped_steps_are_said_and_a_member_of_which_every_step_is_skipped_diverged(config, capsys, monkeypatch):
+    look = group.Group._look
+
+    def skipping(self, pending):
+        sound = np.array([False, self.step > 1])
+        return look(self, [metrics._replace(finite=metrics.finite & sound) for metrics in pending])
+
+    monkeypatch.setattr(group.Group, "_look", skipping)
+    assert sweep_of(config, {RATE: [0.02, 0.01]}, "watchdog.nonfinite=skip", "watchdog.max_skips=100") == 0
+    said = capsys.readouterr().err
+    assert [member["status"] for member in read(config)["members"]] == ["diverged", "finished"]
+    assert "learning_rate 0.02: the loss became NaN or infinite at step 3; it is left out" in said
+    assert "learning_rate 0.01: 1 of 3 steps had a NaN or infinite loss and were skipped" in said
+
+
+def test_rates_so_close_that_the_next_is_one_of_them_end_the_extension(config):
+    assert sweep_of(config, {RATE: [1e-3, 1.00001e-3]}, "--extend", "training.steps=1") == 0
+    found = read(config)
+    assert found["grid"][RATE] == [1e-3, 1.00001e-3] and len(found["members"]) == 2
+
+
 def test_from_python(content, tmp_path):
     made = {**content, "output": str(tmp_path / "out"), "evaluation": {}}
     with pytest.warns(NeuroadaWarning, match="the highest of those tried"):
         found = na.sweep(made, {RATE: [0.01, 0.02]})
     assert found["best"]["fields"] == {RATE: 0.02} and found["at_edge"]
-    for wrong, expected in (([1], "expected a dict"), ({RATE: 1.0}, "expected a list"), ({}, "at least one field")):
+    for wrong, expected in (
+        ([1], "expected a dict"),
+        ({RATE: 1.0}, "expected a list"),
+        ({}, "at least one field"),
+        ({RATE: np.ones((2, 2))}, RATE),
+        ({RATE: np.array(1.0)}, "expected a list"),
+    ):
         with pytest.raises(UserError, match=expected):
             na.sweep(made, wrong)
+    for wrong in (True, 0):
+        with pytest.raises(UserError, match=f"at_once: expected an integer from 1, found {wrong!r}"):
+            na.sweep(made, {"seed": [1]}, at_once=wrong)
+    of_numpy = {"seed": np.array([42]), RATE: (np.float32(0.02),)}
+    found = na.sweep({**made, "output": str(tmp_path / "numpy")}, of_numpy)
+    assert json.loads(json.dumps(found["grid"]))["seed"] == [42]
     few = {**made, "data": {**made["data"], "validation": 0.2}, "output": str(tmp_path / "few")}
     with pytest.warns(NeuroadaWarning, match="5 examples choose among 1 members"):
         sweep.sweep(few, {"seed": [42]})

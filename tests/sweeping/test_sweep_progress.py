@@ -1,6 +1,7 @@
 """A sweep that was stopped or killed goes on to the values of one that was not, wherever it ended."""
 
 import os
+import shlex
 import shutil
 import signal
 
@@ -13,9 +14,9 @@ from helpers import run_config, write_bert, write_config, write_model, write_row
 from test_sweep_command import RATE, read, sweep_of
 
 import neuroada_jax as na
-from neuroada_jax import files
+from neuroada_jax import cli, files
 from neuroada_jax.commands import shared
-from neuroada_jax.sweeping import group, scoring, store
+from neuroada_jax.sweeping import group, scoring, starts, store
 
 pytestmark = pytest.mark.filterwarnings("always::neuroada_jax.errors.NeuroadaWarning")
 GRID = {RATE: [1e-9, 0.01, 0.02, 2e-9], "seed": [42, 43]}
@@ -420,6 +421,25 @@ def test_a_halving_that_is_ended_while_it_drops_has_decided(tmp_path, content, m
     # Further members are compared with one another; what was decided stands.
     assert sweep_of(config, {RATE: [*grid[RATE], 4e-9, 0.04]}, "--halving", *flags) == 0
     assert [record["status"] for record in read(config)["members"]] == [*statuses, "dropped", "finished"]
+
+
+def test_a_sweep_that_is_stopped_before_it_overwrites_is_to_overwrite(tmp_path, content, monkeypatch, capsys):
+    config, prepare = made(tmp_path / "sweep", content), starts.prepare
+    assert sweep_of(config, {RATE: [0.01]}, "optimizer.schedule=linear") == 0
+    ended_at(monkeypatch, 2, "stop")
+
+    def ending(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return prepare(*arguments)
+
+    for patched, overwrites in ((ending, True), (prepare, False)):
+        monkeypatch.setattr(starts, "prepare", patched)
+        capsys.readouterr()
+        assert sweep_of(config, {RATE: [0.01]}, "--overwrite") == shared.STOPPED
+        command = capsys.readouterr().err.rpartition("go on with: neuroada ")[2]
+        assert ("--overwrite" in command) is overwrites
+    monkeypatch.undo()
+    assert cli.main(shlex.split(command)) == 0
 
 
 def test_a_signal_while_the_last_step_is_saved_is_heard(tmp_path, content, monkeypatch):

@@ -1,6 +1,8 @@
 """Run configs: strict decoding, messages that name the field, overrides, and the round trip through YAML."""
 
 import copy
+import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -115,6 +117,29 @@ def test_wrong_type_names_the_field_and_what_was_found(path, value, found):
 )
 def test_values_out_of_range_are_refused(path, value):
     assert message_of(config_file.from_dict, with_field(path, value), "here").startswith(f"here: {path}")
+
+
+def numbers(kind=config.RunConfig, prefix=""):
+    """Return the paths of all fields that take a number, each with the type of it."""
+    found = {}
+    for field in dataclasses.fields(kind):
+        path, text = f"{prefix}{field.name}", str(field.type)
+        if dataclasses.is_dataclass(field.type):
+            found |= numbers(field.type, f"{path}.")
+        elif re.search(r"\b(int|float)\b", text):
+            found[path] = (int if re.search(r"\bint\b", text) else float, "list[" in text)
+    return found
+
+
+@pytest.mark.parametrize("path", numbers())
+def test_numbers_beyond_32_bits_are_refused(path):
+    kind, listed = numbers()[path]
+    for value in (2**40, 10**400) if kind is int else (1e39, 1e300):
+        content = with_field(path, [value] if listed else value)
+        if path == "training.epochs":
+            del content["training"]["steps"]
+        message = message_of(config_file.from_dict, content, "here")
+        assert path.rpartition(".")[2] in message and len(message) < 600
 
 
 @pytest.mark.parametrize(("field", "value"), [("group_by_length", True), ("buckets", [64])])

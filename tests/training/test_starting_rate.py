@@ -1,6 +1,7 @@
 """The rate to start with: near every chosen rate of docs/choosing.md, and a warning far from it."""
 
 import dataclasses
+import json
 import re
 from contextlib import nullcontext
 from pathlib import Path
@@ -64,3 +65,21 @@ def test_the_width_of_a_local_model_is_used(tmp_path):
         assert cli.main(["init", "--kind", "chat", "--out", str(tmp_path / f"{name}.yaml"), *model]) == 0
     rates = [config_file.load(str(tmp_path / f"{name}.yaml")).optimizer.learning_rate for name in ("narrow", "wide")]
     assert rates == [0.005, 0.002]
+
+
+@pytest.mark.parametrize("width", [768, 10**400, "wide", None])
+def test_the_width_is_that_of_the_model_whatever_its_config_calls_it(tmp_path, capsys, width):
+    from neuroada_jax import cli
+
+    folder = tmp_path / "model"
+    folder.mkdir()
+    own = {"vocab_size": 100, "n_layers": 1, "n_heads": 12, "hidden_dim": 8} | ({} if width is None else {"dim": width})
+    (folder / "config.json").write_text(json.dumps({"model_type": "distilbert", **own}))
+    out = tmp_path / "c.yaml"
+    assert cli.main(["init", "--kind", "classify", "--out", str(out), "--model", str(folder)]) == 0
+    known = width == 768
+    assert config_file.load(str(out)).optimizer.learning_rate == (0.004 if known else 0.005)
+    assert ("is not known here" in capsys.readouterr().err) is not known
+    for unknown in ("someone/model", str(tmp_path / "missing.gguf"), "package:missing/model"):
+        assert cli.main(["init", "--kind", "chat", "--out", f"{out}{len(unknown)}", "--model", unknown]) == 0
+        assert f"that of width 576: the width of {unknown} is not known here" in capsys.readouterr().err
