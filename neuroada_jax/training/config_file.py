@@ -212,7 +212,8 @@ def from_dict(content: Any, where: str) -> RunConfig:
         raise UserError(f"{where}: expected a mapping of sections, found {type(content).__name__}")
     config = decode(RunConfig, _without_suites(_with_current_names(content, where), where), where)
     for name, value in flatten_config(config).items():
-        _check_size(value, f"{where}: {name}")
+        if name not in ("seed", "seeds"):
+            _check_size(value, f"{where}: {name}")
         if credentials.is_in(json.dumps(value, default=str, ensure_ascii=False)):
             raise UserError(
                 f"{where}: {name}: holds a token or password, and a config is copied into the run's folder; expected it in "
@@ -222,7 +223,7 @@ def from_dict(content: Any, where: str) -> RunConfig:
 
 
 def _check_size(value: Any, where: str) -> None:
-    """Check that numbers of a field fit into 32 bits, as they are on a device.
+    """Check that numbers of a field fit into 32 bits, as they are on a device; seeds have a bound of their own.
 
     Raises:
       UserError: a larger one.
@@ -230,8 +231,8 @@ def _check_size(value: Any, where: str) -> None:
     if isinstance(value, list):
         for each in value:
             _check_size(each, where)
-    elif isinstance(value, int) and abs(value) >= 2**32:
-        raise UserError(f"{where}: found {_short(str(value))}, expected an integer below 2^32")
+    elif isinstance(value, int) and abs(value) >= 2**31:
+        raise UserError(f"{where}: found {_short(str(value))}, expected an integer below 2^31")
     elif isinstance(value, float) and abs(value) > _LARGEST_FLOAT:
         raise UserError(f"{where}: found {value:g}, expected at most {_LARGEST_FLOAT:.5g}, the largest float32")
 

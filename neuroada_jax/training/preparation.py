@@ -37,6 +37,8 @@ from neuroada_jax.training.objectives import Objective
 from neuroada_jax.training.shared_checkpoint import SharedCheckpoints
 from neuroada_jax.training.step import TrainState
 
+MOST_STEPS = 2**31  # which a schedule counts in 32 bits
+
 
 @dataclasses.dataclass(frozen=True)
 class PreparedRows:
@@ -244,6 +246,11 @@ def prepare_rows(
         part, held_out[chooser] = (held_out[chooser].part(numbers.tolist()) for numbers in split)
         choosing = objective.scorer(sets[chooser], part, opened, tokenizer)
     scorers = {name: objective.scorer(each, held_out[name], opened, tokenizer) for name, each in sets.items()}
+    if config.training.epochs is not None and config.training.epochs * batches.steps_per_epoch >= MOST_STEPS:
+        raise UserError(
+            f"training.epochs: {config.training.epochs} times {batches.steps_per_epoch} steps are too many, expected below "
+            "2^31 in all"
+        )
     validating = None if held_back is None else _tokenised(config, objective, held_back, opened, tokenizer)
     return PreparedRows(
         config=config,

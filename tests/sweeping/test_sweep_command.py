@@ -210,7 +210,7 @@ BAD = [
     ("--grid training.steps=2,3 --grid training.epochs=1", "training.steps and training.epochs exclude each other"),
     ("--grid training.accumulation=1,2", "in turns over method, bypass, lora, optimizer, classifier.weight_decay"),
     ("--grid optimizer.learning_rate=1e39", "expected at most 3.4028e+38"),
-    ("--grid training.steps=1180591620717411303424", "expected an integer below 2^32"),
+    ("--grid training.steps=1180591620717411303424", "expected an integer below 2^31"),
     ("--grid seed=1 seeds=[1,2]", "--grid seed=1,2"),
     ("--grid seed=1 parallel.fsdp=2", "one device"),
     ("--grid bypass.k=1,2 method=lora lora.r=2 lora.targets=[q_proj]", "what differs has no effect"),

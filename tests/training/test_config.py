@@ -134,7 +134,7 @@ def numbers(kind=config.RunConfig, prefix=""):
 @pytest.mark.parametrize("path", numbers())
 def test_numbers_beyond_32_bits_are_refused(path):
     kind, listed = numbers()[path]
-    for value in (2**40, 10**400) if kind is int else (1e39, 1e300):
+    for value in (2**40 if "seed" in path else 2**31, 10**400) if kind is int else (1e39, 1e300):
         content = with_field(path, [value] if listed else value)
         if path == "training.epochs":
             del content["training"]["steps"]

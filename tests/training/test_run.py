@@ -142,3 +142,8 @@ def test_what_is_in_memory_has_to_fit(tmp_path, inputs):
     assert message.startswith(f"{inputs[0]}: ") and "expected float32 [" in message and "found bfloat16 [" in message
     without = dataclasses.replace(config, data=dataclasses.replace(config.data, limit=2))
     assert len(run.prepare(without, rows=load_rows(str(inputs[1]))).rows) == 2
+
+
+def test_more_steps_than_a_schedule_counts_are_one_line(tmp_path, inputs):
+    config = settings(tmp_path, inputs, training={"epochs": 2**31 - 1, "steps": None, "batch_size": 4})
+    assert "training.epochs: 2147483647 times" in message_of(run.prepare, config)
