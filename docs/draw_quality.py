@@ -23,7 +23,7 @@ ON_CPU = "on a CPU"
 
 
 class Point(NamedTuple):
-    """A method at a rate: mean and deviation over three seeds, in %; the deviation of a single seed is None."""
+    """A method at a rate: mean and deviation over three to five seeds, in %; the deviation of a single seed is None."""
 
     method: str
     trained: int
@@ -67,6 +67,8 @@ def main(target: Path) -> None:
                 capsize=3,
                 label=f"{method}: {own[0].trained:,} values",
             )
+        means = [point.mean for point in points]
+        axes.set_ylim(min(means) - 1, max(means) + 1)  # the bar of a rate at which some seeds fall to chance runs out of it
         axes.set_xscale("log")
         axes.set_xlabel("peak learning rate")
         axes.set_ylabel("accuracy in %, n = 872")
