@@ -75,7 +75,7 @@ def main(target: Path) -> None:
         axes.set_title(f"{title}, 400 steps of 16 rows", fontsize="medium")
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=2)
-    figure.savefig(target, dpi=110)
+    figure.savefig(target, dpi=100)
 
 
 def _rows(name: str) -> list[dict[str, Any]]:

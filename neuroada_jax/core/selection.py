@@ -152,8 +152,8 @@ def _scores(score: Score, arguments: tuple[Any, ...], name: str) -> Array:
         found = score(*arguments)
     except jax.errors.TracerArrayConversionError as error:
         raise UserError(f"score: the function needs the numbers of {name} in NumPy; write it with jax.numpy") from error
-    if not hasattr(found, "shape") or not hasattr(found, "dtype"):
-        raise UserError(f"score: {name} has scores {type(found).__name__}, expected an array of the kernel's shape")
+    if found is None:
+        raise UserError(f"score: the function returns None for {name}, expected an array of the kernel's shape")
     return jnp.asarray(found)
 
 

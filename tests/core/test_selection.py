@@ -1,6 +1,7 @@
 """selection.select against a stable argsort in numpy."""
 
 import inspect
+import itertools
 import subprocess
 import sys
 
@@ -109,13 +110,11 @@ def test_another_score_selects_by_that_score():
 
 
 @pytest.mark.parametrize("score", [scores.magnitude, scores.reverse])
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("shape", [(3, 7), (3, 64), (2, 3, 328), (2, 3, 1729)])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_weights_that_are_not_finite_are_named(score, value, shape, dtype):
+@pytest.mark.parametrize("shape, dtype", [((3, 7), jnp.float32), ((2, 3, 328), jnp.bfloat16), ((2, 3, 328), jnp.float32)])
+def test_weights_that_are_not_finite_are_named(score, shape, dtype):
     """Wherever they are, in both layouts; the last row is sound."""
     kernel = np.random.default_rng(0).normal(size=shape)
-    for column in (0, shape[-1] // 2, shape[-1] - 1):
+    for value, column in itertools.product((np.nan, np.inf, -np.inf), (0, shape[-1] // 2, shape[-1] - 1)):
         spoiled = kernel.copy()
         spoiled[..., 1, column] = value
         spoiled = jnp.asarray(spoiled, dtype)
@@ -132,8 +131,8 @@ def test_weights_that_are_not_finite_are_named(score, value, shape, dtype):
     [
         (lambda kernel: np.abs(kernel), "write it with jax.numpy"),
         (lambda kernel: np.asarray(kernel), "write it with jax.numpy"),
-        (lambda kernel: None, "has scores NoneType, expected an array"),
-        (lambda kernel: [kernel], "has scores list, expected an array"),
+        (lambda kernel: None, "the function returns None for kernel"),
+        (lambda kernel: [kernel], r"has scores float32 \(1, 4, 16\)"),
         (lambda kernel: kernel[0], "expected float32"),
         (lambda kernel: kernel > 0, "expected float32"),
         (lambda kernel: kernel / 0, "NaN or infinite"),

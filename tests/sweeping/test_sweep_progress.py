@@ -367,7 +367,14 @@ def test_the_order_of_the_grid_does_not_matter(tmp_path, content, capsys):
     assert "2 of 2 members have finished before" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("axis, added", [("bypass.k", 2), ("seed", 43), ("optimizer.schedule", "linear")])
+@pytest.mark.parametrize(
+    "axis, added",
+    [
+        pytest.param("bypass.k", 2, marks=pytest.mark.slow),
+        ("seed", 43),
+        pytest.param("optimizer.schedule", "linear", marks=pytest.mark.slow),
+    ],
+)
 def test_a_further_field_trains_only_what_is_new(tmp_path, content, capsys, axis, added):
     """Members of the first grid have other folders, and fields, than those of the second."""
     config = made(tmp_path / "sweep", content)
