@@ -160,8 +160,11 @@ class _Sweep:
             rate = choice.beyond(found, best)
             if rate in self._grid[RATE]:
                 break  # rates so close to one another that the next one is one of them
+            try:
+                more = [self._at_rate(record, rate) for record in best.records]
+            except UserError:
+                break  # no config may have it: 0, or beyond float32
             console.say(f"the best rate {best.fields[RATE]:g} is the {edge} one: going on with {rate:g}")
-            more = [self._at_rate(record, rate) for record in best.records]
             self._grid[RATE] = sorted([*self._grid[RATE], rate])
             self._train(more, halving=False)
         return self._finish(found, best, edge), found

@@ -267,6 +267,14 @@ def test_rates_so_close_that_the_next_is_one_of_them_end_the_extension(config):
     assert found["grid"][RATE] == [1e-3, 1.00001e-3] and len(found["members"]) == 2
 
 
+def test_an_extension_ends_where_no_config_may_have_the_next_rate(config, capsys):
+    # Rates that change nothing, so that the lowest is the best; the next one would be 0.
+    assert sweep_of(config, {RATE: [1e-300, 1e-10]}, "--extend", "training.steps=1", "evaluation.sets=[]") == 0
+    found = read(config)
+    assert found["at_edge"] and found["grid"][RATE] == [1e-300, 1e-10] and found["best"]["fields"][RATE] == 1e-300
+    assert "the lowest of those tried" in capsys.readouterr().err
+
+
 def test_from_python(content, tmp_path):
     made = {**content, "output": str(tmp_path / "out"), "evaluation": {}}
     with pytest.warns(NeuroadaWarning, match="the highest of those tried"):
