@@ -53,5 +53,7 @@ def check(where: str, pair: Factors, rank: int) -> None:
     a, b = pair
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] != rank or b.shape[1] != rank or not (a.size and b.size):
         raise UserError(f"{where} has factors {a.shape} and {b.shape}, expected ({rank}, I) and (O, {rank})")
-    if a.dtype != np.float32 or b.dtype != np.float32 or not (np.isfinite(a).all() and np.isfinite(b).all()):
-        raise UserError(f"{where} has factors that are {a.dtype} and {b.dtype}, or not finite; expected finite float32")
+    if a.dtype != np.float32 or b.dtype != np.float32:
+        raise UserError(f"{where} has factors that are {a.dtype} and {b.dtype}, expected float32")
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise UserError(f"{where} has factors with NaN or infinite numbers")

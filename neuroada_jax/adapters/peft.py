@@ -22,6 +22,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
@@ -200,6 +201,8 @@ _Arrays = dict[str, np.ndarray]
 def read_files(directory: Path) -> tuple[dict[str, Any], _Arrays, Path]:
     """Return the content of adapter_config.json, the tensors of adapter_model.safetensors, and the path of these.
 
+    Tensors in bfloat16 and float16 are widened to float32, which is exact.
+
     Raises:
       UserError: a missing or truncated file, or a pickle in the place of the tensors.
     """
@@ -209,7 +212,9 @@ def read_files(directory: Path) -> tuple[dict[str, Any], _Arrays, Path]:
     config = files.read_json(where)
     if not path.is_file() and (directory / "adapter_model.bin").is_file():
         raise UserError(f"{directory}: adapter_model.bin is a pickle and is not read; save it again as safetensors")
-    return config, read_all(path), path
+    narrow = (np.float16, ml_dtypes.bfloat16)
+    tensors = {name: leaf.astype(np.float32) if leaf.dtype in narrow else leaf for name, leaf in read_all(path).items()}
+    return config, tensors, path
 
 
 def own_name(path: Path, name: str, expected: str) -> str:
@@ -245,12 +250,27 @@ def _split_tensors(path: Path, kind: Kind, tensors: _Arrays) -> tuple[_Arrays, _
 
 
 def check_dense_parameters(path: Path, saved: list[str], dense_parameters: _Arrays) -> None:
-    """Refuse tensors that belong to none of modules_to_save, or are no finite float32."""
+    """Refuse tensors that belong to none of modules_to_save, which PEFT compares with the ends of paths, or wrong ones."""
     for name, leaf in dense_parameters.items():
-        if not any(name.startswith(f"{module}.") for module in saved):
+        if not any(f"{module}." in name for module in saved):
             raise UserError(f"{path}: tensor {name!r} belongs to no tuner and to none of modules_to_save {saved}")
-        if leaf.dtype != np.float32 or not np.isfinite(leaf).all():
-            raise UserError(f"{path}: dense parameter {name!r} is {leaf.dtype}, or not finite; expected finite float32")
+        if leaf.dtype != np.float32:
+            raise UserError(f"{path}: dense parameter {name!r} is {leaf.dtype}, expected float32")
+        if not np.isfinite(leaf).all():
+            raise UserError(f"{path}: dense parameter {name!r} has NaN or infinite numbers")
+
+
+def check_embedding(directory: Path, base_model: models.Model, stored: Any) -> None:
+    """Refuse a trained embedding whose weights are the output layer's, too, unless PEFT was told to train them as one."""
+    tied = base_model.architecture.is_decoder and base_model.config.tied
+    if not tied or stored.config.get("ensure_weight_tying"):
+        return
+    for name in stored.dense_parameters:
+        if name.endswith("embed_tokens.weight"):
+            raise UserError(
+                f"{directory}: {name!r} is trained, but the base model's output layer has the same weights and PEFT leaves "
+                "it as it was; no merged model can hold both"
+            )
 
 
 def _check_config(where: Path, config: dict[str, Any]) -> Kind:
@@ -327,6 +347,7 @@ def read(directory: Path, base_model: models.Model, kind: Kind) -> Imported:
             raise UserError(f"{directory}: {module} has a column {indices[1].max()}, but {inputs} inputs")
         flat = indices[0] * inputs + indices[1] if kind is Kind.SHIRA else indices
         entries[module] = Entries(stored.values[module][: stored.entries[module]], flat, (outputs, inputs))
+    check_embedding(directory, base_model, stored)
     try:
         dense_slots(base_model, stored.dense_parameters, stored.values)
         values, columns, notes = per_neuron(entries)

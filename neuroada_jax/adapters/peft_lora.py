@@ -28,11 +28,18 @@ from neuroada_jax.pretrained.load import OpenedModel
 
 TYPE = "LORA"
 _A, _B = "lora_A.weight", "lora_B.weight"
-# Fields of adapter_config.json that change what the tensors mean; of these, only what stands for "no" is read.
-_REFUSED = (
-    *("use_dora", "fan_in_fan_out", "lora_bias", "rank_pattern", "alpha_pattern", "layer_replication"),
-    *("trainable_token_indices", "alora_invocation_tokens", "use_qalora", "megatron_config"),
+# Fields of adapter_config.json that are read, or change nothing of what the tensors mean. Of any other, also one that a
+# later PEFT adds, only what stands for "no" is read.
+_PLAIN = (
+    *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("inference_mode", "r", "lora_alpha", "use_rslora", "bias", "modules_to_save", "init_lora_weights", "lora_dropout"),
+    *("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("megatron_core", "qalora_group_size", "loftq_config", "eva_config"),  # of training, or defaults of what is refused
+    *("velora_config", "ensure_weight_tying"),
 )
+# Of `init_lora_weights`; the others, such as PiSSA's, take something from the base weights before the training, so that the
+# factors belong to weights that are in no file.
+_INITIAL = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
 class Stored(NamedTuple):
@@ -152,9 +159,15 @@ def _options(where: Path, config: dict[str, Any]) -> LoraOptions:
     """Check a config and return its r and alpha."""
     if config.get("peft_type") != TYPE:
         raise UserError(f"{where}: peft_type {config.get('peft_type')!r}, expected {TYPE}")
-    for field in _REFUSED:
-        if config.get(field):
+    for field in config:
+        if config[field] and field not in _PLAIN:
             raise UserError(f"{where}: {field} is {config[field]!r}; only plain LoRA is read")
+    initial = config.get("init_lora_weights")
+    if initial not in _INITIAL:
+        raise UserError(
+            f"{where}: init_lora_weights is {initial!r}, which changes the base weights; only LoRA beside the base's own "
+            "weights is read: save it with PEFT's path_initial_model_for_weight_conversion"
+        )
     if config.get("bias", "none") != "none":
         raise UserError(f"{where}: bias is {config['bias']!r}, expected 'none'")
     peft.check_saved(where, config)
@@ -175,6 +188,7 @@ def read(directory: Path, base_model: models.Model) -> Stored:
     """
     stored = open_stored(directory)
     _check_fit(str(directory), base_model, stored.pairs)
+    peft.check_embedding(directory, base_model, stored)
     try:
         dense_slots(base_model, stored.dense_parameters, stored.pairs)
     except UserError as error:

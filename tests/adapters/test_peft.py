@@ -305,7 +305,6 @@ SPOILED_TENSORS = {
     "twice": lambda t, v, i: t[i].__setitem__((..., 3), t[i][..., 4]),
     "trained padding": lambda t, v, i: t[v].__setitem__(-1, 0.5),
     "float64": lambda t, v, i: t.update({v: t[v].astype(np.float64)}),
-    "bfloat16": lambda t, v, i: t.update({v: t[v].astype(ml_dtypes.bfloat16)}),
     "float indices": lambda t, v, i: t.update({i: t[i].astype(np.float32)}),
     "shorter": lambda t, v, i: t.update({v: t[v][:-1].copy(), i: t[i][..., :-1].copy()}),
     "values alone shorter": lambda t, v, i: t.update({v: t[v][:-1].copy()}),
@@ -327,7 +326,6 @@ TENSOR_MESSAGES = {
     "twice": f"{DOWN} has several entries at row 1, column",
     "trained padding": f"{DOWN} has several entries at row 0, column 0",
     "float64": f"{DOWN} has values float64 and indices int32, expected float32 and int32",
-    "bfloat16": f"{DOWN} has values bfloat16 and indices int32, expected float32 and int32",
     "float indices": f"{DOWN} has values float32 and indices float32, expected float32 and int32",
     "shorter": "but the config gives",
     "values alone shorter": f"{DOWN} has values",
@@ -358,6 +356,20 @@ def test_tensors_that_are_no_adapter(untied, pristine, kind, spoiled, tmp_path):
     wanted = TENSOR_MESSAGES[spoiled]
     assert any(each in message for each in ([wanted] if isinstance(wanted, str) else wanted))
     assert "\n" not in message
+
+
+@KINDS
+def test_half_precision_is_widened(untied, pristine, kind, tmp_path):
+    directory = shutil.copytree(pristine / kind.name, tmp_path / "x")
+    path = str(directory / "adapter_model.safetensors")
+    tensors = safetensors.numpy.load_file(path)
+    narrow = {name: leaf.astype(ml_dtypes.bfloat16) if leaf.dtype == np.float32 else leaf for name, leaf in tensors.items()}
+    safetensors.numpy.save_file(narrow, path)
+    found = peft.open_stored(directory)
+    for module, leaf in found.values.items():
+        own = f"{peft.PREFIX}{module}.{peft._VALUES[kind]}"
+        assert leaf.dtype == np.float32
+        np.testing.assert_array_equal(leaf, tensors[own].astype(ml_dtypes.bfloat16).astype(np.float32))
 
 
 @pytest.mark.parametrize(
