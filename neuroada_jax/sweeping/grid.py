@@ -12,7 +12,7 @@ import xxhash
 
 from neuroada_jax.core.scores import RULES, Needs
 from neuroada_jax.errors import UserError
-from neuroada_jax.training import config_file, resuming
+from neuroada_jax.training import config_file, modules, resuming, statistics
 from neuroada_jax.training.config import RunConfig
 
 Grid = dict[str, list[Any]]
@@ -32,6 +32,7 @@ _IN_TURNS = (
 # Fields that change nothing of a member's result.
 FREE = (*resuming.FREE, "parallel.", "tracking", "evaluation.before", "training.validation_samples")
 MOST_MEMBERS = 1000
+_AS_STORED = (None, "none", "auto")  # without a quantisation of its own, so that a run has no other weights to select from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,9 +71,8 @@ class Member:
         """The digest of all that the member's result depends on: two members with the same one are the same run."""
         flat = config_file.flatten_config(self.config)
         without = (*FREE, *_idle(self.config))
+        flat |= {name: value for name, value in _defaults(self.config).items() if flat[name] is None}
         content = {name: value for name, value in flat.items() if not name.startswith(without)}
-        if self.config.method == "lora":
-            content["lora.alpha"] = self.config.lora.resolved_alpha
         return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True, default=str).encode())
 
 
@@ -82,11 +82,25 @@ def _idle(config: RunConfig) -> list[str]:
         return ["bypass."]
     rule = RULES.get(config.bypass.score)
     needs = Needs.NOTHING if rule is None else rule.needs
+    as_stored = config.model.quantization in _AS_STORED
     idle = {
         "bypass.rank": needs is not Needs.FACTORS,
         "bypass.statistic_batches": needs not in (Needs.GRADIENT, Needs.INPUTS),
+        "bypass.select_from": as_stored or config.bypass.score not in modules.OF_WEIGHTS_ALONE,
     }
     return ["lora.", *(name for name, alone in idle.items() if alone)]
+
+
+def _defaults(config: RunConfig) -> dict[str, Any]:
+    """Return what null stands for, of the fields for which the config alone tells."""
+    inputs = config.bypass.score == "activation"
+    return {
+        "lora.alpha": config.lora.resolved_alpha,
+        "classifier.learning_rate": config.optimizer.learning_rate,
+        "classifier.weight_decay": config.optimizer.weight_decay,
+        "bypass.statistic_batches": statistics.INPUT_BATCHES if inputs else None,
+        "bypass.select_from": "original",
+    }
 
 
 def shown(value: Any) -> str:

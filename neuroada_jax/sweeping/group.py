@@ -1,10 +1,11 @@
 """A group of members that take their steps in one program: their training, their validation and the states they keep."""
 
+import contextlib
 import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -120,14 +121,17 @@ class Programs:
 
     def compiled(self, params: Tree, stack: Stack, batches: AnyBatch, shape: Shape) -> Any:
         """Return the step for stacked batches of a shape, compiled at its first use."""
-        key = (len(stack.seeds), shape)
+        key = (stack.seeds.shape[0], shape)
         if key not in self._compiled:
             self._compiled[key] = self.step.lower(params, stack, batches).compile()
         return self._compiled[key]
 
 
 class Group:
-    """Members of equal shapes, from their first step, or from what is done of them (`Start.progress`), to their last."""
+    """Members of equal shapes, from their first step, or from what is done of them (`Start.progress`), to their last.
+
+    Their states are on the device inside of `on_device`; before and after it there are shapes in their place.
+    """
 
     def __init__(self, starts: Sequence[Start], programs: Programs) -> None:
         """Take members of equal `grid.group_key`, equal steps and equal steps done, and their programs."""
@@ -136,12 +140,27 @@ class Group:
         self.courses = [start.progress.course if start.progress else Course() for start in starts]
         self.config, self._programs = first.member.config, programs
         self.total, self._per_epoch = first.rows.total_steps, first.rows.batches.steps_per_epoch
+        self.stack, self._best = jax.eval_shape(self._states)
+
+    def _states(self) -> tuple[Stack, Tree]:
+        """Return the stacked states of the members, and the trained values of their best validations."""
         states = [
-            start.progress.state if start.progress else stacks.fresh(start.state, start.member.config) for start in starts
+            start.progress.state if start.progress else stacks.fresh(start.state, start.member.config)
+            for start in self.starts
         ]
-        best = [start.progress.best if start.progress else start.state.trainable for start in starts]
-        self.stack = stacks.stacked(states, [start.member.config for start in starts], self.total)
-        self._best = jax.tree.map(lambda *leaves: jnp.stack(leaves), *best)
+        best = [start.progress.best if start.progress else start.state.trainable for start in self.starts]
+        stack = stacks.stacked(states, [start.member.config for start in self.starts], self.total)
+        return stack, jax.tree.map(lambda *leaves: jnp.stack(leaves), *best)
+
+    @contextlib.contextmanager
+    def on_device(self) -> Iterator["Group"]:
+        """Put the states on the device, and release them afterwards."""
+        shapes = self.stack, self._best
+        self.stack, self._best = self._states()
+        try:
+            yield self
+        finally:
+            self.stack, self._best = shapes
 
     @property
     def finished(self) -> bool:

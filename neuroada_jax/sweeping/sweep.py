@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -241,11 +241,16 @@ class _Sweep:
         assert self._weights is not None
         return self._weights
 
-    def _groups(self, waiting: Sequence[Start], until: Callable[[Start], int]) -> list[Group]:
-        """Return the members in groups of equal shapes that fit into memory; state what they need until a step."""
+    def _groups(self, waiting: Sequence[Start], until: Callable[[Start], int]) -> Iterator[Group]:
+        """Yield the members in groups of equal shapes that fit into memory, one after the other on the device.
+
+        What they need until a step is stated before the first one.
+        """
         groups, needs = capacity.grouped(waiting, self._programs, self._trained_on, self._options.at_once, until)
         self._plans += [need.to_json() for need in needs]
-        return groups
+        for group in groups:
+            with group.on_device():
+                yield group
 
     def _advance(self, group: Group, until: int) -> None:
         weights = self._trained_on
@@ -299,8 +304,7 @@ class _Sweep:
 
     def _end(self, group: Group) -> None:
         """Save and score the members of a trained group."""
-        if any(start.rows.scorers for start in group.starts):
-            self._keep(group)  # scoring may take long, too
+        self._keep(group)  # a stop while they are saved and scored loses no step
         for i, (start, course) in enumerate(zip(group.starts, group.courses, strict=True)):
             if course.validation is None:
                 self._write(start, course, DIVERGED, {}, None)

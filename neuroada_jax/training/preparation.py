@@ -1,7 +1,8 @@
 """The first stage of a run: everything that can be checked without weights, and before a file is written."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from neuroada_jax import console
@@ -88,6 +89,7 @@ class Prepared(PreparedRows):
       force_resume: resume although the base weights differ from those that the run began with.
       seen: what was in the run's directory when it was checked.
       score: the caller's own score of connections, for `bypass.score: custom`.
+      replaced: files and folders of former runs that are removed when this one begins, beside its own.
     """
 
     devices: parallel.Parallel
@@ -96,6 +98,7 @@ class Prepared(PreparedRows):
     force_resume: bool
     seen: run_directory.Seen
     score: scores.Score | None = None
+    replaced: Sequence[Path] = ()
 
     def score_sets(self, base_model: OpenedModel, params: Tree, when: str) -> dict[str, Score]:
         """Score every evaluation set and write its predictions to predictions-<set>-<when>.jsonl in the run's directory.

@@ -11,6 +11,7 @@ from neuroada_jax.adapters import native
 from neuroada_jax.data.examples import Examples
 from neuroada_jax.evaluation.scoring import Score
 from neuroada_jax.pretrained import prompt_form
+from neuroada_jax.training import resuming
 from neuroada_jax.training.kept_states import KeptStates
 from neuroada_jax.training.loop import History
 from neuroada_jax.training.preparation import Prepared
@@ -78,6 +79,7 @@ def results(
         "truncated": batches.examples.truncated,
         "dropped": batches.examples.dropped,
         **_prompts(prepared),
+        "rows": resuming.digests_of_rows(prepared),
         "before": {name: score.to_json() for name, score in before.items()},
         "after": {name: score.to_json() for name, score in after.items()},
         "mean": _mean(before, after),

@@ -44,6 +44,9 @@ FREE = (
 )
 
 
+# Fields by which a run chose what trains, at its beginning: in a resumed one they could only be recorded.
+_CHOSEN = ("method", "bypass.", "lora.r", "lora.targets")
+
 # Fields under the name that neuroada-jax 0.1 digested them by, so that the digests of its checkpoints still agree.
 _DIGESTED_AS = {"is_label": "is_target"}
 
@@ -68,6 +71,15 @@ def digests_of_held_out(prepared: "PreparedRows") -> dict[str, str]:
     return found
 
 
+def digests_of_rows(prepared: "PreparedRows") -> dict[str, Any]:
+    """Return the digests of all rows of a run, and the date in their prompts; `check_data` compares them."""
+    return {
+        "date": prepared.objective.form.date,
+        "examples": digest_of_data(prepared.batches),
+        "held_out": digests_of_held_out(prepared),
+    }
+
+
 def digest_of_arrays(tree: Tree) -> str:
     """Return the digest of a tree of NumPy arrays, in its order."""
     digest = xxhash.xxh3_128()
@@ -87,10 +99,8 @@ def describe(prepared: "PreparedRows", base: str, before: dict[str, Score]) -> d
     """Return the metadata that is the same in all checkpoints of a run, as JSON; `base` is from `digest_of_base`."""
     return {
         "config": dataclasses.asdict(prepared.config),
-        "date": prepared.objective.form.date,
         "versions": native.installed_versions(),
-        "examples": digest_of_data(prepared.batches),
-        "held_out": digests_of_held_out(prepared),
+        **digests_of_rows(prepared),
         "base": base,
         "dropout_seed": prepared.objective.dropout_seed,
         "before": {name: score.to_json() for name, score in before.items()},
@@ -108,11 +118,15 @@ def check_config(about: dict[str, Any], config: RunConfig, force: bool) -> None:
     """Report the fields that differ, and refuse those that change the result.
 
     Raises:
-      UserError: a field that changes the result, without `force`.
+      UserError: a field that changes the result, without `force`, or one that chose what trains.
     """
     changed = changed_fields(about, config)
     if changed:
         console.say("changed since the last run: " + ", ".join(f"{key} ({how})" for key, how in changed.items()))
+    if chosen := [f"{key} ({how})" for key, how in changed.items() if key.startswith(_CHOSEN)]:
+        raise UserError(
+            f"{config.directory}: what trains was chosen when the run began and cannot change: {', '.join(chosen)}"
+        )
     dropout = about["dropout_seed"] is not None
     if refused := [f"{key} ({how})" for key, how in changed.items() if not _is_free(key, dropout)]:
         _refuse(f"{config.directory}: cannot resume with another config; changed: {', '.join(refused)}", force)

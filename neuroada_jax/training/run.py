@@ -47,7 +47,7 @@ from neuroada_jax.training import (
 from neuroada_jax.training.config import RunConfig
 from neuroada_jax.training.kept_states import KeptStates
 from neuroada_jax.training.preparation import Prepared, prepare
-from neuroada_jax.training.signals import Stop
+from neuroada_jax.training.signals import Stop, Stopped
 from neuroada_jax.training.step import RunStep, TrainState
 from neuroada_jax.training.trackers import Line
 
@@ -150,7 +150,10 @@ def _fit(prepared: Prepared, started: _Started, state: TrainState, stop: Stop | 
         with contextlib.ExitStack() as resources:
             resources.enter_context(prepared.checkpoints)
             if resumed_from:
-                state = prepared.devices.place(prepared.checkpoints.restore(state))
+                restored = prepared.checkpoints.restore(state)
+                if config.method == "lora":  # its scale is the config's, where a change of alpha was forced
+                    restored = restored._replace(columns=state.columns)
+                state = prepared.devices.place(restored)
                 base = resuming.digest_of_base(prepared.devices, state, started.base_model.digests)
                 resuming.check_base(resumed_from.about, config.directory, base, prepared.force_resume)
                 console.say(f"resuming after step {resumed_from.step}")
@@ -172,7 +175,8 @@ def _start(prepared: Prepared, loaded: LoadedModel | None, locked: contextlib.Ex
     classifier = modules.dense_paths(config, loaded, loaded.initialised, prepared.target_paths)
     built = _connections(prepared, loaded)
     built = built if original is None else original.put_into(built)
-    lock = locked.enter_context(run_directory.start(config, prepared.seen, resumed=bool(prepared.resumed_from)))
+    begun = run_directory.start(config, prepared.seen, resumed=bool(prepared.resumed_from), replaced=prepared.replaced)
+    lock = locked.enter_context(begun)
 
     dense = bypass.count(dense_modules.split(loaded.params, classifier)[1])
     trained = dense + modules.count_trained(config, loaded.model, built.values)
@@ -229,7 +233,8 @@ def _train(
     base = resuming.digest_of_base(devices, state, started.base_model.digests)
     about = resuming.describe(prepared, base, started.before)
     written = int(state.step) if peers.current().is_first else 0  # lines of metrics.jsonl that there should be
-    with contextlib.closing(trackers.Log(config, written)) as log:
+    with contextlib.ExitStack() as logs:
+        log = logs.enter_context(contextlib.closing(trackers.Log(config, written)))
         history = resuming.history(prepared.resumed_from, log.lines)
         best, evaluations = _evaluations(prepared, started.base_model, int(state.step), stop)
         saver = resuming.Saver(prepared.checkpoints, about, batches, history, best.score if best else None)
@@ -254,16 +259,17 @@ def _train(
             stop,
             loop.Hooks(write, saver, evaluations, log.add),
         )
-    if int(state.step) < prepared.total_steps:
+        last = state._replace(params={}, base_entries={})  # so that the weights are not held twice
+        last = last._replace(**devices.unsharded(checkpoint.saved(last)))  # for the first process to save alone
+        with saver.on_stop(last):
+            stop.check()
+            logs.close()  # wandb may have much to send
+            if best:
+                state = best.restore(state, started.base_model, devices)
+    if int(last.step) < prepared.total_steps:
         console.say(
-            f"stopped early, after step {int(state.step)}: no lower loss in {config.training.early_stopping} validations"
+            f"stopped early, after step {int(last.step)}: no lower loss in {config.training.early_stopping} validations"
         )
-    last = state._replace(params={}, base_entries={})  # so that the weights are not held twice
-    last = last._replace(**devices.unsharded(checkpoint.saved(last)))  # for the first process to save alone
-    with saver.on_stop(last):
-        stop.check()
-        if best:
-            state = best.restore(state, started.base_model, devices)
     return Fitted(
         prepared=prepared,
         base_model=started.base_model,
@@ -351,27 +357,40 @@ def _finish(fitted: Fitted) -> dict[str, Any]:
         after = prepared.score_sets(fitted.base_model, prepared.devices.local(fitted.state).merged, "after")
         if config.merge:
             _save_merged(fitted)
+        rounded = rounding.share(fitted.state, prepared.devices)
+        if not peers.current().is_first:
+            return {}
+        content = _written(fitted, after, rounded)
+    try:
+        _tidy(config)
+    except Stopped:  # results.json is there: nothing is left to go on with
+        _tidy(config)
+    if rounded is not None:
+        rounding.report(rounded, fitted.base_model.model.config.dtype)
+    return content
 
-    rounded = rounding.share(fitted.state, prepared.devices)
-    if not peers.current().is_first:
-        return {}
+
+def _written(fitted: Fitted, after: dict[str, Score], rounded: float | None) -> dict[str, Any]:
+    """Draw the pictures and write results.json, which makes a run a finished one; return its content."""
+    prepared, config, directory = fitted.prepared, fitted.config, fitted.config.directory
     if isinstance(fitted.best, validation.Validation):
         fitted.history.warnings["validation_frozen"] = int(validation.is_frozen(fitted.best))
         validation.warn_without_gain(fitted.best)
-    content = results.results(prepared, fitted.sizes, fitted.history, fitted.best, fitted.before, after, rounded)
-    files.write_text(directory / "results.json", files.to_json(content, indent=2) + "\n")
     validation.draw_losses(config, fitted.history.losses, fitted.best)
     for name, score in after.items():
         if score.classes is not None:
             class_report.confusion_picture(
                 directory / f"confusion-{name}.png", score.classes, f"{config.name}: {name}, {score.n} rows"
             )
-    # The best state's adapter is the run's own now. Checkpoints are kept where the config asks for them.
-    for each in ("epochs", "validation", *(() if config.training.save_every else ("checkpoints",))):
-        shutil.rmtree(directory / each, ignore_errors=True)
-    if rounded is not None:
-        rounding.report(rounded, fitted.base_model.model.config.dtype)
+    content = results.results(prepared, fitted.sizes, fitted.history, fitted.best, fitted.before, after, rounded)
+    files.write_text(directory / "results.json", files.to_json(content, indent=2) + "\n")
     return content
+
+
+def _tidy(config: RunConfig) -> None:
+    """Remove the best state, which is the run's adapter now, and checkpoints where the config does not ask for them."""
+    for each in ("epochs", "validation", *(() if config.training.save_every else ("checkpoints",))):
+        shutil.rmtree(config.directory / each, ignore_errors=True)
 
 
 def _save_merged(fitted: Fitted) -> None:

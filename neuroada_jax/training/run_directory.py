@@ -1,6 +1,7 @@
 """The directory of a run: whether it may be used, where a run in it resumes, and what a new run removes from it."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from neuroada_jax import console, files
@@ -12,14 +13,16 @@ from neuroada_jax.training.config_file import to_yaml
 
 LOCK = ".neuroada-lock"  # of the run that is at work in the directory
 Seen = tuple[dict[Path, int], list[str]]  # see `look`
+_RESULTS = "results.json"
 FOLDERS = ("adapter", "merged", "checkpoints", "epochs", "validation", "tensorboard", "wandb")
 FILES = (
     trackers.WANDB_ID,
-    "results.json",
+    _RESULTS,
     "metrics.jsonl",
     "epochs.jsonl",
     "validation.jsonl",
     "loss.png",
+    "confusion-*.png",
     "predictions-*.jsonl",
 )
 
@@ -61,8 +64,9 @@ def newest_checkpoint(checkpoints: checkpoint.Checkpoints, directory: Path) -> c
     def find() -> checkpoint.CheckpointInfo | None:
         found = checkpoints.newest
         if found is None:
-            if checkpoints.damaged or any((directory / each).exists() for each in ("results.json", "adapter")):
-                raise UserError(f"{directory}: no checkpoint to resume from; --overwrite starts again")
+            if checkpoints.damaged or any((directory / each).exists() for each in (_RESULTS, "adapter")):
+                finished = "the run has finished: " if (directory / _RESULTS).exists() else ""
+                raise UserError(f"{directory}: {finished}no checkpoint to resume from; --overwrite starts again")
             console.say("no checkpoint yet: starting from the beginning")
         return found
 
@@ -70,7 +74,7 @@ def newest_checkpoint(checkpoints: checkpoint.Checkpoints, directory: Path) -> c
     return None if found is None else checkpoint.CheckpointInfo(*found)
 
 
-def start(config: RunConfig, seen: Seen, *, resumed: bool) -> Lock:
+def start(config: RunConfig, seen: Seen, *, resumed: bool, replaced: Sequence[Path] = ()) -> Lock:
     """Create the directory and lock it, remove stale files, and write config.yaml.
 
     Args:
@@ -78,6 +82,7 @@ def start(config: RunConfig, seen: Seen, *, resumed: bool) -> Lock:
       seen: what was in the directory when it was checked.
       resumed: remove the temporary files of interrupted writes alone. Otherwise everything that has the name of one of
         a run's results is removed.
+      replaced: what else is removed.
 
     Returns: the lock, to be released when the run has ended.
 
@@ -95,8 +100,9 @@ def start(config: RunConfig, seen: Seen, *, resumed: bool) -> Lock:
             raise UserError(f"{directory}: another run has been at work here meanwhile; start this one again")
         for name in (*FOLDERS, *FILES, "config.yaml"):
             files.sweep(directory / name)
-        for path in [path for name in (*FOLDERS, *FILES) for path in directory.glob(name)] * (not resumed):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        stale = [*([] if resumed else results_of(directory)), *replaced]
+        for path in sorted(stale, key=lambda path: path.name != _RESULTS):  # it says that the rest is complete
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         files.write_text(directory / "config.yaml", to_yaml(config))
     except OSError as error:
         lock.release()
@@ -105,6 +111,11 @@ def start(config: RunConfig, seen: Seen, *, resumed: bool) -> Lock:
         lock.release()
         raise
     return lock
+
+
+def results_of(directory: Path) -> list[Path]:
+    """Return everything in a directory that has the name of one of a run's results."""
+    return [path for name in (*FOLDERS, *FILES) for path in directory.glob(name)]
 
 
 def look(config: RunConfig) -> Seen:

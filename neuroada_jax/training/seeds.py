@@ -9,8 +9,9 @@ from typing import Any
 
 from neuroada_jax import console, files
 from neuroada_jax.errors import UserError
+from neuroada_jax.locks import check_unlocked
 from neuroada_jax.pretrained.load import open_with_tokenizer
-from neuroada_jax.training import config_file, modules, report, results, resuming, run
+from neuroada_jax.training import config_file, modules, preparation, report, results, resuming, run, run_directory
 from neuroada_jax.training.config import RunConfig
 from neuroada_jax.training.signals import Stop
 
@@ -52,15 +53,17 @@ def train(
                 f"{each.directory} holds a run already; use --overwrite to replace it, --resume to go on, or another name"
             )
     found = _finished(runs, force_resume) if resume else {}
+    replaced = _former(config, runs) if overwrite else []
     for seed, each in runs.items():
         console.say(f"seed {seed}, in {each.directory}")
         if seed in found:
             continue
-        if resume:
-            saved = (each.directory / "checkpoints").exists()
-            found[seed] = run.train(each, overwrite=not saved, resume=saved, force_resume=force_resume, stop=stop)
-        else:
-            found[seed] = run.train(each, overwrite=overwrite, stop=stop)
+        saved = resume and (each.directory / "checkpoints").exists()
+        prepared = run.prepare(
+            each, overwrite=overwrite or (resume and not saved), resume=saved, force_resume=force_resume and saved
+        )
+        found[seed] = run.finish(run.fit(dataclasses.replace(prepared, replaced=replaced), stop=stop))
+        replaced = []
     content = summarise(config, {seed: found[seed] for seed in runs})
     files.write_text(config.directory / "results.json", files.to_json(content, indent=2) + "\n")
     return content
@@ -71,18 +74,32 @@ def _of_seed(config: RunConfig, seed: int) -> RunConfig:
     return dataclasses.replace(config, name=f"{config.name}-seed-{seed}", output=str(directory), seed=seed, seeds=None)
 
 
+def _former(config: RunConfig, runs: dict[int, RunConfig]) -> list[Path]:
+    """Return what former runs of the seeds have left, so that a later `resume` cannot take it for what replaces it.
+
+    Raises:
+      UserError: one of them is at work.
+    """
+    for each in runs.values():
+        check_unlocked(each.directory / run_directory.LOCK, str(each.directory))
+    _, *others = runs.values()  # that of the first is removed by its run
+    left = [path for each in others for path in (*run_directory.results_of(each.directory), each.directory / "config.yaml")]
+    return [config.directory / "results.json", *left]
+
+
 def _finished(runs: dict[int, RunConfig], force: bool) -> dict[int, dict[str, Any]]:
     """Return the results of finished runs, by seed. Their configs must match the one that the remaining seeds will use.
 
     Raises:
-      UserError: a config that differs in a field that changes the result, without `force`, or an evaluation set of the
-        config that a finished run has not scored.
+      UserError: a config that differs in a field that changes the result, or other rows, without `force`; or an evaluation
+        set of the config that a finished run has not scored.
     """
     done = {seed: each for seed, each in runs.items() if (each.directory / "results.json").exists()}
     if not done:
         return {}
     first = next(iter(done.values()))
-    model = open_with_tokenizer(first.model.path, first.model.dtype, quantization_of=first.model.held)[0].model
+    opened, tokenizer = open_with_tokenizer(first.model.path, first.model.dtype, quantization_of=first.model.held)
+    model = opened.model
     found = {}
     for seed, each in done.items():
         written = config_file.load(str(each.directory / "config.yaml"))
@@ -92,6 +109,9 @@ def _finished(runs: dict[int, RunConfig], force: bool) -> dict[int, dict[str, An
         scored, asked = list(found[seed]["after"]), [one.name for one in each.evaluation.sets]
         if missing := [name for name in asked if name not in scored]:
             raise UserError(f"{each.directory} has no score of {', '.join(missing)}, found {', '.join(scored) or 'none'}")
+        if then := found[seed].get("rows"):  # earlier versions did not write it
+            rows = preparation.prepare_rows(each, (opened, tokenizer), date=then["date"])
+            resuming.check_data(then, each.directory, rows, force)
     return found
 
 

@@ -127,9 +127,7 @@ def test_saved_modules_are_ends_of_paths(base, tmp_path):
 def test_an_embedding_that_is_the_output_layer_too(tmp_path):
     tied = str(write_model(tmp_path / "tied", tie_word_embeddings=True))
     folder, _ = trained_by_peft(tied, tmp_path / "apart", modules_to_save=["embed_tokens"])
-    with pytest.raises(
-        UserError, match=r"embed_tokens.weight' is trained, but the base model's output layer"
-    ):
+    with pytest.raises(UserError, match=r"embed_tokens.weight' is trained, but the base model's output layer"):
         exchange.import_adapter(str(folder), "peft-lora", tied, str(tmp_path / "no"))
     untied = str(write_model(tmp_path / "untied", tie_word_embeddings=False))
     folder, expected = trained_by_peft(untied, tmp_path / "embedding", modules_to_save=["embed_tokens"])

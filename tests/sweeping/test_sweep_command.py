@@ -4,6 +4,7 @@ import json
 import math
 import shlex
 
+import jax
 import numpy as np
 import pytest
 from helpers import run_config, write_config, write_model, write_rows
@@ -12,8 +13,8 @@ import neuroada_jax as na
 from neuroada_jax import cli, files
 from neuroada_jax.adapters import native
 from neuroada_jax.errors import NeuroadaWarning, UserError
-from neuroada_jax.sweeping import choice, grid, group, starts, sweep
-from neuroada_jax.training import config_file
+from neuroada_jax.sweeping import choice, grid, group, scoring, starts, sweep
+from neuroada_jax.training import config_file, signals
 
 RATE = "optimizer.learning_rate"
 pytestmark = pytest.mark.filterwarnings("always::neuroada_jax.errors.NeuroadaWarning")  # the command line shows them
@@ -105,6 +106,38 @@ def test_a_killed_sweep_goes_on_and_a_finished_member_does_not_run_again(config,
     assert ran == [0.01, 0.02, None, 0.04, 0.03, 0.005]
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert [record["fields"][RATE] for record in read(config)["members"]] == [0.04, 0.02, 0.03, 0.01, 0.005]
+
+
+def test_members_are_saved_before_their_adapters_and_only_one_group_is_on_the_device(config, monkeypatch, capsys):
+    save, begun, alive, groups = scoring.save, [], [], []
+
+    def stopped(*given):
+        begun.append(1)
+        if len(begun) == 2:
+            raise signals.Stopped(3)
+        return save(*given)
+
+    advance, initial = group.Group.advance, group.Group.__init__
+
+    def noting(self, *given):
+        initial(self, *given)
+        groups.append(self)
+
+    def counting(self, *given):
+        alive.append(sum(isinstance(jax.tree.leaves(each.stack.state)[0], jax.Array) for each in groups))
+        return advance(self, *given)
+
+    grid, options = {RATE: [0.01, 0.02, 0.03]}, ("--at-once", "3", "evaluation.sets=[]")
+    with monkeypatch.context() as patch:
+        patch.setattr(scoring, "save", stopped)
+        assert sweep_of(config, grid, *options) == 75
+    assert len(list(config[1].glob("members/*/progress.safetensors"))) == 2
+    capsys.readouterr()
+    monkeypatch.setattr(group.Group, "__init__", noting)
+    monkeypatch.setattr(group.Group, "advance", counting)
+    assert sweep_of(config, {RATE: [0.01, 0.02, 0.03, 0.04, 0.05]}, "--at-once", "1", "evaluation.sets=[]") == 0
+    assert "going on from step 3: 2 members" in capsys.readouterr().err
+    assert alive == [1, 1, 1, 1]  # the two that go on have no step left
 
 
 @pytest.mark.slow
@@ -219,6 +252,12 @@ BAD = [
     ("--grid method=neuroada,lora --grid bypass.k=1,2 lora.targets=[q_proj]", "what differs has no effect"),
     ("--grid bypass.rank=4,8", "what differs has no effect"),
     ("--grid bypass.statistic_batches=1,2", "what differs has no effect"),
+    ("--grid bypass.statistic_batches=null,16 bypass.score=activation", "what differs has no effect"),
+    ("--grid bypass.select_from=null,quantised", "what differs has no effect"),
+    ("--grid bypass.select_from=null,quantised bypass.score=gradient model.quantization=nf4", "what differs has no effect"),
+    ("--grid bypass.select_from=null,original model.quantization=nf4", "what differs has no effect"),
+    ("--grid classifier.learning_rate=null,0.01 optimizer.learning_rate=0.01", "what differs has no effect"),
+    ("--grid classifier.weight_decay=null,0", "what differs has no effect"),
 ]
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 
+import jax
 import numpy as np
 import pytest
 from data_helpers import message_of
@@ -19,7 +20,7 @@ from neuroada_jax import cli
 from neuroada_jax.adapters import native
 from neuroada_jax.errors import NeuroadaWarning
 from neuroada_jax.evaluation import continuation
-from neuroada_jax.training import kept_states, signals, trackers
+from neuroada_jax.training import kept_states, rounding, run, signals, trackers, validation
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +61,11 @@ def send_at_call(monkeypatch, owner, name, number):
     """SIGTERM in the midst of call `number` of a method, counted from 1."""
     method, calls = getattr(owner, name), []
 
-    def and_send(*arguments):
+    def and_send(*arguments, **options):
         calls.append(1)
         if len(calls) == number:
             os.kill(os.getpid(), signal.SIGTERM)
-        return method(*arguments)
+        return method(*arguments, **options)
 
     monkeypatch.setattr(owner, name, and_send)
 
@@ -118,6 +119,100 @@ def test_several_seeds_are_stopped_and_go_on(tmp_path, inputs, monkeypatch, capf
     code, err = neuroada(capfd, path, *short, "--resume")
     assert code == 0 and err.count("resuming after step 4") == 1
     assert json.loads((tmp_path / "out" / "results.json").read_text())["seeds"] == [1, 2]
+
+
+# What follows the last step of a run, in order; the last two once results.json is there.
+ENDS = [
+    (trackers.Log, "close", 1),
+    (run, "_save_adapter", 1),
+    (rounding, "share", 1),
+    (validation, "draw_losses", 1),
+    (run.results, "results", 1),
+    (run, "_tidy", 1),
+    (run.shutil, "rmtree", 2),
+]
+
+
+@pytest.mark.parametrize(("owner", "name", "number"), ENDS, ids=[name for _, name, _ in ENDS])
+def test_a_stop_after_the_last_step_loses_nothing(owner, name, number, tmp_path, inputs, monkeypatch, capfd):
+    path = settings(tmp_path, inputs)
+    short = ["training.epochs=1", "evaluation.sets=[]", "evaluation.best_epoch=null"]
+    with monkeypatch.context() as patch:
+        send_at_call(patch, owner, name, number)
+        code, err = neuroada(capfd, path, *short)
+    out = tmp_path / "out"
+    assert code == (0 if name in ("_tidy", "rmtree") else 75)
+    if code:
+        assert "stopped, step 6 is saved; go on with:" in err and not (out / "results.json").exists()
+        code, err = neuroada(capfd, path, *short, "--resume")
+        assert code == 0 and "resuming after step 6" in err
+    assert json.loads((out / "results.json").read_text())["steps"] == 6 and not (out / "checkpoints").exists()
+    code, err = neuroada(capfd, path, *short, "--resume")
+    assert code == 2 and "the run has finished: no checkpoint to resume from; --overwrite starts again" in err
+
+
+def test_former_runs_of_seeds_that_were_to_be_replaced_are_not_taken_for_new_ones(tmp_path, inputs, monkeypatch, capfd):
+    rows = write_rows(tmp_path / "rows.jsonl")
+    path = settings(tmp_path, inputs, rows)
+    short = ["training.epochs=1", "evaluation.sets=[]", "evaluation.best_epoch=null", "--seeds", "1,2"]
+    code, _ = neuroada(capfd, path, *short, "training.save_every=2")  # which leaves checkpoints, too
+    assert code == 0
+    former = {seed: (tmp_path / "out" / f"seed-{seed}" / "metrics.jsonl").read_text() for seed in (1, 2)}
+    rows.write_text(rows.read_text().replace("after a,", "behind a,"))
+    code, err = neuroada(capfd, path, *short, "training.save_every=2", "--resume")
+    assert code == 2 and f"{tmp_path / 'out' / 'seed-1'}: cannot resume on other training rows" in err
+
+    with monkeypatch.context() as patch:
+        send_at_call(patch, trackers.JsonLines, "write", 1)
+        code, err = neuroada(capfd, path, *short, "--overwrite")
+    assert code == 75 and not (tmp_path / "out" / "results.json").exists()
+    assert list((tmp_path / "out" / "seed-2").iterdir()) == []
+    code, err = neuroada(capfd, path, *short, "--resume")
+    assert code == 0 and err.count("resuming after step 4") == 1
+    for seed, lines in former.items():
+        assert (tmp_path / "out" / f"seed-{seed}" / "metrics.jsonl").read_text() != lines
+
+
+@pytest.mark.filterwarnings("always::neuroada_jax.errors.NeuroadaWarning")
+def test_seeds_that_had_not_begun_go_on_by_force_too(tmp_path, inputs, monkeypatch, capfd):
+    path = settings(tmp_path, inputs)
+    short = ["training.epochs=1", "evaluation.sets=[]", "evaluation.best_epoch=null", "--seeds", "1,2"]
+    with monkeypatch.context() as patch:
+        send_at_call(patch, trackers.JsonLines, "write", 1)
+        assert neuroada(capfd, path, *short)[0] == 75
+    code, err = neuroada(capfd, path, *short, "--resume", "--force-resume", "optimizer.beta2=0.99")
+    assert code == 0 and "resuming anyway" in err
+    assert [(tmp_path / "out" / f"seed-{seed}" / "results.json").exists() for seed in (1, 2)] == [True, True]
+
+
+@pytest.mark.filterwarnings("always::neuroada_jax.errors.NeuroadaWarning")
+def test_a_forced_alpha_is_trained_with_and_what_was_chosen_cannot_be_forced(tmp_path, inputs, monkeypatch, capfd):
+    path = settings(tmp_path, inputs)
+    short = ["training.epochs=1", "evaluation.sets=[]", "evaluation.best_epoch=null"]
+    lora = ["method=lora", "lora.r=2", "lora.alpha=4", "lora.targets=[q_proj]"]
+    forced = ["--resume", "--force-resume"]
+
+    def stopped(*options):
+        with monkeypatch.context() as patch:
+            send_at_call(patch, trackers.JsonLines, "write", 1)
+            assert neuroada(capfd, path, *short, *options, "--overwrite")[0] == 75
+
+    stopped()
+    for other in ("bypass.score=reverse", "bypass.neurons=0.5", "bypass.layers=[0]", "bypass.k=1"):
+        code, err = neuroada(capfd, path, *short, *forced, other)
+        field = other.partition("=")[0]
+        assert code == 2 and f"what trains was chosen when the run began and cannot change: {field} (" in err
+    stopped(*lora)
+    code, err = neuroada(capfd, path, *short, *lora, *forced, "lora.r=4")
+    assert code == 2 and "cannot change: lora.r (2 then, 4 now)" in err
+    states = []
+    with monkeypatch.context() as patch:
+        save = run._save_adapter
+        patch.setattr(run, "_save_adapter", lambda *given: states.append(given[-1]) or save(*given))
+        code, err = neuroada(capfd, path, *short, *lora, *forced, "lora.alpha=40")
+    assert code == 0 and "resuming after step 4" in err
+    assert native.read(str(tmp_path / "out" / "adapter")).metadata["lora"] == {"r": 2, "alpha": 40.0}
+    assert {float(scale) for leaf in jax.tree.leaves(states[-1].columns) for scale in np.ravel(leaf)} == {20.0}
 
 
 def test_a_run_on_eight_devices_goes_on_there_and_on_another_mesh(tmp_path, inputs, monkeypatch, capfd):
