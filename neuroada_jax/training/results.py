@@ -1,4 +1,4 @@
-"""The content of results.json, and reading one that neuroada-jax 0.1 wrote."""
+"""What a run leaves when it ends: pictures and results.json; and reading one that neuroada-jax 0.1 wrote."""
 
 import sys
 from pathlib import Path
@@ -9,9 +9,10 @@ import jax
 from neuroada_jax import files
 from neuroada_jax.adapters import native
 from neuroada_jax.data.examples import Examples
+from neuroada_jax.evaluation import class_report
 from neuroada_jax.evaluation.scoring import Score
 from neuroada_jax.pretrained import prompt_form
-from neuroada_jax.training import resuming
+from neuroada_jax.training import resuming, validation
 from neuroada_jax.training.kept_states import KeptStates
 from neuroada_jax.training.loop import History
 from neuroada_jax.training.preparation import Prepared
@@ -105,6 +106,33 @@ def results(
             "steps": [{"step": line["step"], "value": line["value"]} for line in best.lines],
         }
     return files.finite(content)
+
+
+def write(
+    prepared: Prepared,
+    sizes: Sizes,
+    history: History,
+    best: KeptStates | None,
+    before: Scores,
+    after: Scores,
+    rounded_to_nothing: float | None,
+) -> dict[str, Any]:
+    """Draw the pictures of a run and then write its results.json, by which it counts as finished.
+
+    Arguments as in `results`, which makes the content that is returned.
+
+    Raises:
+      UserError: a file that cannot be written.
+    """
+    config = prepared.config
+    validation.draw_losses(config, history.losses, best)
+    for name, score in after.items():
+        if score.classes is not None:
+            title = f"{config.name}: {name}, {score.n} rows"
+            class_report.confusion_picture(config.directory / f"confusion-{name}.png", score.classes, title)
+    content = results(prepared, sizes, history, best, before, after, rounded_to_nothing)
+    files.write_text(config.directory / "results.json", files.to_json(content, indent=2) + "\n")
+    return content
 
 
 def _prompts(prepared: Prepared) -> dict[str, Any]:

@@ -6,17 +6,15 @@
 import contextlib
 import dataclasses
 import functools
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from neuroada_jax import console, files
+from neuroada_jax import console
 from neuroada_jax.adapters import on_base
 from neuroada_jax.core import bypass
 from neuroada_jax.core.bypass import Bypass
 from neuroada_jax.errors import UserError
-from neuroada_jax.evaluation import class_report
 from neuroada_jax.evaluation.scoring import Score
 from neuroada_jax.generation.generate import generate
 from neuroada_jax.generation.texts import ending
@@ -360,37 +358,17 @@ def _finish(fitted: Fitted) -> dict[str, Any]:
         rounded = rounding.share(fitted.state, prepared.devices)
         if not peers.current().is_first:
             return {}
-        content = _written(fitted, after, rounded)
+        if isinstance(fitted.best, validation.Validation):
+            fitted.history.warnings["validation_frozen"] = int(validation.is_frozen(fitted.best))
+            validation.warn_without_gain(fitted.best)
+        content = results.write(prepared, fitted.sizes, fitted.history, fitted.best, fitted.before, after, rounded)
     try:
-        _tidy(config)
+        run_directory.tidy(config)
     except Stopped:  # results.json is there: nothing is left to go on with
-        _tidy(config)
+        run_directory.tidy(config)
     if rounded is not None:
         rounding.report(rounded, fitted.base_model.model.config.dtype)
     return content
-
-
-def _written(fitted: Fitted, after: dict[str, Score], rounded: float | None) -> dict[str, Any]:
-    """Draw the pictures and write results.json, which makes a run a finished one; return its content."""
-    prepared, config, directory = fitted.prepared, fitted.config, fitted.config.directory
-    if isinstance(fitted.best, validation.Validation):
-        fitted.history.warnings["validation_frozen"] = int(validation.is_frozen(fitted.best))
-        validation.warn_without_gain(fitted.best)
-    validation.draw_losses(config, fitted.history.losses, fitted.best)
-    for name, score in after.items():
-        if score.classes is not None:
-            class_report.confusion_picture(
-                directory / f"confusion-{name}.png", score.classes, f"{config.name}: {name}, {score.n} rows"
-            )
-    content = results.results(prepared, fitted.sizes, fitted.history, fitted.best, fitted.before, after, rounded)
-    files.write_text(directory / "results.json", files.to_json(content, indent=2) + "\n")
-    return content
-
-
-def _tidy(config: RunConfig) -> None:
-    """Remove the best state, which is the run's adapter now, and checkpoints where the config does not ask for them."""
-    for each in ("epochs", "validation", *(() if config.training.save_every else ("checkpoints",))):
-        shutil.rmtree(config.directory / each, ignore_errors=True)
 
 
 def _save_merged(fitted: Fitted) -> None:

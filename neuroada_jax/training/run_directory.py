@@ -118,6 +118,12 @@ def results_of(directory: Path) -> list[Path]:
     return [path for name in (*FOLDERS, *FILES) for path in directory.glob(name)]
 
 
+def tidy(config: RunConfig) -> None:
+    """Remove the best state of a finished run, its adapter now, and checkpoints that the config does not ask for."""
+    for each in ("epochs", "validation", *(() if config.training.save_every else ("checkpoints",))):
+        shutil.rmtree(config.directory / each, ignore_errors=True)
+
+
 def look(config: RunConfig) -> Seen:
     """Return what of the run's directory changes with every run in it: the time of its config, and its checkpoints."""
     checkpoints = config.directory / "checkpoints"

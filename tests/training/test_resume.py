@@ -20,7 +20,7 @@ from neuroada_jax import cli
 from neuroada_jax.adapters import native
 from neuroada_jax.errors import NeuroadaWarning
 from neuroada_jax.evaluation import continuation
-from neuroada_jax.training import kept_states, rounding, run, signals, trackers, validation
+from neuroada_jax.training import kept_states, rounding, run, run_directory, signals, trackers, validation
 
 
 @pytest.fixture(scope="module")
@@ -128,8 +128,8 @@ ENDS = [
     (rounding, "share", 1),
     (validation, "draw_losses", 1),
     (run.results, "results", 1),
-    (run, "_tidy", 1),
-    (run.shutil, "rmtree", 2),
+    (run_directory, "tidy", 1),
+    (run_directory.shutil, "rmtree", 2),
 ]
 
 
@@ -141,7 +141,7 @@ def test_a_stop_after_the_last_step_loses_nothing(owner, name, number, tmp_path,
         send_at_call(patch, owner, name, number)
         code, err = neuroada(capfd, path, *short)
     out = tmp_path / "out"
-    assert code == (0 if name in ("_tidy", "rmtree") else 75)
+    assert code == (0 if name in ("tidy", "rmtree") else 75)
     if code:
         assert "stopped, step 6 is saved; go on with:" in err and not (out / "results.json").exists()
         code, err = neuroada(capfd, path, *short, "--resume")
