@@ -3,14 +3,17 @@
 import contextlib
 import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
 from neuroada_jax.training.peers import AFTER, Peers, Position
 
-FORWARDED = signal.SIGUSR2  # from a thread of the first process to its main thread: another process was asked to stop
+FORWARDED = signal.SIGUSR2  # from a thread to the main thread: to stop, as another process was asked to, or was dropped
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_AGAIN, _AGAIN_AFTER = b"\0", 0.05  # what asks the thread to send it, and after how many seconds
 
 
 class Stopped(KeyboardInterrupt):
@@ -131,42 +134,59 @@ def listening(stop: Stop | None = None) -> Iterator[Stop]:
 
     Python runs signal handlers between bytecode instructions, and a compilation or a step is one instruction. The byte that
     Python writes to the wakeup pipe arrives at once, so a thread reads that to confirm the first signal and act on the
-    second.
+    second. Where a handler happens to run inside of a destructor or of a callback of the garbage collector (JAX has one),
+    Python drops what it raises: the thread then asks once more.
     """
     stop = stop or Stop()
     if threading.current_thread() is not threading.main_thread():  # Python allows handlers in the main thread only
         yield stop
         return
+    dropped = sys.unraisablehook
     receive, send = os.pipe()
     os.set_blocking(send, False)
-
-    def watch() -> None:
-        asked = False
-        while received := os.read(receive, 1):
-            if received[0] not in SIGNALS:
-                continue
-            name = signal.Signals(received[0]).name
-            if asked:
-                os.write(2, f"neuroada: {name} again: ending at once\n".encode())
-                os._exit(128 + received[0])
-            asked = True
-            os.write(2, f"neuroada: {name}: saving, then stopping; once more ends at once\n".encode())
 
     def handle(number: int, frame: Any) -> None:
         if not stop.requested:
             stop.request()
+        elif number == FORWARDED:
+            stop.check()
 
-    thread = threading.Thread(target=watch, name="signals", daemon=True)
+    def ask_again(unraisable: Any) -> None:
+        if isinstance(unraisable.exc_value, Stopped):
+            os.write(send, _AGAIN)
+        else:
+            dropped(unraisable)
+
+    thread = threading.Thread(target=_watch, args=(receive, threading.get_ident()), name="signals", daemon=True)
     thread.start()
     woken = signal.set_wakeup_fd(send, warn_on_full_buffer=False)
-    heard = (*SIGNALS, FORWARDED) if isinstance(stop, SharedStop) else SIGNALS
-    handlers = {number: signal.signal(number, handle) for number in heard}
+    handlers = {number: signal.signal(number, handle) for number in (*SIGNALS, FORWARDED)}
+    sys.unraisablehook = ask_again
     try:
         yield stop
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        sys.unraisablehook = dropped
+        signal.signal(FORWARDED, signal.SIG_IGN)  # the thread may be about to send it
         signal.set_wakeup_fd(woken)
         os.close(send)  # ends the thread
         thread.join()
         os.close(receive)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _watch(receive: int, main: int) -> None:
+    """Confirm the first signal that a pipe tells of, end the process on the second, and ask `main` again on `_AGAIN`."""
+    asked = False
+    while received := os.read(receive, 1):
+        if received == _AGAIN:
+            time.sleep(_AGAIN_AFTER)
+            signal.pthread_kill(main, FORWARDED)
+        if received[0] not in SIGNALS:
+            continue
+        name = signal.Signals(received[0]).name
+        if asked:
+            os.write(2, f"neuroada: {name} again: ending at once\n".encode())
+            os._exit(128 + received[0])
+        asked = True
+        os.write(2, f"neuroada: {name}: saving, then stopping; once more ends at once\n".encode())

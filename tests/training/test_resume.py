@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import jax
 import numpy as np
@@ -413,6 +414,27 @@ def test_lines_on_a_full_disk(tmp_path, monkeypatch):
     log.close()
     assert message == f"{tmp_path / 'metrics.jsonl'}: cannot be written (No space left on device)"
     assert (tmp_path / "metrics.jsonl").read_bytes() == b""
+
+
+def test_a_stop_that_a_destructor_drops_is_asked_for_again(capfd):
+    class Sending:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)  # the handler runs here, and Python drops what it raises
+
+    hook, handlers = sys.unraisablehook, [signal.getsignal(number) for number in (*signals.SIGNALS, signals.FORWARDED)]
+
+    def work():
+        Sending()
+        for _ in range(500):
+            time.sleep(0.01)
+
+    with pytest.raises(signals.Stopped), signals.listening():
+        work()
+    said = capfd.readouterr().err
+    assert "SIGTERM: saving, then stopping" in said and "Traceback" not in said and "ignored" not in said
+    assert sys.unraisablehook is hook
+    assert handlers == [signal.getsignal(number) for number in (*signals.SIGNALS, signals.FORWARDED)]
 
 
 def test_a_stop_that_is_held_back():
