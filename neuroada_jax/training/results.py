@@ -1,6 +1,7 @@
 """What a run leaves when it ends: pictures and results.json; and reading one that neuroada-jax 0.1 wrote."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from neuroada_jax.evaluation import class_report
 from neuroada_jax.evaluation.scoring import Score
 from neuroada_jax.pretrained import prompt_form
 from neuroada_jax.training import resuming, validation
+from neuroada_jax.training.config import RunConfig
 from neuroada_jax.training.kept_states import KeptStates
 from neuroada_jax.training.loop import History
 from neuroada_jax.training.preparation import Prepared
@@ -109,30 +111,26 @@ def results(
 
 
 def write(
-    prepared: Prepared,
-    sizes: Sizes,
-    history: History,
-    best: KeptStates | None,
-    before: Scores,
-    after: Scores,
-    rounded_to_nothing: float | None,
-) -> dict[str, Any]:
+    config: RunConfig, content: dict[str, Any], losses: Sequence[float], best: KeptStates | None, after: Scores
+) -> None:
     """Draw the pictures of a run and then write its results.json, by which it counts as finished.
 
-    Arguments as in `results`, which makes the content that is returned.
+    Args:
+      config: of the run.
+      content: from `results`.
+      losses: of all steps.
+      best: as in `results`.
+      after: as in `results`.
 
     Raises:
       UserError: a file that cannot be written.
     """
-    config = prepared.config
-    validation.draw_losses(config, history.losses, best)
+    validation.draw_losses(config, losses, best)
     for name, score in after.items():
         if score.classes is not None:
             title = f"{config.name}: {name}, {score.n} rows"
             class_report.confusion_picture(config.directory / f"confusion-{name}.png", score.classes, title)
-    content = results(prepared, sizes, history, best, before, after, rounded_to_nothing)
     files.write_text(config.directory / "results.json", files.to_json(content, indent=2) + "\n")
-    return content
 
 
 def _prompts(prepared: Prepared) -> dict[str, Any]:

@@ -361,7 +361,8 @@ def _finish(fitted: Fitted) -> dict[str, Any]:
         if isinstance(fitted.best, validation.Validation):
             fitted.history.warnings["validation_frozen"] = int(validation.is_frozen(fitted.best))
             validation.warn_without_gain(fitted.best)
-        content = results.write(prepared, fitted.sizes, fitted.history, fitted.best, fitted.before, after, rounded)
+        content = results.results(prepared, fitted.sizes, fitted.history, fitted.best, fitted.before, after, rounded)
+        results.write(config, content, fitted.history.losses, fitted.best, after)
     try:
         run_directory.tidy(config)
     except Stopped:  # results.json is there: nothing is left to go on with
