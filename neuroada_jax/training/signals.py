@@ -153,6 +153,8 @@ def listening(stop: Stop | None = None) -> Iterator[Stop]:
 
     def ask_again(unraisable: Any) -> None:
         if isinstance(unraisable.exc_value, Stopped):
+            if FORWARDED not in handlers:  # only now: a caller may use this signal for something else
+                handlers[FORWARDED] = signal.signal(FORWARDED, handle)
             os.write(send, _AGAIN)
         else:
             dropped(unraisable)
@@ -160,13 +162,15 @@ def listening(stop: Stop | None = None) -> Iterator[Stop]:
     thread = threading.Thread(target=_watch, args=(receive, threading.get_ident()), name="signals", daemon=True)
     thread.start()
     woken = signal.set_wakeup_fd(send, warn_on_full_buffer=False)
-    handlers = {number: signal.signal(number, handle) for number in (*SIGNALS, FORWARDED)}
+    heard = (*SIGNALS, FORWARDED) if isinstance(stop, SharedStop) else SIGNALS
+    handlers = {number: signal.signal(number, handle) for number in heard}
     sys.unraisablehook = ask_again
     try:
         yield stop
     finally:
         sys.unraisablehook = dropped
-        signal.signal(FORWARDED, signal.SIG_IGN)  # the thread may be about to send it
+        if FORWARDED in handlers:
+            signal.signal(FORWARDED, signal.SIG_IGN)  # the thread may be about to send it
         signal.set_wakeup_fd(woken)
         os.close(send)  # ends the thread
         thread.join()

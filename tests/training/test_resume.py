@@ -429,6 +429,8 @@ def test_a_stop_that_a_destructor_drops_is_asked_for_again(capfd):
         for _ in range(500):
             time.sleep(0.01)
 
+    with signals.listening():
+        assert signal.getsignal(signals.FORWARDED) is handlers[-1]  # a caller's own
     with pytest.raises(signals.Stopped), signals.listening():
         work()
     said = capfd.readouterr().err
