@@ -31,14 +31,14 @@ from neuroada_jax.training.config import GenerationSection
 class _Held(NamedTuple):
     """The adapter that is in the weights now, with the columns and base entries that restore the original weights.
 
-    The kernels that a low-rank adapter changes are not written over: `low_rank` is the adapter's own tree, which shares
-    the other weights; None for connections.
+    The kernels of a low-rank adapter are not written to: `low_rank` has its factors, which lie beside the kernels in a
+    call; None for connections.
     """
 
     adapter: native.Adapter | None
     columns: Tree
     base_entries: Tree
-    low_rank: Tree | None = None
+    low_rank: Bypass | None = None
 
 
 _NOTHING = _Held(None, {}, {})
@@ -156,7 +156,7 @@ class PretrainedModel:
         self._loaded, self._closed = dataclasses.replace(self._loaded, params=params), ""
 
     def _params(self, adapter: native.Adapter | None) -> Tree:
-        """Return the parameters with this adapter in them: in place, or as copies of the kernels of low-rank factors."""
+        """Return the parameters with this adapter in them: in place, or with low-rank factors beside their kernels."""
         self._check_open()
         apart = unrolled.apart(self._loaded.params, self._loaded.model.layers_path)
         self._loaded = dataclasses.replace(self._loaded, params=apart)
@@ -166,9 +166,11 @@ class PretrainedModel:
             new = Bypass({}, {}) if beside else new
             params, entries = _swap(self._loaded.params, self._held.columns, self._held.base_entries, new)
             self._loaded = dataclasses.replace(self._loaded, params=params)
-            self._held = _Held(adapter, new.columns, entries, low_rank.merge(params, beside) if beside else None)
+            self._held = _Held(adapter, new.columns, entries, beside)
         dense = {} if adapter is None else on_base.classifier(adapter, self._loaded)
-        params = self._loaded.params if self._held.low_rank is None else self._held.low_rank
+        params = self._loaded.params
+        if self._held.low_rank is not None:
+            params = low_rank.beside(params, self._held.low_rank)
         return dense_modules.join(params, dense)
 
 

@@ -5,7 +5,7 @@ trained = load(directory, base_model)              # stacked values and columns
 params = merge(native.read(directory), base_model)
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -273,6 +273,32 @@ def classifier(adapter: Adapter, base_model: IdentifiedModel) -> Tree:
     if lacking:
         raise UserError(f"adapter: neither {base_model.source} nor the adapter has {lacking[0]!r}")
     return trees.unflatten({slots[name].path: jnp.asarray(array) for name, array in adapter.dense_parameters.items()})
+
+
+def tuned(adapter: Adapter, base_model: LoadedModel) -> Tree:
+    """Return the base model's parameters with the adapter in them, to be used; no kernel is copied.
+
+    Connections are merged in place: the parameters of `base_model` are given to this function and end with it. Low-rank
+    factors lie beside their kernels, as in training.
+
+    Raises:
+      UserError: see `stack_layers` and `classifier`.
+    """
+    trained, dense = stack_layers(adapter, base_model), classifier(adapter, base_model)
+    put_in = low_rank.beside if low_rank.is_in(trained) else _merge_in_place
+    return dense_modules.join(put_in(base_model.params, trained), dense)
+
+
+def _merge_in_place(params: Mapping[str, Any], trained: Bypass) -> Tree:
+    """Return `bypass.merge`, one map at a time: XLA's CPU backend scatters into a float32 copy of a bfloat16 kernel."""
+    merged = dict(params)
+    for path, _ in trees.leaves(trained.columns, "columns"):
+        own = Bypass({"map": trees.get(trained.values, path)}, {"map": trees.get(trained.columns, path)})
+        merged = trees.put(merged, path, _merge_one({"map": trees.get(params, path)}, own)["map"])
+    return merged
+
+
+_merge_one: Callable[..., Tree] = jax.jit(bypass.merge, donate_argnums=0)
 
 
 def merge(adapter: Adapter, base_model: LoadedModel, round_first: Any = jnp.float32) -> Tree:

@@ -178,16 +178,16 @@ def open_model(parsed: argparse.Namespace, *, decoder: bool = True) -> tuple[Any
 
 
 def load_params(opened: Any, adapter: Any) -> tuple[Any, Any]:
-    """Read the weights of an opened model and return (loaded model, its parameters with the adapter, if any, merged in).
+    """Read the weights of an opened model and return (loaded model, its parameters with the adapter, if any, in them).
 
-    The parameters take the place of the model's own, of which they may have taken arrays.
+    The parameters take the place of the model's own, whose arrays they have taken.
     """
     from neuroada_jax.adapters import on_base
     from neuroada_jax.models import unrolled
     from neuroada_jax.pretrained.load import load_with_progress
 
     base_model = load_with_progress(opened, replaced=adapter is not None)
-    params = base_model.params if adapter is None else on_base.merge(adapter, base_model)
+    params = base_model.params if adapter is None else on_base.tuned(adapter, base_model)
     return base_model, unrolled.apart(params, base_model.model.layers_path)
 
 

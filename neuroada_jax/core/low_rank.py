@@ -5,8 +5,9 @@ At the path of a linear map, in the place of values and columns or beside them,
     values   {"lora_a": (*L, r, I), "lora_b": (*L, O, r)}   trainable; B is zero at the start
     columns  {"scale": (*L,)}                               float32, static: alpha / r
 
-The kernel is never resident: B A is formed in `merge` alone. Kernels of layers that lie apart are tuples, as in bypass.py,
-and quantised ones are added to as they are.
+The kernel is never resident: B A is formed in `merge` alone. An adapter that is only used has its factors `beside` the
+kernels, in the tree of the parameters. Kernels of layers that lie apart are tuples, as in bypass.py, and quantised ones are
+added to as they are.
 """
 
 import math
@@ -110,6 +111,18 @@ def _sum(kernel: Any, a: Array, b: Array, scale: Array) -> Array:
 def is_in(adapter: Bypass) -> bool:
     """Return whether an adapter has low-rank factors."""
     return next(leaves(adapter.values, "lora_a"), None) is not None
+
+
+def beside(params: Mapping[str, Any], adapter: Bypass) -> Tree:
+    """Return the parameters with the factors and scales beside their kernels, of which none is copied.
+
+    A linear map adds their product to its output, as in training. An adapter without factors leaves the parameters as they
+    are.
+    """
+    joined = dict(params)
+    for path, _ in leaves(adapter.values, "lora_a"):
+        joined = put(joined, path, {**get(joined, path), **get(adapter.values, path), **get(adapter.columns, path)})
+    return joined
 
 
 def merge(params: Mapping[str, Any], adapter: Bypass) -> Tree:

@@ -9,10 +9,10 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Float
 
-from neuroada_jax.core import experts, low_rank, quantised
+from neuroada_jax.core import experts, quantised
 from neuroada_jax.core.entries import wide_dtype
 from neuroada_jax.models import remat
-from neuroada_jax.models.layers import ACTIVATIONS, BypassDense
+from neuroada_jax.models.layers import ACTIVATIONS, BypassDense, factors_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,10 +60,9 @@ class ExpertMap(nn.Module):
             y = experts.observed(x, kernel, of_blocks, cast(Array, self.get_variable("observed", "squares")))
         else:
             y = experts.plain(x, kernel, of_blocks)
-        form = next((name for name in ("bypass", "resident") if self.has_variable(name, "lora_a")), None)
-        if form is not None:
-            a, b = (cast(Array, self.get_variable(form, name)) for name in low_rank.LEAVES)
-            y = y + experts.low_rank_experts(x, of_blocks, a, b, self.get_variable("columns", "scale"))
+        factors = factors_of(self)
+        if factors is not None:
+            y = y + experts.low_rank_experts(x, of_blocks, *factors)
         return remat.kept_activation(y)
 
 

@@ -6,6 +6,7 @@ The collections that the caller passes to `apply` decide the form of a linear ma
     params, bypass, columns                  W + D formed on the fly from the values in `bypass`
     params, resident, columns                params hold W + D already; `resident` has the values, for their gradient
     params, bypass or resident, columns      where these hold low-rank factors, their product is added; params hold W
+    params                                   the same where params hold them beside W, as `low_rank.beside` puts them
     params, observed                         a plain one; the gradient of `observed` is the sum of squares of every input
 """
 
@@ -62,14 +63,22 @@ class BypassDense(nn.Module):
             y = ops.observed_dense(x, kernel, self.get_variable("observed", "squares"))
         else:
             y = _frozen(x, kernel, in_parts=self.vocabulary)
-        form = next((name for name in ("bypass", "resident") if self.has_variable(name, "lora_a")), None)
-        if form is not None:
-            a, b = (cast(Array, self.get_variable(form, name)) for name in low_rank.LEAVES)
-            y = y + low_rank.low_rank_dense(x, a, b, self.get_variable("columns", "scale"))
+        factors = factors_of(self)
+        if factors is not None:
+            y = y + low_rank.low_rank_dense(x, *factors)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), self.dtype)
             y = y + jnp.broadcast_to(bias, y.shape)
         return remat.kept_activation(y)
+
+
+def factors_of(module: nn.Module) -> tuple[Array, Array, Array] | None:
+    """Return the low-rank factors A and B of a bound linear map, and their scale; None where it has none."""
+    form = next((name for name in ("bypass", "resident", "params") if module.has_variable(name, "lora_a")), None)
+    if form is None:
+        return None
+    a, b = (cast(Array, module.get_variable(form, name)) for name in low_rank.LEAVES)
+    return a, b, cast(Array, module.get_variable("params" if form == "params" else "columns", "scale"))
 
 
 def _frozen(x: Array, kernel: Any, *, in_parts: bool) -> Array:

@@ -44,13 +44,13 @@ def scores(start: Start, trained: Tree, weights: Weights) -> dict[str, Any]:
     state = start.state
     own = Bypass(trained["bypass"], state.columns)
     params = _put_in(weights.params, own, state.base_entries)
-    merged = low_rank.merge(bypass.with_values(params, own), own)
-    merged = dense_modules.join(merged, trained.get("classifier", {}))
+    tuned = low_rank.beside(bypass.with_values(params, own), own)
+    tuned = dense_modules.join(tuned, trained.get("classifier", {}))
     found = {}
     for name, scorer in start.rows.scorers.items():
         with console.bar(f"evaluating {name}") as bar:
             rows = range(len(scorer.rows))
-            predictions = scorer.predict(weights.base_model, merged, rows, console.reporter(bar))
+            predictions = scorer.predict(weights.base_model, tuned, rows, console.reporter(bar))
         found[name] = scorer.judge(predictions).to_json()
     weights.params = _take_out(params, state.columns, state.base_entries)
     return found

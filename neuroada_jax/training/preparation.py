@@ -120,7 +120,7 @@ class Prepared(PreparedRows):
         """Score a state on the rows that choose the epoch; what `poll` raises ends the scoring."""
         chooser = self.config.evaluation.best_epoch
         assert chooser is not None and self.choosing is not None
-        return self._score(chooser, self.choosing, base_model, self.devices.local(state).merged, poll)
+        return self._score(chooser, self.choosing, base_model, self.devices.local(state).tuned, poll)
 
     def _score(
         self, name: str, scorer: Scorer, base_model: OpenedModel, params: Tree, poll: Callable[[], None] = lambda: None

@@ -319,7 +319,7 @@ def _samples(prepared: Prepared, base_model: IdentifiedModel, state: TrainState)
     prompts, tokenizer = prepared.validation.prompts, prepared.tokenizer
     outputs = generate(
         base_model.model,
-        devices.local(state).merged,
+        devices.local(state).tuned,
         [ids for _, ids in prompts],
         ending(base_model, tokenizer, prepared.objective.form),
         max_new_tokens=TASKS[prepared.config.data.task].max_new_tokens,
@@ -352,7 +352,7 @@ def _finish(fitted: Fitted) -> dict[str, Any]:
     prepared, config, directory = fitted.prepared, fitted.config, fitted.config.directory
     with fitted.resources, fitted.saver.on_stop(fitted.last):
         fitted.save_adapter(directory / "adapter")
-        after = prepared.score_sets(fitted.base_model, prepared.devices.local(fitted.state).merged, "after")
+        after = prepared.score_sets(fitted.base_model, prepared.devices.local(fitted.state).tuned, "after")
         if config.merge:
             _save_merged(fitted)
         rounded = rounding.share(fitted.state, prepared.devices)

@@ -56,16 +56,14 @@ class TrainState(NamedTuple):
         return self.trainable.get("classifier", {})
 
     @property
-    def variables(self) -> Tree:
-        """The collections by which the model is applied as trained so far, without a copy of any weight."""
-        params = dense_modules.join(bypass.with_values(self.params, self.bypass), self.classifier)
-        if low_rank.is_in(self.bypass):
-            return {"params": params, "resident": self.bypass.values, "columns": self.columns}
-        return {"params": params}
+    def tuned(self) -> Tree:
+        """The complete parameters by which the model is applied as trained so far, without a copy of any weight."""
+        params = low_rank.beside(bypass.with_values(self.params, self.bypass), self.bypass)
+        return dense_modules.join(params, self.classifier)
 
     @property
     def merged(self) -> Tree:
-        """The complete parameters of the model as trained so far; kernels that have low-rank factors are copies."""
+        """The parameters to save as a model of its own: `tuned`, with low-rank factors merged into copies of kernels."""
         merged = low_rank.merge(bypass.with_values(self.params, self.bypass), self.bypass)
         return dense_modules.join(merged, self.classifier)
 

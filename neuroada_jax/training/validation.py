@@ -105,14 +105,14 @@ def mean_loss(
       devices: of the run.
       poll: called after every batch; what it raises ends the scoring.
     """
-    variables, together, steps = devices.own(state.variables), peers.current(), batches.steps_per_epoch
+    params, together, steps = devices.own(state.tuned), peers.current(), batches.steps_per_epoch
     poll = poll if not devices.shares_weights else lambda: None  # the others would wait for this process in a batch
     own = range(steps) if devices.shares_weights else range(together.index, steps, together.count)
     sums: list[list[float]] = []
     with console.bar("validating") as bar:
         report = console.reporter(bar)
         for done, index in enumerate(own, 1):
-            each = _sums(module, losses, variables, devices.spread(batches.batch(0, index)))
+            each = _sums(module, losses, params, devices.spread(batches.batch(0, index)))
             sums.append([index, float(each[0]), float(each[1])])
             report(done, len(own))
             poll()
@@ -124,8 +124,8 @@ def mean_loss(
 
 
 @functools.partial(jax.jit, static_argnames=("module", "losses"))
-def _sums(module: nn.Module, losses: Callable[..., Array], variables: Tree, batch: AnyBatch) -> tuple[Array, Array]:
-    return jnp.sum(losses(module, variables, batch)), jnp.sum(batch.label_mask)
+def _sums(module: nn.Module, losses: Callable[..., Array], params: Tree, batch: AnyBatch) -> tuple[Array, Array]:
+    return jnp.sum(losses(module, {"params": params}, batch)), jnp.sum(batch.label_mask)
 
 
 class Validation(KeptStates):

@@ -121,7 +121,7 @@ def test_training_is_that_of_peft(kind, tmp_path):
 
     # Merged or not, the losses are the same; the frozen weights are those of the checkpoint.
     batch = jax.tree.map(jnp.asarray, made.batch)
-    losses = [made.losses(module, variables, batch) for variables in (state.variables, {"params": state.merged})]
+    losses = [made.losses(module, {"params": params}, batch) for params in (state.tuned, state.merged)]
     np.testing.assert_allclose(*losses, rtol=1e-5, atol=1e-5)
     jax.tree.map(np.testing.assert_array_equal, state.params, dense_modules.split(params, dense)[0])
 

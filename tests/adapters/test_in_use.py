@@ -1,0 +1,145 @@
+"""An adapter that is used, not exported: the weights are in memory once, whatever it is made of and wherever it is used."""
+
+import gc
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import run_config, write_bert, write_model, write_rows
+
+from neuroada_jax import cli
+from neuroada_jax.adapters import native, on_base
+from neuroada_jax.adapters.factors import LoraOptions
+from neuroada_jax.commands import shared
+from neuroada_jax.core import bypass, low_rank, trees
+from neuroada_jax.core.bypass import Bypass
+from neuroada_jax.models import dense_modules, match_targets, unrolled
+from neuroada_jax.pretrained.load import load_model, open_model
+from neuroada_jax.sweeping.sweep import sweep
+from neuroada_jax.training import config_file, run
+
+KINDS = ("connections", "shared columns", "factors")
+BASES = {"float32": {}, "bfloat16": {"dtype": "bfloat16"}, "int8": {"quantization_of": "int8"}}
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory):
+    """Directories of a decoder and of a BERT."""
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        "decoder": write_model(folder / "decoder", hidden_size=64, intermediate_size=64),
+        "encoder": write_bert(folder / "encoder"),
+    }
+
+
+def save(folder, base, kind):
+    """Write an adapter of random numbers, with a classifier if there is one."""
+    params, paths = base.params, match_targets(base.params, list(base.model.architecture.targets), base.model.layers_path)
+    if kind == "factors":
+        built = low_rank.build(params, paths, 2, 0.5, jax.random.key(0))
+        selection = native.Selection(None, [], rule=None, lora=LoraOptions(2, 1.0))
+    else:
+        options = native.SelectionOptions(shared_columns=kind == "shared columns")
+        built = bypass.build(params, paths, 3, shared=options.shared_columns)
+        selection = native.Selection(3, [], options=options)
+    rng = np.random.default_rng(0)
+    noise = lambda leaf: jnp.asarray(0.1 * rng.standard_normal(leaf.shape, np.float32))  # noqa: E731
+    own = Bypass(jax.tree.map(noise, built.values), built.columns)
+    dense = base.model.architecture.classifier or []
+    _, classifier = dense_modules.split(params, dense) if dense else ({}, {})
+    on_base.save(folder, own, base, selection, classifier=jax.tree.map(noise, classifier))
+    return native.read(str(folder))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "name, base, apart",
+    [
+        ("decoder", "float32", False),
+        ("decoder", "bfloat16", True),
+        ("decoder", "int8", False),
+        ("encoder", "float32", True),
+        ("encoder", "int8", True),
+    ],
+)
+def test_a_command_holds_the_weights_once(name, kind, base, apart, directories, tmp_path, monkeypatch):
+    labels = ["no", "yes"] if name == "encoder" else None
+    model = load_model(str(directories[name]), labels=labels, **BASES[base])
+    adapter = save(tmp_path / "adapter", model, kind)
+    expected = on_base.merge(adapter, model)
+    expected = jax.tree.map(np.asarray, expected) if kind != "factors" else None
+    del model
+    gc.collect()
+    before = sum(leaf.nbytes for leaf in jax.live_arrays())
+    monkeypatch.setattr(unrolled, "preferred", lambda depth: apart)
+    opened = open_model(str(directories[name]), labels=labels, **BASES[base])
+    loaded, params = shared.load_params(opened, adapter)
+    gc.collect()
+    held = sum(leaf.nbytes for leaf in jax.live_arrays()) - before
+    kernels = sum(leaf.nbytes for _, kernel in trees.kernels(params) for leaf in jax.tree.leaves(kernel))
+    assert held <= sum(leaf.nbytes for leaf in jax.tree.leaves(params)) + kernels / 20  # the classifier of the base
+    if expected is None:
+        own = on_base.stack_layers(adapter, loaded)
+        for path, a in trees.leaves(own.values, "lora_a"):
+            np.testing.assert_array_equal(unrolled.stacked(trees.get(params, path))["lora_a"], a)
+    else:
+        jax.tree.map(np.testing.assert_array_equal, unrolled.stacked(params), expected)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_connections_are_put_in_place(dtype):
+    params = {"map": {"kernel": jnp.ones((4, 128, 128), dtype)}}
+    compiled = on_base._merge_one.lower(params, bypass.build(params, [("map",)], 1)).compile().memory_analysis()
+    assert compiled.alias_size_in_bytes == params["map"]["kernel"].nbytes
+    if dtype == jnp.float32:  # XLA's CPU backend widens bfloat16
+        assert compiled.temp_size_in_bytes < 0.2 * params["map"]["kernel"].nbytes
+
+
+@pytest.fixture
+def never_merged(monkeypatch):
+    """Lets nothing form W + B A."""
+
+    def refuse(*_):
+        raise AssertionError("low-rank factors were merged")
+
+    monkeypatch.setattr(low_rank, "merge", refuse)
+
+
+@pytest.fixture
+def settings(tmp_path, directories):
+    """(held, sections) -> a config that trains factors and scores three rows."""
+    rows = write_rows(tmp_path / "rows.jsonl")
+
+    def made(held, **sections):
+        sections["evaluation"] = {"sets": [{"name": "own", "data": str(rows), "limit": 3}], **sections["evaluation"]}
+        common = {"method": "lora", "lora": {"r": 2}, "model": {"quantization": held}}
+        return run_config(tmp_path, directories["decoder"], rows, **common, **sections)
+
+    return made
+
+
+def test_factors_on_codes_are_scored_as_they_are_trained(settings, tmp_path, never_merged, capfd):
+    training = {"steps": None, "epochs": 1, "batch_size": 8}
+    content = settings("nf4", training=training, evaluation={"best_epoch": "own", "before": False})
+    results = run.train(config_file.from_dict(content, "test"))
+    assert results["after"]["own"]["n"] == 1  # two of the three rows choose the epoch
+    adapter, rows = str(tmp_path / "out" / "adapter"), content["data"]["train"]
+    for command in (["evaluate", "--data", rows, "--limit", "3"], ["generate", "--prompt", "after a,"]):
+        capfd.readouterr()
+        assert cli.main([*command, "--adapter", adapter, "--max-new-tokens", "2", "--json"]) == 0
+        assert json.loads(capfd.readouterr().out)
+
+
+@pytest.mark.filterwarnings("ignore:data.validation")  # few rows choose
+def test_factors_are_merged_by_a_run_that_writes_the_model_alone(settings, tmp_path, never_merged):
+    training = {"steps": 2, "validate_every": 2}
+    content = settings("none", training=training, data={"validation": 0.25}, evaluation={"before": False})
+    found = sweep({**content, "output": str(tmp_path / "sweep")}, {"optimizer.learning_rate": [0.02]})
+    assert found["best"]["scores"]["own"]["n"] == 3
+    content["training"]["validation_samples"] = 1
+    merging = config_file.from_dict({**content, "merge": True}, "test")
+    with pytest.raises(AssertionError, match="low-rank factors were merged"):
+        run.train(merging)
+    assert (merging.directory / "predictions-own-after.jsonl").exists()
