@@ -5,7 +5,7 @@ At the path of a linear map, in the place of values and columns or beside them,
     values   {"lora_a": (*L, r, I), "lora_b": (*L, O, r)}   trainable; B is zero at the start
     columns  {"scale": (*L,)}                               float32, static: alpha / r
 
-The kernel is never resident: B A is formed in `merge` alone. An adapter that is only used has its factors `beside` the
+The kernel is never resident: B A is formed to merge alone. An adapter that is only used has its factors `beside` the
 kernels, in the tree of the parameters. Kernels of layers that lie apart are tuples, as in bypass.py, and quantised ones are
 added to as they are.
 """
@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 from neuroada_jax.core import quantised
 from neuroada_jax.core.bypass import Bypass
 from neuroada_jax.core.entries import wide_dtype
-from neuroada_jax.core.trees import ModulePath, Tree, get, kernel_at, leaves, put
+from neuroada_jax.core.trees import ModulePath, Tree, flatten, get, kernel_at, leaves, put, unflatten
 
 LEAVES = ("lora_a", "lora_b")
 
@@ -95,7 +95,7 @@ low_rank_dense.defvjp(_low_rank_dense_fwd, _low_rank_dense_bwd)
 
 
 @jax.jit
-def _sum(kernel: Any, a: Array, b: Array, scale: Array) -> Array:
+def merge_kernel(kernel: Any, a: Array, b: Array, scale: Array) -> Array:
     """Return W + scale B A, summed in float32 and rounded once; of stacked kernels one at a time."""
 
     def one(parts: tuple[Any, Array, Array, Array]) -> Array:
@@ -105,7 +105,7 @@ def _sum(kernel: Any, a: Array, b: Array, scale: Array) -> Array:
         return (kernel.astype(wide) + scale.astype(wide) * product).astype(kernel.dtype)
 
     parts = (kernel, a, b, scale)
-    return one(parts) if kernel.ndim == 2 else lax.map(lambda own: _sum(*own), parts)
+    return one(parts) if kernel.ndim == 2 else lax.map(lambda own: merge_kernel(*own), parts)
 
 
 def is_in(adapter: Bypass) -> bool:
@@ -125,6 +125,14 @@ def beside(params: Mapping[str, Any], adapter: Bypass) -> Tree:
     return joined
 
 
+def apart(params: Mapping[str, Any]) -> tuple[Tree, dict[ModulePath, tuple[Any, Any, Any]]]:
+    """Return parameters without the factors that lie beside their kernels, and A, B and scale by the map's path."""
+    flat = dict(flatten(params))
+    maps = [path[:-1] for path in flat if path[-1] == "lora_a"]
+    factors = {own: (flat.pop((*own, "lora_a")), flat.pop((*own, "lora_b")), flat.pop((*own, "scale"))) for own in maps}
+    return unflatten(flat), factors
+
+
 def merge(params: Mapping[str, Any], adapter: Bypass) -> Tree:
     """Return the parameters with every kernel W that has factors replaced by W + scale B A; the others are not copied.
 
@@ -135,8 +143,8 @@ def merge(params: Mapping[str, Any], adapter: Bypass) -> Tree:
         kernel, b, scale = kernel_at(params, path), get(adapter.values, path)["lora_b"], get(adapter.columns, path)["scale"]
         updated: Any
         if isinstance(kernel, tuple):
-            updated = tuple(_sum(each, a[at], b[at], scale[at]) for at, each in enumerate(kernel))
+            updated = tuple(merge_kernel(each, a[at], b[at], scale[at]) for at, each in enumerate(kernel))
         else:
-            updated = _sum(kernel, a, b, scale)
+            updated = merge_kernel(kernel, a, b, scale)
         merged = put(merged, path, {**get(merged, path), "kernel": updated})
     return merged

@@ -15,7 +15,7 @@ import safetensors.numpy
 import transformers
 
 from neuroada_jax import files
-from neuroada_jax.core import quantised, trees
+from neuroada_jax.core import low_rank, quantised, trees
 from neuroada_jax.core.trees import ModulePath, Tree
 from neuroada_jax.data.prompts import PromptForm
 from neuroada_jax.models import config_fields, names
@@ -41,7 +41,8 @@ def save(
     Args:
       directory: destination; must not exist unless `replace`.
       base_model: the model with this architecture and config.
-      params: merged parameters; their dtype becomes the checkpoint's.
+      params: parameters with connections merged in; low-rank factors beside their kernels are merged in one tensor at a
+        time. Their dtype becomes the checkpoint's.
       tokenizer: saved beside the weights; None for no tokenizer.
       form: of the prompts that the weights were trained on, with its template's complete text: it is saved too, its
         template as the tokenizer's, and its end tokens end transformers' generations. None if unknown.
@@ -52,6 +53,7 @@ def save(
       UserError: the directory exists or cannot be written, or an end token is not one token of the tokenizer.
     """
     end_ids = prompt_form.end_ids(form, tokenizer, base_model.source) if form and tokenizer is not None else []
+    params, factors = low_rank.apart(params)
     leaves: dict[ModulePath, Any] = dict(trees.flatten(params))
     slots = names.checkpoint_names(params, base_model.model.layers_path)
     dtype = np.dtype(next(leaf for leaf in leaves.values() if not isinstance(leaf, tuple)).dtype)
@@ -59,7 +61,13 @@ def save(
     def tensors(name: str) -> dict[str, np.ndarray]:
         if requantiser is not None and requantiser.takes(slots[name]):
             return requantiser.tensors(name, slots[name])
-        return {name: np.asarray(quantised.dense(slots[name].of(leaves[slots[name].path])))}
+        return {name: np.asarray(dense(slots[name]))}
+
+    def dense(slot: names.Slot) -> Any:
+        tensor, own = slot.of(leaves[slot.path]), factors.get(slot.path[:-1])
+        if own is None or slot.path[-1] != "kernel":
+            return quantised.dense(tensor)
+        return low_rank.merge_kernel(tensor, *map(slot.of, own))
 
     def size(slot: names.Slot) -> int:
         shape = quantised.shape(leaves[slot.path])[len(slot.place) :]

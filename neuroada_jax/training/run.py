@@ -373,10 +373,10 @@ def _finish(fitted: Fitted) -> dict[str, Any]:
 
 
 def _save_merged(fitted: Fitted) -> None:
-    merged, form = fitted.prepared.devices.gathered(fitted.state.merged), fitted.prepared.objective.form
+    tuned, form = fitted.prepared.devices.gathered(fitted.state.tuned), fitted.prepared.objective.form
     if peers.current().is_first:
         directory = fitted.config.directory / "merged"
-        save.save(directory, fitted.base_model, merged, fitted.tokenizer, form=form, replace=True)
+        save.save(directory, fitted.base_model, tuned, fitted.tokenizer, form=form, replace=True)
     peers.current().share("merged", None)  # the others would wait for this process in what comes next
 
 

@@ -57,15 +57,12 @@ class TrainState(NamedTuple):
 
     @property
     def tuned(self) -> Tree:
-        """The complete parameters by which the model is applied as trained so far, without a copy of any weight."""
+        """The complete parameters of the model as trained so far, without a copy of any weight.
+
+        Connections are in the kernels or, of quantised ones, beside their codes; low-rank factors are beside the kernels.
+        """
         params = low_rank.beside(bypass.with_values(self.params, self.bypass), self.bypass)
         return dense_modules.join(params, self.classifier)
-
-    @property
-    def merged(self) -> Tree:
-        """The parameters to save as a model of its own: `tuned`, with low-rank factors merged into copies of kernels."""
-        merged = low_rank.merge(bypass.with_values(self.params, self.bypass), self.bypass)
-        return dense_modules.join(merged, self.classifier)
 
 
 class StepMetrics(NamedTuple):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from helpers import run_config, write_bert, write_model, write_rows
 
 from neuroada_jax import cli
@@ -16,6 +17,7 @@ from neuroada_jax.commands import shared
 from neuroada_jax.core import bypass, low_rank, trees
 from neuroada_jax.core.bypass import Bypass
 from neuroada_jax.models import dense_modules, match_targets, unrolled
+from neuroada_jax.pretrained import save as checkpoint
 from neuroada_jax.pretrained.load import load_model, open_model
 from neuroada_jax.sweeping.sweep import sweep
 from neuroada_jax.training import config_file, run
@@ -98,13 +100,16 @@ def test_connections_are_put_in_place(dtype):
 
 
 @pytest.fixture
-def never_merged(monkeypatch):
-    """Lets nothing form W + B A."""
+def formed(monkeypatch):
+    """The shapes of the kernels to which B A has been added."""
+    shapes, add = [], low_rank.merge_kernel
 
-    def refuse(*_):
-        raise AssertionError("low-rank factors were merged")
+    def watched(kernel, *factors):
+        shapes.append(kernel.shape)
+        return add(kernel, *factors)
 
-    monkeypatch.setattr(low_rank, "merge", refuse)
+    monkeypatch.setattr(low_rank, "merge_kernel", watched)
+    return shapes
 
 
 @pytest.fixture
@@ -120,7 +125,7 @@ def settings(tmp_path, directories):
     return made
 
 
-def test_factors_on_codes_are_scored_as_they_are_trained(settings, tmp_path, never_merged, capfd):
+def test_factors_on_codes_are_scored_as_they_are_trained(settings, tmp_path, formed, capfd):
     training = {"steps": None, "epochs": 1, "batch_size": 8}
     content = settings("nf4", training=training, evaluation={"best_epoch": "own", "before": False})
     results = run.train(config_file.from_dict(content, "test"))
@@ -130,16 +135,34 @@ def test_factors_on_codes_are_scored_as_they_are_trained(settings, tmp_path, nev
         capfd.readouterr()
         assert cli.main([*command, "--adapter", adapter, "--max-new-tokens", "2", "--json"]) == 0
         assert json.loads(capfd.readouterr().out)
+    assert not formed
 
 
 @pytest.mark.filterwarnings("ignore:data.validation")  # few rows choose
-def test_factors_are_merged_by_a_run_that_writes_the_model_alone(settings, tmp_path, never_merged):
+def test_factors_are_merged_where_the_model_is_written_alone(settings, tmp_path, formed):
     training = {"steps": 2, "validate_every": 2}
     content = settings("none", training=training, data={"validation": 0.25}, evaluation={"before": False})
     found = sweep({**content, "output": str(tmp_path / "sweep")}, {"optimizer.learning_rate": [0.02]})
     assert found["best"]["scores"]["own"]["n"] == 3
     content["training"]["validation_samples"] = 1
-    merging = config_file.from_dict({**content, "merge": True}, "test")
-    with pytest.raises(AssertionError, match="low-rank factors were merged"):
-        run.train(merging)
-    assert (merging.directory / "predictions-own-after.jsonl").exists()
+    run.train(config_file.from_dict(content, "test"))
+    assert not formed
+    run.train(config_file.from_dict({**content, "merge": True, "output": str(tmp_path / "merging")}, "test"))
+    assert len(formed) == 2 * 7 and {len(shape) for shape in formed} == {2}  # a map of a layer at a time
+    base = load_model(content["model"]["path"])
+    expected = on_base.merge(native.read(str(tmp_path / "merging" / "adapter")), base)
+    jax.tree.map(np.testing.assert_array_equal, load_model(str(tmp_path / "merging" / "merged")).params, expected)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_a_saved_model_has_the_factors_of_experts_merged_in(base, tmp_path):
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 1, "architectures": ["MixtralForCausalLM"]}
+    directory = str(write_model(tmp_path / "model", model_type="mixtral", **experts))
+    model = load_model(directory, **BASES[base])
+    adapter = save(tmp_path / "adapter", model, "factors")
+    checkpoint.save(tmp_path / "at-once", model, on_base.merge(adapter, model), None)
+    checkpoint.save(tmp_path / "in-turn", model, on_base.tuned(adapter, model), None)
+    files = [tmp_path / name / "model.safetensors" for name in ("at-once", "in-turn")]
+    found, expected = (safetensors.numpy.load_file(file) for file in files)
+    assert len(found) == len(expected) > 20
+    jax.tree.map(np.testing.assert_array_equal, found, expected)

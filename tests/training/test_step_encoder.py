@@ -90,7 +90,7 @@ def test_the_head_is_in_the_trainable_tree_and_nowhere_else():
     model, transformation, make_state = setup()
     state = make_state()
     assert "classifier" not in state.params and set(state.trainable) == {"bypass", "classifier"}
-    assert jax.tree.map(jnp.shape, state.merged) == jax.tree.map(lambda leaf: leaf.shape, model.abstract_params())
+    assert jax.tree.map(jnp.shape, state.tuned) == jax.tree.map(lambda leaf: leaf.shape, model.abstract_params())
     seen = []
     spy = optax.GradientTransformation(
         transformation.init,
@@ -122,9 +122,7 @@ def test_a_step_moves_head_and_values_and_nothing_else():
 
 def apply(model, state, batch):
     mask = jnp.arange(batch.input_ids.shape[1])[None] < batch.lengths[:, None]
-    return model.module().apply(
-        {"params": state.merged}, jnp.asarray(batch.input_ids), mask, jnp.asarray(batch.token_types)
-    )
+    return model.module().apply({"params": state.tuned}, jnp.asarray(batch.input_ids), mask, jnp.asarray(batch.token_types))
 
 
 def test_the_loss_is_the_mean_over_examples():
@@ -172,7 +170,7 @@ def test_dropout_follows_from_seed_and_step_and_survives_a_resume(tmp_path):
     resumed, metrics = run(resumed, batch)
     assert float(metrics.loss) == losses[-1]
     jax.tree.map(np.testing.assert_array_equal, resumed.trainable, state.trainable)
-    jax.tree.map(np.testing.assert_array_equal, resumed.merged, state.merged)
+    jax.tree.map(np.testing.assert_array_equal, resumed.tuned, state.tuned)
 
     def first(seed, parts=1):
         return float(make_step(model, transformation, parts, seed)(make_state(), batch)[1].loss)
@@ -213,7 +211,7 @@ def test_a_bfloat16_base_trains_a_float32_head():
             state, metrics = run(state, random_batch())
     assert np.isfinite(float(metrics.loss)) and int(state.failed_step) == -1
     assert {leaf.dtype for leaf in jax.tree.leaves(state.trainable)} == {jnp.dtype(jnp.float32)}
-    assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.merged))} == {jnp.dtype(jnp.bfloat16)}
+    assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.tuned))} == {jnp.dtype(jnp.bfloat16)}
 
 
 def test_split_and_join_are_inverse():
@@ -283,7 +281,7 @@ def test_parity_with_the_official_code(k):
     np.testing.assert_allclose(norms, facts["grad_norm"], rtol=1e-4)
     check_trained(model, state, golden, "param_step5/")
 
-    merged, kept = (dict(named_kernels(tree, model.layers_path)) for tree in (state.merged, original))
+    merged, kept = (dict(named_kernels(tree, model.layers_path)) for tree in (state.tuned, original))
     for name, columns in names.unstacked(state.columns, model.layers_path):
         rows, cols = golden[f"positions/{name}.weight"].T
         np.testing.assert_array_equal(columns.reshape(-1), cols)
@@ -295,12 +293,11 @@ def test_parity_with_the_official_code(k):
 
     first = next(golden_batches())
     mask = jnp.arange(16)[None] < first.lengths[:, None]
-    for params, want in ((original, golden["logits0_before"]), (state.merged, golden["logits0_merged"])):
+    for params, want in ((original, golden["logits0_before"]), (state.tuned, golden["logits0_merged"])):
         logits = model.module().apply({"params": params}, jnp.asarray(first.input_ids), mask)
         np.testing.assert_allclose(logits[:1, : want.shape[1]], want, rtol=1e-4, atol=1e-5)
     after = [
-        float(jnp.mean(classification_losses(model.module(), {"params": state.merged}, batch)))
-        for batch in golden_batches()
+        float(jnp.mean(classification_losses(model.module(), {"params": state.tuned}, batch))) for batch in golden_batches()
     ]
     np.testing.assert_allclose(after, facts["losses_after_5"], rtol=1e-5)
 
