@@ -59,11 +59,13 @@ def test_the_adapter_is_that_of_one_device(mode, tmp_path, inputs, alone):
     assert_equal(train(tmp_path, inputs, f"parallel.mode={mode}"), alone)
 
 
-def test_a_run_whose_weights_are_shared_is_scored_and_merged_as_on_one_device(tmp_path, inputs):
+@pytest.mark.parametrize("method", ["neuroada", "lora"])
+def test_a_run_whose_weights_are_shared_is_scored_and_merged_as_on_one_device(method, tmp_path, inputs):
     section = {"sets": [{"name": "held out", "data": str(inputs[1]), "limit": 6, "max_new_tokens": 2}]}
     for name, overrides in {"alone": [], "shared": ["parallel.fsdp=4", "parallel.tensor=2"]}.items():
         (tmp_path / name).mkdir()
-        sections = {**SECTIONS, "evaluation": section, "merge": True}
+        lora = {"r": 2, "targets": SECTIONS["bypass"]["targets"]}
+        sections = {**SECTIONS, "method": method, "lora": lora, "evaluation": section, "merge": True}
         path = write_config(tmp_path / name / "run.yaml", run_config(tmp_path / name, *inputs, **sections))
         assert cli.main(["train", str(path), *overrides]) == 0
     alone, shared = tmp_path / "alone" / "out", tmp_path / "shared" / "out"
