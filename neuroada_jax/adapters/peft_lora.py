@@ -165,8 +165,8 @@ def _options(where: Path, config: dict[str, Any]) -> LoraOptions:
     initial = config.get("init_lora_weights")
     if initial not in _INITIAL:
         raise UserError(
-            f"{where}: init_lora_weights is {initial!r}, which changes the base weights; only LoRA beside the base's own "
-            "weights is read: save it with PEFT's path_initial_model_for_weight_conversion"
+            f"{where}: init_lora_weights is {initial!r}, which is not known to keep the base weights; only LoRA beside the "
+            "base's own weights is read: save it with PEFT's path_initial_model_for_weight_conversion"
         )
     if config.get("bias", "none") != "none":
         raise UserError(f"{where}: bias is {config['bias']!r}, expected 'none'")

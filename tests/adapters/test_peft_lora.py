@@ -70,7 +70,8 @@ def test_an_initialisation_that_changes_the_base_is_refused(base, initial, tmp_p
     options = {"init_lora_weights": initial} if initial in ("pissa", "olora") else {}
     folder, _ = trained_by_peft(base, tmp_path / "peft", **options)
     edit(folder, init_lora_weights=initial)
-    with pytest.raises(UserError, match=f"init_lora_weights is '{initial}', which changes the base weights") as error:
+    message = f"init_lora_weights is '{initial}', which is not known to keep the base weights; only LoRA beside the base's"
+    with pytest.raises(UserError, match=message) as error:
         exchange.import_adapter(str(folder), "peft-lora", base, str(tmp_path / "own"))
     assert "\n" not in str(error.value) and not (tmp_path / "own").exists()
 
