@@ -70,7 +70,7 @@ class NeuroAdaLM(TemplateLM):
 
         Args:
           base_model: architecture and config.
-          params: complete plain parameters, with any adapter merged in.
+          params: complete plain parameters, with any adapter in them.
           tokenizer: the model's.
           batch_size: texts at a time.
           on_progress: called with (requests done, requests in all) for each kind of request.

@@ -114,7 +114,7 @@ class Scorer(Protocol):
 
         Args:
           base_model: architecture and config, those the scorer was built for.
-          params: complete plain parameters: the base model's, or with an adapter merged in.
+          params: complete plain parameters: the base model's, or with an adapter in them.
           numbers: of the rows; ascending.
           on_progress: called with (batches done, batches in all).
         """

@@ -184,7 +184,7 @@ def generate(
 
     Args:
       model: architecture and config.
-      params: plain parameters, with an adapter merged in if one is wanted.
+      params: plain parameters, with an adapter in them if one is wanted.
       prompts: token ids, at least one for each prompt.
       ending: end tokens, and the decoder of stop strings.
       max_new_tokens: the longest continuation.
