@@ -10,7 +10,7 @@ from neuroada_jax.data import sandbox
 from neuroada_jax.data.chat_template import ChatTemplate
 from neuroada_jax.data.chats import Chat
 
-CASES = 250
+CASES = 150
 
 
 @pytest.mark.parametrize("name", fuzz_formats.FORMATS)

@@ -105,6 +105,7 @@ def assert_same_texts(directory, reference, tokenizer, prompts, new):
     assert [each["text"] for each in said] == [pytorch_text(reference, tokenizer, prompt, new) for prompt in prompts]
 
 
+@pytest.mark.slow  # tiny models of every family do the same
 def test_a_merged_bypass_is_the_same_model_in_pytorch(base_model, smollm2_gguf, tmp_path):
     built = bypass.build(
         base_model.params, models.match_targets(base_model.params, list(LLAMA_TARGETS), base_model.model.layers_path), 1

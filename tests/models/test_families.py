@@ -87,7 +87,7 @@ def trained(model, params, k):
 @pytest.mark.parametrize(
     ("name", "k"),
     [
-        pytest.param(name, k, marks=() if k == 1 and name in ("phi3", "gemma3_ropes", "qwen3_moe") else pytest.mark.slow)
+        pytest.param(name, k, marks=() if k == 1 and name in ("phi3", "qwen3_moe") else pytest.mark.slow)
         for name in FAMILIES
         for k in (1, 20)
     ],

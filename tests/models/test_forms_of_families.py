@@ -25,8 +25,8 @@ def adapter(params, paths, form):
     return Bypass(values, built.columns)
 
 
-# Maps apart, fused maps, and layers of two kinds.
-FIRST = ("bert", "phi3", "gemma3_text")
+# Maps apart, and fused maps.
+FIRST = ("bert", "phi3")
 
 
 @pytest.mark.parametrize("kind", [pytest.param(kind, marks=() if kind in FIRST else pytest.mark.slow) for kind in BASES])

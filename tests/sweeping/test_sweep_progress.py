@@ -110,7 +110,7 @@ ENDS = [
     pytest.param(
         ("--halving", "--at-once", "3"), ("--halving", "--at-once", "3"), THIRD, "stop", 2, marks=pytest.mark.slow
     ),
-    (("--halving",), ("--halving",), 4, "stop", 1),
+    pytest.param(("--halving",), ("--halving",), 4, "stop", 1, marks=pytest.mark.slow),
     pytest.param(("--halving",), ("--halving",), 3, "kill", 1, marks=pytest.mark.slow),
     pytest.param(("--halving", "--at-once", "2"), ("--halving",), 5, "kill", 2, marks=pytest.mark.slow),
 ]

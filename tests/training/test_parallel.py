@@ -186,7 +186,6 @@ def train_encoder(form, dropout, rows=16, seed=7, kind="bert"):
 @pytest.mark.parametrize(
     ("kind", "forms"),
     [
-        ("bert", ["shard_map"]),
         ("modernbert", ["all axes"]),
         *(
             pytest.param(kind, ["shard_map", "fsdp", "all axes"], marks=pytest.mark.slow)

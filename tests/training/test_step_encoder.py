@@ -270,7 +270,7 @@ def check_trained(model, state, golden, prefix):
         np.testing.assert_allclose(leaf, golden[prefix + name], rtol=1e-4, atol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("k", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_parity_with_the_official_code(k):
     case = f"roberta_cls_k{k}_adamw_const"
     golden, facts = load_golden(f"{case}.npz"), FACTS[case]

@@ -219,7 +219,10 @@ def test_a_stalled_run_is_not_continued(tmp_path):
     assert "NaN" not in (tmp_path / "validation.jsonl").read_text()
 
 
-@pytest.mark.parametrize(("mode", "extra"), [("shard_map", {}), ("pmap", {}), ("jit", {"fsdp": 2, "tensor": 2})])
+@pytest.mark.parametrize(
+    ("mode", "extra"),
+    [("pmap", {}), ("jit", {"fsdp": 2, "tensor": 2}), pytest.param("shard_map", {}, marks=pytest.mark.slow)],
+)
 def test_devices_share_the_validation(tmp_path, inputs, mode, extra):
     losses = []
     for name, section in (("one", {"mode": "single"}), ("eight", {"mode": mode, "devices": 8, **extra})):
