@@ -125,7 +125,7 @@ def beside(params: Mapping[str, Any], adapter: Bypass) -> Tree:
     return joined
 
 
-def apart(params: Mapping[str, Any]) -> tuple[Tree, dict[ModulePath, tuple[Any, Any, Any]]]:
+def split(params: Mapping[str, Any]) -> tuple[Tree, dict[ModulePath, tuple[Any, Any, Any]]]:
     """Return parameters without the factors that lie beside their kernels, and A, B and scale by the map's path."""
     flat = dict(flatten(params))
     maps = [path[:-1] for path in flat if path[-1] == "lora_a"]

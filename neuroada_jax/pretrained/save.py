@@ -53,7 +53,7 @@ def save(
       UserError: the directory exists or cannot be written, or an end token is not one token of the tokenizer.
     """
     end_ids = prompt_form.end_ids(form, tokenizer, base_model.source) if form and tokenizer is not None else []
-    params, factors = low_rank.apart(params)
+    params, factors = low_rank.split(params)
     leaves: dict[ModulePath, Any] = dict(trees.flatten(params))
     slots = names.checkpoint_names(params, base_model.model.layers_path)
     dtype = np.dtype(next(leaf for leaf in leaves.values() if not isinstance(leaf, tuple)).dtype)
