@@ -16,6 +16,7 @@ from neuroada_jax.adapters.factors import LoraOptions
 from neuroada_jax.commands import shared
 from neuroada_jax.core import bypass, low_rank, trees
 from neuroada_jax.core.bypass import Bypass
+from neuroada_jax.generation.generate import Ending, generate
 from neuroada_jax.models import dense_modules, match_targets, unrolled
 from neuroada_jax.pretrained import save as checkpoint
 from neuroada_jax.pretrained.load import load_model, open_model
@@ -95,6 +96,19 @@ def test_connections_are_put_in_place(dtype):
     assert compiled.alias_size_in_bytes == params["map"]["kernel"].nbytes
     if dtype == jnp.float32:  # XLA's CPU backend widens bfloat16
         assert compiled.temp_size_in_bytes < 0.2 * params["map"]["kernel"].nbytes
+
+
+@pytest.mark.parametrize("base", ["float32", "int8"])
+def test_a_decoder_continues_as_merged_where_its_layers_lie_apart(base, directories, tmp_path, monkeypatch):
+    adapter = save(tmp_path / "adapter", load_model(str(directories["decoder"]), **BASES[base]), "factors")
+    made = []
+    for put_in, apart in ((on_base.merge, False), (on_base.tuned, False), (on_base.tuned, True)):
+        monkeypatch.setattr(unrolled, "preferred", lambda _, apart=apart: apart)
+        model = load_model(str(directories["decoder"]), **BASES[base])
+        params = unrolled.apart(put_in(adapter, model), model.model.layers_path)
+        assert unrolled.is_apart(params) is apart
+        made.append([each.ids for each in generate(model.model, params, [[1, 5, 9], [7, 8]], Ending(), max_new_tokens=8)])
+    assert made[0] == made[1] == made[2] and len(made[0][0]) == 8
 
 
 @pytest.fixture
